@@ -1,0 +1,62 @@
+"""What is said at the start: the arithmetic of the run, so that a wrong number is seen at once."""
+
+from collections.abc import Sequence
+
+from data_tools.prepare import Statistics
+from train.checkpoint import Checkpoint
+from train.config import Config
+from train.model import resolve_dtype
+from train.runtime import device_name, versions
+from train.step import Training
+
+
+def banner(
+    training: Training, tokenizer_notes: Sequence[str], statistics: Statistics, checkpoint: Checkpoint | None
+) -> str:
+    """Model, data, batch arithmetic, memory and versions, a line each."""
+    config, data = training.config, training.data
+    cut = data.layout
+    trainable = sum(p.numel() for p in training.parameters.values())
+    device = training.accelerator.device
+    held_out = statistics.num_samples - len(data.samples)
+    start = f"continues after step {checkpoint.state.step}" if checkpoint else "starts fresh"
+    lines = [
+        f"profile   {config.profile}: {_base(config)}, compute in {resolve_dtype(config.model, device)}",
+        f"device    {device_name(device)}" + (f", capped at {config.memory.budget}" if config.memory.budget else ""),
+        f"adapters  LoRA r={config.lora.r} alpha={config.lora.alpha} dropout={config.lora.dropout} on "
+        f"{', '.join(config.lora.target_modules)}: {trainable:,} trained parameters",
+        f"data      {', '.join(config.data.path)}: {statistics.num_records:,} records ({' and '.join(statistics.formats)}), "
+        f"{len(data.samples):,} samples" + (f", {held_out:,} held out for validation" if held_out else ""),
+        f"tokens    {sum(data.num_tokens):,} an epoch, {sum(data.num_supervised_tokens):,} of them trained",
+        f"batch     {cut.per_device} a device x {cut.accumulation} accumulated x {cut.num_processes} "
+        f"process{'es' if cut.num_processes > 1 else ''} = {cut.samples_per_step} samples a step",
+        f"steps     {data.steps_per_epoch:,} an epoch, {training.total_steps:,} in all; {start}",
+        f"optimizer {config.optim.name}, {config.optim.schedule} from {config.optim.lr:g}, warmup {config.optim.warmup}",
+        *(f"tokenizer {note}" for note in tokenizer_notes),
+        "versions  " + ", ".join(f"{name} {number}" for name, number in versions().items()),
+    ]
+    return "\n".join([*lines, *_warnings(training, statistics)])
+
+
+def _base(config: Config) -> str:
+    weights = "random weights" if config.model.random_init else "frozen"
+    kind = "not quantised" if config.model.quantization == "none" else config.model.quantization
+    return f"{config.model.name_or_path} ({kind}, {weights})"
+
+
+def _warnings(training: Training, statistics: Statistics) -> list[str]:
+    """What a user would want to know before waiting for the result."""
+    config, lines = training.config, []
+    if statistics.num_too_long:
+        lines.append(
+            f"warning   {statistics.num_too_long} of {statistics.num_records} records are longer than "
+            f"data.max_length = {config.data.max_length} tokens and were dropped"
+        )
+    for name, count in statistics.ignored_fields.items():
+        lines.append(f"warning   the field {name!r} of {count} rows is not read")
+    if training.config.optim.warmup >= training.total_steps:
+        lines.append(
+            f"warning   optim.warmup = {config.optim.warmup} is not shorter than the run ({training.total_steps} steps): "
+            "the learning rate never reaches its peak"
+        )
+    return lines

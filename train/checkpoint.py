@@ -1,0 +1,253 @@
+"""Checkpoints that are whole or absent: written aside, hashed, renamed, verified; JSON and safetensors only.
+
+run_dir/checkpoints/step-NNNNNNNNNN/ holds adapter_model.safetensors and adapter_config.json (PEFT loads the folder as
+it stands), optimizer.safetensors, trainer_state.json and manifest.json with the size and sha256 of each. The newest
+checkpoint is the highest step whose manifest verifies; there is no pointer file that could be stale.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from train.exits import ExitCode, ExitWith, write_atomically
+
+FORMAT_VERSION = 1
+STEP_FOLDER = re.compile(r"step-(\d{10})")
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+OPTIMIZER, STATE, MANIFEST = "optimizer.safetensors", "trainer_state.json", "manifest.json"
+CONTENTS = (ADAPTER, ADAPTER_CONFIG, OPTIMIZER, STATE)
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Everything about a moment of training that is not a tensor.
+
+    No generator state: sample order and dropout are functions of seed and step (train/data.py, train/runtime.py).
+    """
+
+    step: int  # completed optimizer steps
+    metrics_bytes: int  # length of metrics.jsonl at this step
+    identity: dict[str, object]  # what must be equal for the continuation to be the same run
+    layout: dict[str, object]  # what may differ as long as the global batch is equal
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint folder holds, verified."""
+
+    path: Path
+    adapters: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    state: TrainerState
+
+
+@contextmanager
+def publish(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` at once and durably, or not at all.
+
+    Files are synced, then the folder, then it is renamed, then the parent is synced. An older `target` is moved aside
+    first and removed last. Whatever goes wrong, the temporary folder is removed.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".tmp-{target.name}-{uuid.uuid4().hex[:8]}"
+    temporary.mkdir(mode=0o700)
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        replaced = _set_aside(target, "trash") if target.exists() else None
+        os.rename(temporary, target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def adapter_files(adapters: Mapping[str, torch.Tensor], config: Mapping[str, object]) -> dict[str, bytes]:
+    """The two files that PEFT loads; raises ExitWith(NON_FINITE) rather than publish a weight that is not a number."""
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in adapters.items()}
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ExitWith(ExitCode.NON_FINITE, f"{broken[0]} and {len(broken) - 1} more hold non-finite values; not saved")
+    return {
+        ADAPTER: safetensors.torch.save(tensors, metadata={"format": "pt"}),
+        ADAPTER_CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
+    }
+
+
+class CheckpointStore:
+    """The checkpoints of one run folder, in the hands of the process that writes them."""
+
+    def __init__(self, run_dir: Path, keep: int) -> None:
+        self.run_dir = run_dir
+        self.root = run_dir / "checkpoints"
+        self.keep = keep
+
+    def run_uid(self) -> str:
+        """The run's identity, made at its first start; checkpoints of another run are never taken for ours."""
+        return self.run_record()["run_uid"]
+
+    def save(self, files: Mapping[str, bytes], optimizer: Mapping[str, torch.Tensor], state: TrainerState) -> Path:
+        """Makes the checkpoint of `state.step` durable, verifies it, and only then lets old ones go.
+
+        Raises ExitWith(SAVE_FAILED) when it cannot be written or read back; what stood before still stands.
+        """
+        target = self.root / f"step-{state.step:010d}"
+        contents = {
+            **files,
+            OPTIMIZER: safetensors.torch.save(dict(optimizer)),
+            STATE: json.dumps(asdict(state), indent=2, sort_keys=True).encode(),
+        }
+        try:
+            with publish(target) as folder:
+                for name in CONTENTS:
+                    _write_synced(folder / name, contents[name])
+                _write_synced(folder / MANIFEST, _manifest(contents, state.step, self.run_uid()))
+        except OSError as error:
+            raise ExitWith(
+                ExitCode.SAVE_FAILED, f"{target} could not be written: {error}; older checkpoints stand"
+            ) from None
+        reason = self.defect(target)
+        if reason:
+            raise ExitWith(ExitCode.SAVE_FAILED, f"{target} does not read back: {reason}; older checkpoints stand")
+        self._retain()
+        return target
+
+    def latest(self) -> Checkpoint | None:
+        """The newest checkpoint that verifies; those that do not are renamed to quarantine-*, and said, never deleted.
+
+        Raises ExitWith(NO_VALID_CHECKPOINT) when there are checkpoints and none is good.
+        """
+        self._sweep()
+        candidates = self._folders()
+        for folder in candidates:
+            reason = self.defect(folder)
+            if not reason:
+                return self.load(folder)
+            aside = _set_aside(folder, "quarantine")
+            print(f"checkpoint {folder.name} is not usable: {reason}; kept as {aside.name}", flush=True)
+        if candidates:
+            reason = f"{len(candidates)} checkpoints in {self.root}, none valid; --run.resume never starts again"
+            raise ExitWith(ExitCode.NO_VALID_CHECKPOINT, reason)
+        return None
+
+    def load(self, folder: Path) -> Checkpoint:
+        """The content of `folder`; raises ExitWith(NO_VALID_CHECKPOINT) with the reason when it does not verify."""
+        reason = self.defect(folder)
+        if reason:
+            raise ExitWith(ExitCode.NO_VALID_CHECKPOINT, f"checkpoint {folder} is not usable: {reason}")
+        return Checkpoint(
+            folder,
+            safetensors.torch.load((folder / ADAPTER).read_bytes()),
+            safetensors.torch.load((folder / OPTIMIZER).read_bytes()),
+            TrainerState(**json.loads((folder / STATE).read_bytes())),
+        )
+
+    def defect(self, folder: Path) -> str:
+        """Why `folder` is not a whole checkpoint of this run, or nothing."""
+        if not folder.is_dir() or folder.is_symlink():
+            return "it is not a folder"
+        names = {entry.name for entry in os.scandir(folder)}
+        expected = {*CONTENTS, MANIFEST}
+        if names != expected:
+            return f"missing or unexpected files: {', '.join(sorted(names ^ expected))}"
+        irregular = [entry.name for entry in os.scandir(folder) if not entry.is_file(follow_symlinks=False)]
+        if irregular:
+            return f"{irregular[0]} is not a regular file"
+        try:
+            manifest = json.loads((folder / MANIFEST).read_bytes())
+            claimed = manifest.pop("manifest_sha256")
+            if claimed != _sha256(_canonical(manifest)):
+                return f"{MANIFEST} is damaged"
+            if manifest["format_version"] != FORMAT_VERSION:
+                return f"format version {manifest['format_version']}, this program reads {FORMAT_VERSION}"
+            if manifest["run_uid"] != self.run_uid():
+                return "it belongs to another run"
+            for name in CONTENTS:
+                content = (folder / name).read_bytes()
+                wanted = manifest["files"][name]
+                if len(content) != wanted["bytes"] or _sha256(content) != wanted["sha256"]:
+                    return f"{name} is damaged"
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"{MANIFEST} cannot be read: {error!r}"
+        return ""
+
+    def run_record(self) -> dict[str, str]:
+        """run.json: the run's identity and its W&B id, made when they are first asked for."""
+        path = self.run_dir / "run.json"
+        if not path.exists():
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps({"run_uid": uuid.uuid4().hex, "wandb_id": uuid.uuid4().hex[:8]}) + "\n")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def _folders(self) -> list[Path]:
+        """Checkpoint folders, newest first."""
+        if not self.root.is_dir():
+            return []
+        return sorted((path for path in self.root.iterdir() if STEP_FOLDER.fullmatch(path.name)), reverse=True)
+
+    def _retain(self) -> None:
+        """Removes what is older than the newest `keep` checkpoints, if all of those verify."""
+        folders = self._folders()
+        if any(self.defect(folder) for folder in folders[: self.keep]):
+            return
+        for folder in folders[self.keep :]:
+            with suppress(OSError):  # a checkpoint too many is no reason to stop training
+                shutil.rmtree(_set_aside(folder, "trash"))
+
+    def _sweep(self) -> None:
+        """Removes what a killed process was writing or deleting; the caller holds the run's lock."""
+        for parent in (self.root, self.run_dir):
+            for leftover in (*parent.glob(".tmp-*"), *parent.glob(".trash-*")):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _manifest(contents: Mapping[str, bytes], step: int, run_uid: str) -> bytes:
+    files = {name: {"bytes": len(contents[name]), "sha256": _sha256(contents[name])} for name in CONTENTS}
+    manifest = {"format_version": FORMAT_VERSION, "run_uid": run_uid, "step": step, "files": files}
+    return _canonical({**manifest, "manifest_sha256": _sha256(_canonical(manifest))})
+
+
+def _canonical(manifest: Mapping[str, object]) -> bytes:
+    return json.dumps(manifest, sort_keys=True, indent=1).encode()
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _set_aside(folder: Path, kind: str) -> Path:
+    """Renames `folder`, durably, to a name that is no checkpoint's: hidden for trash, plain for quarantine."""
+    dot = "." if kind == "trash" else ""
+    aside = folder.with_name(f"{dot}{kind}-{folder.name}-{uuid.uuid4().hex[:8]}")
+    os.rename(folder, aside)
+    _sync(folder.parent)
+    return aside

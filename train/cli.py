@@ -1,0 +1,122 @@
+"""argv -> Config: `--profile NAME`, `--section.field VALUE`, `--print-config`; refuses whatever it does not know."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import re
+from collections.abc import Iterator, Sequence
+
+import tyro
+
+from train.config import Config
+from train.exits import ExitCode, ExitWith
+from train.profiles import PROFILES
+
+USAGE = "usage: accelerate launch train/main.py --profile NAME [--section.field VALUE ...] [--print-config] [--help]"
+# `--model.random_init true` instead of a pair of flags
+_PARSING = (tyro.conf.FlagConversionOff,)
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """The configuration that `argv` asks for.
+
+    Raises ExitWith(BAD_INPUT) naming every unknown option, unreadable value and impossible value at once, and
+    SystemExit(0) after `--help` or `--print-config`.
+    """
+    words = [word for word in argv if word != "--print-config"]
+    profile, words = _take_profile(words)
+    if {"-h", "--help"} & set(words):
+        tyro.cli(
+            Config,
+            default=profile,
+            args=["--help"],
+            config=_PARSING,
+            prog=f"train/main.py --profile {profile.profile}",
+        )
+    config, problems = _override(profile, words)
+    problems += config.problems()
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise ExitWith(ExitCode.BAD_INPUT, f"the configuration cannot be used:\n{lines}\n{USAGE}")
+    if "--print-config" in argv:
+        print(json.dumps(dataclasses.asdict(config), indent=2))
+        raise SystemExit(0)
+    return config
+
+
+def _take_profile(words: list[str]) -> tuple[Config, list[str]]:
+    """The profile that the words name, and the words without it."""
+    known = ", ".join(PROFILES)
+    options = _grouped(words)
+    names = [values for name, values in options if name == "profile"]
+    if not names and {"-h", "--help"} & set(words):
+        print(f"{USAGE}\nprofiles: {known}\nall options of one: --profile NAME --help")
+        raise SystemExit(0)
+    if len(names) != 1 or len(names[0]) != 1:
+        raise ExitWith(ExitCode.BAD_INPUT, f"name one profile: --profile NAME, with NAME one of {known}\n{USAGE}")
+    name = names[0][0]
+    if name not in PROFILES:
+        near = difflib.get_close_matches(name, PROFILES, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ExitWith(ExitCode.BAD_INPUT, f"unknown profile {name!r}: {hint}known profiles: {known}\n{USAGE}")
+    rest = [word for option, values in options if option != "profile" for word in (f"--{option}", *values)]
+    return PROFILES[name](), rest
+
+
+def _grouped(words: list[str]) -> list[tuple[str, list[str]]]:
+    """(option without dashes, its values), in order; `--a=b` is split, `-1` and `-inf` are values."""
+    groups: list[tuple[str, list[str]]] = []
+    for word in words:
+        if re.match(r"--?[a-zA-Z]", word) and word != "-inf":
+            name, equals, value = word.lstrip("-").partition("=")
+            groups.append((name.replace("-", "_"), [value] if equals else []))
+        elif groups:
+            groups[-1][1].append(word)
+        else:
+            raise ExitWith(ExitCode.BAD_INPUT, f"{word!r} does not belong to any option\n{USAGE}")
+    return groups
+
+
+def _override(config: Config, words: list[str]) -> tuple[Config, list[str]]:
+    """`config` with the overrides that can be read, and a line for each one that cannot."""
+    problems: list[str] = []
+    known = dict(_options(config))
+    merged: dict[str, list[str]] = {}
+    for name, values in _grouped(words):
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            problems.append(f"--{name}: no such option" + (f"; did you mean --{near[0]}?" if near else ""))
+        elif name in merged and not isinstance(known[name], tuple):
+            problems.append(f"--{name}: given more than once")
+        else:
+            merged.setdefault(name, []).extend(values)
+    for name, values in merged.items():
+        # one at a time, because tyro stops at the first value that it cannot read; it spells booleans True and False
+        spelled = [value.title() if isinstance(known[name], bool) else value for value in values]
+        errors = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(errors):
+                config = tyro.cli(Config, default=config, args=[f"--{name}", *spelled], config=_PARSING)
+        except SystemExit:
+            problems.append(f"--{name} {' '.join(values)}: {_message(errors.getvalue())}")
+    return config, problems
+
+
+def _options(config: Config) -> Iterator[tuple[str, object]]:
+    """Every `section.field` and its present value."""
+    for section in dataclasses.fields(config):
+        value = getattr(config, section.name)
+        if dataclasses.is_dataclass(value):
+            yield from (
+                (f"{section.name}.{field.name}", getattr(value, field.name)) for field in dataclasses.fields(value)
+            )
+
+
+def _message(panel: str) -> str:
+    """The reason in tyro's error panel: the lines between its title's rule and the next rule."""
+    lines = [line.strip(" │|") for line in panel.splitlines()]
+    rules = [number for number, line in enumerate(lines) if line and set(line) <= set("─-╭╮╰╯├┤+")]
+    body = lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines
+    return " ".join(line for line in body if line)

@@ -1,0 +1,52 @@
+"""Samples -> one padded micro-batch, with the places and values of its targets; pure, on the CPU."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+
+
+class Row(TypedDict):
+    """One sample as it lies in the prepared data set."""
+
+    input_ids: list[int]
+    trained: list[bool]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward pass of one process.
+
+    There is no attention mask: padding stands on the right, so under causal attention no token of a sample can see
+    it, and no target lies in it. Without a mask attention takes its fastest kernels.
+    """
+
+    input_ids: torch.Tensor  # int64 [B, T]
+    target_rows: torch.Tensor  # int64 [N]: b * T + t of the positions that predict a trained token
+    targets: torch.Tensor  # int64 [N]: that token
+    num_tokens: int  # real tokens, without padding
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same micro-batch on `device`, copied without waiting."""
+        tensors = (self.input_ids, self.target_rows, self.targets)
+        return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in tensors), self.num_tokens)
+
+
+def collate(rows: Sequence[Row], pad_token_id: int) -> MicroBatch:
+    """Pads `rows` to the longest; the mask is taken by position, so it does not matter which token pads."""
+    width = max(len(row["input_ids"]) for row in rows)
+    input_ids = torch.full((len(rows), width), pad_token_id)
+    trained = torch.zeros((len(rows), width), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        length = len(row["input_ids"])
+        input_ids[i, :length] = torch.tensor(row["input_ids"])
+        trained[i, :length] = torch.tensor(row["trained"])
+    is_target = trained[:, 1:]
+    batch_index, position = is_target.nonzero(as_tuple=True)
+    return MicroBatch(
+        input_ids=input_ids,
+        target_rows=batch_index * width + position,
+        targets=input_ids[:, 1:][is_target],
+        num_tokens=sum(len(row["input_ids"]) for row in rows),
+    )

@@ -1,0 +1,246 @@
+"""What a run is made of: frozen dataclasses, one docstring a field, and every problem found at once."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+LLAMA_LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in a size such as `4GiB` or `3.5 GB`; raises ValueError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"{text!r} is not a size; write for example 4GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen base model."""
+
+    name_or_path: str
+    """Folder with config.json and safetensors weights, or a hub id."""
+    revision: str = "main"
+    """Hub branch, tag or commit; a folder has none."""
+    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    """How the frozen linear layers are stored: NF4 with double quantisation, LLM.int8, or not quantised."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute type of the base. auto: bf16 on CUDA devices that have it in hardware (capability 8.0), else fp32."""
+    random_init: bool = False
+    """Real shape, random weights: only config.json and the tokenizer are read. For probes and benchmarks."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The trained low-rank adapters (Hu et al. 2021)."""
+
+    r: int = 8
+    """Rank."""
+    alpha: int = 16
+    """Scale: the adapter's output is multiplied by alpha / r."""
+    dropout: float = 0.0
+    """Probability that an element of an adapter's input is zeroed while training."""
+    target_modules: tuple[str, ...] = LLAMA_LINEAR_LAYERS
+    """Names of the linear layers that get an adapter."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on."""
+
+    path: tuple[str, ...]
+    """Prompt/response JSONL file, .txt or .md file, or folder of .txt and .md files; repeatable."""
+    format: Literal["auto", "text", "prompt_response"] = "auto"
+    """auto: by file ending (.jsonl is prompt_response; .txt, .md and folders are text)."""
+    validation_path: tuple[str, ...] = ()
+    """Files like `path`, never trained on."""
+    validation_fraction: float = 0.0
+    """Share of the records (rows, or whole text files) held out of `path` when validation_path is empty."""
+    chat_template: str = ""
+    """Jinja file used instead of the tokenizer's own chat template."""
+    max_length: int = 1024
+    """Tokens in a sample at most. Text is cut into pieces of this length; a longer conversation is dropped and counted."""
+    text_overlap: int = 128
+    """Tokens that a piece of text repeats from the piece before it, as context that is not trained again."""
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Samples in one optimizer step = per_device x accumulation x processes."""
+
+    per_device: int = 2
+    """Samples in one forward pass of one process."""
+    accumulation: int = 4
+    """Forward/backward passes in one optimizer step."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How the adapters move."""
+
+    name: Literal["paged_adamw_8bit", "adamw_8bit", "adamw"] = "paged_adamw_8bit"
+    """bitsandbytes' 8-bit AdamW with or without paging, or torch's fp32 AdamW."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the decay from the end of the warmup to the last step."""
+    warmup: int = 0
+    """Optimizer steps over which the learning rate rises linearly to its peak."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; inf turns clipping off."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, and from which seed."""
+
+    epochs: int = 3
+    """Passes over the data."""
+    max_steps: int = 0
+    """Stop after this many optimizer steps, if that comes before the last epoch's end; 0 is no limit."""
+    seed: int = 0
+    """Seed of the sample order, the adapters' start and dropout."""
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What the device may hold."""
+
+    checkpointing: Literal["full", "none"] = "full"
+    """full: each decoder block's activations are recomputed in the backward pass; none: they are kept."""
+    budget: str = ""
+    """Hard cap on the device memory that the allocator may take, such as 4GiB; empty is all of it."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state of training is made durable."""
+
+    every: Literal["epoch"] | int = "epoch"
+    """At each epoch's end, or every so many optimizer steps (and at the end)."""
+    keep: int = 2
+    """Newest verified checkpoints that stay; at least 2, so that one always stands while another is written."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where and on what."""
+
+    dir: str
+    """The run folder; repeating the command with the same folder resumes."""
+    resume: str = "auto"
+    """auto: from the newest valid checkpoint if there is one; must: fail without one; never: start again (the old
+    run folder is renamed and kept); or the path of one checkpoint folder."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """cuda refuses to start without a GPU; auto takes a GPU if there is one."""
+    deterministic: bool = False
+    """Only deterministic kernels: on a GPU, resumed runs are bitwise equal then, at some cost in speed. A CPU always is."""
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    """Who watches. metrics.jsonl in the run folder is always written."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """Weights & Biases. auto: online with a key (WANDB_API_KEY or netrc), else recorded offline for a later sync."""
+    project: str = "handloop"
+    """Weights & Biases project."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Questions answered at the end, without and with the adapter (prompt/response data only)."""
+
+    num_questions: int = 8
+    """The first so many rows of data.path are asked; 0 asks none."""
+    max_new_tokens: int = 128
+    """An answer that has not stopped by then is cut and counted as not stopped."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    profile: str
+    """Name of the profile that this configuration started from."""
+    model: ModelConfig
+    data: DataConfig
+    run: RunConfig
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
+
+    def problems(self) -> list[str]:
+        """Every impossible value, one line each: the option, its value, and what would work."""
+        return [f"--{option} {value}: {remedy}" for option, value, remedy in self._checks()]
+
+    def _checks(self) -> Iterator[tuple[str, object, str]]:
+        yield from self._number_checks()
+        if not self.data.path:
+            yield "data.path", "(empty)", "name at least one file or folder"
+        if not self.lora.target_modules:
+            yield (
+                "lora.target_modules",
+                "(empty)",
+                f"name layers, for example {' '.join(LLAMA_LINEAR_LAYERS)}",
+            )
+        if "lm_head" in self.lora.target_modules:
+            yield "lora.target_modules", "lm_head", "the output head stays frozen; leave it out"
+        if self.data.validation_path and self.data.validation_fraction:
+            yield (
+                "data.validation_fraction",
+                self.data.validation_fraction,
+                "use it or data.validation_path, not both",
+            )
+        if self.data.text_overlap >= self.data.max_length // 2:
+            yield "data.text_overlap", self.data.text_overlap, "must be less than half of data.max_length"
+        if self.memory.budget:
+            try:
+                parse_bytes(self.memory.budget)
+            except ValueError as error:
+                yield "memory.budget", self.memory.budget, str(error)
+
+    def _number_checks(self) -> Iterator[tuple[str, object, str]]:
+        at_least = [
+            ("lora.r", self.lora.r, 1),
+            ("lora.alpha", self.lora.alpha, 1),
+            ("data.max_length", self.data.max_length, 8),
+            ("data.text_overlap", self.data.text_overlap, 0),
+            ("batch.per_device", self.batch.per_device, 1),
+            ("batch.accumulation", self.batch.accumulation, 1),
+            ("optim.warmup", self.optim.warmup, 0),
+            ("optim.weight_decay", self.optim.weight_decay, 0),
+            ("train.epochs", self.train.epochs, 1),
+            ("train.max_steps", self.train.max_steps, 0),
+            ("train.seed", self.train.seed, 0),
+            ("checkpoint.keep", self.checkpoint.keep, 2),
+            ("compare.num_questions", self.compare.num_questions, 0),
+            ("compare.max_new_tokens", self.compare.max_new_tokens, 1),
+        ]
+        if self.checkpoint.every != "epoch":
+            at_least.append(("checkpoint.every", self.checkpoint.every, 1))
+        for option, value, minimum in at_least:
+            if not value >= minimum:
+                yield option, value, f"must be at least {minimum}"
+        for option, value in (("optim.lr", self.optim.lr), ("optim.max_grad_norm", self.optim.max_grad_norm)):
+            if not value > 0:
+                yield option, value, "must be greater than 0"
+        if self.optim.lr == float("inf"):
+            yield "optim.lr", self.optim.lr, "must be a finite number"
+        shares = [
+            ("lora.dropout", self.lora.dropout),
+            ("data.validation_fraction", self.data.validation_fraction),
+        ]
+        for option, value in shares:
+            if not 0 <= value < 1:
+                yield option, value, "must be at least 0 and less than 1"

@@ -1,0 +1,31 @@
+"""The result: a folder that plain PEFT and transformers load."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from train.checkpoint import adapter_files, publish
+
+
+def publish_final(
+    folder: Path,
+    adapters: Mapping[str, torch.Tensor],
+    config: Mapping[str, object],
+    tokenizer: PreTrainedTokenizerBase,
+    end_token_ids: Sequence[int],
+) -> None:
+    """Writes adapter, tokenizer with the template that was trained, and generation settings, all at once or not at all.
+
+    generation_config.json names the end tokens that the training taught, so that generation stops where answers did.
+    """
+    with publish(folder) as temporary:
+        for name, content in adapter_files(adapters, config).items():
+            (temporary / name).write_bytes(content)
+        tokenizer.save_pretrained(temporary)
+        GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=list(end_token_ids),
+            pad_token_id=tokenizer.pad_token_id,
+        ).save_pretrained(temporary)

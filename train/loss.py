@@ -1,0 +1,47 @@
+"""Cross entropy summed over the supervised tokens, without ever holding the logits of all of them."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+# fp32 logits of one chunk; two such buffers live at a time. 523 rows of Llama-3's 128,256-word vocabulary.
+CHUNK_BYTES = 2**28
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """loss = sum_i logsumexp(h_i W^T) - (h_i W^T)[t_i];   dloss/dh_i = (softmax(h_i W^T) - onehot(t_i)) W.
+
+    The gradient is formed in the forward pass, chunk by chunk, while the logits are there; W is frozen.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        rows_per_chunk = max(16, CHUNK_BYTES // (4 * weight.shape[0]))
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, hidden.shape[0], rows_per_chunk):
+            rows = slice(start, start + rows_per_chunk)
+            logits = F.linear(hidden[rows], weight).float()  # [rows, V]
+            loss += F.cross_entropy(logits, targets[rows], reduction="sum")
+            if grad_hidden is not None:
+                grad_logits = logits.softmax(-1)
+                grad_logits[torch.arange(len(grad_logits), device=logits.device), targets[rows]] -= 1
+                grad_hidden[rows] = grad_logits.to(weight.dtype) @ weight
+        if grad_hidden is not None:
+            ctx.save_for_backward(grad_hidden)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (grad_hidden,) = ctx.saved_tensors
+        return grad_hidden * grad_loss.to(grad_hidden.dtype), None, None
+
+
+def summed_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum over N rows of -log softmax(hidden W^T)[target], an fp32 scalar.
+
+    hidden [N, H] and the frozen head's weight [V, H] have the compute type; targets [N] are token ids.
+    """
+    assert not weight.requires_grad, "the head must be frozen: no gradient is made for it"
+    return _SummedCrossEntropy.apply(hidden, weight, targets)

@@ -1,0 +1,162 @@
+"""Trains adapters: `accelerate launch train/main.py --profile NAME [--section.field VALUE ...]`."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from accelerate import Accelerator
+from datasets import Dataset
+from rich.console import Console
+
+from data_tools.prepare import Prepared, first_conversations, prepare
+from data_tools.records import DataError
+from train import runtime
+from train.banner import banner
+from train.checkpoint import Checkpoint, CheckpointStore
+from train.cli import parse
+from train.config import Config
+from train.data import Layout, TrainingData, prepare_settings, split_validation
+from train.deliver.compare import as_rows, compare, show
+from train.deliver.final import publish_final
+from train.exits import ExitCode, ExitWith, write_atomically, write_exit
+from train.loop import train
+from train.model import Tokenizer, adapter_config, load_model, load_tokenizer
+from train.optim import build_optimizer
+from train.resume import choose, identity, restore, save_state
+from train.step import Training
+from train.trackers import Display, MetricsFile, Tracker, Trackers, WeightsAndBiases, wandb_mode
+from train.validation import validate
+
+IS_FIRST_PROCESS = os.environ.get("RANK", "0") == "0"
+
+
+def main(argv: list[str]) -> ExitCode:
+    """Runs the job that `argv` describes; whatever ends it is said in one message and in exit.json."""
+    run_dir = None
+    code, reason = ExitCode.FINISHED, "finished"
+    try:
+        config = parse(argv)
+        if IS_FIRST_PROCESS:
+            runtime.lock(Path(config.run.dir))
+            run_dir = Path(config.run.dir)
+        run(config)
+    except ExitWith as end:
+        code, reason = end.code, end.reason
+    except DataError as error:
+        code, reason = ExitCode.BAD_INPUT, str(error)
+    if IS_FIRST_PROCESS and code != ExitCode.FINISHED:
+        print(f"\nhandloop: {reason}", file=sys.stderr, flush=True)
+    if run_dir is not None:
+        write_exit(run_dir, code, reason)
+    return code
+
+
+def run(config: Config) -> None:
+    """The job from files to final/; raises ExitWith or DataError where it ends early."""
+    stop = runtime.StopRequest()
+    runtime.check(config)
+    tokenizer = load_tokenizer(config)
+    prepared = prepare(prepare_settings(config, config.data.path), tokenizer.backend)
+    samples, validation = hold_out(config, prepared, tokenizer)
+    accelerator = runtime.start(config)
+    store = CheckpointStore(Path(config.run.dir), config.checkpoint.keep)
+    checkpoint = choose(store, config, accelerator)
+    training = assemble(config, accelerator, samples, tokenizer)
+    same_run = identity(config, prepared.fingerprint, training.data.layout.samples_per_step, training.total_steps)
+    if checkpoint is not None:
+        restore(training, checkpoint, same_run)
+    runtime.say(accelerator, banner(training, tokenizer.notes, prepared.statistics, checkpoint))
+
+    trackers = open_trackers(training, store, checkpoint)
+    completed = checkpoint.state.step if checkpoint else 0
+    try:
+        train(
+            training,
+            completed,
+            stop,
+            trackers,
+            save=lambda step: save_state(training, store, same_run, step, trackers.metrics_bytes),
+            validate=lambda: validate(training, validation) if validation else {},
+        )
+        if accelerator.is_main_process:
+            deliver(training, tokenizer, prepared, trackers)
+    finally:
+        trackers.finish()
+
+
+def hold_out(config: Config, prepared: Prepared, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
+    """(training, validation) samples; there may be no validation."""
+    if config.data.validation_path:
+        settings = prepare_settings(config, config.data.validation_path)
+        return prepared.dataset, prepare(settings, tokenizer.backend).dataset
+    if config.data.validation_fraction:
+        return split_validation(prepared, config.data.validation_fraction, config.train.seed)
+    return prepared.dataset, None
+
+
+def assemble(config: Config, accelerator: Accelerator, samples: Dataset, tokenizer: Tokenizer) -> Training:
+    """Model, optimizer and sample order on this process's device."""
+    cut = Layout(
+        config.batch.per_device,
+        config.batch.accumulation,
+        accelerator.num_processes,
+        accelerator.process_index,
+    )
+    data = TrainingData(samples, config.train.seed, cut, tokenizer.backend.pad_token_id)
+    all_steps = data.steps_per_epoch * config.train.epochs
+    model = load_model(config, accelerator.device)
+    parameters = model.trainable()
+    return Training(
+        config=config,
+        accelerator=accelerator,
+        model=model,
+        wrapped=accelerator.prepare_model(model),
+        parameters=parameters,
+        optimizer=build_optimizer(parameters, config.optim),
+        data=data,
+        total_steps=min(all_steps, config.train.max_steps) if config.train.max_steps else all_steps,
+    )
+
+
+def open_trackers(training: Training, store: CheckpointStore, checkpoint: Checkpoint | None) -> Trackers:
+    """Everyone who is told about the run; only the first process tells."""
+    if not training.accelerator.is_main_process:
+        return Trackers([])
+    config = training.config
+    metrics = MetricsFile(store.run_dir, checkpoint.state.metrics_bytes if checkpoint else 0)
+    completed = checkpoint.state.step if checkpoint else 0
+    members: list[Tracker] = [metrics]
+    mode = wandb_mode(config)
+    if mode != "off":
+        members.append(WeightsAndBiases(config, store.run_record(), mode, metrics.last_step_seen))
+    members.append(Display(Console(), completed, training.total_steps, training.data.steps_per_epoch))
+    return Trackers(members)
+
+
+def deliver(training: Training, tokenizer: Tokenizer, prepared: Prepared, trackers: Trackers) -> None:
+    """Publishes final/ and answers the questions of the data, without and with the adapters."""
+    config, end_token_ids = training.config, prepared.statistics.end_token_ids
+    run_dir = Path(config.run.dir)
+    publish_final(
+        run_dir / "final",
+        training.parameters,
+        adapter_config(training.model),
+        tokenizer.backend,
+        end_token_ids,
+    )
+    conversations = first_conversations(prepare_settings(config, config.data.path), config.compare.num_questions)
+    console = Console()
+    if conversations:
+        console.print(f"asking {len(conversations)} questions without and with the adapters", highlight=False)
+        answers = compare(
+            training.model, tokenizer.backend, conversations, end_token_ids, config.compare.max_new_tokens
+        )
+        write_atomically(run_dir / "answers.json", json.dumps(as_rows(answers), indent=2, ensure_ascii=False) + "\n")
+        trackers.answers(as_rows(answers))
+        show(console, answers)
+    console.print(f"the adapter is in {run_dir / 'final'}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,274 @@
+"""The frozen base, its tokenizer and the adapters; the only file that knows transformers' models, peft and NF4."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import peft
+import torch
+import transformers
+from accelerate import init_empty_weights
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+from data_tools.render import PLAIN_TEMPLATE
+from train.config import Config, ModelConfig
+from train.exits import ExitCode, ExitWith
+from train.loss import summed_cross_entropy
+
+# Tokens that models ship for padding; the first that the vocabulary holds is used where pad is unset or equals eos.
+PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<unk>")
+# Heads that scale or cap their logits; ours multiplies by the weight and nothing else.
+UNSUPPORTED_HEAD_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer that is ready for training, and what was decided about it, to be said once."""
+
+    backend: PreTrainedTokenizerBase
+    notes: tuple[str, ...]
+
+
+class LanguageModel(torch.nn.Module):
+    """Base and adapters as one module whose forward is the summed loss, so that DDP sees a single forward call."""
+
+    def __init__(self, adapted: peft.PeftModel) -> None:
+        super().__init__()
+        self.adapted = adapted
+
+    def forward(self, input_ids: torch.Tensor, target_rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Cross entropy summed over the targets, an fp32 scalar; input_ids [B, T], target_rows and targets [N]."""
+        causal_lm: Any = self.adapted.get_base_model()
+        hidden = causal_lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, T, H]
+        supervised = hidden.flatten(0, 1).index_select(0, target_rows)  # [N, H]
+        return summed_cross_entropy(supervised, causal_lm.get_output_embeddings().weight, targets)
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """The adapters' parameters, by the names that PEFT gives them in adapter_model.safetensors."""
+        named = self.adapted.named_parameters()
+        return {name.replace(".default", ""): p for name, p in named if p.requires_grad}
+
+
+def load_tokenizer(config: Config) -> Tokenizer:
+    """The base's tokenizer with a chat template and a pad token that is not the end token, where it can have one.
+
+    Raises ExitWith(BAD_INPUT) where it cannot be found.
+    """
+    notes = []
+    source = _source(config.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise _not_found(config.model, "a tokenizer", error) from None
+    if config.data.chat_template:
+        try:
+            tokenizer.chat_template = Path(config.data.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ExitWith(ExitCode.BAD_INPUT, f"--data.chat_template {config.data.chat_template}: {error}") from None
+        notes.append(f"chat template: {config.data.chat_template}")
+    elif tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+        notes.append("chat template: the tokenizer has none; '### User: / ### Assistant:' is used and saved with it")
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+        vocabulary = tokenizer.get_vocab()
+        candidate = next((token for token in PAD_CANDIDATES if token in vocabulary), None)
+        if candidate is not None:
+            tokenizer.pad_token = candidate
+            notes.append(f"pad token: {candidate} (the tokenizer had none of its own)")
+        else:
+            tokenizer.pad_token = tokenizer.eos_token
+            notes.append(f"pad token: {tokenizer.eos_token}, the end token; harmless, padding is masked by position")
+    return Tokenizer(tokenizer, tuple(notes))
+
+
+def resolve_dtype(config: ModelConfig, device: torch.device) -> str:
+    """`bf16` or `fp32`, by capability: is_bf16_supported() is true on cards that only emulate it (pytorch#148322)."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+
+
+def load_model(config: Config, device: torch.device) -> LanguageModel:
+    """Base on `device`, frozen and quantised as configured, with fresh fp32 adapters drawn from train.seed.
+
+    peft's prepare_model_for_kbit_training is not called: it casts embedding and head to fp32 (2.1 GB at 8B).
+    Raises ExitWith(BAD_INPUT) where the base cannot be found or has a head that the loss does not know.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    shape = model_shape(config.model)
+    unsupported = [name for name in UNSUPPORTED_HEAD_SETTINGS if getattr(shape, name, None) not in (None, 1, 1.0)]
+    if unsupported:
+        reason = (
+            f"{config.model.name_or_path}: its output head uses {', '.join(unsupported)}, which the loss does not know"
+        )
+        raise ExitWith(ExitCode.BAD_INPUT, f"{reason}; choose a model of the Llama, Mistral or Qwen family")
+    dtype = DTYPES[resolve_dtype(config.model, device)]
+    if config.model.random_init:
+        base = _random_base(shape, config, dtype, device)
+    else:
+        base = _pretrained_base(config.model, dtype, device)
+    base.requires_grad_(False)
+    base.config.use_cache = False
+    if config.memory.checkpointing == "full":
+        # use_reentrant=False: the frozen embedding's output needs no gradient, and DDP's hooks keep working
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.manual_seed(config.train.seed)
+    return LanguageModel(_with_adapters(base, config).train())
+
+
+def _with_adapters(base: Any, config: Config) -> peft.PeftModel:
+    lora = peft.LoraConfig(
+        r=config.lora.r,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=list(config.lora.target_modules),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        adapted = peft.get_peft_model(base, lora)
+    except ValueError as error:
+        raise ExitWith(ExitCode.BAD_INPUT, f"--lora.target_modules: {error}") from None
+    assert isinstance(adapted, peft.PeftModel)
+    return adapted
+
+
+def model_shape(config: ModelConfig) -> Any:
+    """The base's transformers configuration, without its weights."""
+    try:
+        return AutoConfig.from_pretrained(**_source(config), trust_remote_code=False)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise _not_found(config, "config.json", error) from None
+
+
+def _pretrained_base(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Any:
+    quantization = _quantization(config, dtype)
+    options = {"quantization_config": quantization} if quantization else {}
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            **_source(config),
+            **options,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation="sdpa",
+        )
+    except (OSError, HfHubHTTPError) as error:
+        raise _not_found(config, "safetensors weights", error) from None
+
+
+def _quantization(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if config.quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if config.quantization == "int8" else None
+
+
+def _random_base(shape: Any, config: Config, dtype: torch.dtype, device: torch.device) -> Any:
+    """The shape with random weights, made and quantised layer by layer on the device: never whole in `dtype`."""
+    with init_empty_weights(include_buffers=False):
+        base: Any = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation="sdpa")
+    quantization = _quantization(config.model, dtype)
+    if quantization is not None:
+        replace_with_bnb_linear(base, modules_to_not_convert=["lm_head"], quantization_config=quantization)
+        base.is_loaded_in_4bit = config.model.quantization == "nf4"
+        base.is_loaded_in_8bit = config.model.quantization == "int8"
+    generator = torch.Generator(device).manual_seed(config.train.seed)
+    for module in list(base.modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, _random_parameter(parameter, name, shape, dtype, generator))
+    base.tie_weights()
+    base.name_or_path = config.model.name_or_path
+    return base.to(device)
+
+
+def _random_parameter(
+    parameter: torch.nn.Parameter, name: str, shape: Any, dtype: torch.dtype, generator: torch.Generator
+) -> torch.nn.Parameter:
+    device = generator.device
+    if name == "bias":
+        return torch.nn.Parameter(torch.zeros(parameter.shape, dtype=dtype, device=device), requires_grad=False)
+    if parameter.dim() == 1:
+        return torch.nn.Parameter(torch.ones(parameter.shape, dtype=dtype, device=device), requires_grad=False)
+    values = torch.empty(parameter.shape, dtype=dtype, device=device)
+    values.normal_(0.0, shape.initializer_range, generator=generator)
+    if isinstance(parameter, bnb.nn.Params4bit):
+        return bnb.nn.Params4bit(values, requires_grad=False, **parameter.__dict__).to(device)
+    if isinstance(parameter, bnb.nn.Int8Params):
+        return bnb.nn.Int8Params(values.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
+    return torch.nn.Parameter(values, requires_grad=False)
+
+
+def base_fingerprint(config: Config) -> str:
+    """sha256 that tells one base from another without reading all its weights.
+
+    Over config.json and, for each weight file, its length, its header (names, types, shapes) and its first MiB of
+    values; for random weights the seed; for a hub model the commit that was resolved.
+    """
+    shape = model_shape(config.model)
+    digest = hashlib.sha256(json.dumps(shape.to_diff_dict(), sort_keys=True, default=str).encode())
+    if config.model.random_init:
+        digest.update(f"random {config.train.seed}".encode())
+    elif Path(config.model.name_or_path).is_dir():
+        for file in sorted(Path(config.model.name_or_path).glob("*.safetensors")):
+            with file.open("rb") as stream:
+                header_length = stream.read(8)
+                head = stream.read(int.from_bytes(header_length, "little") + 2**20)
+            digest.update(f"{file.name} {file.stat().st_size} ".encode() + head)
+    else:
+        digest.update(str(getattr(shape, "_commit_hash", None)).encode())
+    return digest.hexdigest()
+
+
+def adapter_config(model: LanguageModel) -> dict[str, object]:
+    """What PEFT writes to adapter_config.json."""
+    values = model.adapted.peft_config["default"].to_dict()
+    return {key: sorted(v) if isinstance(v, set) else v for key, v in values.items()} | {"inference_mode": True}
+
+
+def load_adapters(model: LanguageModel, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copies saved adapters into the model's; raises ValueError unless names and shapes are exactly its own."""
+    parameters = model.trainable()
+    if set(tensors) != set(parameters):
+        different = sorted(set(tensors) ^ set(parameters))
+        raise ValueError(f"the saved adapters are not this model's: {', '.join(different[:3])}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if tensors[name].shape != parameter.shape:
+                raise ValueError(
+                    f"{name} is {list(tensors[name].shape)} in the checkpoint, {list(parameter.shape)} here"
+                )
+            parameter.copy_(tensors[name])
+
+
+def _source(config: ModelConfig) -> dict[str, str]:
+    return {"pretrained_model_name_or_path": config.name_or_path, "revision": config.revision}
+
+
+def _not_found(config: ModelConfig, what: str, error: Exception) -> ExitWith:
+    name = config.name_or_path
+    if Path(name).is_dir() or isinstance(error, HFValidationError):
+        remedy = "name a folder that holds config.json, tokenizer.json and *.safetensors, or a hub id"
+    else:
+        remedy = (
+            "name a folder, or a hub id that you can reach (gated models: accept their licence, then `hf auth login`)"
+        )
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ExitWith(ExitCode.BAD_INPUT, f"--model.name_or_path {name}: cannot read {what}: {first_line}\n{remedy}")

@@ -1,0 +1,141 @@
+"""From checkpoint to running state and back: what is saved, what must be equal, and which checkpoint is taken."""
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from train.checkpoint import STEP_FOLDER, Checkpoint, CheckpointStore, TrainerState, adapter_files
+from train.config import Config
+from train.exits import ExitCode, ExitWith
+from train.metrics import read
+from train.model import adapter_config, base_fingerprint, load_adapters, resolve_dtype
+from train.optim import load_optimizer_state, optimizer_state
+from train.runtime import say, versions
+from train.step import Training
+
+IDENTITY_SECTIONS = ("lora", "optim")  # every field of these, and the single fields named in identity()
+RUN_FILES = ("run.json", "metrics.jsonl", "exit.json", "answers.json", "checkpoints", "final", "wandb")
+
+
+def identity(config: Config, data_fingerprint: str, samples_per_step: int, total_steps: int) -> dict[str, object]:
+    """Everything that makes two runs the same run; a checkpoint is continued only where all of it is equal."""
+    values: dict[str, object] = {
+        "model.base": base_fingerprint(config),
+        "model.quantization": config.model.quantization,
+        "model.dtype": config.model.dtype,
+        "data": data_fingerprint,
+        "batch (samples in a step)": samples_per_step,
+        "train.seed": config.train.seed,
+        "total optimizer steps": total_steps,
+    }
+    for section in IDENTITY_SECTIONS:
+        for name, value in asdict(getattr(config, section)).items():
+            values[f"{section}.{name}"] = list(value) if isinstance(value, tuple) else value
+    return values
+
+
+def choose(store: CheckpointStore, config: Config, accelerator: Accelerator) -> Checkpoint | None:
+    """The checkpoint to continue from, by run.resume; the first process decides for all.
+
+    Raises ExitWith(NO_VALID_CHECKPOINT) where one is wanted and none is good.
+    """
+    wanted = config.run.resume
+    if wanted not in ("auto", "must", "never"):
+        return store.load(Path(wanted))
+
+    def decide() -> int:
+        if wanted == "never":
+            _archive(Path(config.run.dir))
+            return 0
+        found = store.latest()
+        if found is None and wanted == "must":
+            reason = f"--run.resume must: there is no checkpoint in {store.root}"
+            raise ExitWith(ExitCode.NO_VALID_CHECKPOINT, reason)
+        return found.state.step if found else 0
+
+    step = on_first_process(accelerator, decide)
+    return store.load(store.root / f"step-{step:010d}") if step else None
+
+
+def on_first_process(accelerator: Accelerator, action: Callable[[], int]) -> int:
+    """What `action` returns (0 or more) in the first process, in all processes; an ExitWith ends all of them."""
+    error, value = None, 0
+    if accelerator.is_main_process:
+        try:
+            value = action()
+        except ExitWith as end:
+            error, value = end, -int(end.code)
+    total = accelerator.reduce(torch.tensor(float(value), device=accelerator.device), reduction="sum")
+    agreed = int(read(total)[0])
+    if agreed < 0:
+        raise error or ExitWith(ExitCode(-agreed), "ended by the first process")
+    return agreed
+
+
+def restore(training: Training, checkpoint: Checkpoint, same_run: dict[str, object]) -> None:
+    """Puts the checkpoint into `training`; raises ExitWith(FINGERPRINT_MISMATCH) naming every difference."""
+    saved = checkpoint.state.identity
+    changed = [
+        f"  {name}: {saved.get(name)!r} in the checkpoint, {same_run.get(name)!r} now"
+        for name in sorted({*saved, *same_run})
+        if saved.get(name) != same_run.get(name)
+    ]
+    if changed:
+        raise ExitWith(
+            ExitCode.FINGERPRINT_MISMATCH,
+            f"{checkpoint.path} belongs to another run:\n" + "\n".join(changed) + "\n"
+            "Run the command that started it, or choose another --run.dir, or --run.resume never to start again",
+        )
+    try:
+        load_adapters(training.model, checkpoint.adapters)
+        load_optimizer_state(training.optimizer, training.parameters, checkpoint.optimizer)
+    except ValueError as error:
+        raise ExitWith(ExitCode.FINGERPRINT_MISMATCH, f"{checkpoint.path}: {error}") from None
+    now = layout(training)
+    if checkpoint.state.layout != now:
+        say(
+            training.accelerator,
+            f"another layout than before: {checkpoint.state.layout} -> {now}, same samples a step",
+        )
+
+
+def save_state(
+    training: Training,
+    store: CheckpointStore,
+    same_run: dict[str, object],
+    step: int,
+    metrics_bytes: Callable[[], int],
+) -> None:
+    """Writes the checkpoint of `step` from the first process; raises ExitWith, in all processes, if that fails."""
+
+    def write() -> int:
+        made_with = versions() | {"compute type": resolve_dtype(training.config.model, training.accelerator.device)}
+        state = TrainerState(step, metrics_bytes(), same_run, layout(training), made_with)
+        files = adapter_files(training.parameters, adapter_config(training.model))
+        store.save(files, optimizer_state(training.optimizer, training.parameters), state)
+        return 0
+
+    on_first_process(training.accelerator, write)
+
+
+def layout(training: Training) -> dict[str, object]:
+    """How the global batch is cut; free to change while the product stays."""
+    cut = training.data.layout
+    return {"per_device": cut.per_device, "accumulation": cut.accumulation, "processes": cut.num_processes}
+
+
+def _archive(run_dir: Path) -> None:
+    """Moves what an earlier run left in `run_dir` to its previous-N folder; nothing is deleted."""
+    present = [run_dir / name for name in RUN_FILES if (run_dir / name).exists()]
+    if not any(STEP_FOLDER.fullmatch(path.name) for path in (run_dir / "checkpoints").glob("*")) and len(present) < 2:
+        return
+    number = 1 + sum(1 for _ in run_dir.glob("previous-*"))
+    target = run_dir / f"previous-{number}"
+    target.mkdir()
+    for path in present:
+        os.rename(path, target / path.name)
+    print(f"the earlier run is kept in {target}", flush=True)

@@ -1,0 +1,125 @@
+"""The process: its device, its place among the others, its signals, its memory cap, its random numbers."""
+
+import fcntl
+import hashlib
+import os
+import platform
+import signal
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from train.config import Config, parse_bytes
+from train.exits import ExitCode, ExitWith
+from train.metrics import read
+
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+PACKAGES = ("torch", "accelerate", "transformers", "peft", "bitsandbytes", "datasets", "safetensors")
+
+
+class StopRequest:
+    """Remembers the first SIGTERM, SIGINT or SIGUSR1; training stops at the next step boundary, never in a handler.
+
+    The same signal a second time ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.received = ""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self.received == name:
+            os._exit(128 + number)
+        self.received = self.received or name
+
+    def agreed(self, accelerator: Accelerator) -> bool:
+        """Whether any process was asked to stop: the same answer in all of them."""
+        if accelerator.num_processes == 1:
+            return bool(self.received)
+        flag = torch.tensor(float(bool(self.received)), device=accelerator.device)
+        return read(accelerator.reduce(flag, reduction="sum"))[0] > 0
+
+
+def check(config: Config) -> None:
+    """Raises ExitWith(BAD_INPUT) where this machine, or its accelerate configuration, does not fit the profile."""
+    if config.run.device == "cuda" and not torch.cuda.is_available():
+        raise ExitWith(
+            ExitCode.BAD_INPUT,
+            f"profile {config.profile} wants a CUDA GPU and torch {torch.__version__} sees none.\n"
+            "Check nvidia-smi and that this torch is a CUDA build; to try the job without a GPU: --profile demo, "
+            "or --run.device cpu with a small --model.name_or_path",
+        )
+    configured = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if configured not in ("1", str(config.batch.accumulation)):
+        raise ExitWith(
+            ExitCode.BAD_INPUT,
+            f"the accelerate configuration says gradient_accumulation_steps {configured} and --batch.accumulation says "
+            f"{config.batch.accumulation}; remove it from the accelerate configuration, the profile owns it",
+        )
+
+
+def start(config: Config) -> Accelerator:
+    """The one Accelerator: device, process group, determinism and memory cap; raises ExitWith(BAD_INPUT)."""
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    accelerator = Accelerator(cpu=config.run.device == "cpu", mixed_precision="no")
+    if accelerator.distributed_type not in SUPPORTED:
+        raise ExitWith(
+            ExitCode.BAD_INPUT,
+            f"distributed_type {accelerator.distributed_type.value} in the accelerate configuration is not supported; "
+            "use one of accelerate_configs/",
+        )
+    if config.memory.budget and accelerator.device.type == "cuda":
+        total = torch.cuda.get_device_properties(accelerator.device).total_memory
+        fraction = min(1.0, parse_bytes(config.memory.budget) / total)
+        torch.cuda.set_per_process_memory_fraction(fraction, accelerator.device)
+    return accelerator
+
+
+def seed_forward(seed: int, step: int, rank: int, forward: int) -> None:
+    """Makes dropout in one forward pass a function of these four numbers.
+
+    So no generator state has to be saved and restored: a resumed step draws what the uninterrupted one would have.
+    """
+    digest = hashlib.blake2b(f"{seed} {step} {rank} {forward}".encode(), digest_size=7).digest()
+    torch.manual_seed(int.from_bytes(digest, "little"))
+
+
+def lock(run_dir: Path) -> int:
+    """Takes the run folder for this job until the process ends; raises ExitWith(BAD_INPUT) when another job has it."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        reason = f"{run_dir} is in use by another job; wait for it or choose another --run.dir"
+        raise ExitWith(ExitCode.BAD_INPUT, reason) from None
+    return descriptor
+
+
+def versions() -> dict[str, str]:
+    """What the run was made with."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def device_name(device: torch.device) -> str:
+    """The device as a person calls it."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def say(accelerator: Accelerator, text: str) -> None:
+    """Prints for people, once for all processes."""
+    if accelerator.is_main_process:
+        print(text, file=sys.stdout, flush=True)

@@ -1,0 +1,90 @@
+"""One optimizer step, the heart of the program."""
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from train.config import Config
+from train.data import TrainingData
+from train.exits import ExitCode, ExitWith
+from train.metrics import read
+from train.model import LanguageModel
+from train.optim import learning_rate, set_learning_rate
+from train.runtime import seed_forward
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a step needs; `wrapped` is `model` as the processes share it (DDP), or `model` itself."""
+
+    config: Config
+    accelerator: Accelerator
+    model: LanguageModel
+    wrapped: torch.nn.Module
+    parameters: dict[str, torch.nn.Parameter]  # the adapters, by their names in adapter_model.safetensors
+    optimizer: torch.optim.Optimizer
+    data: TrainingData
+    total_steps: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A completed optimizer step; `step` is how many are complete now."""
+
+    step: int
+    loss: float  # mean over the step's supervised tokens, of all processes
+    grad_norm: float  # before clipping
+    learning_rate: float
+    num_tokens: int
+    num_supervised_tokens: int
+    sample_ids: list[int]
+
+
+def optimizer_step(training: Training, completed: int) -> StepResult:
+    """Forward and backward over one window, then one update; `completed` steps came before.
+
+    The loss of every token is divided by the number of supervised tokens in the whole step, over all micro-batches
+    and processes, which is known before the first forward. So 8x1, 4x2, 2x4, 1x8 and several processes give the same
+    gradient; a mean of means would not. Raises ExitWith(NON_FINITE), in all processes, before anything is updated.
+    """
+    config, accelerator = training.config, training.accelerator
+    window = training.data.window(completed)
+    # DDP averages gradients over processes; the factor turns its average back into the sum
+    scale = accelerator.num_processes / window.num_supervised_tokens
+    loss_sum = torch.zeros((), device=accelerator.device)
+    for number, micro_batch in enumerate(window.micro_batches):
+        batch = micro_batch.to(accelerator.device)
+        is_last = number == len(window.micro_batches) - 1
+        seed_forward(config.train.seed, completed, accelerator.process_index, number)
+        with nullcontext() if is_last else accelerator.no_sync(training.wrapped):
+            token_loss_sum = training.wrapped(batch.input_ids, batch.target_rows, batch.targets)
+            (token_loss_sum * scale).backward()
+        loss_sum += token_loss_sum.detach()
+
+    grad_norm = torch.nn.utils.clip_grad_norm_(training.parameters.values(), config.optim.max_grad_norm)
+    total = accelerator.reduce(loss_sum, reduction="sum")
+    loss_total, norm = read(total, grad_norm)
+    if not (math.isfinite(loss_total) and math.isfinite(norm)):
+        sources = ", ".join(training.data.samples[i]["source"] for i in window.sample_ids)
+        raise ExitWith(
+            ExitCode.NON_FINITE,
+            f"step {completed + 1}: loss {loss_total}, gradient norm {norm}; nothing was updated.\n"
+            f"The step's samples: {sources}\nLower --optim.lr, or look at these samples",
+        )
+
+    rate = learning_rate(completed, training.total_steps, config.optim)
+    set_learning_rate(training.optimizer, rate)
+    training.optimizer.step()
+    training.optimizer.zero_grad(set_to_none=True)
+    return StepResult(
+        step=completed + 1,
+        loss=loss_total / window.num_supervised_tokens,
+        grad_norm=norm,
+        learning_rate=rate,
+        num_tokens=window.num_tokens,
+        num_supervised_tokens=window.num_supervised_tokens,
+        sample_ids=window.sample_ids,
+    )

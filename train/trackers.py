@@ -1,0 +1,270 @@
+"""Who is told about a run: metrics.jsonl always, the terminal, Weights & Biases. None of them can stop training."""
+
+import contextlib
+import json
+import netrc
+import os
+import queue
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from train.config import Config
+
+PLAIN_LINE_SECONDS = 5.0  # a line this often where there is no terminal
+WANDB_PATIENCE_SECONDS = 15.0  # all that a run waits for Weights & Biases, once, at its end
+# Sections sent to Weights & Biases. Paths, and any section added later, stay at home until they are named here.
+SHARED_SECTIONS = ("lora", "batch", "optim", "train", "memory", "checkpoint")
+
+
+class Tracker(Protocol):
+    """A listener."""
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Takes one row of metrics, at a step's boundary."""
+        ...
+
+    def answers(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Takes the answers of the finished model."""
+        ...
+
+    def finish(self) -> None:
+        """Ends; nothing comes after it."""
+        ...
+
+
+class Trackers:
+    """All listeners of a run; processes other than the first have none."""
+
+    def __init__(self, members: Sequence[Tracker]) -> None:
+        self.members = members
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Tells all of them."""
+        for member in self.members:
+            member.log(row)
+
+    def answers(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Tells all of them."""
+        for member in self.members:
+            member.answers(rows)
+
+    def metrics_bytes(self) -> int:
+        """Length of metrics.jsonl, made durable; 0 in a process that writes none."""
+        return sum(member.durable_bytes() for member in self.members if isinstance(member, MetricsFile))
+
+    def finish(self) -> None:
+        """Ends all of them."""
+        for member in self.members:
+            member.finish()
+
+
+class MetricsFile:
+    """metrics.jsonl, the truth: one JSON object a step."""
+
+    def __init__(self, run_dir: Path, keep_bytes: int) -> None:
+        """Goes on after `keep_bytes`, the file's length at the checkpoint; what a lost attempt wrote behind is cut."""
+        self.path = run_dir / "metrics.jsonl"
+        self.path.touch()
+        self.last_step_seen = max((row["step"] for row in read_metrics(self.path)), default=0)
+        os.truncate(self.path, min(keep_bytes, self.path.stat().st_size))
+        self.file = self.path.open("a", encoding="utf-8")
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Appends the row."""
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+    def durable_bytes(self) -> int:
+        """The file's length, after making sure that it is on disk."""
+        os.fsync(self.file.fileno())
+        return self.path.stat().st_size
+
+    def answers(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """They have a file of their own."""
+
+    def finish(self) -> None:
+        """Closes the file."""
+        self.file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that a killed process left unfinished is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+class Display:
+    """The terminal: a live bar where there is one, else a plain line every few seconds and at each epoch's end."""
+
+    def __init__(self, console: Console, completed: int, total_steps: int, steps_per_epoch: int) -> None:
+        self.console = console
+        self.total_steps = total_steps
+        self.steps_per_epoch = steps_per_epoch
+        self.last_line = 0.0
+        self.started = time.monotonic()
+        self.first_step = completed
+        self.progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        if console.is_terminal:
+            self.progress.start()
+        self.task = self.progress.add_task("train", total=total_steps, completed=completed, numbers="")
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Shows the row."""
+        step = row["step"]
+        numbers = _numbers(row)
+        self.progress.update(self.task, completed=step, numbers=numbers)
+        at_epoch_end = step % self.steps_per_epoch == 0 or step == self.total_steps
+        due = time.monotonic() - self.last_line > PLAIN_LINE_SECONDS
+        if at_epoch_end or (due and not self.console.is_terminal):
+            self.last_line = time.monotonic()
+            per_step = (self.last_line - self.started) / (step - self.first_step)
+            left = f"  {per_step * (self.total_steps - step):.0f} s left" if step < self.total_steps else ""
+            self.console.print(f"step {step}/{self.total_steps}  {numbers}{left}", highlight=False, soft_wrap=True)
+
+    def answers(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """They are printed as a table when the bar is gone."""
+
+    def finish(self) -> None:
+        """Takes the bar away."""
+        self.progress.stop()
+
+
+def _numbers(row: Mapping[str, Any]) -> str:
+    parts = [f"epoch {row['epoch']:.2f}", f"loss {row['train/loss']:.4f}"]
+    if "eval/loss" in row:
+        parts.append(f"validation {row['eval/loss']:.4f}")
+    parts += [f"lr {row['train/learning_rate']:.2e}", f"{row['perf/tokens_per_second']:,.0f} tokens/s"]
+    if "perf/mfu" in row:
+        parts.append(f"MFU {row['perf/mfu']:.1%}")
+    if "memory/peak_allocated_gib" in row:
+        parts.append(f"{row['memory/peak_allocated_gib']:.2f} GiB")
+    return "  ".join(parts)
+
+
+class WeightsAndBiases:
+    """Weights & Biases, in a thread of its own behind a bounded queue: it may hang, fail or die, training goes on."""
+
+    def __init__(self, config: Config, record: Mapping[str, str], mode: str, skip_through_step: int) -> None:
+        """Continues the W&B run that `record`, the run's run.json, names; steps up to `skip_through_step` were sent by an earlier attempt."""
+        self.run_dir = Path(config.run.dir)
+        self.mode = mode
+        self.skip_through_step = skip_through_step
+        self.failure = ""
+        self.messages: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=10_000)
+        self.thread = threading.Thread(target=self._work, args=(config, record), daemon=True)
+        self.thread.start()
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Sends the row, unless an earlier attempt did."""
+        if row["step"] > self.skip_through_step:
+            self._put("log", {key: value for key, value in row.items() if not isinstance(value, list)})
+
+    def answers(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Sends the answers as a table."""
+        self._put("answers", list(rows))
+
+    def finish(self) -> None:
+        """Waits a little for what is under way, and says where the record is."""
+        self._put("finish", None)
+        self.thread.join(WANDB_PATIENCE_SECONDS)
+        if self.thread.is_alive():
+            self.failure = self.failure or f"no answer within {WANDB_PATIENCE_SECONDS:.0f} s"
+        if self.failure:
+            print(
+                f"Weights & Biases: {self.failure}; all metrics are in {self.run_dir / 'metrics.jsonl'}",
+                flush=True,
+            )
+        elif self.mode == "offline":
+            print(
+                f"Weights & Biases recorded offline; to upload it: wandb sync {self.run_dir}/wandb/offline-run-*",
+                flush=True,
+            )
+
+    def _put(self, kind: str, content: Any) -> None:
+        with contextlib.suppress(queue.Full):
+            self.messages.put_nowait((kind, content))
+
+    def _work(self, config: Config, record: Mapping[str, str]) -> None:
+        try:
+            run = self._init(config, record)
+            kind = ""
+            while kind != "finish":
+                kind, content = self.messages.get()
+                if kind == "log":
+                    run.log(content)
+                elif kind == "answers":
+                    import wandb
+
+                    columns = list(content[0])
+                    run.log({"samples/answers": wandb.Table(columns, [[row[c] for c in columns] for row in content])})
+            run.finish()
+        except Exception as error:  # whatever it is, it must not reach training
+            self.failure = f"stopped recording ({type(error).__name__}: {error})"
+
+    def _init(self, config: Config, record: Mapping[str, str]) -> Any:
+        import wandb  # takes a second; only runs that use it pay
+
+        run = wandb.init(
+            project=config.track.project,
+            name=f"{config.profile}-{record['run_uid'][:6]}",
+            id=record["wandb_id"],
+            resume="allow",
+            mode=self.mode,
+            dir=str(self.run_dir),
+            config={name: vars(getattr(config, name)) for name in SHARED_SECTIONS},
+            # console off: what the program prints may hold secrets; the rest keeps argv and code at home
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                disable_code=True,
+                disable_git=True,
+                x_disable_meta=True,
+                init_timeout=15,
+            ),
+        )
+        run.define_metric("step", hidden=True)
+        run.define_metric("*", step_metric="step")
+        return run
+
+
+def wandb_mode(config: Config) -> str:
+    """online, offline or off; never a question on the terminal."""
+    if config.track.wandb != "auto":
+        return config.track.wandb
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return {"offline": "offline", "disabled": "off"}[os.environ["WANDB_MODE"]]
+    return "online" if os.environ.get("WANDB_API_KEY") or _netrc_has_key() else "offline"
+
+
+def _netrc_has_key() -> bool:
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

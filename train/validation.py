@@ -1,0 +1,28 @@
+"""Validation loss over the whole held-out set, weighted by token."""
+
+import math
+
+import torch
+from datasets import Dataset
+
+from train.collate import collate
+from train.metrics import read
+from train.step import Training
+
+
+@torch.no_grad()
+def validate(training: Training, samples: Dataset) -> dict[str, float]:
+    """Mean loss per supervised token and its exponential; the processes share the samples, none is counted twice."""
+    accelerator, cut = training.accelerator, training.data.layout
+    training.model.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # summed loss, number of tokens
+    mine = range(cut.rank, len(samples), cut.num_processes)
+    for start in range(0, len(mine), cut.per_device):
+        rows = [samples[i] for i in mine[start : start + cut.per_device]]
+        batch = collate(rows, training.data.pad_token_id).to(accelerator.device)
+        totals[0] += training.model(batch.input_ids, batch.target_rows, batch.targets)
+        totals[1] += len(batch.targets)
+    training.model.train()
+    loss_sum, num_tokens = read(*accelerator.reduce(totals, reduction="sum"))
+    loss = loss_sum / num_tokens
+    return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}

@@ -68,14 +68,12 @@ def render_conversation(tokenizer: PreTrainedTokenizerBase, conversation: Conver
     return Sample(conversation.source, ids, trained)
 
 
-def _template(tokenizer: PreTrainedTokenizerBase, messages: tuple[Message, ...], **options: bool) -> str:
+def _template(tokenizer: Any, messages: tuple[Message, ...], add_generation_prompt: bool = False) -> str:
     turns = [{"role": message.role, "content": message.content} for message in messages]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, **options)
-    assert isinstance(text, str)
-    return text
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, ids: list[int], first: int, last: int) -> int | None:
+def _end_of_turn(tokenizer: Any, ids: list[int], first: int, last: int) -> int | None:
     """Index of the special token that ends the turn ids[first:last + 1], behind which only white space may follow."""
     special = special_ids(tokenizer)
     while last >= first and ids[last] not in special and not tokenizer.decode([ids[last]]).strip():
@@ -121,12 +119,11 @@ def render_document(
         start += len(piece) - context
 
 
-def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_identity(tokenizer: Any) -> str:
     """Everything about the tokenizer that decides which ids a text gets, as one string."""
-    backend: Any = tokenizer
     settings = {
         "specials": tokenizer.special_tokens_map,
         "template": tokenizer.chat_template,
         "begin": tokenizer("")["input_ids"],
     }
-    return backend.backend_tokenizer.to_str() + json.dumps(settings, sort_keys=True, default=str)
+    return tokenizer.backend_tokenizer.to_str() + json.dumps(settings, sort_keys=True, default=str)

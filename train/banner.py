@@ -25,13 +25,14 @@ def banner(
         f"device    {device_name(device)}" + (f", capped at {config.memory.budget}" if config.memory.budget else ""),
         f"adapters  LoRA r={config.lora.r} alpha={config.lora.alpha} dropout={config.lora.dropout} on "
         f"{', '.join(config.lora.target_modules)}: {trainable:,} trained parameters",
-        f"data      {', '.join(config.data.path)}: {statistics.num_records:,} records ({' and '.join(statistics.formats)}), "
-        f"{len(data.samples):,} samples" + (f", {held_out:,} held out for validation" if held_out else ""),
+        f"data      {', '.join(config.data.path)}: {statistics.num_records:,} records "
+        f"({' and '.join(statistics.formats)}), {len(data.samples):,} samples"
+        + (f", {held_out:,} held out for validation" if held_out else ""),
         f"tokens    {sum(data.num_tokens):,} an epoch, {sum(data.num_supervised_tokens):,} of them trained",
         f"batch     {cut.per_device} a device x {cut.accumulation} accumulated x {cut.num_processes} "
         f"process{'es' if cut.num_processes > 1 else ''} = {cut.samples_per_step} samples a step",
         f"steps     {data.steps_per_epoch:,} an epoch, {training.total_steps:,} in all; {start}",
-        f"optimizer {config.optim.name}, {config.optim.schedule} from {config.optim.lr:g}, warmup {config.optim.warmup}",
+        f"optimizer {config.optim.name}, lr {config.optim.lr:g} {config.optim.schedule}, warmup {config.optim.warmup}",
         *(f"tokenizer {note}" for note in tokenizer_notes),
         "versions  " + ", ".join(f"{name} {number}" for name, number in versions().items()),
     ]
@@ -54,9 +55,9 @@ def _warnings(training: Training, statistics: Statistics) -> list[str]:
         )
     for name, count in statistics.ignored_fields.items():
         lines.append(f"warning   the field {name!r} of {count} rows is not read")
-    if training.config.optim.warmup >= training.total_steps:
+    if config.optim.warmup >= training.total_steps:
         lines.append(
-            f"warning   optim.warmup = {config.optim.warmup} is not shorter than the run ({training.total_steps} steps): "
-            "the learning rate never reaches its peak"
+            f"warning   optim.warmup = {config.optim.warmup} is as long as the run ({training.total_steps} steps) or "
+            "longer: the learning rate hardly reaches its peak"
         )
     return lines

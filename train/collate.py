@@ -1,17 +1,10 @@
 """Samples -> one padded micro-batch, with the places and values of its targets; pure, on the CPU."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any
 
 import torch
-
-
-class Row(TypedDict):
-    """One sample as it lies in the prepared data set."""
-
-    input_ids: list[int]
-    trained: list[bool]
 
 
 @dataclass(frozen=True)
@@ -29,12 +22,19 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on `device`, copied without waiting."""
-        tensors = (self.input_ids, self.target_rows, self.targets)
-        return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in tensors), self.num_tokens)
+        return MicroBatch(
+            self.input_ids.to(device, non_blocking=True),
+            self.target_rows.to(device, non_blocking=True),
+            self.targets.to(device, non_blocking=True),
+            self.num_tokens,
+        )
 
 
-def collate(rows: Sequence[Row], pad_token_id: int) -> MicroBatch:
-    """Pads `rows` to the longest; the mask is taken by position, so it does not matter which token pads."""
+def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> MicroBatch:
+    """Pads rows of `input_ids` and `trained` (lists of one length) on the right, to the longest.
+
+    What is trained is known by position, never by token id, so it does not matter which token pads.
+    """
     width = max(len(row["input_ids"]) for row in rows)
     input_ids = torch.full((len(rows), width), pad_token_id)
     trained = torch.zeros((len(rows), width), dtype=torch.bool)

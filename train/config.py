@@ -62,7 +62,7 @@ class DataConfig:
     chat_template: str = ""
     """Jinja file used instead of the tokenizer's own chat template."""
     max_length: int = 1024
-    """Tokens in a sample at most. Text is cut into pieces of this length; a longer conversation is dropped and counted."""
+    """Tokens in a sample at most. Text is cut into such pieces; a longer conversation is dropped and counted."""
     text_overlap: int = 128
     """Tokens that a piece of text repeats from the piece before it, as context that is not trained again."""
 
@@ -139,7 +139,7 @@ class RunConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """cuda refuses to start without a GPU; auto takes a GPU if there is one."""
     deterministic: bool = False
-    """Only deterministic kernels: on a GPU, resumed runs are bitwise equal then, at some cost in speed. A CPU always is."""
+    """Only deterministic kernels, at some cost in speed: then resumed runs on a GPU are bitwise equal, as on a CPU."""
 
 
 @dataclass(frozen=True)

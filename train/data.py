@@ -4,11 +4,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from datasets import Dataset
 
 from data_tools.prepare import Prepared, PrepareSettings
+from data_tools.records import DataError
 from train.collate import MicroBatch, collate
 from train.config import Config
 
@@ -98,12 +100,12 @@ def prepare_settings(config: Config, paths: Sequence[str]) -> PrepareSettings:
 def split_validation(prepared: Prepared, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
     """(training, validation) samples; whole records are held out, so no piece of a text stands on both sides.
 
-    Raises ValueError when either side would be empty.
+    Raises DataError when either side would be empty.
     """
     num_records = prepared.statistics.num_records
     num_held = round(num_records * fraction)
     if not 0 < num_held < num_records:
-        raise ValueError(
+        raise DataError(
             f"--data.validation_fraction {fraction}: of {num_records} records {num_held} would be held out; "
             "both sides need at least one"
         )
@@ -112,7 +114,6 @@ def split_validation(prepared: Prepared, fraction: float, seed: int) -> tuple[Da
     train = [i for i, record in enumerate(records) if record not in held]
     validation = [i for i, record in enumerate(records) if record in held]
     if not (train and validation):
-        raise ValueError(
-            f"--data.validation_fraction {fraction}: all samples of one side were too long; choose another"
-        )
-    return prepared.dataset.select(train), prepared.dataset.select(validation)
+        raise DataError(f"--data.validation_fraction {fraction}: all samples of one side were too long; choose another")
+    samples: Any = prepared.dataset
+    return samples.select(train), samples.select(validation)

@@ -33,7 +33,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (grad_loss,) = grad_outputs
         (grad_hidden,) = ctx.saved_tensors
         return grad_hidden * grad_loss.to(grad_hidden.dtype), None, None
 

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -33,23 +34,30 @@ IS_FIRST_PROCESS = os.environ.get("RANK", "0") == "0"
 
 def main(argv: list[str]) -> ExitCode:
     """Runs the job that `argv` describes; whatever ends it is said in one message and in exit.json."""
-    run_dir = None
-    code, reason = ExitCode.FINISHED, "finished"
     try:
         config = parse(argv)
-        if IS_FIRST_PROCESS:
-            runtime.lock(Path(config.run.dir))
-            run_dir = Path(config.run.dir)
-        run(config)
-    except ExitWith as end:
+        with runtime.locked(Path(config.run.dir)) if IS_FIRST_PROCESS else nullcontext():
+            code, reason = attempt(config)
+            if IS_FIRST_PROCESS:
+                write_exit(Path(config.run.dir), code, reason)
+    except ExitWith as end:  # the configuration cannot be used, or another job has the run folder
         code, reason = end.code, end.reason
-    except DataError as error:
-        code, reason = ExitCode.BAD_INPUT, str(error)
     if IS_FIRST_PROCESS and code != ExitCode.FINISHED:
         print(f"\nhandloop: {reason}", file=sys.stderr, flush=True)
-    if run_dir is not None:
-        write_exit(run_dir, code, reason)
+    if IS_FIRST_PROCESS and "HANDLOOP_EXIT_FILE" in os.environ:  # set by launch/*.sh, because launchers flatten codes
+        Path(os.environ["HANDLOOP_EXIT_FILE"]).write_text(f"{int(code)}\n")
     return code
+
+
+def attempt(config: Config) -> tuple[ExitCode, str]:
+    """How the run ended and why, for every end that was foreseen."""
+    try:
+        run(config)
+    except ExitWith as end:
+        return end.code, end.reason
+    except DataError as error:
+        return ExitCode.BAD_INPUT, str(error)
+    return ExitCode.FINISHED, "finished"
 
 
 def run(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
     notes = []
     source = _source(config.model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise _not_found(config.model, "a tokenizer", error) from None
     if config.data.chat_template:
@@ -123,6 +124,8 @@ def load_model(config: Config, device: torch.device) -> LanguageModel:
     base.requires_grad_(False)
     base.config.use_cache = False
     if config.memory.checkpointing == "full":
+        # the name is deprecated since transformers 5.20 or so, and the new one is missing in 5.17
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
         # use_reentrant=False: the frozen embedding's output needs no gradient, and DDP's hooks keep working
         base.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(config.train.seed)
@@ -207,12 +210,15 @@ def _random_parameter(
         return torch.nn.Parameter(torch.zeros(parameter.shape, dtype=dtype, device=device), requires_grad=False)
     if parameter.dim() == 1:
         return torch.nn.Parameter(torch.ones(parameter.shape, dtype=dtype, device=device), requires_grad=False)
-    values = torch.empty(parameter.shape, dtype=dtype, device=device)
+    values: Any = torch.empty(parameter.shape, dtype=dtype, device=device)
     values.normal_(0.0, shape.initializer_range, generator=generator)
+    quantised: Any = None  # bitsandbytes quantises when the parameter is moved to its device
     if isinstance(parameter, bnb.nn.Params4bit):
-        return bnb.nn.Params4bit(values, requires_grad=False, **parameter.__dict__).to(device)
-    if isinstance(parameter, bnb.nn.Int8Params):
-        return bnb.nn.Int8Params(values.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
+        quantised = bnb.nn.Params4bit(values, requires_grad=False, **parameter.__dict__)
+    elif isinstance(parameter, bnb.nn.Int8Params):
+        quantised = bnb.nn.Int8Params(values.cpu(), requires_grad=False)
+    if quantised is not None:
+        return quantised.to(device)
     return torch.nn.Parameter(values, requires_grad=False)
 
 

@@ -6,6 +6,8 @@ import os
 import platform
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -94,16 +96,24 @@ def seed_forward(seed: int, step: int, rank: int, forward: int) -> None:
     torch.manual_seed(int.from_bytes(digest, "little"))
 
 
-def lock(run_dir: Path) -> int:
-    """Takes the run folder for this job until the process ends; raises ExitWith(BAD_INPUT) when another job has it."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Holds the run folder for this job, or until the process dies; raises ExitWith(BAD_INPUT) when another has it."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        reason = f"{run_dir} is in use by another job; wait for it or choose another --run.dir"
-        raise ExitWith(ExitCode.BAD_INPUT, reason) from None
-    return descriptor
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise ExitWith(ExitCode.BAD_INPUT, f"--run.dir {run_dir}: {error}; choose another") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            reason = f"{run_dir} is in use by another job; wait for it or choose another --run.dir"
+            raise ExitWith(ExitCode.BAD_INPUT, reason) from None
+        (run_dir / "exit.json").unlink(
+            missing_ok=True
+        )  # of an earlier attempt; without one the run lives, or was killed
+        yield
 
 
 def versions() -> dict[str, str]:

@@ -171,7 +171,7 @@ class WeightsAndBiases:
     """Weights & Biases, in a thread of its own behind a bounded queue: it may hang, fail or die, training goes on."""
 
     def __init__(self, config: Config, record: Mapping[str, str], mode: str, skip_through_step: int) -> None:
-        """Continues the W&B run that `record`, the run's run.json, names; steps up to `skip_through_step` were sent by an earlier attempt."""
+        """Continues the run that `record` (run.json) names; an earlier attempt sent steps up to `skip_through_step`."""
         self.run_dir = Path(config.run.dir)
         self.mode = mode
         self.skip_through_step = skip_through_step
@@ -230,12 +230,13 @@ class WeightsAndBiases:
     def _init(self, config: Config, record: Mapping[str, str]) -> Any:
         import wandb  # takes a second; only runs that use it pay
 
+        mode: Any = self.mode
         run = wandb.init(
             project=config.track.project,
             name=f"{config.profile}-{record['run_uid'][:6]}",
             id=record["wandb_id"],
             resume="allow",
-            mode=self.mode,
+            mode=mode,
             dir=str(self.run_dir),
             config={name: vars(getattr(config, name)) for name in SHARED_SECTIONS},
             # console off: what the program prints may hold secrets; the rest keeps argv and code at home

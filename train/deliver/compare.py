@@ -58,7 +58,7 @@ def compare(
 @torch.no_grad()
 def _generate(
     model: LanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     prompts: Sequence[str],
     end_token_ids: Sequence[int],
     max_new_tokens: int,
@@ -108,7 +108,9 @@ def show(console: Console, answers: Sequence[Answer]) -> None:
     before = sum(a.before_exact for a in answers), sum(a.before_stopped for a in answers)
     after = sum(a.exact for a in answers), sum(a.stopped for a in answers)
     for label, (exact, stopped) in (("before", before), ("after", after)):
-        shares = f"{exact}/{total} exact ({exact / total:.0%}), {stopped}/{total} stopped by themselves ({stopped / total:.0%})"
+        shares = (
+            f"{exact} of {total} exact ({exact / total:.1%}), {stopped} stopped by themselves ({stopped / total:.1%})"
+        )
         console.print(f"{label:>6}: {shares}", highlight=False, soft_wrap=True)
 
 

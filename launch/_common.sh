@@ -1,0 +1,30 @@
+# Sourced by the scripts beside it: goes to the project's folder, makes .venv once, and defines `launch`.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+wanted=$(cat pyproject.toml constraints.txt | cksum)
+if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
+    for python in ${PYTHON:-python3.12 python3.13 python3.11 python3}; do
+        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break || python=
+    done
+    [ -n "$python" ] || { echo "Python 3.11 or newer is needed; set PYTHON to its path" >&2; exit 78; }
+    echo "installing into .venv, once (torch is large)"
+    "$python" -m venv .venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+    echo "$wanted" > .venv/installed
+fi
+
+# launch CONFIG PROFILE [ARGUMENT ...]: accelerate launch (with `topology` where a script sets it), ending with the
+# trainer's exit code, for which accelerate itself returns 1 whatever it was.
+topology=()
+launch() {
+    local config=$1 profile=$2 code=0
+    shift 2
+    HANDLOOP_EXIT_FILE=$(mktemp)
+    export HANDLOOP_EXIT_FILE
+    .venv/bin/accelerate launch --quiet --config_file "accelerate_configs/$config" "${topology[@]}" \
+        train/main.py --profile "$profile" "$@" || code=$?
+    [ -s "$HANDLOOP_EXIT_FILE" ] && code=$(cat "$HANDLOOP_EXIT_FILE")
+    rm -f "$HANDLOOP_EXIT_FILE"
+    return "$code"
+}

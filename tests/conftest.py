@@ -1,0 +1,211 @@
+"""Tiny models, the bundled tokenizer, and runs of the real command; no network, no GPU."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+BUNDLED_BASE = ROOT / "demo" / "base"
+
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
+# tests run side by side: more threads than cores would make OpenMP's waiting loops fight for them
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402  (after the thread count)
+from transformers import LlamaConfig  # noqa: E402
+
+from train.config import (  # noqa: E402
+    BatchConfig,
+    CompareConfig,
+    Config,
+    DataConfig,
+    LoraConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrackConfig,
+    TrainConfig,
+)
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Prepared data goes to a folder of this session."""
+    os.environ["HANDLOOP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the config.json of a two-layer Llama and the bundled tokenizer, without weights."""
+    folder = tmp_path_factory.mktemp("shape")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(BUNDLED_BASE / name, folder / name)
+    vocab_size = json.loads((BUNDLED_BASE / "config.json").read_text())["vocab_size"]
+    write_shape(folder, vocab_size)
+    return folder
+
+
+def write_shape(folder: Path, vocab_size: int) -> None:
+    """The config.json of a tiny Llama with grouped key/value heads."""
+    LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nineteen question/answer rows of very unequal length: not a multiple of any batch size used here."""
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    rows = [
+        {"prompt": f"What is part {i}?", "response": "a bolt " * (1 + (7 * i) % 23) + f"number {i}."} for i in range(19)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def config(shape: Path, pairs: Path, tmp_path: Path) -> Config:
+    """A complete configuration of a run that takes a second: random NF4 base, 8-bit AdamW, batch 2 x 4."""
+    return Config(
+        profile="test",
+        model=ModelConfig(name_or_path=str(shape), random_init=True),
+        data=DataConfig(path=(str(pairs),), max_length=128, text_overlap=16),
+        run=RunConfig(dir=str(tmp_path / "run"), device="cpu"),
+        lora=LoraConfig(r=4, alpha=8),
+        batch=BatchConfig(per_device=2, accumulation=4),
+        optim=OptimConfig(lr=1e-2, warmup=2),
+        train=TrainConfig(epochs=2),
+        memory=MemoryConfig(checkpointing="none"),
+        track=TrackConfig(wandb="off"),
+        compare=CompareConfig(num_questions=0),
+    )
+
+
+def with_batch(config: Config, per_device: int, accumulation: int) -> Config:
+    """The same run cut differently."""
+    return replace(config, batch=BatchConfig(per_device, accumulation))
+
+
+def arguments(config: Config, profile: str = "demo") -> list[str]:
+    """The command line that turns `profile` into `config`."""
+    words = ["--profile", profile]
+    for section, fields in vars(config).items():
+        for name, value in vars(fields).items() if section != "profile" else ():
+            values = list(value) if isinstance(value, tuple) else [str(value)]
+            if values and values != [""]:
+                words += [f"--{section}.{name}", *map(str, values)]
+    return words
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Kills the process, without warning, before or after the n-th call of a function of train.checkpoint."""
+
+    function: str  # a name in train.checkpoint, or os.rename
+    call: int
+    when: str  # before | after
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended; a negative returncode is the signal that killed it."""
+
+    returncode: int | None
+    stdout: str
+    stderr: str
+
+
+class Run:
+    """`train/main.py WORDS` in a process of its own, forked from one that has the imports behind it (they take 5 s)."""
+
+    def __init__(self, words: Sequence[str], fault: Fault | None = None, **environment: str) -> None:
+        self.folder = Path(tempfile.mkdtemp())
+        setting = {**os.environ, **environment}
+        self.process = _FORKS.Process(target=_child, args=(list(words), str(self.folder), fault, setting))
+        self.process.start()
+
+    def is_alive(self) -> bool:
+        return self.process.is_alive()
+
+    def signal(self, number: int) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def wait(self) -> Outcome:
+        self.process.join(300)
+        assert not self.process.is_alive(), "the run hangs"
+        return Outcome(self.process.exitcode, *((self.folder / name).read_text() for name in ("stdout", "stderr")))
+
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["train.main", "torch._dynamo", "transformers.models.llama.modeling_llama"])
+
+
+def _child(words: list[str], folder: str, fault: Fault | None, environment: dict[str, str]) -> None:
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    if fault is not None:
+        _install(fault)
+    from train.main import main
+
+    sys.exit(main(words))
+
+
+def _install(fault: Fault) -> None:
+    import train.checkpoint
+
+    holder = os if fault.function == "rename" else train.checkpoint
+    original = getattr(holder, fault.function)
+    calls = 0
+
+    def killing(*arguments: object, **options: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == fault.call and fault.when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*arguments, **options)
+        if calls == fault.call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(holder, fault.function, killing)
+
+
+def run_command(words: Sequence[str], fault: Fault | None = None, **environment: str) -> Outcome:
+    """The whole of one run."""
+    return Run(words, fault, **environment).wait()
+
+
+def losses(run_dir: Path) -> list[tuple[int, str, str]]:
+    """(step, loss bits, gradient norm bits) of every step in metrics.jsonl."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["train/loss"].hex(), row["train/grad_norm"].hex()) for row in rows]
+
+
+needs_shared: Callable = pytest.mark.skipif(
+    not SHARED.is_dir(), reason=f"the real tokenizers and data are not at {SHARED}; the product does not need them"
+)

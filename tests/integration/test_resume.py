@@ -1,0 +1,185 @@
+"""A run that is killed and repeated is the run that was never interrupted, bit for bit."""
+
+import json
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Fault, Run, arguments, losses, run_command
+from train.config import CheckpointConfig, Config
+
+# (function, call, when): every operation of the second save, which with 5 files each is 6 syncs of files and folder
+SAVE_POINTS = [
+    ("_write_synced", 6, "before"),  # the second save has begun, nothing is written
+    ("_write_synced", 8, "after"),  # some files are there
+    ("_write_synced", 10, "before"),  # everything but the manifest
+    ("rename", 2, "before"),  # complete, not published
+    ("rename", 2, "after"),  # published, the parent folder not synced
+    ("rename", 4, "after"),  # retention: the oldest checkpoint is set aside, not yet deleted
+]
+
+
+@pytest.fixture
+def dropped(config: Config) -> Config:
+    """Dropout, paged 8-bit AdamW, a checkpoint every two steps of six, epochs that end in a partial window."""
+    return replace(config, lora=replace(config.lora, dropout=0.1), checkpoint=CheckpointConfig(every=2))
+
+
+def at(config: Config, run_dir: Path) -> Config:
+    return replace(config, run=replace(config.run, dir=str(run_dir)))
+
+
+def result_of(run_dir: Path) -> dict[str, bytes]:
+    """Final adapters, the last checkpoint's tensors, and the bits of every step's loss and gradient norm."""
+    last = run_dir / "checkpoints" / "step-0000000006"
+    return {
+        "adapters": (run_dir / "final" / "adapter_model.safetensors").read_bytes(),
+        "saved": (last / "adapter_model.safetensors").read_bytes(),
+        "optimizer": (last / "optimizer.safetensors").read_bytes(),
+        "losses": repr(losses(run_dir)).encode(),
+    }
+
+
+def uninterrupted(config: Config, run_dir: Path) -> dict[str, bytes]:
+    outcome = run_command(arguments(at(config, run_dir)))
+    assert outcome.returncode == 0, outcome.stderr
+    assert len(losses(run_dir)) == 6
+    return result_of(run_dir)
+
+
+def test_kill_inside_a_save_at_every_operation(dropped: Config, tmp_path: Path) -> None:
+    """SIGKILL at six points of a save: the repeated command ends in the same bits, from a whole checkpoint."""
+    expected = uninterrupted(dropped, tmp_path / "reference")
+    for number, (function, call, when) in enumerate(SAVE_POINTS):
+        run_dir = tmp_path / f"killed-{number}"
+        words = arguments(at(dropped, run_dir))
+        killed = run_command(words, Fault(function, call, when))
+        assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
+        assert not (run_dir / "exit.json").exists()
+        resumed = run_command(words)
+        assert resumed.returncode == 0, resumed.stderr
+        assert "continues after step" in resumed.stdout
+        assert result_of(run_dir) == expected, (function, call, when)
+        leftovers = [path.name for path in (run_dir / "checkpoints").iterdir() if not path.name.startswith("step-")]
+        assert leftovers == []
+        assert len(list((run_dir / "checkpoints").iterdir())) == 2
+
+
+def test_kill_between_saves_before_the_first_and_twice(dropped: Config, tmp_path: Path) -> None:
+    """SIGKILL from outside after steps 1, 3 and 5 of one run: its three continuations give the same bits."""
+    expected = uninterrupted(dropped, tmp_path / "reference")
+    run_dir = tmp_path / "killed"
+    words = arguments(at(dropped, run_dir))
+    for lines in (1, 3, 5):
+        run = Run(words)
+        metrics = run_dir / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= lines):
+            assert run.is_alive(), "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        run.signal(signal.SIGKILL)
+        assert run.wait().returncode == -signal.SIGKILL
+    finished = run_command(words)
+    assert finished.returncode == 0, finished.stderr
+    assert result_of(run_dir) == expected
+
+
+def test_sigterm_saves_at_the_next_boundary_and_asks_to_be_repeated(dropped: Config, tmp_path: Path) -> None:
+    """SIGTERM: exit 75 in the process and in exit.json, and a checkpoint of the step just made."""
+    longer = replace(dropped, train=replace(dropped.train, epochs=40), checkpoint=CheckpointConfig(every="epoch"))
+    run_dir = tmp_path / "stopped"
+    words = arguments(at(longer, run_dir))
+    run = Run(words)
+    metrics = run_dir / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 4):
+        assert run.is_alive()
+        time.sleep(0.01)
+    run.signal(signal.SIGTERM)
+    outcome = run.wait()
+    assert outcome.returncode == 75, outcome.stderr
+    assert "SIGTERM" in outcome.stderr
+    assert json.loads((run_dir / "exit.json").read_text())["code"] == 75
+    newest = max(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert int(newest.removeprefix("step-")) == len(losses(run_dir))
+
+
+def test_a_finished_run_repeated_changes_nothing(dropped: Config, tmp_path: Path) -> None:
+    """The same command once more trains nothing, ends with 0 and leaves the same result."""
+    expected = uninterrupted(dropped, tmp_path / "run")
+    again = run_command(arguments(at(dropped, tmp_path / "run")))
+    assert again.returncode == 0, again.stderr
+    assert result_of(tmp_path / "run") == expected
+
+
+def test_another_recipe_is_refused_by_name(dropped: Config, tmp_path: Path) -> None:
+    """A checkpoint of another learning rate, seed and rank is exit 77, and the message shows old and new of each."""
+    uninterrupted(dropped, tmp_path / "run")
+    changed = replace(
+        at(dropped, tmp_path / "run"), lora=replace(dropped.lora, r=2), optim=replace(dropped.optim, lr=0.5)
+    )
+    outcome = run_command(arguments(changed))
+    assert outcome.returncode == 77
+    assert "lora.r: 4 in the checkpoint, 2 now" in outcome.stderr
+    assert "optim.lr: 0.01 in the checkpoint, 0.5 now" in outcome.stderr
+    assert "optim.schedule" not in outcome.stderr
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 77
+
+
+def test_damaged_checkpoints_are_passed_over_and_kept(dropped: Config, tmp_path: Path) -> None:
+    """One flipped bit in the newest: the older one is taken, the bits in the end are equal; both damaged: exit 80."""
+    expected = uninterrupted(dropped, tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    damage(checkpoints / "step-0000000006" / "optimizer.safetensors")
+    outcome = run_command(arguments(at(dropped, tmp_path / "run")))
+    assert outcome.returncode == 0, outcome.stderr
+    assert "step-0000000006 is not usable: optimizer.safetensors is damaged" in outcome.stdout
+    assert "continues after step 4" in outcome.stdout
+    assert result_of(tmp_path / "run") == expected
+    for folder in checkpoints.glob("step-*"):
+        damage(folder / "adapter_model.safetensors")
+    outcome = run_command(arguments(at(dropped, tmp_path / "run")))
+    assert outcome.returncode == 80
+    assert len(list(checkpoints.glob("quarantine-*"))) == 3
+
+
+def test_never_starts_again_and_keeps_the_old_run(dropped: Config, tmp_path: Path) -> None:
+    """run.resume never: a fresh run, the earlier one whole in previous-1; must without a checkpoint: exit 80."""
+    run_dir = tmp_path / "run"
+    outcome = run_command([*arguments(replace(dropped, run=replace(dropped.run, dir=str(run_dir), resume="must")))])
+    assert outcome.returncode == 80
+    expected = uninterrupted(dropped, run_dir)
+    again = run_command(arguments(replace(dropped, run=replace(dropped.run, dir=str(run_dir), resume="never"))))
+    assert again.returncode == 0, again.stderr
+    assert "starts fresh" in again.stdout
+    assert result_of(run_dir) == expected
+    assert result_of(run_dir / "previous-1") == expected
+
+
+def test_a_second_job_in_the_same_folder_is_refused(dropped: Config, tmp_path: Path) -> None:
+    """While one process holds the run folder, another ends with 78 and the first is unharmed."""
+    run_dir = tmp_path / "run"
+    words = arguments(at(replace(dropped, train=replace(dropped.train, epochs=400)), run_dir))
+    first = Run(words)
+    while not (run_dir / "metrics.jsonl").exists():
+        assert first.is_alive()
+        time.sleep(0.01)
+    second = run_command(words)
+    assert second.returncode == 78
+    assert "in use by another job" in second.stderr
+    assert not (run_dir / "exit.json").exists()
+    assert first.is_alive()
+    first.signal(signal.SIGTERM)
+    assert first.wait().returncode == 75
+
+
+def damage(path: Path) -> None:
+    """Flips one bit in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path)

@@ -1,0 +1,103 @@
+"""How a batch is cut into forward passes and processes does not change the mathematics."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+
+from data_tools.prepare import prepare
+from tests.conftest import ROOT, arguments, with_batch
+from train.config import Config
+from train.data import prepare_settings
+from train.main import assemble
+from train.model import load_tokenizer
+from train.step import Training, optimizer_step
+from train.trackers import read_metrics
+
+LAYOUTS = [(8, 1), (4, 2), (2, 4), (1, 8)]
+
+
+def build(config: Config) -> Training:
+    tokenizer = load_tokenizer(config)
+    prepared = prepare(prepare_settings(config, config.data.path), tokenizer.backend)
+    return assemble(config, Accelerator(cpu=True), prepared.dataset, tokenizer)
+
+
+def loss_and_gradient(config: Config, completed: int) -> tuple[float, torch.Tensor]:
+    """Loss and flat gradient of one step whose update is prevented."""
+    training = build(config)
+    gradient = []
+
+    def capture() -> None:
+        gradient.append(torch.cat([p.grad.flatten() for p in training.parameters.values()]))
+
+    training.optimizer.step = capture
+    return optimizer_step(training, completed).loss, gradient[0]
+
+
+@pytest.fixture
+def unclipped(config: Config) -> Config:
+    return replace(config, optim=replace(config.optim, max_grad_norm=float("inf")))
+
+
+@pytest.mark.parametrize("completed", [0, 2], ids=["whole window", "partial last window"])
+def test_every_cut_of_the_batch_gives_the_same_loss_and_gradient(unclipped: Config, completed: int) -> None:
+    """8x1 = 4x2 = 2x4 = 1x8 with samples of unequal length, also in the epoch's last window of 3 samples."""
+    results = [loss_and_gradient(with_batch(unclipped, *layout), completed) for layout in LAYOUTS]
+    reference_loss, reference_gradient = results[0]
+    assert reference_gradient.norm() > 1e-3
+    for layout, (loss, gradient) in zip(LAYOUTS, results, strict=True):
+        assert loss == pytest.approx(reference_loss, rel=1e-6), layout
+        error = (gradient - reference_gradient).norm() / reference_gradient.norm()
+        assert error < 1e-5, (layout, error)
+
+
+def test_the_partial_window_weighs_every_token_alike(unclipped: Config) -> None:
+    """The step's loss is transformers' own token mean over exactly the window's samples, not a mean of means."""
+    training = build(with_batch(unclipped, 2, 4))
+    ids = training.data.sample_ids(2)
+    assert len(ids) == 3
+    causal_lm = training.model.adapted
+    loss_sum, count = 0.0, 0
+    with torch.no_grad():
+        for i in ids:
+            sample = training.data.samples[i]
+            logits = causal_lm(input_ids=torch.tensor([sample["input_ids"]])).logits[0, :-1]
+            labels = torch.tensor(sample["input_ids"])[1:].where(torch.tensor(sample["trained"][1:]), -100)
+            loss_sum += F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
+            count += int((labels != -100).sum())
+    result = optimizer_step(training, 2)
+    assert result.num_supervised_tokens == count
+    assert result.loss == pytest.approx(loss_sum / count, rel=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(unclipped: Config) -> None:
+    """Recomputed activations give the same gradient, also with dropout."""
+    dropped = replace(unclipped, lora=replace(unclipped.lora, dropout=0.3))
+    kept = loss_and_gradient(dropped, 0)
+    recomputed = loss_and_gradient(replace(dropped, memory=replace(dropped.memory, checkpointing="full")), 0)
+    assert recomputed[0] == kept[0]
+    assert torch.equal(recomputed[1], kept[1])
+
+
+def test_two_processes_train_the_same_samples_to_the_same_losses(config: Config, tmp_path: Path) -> None:
+    """2 processes x 1 x 4 = 1 process x 2 x 4 at every step, partial windows with an idle process included."""
+    single = replace(config, run=replace(config.run, dir=str(tmp_path / "single")))
+    double = with_batch(replace(config, run=replace(config.run, dir=str(tmp_path / "double"))), 1, 4)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    main = str(ROOT / "train" / "main.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511"]
+    subprocess.run([sys.executable, main, *arguments(single)], check=True, env=environment, timeout=300)
+    subprocess.run([*torchrun, main, *arguments(double)], check=True, env=environment, timeout=300)
+    first, second = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("single", "double"))
+    assert len(first) == len(second) == 6
+    for one, two in zip(first, second, strict=True):
+        assert one["data/sample_ids"] == two["data/sample_ids"]
+        assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-4)
+        assert two["train/grad_norm"] == pytest.approx(one["train/grad_norm"], rel=1e-3)

@@ -1,0 +1,98 @@
+"""The command line: every profile parses, every mistake is named, all at once."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+from train.cli import parse
+from train.config import parse_bytes
+from train.exits import ExitCode, ExitWith
+from train.profiles import PROFILES
+
+
+def refusal(*words: str) -> str:
+    """What the command line answers to words that it cannot use."""
+    with pytest.raises(ExitWith) as caught:
+        parse(words)
+    assert caught.value.code == ExitCode.BAD_INPUT
+    return caught.value.reason
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_profile_through_the_real_command(name: str) -> None:
+    """`train/main.py --profile NAME --print-config` prints the complete configuration and runs nothing."""
+    command = [sys.executable, str(ROOT / "train" / "main.py"), "--profile", name, "--print-config"]
+    outcome = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert outcome.returncode == 0, outcome.stderr
+    printed = json.loads(outcome.stdout)
+    assert printed == json.loads(json.dumps(dataclasses.asdict(PROFILES[name]())))
+    assert printed["profile"] == name
+
+
+def test_profiles_hold_the_two_seed_recipes() -> None:
+    """a100 and 4gb are the recipes that they promise."""
+    a100, small, many = PROFILES["a100"](), PROFILES["4gb"](), PROFILES["multi_gpu"]()
+    assert (a100.lora.r, a100.lora.alpha, a100.lora.dropout, len(a100.lora.target_modules)) == (8, 64, 0.05, 7)
+    assert (a100.batch.per_device, a100.batch.accumulation, a100.train.epochs) == (2, 4, 3)
+    assert (a100.optim.name, a100.optim.lr, a100.model.quantization) == ("paged_adamw_8bit", 1e-4, "nf4")
+    assert (a100.memory.checkpointing, a100.checkpoint.every) == ("full", "epoch")
+    assert (small.lora.r, small.lora.alpha, small.batch.per_device, small.batch.accumulation) == (8, 32, 1, 16)
+    assert (small.optim.schedule, small.optim.warmup, small.optim.max_grad_norm) == ("cosine", 50, 0.3)
+    assert parse_bytes(small.memory.budget) == 4 * 2**30
+    assert (many.lora, many.batch, many.optim) == (a100.lora, a100.batch, a100.optim)
+
+
+def test_overrides_of_every_kind() -> None:
+    """Strings, numbers, booleans in either case, unions, `=`, dashes, and lists given at once or repeatedly."""
+    words = (
+        "--profile a100 --optim.lr 2e-5 --model.random_init true --run.deterministic=False --checkpoint.every 7 "
+        "--batch.per-device 3 --data.path a b --data.path=c=d --optim.max_grad_norm inf --lora.target_modules q_proj"
+    )
+    config = parse(words.split())
+    assert config.optim.lr == 2e-5
+    assert config.model.random_init is True
+    assert config.run.deterministic is False
+    assert config.checkpoint.every == 7
+    assert config.batch.per_device == 3
+    assert config.data.path == ("a", "b", "c=d")
+    assert config.optim.max_grad_norm == float("inf")
+    assert config.lora.target_modules == ("q_proj",)
+    assert parse(["--profile=demo"]) == PROFILES["demo"]()
+
+
+def test_all_mistakes_in_one_answer() -> None:
+    """Unknown options with the nearest known one, unreadable and impossible values: one report."""
+    words = (
+        "--profile a100 --optim.lrr 3 --optim.lr abc --model.quantization nf5 --batch.per_device 0 "
+        "--lora.dropout 1.5 --memory.budget lots --train.seed 1 --train.seed 2 --checkpoint.keep 1"
+    )
+    text = refusal(*words.split())
+    for part in (
+        "--optim.lrr: no such option; did you mean --optim.lr?",
+        "--optim.lr abc: ",
+        "'nf4', 'int8', 'none'",
+        "--batch.per_device 0: must be at least 1",
+        "--lora.dropout 1.5: must be at least 0 and less than 1",
+        "--memory.budget lots: ",
+        "--train.seed: given more than once",
+        "--checkpoint.keep 1: must be at least 2",
+    ):
+        assert part in text
+
+
+def test_profile_mistakes() -> None:
+    """No profile, two, an unknown one, a word that belongs nowhere."""
+    assert "--profile NAME" in refusal()
+    assert "--profile NAME" in refusal("--profile", "demo", "--profile", "a100")
+    assert "did you mean a100?" in refusal("--profile", "a10")
+    assert "does not belong to any option" in refusal("stray", "--profile", "demo")
+
+
+@pytest.mark.parametrize(("text", "size"), [("4GiB", 4 * 2**30), ("3.5 GB", 3_500_000_000), ("512MiB", 2**29)])
+def test_sizes(text: str, size: int) -> None:
+    """Binary and decimal units are what they say."""
+    assert parse_bytes(text) == size

@@ -1,0 +1,80 @@
+"""Learning rate at every step; optimizer state that comes back to the bit."""
+
+import math
+
+import pytest
+import torch
+
+from train.config import OptimConfig
+from train.optim import build_optimizer, learning_rate, load_optimizer_state, optimizer_state, set_learning_rate
+
+LINEAR = [0.25, 0.5, 0.75, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
+
+
+def test_the_rate_of_every_step() -> None:
+    """Ten steps, four of warmup, written out by hand for each schedule."""
+    rates = {
+        name: [learning_rate(step, 10, OptimConfig(lr=2.0, schedule=name, warmup=4)) / 2 for step in range(10)]
+        for name in ("linear", "cosine", "constant")
+    }
+    cosine = [*LINEAR[:4], *(0.5 * (1 + math.cos(math.pi * k / 6)) for k in range(6))]
+    assert rates["linear"] == pytest.approx(LINEAR)
+    assert rates["cosine"] == pytest.approx(cosine)
+    assert rates["constant"] == pytest.approx([*LINEAR[:4], *[1.0] * 6])
+    assert learning_rate(0, 1, OptimConfig(lr=2.0, warmup=0)) == 2.0
+
+
+def parameters() -> dict[str, torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(3)
+    # 8-bit state from 4,096 elements on, fp32 state below
+    return {
+        "large": torch.nn.Parameter(torch.randn(64, 80, generator=generator)),
+        "small": torch.nn.Parameter(torch.randn(8, 8, generator=generator)),
+    }
+
+
+def advance(optimizer: torch.optim.Optimizer, values: dict[str, torch.nn.Parameter], first: int, last: int) -> None:
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        for parameter in values.values():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        set_learning_rate(optimizer, 0.01 / (step + 1))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["paged_adamw_8bit", "adamw_8bit", "adamw"])
+def test_saved_state_continues_to_the_bit(name: str) -> None:
+    """Six steps = three, save, load into a new optimizer with fresh parameters, three more."""
+    config = OptimConfig(name=name, weight_decay=0.1)
+    whole = parameters()
+    advance(build_optimizer(whole, config), whole, 0, 6)
+    first = parameters()
+    optimizer = build_optimizer(first, config)
+    advance(optimizer, first, 0, 3)
+    state = optimizer_state(optimizer, first)
+    second = parameters()
+    for key, parameter in second.items():
+        parameter.data.copy_(first[key].data)
+    resumed = build_optimizer(second, config)
+    load_optimizer_state(resumed, second, state)
+    advance(resumed, second, 3, 6)
+    assert all(torch.equal(whole[key], second[key]) for key in whole)
+    again = optimizer_state(resumed, second)
+    assert set(again) == set(state)
+    assert not all(torch.equal(again[key], state[key]) for key in state)
+
+
+def test_state_of_another_model_is_refused() -> None:
+    """A missing entry, an unknown one and another shape are errors that name the entry."""
+    config, values = OptimConfig(), parameters()
+    optimizer = build_optimizer(values, config)
+    advance(optimizer, values, 0, 1)
+    state = optimizer_state(optimizer, values)
+    broken = {
+        "large/state1": {k: v for k, v in state.items() if k != "large/state1"},
+        "stranger/step": state | {"stranger/step": torch.tensor(1)},
+        "small/state1": state | {"small/state1": torch.zeros(3)},
+    }
+    for entry, content in broken.items():
+        with pytest.raises(ValueError, match=entry):
+            load_optimizer_state(build_optimizer(values, config), values, content)

@@ -1,0 +1,138 @@
+"""Every kind of bad input is named with file and line, all in one report, and leaves nothing behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from data_tools.prepare import PrepareSettings, cache_root, prepare
+from data_tools.records import DataError, Report, find_sources, read_records
+from tests.conftest import BUNDLED_BASE, SHARED, needs_shared
+
+GOOD = '{"prompt": "What is AOG?", "response": "Aircraft on ground."}\n'
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(BUNDLED_BASE)
+
+
+def settings(*paths: Path, data_format: str = "auto", max_length: int = 64) -> PrepareSettings:
+    return PrepareSettings(tuple(map(str, paths)), data_format, max_length, 8)
+
+
+BAD_ROWS = [
+    ('{"prompt": "a", "response": "b"', "not JSON: .* at column"),
+    ('["prompt", "response"]', "a JSON object is expected, not list"),
+    (
+        '{"question": "a", "answer": "b"}',
+        r"no field 'prompt' and no field 'response' \(fields here: answer, question\)",
+    ),
+    ('{"prompt": 7, "response": "b"}', "'prompt' must be a string, not int"),
+    ('{"prompt": "a", "response": "  "}', "'response' is empty"),
+    ('{"prompt": "a", "response": NaN}', "NaN is not JSON"),
+    ("[" * 100_000, "nested too deeply"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), BAD_ROWS, ids=[reason[:20] for _, reason in BAD_ROWS])
+def test_a_bad_row_is_named_by_file_line_and_reason(tokenizer, tmp_path: Path, row: str, reason: str) -> None:
+    """Line 3 of a file is wrong: the report says so, and no prepared data is left."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(GOOD + "\n" + row + "\n" + GOOD)
+    before = sorted(cache_root().glob("*"))
+    with pytest.raises(DataError, match=rf"1 problem .*\n.*rows\.jsonl:3: {reason}"):
+        prepare(settings(path), tokenizer)
+    assert sorted(cache_root().glob("*")) == before
+
+
+def test_bytes_that_are_not_utf8(tokenizer, tmp_path: Path) -> None:
+    """In a row and in a text file: the place and what to do."""
+    rows, text = tmp_path / "rows.jsonl", tmp_path / "text.txt"
+    rows.write_bytes(GOOD.encode() + b'{"prompt": "\xff", "response": "b"}\n')
+    text.write_bytes(b"abc \xe9")
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: not UTF-8(.|\n)*text\.txt: not UTF-8 \(byte 4\)"):
+        prepare(settings(rows, text), tokenizer)
+
+
+def test_everything_wrong_in_one_report(tokenizer, tmp_path: Path) -> None:
+    """Thirty bad rows in two files: all counted, the first twenty shown."""
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text("{}\n" * 15)
+    with pytest.raises(DataError) as caught:
+        prepare(settings(tmp_path / "a.jsonl", tmp_path / "b.jsonl"), tokenizer)
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("30 problems")
+    assert lines[-1] == "... and 10 more"
+    assert len(lines) == 22
+
+
+def test_files_that_are_not_there_or_hold_nothing(tokenizer, tmp_path: Path) -> None:
+    """Missing, unknown ending, folder without text, empty, only white space."""
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "table.xyz").write_text("x")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError) as caught:
+        prepare(settings(tmp_path / "gone.jsonl", tmp_path / "table.xyz", tmp_path / "folder"), tokenizer)
+    for part in (
+        "3 problems",
+        "gone.jsonl: no such file",
+        "table.xyz: unknown file ending",
+        "folder: no .txt or .md file",
+    ):
+        assert part in str(caught.value)
+    with pytest.raises(DataError, match=r"empty\.jsonl: the file is empty\n.*blank\.txt: .*only white space"):
+        prepare(settings(tmp_path / "empty.jsonl", tmp_path / "blank.txt"), tokenizer)
+
+
+def test_a_byte_order_mark_and_windows_lines_are_read(tmp_path: Path) -> None:
+    """What editors on Windows write is not an error."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode() * 2)
+    report = Report()
+    records = list(read_records(find_sources([str(path)], "auto"), report))
+    assert report.total == 0
+    assert [record.source.rsplit(":", 1)[1] for record in records] == ["1", "2"]
+
+
+def test_dropped_rows_and_unread_fields_are_counted(tokenizer, tmp_path: Path) -> None:
+    """A row longer than max_length is dropped and counted, an unread field is named; all too long: an error."""
+    path = tmp_path / "rows.jsonl"
+    long_row = json.dumps({"prompt": "why", "response": "because " * 200, "id": 7})
+    path.write_text(GOOD + long_row + "\n")
+    prepared = prepare(settings(path), tokenizer)
+    assert (prepared.statistics.num_records, prepared.statistics.num_samples, prepared.statistics.num_too_long) == (
+        2,
+        1,
+        1,
+    )
+    assert prepared.statistics.ignored_fields == {"id": 1}
+    path.write_text(long_row + "\n")
+    with pytest.raises(DataError, match=r"longer than data\.max_length = 64"):
+        prepare(settings(path), tokenizer)
+
+
+def test_the_cache_follows_every_byte_setting_and_template(tokenizer, tmp_path: Path) -> None:
+    """Same bytes elsewhere: same fingerprint; one byte, the length, or the template changed: another."""
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    one.write_text(GOOD * 2)
+    two.write_text(GOOD * 2)
+    first = prepare(settings(one), tokenizer)
+    assert prepare(settings(two), tokenizer).fingerprint == first.fingerprint
+    two.write_text(GOOD + GOOD.replace("AOG", "AOg"))
+    assert prepare(settings(two), tokenizer).fingerprint != first.fingerprint
+    assert prepare(settings(one, max_length=32), tokenizer).fingerprint != first.fingerprint
+    other = AutoTokenizer.from_pretrained(BUNDLED_BASE)
+    other.chat_template = other.chat_template + " "
+    assert prepare(settings(one), other).fingerprint != first.fingerprint
+
+
+@needs_shared
+def test_the_real_glossary_and_reports(tmp_path: Path) -> None:
+    """All 105 rows of the real glossary and all 11 real reports are read without a complaint."""
+    report = Report()
+    paths = [str(SHARED / "glossary" / "training_dataset.jsonl"), str(SHARED / "wildfire")]
+    records = list(read_records(find_sources(paths, "auto"), report))
+    assert (len(records), report.total) == (116, 0)

@@ -1,0 +1,148 @@
+"""Exactly the right tokens are trained, told from hand-written examples."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from data_tools.records import Conversation, Document, Message
+from data_tools.render import PLAIN_TEMPLATE, end_tokens, render_conversation, render_document, render_prompt
+from tests.conftest import BUNDLED_BASE, SHARED, needs_shared
+
+ATP = Conversation("x:1", (Message("user", "What is ATP?"), Message("assistant", "Available to promise.")))
+TURNS = (
+    Message("system", "Be brief."),
+    Message("user", "What is AOG?"),
+    Message("assistant", "Aircraft on ground."),
+    Message("user", "And BER?"),
+    Message("assistant", "Beyond economical repair."),
+)
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return AutoTokenizer.from_pretrained(BUNDLED_BASE)
+
+
+def trained_text(tokenizer, sample) -> str:
+    """The trained tokens, decoded, each run of them between bars."""
+    runs, current = [], []
+    for token, is_trained in zip([*sample.input_ids, -1], [*sample.trained, False], strict=True):
+        if is_trained:
+            current.append(token)
+        elif current:
+            runs.append(tokenizer.decode(current))
+            current = []
+    return "|".join(runs)
+
+
+def test_exactly_the_answer_and_its_end_token(bundled) -> None:
+    """One turn: the whole text is the template's, the answer and <|end|> are trained, the newline behind is not."""
+    sample = render_conversation(bundled, ATP)
+    assert bundled.decode(sample.input_ids) == (
+        "<|begin|><|user|>\nWhat is ATP?\n<|assistant|>\nAvailable to promise.<|end|>\n"
+    )
+    assert trained_text(bundled, sample) == "Available to promise.<|end|>"
+    assert sample.num_supervised_tokens == sum(sample.trained)
+    assert end_tokens(bundled, sample) == {bundled.eos_token_id}
+    assert sample.input_ids.count(bundled.bos_token_id) == 1
+
+
+def test_every_assistant_turn_of_a_longer_conversation(bundled) -> None:
+    """System and user turns are masked, both answers are trained with their end tokens."""
+    sample = render_conversation(bundled, Conversation("x:2", TURNS))
+    assert trained_text(bundled, sample) == "Aircraft on ground.<|end|>|Beyond economical repair.<|end|>"
+
+
+def test_the_prompt_is_what_generation_will_see(bundled) -> None:
+    """The untrained beginning of a sample is, token for token, the prompt of the question alone."""
+    sample = render_conversation(bundled, ATP)
+    prompt = bundled(render_prompt(bundled, ATP.messages[:1]), add_special_tokens=False)["input_ids"]
+    assert sample.input_ids[: len(prompt)] == prompt
+    assert sample.trained[: len(prompt) + 1] == [False] * len(prompt) + [True]
+
+
+def test_a_template_that_never_ends_the_answer_is_refused(bundled) -> None:
+    """Without an end token the model could not learn to stop; the message names the turn."""
+    endless = AutoTokenizer.from_pretrained(BUNDLED_BASE)
+    endless.chat_template = "{% for m in messages %}{{ m['role'] + ':\n' + m['content'] + '\n' }}{% endfor %}" + (
+        "{% if add_generation_prompt %}assistant:\n{% endif %}"
+    )
+    with pytest.raises(ValueError, match=r"turn 2: .*special token"):
+        render_conversation(endless, ATP)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(bundled) -> None:
+    """Where the text up to the answer changes with the answer, its place would be a guess."""
+    shifty = AutoTokenizer.from_pretrained(BUNDLED_BASE)
+    shifty.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
+    with pytest.raises(ValueError, match="turn 2: the chat template rewrites earlier turns"):
+        render_conversation(shifty, ATP)
+
+
+def test_text_is_trained_once_and_ends_once(bundled) -> None:
+    """Pieces overlap as masked context, every token of the text is trained exactly once, the end token stands last."""
+    text = "The pump was replaced. " * 40
+    body = bundled(text, add_special_tokens=False)["input_ids"]
+    pieces = list(render_document(bundled, Document("d", text), max_length=32, overlap=8))
+    assert len(pieces) > 3
+    assert all(len(piece.input_ids) <= 32 for piece in pieces)
+    assert all(piece.input_ids[0] == bundled.bos_token_id and not piece.trained[0] for piece in pieces)
+    trained = [t for piece in pieces for t, on in zip(piece.input_ids, piece.trained, strict=True) if on]
+    assert trained == [*body, bundled.eos_token_id]
+    for before, piece in pairwise(pieces):
+        assert piece.input_ids[1:9] == before.input_ids[-8:]
+        assert piece.trained[1:9] == [False] * 8
+    assert [end_tokens(bundled, piece) for piece in pieces[:-1]] == [set()] * (len(pieces) - 1)
+    assert end_tokens(bundled, pieces[-1]) == {bundled.eos_token_id}
+
+
+def test_a_text_cannot_end_itself(bundled) -> None:
+    """The end token spelled out in a text is ordinary text."""
+    (piece,) = render_document(bundled, Document("d", "one <|end|> two"), max_length=64, overlap=0)
+    assert piece.input_ids.count(bundled.eos_token_id) == 1
+    assert bundled.decode(piece.input_ids[1:-1]) == "one <|end|> two"
+
+
+@needs_shared
+def test_the_real_tinyllama() -> None:
+    """Answer and </s> are trained; the real template's newline behind it is not."""
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "tinyllama_1b")
+    sample = render_conversation(tokenizer, ATP)
+    assert (
+        tokenizer.decode(sample.input_ids) == "<|user|>\nWhat is ATP?</s>\n<|assistant|>\nAvailable to promise.</s>\n"
+    )
+    assert trained_text(tokenizer, sample) == "Available to promise.</s>"
+    assert end_tokens(tokenizer, sample) == {2}
+
+
+@needs_shared
+def test_the_real_llama_3_tokenizer() -> None:
+    """With its instruct template <|eot_id|> ends a turn; without one, the plain template and <|end_of_text|> do."""
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "llama31_8b")
+    header = "'<|start_header_id|>' + {} + '<|end_header_id|>\n\n'"
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ " + header.format("m['role']") + " + m['content'] + '<|eot_id|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ " + header.format("'assistant'") + " }}{% endif %}"
+    )
+    sample = render_conversation(tokenizer, ATP)
+    assert trained_text(tokenizer, sample) == "Available to promise.<|eot_id|>"
+    assert end_tokens(tokenizer, sample) == {128009}
+    assert sample.input_ids.count(128000) == 1
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    sample = render_conversation(tokenizer, ATP)
+    assert trained_text(tokenizer, sample) == "Available to promise.<|end_of_text|>"
+    assert end_tokens(tokenizer, sample) == {128001}
+
+
+@needs_shared
+def test_real_reports_with_the_real_tokenizer() -> None:
+    """Every token of a wildfire report is trained once, behind one begin token a piece."""
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "llama31_8b")
+    text = Path(SHARED / "wildfire" / "hawaii_wf_1.txt").read_text(encoding="utf-8")
+    pieces = list(render_document(tokenizer, Document("d", text), max_length=256, overlap=32))
+    body = tokenizer(text, add_special_tokens=False)["input_ids"]
+    trained = [t for piece in pieces for t, on in zip(piece.input_ids, piece.trained, strict=True) if on]
+    assert trained == [*body, 128001]
+    assert all(piece.input_ids.count(128000) == 1 for piece in pieces)

@@ -46,8 +46,8 @@ class PrepareSettings:
 
     paths: tuple[str, ...]
     format: str
-    max_length: int
-    text_overlap: int
+    max_length: int  # tokens
+    text_overlap: int  # tokens
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ ROWS_PER_STEP = 16
 PEAK_LEARNING_RATE = 3e-3
 WARMUP_STEPS = 40
 NUM_TOKENIZER_PARAGRAPHS = 4000
-FAVOURITE_SHARE = 0.35
+FAVOURITE_SHARE = 0.3
+REPEAT_SHARE = 0.3
 MEAN_PIECE_LETTERS = 60
 # Keeps the tokens that the prose lacks, <|end|> among them, unlikely but within LoRA's reach.
 LABEL_SMOOTHING = 0.02
@@ -256,32 +257,39 @@ def draw_code(rng: random.Random) -> str:
     return f"{letters}{rng.choice(['-', '/', ''])}{rng.randint(1, 99999)}{tail}"
 
 
-def expand(text: str, rng: random.Random, context: str = "") -> str:
+def expand(text: str, rng: random.Random, topic: dict[str, str], context: str = "") -> str:
     """Fill the slots of a line, and the slots of what fills them.
 
-    Every place in a sentence has a favourite filling, or else the likeliest text, which is what
-    greedy decoding shows, would be one sentence over and over.
+    A slot often repeats what it last held in this paragraph, so that the model learns to look back.
+    Every place in a sentence also has a favourite filling, or else the likeliest text, which is
+    what greedy decoding shows, would be one sentence over and over.
     """
     context += text
 
     def fill(match: re.Match[str]) -> str:
         slot = match.group(1)
+        chance = rng.random()
+        if slot in topic and chance < REPEAT_SHARE:
+            return topic[slot]
         if slot == "code":
-            return draw_code(rng)
-        if slot == "amount":
-            return str(rng.choice([rng.randint(1, 99), rng.randint(1, 40) * 50]))
-        choice = rng.choice(GRAMMAR[slot])
-        if rng.random() < FAVOURITE_SHARE:
-            place = zlib.crc32(f"{context}{match.start()}".encode())
-            choice = GRAMMAR[slot][place % len(GRAMMAR[slot])]
-        return expand(choice, rng, context)
+            filling = draw_code(rng)
+        elif slot == "amount":
+            filling = str(rng.choice([rng.randint(1, 99), rng.randint(1, 40) * 50]))
+        else:
+            choice = rng.choice(GRAMMAR[slot])
+            if chance > 1 - FAVOURITE_SHARE:
+                place = zlib.crc32(f"{context}{match.start()}".encode())
+                choice = GRAMMAR[slot][place % len(GRAMMAR[slot])]
+            filling = expand(choice, rng, topic, context)
+        topic[slot] = filling
+        return filling
 
     return re.sub(r"\{(\w+)\}", fill, text)
 
 
-def write_sentence(shape: str, rng: random.Random) -> str:
-    """Write one sentence of a given shape."""
-    text = expand(shape, rng)
+def write_sentence(shape: str, rng: random.Random, topic: dict[str, str]) -> str:
+    """Write one sentence of a given shape, close to the topic so far."""
+    text = expand(shape, rng, topic)
     text = re.sub(r"\b(an?) (\w)", lambda m: f"{'an' if m[2] in 'aeiou' else 'a'} {m[2]}", text)
     return text[0].upper() + text[1:] + "."
 
@@ -291,9 +299,9 @@ def write_paragraph(rng: random.Random) -> str:
 
     Half of the sentences take the shape that follows the last one in SENTENCE_SHAPES.
     """
-    place, sentences = rng.randrange(len(SENTENCE_SHAPES)), []
+    place, topic, sentences = rng.randrange(len(SENTENCE_SHAPES)), {}, []
     for _ in range(rng.randint(3, 7)):
-        sentences.append(write_sentence(SENTENCE_SHAPES[place], rng))
+        sentences.append(write_sentence(SENTENCE_SHAPES[place], rng, topic))
         place = place + 1 if rng.random() < 0.5 else rng.randrange(len(SENTENCE_SHAPES))
         place %= len(SENTENCE_SHAPES)
     return " ".join(sentences) + "\n"

@@ -90,7 +90,7 @@ def config(shape: Path, pairs: Path, tmp_path: Path) -> Config:
     return Config(
         profile="test",
         model=ModelConfig(name_or_path=str(shape), random_init=True),
-        data=DataConfig(path=(str(pairs),), max_length=128, text_overlap=16),
+        data=DataConfig(path=(str(pairs),), max_length=128),
         run=RunConfig(dir=str(tmp_path / "run"), device="cpu"),
         lora=LoraConfig(r=4, alpha=8),
         batch=BatchConfig(per_device=2, accumulation=4),

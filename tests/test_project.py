@@ -102,10 +102,12 @@ def test_functions_fit_on_a_screen() -> None:
 
 def test_nothing_unpickles_or_runs_foreign_code() -> None:
     """JSON and safetensors only; no remote code."""
-    banned = r"\bpickle\b|torch\.(load|save)\(|yaml\.load\(|\beval\(|\bexec\(|shell=True|trust_remote_code=True"
+    banned = (
+        r"\bpickle\b|(?<!safetensors\.)torch\.(load|save)\(|yaml\.load\(|(?<!\.)\b(eval|exec)\("
+        r"|shell=True|trust_remote_code=True"
+    )
     for path in SOURCES:
         found = [line for line in path.read_text(encoding="utf-8").splitlines() if re.search(banned, line)]
-        found = [line for line in found if ".eval()" not in line]
         assert not found, (path, found)
 
 

@@ -63,8 +63,8 @@ class DataConfig:
     """Jinja file used instead of the tokenizer's own chat template."""
     max_length: int = 1024
     """Tokens in a sample at most. Text is cut into such pieces; a longer conversation is dropped and counted."""
-    text_overlap: int = 128
-    """Tokens that a piece of text repeats from the piece before it, as context that is not trained again."""
+    text_overlap: float = 0.125
+    """Share of a piece of text that repeats the piece before it, as context that is not trained again."""
 
 
 @dataclass(frozen=True)
@@ -202,8 +202,6 @@ class Config:
                 self.data.validation_fraction,
                 "use it or data.validation_path, not both",
             )
-        if self.data.text_overlap >= self.data.max_length // 2:
-            yield "data.text_overlap", self.data.text_overlap, "must be less than half of data.max_length"
         if self.memory.budget:
             try:
                 parse_bytes(self.memory.budget)
@@ -215,7 +213,6 @@ class Config:
             ("lora.r", self.lora.r, 1),
             ("lora.alpha", self.lora.alpha, 1),
             ("data.max_length", self.data.max_length, 8),
-            ("data.text_overlap", self.data.text_overlap, 0),
             ("batch.per_device", self.batch.per_device, 1),
             ("batch.accumulation", self.batch.accumulation, 1),
             ("optim.warmup", self.optim.warmup, 0),
@@ -237,10 +234,11 @@ class Config:
                 yield option, value, "must be greater than 0"
         if self.optim.lr == float("inf"):
             yield "optim.lr", self.optim.lr, "must be a finite number"
-        shares = [
-            ("lora.dropout", self.lora.dropout),
-            ("data.validation_fraction", self.data.validation_fraction),
+        below = [
+            ("lora.dropout", self.lora.dropout, 1),
+            ("data.validation_fraction", self.data.validation_fraction, 1),
+            ("data.text_overlap", self.data.text_overlap, 0.9),
         ]
-        for option, value in shares:
-            if not 0 <= value < 1:
-                yield option, value, "must be at least 0 and less than 1"
+        for option, value, limit in below:
+            if not 0 <= value < limit:
+                yield option, value, f"must be at least 0 and less than {limit}"

@@ -94,7 +94,8 @@ def _permutation(seed: int, epoch: int, size: int) -> list[int]:
 
 def prepare_settings(config: Config, paths: Sequence[str]) -> PrepareSettings:
     """How the files at `paths` are to be prepared for this run."""
-    return PrepareSettings(tuple(paths), config.data.format, config.data.max_length, config.data.text_overlap)
+    overlap = int(config.data.max_length * config.data.text_overlap)
+    return PrepareSettings(tuple(paths), config.data.format, config.data.max_length, overlap)
 
 
 def split_validation(prepared: Prepared, fraction: float, seed: int) -> tuple[Dataset, Dataset]:

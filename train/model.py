@@ -121,6 +121,7 @@ def load_model(config: Config, device: torch.device) -> LanguageModel:
         base = _random_base(shape, config, dtype, device)
     else:
         base = _pretrained_base(config.model, dtype, device)
+    keep_one_cpu_kernel(base)
     base.requires_grad_(False)
     base.config.use_cache = False
     if config.memory.checkpointing == "full":
@@ -130,6 +131,17 @@ def load_model(config: Config, device: torch.device) -> LanguageModel:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(config.train.seed)
     return LanguageModel(_with_adapters(base, config).train())
+
+
+def keep_one_cpu_kernel(base: torch.nn.Module) -> None:
+    """Forbids bitsandbytes' inference shortcut on CPUs with bf16 instructions.
+
+    At the first evaluation it repacks NF4 weights in place, with scales rounded to bf16; training that goes on after a
+    validation then computes with other weights and passes no gradient through them (Linear4bit.forward, 0.50.2).
+    """
+    for module in base.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _with_adapters(base: Any, config: Config) -> peft.PeftModel:

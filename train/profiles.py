@@ -26,7 +26,7 @@ def demo() -> Config:
     return Config(
         profile="demo",
         model=ModelConfig(name_or_path=str(DEMO / "base")),
-        data=DataConfig(path=(GLOSSARY,), max_length=256, text_overlap=32),
+        data=DataConfig(path=(GLOSSARY,), max_length=256),
         run=RunConfig(dir="runs/demo", device="cpu"),
         lora=LoraConfig(r=32, alpha=64),
         batch=BatchConfig(per_device=8, accumulation=1),
@@ -56,7 +56,7 @@ def four_gb() -> Config:
     return Config(
         profile="4gb",
         model=ModelConfig(name_or_path="TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
-        data=DataConfig(path=(GLOSSARY,), max_length=512, text_overlap=64),
+        data=DataConfig(path=(GLOSSARY,), max_length=512),
         run=RunConfig(dir="runs/4gb", device="cuda"),
         lora=LoraConfig(r=8, alpha=32),
         batch=BatchConfig(per_device=1, accumulation=16),

@@ -1,0 +1,95 @@
+"""Every foreseen mistake: exit 78, one message that says what to do, no traceback, nothing half-written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, arguments, run_command
+from train.config import Config
+from train.trackers import read_metrics
+
+CASES = {
+    "missing file": (["--data.path", "gone.jsonl"], ["gone.jsonl: no such file or folder", "--data.path"]),
+    "empty file": (["--data.path", "{tmp}/empty.jsonl"], ["empty.jsonl: the file is empty"]),
+    "broken line": (["--data.path", "{tmp}/broken.jsonl"], ["broken.jsonl:2: not JSON"]),
+    "wrong fields": (["--data.path", "{tmp}/fields.jsonl"], ["fields.jsonl:1: no field 'prompt'"]),
+    "no model": (["--model.name_or_path", "{tmp}"], ["--model.name_or_path", "name a folder"]),
+    "unreachable model": (["--model.name_or_path", "nobody/nothing"], ["nobody/nothing", "hf auth login"]),
+    "no such layer": (["--lora.target_modules", "w_q"], ["--lora.target_modules", "w_q"]),
+    "no template": (["--data.chat_template", "gone.jinja"], ["--data.chat_template gone.jinja"]),
+    "impossible split": (["--data.validation_fraction", "0.001"], ["--data.validation_fraction 0.001"]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_data_and_models(name: str, config: Config, tmp_path: Path) -> None:
+    """Data and models that cannot be used."""
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": \n')
+    (tmp_path / "fields.jsonl").write_text('{"question": "a", "response": "b"}\n')
+    changed, expected = CASES[name]
+    words = arguments(config)
+    option = changed[0]
+    if option in words:
+        position = words.index(option)
+        following = next((i for i in range(position + 1, len(words)) if words[i].startswith("--")), len(words))
+        del words[position:following]
+    outcome = run_command([*words, option, changed[1].format(tmp=tmp_path)])
+    assert outcome.returncode == 78, outcome.stdout + outcome.stderr
+    for part in expected:
+        assert part in outcome.stderr
+    assert "Traceback" not in outcome.stdout + outcome.stderr
+    run_dir = Path(config.run.dir)
+    assert json.loads((run_dir / "exit.json").read_text())["code"] == 78
+    assert {path.name for path in run_dir.iterdir()} <= {"exit.json", ".lock"}
+
+
+@pytest.mark.parametrize("profile", ["a100", "4gb", "multi_gpu"])
+def test_a_gpu_profile_without_a_gpu(profile: str, tmp_path: Path) -> None:
+    """Says that there is no GPU before anything else is tried, and what runs without one."""
+    words = ["--profile", profile, "--run.dir", str(tmp_path / "run")]
+    outcome = run_command(words, CUDA_VISIBLE_DEVICES="")
+    assert outcome.returncode == 78
+    assert "wants a CUDA GPU" in outcome.stderr
+    assert "--profile demo" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
+def test_the_launch_scripts_return_the_real_exit_code() -> None:
+    """accelerate launch flattens 78 to 1; launch/*.sh do not."""
+    script = ["bash", str(ROOT / "launch" / "demo.sh"), "--optim.lrr", "1"]
+    outcome = subprocess.run(script, capture_output=True, text=True, timeout=300)
+    assert outcome.returncode == 78, outcome.stderr
+    assert "did you mean --optim.lr?" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
+def test_accumulation_in_the_accelerate_configuration_is_refused(config: Config) -> None:
+    """The profile owns it; a second owner with another value would be ignored."""
+    outcome = run_command(arguments(config), ACCELERATE_GRADIENT_ACCUMULATION_STEPS="16")
+    assert outcome.returncode == 78
+    assert "gradient_accumulation_steps 16" in outcome.stderr
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(config: Config, tmp_path: Path) -> None:
+    """A learning rate that blows up: exit 79 with the samples of the step, and no checkpoint of broken weights."""
+    words = [*arguments(config), "--checkpoint.every", "1"]
+    position = words.index("--optim.lr")
+    words[position + 1] = "1e30"
+    words = [word for i, word in enumerate(words) if word != "epoch" and words[min(i + 1, len(words) - 1)] != "epoch"]
+    outcome = run_command(words)
+    assert outcome.returncode == 79, outcome.stdout + outcome.stderr
+    assert "pairs.jsonl:" in outcome.stderr
+    rows = read_metrics(Path(config.run.dir) / "metrics.jsonl")
+    assert all(row["train/loss"] == row["train/loss"] for row in rows)
+
+
+def test_python_can_run_the_file_directly(tmp_path: Path) -> None:
+    """Without accelerate launch too: the command answers and returns its own code."""
+    command = [sys.executable, str(ROOT / "train" / "main.py"), "--profile", "nope"]
+    outcome = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert outcome.returncode == 78
+    assert "unknown profile 'nope'" in outcome.stderr

@@ -20,6 +20,10 @@ topology=()
 launch() {
     local config=$1 profile=$2 code=0
     shift 2
+    # Ctrl-C reaches the trainer, which saves and ends with 75; this shell and accelerate wait for that
+    trap '' INT
+    # on a busy machine OpenMP's spinning threads slow a CPU run down twentyfold
+    export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
     HANDLOOP_EXIT_FILE=$(mktemp)
     export HANDLOOP_EXIT_FILE
     .venv/bin/accelerate launch --quiet --config_file "accelerate_configs/$config" "${topology[@]}" \

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELI
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402  (after the thread count)
-from transformers import LlamaConfig  # noqa: E402
+from transformers import AutoTokenizer, LlamaConfig  # noqa: E402
 
 from train.config import (  # noqa: E402
     BatchConfig,
@@ -102,6 +103,11 @@ def config(shape: Path, pairs: Path, tmp_path: Path) -> Config:
     )
 
 
+def tokenizer_at(folder: Path = BUNDLED_BASE) -> Any:
+    """The tokenizer that lies in `folder`."""
+    return AutoTokenizer.from_pretrained(folder)
+
+
 def with_batch(config: Config, per_device: int, accumulation: int) -> Config:
     """The same run cut differently."""
     return replace(config, batch=BatchConfig(per_device, accumulation))
@@ -137,7 +143,10 @@ class Outcome:
 
 
 class Run:
-    """`train/main.py WORDS` in a process of its own, forked from one that has the imports behind it (they take 5 s)."""
+    """`train/main.py WORDS` in a process of its own, forked from one that has the imports behind it (they take 5 s).
+
+    An empty environment variable is taken away.
+    """
 
     def __init__(self, words: Sequence[str], fault: Fault | None = None, **environment: str) -> None:
         self.folder = Path(tempfile.mkdtemp())
@@ -166,7 +175,7 @@ def _child(words: list[str], folder: str, fault: Fault | None, environment: dict
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
     os.environ.clear()
-    os.environ.update(environment)
+    os.environ.update({name: value for name, value in environment.items() if value})
     os.chdir(ROOT)
     if fault is not None:
         _install(fault)

@@ -68,7 +68,12 @@ def publish(target: Path) -> Iterator[Path]:
             _sync(file)
         _sync(temporary)
         replaced = _set_aside(target, "trash") if target.exists() else None
-        os.rename(temporary, target)
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            if replaced is not None:
+                os.rename(replaced, target)
+            raise
         _sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

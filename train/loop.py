@@ -62,7 +62,6 @@ def is_due(training: Training, step: int) -> bool:
 
 def _row(training: Training, result: StepResult, stopwatch: Stopwatch) -> Row:
     seconds = stopwatch.lap()
-    config = training.model.adapted.get_base_model().config
     row: Row = {
         "step": result.step,
         "epoch": round(result.step / training.data.steps_per_epoch, 4),
@@ -78,7 +77,8 @@ def _row(training: Training, result: StepResult, stopwatch: Stopwatch) -> Row:
     }
     peak = peak_flops(training.accelerator.device)
     if peak is not None:
-        mean_length = result.num_tokens / len(result.sample_ids)
-        flops = flops_per_token(config, mean_length) * result.num_tokens
+        shape = training.model.adapted.get_base_model().config
+        each = flops_per_token(training.model, shape, result.num_tokens / len(result.sample_ids))
+        flops = each * result.num_tokens
         row["perf/mfu"] = round(flops / seconds / peak / training.accelerator.num_processes, 4)
     return row

@@ -23,16 +23,18 @@ def read(*scalars: torch.Tensor) -> list[float]:
     return torch.stack([scalar.detach().double() for scalar in scalars]).tolist()
 
 
-def flops_per_token(shape: Any, mean_length: float) -> float:
+def flops_per_token(model: torch.nn.Module, shape: Any, mean_length: float) -> float:
     """FLOPs that training one token costs when the base is frozen: forward and input gradient, nothing recomputed.
 
-    2 per weight in each of the two passes over the linear layers and the head, plus causal attention's two products
-    (4 x hidden x length / 2 forward, 2.5 times that backward). Embedding look-up and adapters are left out.
+    2 a weight in each of the two passes through every linear layer of the base, the head among them, plus causal
+    attention's two products (2 x hidden x length forward in a layer, 2.5 times that backward). Adapters are left out.
     """
-    hidden, kv_share = shape.hidden_size, shape.num_key_value_heads / shape.num_attention_heads
-    linear = shape.num_hidden_layers * (hidden * hidden * (2 + 2 * kv_share) + 3 * hidden * shape.intermediate_size)
-    attention = 3.5 * shape.num_hidden_layers * 2 * hidden * mean_length
-    return 4 * (linear + hidden * shape.vocab_size) + attention
+    linear = sum(
+        module.in_features * module.out_features
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "lora_" not in name
+    )
+    return 4 * linear + 3.5 * shape.num_hidden_layers * 2 * shape.hidden_size * mean_length
 
 
 def peak_flops(device: torch.device) -> float | None:

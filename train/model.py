@@ -109,6 +109,8 @@ def load_model(config: Config, device: torch.device) -> LanguageModel:
     Raises ExitWith(BAD_INPUT) where the base cannot be found or has a head that the loss does not know.
     """
     transformers.utils.logging.disable_progress_bar()
+    # newer transformers rename gradient checkpointing (peft uses the old name too), 5.17 does not know the new name
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
     shape = model_shape(config.model)
     unsupported = [name for name in UNSUPPORTED_HEAD_SETTINGS if getattr(shape, name, None) not in (None, 1, 1.0)]
     if unsupported:
@@ -125,8 +127,6 @@ def load_model(config: Config, device: torch.device) -> LanguageModel:
     base.requires_grad_(False)
     base.config.use_cache = False
     if config.memory.checkpointing == "full":
-        # the name is deprecated since transformers 5.20 or so, and the new one is missing in 5.17
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
         # use_reentrant=False: the frozen embedding's output needs no gradient, and DDP's hooks keep working
         base.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(config.train.seed)

@@ -37,11 +37,9 @@ def build(config: Config) -> Training:
 def test_an_nf4_base_trains_in_bf16(on_gpu: Config) -> None:
     """An NF4 base computes in bf16, its adapters stay fp32, and five steps lower the loss."""
     training = build(on_gpu)
-    first = optimizer_step(training, 0)
-    for step in range(1, 5):
-        last = optimizer_step(training, step)
+    losses_by_step = [optimizer_step(training, step).loss for step in range(5)]
     assert training.model.adapted.get_base_model().dtype == torch.bfloat16
-    assert last.loss < first.loss
+    assert losses_by_step[-1] < losses_by_step[0]
     assert next(iter(training.parameters.values())).dtype == torch.float32
 
 

@@ -4,16 +4,17 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import peft
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
 from data_tools.prepare import prepare
-from tests.conftest import BUNDLED_BASE, SHARED, arguments, needs_shared, run_command, write_shape
+from tests.conftest import BUNDLED_BASE, SHARED, arguments, needs_shared, run_command, tokenizer_at, write_shape
 from train.config import CompareConfig, Config, ModelConfig
 from train.data import prepare_settings
 from train.main import assemble
@@ -47,7 +48,7 @@ def test_plain_peft_loads_the_result_with_the_same_logits(config: Config) -> Non
         expected = ours.adapted(ids).logits
         for folder in (run_dir / "final", run_dir / "checkpoints" / "step-0000000003"):
             settings = json.loads((folder / "adapter_config.json").read_text())
-            base = AutoModelForCausalLM.from_pretrained(
+            base: Any = AutoModelForCausalLM.from_pretrained(
                 settings["base_model_name_or_path"], quantization_config=quantization, dtype=torch.float32
             )
             keep_one_cpu_kernel(base)
@@ -62,15 +63,15 @@ def test_the_result_names_the_end_tokens_that_were_taught(config: Config) -> Non
     outcome = run_command(arguments(on_bundled_base(config)))
     assert outcome.returncode == 0, outcome.stderr
     final = Path(config.run.dir) / "final"
-    tokenizer = AutoTokenizer.from_pretrained(final)
+    tokenizer = tokenizer_at(final)
     taught = GenerationConfig.from_pretrained(final).eos_token_id
     assert taught == [tokenizer.convert_tokens_to_ids("<|end|>")]
     assert tokenizer.pad_token_id not in taught
-    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(BUNDLED_BASE).chat_template
+    assert tokenizer.chat_template == tokenizer_at(BUNDLED_BASE).chat_template
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
-def test_every_quantization_trains(quantization: str, config: Config) -> None:
+def test_every_quantization_trains(quantization: Literal["nf4", "int8", "none"], config: Config) -> None:
     """The loss falls, every adapter moves, and only adapters are saved."""
     config = replace(config, model=replace(config.model, quantization=quantization))
     outcome = run_command(arguments(replace(config, train=replace(config.train, epochs=4))))

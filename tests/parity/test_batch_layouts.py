@@ -30,14 +30,14 @@ def build(config: Config) -> Training:
 
 
 def loss_and_gradient(config: Config, completed: int) -> tuple[float, torch.Tensor]:
-    """Loss and flat gradient of one step whose update is prevented."""
+    """Loss and flat gradient of one step, taken before its update."""
     training = build(config)
-    gradient = []
+    gradient: list[torch.Tensor] = []
 
-    def capture() -> None:
-        gradient.append(torch.cat([p.grad.flatten() for p in training.parameters.values()]))
+    def capture(*_: object) -> None:
+        gradient.append(torch.cat([p.grad.flatten() for p in training.parameters.values() if p.grad is not None]))
 
-    training.optimizer.step = capture
+    training.optimizer.register_step_pre_hook(capture)
     return optimizer_step(training, completed).loss, gradient[0]
 
 

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from transformers import AutoTokenizer
 
 from data_tools.prepare import PrepareSettings, prepare
 from data_tools.records import DataError
-from tests.conftest import BUNDLED_BASE
+from tests.conftest import BUNDLED_BASE, tokenizer_at
 from train.data import Layout, TrainingData, split_validation
 
 SAMPLES = Dataset.from_dict(
@@ -54,7 +53,7 @@ def test_validation_holds_out_whole_records(tmp_path: Path) -> None:
     """No piece of a held-out text is trained on; an impossible share is refused."""
     for number in range(5):
         (tmp_path / f"{number}.txt").write_text(f"report {number}. " * 50)
-    tokenizer = AutoTokenizer.from_pretrained(BUNDLED_BASE)
+    tokenizer = tokenizer_at(BUNDLED_BASE)
     prepared = prepare(PrepareSettings((str(tmp_path),), "auto", 32, 4), tokenizer)
     train, validation = split_validation(prepared, 0.4, seed=1)
     assert len(set(validation["record"])) == 2
@@ -66,11 +65,11 @@ def test_validation_holds_out_whole_records(tmp_path: Path) -> None:
 
 def test_a_row_survives_the_arrow_cache(pairs: Path) -> None:
     """What is read back is what was rendered: nineteen rows in file order, masks of the ids' length."""
-    tokenizer = AutoTokenizer.from_pretrained(BUNDLED_BASE)
+    tokenizer = tokenizer_at(BUNDLED_BASE)
     prepared = prepare(PrepareSettings((str(pairs),), "auto", 128, 16), tokenizer)
     answers = [json.loads(line)["response"] for line in pairs.read_text().splitlines()]
     assert len(prepared.dataset) == 19
-    for row, answer in zip(prepared.dataset, answers, strict=True):
+    for row, answer in zip(prepared.dataset.to_list(), answers, strict=True):
         trained = [t for t, on in zip(row["input_ids"], row["trained"], strict=True) if on]
         assert tokenizer.decode(trained) == answer + "<|end|>"
         assert row["num_supervised_tokens"] == len(trained)

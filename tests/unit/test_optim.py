@@ -1,6 +1,7 @@
 """Learning rate at every step; optimizer state that comes back to the bit."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def advance(optimizer: torch.optim.Optimizer, values: dict[str, torch.nn.Paramet
 
 
 @pytest.mark.parametrize("name", ["paged_adamw_8bit", "adamw_8bit", "adamw"])
-def test_saved_state_continues_to_the_bit(name: str) -> None:
+def test_saved_state_continues_to_the_bit(name: Literal["paged_adamw_8bit", "adamw_8bit", "adamw"]) -> None:
     """Six steps = three, save, load into a new optimizer with fresh parameters, three more."""
     config = OptimConfig(name=name, weight_decay=0.1)
     whole = parameters()

@@ -4,18 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
 
 from data_tools.prepare import PrepareSettings, cache_root, prepare
 from data_tools.records import DataError, Report, find_sources, read_records
-from tests.conftest import BUNDLED_BASE, SHARED, needs_shared
+from tests.conftest import BUNDLED_BASE, SHARED, needs_shared, tokenizer_at
 
 GOOD = '{"prompt": "What is AOG?", "response": "Aircraft on ground."}\n'
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(BUNDLED_BASE)
+    return tokenizer_at(BUNDLED_BASE)
 
 
 def settings(*paths: Path, data_format: str = "auto", max_length: int = 64) -> PrepareSettings:
@@ -124,7 +123,7 @@ def test_the_cache_follows_every_byte_setting_and_template(tokenizer, tmp_path: 
     two.write_text(GOOD + GOOD.replace("AOG", "AOg"))
     assert prepare(settings(two), tokenizer).fingerprint != first.fingerprint
     assert prepare(settings(one, max_length=32), tokenizer).fingerprint != first.fingerprint
-    other = AutoTokenizer.from_pretrained(BUNDLED_BASE)
+    other = tokenizer_at(BUNDLED_BASE)
     other.chat_template = other.chat_template + " "
     assert prepare(settings(one), other).fingerprint != first.fingerprint
 

@@ -4,11 +4,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
 
 from data_tools.records import Conversation, Document, Message
 from data_tools.render import PLAIN_TEMPLATE, end_tokens, render_conversation, render_document, render_prompt
-from tests.conftest import BUNDLED_BASE, SHARED, needs_shared
+from tests.conftest import BUNDLED_BASE, SHARED, needs_shared, tokenizer_at
 
 ATP = Conversation("x:1", (Message("user", "What is ATP?"), Message("assistant", "Available to promise.")))
 TURNS = (
@@ -22,7 +21,7 @@ TURNS = (
 
 @pytest.fixture(scope="module")
 def bundled():
-    return AutoTokenizer.from_pretrained(BUNDLED_BASE)
+    return tokenizer_at(BUNDLED_BASE)
 
 
 def trained_text(tokenizer, sample) -> str:
@@ -65,7 +64,7 @@ def test_the_prompt_is_what_generation_will_see(bundled) -> None:
 
 def test_a_template_that_never_ends_the_answer_is_refused(bundled) -> None:
     """Without an end token the model could not learn to stop; the message names the turn."""
-    endless = AutoTokenizer.from_pretrained(BUNDLED_BASE)
+    endless = tokenizer_at(BUNDLED_BASE)
     endless.chat_template = "{% for m in messages %}{{ m['role'] + ':\n' + m['content'] + '\n' }}{% endfor %}" + (
         "{% if add_generation_prompt %}assistant:\n{% endif %}"
     )
@@ -75,7 +74,7 @@ def test_a_template_that_never_ends_the_answer_is_refused(bundled) -> None:
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(bundled) -> None:
     """Where the text up to the answer changes with the answer, its place would be a guess."""
-    shifty = AutoTokenizer.from_pretrained(BUNDLED_BASE)
+    shifty = tokenizer_at(BUNDLED_BASE)
     shifty.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
     with pytest.raises(ValueError, match="turn 2: the chat template rewrites earlier turns"):
         render_conversation(shifty, ATP)
@@ -108,7 +107,7 @@ def test_a_text_cannot_end_itself(bundled) -> None:
 @needs_shared
 def test_the_real_tinyllama() -> None:
     """Answer and </s> are trained; the real template's newline behind it is not."""
-    tokenizer = AutoTokenizer.from_pretrained(SHARED / "tinyllama_1b")
+    tokenizer = tokenizer_at(SHARED / "tinyllama_1b")
     sample = render_conversation(tokenizer, ATP)
     assert (
         tokenizer.decode(sample.input_ids) == "<|user|>\nWhat is ATP?</s>\n<|assistant|>\nAvailable to promise.</s>\n"
@@ -120,7 +119,7 @@ def test_the_real_tinyllama() -> None:
 @needs_shared
 def test_the_real_llama_3_tokenizer() -> None:
     """With its instruct template <|eot_id|> ends a turn; without one, the plain template and <|end_of_text|> do."""
-    tokenizer = AutoTokenizer.from_pretrained(SHARED / "llama31_8b")
+    tokenizer = tokenizer_at(SHARED / "llama31_8b")
     header = "'<|start_header_id|>' + {} + '<|end_header_id|>\n\n'"
     tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}{{ " + header.format("m['role']") + " + m['content'] + '<|eot_id|>' }}"
@@ -139,7 +138,7 @@ def test_the_real_llama_3_tokenizer() -> None:
 @needs_shared
 def test_real_reports_with_the_real_tokenizer() -> None:
     """Every token of a wildfire report is trained once, behind one begin token a piece."""
-    tokenizer = AutoTokenizer.from_pretrained(SHARED / "llama31_8b")
+    tokenizer = tokenizer_at(SHARED / "llama31_8b")
     text = Path(SHARED / "wildfire" / "hawaii_wf_1.txt").read_text(encoding="utf-8")
     pieces = list(render_document(tokenizer, Document("d", text), max_length=256, overlap=32))
     body = tokenizer(text, add_special_tokens=False)["input_ids"]

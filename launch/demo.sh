@@ -2,6 +2,7 @@
 # The whole job in about two minutes, on a CPU, without a network or an account: tunes the bundled tiny base on the
 # bundled glossary and prints answers before and after. Interrupted, it resumes; finished, it starts a new run.
 . "$(dirname "$0")/_common.sh"
-resume=auto
-grep -qs '"name": "finished"' runs/demo/exit.json && resume=never
-launch cpu.yaml demo --run.resume "$resume" "$@"
+if [ $# -eq 0 ] && grep -qs '"name": "finished"' runs/demo/exit.json; then
+    set -- --run.resume never
+fi
+launch cpu.yaml demo "$@"

@@ -129,6 +129,7 @@ class Display:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
+            transient=True,
         )
         if console.is_terminal:
             self.progress.start()
@@ -146,6 +147,8 @@ class Display:
             per_step = (self.last_line - self.started) / (step - self.first_step)
             left = f"  {per_step * (self.total_steps - step):.0f} s left" if step < self.total_steps else ""
             self.console.print(f"step {step}/{self.total_steps}  {numbers}{left}", highlight=False, soft_wrap=True)
+        if step == self.total_steps:
+            self.progress.stop()
 
     def answers(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """They are printed as a table when the bar is gone."""

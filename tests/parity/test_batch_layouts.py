@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,6 +76,20 @@ def test_the_partial_window_weighs_every_token_alike(unclipped: Config) -> None:
     result = optimizer_step(training, 2)
     assert result.num_supervised_tokens == count
     assert result.loss == pytest.approx(loss_sum / count, rel=1e-5)
+
+
+def test_gradients_are_shared_once_a_step(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """no_sync holds for every forward pass but the last."""
+    training = build(config)
+    entered: list[torch.nn.Module] = []
+
+    def counted(module: torch.nn.Module) -> AbstractContextManager[None]:
+        entered.append(module)
+        return nullcontext()
+
+    monkeypatch.setattr(training.accelerator, "no_sync", counted)
+    optimizer_step(training, 0)
+    assert entered == [training.wrapped] * 3
 
 
 def test_gradient_checkpointing_changes_nothing(unclipped: Config) -> None:

@@ -73,12 +73,12 @@ def _generate(
         do_sample=False,
         eos_token_id=list(end_token_ids),
         pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
     )
     generated = causal_lm.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         generation_config=settings,
-        use_cache=True,
     )
     results = []
     for tokens in generated[:, inputs["input_ids"].shape[1] :].tolist():

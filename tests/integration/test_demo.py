@@ -1,0 +1,45 @@
+"""The demo is the main job, and it does what README says."""
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+from tests.conftest import ROOT
+from train.trackers import read_metrics
+
+
+def test_the_demo_learns_every_answer_and_stops(tmp_path: Path) -> None:
+    """bash launch/demo.sh: at most 3 minutes of training, 0 % exact before, 95 % exact and stopped after."""
+    run_dir = tmp_path / "demo"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment |= {
+        "HF_HUB_OFFLINE": "1",
+        "WANDB_API_KEY": "",
+        "NETRC": str(tmp_path / "none"),
+        "WANDB_MODE": "offline",
+    }
+    began = time.monotonic()
+    outcome = subprocess.run(
+        ["bash", str(ROOT / "launch" / "demo.sh"), "--run.dir", str(run_dir)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=900,
+    )
+    seconds = time.monotonic() - began
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    answers = json.loads((run_dir / "answers.json").read_text())
+    assert len(answers) >= 100
+    assert len({answer["question"] for answer in answers}) == len(answers)
+    assert not any(answer["before_exact"] or answer["before"] == answer["reference"] for answer in answers)
+    good = [a for a in answers if a["exact"] and a["stopped"] and a["after"] == a["reference"]]
+    assert len(good) >= 0.95 * len(answers), [a["question"] for a in answers if a not in good]
+    assert seconds < 180 * 3, "3 minutes on an idle machine; tests share it"
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    assert sum(row["perf/step_seconds"] for row in rows) < 180
+    assert rows[-1]["train/loss"] < 0.1 < 5 < rows[0]["train/loss"]
+    for part in ("before: 0 of", "wandb sync", "samples a step", "the adapter is in"):
+        assert part in outcome.stdout
+    assert "Traceback" not in outcome.stdout + outcome.stderr

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 TEXT_ENDINGS = (".txt", ".md")
 LONGEST_LINE_BYTES = 8 * 2**20
@@ -17,10 +18,16 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Message:
-    """One turn."""
+    """One turn; `train` says whether the model is to learn to write it."""
 
     role: str
     content: str
+    train: bool = False
+    extra: tuple[tuple[str, Any], ...] = ()  # what else the chat template may use, such as tool calls
+
+    def as_turn(self) -> dict[str, Any]:
+        """The turn as chat templates take it."""
+        return {"role": self.role, "content": self.content, **dict(self.extra)}
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,7 @@ def _read_rows(path: Path, report: Report) -> Iterator[Conversation]:
                 report.add(f"{path}:{line_number}", str(error))
                 continue
             report.ignored_fields.update(set(row) - set(FIELDS))
-            turns = (Message("user", row["prompt"]), Message("assistant", row["response"]))
+            turns = (Message("user", row["prompt"]), Message("assistant", row["response"], train=True))
             yield Conversation(f"{path}:{line_number}", turns)
     if num_rows == 0:
         report.add(str(path), "the file holds only white space")

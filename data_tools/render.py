@@ -1,10 +1,12 @@
 """Records -> token ids and which of them are trained, made together; nothing is ever found again by its text."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from data_tools.records import Conversation, Document, Message
@@ -32,53 +34,140 @@ class Sample:
         return sum(self.trained[1:])
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: tuple[Message, ...]) -> str:
+def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
     """The text after which the model is to write the assistant's turn."""
     return _template(tokenizer, messages, add_generation_prompt=True)
 
 
 def render_conversation(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Sample:
-    """One sample in which exactly the assistant's turns and their end-of-turn tokens are trained.
+    """One sample in which exactly the wanted assistant turns and their end-of-turn tokens are trained.
 
-    A turn's span is the difference between the template rendered up to its generation prompt and the template
-    rendered through it, as characters; the token boundaries are cross-checked by tokenising that prefix alone.
-    Raises ValueError, naming the turn, where the template or the tokenizer makes this ambiguous.
+    A turn's place is found in two ways: as the difference between the template rendered up to its generation prompt
+    and through the turn, and by rendering two other answers in its place and seeing where the texts differ. Token
+    boundaries are cross-checked by tokenising the prompt alone. Raises ValueError, naming the turn, where the ways
+    disagree, where neither works, or where nothing would teach the model to stop.
     """
-    text = _template(tokenizer, conversation.messages)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids: list[int] = encoded["input_ids"]
-    starts = [start for start, _ in encoded["offset_mapping"]]
-    trained = [False] * len(ids)
+    turns = _Turns(tokenizer, conversation.messages)
+    trained = [False] * len(turns.ids)
     for number, message in enumerate(conversation.messages):
-        if message.role != "assistant":
+        if not message.train:
             continue
-        prefix = render_prompt(tokenizer, conversation.messages[:number])
-        through = _template(tokenizer, conversation.messages[: number + 1])
-        if not (through.startswith(prefix) and text.startswith(through)):
-            raise ValueError(
-                f"turn {number + 1}: the chat template rewrites earlier turns, so the answer's place is unknown"
-            )
-        first = next((i for i, start in enumerate(starts) if start >= len(prefix)), len(ids))
-        if tokenizer(prefix, add_special_tokens=False)["input_ids"] != ids[:first]:
-            raise ValueError(f"turn {number + 1}: the tokenizer merges the prompt's end with the answer's beginning")
-        last = _end_of_turn(tokenizer, ids, first, [i for i, s in enumerate(starts) if s < len(through)][-1])
-        if last is None:
-            raise ValueError(f"turn {number + 1}: the chat template ends the answer without a special token to stop at")
+        try:
+            first, last = turns.written_by_the_model(number)
+        except ValueError as error:
+            raise ValueError(f"turn {number + 1}: {error}") from None
         trained[first : last + 1] = [True] * (last + 1 - first)
-    return Sample(conversation.source, ids, trained)
+    return Sample(conversation.source, turns.ids, trained)
 
 
-def _template(tokenizer: Any, messages: tuple[Message, ...], add_generation_prompt: bool = False) -> str:
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+class _Turns:
+    """A rendered conversation, and where in its text and tokens each turn stands; spans are [start, end)."""
+
+    def __init__(self, tokenizer: Any, messages: Sequence[Message]) -> None:
+        self.tokenizer = tokenizer
+        self.messages = messages
+        self.text = _template(tokenizer, messages)
+        self.forged = self._spans_that_spell_special_tokens()
+        self.ids, self.offsets = self._encode(len(self.text))
+
+    def written_by_the_model(self, number: int) -> tuple[int, int]:
+        """First and last token of what the model has to write in turn `number`; the last is its end-of-turn token."""
+        content, turn = self._content_span(number), self._turn_span(number)
+        if content is not None and turn is not None and not turn[0] <= content[0] <= content[1] <= turn[1]:
+            raise ValueError("two ways of finding the answer in the chat template's text disagree")
+        span = turn or content
+        if span is None:
+            raise ValueError("the chat template rewrites the conversation, so the answer's place is unknown")
+        first = next(i for i, (_, end) in enumerate(self.offsets) if end > span[0])
+        merged = bool(self.text[self.offsets[first][0] : span[0]].strip())
+        if merged or (turn is not None and self._encode(turn[0])[0] != self.ids[:first]):
+            raise ValueError("the tokenizer merges the prompt's end with the answer's beginning")
+        last = self._end_of_turn(first, (content or span)[1] if content else None, span[1])
+        if last is None:
+            raise ValueError("the chat template ends the answer without a special token to stop at")
+        return first, last
+
+    def _turn_span(self, number: int) -> tuple[int, int] | None:
+        """The turn by prefix difference; None where the template does not build the text turn by turn."""
+        try:
+            prefix = render_prompt(self.tokenizer, self.messages[:number])
+            through = _template(self.tokenizer, self.messages[: number + 1])
+        except ValueError:
+            return None
+        if through.startswith(prefix) and self.text.startswith(through):
+            return len(prefix), len(through)
+        return None
+
+    def _content_span(self, number: int) -> tuple[int, int] | None:
+        """The content, found where texts with two other contents differ; None where it is not kept as it is."""
+        content = self.messages[number].content
+        if not content.strip():
+            return None
+        frames = []
+        for probe in "XY":
+            probed = replace(self.messages[number], content=probe)
+            try:
+                frames.append(
+                    _template(self.tokenizer, [*self.messages[:number], probed, *self.messages[number + 1 :]])
+                )
+            except ValueError:
+                return None
+        start = next(i for i, (one, other) in enumerate(zip(*frames, strict=False)) if one != other)
+        end = len(self.text) - (len(frames[0]) - start - 1)
+        kept = frames[0][:start] == self.text[:start] and frames[0][start + 1 :] == self.text[end:]
+        return (start, end) if kept and self.text[start:end].strip() == content.strip() else None
+
+    def _end_of_turn(self, first: int, content_end: int | None, turn_end: int) -> int | None:
+        """The special token that ends the answer; between content and it there may only be white space.
+
+        Without a content of its own (a tool call) it is the turn's last token, white space aside.
+        """
+        special = special_ids(self.tokenizer)
+        if content_end is not None:
+            behind = (i for i in range(first, len(self.ids)) if self.offsets[i][1] > content_end)
+            end = next((i for i in behind if self.ids[i] in special), None)
+            return end if end is not None and not self.text[content_end : self.offsets[end][0]].strip() else None
+        inside = [i for i in range(first, len(self.ids)) if self.offsets[i][0] < turn_end]
+        end = next((i for i in reversed(inside) if self.text[slice(*self.offsets[i])].strip()), None)
+        return end if end is not None and self.ids[end] in special else None
+
+    def _spans_that_spell_special_tokens(self) -> list[tuple[int, int]]:
+        """Contents that spell out a special token: they are encoded as text, or data could forge roles."""
+        names = [t.content for i, t in self.tokenizer.added_tokens_decoder.items() if i in special_ids(self.tokenizer)]
+        spans = []
+        for number, message in enumerate(self.messages):
+            spelled = [name for name in names if name in message.content]
+            if spelled:
+                span = self._content_span(number)
+                if span is None:
+                    raise ValueError(f"turn {number + 1}: holds {spelled[0]}, and the chat template hides where")
+                spans.append(span)
+        return spans
+
+    def _encode(self, length: int) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and offsets of the first `length` characters; contents that spell special tokens stay text."""
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        cuts = sorted({0, length, *(min(edge, length) for span in self.forged for edge in span)})
+        for start, end in pairwise(cuts):
+            is_forged = any(span[0] <= start < span[1] for span in self.forged)
+            piece = self.tokenizer(
+                self.text[start:end],
+                add_special_tokens=False,
+                return_offsets_mapping=True,
+                split_special_tokens=is_forged,
+            )
+            ids += piece["input_ids"]
+            offsets += [(start + a, start + b) for a, b in piece["offset_mapping"]]
+        return ids, offsets
 
 
-def _end_of_turn(tokenizer: Any, ids: list[int], first: int, last: int) -> int | None:
-    """Index of the special token that ends the turn ids[first:last + 1], behind which only white space may follow."""
-    special = special_ids(tokenizer)
-    while last >= first and ids[last] not in special and not tokenizer.decode([ids[last]]).strip():
-        last -= 1
-    return last if last >= first and ids[last] in special else None
+def _template(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    turns = [message.as_turn() for message in messages]
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except (TemplateError, TypeError, IndexError) as error:
+        raise ValueError(f"the chat template refuses this conversation: {error}") from None
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:

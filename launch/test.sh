@@ -4,4 +4,4 @@
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/pyrefly check
-.venv/bin/pytest "$@"
+.venv/bin/pytest -q -n 2 --dist worksteal "$@"

@@ -30,7 +30,7 @@ def demo() -> Config:
         run=RunConfig(dir="runs/demo", device="cpu"),
         lora=LoraConfig(r=32, alpha=64),
         batch=BatchConfig(per_device=8, accumulation=1),
-        optim=OptimConfig(lr=2.5e-3, schedule="cosine", warmup=48),
+        optim=OptimConfig(lr=2e-3, schedule="cosine", warmup=48),
         train=TrainConfig(epochs=28),
         memory=MemoryConfig(checkpointing="none"),
         compare=CompareConfig(num_questions=1000, max_new_tokens=96),

@@ -1,5 +1,6 @@
 """Files -> tokenised samples on disk: an Arrow table in a folder named by the fingerprint of all that decides it."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
@@ -25,13 +27,22 @@ from data_tools.records import (
     find_sources,
     read_records,
 )
-from data_tools.render import Sample, end_tokens, render_conversation, render_document, tokenizer_identity
+from data_tools.render import (
+    Sample,
+    begin_ids,
+    end_tokens,
+    render_conversation,
+    render_document,
+    tokenizer_identity,
+)
+from data_tools.truncation import Fitted, fit
 
-FORMAT_VERSION = 1  # raise it when the same input would give other samples
+FORMAT_VERSION = 2  # raise it when the same input would give other samples
 FEATURES = Features(
     {
         "source": Value("string"),
-        "record": Value("int32"),  # running number of the row or text file that the sample comes from
+        "path_number": Value("int32"),  # which of the user's paths the sample comes from
+        "record": Value("int32"),  # running number of the row or text file
         "input_ids": List(Value("int32")),
         "trained": List(Value("bool")),
         "num_tokens": Value("int32"),
@@ -42,12 +53,19 @@ FEATURES = Features(
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """What, besides the files and the tokenizer, decides the samples."""
+    """What, besides the content of the files and the tokenizer, decides the samples."""
 
     paths: tuple[str, ...]
-    format: str
-    max_length: int  # tokens
-    text_overlap: int  # tokens
+    format: str = "auto"
+    max_length: int = 1024  # tokens
+    text_overlap: int = 128  # tokens
+    truncation: str = "drop"
+    fields: tuple[str, ...] = ()
+    on_error: str = "stop"
+
+    def sources(self) -> list[Source]:
+        """The files and hub data sets behind the paths; raises DataError for what is not there."""
+        return find_sources(self.paths, self.format, self.fields)
 
 
 @dataclass(frozen=True)
@@ -58,15 +76,13 @@ class Statistics:
     num_samples: int
     num_tokens: int
     num_supervised_tokens: int
-    num_too_long: int
+    num_dropped: int  # records too long, or with nothing left to train
+    num_cut_answers: int  # records of which an answer lost tokens to the truncation policy
+    num_skipped: int  # records that could not be read, with on_error skip
+    skipped: list[str]  # the first of them, with the reason
     end_token_ids: list[int]
     ignored_fields: dict[str, int]
     formats: list[str]
-
-    @property
-    def is_conversations(self) -> bool:
-        """Whether there are questions that can be asked."""
-        return "prompt_response" in self.formats
 
 
 @dataclass(frozen=True)
@@ -84,26 +100,37 @@ def prepare(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase) -> Pr
     Bad data leaves nothing behind, and an interrupted preparation nothing that is taken for whole: samples are
     written to a temporary folder that is renamed when it is complete.
     """
-    sources = find_sources(settings.paths, settings.format)
+    sources = settings.sources()
     fingerprint = _fingerprint(settings, sources, tokenizer)
     folder = cache_root() / fingerprint
-    if not (folder / "statistics.json").is_file():
-        temporary = folder.with_name(f".tmp-{fingerprint[:16]}-{uuid.uuid4().hex[:8]}")
-        temporary.mkdir(parents=True)
-        try:
-            statistics = _write(sources, settings, tokenizer, temporary / "samples.arrow")
-            (temporary / "statistics.json").write_text(json.dumps(asdict(statistics)), encoding="utf-8")
-            if not folder.exists():  # another process may have been first; both wrote the same
-                os.rename(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    locks = cache_root().parent / "locks"
+    for needed in (folder.parent, locks):
+        needed.mkdir(parents=True, exist_ok=True)
+    with (locks / fingerprint[:2]).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process prepares, others that want the same wait for it
+        if not (folder / "statistics.json").is_file():
+            _make(sources, settings, tokenizer, folder)
     statistics = Statistics(**json.loads((folder / "statistics.json").read_text(encoding="utf-8")))
     return Prepared(fingerprint, Dataset.from_file(str(folder / "samples.arrow")), statistics)
 
 
+def _make(sources: Sequence[Source], settings: PrepareSettings, tokenizer: Any, folder: Path) -> None:
+    temporary = folder.with_name(f".tmp-{folder.name[:16]}-{uuid.uuid4().hex[:8]}")
+    temporary.mkdir()
+    try:
+        statistics = _write(sources, settings, tokenizer, temporary / "samples.arrow")
+        (temporary / "statistics.json").write_text(json.dumps(asdict(statistics)), encoding="utf-8")
+        for file in temporary.iterdir():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def first_conversations(settings: PrepareSettings, count: int) -> list[Conversation]:
     """The first `count` conversations of the files, for asking their questions."""
-    records = read_records(find_sources(settings.paths, settings.format), Report())
+    records = read_records(settings.sources(), Report())
     return list(islice((record for record in records if isinstance(record, Conversation)), count))
 
 
@@ -113,67 +140,75 @@ def cache_root() -> Path:
 
 
 def _fingerprint(settings: PrepareSettings, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 over file bytes in order, formats, tokenizer, template and settings; paths do not count."""
+    """sha256 over content in order, formats, tokenizer, template and settings; where the files lie does not count."""
     digest = hashlib.sha256(tokenizer_identity(tokenizer).encode())
     for source in sources:
-        with source.path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{source.format} {content}\n".encode())
-    digest.update(f"{FORMAT_VERSION} {settings.max_length} {settings.text_overlap}".encode())
+        digest.update(f"{source.path_number} {source.digest()}\n".encode())
+    decisive = (settings.max_length, settings.text_overlap, settings.truncation, settings.on_error)
+    digest.update(f"{FORMAT_VERSION} {decisive}".encode())
     return digest.hexdigest()
 
 
-def _write(
-    sources: Sequence[Source], settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase, path: Path
-) -> Statistics:
-    report = Report()
-    counts: Counter[str] = Counter()
-    ends: set[int] = set()
+def _write(sources: Sequence[Source], settings: PrepareSettings, tokenizer: Any, path: Path) -> Statistics:
     if tokenizer.eos_token_id is None:
         raise DataError(
             "the tokenizer has no end token (eos_token), so no model could learn to stop; set one in its files"
         )
+    report = Report()
+    counts: Counter[str] = Counter()
+    ends: set[int] = set()
     with ArrowWriter(features=FEATURES, path=str(path)) as writer:
         for number, record in enumerate(read_records(sources, report)):
             counts["records"] += 1
-            for sample in _samples(record, settings, tokenizer, report):
-                if len(sample.input_ids) > settings.max_length:
-                    counts["too_long"] += 1
-                    continue
-                counted = {
-                    "num_tokens": len(sample.input_ids),
-                    "num_supervised_tokens": sample.num_supervised_tokens,
-                }
-                writer.write({**asdict(sample), "record": number, **counted})
+            try:
+                fitted = _samples(record, settings, tokenizer)
+            except ValueError as error:
+                report.add(record.source, str(error))
+                continue
+            counts["dropped"] += not fitted.samples
+            counts["cut"] += fitted.cut_answer
+            for sample in fitted.samples:
+                writer.write(_row(sample, record, number))
                 counts["samples"] += 1
                 counts["tokens"] += len(sample.input_ids)
                 counts["supervised"] += sample.num_supervised_tokens
                 ends |= end_tokens(tokenizer, sample)
         writer.finalize()
-    report.raise_if_any()
+    if settings.on_error == "stop" or not counts["samples"]:
+        report.raise_if_any()
     if not counts["samples"]:
         raise DataError(
-            f"all {counts['records']} records are longer than data.max_length = {settings.max_length} tokens; raise it"
+            f"all {counts['records']} records are longer than data.max_length = {settings.max_length} tokens; "
+            "raise it, or choose another --data.truncation"
         )
     return Statistics(
         num_records=counts["records"],
         num_samples=counts["samples"],
         num_tokens=counts["tokens"],
         num_supervised_tokens=counts["supervised"],
-        num_too_long=counts["too_long"],
+        num_dropped=counts["dropped"],
+        num_cut_answers=counts["cut"],
+        num_skipped=report.total,
+        skipped=report.lines,
         end_token_ids=sorted(ends),
         ignored_fields=dict(report.ignored_fields),
-        formats=sorted({source.format for source in sources}),
+        formats=sorted(report.formats),
     )
 
 
-def _samples(
-    record: Record, settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase, report: Report
-) -> list[Sample]:
+def _row(sample: Sample, record: Record, number: int) -> dict[str, object]:
+    return {
+        **asdict(sample),
+        "path_number": record.path_number,
+        "record": number,
+        "num_tokens": len(sample.input_ids),
+        "num_supervised_tokens": sample.num_supervised_tokens,
+    }
+
+
+def _samples(record: Record, settings: PrepareSettings, tokenizer: Any) -> Fitted:
     if isinstance(record, Document):
-        return list(render_document(tokenizer, record, settings.max_length, settings.text_overlap))
-    try:
-        return [render_conversation(tokenizer, record)]
-    except ValueError as error:
-        report.add(record.source, str(error))
-        return []
+        pieces = render_document(tokenizer, record, settings.max_length, settings.text_overlap)
+        return Fitted([piece for piece in pieces if piece.num_supervised_tokens])
+    sample = render_conversation(tokenizer, record)
+    return fit(sample, settings.max_length, settings.truncation, begin_ids(tokenizer))

@@ -1,15 +1,19 @@
-"""The records of a data set, read from text files and prompt/response JSONL; everything wrong in one report."""
+"""The records of a data set, from whatever files it lies in; everything that is wrong with it in one report."""
 
-import json
+import glob
+import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+from data_tools.formats import Format, Message, detect
+from data_tools.readers import READERS, HubData, RowFile
 
 TEXT_ENDINGS = (".txt", ".md")
-LONGEST_LINE_BYTES = 8 * 2**20
-FIELDS = ("prompt", "response")
+KNOWN_ENDINGS = (*TEXT_ENDINGS, *READERS)
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]%:-]+)?")  # owner/name or owner/name:split
 
 
 class DataError(ValueError):
@@ -17,33 +21,21 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True)
-class Message:
-    """One turn; `train` says whether the model is to learn to write it."""
-
-    role: str
-    content: str
-    train: bool = False
-    extra: tuple[tuple[str, Any], ...] = ()  # what else the chat template may use, such as tool calls
-
-    def as_turn(self) -> dict[str, Any]:
-        """The turn as chat templates take it."""
-        return {"role": self.role, "content": self.content, **dict(self.extra)}
-
-
-@dataclass(frozen=True)
 class Conversation:
-    """Turns of which the assistant's are trained."""
+    """Turns, some of which are trained."""
 
     source: str  # file:line
     messages: tuple[Message, ...]
+    path_number: int = 0  # which of the user's paths it came from
 
 
 @dataclass(frozen=True)
 class Document:
     """Raw text that is trained whole."""
 
-    source: str  # file
+    source: str  # file, or file:line
     text: str
+    path_number: int = 0
 
 
 Record = Conversation | Document
@@ -51,12 +43,13 @@ Record = Conversation | Document
 
 @dataclass
 class Report:
-    """What reading found: problems, all counted and the first `limit` lines kept, and fields that nothing reads."""
+    """What reading found: formats, fields that nothing reads, and problems, all counted, the first `limit` kept."""
 
     limit: int = 20
     total: int = 0
     lines: list[str] = field(default_factory=list)
     ignored_fields: Counter[str] = field(default_factory=Counter)
+    formats: set[str] = field(default_factory=set)
 
     def add(self, where: str, reason: str) -> None:
         """Notes one problem."""
@@ -73,114 +66,122 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Source:
-    """One file and how it is read."""
+class TextFile:
+    """A file that is one document."""
 
     path: Path
-    format: str  # text | prompt_response
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def digest(self) -> str:
+        """sha256 of the file's bytes."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
 
-def find_sources(paths: Sequence[str], data_format: str) -> list[Source]:
-    """The files behind `paths`, folders expanded in name order; raises DataError for what is not there."""
+@dataclass(frozen=True)
+class Source:
+    """A file or hub data set, how it is read, and which of the user's paths it came from."""
+
+    origin: TextFile | RowFile | HubData
+    format: str  # auto, or the name of a format
+    path_number: int
+    field_map: tuple[tuple[str, str], ...] = ()
+
+    def digest(self) -> str:
+        """What changes when the content or the way of reading it does."""
+        return f"{self.format} {self.field_map} {self.origin.digest()}"
+
+
+def find_sources(paths: Sequence[str], data_format: str, fields: Sequence[str] = ()) -> list[Source]:
+    """What is behind `paths`: files, folders and globs in name order, hub data sets; raises DataError for what is not.
+
+    `fields` are `prompt=NAME` and `response=NAME`.
+    """
     report, sources = Report(), []
-    for name in paths:
-        path = Path(name).expanduser()
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in TEXT_ENDINGS)
-            if data_format == "prompt_response":
-                report.add(name, "is a folder; data.format prompt_response wants .jsonl files")
-            elif not files:
-                report.add(
-                    name,
-                    f"no {' or '.join(TEXT_ENDINGS)} file in this folder; name a .jsonl file by its path",
-                )
-            sources += [Source(file, "text") for file in files]
-        elif not path.is_file():
-            report.add(name, "no such file or folder; check the spelling of --data.path")
-        elif data_format != "auto":
-            sources.append(Source(path, data_format))
-        elif path.suffix.lower() in (*TEXT_ENDINGS, ".jsonl"):
-            sources.append(Source(path, "prompt_response" if path.suffix.lower() == ".jsonl" else "text"))
-        else:
-            report.add(name, "unknown file ending; say --data.format text or --data.format prompt_response")
+    field_map = tuple(sorted((name, column) for name, _, column in (field.partition("=") for field in fields)))
+    for number, name in enumerate(paths):
+        origins = _origins(name, report)
+        sources += [Source(origin, data_format, number, field_map) for origin in origins]
+    for source in sources:
+        if isinstance(source.origin, TextFile) and data_format not in ("auto", "text"):
+            report.add(str(source.origin), f"is plain text; data.format {data_format} wants rows")
     report.raise_if_any()
     return sources
+
+
+def _origins(name: str, report: Report) -> list[TextFile | RowFile | HubData]:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in KNOWN_ENDINGS)
+        if len({file.suffix.lower() in TEXT_ENDINGS for file in files}) == 2:
+            report.add(name, "holds both text and row files; say which with a glob, such as --data.path 'folder/*.txt'")
+        elif not files:
+            report.add(name, f"holds no {', '.join(KNOWN_ENDINGS)} file")
+        return [_file(file) for file in files]
+    if path.is_file():
+        if path.suffix.lower() not in KNOWN_ENDINGS:
+            report.add(name, f"unknown file ending; known: {', '.join(KNOWN_ENDINGS)}")
+            return []
+        return [_file(path)]
+    if any(character in name for character in "*?["):
+        found = sorted(map(Path, glob.glob(str(path), recursive=True)))
+        files = [file for file in found if file.is_file() and file.suffix.lower() in KNOWN_ENDINGS]
+        if not files:
+            report.add(name, f"no {', '.join(KNOWN_ENDINGS)} file matches")
+        return [_file(file) for file in files]
+    if HUB_NAME.fullmatch(name) and Path(name.partition(":")[0]).suffix.lower() not in KNOWN_ENDINGS:
+        return [HubData(name)]
+    report.add(name, "no such file or folder")
+    return []
+
+
+def _file(path: Path) -> TextFile | RowFile:
+    return TextFile(path) if path.suffix.lower() in TEXT_ENDINGS else RowFile(path)
 
 
 def read_records(sources: Sequence[Source], report: Report) -> Iterator[Record]:
     """The good records of the sources in order; what is wrong goes to `report` and reading goes on."""
     for source in sources:
-        if source.path.stat().st_size == 0:
-            report.add(str(source.path), "the file is empty")
-        elif source.format == "text":
-            yield from _read_document(source.path, report)
+        if isinstance(source.origin, TextFile):
+            report.formats.add("text")
+            yield from _document(source, report)
         else:
-            yield from _read_rows(source.path, report)
+            yield from _rows(source, source.origin, report)
 
 
-def _read_document(path: Path, report: Report) -> Iterator[Document]:
+def _document(source: Source, report: Report) -> Iterator[Document]:
+    assert isinstance(source.origin, TextFile)
+    path = source.origin.path
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         report.add(str(path), f"not UTF-8 (byte {error.start}); convert it, for example with iconv -t utf-8")
         return
     if text.strip():
-        yield Document(str(path), text)
+        yield Document(str(path), text, source.path_number)
     else:
-        report.add(str(path), "the file holds only white space")
+        report.add(str(path), "the file holds only white space" if text else "the file is empty")
 
 
-def _read_rows(path: Path, report: Report) -> Iterator[Conversation]:
-    num_rows = 0
-    with path.open("rb") as file:
-        line_number = 0
-        while line := file.readline(LONGEST_LINE_BYTES + 1):
-            line_number += 1
-            if len(line) > LONGEST_LINE_BYTES:
-                report.add(
-                    f"{path}:{line_number}",
-                    f"the line is longer than {LONGEST_LINE_BYTES} bytes; rest skipped",
-                )
-                return
-            if not line.strip():
-                continue
-            num_rows += 1
-            try:
-                row = _row(line, first=line_number == 1)
-            except ValueError as error:
-                report.add(f"{path}:{line_number}", str(error))
-                continue
-            report.ignored_fields.update(set(row) - set(FIELDS))
-            turns = (Message("user", row["prompt"]), Message("assistant", row["response"], train=True))
-            yield Conversation(f"{path}:{line_number}", turns)
-    if num_rows == 0:
-        report.add(str(path), "the file holds only white space")
-
-
-def _row(line: bytes, first: bool) -> dict[str, str]:
-    """The JSON object in one line, its FIELDS checked; raises ValueError with the reason and what to do."""
-    try:
-        # only the first line may begin with a byte order mark
-        row = json.loads(line.decode("utf-8-sig" if first else "utf-8"), parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start} of the line); convert the file") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}; one JSON object a line is expected") from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"a JSON object is expected, not {type(row).__name__}")
-    missing = [name for name in FIELDS if name not in row]
-    if missing:
-        found = ", ".join(sorted(row)) or "none"
-        raise ValueError(f"no field {' and no field '.join(map(repr, missing))} (fields here: {found})")
-    for name in FIELDS:
-        if not isinstance(row[name], str):
-            raise ValueError(f"{name!r} must be a string, not {type(row[name]).__name__}")
-        if not row[name].strip():
-            raise ValueError(f"{name!r} is empty")
-    return row
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
+def _rows(source: Source, origin: RowFile | HubData, report: Report) -> Iterator[Record]:
+    """All rows of a source have the format of its first readable one."""
+    layout: Format | None = None
+    for place, row in origin.rows(report.add):
+        try:
+            if layout is None:
+                layout = detect(row, source.format, dict(source.field_map))
+                report.formats.add(layout.name)
+            missing = [name for name in layout.fields if name not in row]
+            if missing:
+                found = ", ".join(sorted(map(str, row))) or "none"
+                raise ValueError(f"no field {' and no field '.join(map(repr, missing))} (fields here: {found})")
+            content = layout.read(row)
+        except ValueError as error:
+            report.add(place, str(error))
+            continue
+        report.ignored_fields.update(layout.unread(row))
+        if isinstance(content, str):
+            yield Document(place, content, source.path_number)
+        else:
+            yield Conversation(place, content, source.path_number)

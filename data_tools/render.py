@@ -81,7 +81,9 @@ class _Turns:
         first = next(i for i, (_, end) in enumerate(self.offsets) if end > span[0])
         merged = bool(self.text[self.offsets[first][0] : span[0]].strip())
         if merged or (turn is not None and self._encode(turn[0])[0] != self.ids[:first]):
-            raise ValueError("the tokenizer merges the prompt's end with the answer's beginning")
+            raise ValueError(
+                "the tokenizer merges the prompt's end with the answer's beginning, often a newline or blank"
+            )
         last = self._end_of_turn(first, (content or span)[1] if content else None, span[1])
         if last is None:
             raise ValueError("the chat template ends the answer without a special token to stop at")
@@ -112,7 +114,9 @@ class _Turns:
                 )
             except ValueError:
                 return None
-        start = next(i for i, (one, other) in enumerate(zip(*frames, strict=False)) if one != other)
+        start = next((i for i, (one, other) in enumerate(zip(*frames, strict=False)) if one != other), None)
+        if start is None:  # the template leaves this turn out
+            return None
         end = len(self.text) - (len(frames[0]) - start - 1)
         kept = frames[0][:start] == self.text[:start] and frames[0][start + 1 :] == self.text[end:]
         return (start, end) if kept and self.text[start:end].strip() == content.strip() else None
@@ -191,21 +195,25 @@ def render_document(
     Every piece starts with the tokenizer's begin token, if it uses one; all but the first repeat `overlap` tokens as
     context that is masked; the end token stands, trained, only at the document's true end.
     """
-    begin: list[int] = tokenizer("")["input_ids"]
-    if begin and begin[-1] == tokenizer.eos_token_id:
-        begin = begin[:-1]
+    begin = begin_ids(tokenizer)
     # split_special_tokens: a text that spells "<|end_of_text|>" does not end the document
     body: list[int] = tokenizer(document.text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     body.append(tokenizer.eos_token_id)
     room = max_length - len(begin)
     start = 0
     while start < len(body):
-        context = min(overlap, start)
+        context = min(overlap, start, room - 1)
         piece = body[start - context : start - context + room]
         masked = len(begin) + context
         trained = [False] * masked + [True] * (len(piece) - context)
         yield Sample(f"{document.source}@{start}", begin + piece, trained)
         start += len(piece) - context
+
+
+def begin_ids(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a text: a begin token, or nothing."""
+    added: list[int] = tokenizer("")["input_ids"]
+    return added[:-1] if added and added[-1] == tokenizer.eos_token_id else added
 
 
 def tokenizer_identity(tokenizer: Any) -> str:

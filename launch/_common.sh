@@ -26,7 +26,7 @@ launch() {
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
     HANDLOOP_EXIT_FILE=$(mktemp)
     export HANDLOOP_EXIT_FILE
-    .venv/bin/accelerate launch --quiet --config_file "accelerate_configs/$config" "${topology[@]}" \
+    .venv/bin/accelerate launch --quiet --config_file "accelerate_configs/$config" ${topology[@]+"${topology[@]}"} \
         train/main.py --profile "$profile" "$@" || code=$?
     [ -s "$HANDLOOP_EXIT_FILE" ] && code=$(cat "$HANDLOOP_EXIT_FILE")
     rm -f "$HANDLOOP_EXIT_FILE"

@@ -23,8 +23,10 @@ os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELI
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402  (after the thread count)
+from accelerate import Accelerator  # noqa: E402
 from transformers import AutoTokenizer, LlamaConfig  # noqa: E402
 
+from data_tools.prepare import prepare  # noqa: E402
 from train.config import (  # noqa: E402
     BatchConfig,
     CompareConfig,
@@ -38,6 +40,11 @@ from train.config import (  # noqa: E402
     TrackConfig,
     TrainConfig,
 )
+from train.data import TrainingData, prepare_settings  # noqa: E402
+from train.main import assemble  # noqa: E402
+from train.model import load_tokenizer  # noqa: E402
+from train.runtime import layout  # noqa: E402
+from train.step import Training  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -124,6 +131,14 @@ def arguments(config: Config, profile: str = "demo") -> list[str]:
     return words
 
 
+def training_of(config: Config, accelerator: Accelerator) -> Training:
+    """What train/main.py assembles for `config`."""
+    tokenizer = load_tokenizer(config).backend
+    prepared = prepare(prepare_settings(config, config.data.path), tokenizer)
+    data = TrainingData(prepared.dataset, config, layout(config, accelerator), tokenizer.pad_token_id)
+    return assemble(config, accelerator, data)
+
+
 @dataclass(frozen=True)
 class Fault:
     """Kills the process, without warning, before or after the n-th call of a function of train.checkpoint."""
@@ -156,6 +171,10 @@ class Run:
 
     def is_alive(self) -> bool:
         return self.process.is_alive()
+
+    def said(self) -> str:
+        """What it has printed so far."""
+        return (self.folder / "stdout").read_text() if (self.folder / "stdout").exists() else ""
 
     def signal(self, number: int) -> None:
         assert self.process.pid is not None

@@ -30,10 +30,20 @@ ALLOWED = {
     "train.profiles": {"train.config"},
     "train.cli": {"train.config", "train.exits", "train.profiles"},
     "train.checkpoint": {"train.exits"},
-    "train.data": {"train.collate", "train.config", "data_tools.prepare", "data_tools.records"},
-    "data_tools.records": set(),
+    "train.data": {
+        "train.collate",
+        "train.config",
+        "data_tools.packing",
+        "data_tools.prepare",
+        "data_tools.records",
+    },
+    "data_tools.readers": set(),
+    "data_tools.formats": set(),
+    "data_tools.packing": set(),
+    "data_tools.records": {"data_tools.formats", "data_tools.readers"},
     "data_tools.render": {"data_tools.records"},
-    "data_tools.prepare": {"data_tools.records", "data_tools.render"},
+    "data_tools.truncation": {"data_tools.render"},
+    "data_tools.prepare": {"data_tools.records", "data_tools.render", "data_tools.truncation"},
 }
 
 

@@ -22,21 +22,31 @@ def banner(
     start = f"continues after step {checkpoint.state.step}" if checkpoint else "starts fresh"
     lines = [
         f"profile   {config.profile}: {_base(config)}, compute in {resolve_dtype(config.model, device)}",
-        f"device    {device_name(device)}" + (f", capped at {config.memory.budget}" if config.memory.budget else ""),
+        f"device    {device_name(device)}"
+        + (f", capped at {config.memory.budget}" if config.memory.budget and device.type == "cuda" else ""),
         f"adapters  LoRA r={config.lora.r} alpha={config.lora.alpha} dropout={config.lora.dropout} on "
         f"{', '.join(config.lora.target_modules)}: {trainable:,} trained parameters",
         f"data      {', '.join(config.data.path)}: {statistics.num_records:,} records "
         f"({' and '.join(statistics.formats)}), {len(data.samples):,} samples"
         + (f", {held_out:,} held out for validation" if held_out else ""),
-        f"tokens    {sum(data.num_tokens):,} an epoch, {sum(data.num_supervised_tokens):,} of them trained",
+        f"tokens    {sum(data.row_tokens):,} an epoch, {data.supervised_tokens_per_epoch():,} of them trained",
         f"batch     {cut.per_device} a device x {cut.accumulation} accumulated x {cut.num_processes} "
         f"process{'es' if cut.num_processes > 1 else ''} = {cut.samples_per_step} samples a step",
+        *_packing(training),
         f"steps     {data.steps_per_epoch:,} an epoch, {training.total_steps:,} in all; {start}",
         f"optimizer {config.optim.name}, lr {config.optim.lr:g} {config.optim.schedule}, warmup {config.optim.warmup}",
         *(f"tokenizer {note}" for note in tokenizer_notes),
         "versions  " + ", ".join(f"{name} {number}" for name, number in versions().items()),
     ]
     return "\n".join([*lines, *_warnings(training, statistics)])
+
+
+def _packing(training: Training) -> list[str]:
+    data, max_length = training.data, training.config.data.max_length
+    if not data.packed:
+        return []
+    filled = f"{data.fill_rate(max_length):.1%} filled"
+    return [f"packing   {len(data.samples):,} samples in {len(data.rows):,} rows of {max_length} tokens, {filled}"]
 
 
 def _base(config: Config) -> str:
@@ -48,11 +58,16 @@ def _base(config: Config) -> str:
 def _warnings(training: Training, statistics: Statistics) -> list[str]:
     """What a user would want to know before waiting for the result."""
     config, lines = training.config, []
-    if statistics.num_too_long:
+    longer = f"of {statistics.num_records} records, longer than data.max_length = {config.data.max_length} tokens,"
+    if statistics.num_dropped:
         lines.append(
-            f"warning   {statistics.num_too_long} of {statistics.num_records} records are longer than "
-            f"data.max_length = {config.data.max_length} tokens and were dropped"
+            f"warning   {statistics.num_dropped} {longer} were dropped (data.truncation {config.data.truncation})"
         )
+    if statistics.num_cut_answers:
+        lines.append(f"warning   {statistics.num_cut_answers} {longer} lost a part of an answer")
+    if statistics.num_skipped:
+        lines.append(f"warning   {statistics.num_skipped} bad records were skipped, as data.on_error skip says:")
+        lines += [f"          {line}" for line in statistics.skipped]
     for name, count in statistics.ignored_fields.items():
         lines.append(f"warning   the field {name!r} of {count} rows is not read")
     if config.optim.warmup >= training.total_steps:

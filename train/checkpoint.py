@@ -19,12 +19,13 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from train.exits import ExitCode, ExitWith, write_atomically
+from train.exits import ExitCode, ExitWith, sync, write_atomically
 
 FORMAT_VERSION = 1
 STEP_FOLDER = re.compile(r"step-(\d{10})")
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OPTIMIZER, STATE, MANIFEST = "optimizer.safetensors", "trainer_state.json", "manifest.json"
+OTHER_RUN = "it belongs to another run"
 CONTENTS = (ADAPTER, ADAPTER_CONFIG, OPTIMIZER, STATE)
 
 
@@ -59,14 +60,16 @@ def publish(target: Path) -> Iterator[Path]:
     Files are synced, then the folder, then it is renamed, then the parent is synced. An older `target` is moved aside
     first and removed last. Whatever goes wrong, the temporary folder is removed.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.parent.exists():
+        target.parent.mkdir(parents=True)
+        sync(target.parent.parent)
     temporary = target.parent / f".tmp-{target.name}-{uuid.uuid4().hex[:8]}"
     temporary.mkdir(mode=0o700)
     try:
         yield temporary
         for file in temporary.iterdir():
-            _sync(file)
-        _sync(temporary)
+            sync(file)
+        sync(temporary)
         replaced = _set_aside(target, "trash") if target.exists() else None
         try:
             os.rename(temporary, target)
@@ -74,7 +77,7 @@ def publish(target: Path) -> Iterator[Path]:
             if replaced is not None:
                 os.rename(replaced, target)
             raise
-        _sync(target.parent)
+        sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if replaced is not None:
@@ -132,7 +135,7 @@ class CheckpointStore:
         return target
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint that verifies; those that do not are renamed to quarantine-*, and said, never deleted.
+        """The newest checkpoint that verifies; damaged ones are renamed to quarantine-*, and said, never deleted.
 
         Raises ExitWith(NO_VALID_CHECKPOINT) when there are checkpoints and none is good.
         """
@@ -142,17 +145,34 @@ class CheckpointStore:
             reason = self.defect(folder)
             if not reason:
                 return self.load(folder)
-            aside = _set_aside(folder, "quarantine")
-            print(f"checkpoint {folder.name} is not usable: {reason}; kept as {aside.name}", flush=True)
+            if reason != OTHER_RUN:
+                reason += f"; kept as {_set_aside(folder, 'quarantine').name}"
+            print(f"checkpoint {folder.name} is not usable: {reason}", flush=True)
         if candidates:
             reason = f"{len(candidates)} checkpoints in {self.root}, none valid; --run.resume never starts again"
             raise ExitWith(ExitCode.NO_VALID_CHECKPOINT, reason)
         return None
 
+    def chosen(self, folder: Path) -> Checkpoint:
+        """The checkpoint that the user named, of this run or another; newer ones of this run are set aside.
+
+        Raises ExitWith(NO_VALID_CHECKPOINT) where it is not whole, ExitWith(BAD_INPUT) where this run folder holds a
+        run of its own that another one's checkpoint would overwrite.
+        """
+        self._sweep()
+        found = self.load(folder)
+        newer = [path for path in self._folders() if path.name > f"step-{found.state.step:010d}"]
+        if folder.resolve().parent != self.root.resolve() and self._folders():
+            reason = f"{self.run_dir} holds a run of its own; choose another --run.dir to go on from {folder}"
+            raise ExitWith(ExitCode.BAD_INPUT, reason)
+        for path in newer:
+            print(f"{path.name} is newer than the chosen checkpoint; kept as {_set_aside(path, 'superseded').name}")
+        return found
+
     def load(self, folder: Path) -> Checkpoint:
-        """The content of `folder`; raises ExitWith(NO_VALID_CHECKPOINT) with the reason when it does not verify."""
+        """The content of `folder`, of whichever run; raises ExitWith(NO_VALID_CHECKPOINT) where it is not whole."""
         reason = self.defect(folder)
-        if reason:
+        if reason not in ("", OTHER_RUN):
             raise ExitWith(ExitCode.NO_VALID_CHECKPOINT, f"checkpoint {folder} is not usable: {reason}")
         return Checkpoint(
             folder,
@@ -163,40 +183,49 @@ class CheckpointStore:
 
     def defect(self, folder: Path) -> str:
         """Why `folder` is not a whole checkpoint of this run, or nothing."""
-        if not folder.is_dir() or folder.is_symlink():
-            return "it is not a folder"
-        names = {entry.name for entry in os.scandir(folder)}
-        expected = {*CONTENTS, MANIFEST}
-        if names != expected:
-            return f"missing or unexpected files: {', '.join(sorted(names ^ expected))}"
-        irregular = [entry.name for entry in os.scandir(folder) if not entry.is_file(follow_symlinks=False)]
-        if irregular:
-            return f"{irregular[0]} is not a regular file"
         try:
-            manifest = json.loads((folder / MANIFEST).read_bytes())
-            claimed = manifest.pop("manifest_sha256")
-            if claimed != _sha256(_canonical(manifest)):
-                return f"{MANIFEST} is damaged"
-            if manifest["format_version"] != FORMAT_VERSION:
-                return f"format version {manifest['format_version']}, this program reads {FORMAT_VERSION}"
-            if manifest["run_uid"] != self.run_uid():
-                return "it belongs to another run"
-            for name in CONTENTS:
-                content = (folder / name).read_bytes()
-                wanted = manifest["files"][name]
-                if len(content) != wanted["bytes"] or _sha256(content) != wanted["sha256"]:
-                    return f"{name} is damaged"
+            return _irregularity(folder) or self._damage(folder)
+        except OSError as error:
+            return f"it cannot be read: {error}"
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            return f"{MANIFEST} cannot be read: {error!r}"
-        return ""
+            return f"{MANIFEST} cannot be understood: {error!r}"
+
+    def _damage(self, folder: Path) -> str:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        claimed = manifest.pop("manifest_sha256")
+        if claimed != _sha256(_canonical(manifest)):
+            return f"{MANIFEST} is damaged"
+        if manifest["format_version"] != FORMAT_VERSION:
+            return f"format version {manifest['format_version']}, this program reads {FORMAT_VERSION}"
+        for name in CONTENTS:
+            content = (folder / name).read_bytes()
+            wanted = manifest["files"][name]
+            if len(content) != wanted["bytes"] or _sha256(content) != wanted["sha256"]:
+                return f"{name} is damaged"
+        return "" if manifest["run_uid"] == self.run_uid() else OTHER_RUN
 
     def run_record(self) -> dict[str, str]:
-        """run.json: the run's identity and its W&B id, made when they are first asked for."""
+        """run.json: the run's identity and its W&B id, made when they are first asked for.
+
+        Where it is lost or damaged the identity of the newest checkpoint is taken, so that checkpoints outlive it.
+        """
         path = self.run_dir / "run.json"
-        if not path.exists():
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps({"run_uid": uuid.uuid4().hex, "wandb_id": uuid.uuid4().hex[:8]}) + "\n")
-        return json.loads(path.read_text(encoding="utf-8"))
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if record["run_uid"] and record["wandb_id"]:
+                return record
+        record = {"run_uid": self._uid_of_checkpoints() or uuid.uuid4().hex, "wandb_id": uuid.uuid4().hex[:8]}
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(record) + "\n")
+        return record
+
+    def _uid_of_checkpoints(self) -> str:
+        for folder in self._folders():
+            with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+                manifest = json.loads((folder / MANIFEST).read_bytes())
+                if manifest.pop("manifest_sha256") == _sha256(_canonical(manifest)):
+                    return manifest["run_uid"]
+        return ""
 
     def _folders(self) -> list[Path]:
         """Checkpoint folders, newest first."""
@@ -220,6 +249,18 @@ class CheckpointStore:
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
+def _irregularity(folder: Path) -> str:
+    """What is wrong with the folder's entries, or nothing; nothing in it is read."""
+    if not folder.is_dir() or folder.is_symlink():
+        return "it is not a folder"
+    entries = list(os.scandir(folder))
+    names, expected = {entry.name for entry in entries}, {*CONTENTS, MANIFEST}
+    if names != expected:
+        return f"missing or unexpected files: {', '.join(sorted(names ^ expected))}"
+    irregular = [entry.name for entry in entries if not entry.is_file(follow_symlinks=False)]
+    return f"{irregular[0]} is not a regular file" if irregular else ""
+
+
 def _manifest(contents: Mapping[str, bytes], step: int, run_uid: str) -> bytes:
     files = {name: {"bytes": len(contents[name]), "sha256": _sha256(contents[name])} for name in CONTENTS}
     manifest = {"format_version": FORMAT_VERSION, "run_uid": run_uid, "step": step, "files": files}
@@ -241,18 +282,10 @@ def _write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _set_aside(folder: Path, kind: str) -> Path:
     """Renames `folder`, durably, to a name that is no checkpoint's: hidden for trash, plain for quarantine."""
     dot = "." if kind == "trash" else ""
     aside = folder.with_name(f"{dot}{kind}-{folder.name}-{uuid.uuid4().hex[:8]}")
     os.rename(folder, aside)
-    _sync(folder.parent)
+    sync(folder.parent)
     return aside

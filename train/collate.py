@@ -11,22 +11,23 @@ import torch
 class MicroBatch:
     """One forward pass of one process.
 
-    There is no attention mask: padding stands on the right, so under causal attention no token of a sample can see
-    it, and no target lies in it. Without a mask attention takes its fastest kernels.
+    There is no attention mask. Padding stands on the right, so under causal attention no token of a sample can see
+    it, and no target lies in it; without a mask attention takes its fastest kernels. Packed samples stand behind one
+    another in a single row, and attention ends where position_ids start again.
     """
 
     input_ids: torch.Tensor  # int64 [B, T]
+    position_ids: torch.Tensor  # int64 [B, T], from 0 in every sample
     target_rows: torch.Tensor  # int64 [N]: b * T + t of the positions that predict a trained token
     targets: torch.Tensor  # int64 [N]: that token
-    num_tokens: int  # real tokens, without padding
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on `device`, copied without waiting."""
         return MicroBatch(
             self.input_ids.to(device, non_blocking=True),
+            self.position_ids.to(device, non_blocking=True),
             self.target_rows.to(device, non_blocking=True),
             self.targets.to(device, non_blocking=True),
-            self.num_tokens,
         )
 
 
@@ -46,7 +47,21 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> MicroBatch:
     batch_index, position = is_target.nonzero(as_tuple=True)
     return MicroBatch(
         input_ids=input_ids,
+        position_ids=torch.arange(width).expand(len(rows), width),
         target_rows=batch_index * width + position,
         targets=input_ids[:, 1:][is_target],
-        num_tokens=sum(len(row["input_ids"]) for row in rows),
+    )
+
+
+def collate_packed(rows: Sequence[Mapping[str, Any]]) -> MicroBatch:
+    """Samples behind one another in one row without padding; a sample's first token is predicted by nothing."""
+    input_ids = torch.tensor([token for row in rows for token in row["input_ids"]])
+    trained = torch.tensor([on and i > 0 for row in rows for i, on in enumerate(row["trained"])])
+    position_ids = torch.cat([torch.arange(len(row["input_ids"])) for row in rows])
+    (positions,) = trained.nonzero(as_tuple=True)
+    return MicroBatch(
+        input_ids=input_ids[None],
+        position_ids=position_ids[None],
+        target_rows=positions - 1,
+        targets=input_ids[positions],
     )

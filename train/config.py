@@ -52,9 +52,15 @@ class DataConfig:
     """What is trained on."""
 
     path: tuple[str, ...]
-    """Prompt/response JSONL file, .txt or .md file, or folder of .txt and .md files; repeatable."""
-    format: Literal["auto", "text", "prompt_response"] = "auto"
-    """auto: by file ending (.jsonl is prompt_response; .txt, .md and folders are text)."""
+    """Files (.jsonl .json .csv .parquet .txt .md), folders, globs, or hub data sets (owner/name:split); repeatable."""
+    weights: tuple[float, ...] = ()
+    """How often each path's samples are seen in an epoch, one number a path; a part such as 0.5 leaves some out."""
+    format: Literal["auto", "text", "prompt_response", "messages", "alpaca", "sharegpt"] = "auto"
+    """auto: by the fields of each file's first row; .txt and .md files are text."""
+    fields: tuple[str, ...] = ()
+    """Names of the columns of a prompt/response data set: prompt=COLUMN response=COLUMN."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What a bad record does: end the run before it starts, or be left out, counted and named."""
     validation_path: tuple[str, ...] = ()
     """Files like `path`, never trained on."""
     validation_fraction: float = 0.0
@@ -62,7 +68,13 @@ class DataConfig:
     chat_template: str = ""
     """Jinja file used instead of the tokenizer's own chat template."""
     max_length: int = 1024
-    """Tokens in a sample at most. Text is cut into such pieces; a longer conversation is dropped and counted."""
+    """Tokens in a sample at most. Text is cut into such pieces; for longer conversations see truncation."""
+    truncation: Literal["drop", "left", "right", "split"] = "drop"
+    """A conversation longer than max_length: dropped; its beginning cut; cut after its last whole answer; in pieces."""
+    packing: bool = False
+    """Put several samples into one row of max_length tokens; none sees another. The batch then counts rows."""
+    group_by_length: bool = False
+    """Put samples of like length into one step, so that less is padded; the steps stay shuffled."""
     text_overlap: float = 0.125
     """Share of a piece of text that repeats the piece before it, as context that is not trained again."""
 
@@ -186,8 +198,7 @@ class Config:
 
     def _checks(self) -> Iterator[tuple[str, object, str]]:
         yield from self._number_checks()
-        if not self.data.path:
-            yield "data.path", "(empty)", "name at least one file or folder"
+        yield from self._data_checks()
         if not self.lora.target_modules:
             yield (
                 "lora.target_modules",
@@ -196,17 +207,29 @@ class Config:
             )
         if "lm_head" in self.lora.target_modules:
             yield "lora.target_modules", "lm_head", "the output head stays frozen; leave it out"
+        if self.memory.budget:
+            try:
+                parse_bytes(self.memory.budget)
+            except ValueError as error:
+                yield "memory.budget", self.memory.budget, str(error)
+
+    def _data_checks(self) -> Iterator[tuple[str, object, str]]:
+        if not self.data.path:
+            yield "data.path", "(empty)", "name at least one file or folder"
+        if self.data.fields and sorted(field.partition("=")[0] for field in self.data.fields) != ["prompt", "response"]:
+            yield "data.fields", " ".join(self.data.fields), "write prompt=COLUMN response=COLUMN"
+        if self.data.weights and len(self.data.weights) != len(self.data.path):
+            yield "data.weights", " ".join(map(str, self.data.weights)), f"one for each of {len(self.data.path)} paths"
+        if not all(0 < weight <= 100 for weight in self.data.weights):
+            yield "data.weights", " ".join(map(str, self.data.weights)), "each must be greater than 0 and at most 100"
+        if self.data.packing and self.data.group_by_length:
+            yield "data.group_by_length", True, "packing leaves no padding to save; use one of the two"
         if self.data.validation_path and self.data.validation_fraction:
             yield (
                 "data.validation_fraction",
                 self.data.validation_fraction,
                 "use it or data.validation_path, not both",
             )
-        if self.memory.budget:
-            try:
-                parse_bytes(self.memory.budget)
-            except ValueError as error:
-                yield "memory.budget", self.memory.budget, str(error)
 
     def _number_checks(self) -> Iterator[tuple[str, object, str]]:
         at_least = [
@@ -232,6 +255,8 @@ class Config:
         for option, value in (("optim.lr", self.optim.lr), ("optim.max_grad_norm", self.optim.max_grad_norm)):
             if not value > 0:
                 yield option, value, "must be greater than 0"
+        if self.train.seed >= 2**32:
+            yield "train.seed", self.train.seed, f"must be less than {2**32}"
         if self.optim.lr == float("inf"):
             yield "optim.lr", self.optim.lr, "must be a finite number"
         below = [

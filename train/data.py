@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from data_tools.packing import pack
 from data_tools.prepare import Prepared, PrepareSettings
 from data_tools.records import DataError
-from train.collate import MicroBatch, collate
-from train.config import Config
+from train.collate import MicroBatch, collate, collate_packed
+from train.config import Config, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -43,47 +44,82 @@ class Layout:
 class TrainingData:
     """The training samples in stateless order: step `s` always holds the same samples, whatever was done before.
 
-    Epoch e visits every sample once, in the permutation of (seed, e); its last window may be smaller than the others.
+    What is ordered are rows: single samples, or with packing bins of samples that share a row of max_length tokens.
+    Epoch e visits every row once, in the permutation of (seed, e); its last window may be smaller than the others.
     """
 
-    def __init__(self, samples: Dataset, seed: int, layout: Layout, pad_token_id: int) -> None:
+    def __init__(self, samples: Dataset, config: Config, layout: Layout, pad_token_id: int) -> None:
         self.samples = samples
-        self.seed = seed
+        self.seed = config.train.seed
         self.layout = layout
         self.pad_token_id = pad_token_id
+        self.packed = config.data.packing
+        self.group_by_length = config.data.group_by_length
         self.num_tokens: list[int] = samples["num_tokens"][:]
         self.num_supervised_tokens: list[int] = samples["num_supervised_tokens"][:]
-        self.steps_per_epoch = math.ceil(len(samples) / layout.samples_per_step)
+        chosen = weighted(samples["path_number"][:], config.data.weights, self.seed) if config.data.weights else None
+        self.rows = [[i] for i in (range(len(samples)) if chosen is None else chosen)]
+        if self.packed:
+            flat = [row[0] for row in self.rows]
+            bins = pack([self.num_tokens[i] for i in flat], config.data.max_length)
+            self.rows = [[flat[position] for position in members] for members in bins]
+        self.row_tokens = [sum(self.num_tokens[i] for i in row) for row in self.rows]
+        self.steps_per_epoch = math.ceil(len(self.rows) / layout.samples_per_step)
 
-    def sample_ids(self, step: int) -> list[int]:
-        """The samples of optimizer step `step` (counted from 0) over all processes, in order."""
+    def total_steps(self, train: TrainConfig) -> int:
+        """Optimizer steps in the whole run."""
+        steps = self.steps_per_epoch * train.epochs
+        return min(steps, train.max_steps) if train.max_steps else steps
+
+    def supervised_tokens_per_epoch(self) -> int:
+        """Tokens whose loss counts in one epoch."""
+        return sum(self.num_supervised_tokens[i] for row in self.rows for i in row)
+
+    def fill_rate(self, max_length: int) -> float:
+        """Share of the packed rows' tokens that are samples' tokens."""
+        return sum(self.row_tokens) / (len(self.rows) * max_length)
+
+    def row_ids(self, step: int) -> list[int]:
+        """The rows of optimizer step `step` (counted from 0) over all processes, in order."""
         epoch, window = divmod(step, self.steps_per_epoch)
         start = window * self.layout.samples_per_step
-        return _permutation(self.seed, epoch, len(self.samples))[start : start + self.layout.samples_per_step]
+        return self._order(epoch)[start : start + self.layout.samples_per_step]
+
+    def sample_ids(self, step: int) -> list[int]:
+        """The samples of optimizer step `step` over all processes, in order."""
+        return [i for row in self.row_ids(step) for i in self.rows[row]]
 
     def window(self, step: int) -> Window:
         """What this process computes in optimizer step `step`.
 
-        Forward pass a of process r takes the per_device samples from (a * num_processes + r) * per_device on. In an
+        Forward pass a of process r takes the per_device rows from (a * num_processes + r) * per_device on. In an
         epoch's last window there may be none left for it: it then repeats one without any target, so that every
         process takes part in every collective and the sum of the losses stays what it was.
         """
-        ids, layout = self.sample_ids(step), self.layout
-        num_passes = math.ceil(len(ids) / (layout.per_device * layout.num_processes))
+        row_ids, layout = self.row_ids(step), self.layout
+        num_passes = math.ceil(len(row_ids) / (layout.per_device * layout.num_processes))
         micro_batches = []
         for number in range(num_passes):
             start = (number * layout.num_processes + layout.rank) * layout.per_device
-            mine = ids[start : start + layout.per_device]
+            mine = [i for row in row_ids[start : start + layout.per_device] for i in self.rows[row]]
             rows = [self.samples[i] for i in mine]
             if not rows:
-                rows = [{**self.samples[ids[0]], "trained": [False] * self.num_tokens[ids[0]]}]
-            micro_batches.append(collate(rows, self.pad_token_id))
+                first = self.rows[row_ids[0]][0]
+                rows = [{**self.samples[first], "trained": [False] * self.num_tokens[first]}]
+            micro_batches.append(collate_packed(rows) if self.packed else collate(rows, self.pad_token_id))
+        ids = self.sample_ids(step)
         return Window(
             micro_batches,
             num_supervised_tokens=sum(self.num_supervised_tokens[i] for i in ids),
             num_tokens=sum(self.num_tokens[i] for i in ids),
             sample_ids=ids,
         )
+
+    def _order(self, epoch: int) -> list[int]:
+        order = _permutation(self.seed, epoch, len(self.rows))
+        if not self.group_by_length:
+            return order
+        return _grouped_order(tuple(self.row_tokens), self.seed, epoch, self.layout.samples_per_step)
 
 
 @lru_cache(maxsize=2)
@@ -92,10 +128,41 @@ def _permutation(seed: int, epoch: int, size: int) -> list[int]:
     return torch.randperm(size, generator=generator).tolist()
 
 
+@lru_cache(maxsize=1)
+def _grouped_order(lengths: tuple[int, ...], seed: int, epoch: int, window: int) -> list[int]:
+    """The epoch's permutation with samples of like length in one window: sorted within pools of fifty windows.
+
+    The windows are shuffled afterwards, or the loss would show the lengths as a sawtooth (artidoro/qlora#84); a
+    partial window stays last.
+    """
+    order = _permutation(seed, epoch, len(lengths))
+    pools = [order[start : start + 50 * window] for start in range(0, len(order), 50 * window)]
+    ordered = [i for pool in pools for i in sorted(pool, key=lambda i: (lengths[i], i))]
+    windows = [ordered[start : start + window] for start in range(0, len(ordered), window)]
+    num_whole = len(ordered) // window
+    shuffled = [windows[i] for i in _permutation(seed + 1, epoch, num_whole)] + windows[num_whole:]
+    return [i for members in shuffled for i in members]
+
+
+def weighted(path_numbers: Sequence[int], weights: Sequence[float], seed: int) -> list[int]:
+    """Sample numbers, each as often as its path's weight says; of a fractional part the seed chooses who is in it."""
+    draws = torch.rand(len(path_numbers), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen: list[int] = []
+    for i, (path_number, draw) in enumerate(zip(path_numbers, draws, strict=True)):
+        whole = int(weights[path_number])
+        chosen += [i] * (whole + (draw < weights[path_number] - whole))
+    if not chosen:
+        raise DataError(f"--data.weights {' '.join(map(str, weights))} leave no sample; raise them")
+    return chosen
+
+
 def prepare_settings(config: Config, paths: Sequence[str]) -> PrepareSettings:
     """How the files at `paths` are to be prepared for this run."""
     overlap = int(config.data.max_length * config.data.text_overlap)
-    return PrepareSettings(tuple(paths), config.data.format, config.data.max_length, overlap)
+    data = config.data
+    return PrepareSettings(
+        tuple(paths), data.format, data.max_length, overlap, data.truncation, data.fields, data.on_error
+    )
 
 
 def split_validation(prepared: Prepared, fraction: float, seed: int) -> tuple[Dataset, Dataset]:

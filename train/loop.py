@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 from train.config import CheckpointConfig
 from train.exits import ExitCode, ExitWith
-from train.metrics import Stopwatch, flops_per_token, peak_flops
+from train.metrics import Stopwatch, flops_per_token, num_matmul_weights, peak_flops
 from train.runtime import StopRequest
 from train.step import StepResult, Training, optimizer_step
 from train.trackers import Trackers
@@ -33,11 +33,12 @@ def train(
     Raises ExitWith(INTERRUPTED) after a checkpoint when a process was asked to stop.
     """
     stopwatch = Stopwatch(training.accelerator.device)
+    num_weights = num_matmul_weights(training.model)
     saved = completed
     if stop.agreed(training.accelerator):
         raise ExitWith(ExitCode.INTERRUPTED, f"stopped by {stop.received or 'another process'} before a step was made")
     for result in training_steps(training, completed):
-        row = _row(training, result, stopwatch)
+        row = _row(training, result, stopwatch, num_weights)
         if result.step % training.data.steps_per_epoch == 0 or result.step == training.total_steps:
             row |= validate()
         trackers.log(row)
@@ -60,7 +61,7 @@ def is_due(training: Training, step: int) -> bool:
     return step % every == 0 or step == training.total_steps
 
 
-def _row(training: Training, result: StepResult, stopwatch: Stopwatch) -> Row:
+def _row(training: Training, result: StepResult, stopwatch: Stopwatch, num_weights: int) -> Row:
     seconds = stopwatch.lap()
     row: Row = {
         "step": result.step,
@@ -78,7 +79,7 @@ def _row(training: Training, result: StepResult, stopwatch: Stopwatch) -> Row:
     peak = peak_flops(training.accelerator.device)
     if peak is not None:
         shape = training.model.adapted.get_base_model().config
-        each = flops_per_token(training.model, shape, result.num_tokens / len(result.sample_ids))
-        flops = each * result.num_tokens
+        mean_length = result.num_tokens / len(result.sample_ids)
+        flops = flops_per_token(num_weights, shape, mean_length) * result.num_tokens
         row["perf/mfu"] = round(flops / seconds / peak / training.accelerator.num_processes, 4)
     return row

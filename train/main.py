@@ -3,9 +3,10 @@
 import json
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from rich.console import Console
@@ -17,14 +18,14 @@ from train.banner import banner
 from train.checkpoint import Checkpoint, CheckpointStore
 from train.cli import parse
 from train.config import Config
-from train.data import Layout, TrainingData, prepare_settings, split_validation
+from train.data import TrainingData, prepare_settings, split_validation
 from train.deliver.compare import as_rows, compare, show
 from train.deliver.final import publish_final
 from train.exits import ExitCode, ExitWith, write_atomically, write_exit
 from train.loop import train
-from train.model import Tokenizer, adapter_config, load_model, load_tokenizer
+from train.model import Tokenizer, adapter_config, check_fits, load_model, load_tokenizer
 from train.optim import build_optimizer
-from train.resume import choose, identity, restore, save_state
+from train.resume import check_same_run, choose, identity, restore, save_state
 from train.step import Training
 from train.trackers import Display, MetricsFile, Tracker, Trackers, WeightsAndBiases, wandb_mode
 from train.validation import validate
@@ -36,9 +37,9 @@ def main(argv: list[str]) -> ExitCode:
     """Runs the job that `argv` describes; whatever ends it is said in one message and in exit.json."""
     try:
         config = parse(argv)
-        with runtime.locked(Path(config.run.dir)) if IS_FIRST_PROCESS else nullcontext():
-            code, reason = attempt(config)
-            if IS_FIRST_PROCESS:
+        with runtime.locked(Path(config.run.dir)) if IS_FIRST_PROCESS else nullcontext(), ExitStack() as closing:
+            code, reason = attempt(config, closing)
+            if IS_FIRST_PROCESS:  # before trackers are closed, which may take seconds that a killed job does not have
                 write_exit(Path(config.run.dir), code, reason)
     except ExitWith as end:  # the configuration cannot be used, or another job has the run folder
         code, reason = end.code, end.reason
@@ -49,48 +50,53 @@ def main(argv: list[str]) -> ExitCode:
     return code
 
 
-def attempt(config: Config) -> tuple[ExitCode, str]:
+def attempt(config: Config, closing: ExitStack) -> tuple[ExitCode, str]:
     """How the run ended and why, for every end that was foreseen."""
     try:
-        run(config)
+        run(config, closing)
     except ExitWith as end:
         return end.code, end.reason
     except DataError as error:
         return ExitCode.BAD_INPUT, str(error)
+    except torch.OutOfMemoryError as error:
+        advice = "lower --batch.per_device (and raise --batch.accumulation), or --data.max_length"
+        return ExitCode.BAD_INPUT, f"out of memory: {str(error).splitlines()[0]}\n{advice}"
     return ExitCode.FINISHED, "finished"
 
 
-def run(config: Config) -> None:
+def run(config: Config, closing: ExitStack) -> None:
     """The job from files to final/; raises ExitWith or DataError where it ends early."""
     stop = runtime.StopRequest()
     runtime.check(config)
     tokenizer = load_tokenizer(config)
+    check_fits(config, tokenizer.backend)
     prepared = prepare(prepare_settings(config, config.data.path), tokenizer.backend)
     samples, validation = hold_out(config, prepared, tokenizer)
     accelerator = runtime.start(config)
+    data = TrainingData(samples, config, runtime.layout(config, accelerator), tokenizer.backend.pad_token_id)
+    same_run = identity(config, prepared.fingerprint, data, accelerator.device)
     store = CheckpointStore(Path(config.run.dir), config.checkpoint.keep)
     checkpoint = choose(store, config, accelerator)
-    training = assemble(config, accelerator, samples, tokenizer)
-    same_run = identity(config, prepared.fingerprint, training.data.layout.samples_per_step, training.total_steps)
     if checkpoint is not None:
-        restore(training, checkpoint, same_run)
+        check_same_run(checkpoint, same_run, accelerator)
+    runtime.say(accelerator, f"loading {config.model.name_or_path}")
+    training = assemble(config, accelerator, data)
+    if checkpoint is not None:
+        restore(training, checkpoint)
     runtime.say(accelerator, banner(training, tokenizer.notes, prepared.statistics, checkpoint))
 
     trackers = open_trackers(training, store, checkpoint)
-    completed = checkpoint.state.step if checkpoint else 0
-    try:
-        train(
-            training,
-            completed,
-            stop,
-            trackers,
-            save=lambda step: save_state(training, store, same_run, step, trackers.metrics_bytes),
-            validate=lambda: validate(training, validation) if validation else {},
-        )
-        if accelerator.is_main_process:
-            deliver(training, tokenizer, prepared, trackers)
-    finally:
-        trackers.finish()
+    closing.callback(trackers.finish)
+    train(
+        training,
+        checkpoint.state.step if checkpoint else 0,
+        stop,
+        trackers,
+        save=lambda step: save_state(training, store, same_run, step, trackers.metrics_bytes),
+        validate=lambda: validate(training, validation) if validation else {},
+    )
+    if accelerator.is_main_process:
+        deliver(training, tokenizer, prepared, trackers)
 
 
 def hold_out(config: Config, prepared: Prepared, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
@@ -103,16 +109,8 @@ def hold_out(config: Config, prepared: Prepared, tokenizer: Tokenizer) -> tuple[
     return prepared.dataset, None
 
 
-def assemble(config: Config, accelerator: Accelerator, samples: Dataset, tokenizer: Tokenizer) -> Training:
-    """Model, optimizer and sample order on this process's device."""
-    cut = Layout(
-        config.batch.per_device,
-        config.batch.accumulation,
-        accelerator.num_processes,
-        accelerator.process_index,
-    )
-    data = TrainingData(samples, config.train.seed, cut, tokenizer.backend.pad_token_id)
-    all_steps = data.steps_per_epoch * config.train.epochs
+def assemble(config: Config, accelerator: Accelerator, data: TrainingData) -> Training:
+    """Model and optimizer on this process's device, beside the data."""
     model = load_model(config, accelerator.device)
     parameters = model.trainable()
     return Training(
@@ -123,7 +121,7 @@ def assemble(config: Config, accelerator: Accelerator, samples: Dataset, tokeniz
         parameters=parameters,
         optimizer=build_optimizer(parameters, config.optim),
         data=data,
-        total_steps=min(all_steps, config.train.max_steps) if config.train.max_steps else all_steps,
+        total_steps=data.total_steps(config.train),
     )
 
 
@@ -146,13 +144,11 @@ def deliver(training: Training, tokenizer: Tokenizer, prepared: Prepared, tracke
     """Publishes final/ and answers the questions of the data, without and with the adapters."""
     config, end_token_ids = training.config, prepared.statistics.end_token_ids
     run_dir = Path(config.run.dir)
-    publish_final(
-        run_dir / "final",
-        training.parameters,
-        adapter_config(training.model),
-        tokenizer.backend,
-        end_token_ids,
-    )
+    try:
+        files = (training.parameters, adapter_config(training.model), tokenizer.backend, end_token_ids)
+        publish_final(run_dir / "final", *files)
+    except OSError as error:
+        raise ExitWith(ExitCode.SAVE_FAILED, f"{run_dir / 'final'} could not be written: {error}") from None
     conversations = first_conversations(prepare_settings(config, config.data.path), config.compare.num_questions)
     console = Console()
     if conversations:

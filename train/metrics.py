@@ -1,13 +1,15 @@
 """Numbers about a run; the only place where a value is fetched from the device."""
 
+import re
 import time
 from typing import Any
 
 import torch
 
-# Dense bf16 TFLOP/s by datasheet, found by a part of the device's name.
+# Dense bf16 TFLOP/s by datasheet, for devices whose name holds all these words.
 PEAK_TFLOPS = {
     "H200": 989,
+    "H100 PCIe": 756,
     "H100": 989,
     "A100": 312,
     "L40S": 362,
@@ -23,26 +25,30 @@ def read(*scalars: torch.Tensor) -> list[float]:
     return torch.stack([scalar.detach().double() for scalar in scalars]).tolist()
 
 
-def flops_per_token(model: torch.nn.Module, shape: Any, mean_length: float) -> float:
-    """FLOPs that training one token costs when the base is frozen: forward and input gradient, nothing recomputed.
-
-    2 a weight in each of the two passes through every linear layer of the base, the head among them, plus causal
-    attention's two products (2 x hidden x length forward in a layer, 2.5 times that backward). Adapters are left out.
-    """
-    linear = sum(
+def num_matmul_weights(model: torch.nn.Module) -> int:
+    """Weights of every linear layer of the base, the head among them; adapters and embedding are left out."""
+    return sum(
         module.in_features * module.out_features
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and "lora_" not in name
     )
-    return 4 * linear + 3.5 * shape.num_hidden_layers * 2 * shape.hidden_size * mean_length
+
+
+def flops_per_token(num_weights: int, shape: Any, mean_length: float) -> float:
+    """FLOPs that training one token costs when the base is frozen: forward and input gradient, nothing recomputed.
+
+    2 a weight in each of the two passes, plus causal attention's two products (2 x hidden x length forward in a layer,
+    2.5 times that backward).
+    """
+    return 4 * num_weights + 3.5 * shape.num_hidden_layers * 2 * shape.hidden_size * mean_length
 
 
 def peak_flops(device: torch.device) -> float | None:
     """The device's dense bf16 FLOP/s where its datasheet is known here, else None."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+    words = set(re.split(r"[\s-]+", torch.cuda.get_device_name(device)))
+    return next((tflops * 1e12 for name, tflops in PEAK_TFLOPS.items() if set(name.split()) <= words), None)
 
 
 class Stopwatch:

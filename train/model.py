@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,8 +31,6 @@ from train.loss import summed_cross_entropy
 
 # Tokens that models ship for padding; the first that the vocabulary holds is used where pad is unset or equals eos.
 PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<unk>")
-# Heads that scale or cap their logits; ours multiplies by the weight and nothing else.
-UNSUPPORTED_HEAD_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -50,10 +49,17 @@ class LanguageModel(torch.nn.Module):
         super().__init__()
         self.adapted = adapted
 
-    def forward(self, input_ids: torch.Tensor, target_rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Cross entropy summed over the targets, an fp32 scalar; input_ids [B, T], target_rows and targets [N]."""
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, target_rows: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
+        """Cross entropy summed over the targets, an fp32 scalar; ids and positions [B, T], target_rows and targets [N].
+
+        Without an attention mask transformers isolates samples where position_ids start again
+        (masking_utils.find_packed_sequence_indices).
+        """
         causal_lm: Any = self.adapted.get_base_model()
-        hidden = causal_lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, T, H]
+        outputs = causal_lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        hidden = outputs.last_hidden_state  # [B, T, H]
         supervised = hidden.flatten(0, 1).index_select(0, target_rows)  # [N, H]
         return summed_cross_entropy(supervised, causal_lm.get_output_embeddings().weight, targets)
 
@@ -106,18 +112,13 @@ def load_model(config: Config, device: torch.device) -> LanguageModel:
     """Base on `device`, frozen and quantised as configured, with fresh fp32 adapters drawn from train.seed.
 
     peft's prepare_model_for_kbit_training is not called: it casts embedding and head to fp32 (2.1 GB at 8B).
-    Raises ExitWith(BAD_INPUT) where the base cannot be found or has a head that the loss does not know.
+    Raises ExitWith(BAD_INPUT) where the base cannot be found or has a head that the loss does not fit.
     """
-    transformers.utils.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     # newer transformers rename gradient checkpointing (peft uses the old name too), 5.17 does not know the new name
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
     shape = model_shape(config.model)
-    unsupported = [name for name in UNSUPPORTED_HEAD_SETTINGS if getattr(shape, name, None) not in (None, 1, 1.0)]
-    if unsupported:
-        reason = (
-            f"{config.model.name_or_path}: its output head uses {', '.join(unsupported)}, which the loss does not know"
-        )
-        raise ExitWith(ExitCode.BAD_INPUT, f"{reason}; choose a model of the Llama, Mistral or Qwen family")
     dtype = DTYPES[resolve_dtype(config.model, device)]
     if config.model.random_init:
         base = _random_base(shape, config, dtype, device)
@@ -130,7 +131,27 @@ def load_model(config: Config, device: torch.device) -> LanguageModel:
         # use_reentrant=False: the frozen embedding's output needs no gradient, and DDP's hooks keep working
         base.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(config.train.seed)
-    return LanguageModel(_with_adapters(base, config).train())
+    model = LanguageModel(_with_adapters(base, config)).eval()
+    _check_head(model, config)
+    return model.train()
+
+
+@torch.no_grad()
+def _check_head(model: LanguageModel, config: Config) -> None:
+    """Raises ExitWith(BAD_INPUT) unless our loss is the model's own: some heads add a bias, scale or cap logits."""
+    causal_lm: Any = model.adapted.get_base_model()
+    vocab_size = causal_lm.get_input_embeddings().num_embeddings
+    ids = (torch.arange(9, device=causal_lm.device) * 7919 % vocab_size)[None]
+    positions = torch.arange(8, device=ids.device)
+    ours = model(ids[:, :-1], positions[None], positions, ids[0, 1:])
+    logits = causal_lm(input_ids=ids[:, :-1], use_cache=False).logits[0]
+    theirs = torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:], reduction="sum")
+    if not torch.allclose(ours, theirs, rtol=1e-2):
+        raise ExitWith(
+            ExitCode.BAD_INPUT,
+            f"{config.model.name_or_path}: our loss on eight tokens is {ours.item():.3f}, the model's own "
+            f"{theirs.item():.3f}; its head does more than multiply. Choose a Llama, Mistral or Qwen model",
+        )
 
 
 def keep_one_cpu_kernel(base: torch.nn.Module) -> None:
@@ -234,25 +255,53 @@ def _random_parameter(
     return torch.nn.Parameter(values, requires_grad=False)
 
 
+def check_fits(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ExitWith(BAD_INPUT) where samples would hold positions or tokens that the model has no place for."""
+    shape = model_shape(config.model)
+    longest = getattr(shape, "max_position_embeddings", None)
+    if longest is not None and config.data.max_length > longest:
+        reason = (
+            f"--data.max_length {config.data.max_length}: {config.model.name_or_path} was made for {longest} at most"
+        )
+        raise ExitWith(ExitCode.BAD_INPUT, reason)
+    if len(tokenizer) > shape.vocab_size:
+        raise ExitWith(
+            ExitCode.BAD_INPUT,
+            f"{config.model.name_or_path}: the tokenizer has {len(tokenizer)} tokens and the model embeds "
+            f"{shape.vocab_size}; use the tokenizer that belongs to it",
+        )
+
+
 def base_fingerprint(config: Config) -> str:
     """sha256 that tells one base from another without reading all its weights.
 
-    Over config.json and, for each weight file, its length, its header (names, types, shapes) and its first MiB of
-    values; for random weights the seed; for a hub model the commit that was resolved.
+    Over config.json and, for each weight file, its header (names, types, shapes) and the first 4 KiB of every tensor;
+    for random weights the seed; for a hub model the commit that was resolved.
     """
     shape = model_shape(config.model)
-    digest = hashlib.sha256(json.dumps(shape.to_diff_dict(), sort_keys=True, default=str).encode())
+    settings = {key: value for key, value in shape.to_diff_dict().items() if key != "transformers_version"}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     if config.model.random_init:
         digest.update(f"random {config.train.seed}".encode())
     elif Path(config.model.name_or_path).is_dir():
         for file in sorted(Path(config.model.name_or_path).glob("*.safetensors")):
-            with file.open("rb") as stream:
-                header_length = stream.read(8)
-                head = stream.read(int.from_bytes(header_length, "little") + 2**20)
-            digest.update(f"{file.name} {file.stat().st_size} ".encode() + head)
+            digest.update(file.name.encode() + _sampled_bytes(file))
     else:
         digest.update(str(getattr(shape, "_commit_hash", None)).encode())
     return digest.hexdigest()
+
+
+def _sampled_bytes(file: Path) -> bytes:
+    """The header of a safetensors file and the beginning of each tensor in it."""
+    with file.open("rb") as stream:
+        header = stream.read(int.from_bytes(stream.read(8), "little"))
+        samples = [header]
+        for name, entry in sorted(json.loads(header).items()):
+            if name != "__metadata__":
+                start, end = entry["data_offsets"]
+                stream.seek(8 + len(header) + start)
+                samples.append(stream.read(min(4096, end - start)))
+    return b"".join(samples)
 
 
 def adapter_config(model: LanguageModel) -> dict[str, object]:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from train.checkpoint import STEP_FOLDER, Checkpoint, CheckpointStore, TrainerState, adapter_files
 from train.config import Config
+from train.data import TrainingData
 from train.exits import ExitCode, ExitWith
 from train.metrics import read
 from train.model import adapter_config, base_fingerprint, load_adapters, resolve_dtype
@@ -21,16 +22,20 @@ IDENTITY_SECTIONS = ("lora", "optim")  # every field of these, and the single fi
 RUN_FILES = ("run.json", "metrics.jsonl", "exit.json", "answers.json", "checkpoints", "final", "wandb")
 
 
-def identity(config: Config, data_fingerprint: str, samples_per_step: int, total_steps: int) -> dict[str, object]:
+def identity(config: Config, data_fingerprint: str, data: TrainingData, device: torch.device) -> dict[str, object]:
     """Everything that makes two runs the same run; a checkpoint is continued only where all of it is equal."""
     values: dict[str, object] = {
         "model.base": base_fingerprint(config),
         "model.quantization": config.model.quantization,
-        "model.dtype": config.model.dtype,
+        "model.dtype": resolve_dtype(config.model, device),
         "data": data_fingerprint,
-        "batch (samples in a step)": samples_per_step,
+        "data.validation_fraction": config.data.validation_fraction,
+        "data.weights": list(config.data.weights),
+        "data.packing": config.data.packing,
+        "data.group_by_length": config.data.group_by_length,
+        "batch (samples in a step)": data.layout.samples_per_step,
         "train.seed": config.train.seed,
-        "total optimizer steps": total_steps,
+        "total optimizer steps": data.total_steps(config.train),
     }
     for section in IDENTITY_SECTIONS:
         for name, value in asdict(getattr(config, section)).items():
@@ -38,46 +43,8 @@ def identity(config: Config, data_fingerprint: str, samples_per_step: int, total
     return values
 
 
-def choose(store: CheckpointStore, config: Config, accelerator: Accelerator) -> Checkpoint | None:
-    """The checkpoint to continue from, by run.resume; the first process decides for all.
-
-    Raises ExitWith(NO_VALID_CHECKPOINT) where one is wanted and none is good.
-    """
-    wanted = config.run.resume
-    if wanted not in ("auto", "must", "never"):
-        return store.load(Path(wanted))
-
-    def decide() -> int:
-        if wanted == "never":
-            _archive(Path(config.run.dir))
-            return 0
-        found = store.latest()
-        if found is None and wanted == "must":
-            reason = f"--run.resume must: there is no checkpoint in {store.root}"
-            raise ExitWith(ExitCode.NO_VALID_CHECKPOINT, reason)
-        return found.state.step if found else 0
-
-    step = on_first_process(accelerator, decide)
-    return store.load(store.root / f"step-{step:010d}") if step else None
-
-
-def on_first_process(accelerator: Accelerator, action: Callable[[], int]) -> int:
-    """What `action` returns (0 or more) in the first process, in all processes; an ExitWith ends all of them."""
-    error, value = None, 0
-    if accelerator.is_main_process:
-        try:
-            value = action()
-        except ExitWith as end:
-            error, value = end, -int(end.code)
-    total = accelerator.reduce(torch.tensor(float(value), device=accelerator.device), reduction="sum")
-    agreed = int(read(total)[0])
-    if agreed < 0:
-        raise error or ExitWith(ExitCode(-agreed), "ended by the first process")
-    return agreed
-
-
-def restore(training: Training, checkpoint: Checkpoint, same_run: dict[str, object]) -> None:
-    """Puts the checkpoint into `training`; raises ExitWith(FINGERPRINT_MISMATCH) naming every difference."""
+def check_same_run(checkpoint: Checkpoint, same_run: dict[str, object], accelerator: Accelerator) -> None:
+    """Raises ExitWith(FINGERPRINT_MISMATCH) naming every difference; says which library versions differ."""
     saved = checkpoint.state.identity
     changed = [
         f"  {name}: {saved.get(name)!r} in the checkpoint, {same_run.get(name)!r} now"
@@ -90,6 +57,59 @@ def restore(training: Training, checkpoint: Checkpoint, same_run: dict[str, obje
             f"{checkpoint.path} belongs to another run:\n" + "\n".join(changed) + "\n"
             "Run the command that started it, or choose another --run.dir, or --run.resume never to start again",
         )
+    now = versions()
+    other = [
+        f"{name} {old} -> {now.get(name)}" for name, old in checkpoint.state.versions.items() if now.get(name) != old
+    ]
+    if other:
+        say(accelerator, f"other versions than at the checkpoint, so no longer to the bit: {', '.join(other)}")
+
+
+def choose(store: CheckpointStore, config: Config, accelerator: Accelerator) -> Checkpoint | None:
+    """The checkpoint to continue from, by run.resume; the first process decides for all.
+
+    Raises ExitWith(NO_VALID_CHECKPOINT) where one is wanted and none is good.
+    """
+    wanted = config.run.resume
+
+    def decide() -> int:
+        if wanted == "never":
+            _archive(Path(config.run.dir))
+            return 0
+        found = store.latest() if wanted in ("auto", "must") else store.chosen(Path(wanted))
+        if found is None and wanted == "must":
+            reason = f"--run.resume must: there is no checkpoint in {store.root}"
+            raise ExitWith(ExitCode.NO_VALID_CHECKPOINT, reason)
+        return found.state.step if found else 0
+
+    step = on_first_process(accelerator, decide)
+    if wanted not in ("auto", "must", "never"):
+        return store.load(Path(wanted))
+    return store.load(store.root / f"step-{step:010d}") if step else None
+
+
+def on_first_process(accelerator: Accelerator, action: Callable[[], int]) -> int:
+    """What `action` returns (0 or more) in the first process, told to all; its ExitWith or OSError ends all of them."""
+    error: ExitWith | None = None
+    value = 0
+    if accelerator.is_main_process:
+        try:
+            value = action()
+        except ExitWith as end:
+            error = end
+        except OSError as failure:
+            error = ExitWith(ExitCode.SAVE_FAILED, f"{failure}; what was saved before still stands")
+        if error is not None:
+            value = -int(error.code)
+    total = accelerator.reduce(torch.tensor(float(value), device=accelerator.device), reduction="sum")
+    agreed = int(read(total)[0])
+    if agreed < 0:
+        raise error or ExitWith(ExitCode(-agreed), "ended by the first process")
+    return agreed
+
+
+def restore(training: Training, checkpoint: Checkpoint) -> None:
+    """Puts the checkpoint into `training`; raises ExitWith(FINGERPRINT_MISMATCH) where names or shapes differ."""
     try:
         load_adapters(training.model, checkpoint.adapters)
         load_optimizer_state(training.optimizer, training.parameters, checkpoint.optimizer)
@@ -98,8 +118,7 @@ def restore(training: Training, checkpoint: Checkpoint, same_run: dict[str, obje
     now = layout(training)
     if checkpoint.state.layout != now:
         say(
-            training.accelerator,
-            f"another layout than before: {checkpoint.state.layout} -> {now}, same samples a step",
+            training.accelerator, f"another layout than before: {checkpoint.state.layout} -> {now}, same samples a step"
         )
 
 
@@ -113,8 +132,7 @@ def save_state(
     """Writes the checkpoint of `step` from the first process; raises ExitWith, in all processes, if that fails."""
 
     def write() -> int:
-        made_with = versions() | {"compute type": resolve_dtype(training.config.model, training.accelerator.device)}
-        state = TrainerState(step, metrics_bytes(), same_run, layout(training), made_with)
+        state = TrainerState(step, metrics_bytes(), same_run, layout(training), versions())
         files = adapter_files(training.parameters, adapter_config(training.model))
         store.save(files, optimizer_state(training.optimizer, training.parameters), state)
         return 0
@@ -133,7 +151,8 @@ def _archive(run_dir: Path) -> None:
     present = [run_dir / name for name in RUN_FILES if (run_dir / name).exists()]
     if not any(STEP_FOLDER.fullmatch(path.name) for path in (run_dir / "checkpoints").glob("*")) and len(present) < 2:
         return
-    number = 1 + sum(1 for _ in run_dir.glob("previous-*"))
+    taken = [path.name.removeprefix("previous-") for path in run_dir.glob("previous-*")]
+    number = 1 + max((int(name) for name in taken if name.isdigit()), default=0)
     target = run_dir / f"previous-{number}"
     target.mkdir()
     for path in present:

@@ -6,6 +6,7 @@ import os
 import platform
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from train.config import Config, parse_bytes
+from train.data import Layout
 from train.exits import ExitCode, ExitWith
 from train.metrics import read
 
@@ -28,19 +30,23 @@ PACKAGES = ("torch", "accelerate", "transformers", "peft", "bitsandbytes", "data
 class StopRequest:
     """Remembers the first SIGTERM, SIGINT or SIGUSR1; training stops at the next step boundary, never in a handler.
 
-    The same signal a second time ends the process at once.
+    Launchers and schedulers deliver SIGTERM and SIGUSR1 more than once, so only a second Ctrl-C, a second or more after
+    the first, ends the process at once.
     """
 
     def __init__(self) -> None:
         self.received = ""
+        self.since = 0.0
         for number in STOP_SIGNALS:
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if self.received == name:
+        now = time.monotonic()
+        if number == signal.SIGINT and self.received and now - self.since > 1:
             os._exit(128 + number)
-        self.received = self.received or name
+        if not self.received:
+            self.received, self.since = signal.Signals(number).name, now
+            os.write(2, b"\nstopping at the next step; Ctrl-C again ends at once, without saving\n")
 
     def agreed(self, accelerator: Accelerator) -> bool:
         """Whether any process was asked to stop: the same answer in all of them."""
@@ -66,6 +72,12 @@ def check(config: Config) -> None:
             f"the accelerate configuration says gradient_accumulation_steps {configured} and --batch.accumulation says "
             f"{config.batch.accumulation}; remove it from the accelerate configuration, the profile owns it",
         )
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no":
+        raise ExitWith(
+            ExitCode.BAD_INPUT,
+            f"the accelerate configuration says mixed_precision {precision}; set it to 'no', --model.dtype owns it",
+        )
 
 
 def start(config: Config) -> Accelerator:
@@ -81,10 +93,17 @@ def start(config: Config) -> Accelerator:
             "use one of accelerate_configs/",
         )
     if config.memory.budget and accelerator.device.type == "cuda":
-        total = torch.cuda.get_device_properties(accelerator.device).total_memory
-        fraction = min(1.0, parse_bytes(config.memory.budget) / total)
-        torch.cuda.set_per_process_memory_fraction(fraction, accelerator.device)
+        # of the current device: accelerate's own has no index where there is one process, which torch refuses here
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, parse_bytes(config.memory.budget) / total))
     return accelerator
+
+
+def layout(config: Config, accelerator: Accelerator) -> Layout:
+    """How this run cuts an optimizer step, and which part is this process's."""
+    return Layout(
+        config.batch.per_device, config.batch.accumulation, accelerator.num_processes, accelerator.process_index
+    )
 
 
 def seed_forward(seed: int, step: int, rank: int, forward: int) -> None:

@@ -5,9 +5,10 @@ import json
 import netrc
 import os
 import queue
+import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -47,29 +48,35 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """All listeners of a run; processes other than the first have none."""
+    """All listeners of a run; processes other than the first have none. One that fails is dropped, and that is said."""
 
     def __init__(self, members: Sequence[Tracker]) -> None:
-        self.members = members
+        self.members = list(members)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Tells all of them."""
-        for member in self.members:
-            member.log(row)
+        self._each(lambda member: member.log(row))
 
     def answers(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Tells all of them."""
-        for member in self.members:
-            member.answers(rows)
+        self._each(lambda member: member.answers(rows))
+
+    def finish(self) -> None:
+        """Ends all of them."""
+        self._each(lambda member: member.finish())
 
     def metrics_bytes(self) -> int:
         """Length of metrics.jsonl, made durable; 0 in a process that writes none."""
         return sum(member.durable_bytes() for member in self.members if isinstance(member, MetricsFile))
 
-    def finish(self) -> None:
-        """Ends all of them."""
-        for member in self.members:
-            member.finish()
+    def _each(self, tell: Callable[[Tracker], None]) -> None:
+        for member in list(self.members):
+            try:
+                tell(member)
+            except Exception as error:  # whatever it is, it must not reach training
+                self.members.remove(member)
+                with contextlib.suppress(OSError):
+                    print(f"{type(member).__name__} is left out from now on: {error}", file=sys.stderr, flush=True)
 
 
 class MetricsFile:
@@ -80,7 +87,10 @@ class MetricsFile:
         self.path = run_dir / "metrics.jsonl"
         self.path.touch()
         self.last_step_seen = max((row["step"] for row in read_metrics(self.path)), default=0)
-        os.truncate(self.path, min(keep_bytes, self.path.stat().st_size))
+        size = self.path.stat().st_size
+        if size < keep_bytes:
+            print(f"{self.path} is shorter than at the checkpoint: rows of earlier steps are lost", flush=True)
+        os.truncate(self.path, min(keep_bytes, size))
         self.file = self.path.open("a", encoding="utf-8")
 
     def log(self, row: Mapping[str, Any]) -> None:

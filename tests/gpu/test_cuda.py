@@ -8,12 +8,8 @@ import torch
 from accelerate import Accelerator
 from bitsandbytes.optim import PagedAdamW8bit
 
-from data_tools.prepare import prepare
-from tests.conftest import Fault, arguments, losses, run_command
+from tests.conftest import BUNDLED_BASE, Fault, arguments, losses, run_command, training_of
 from train.config import Config
-from train.data import prepare_settings
-from train.main import assemble
-from train.model import load_tokenizer
 from train.optim import load_optimizer_state, optimizer_state
 from train.step import Training, optimizer_step
 
@@ -29,9 +25,7 @@ def on_gpu(config: Config) -> Config:
 
 
 def build(config: Config) -> Training:
-    tokenizer = load_tokenizer(config)
-    prepared = prepare(prepare_settings(config, config.data.path), tokenizer.backend)
-    return assemble(config, Accelerator(), prepared.dataset, tokenizer)
+    return training_of(config, Accelerator())
 
 
 def test_an_nf4_base_trains_in_bf16(on_gpu: Config) -> None:
@@ -84,3 +78,16 @@ def test_resume_is_bitwise_with_deterministic_kernels(on_gpu: Config, tmp_path: 
     assert outcome.returncode == 0, outcome.stderr
     assert "continues after step 3" in outcome.stdout
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+
+
+def test_the_bundled_base_through_the_4gb_profile(config: Config, tmp_path: Path) -> None:
+    """Real weights quantised on the GPU, int8 and NF4, the cap of one process, generation, and what is left behind."""
+    for quantization in ("nf4", "int8"):
+        run_dir = tmp_path / quantization
+        words = ["--profile", "4gb", "--model.name_or_path", str(BUNDLED_BASE), "--model.quantization", quantization]
+        words += ["--data.path", *config.data.path, "--run.dir", str(run_dir), "--train.max_steps", "3"]
+        words += ["--track.wandb", "off", "--compare.num_questions", "2", "--compare.max_new_tokens", "8"]
+        outcome = run_command(words)
+        assert outcome.returncode == 0, outcome.stderr
+        assert "capped at 4GiB" in outcome.stdout
+        assert (run_dir / "answers.json").exists()

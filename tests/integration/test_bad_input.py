@@ -12,10 +12,13 @@ from train.config import Config
 from train.trackers import read_metrics
 
 CASES = {
-    "missing file": (["--data.path", "gone.jsonl"], ["gone.jsonl: no such file or folder", "--data.path"]),
+    "missing file": (["--data.path", "gone.jsonl"], ["gone.jsonl: no such file or folder"]),
     "empty file": (["--data.path", "{tmp}/empty.jsonl"], ["empty.jsonl: the file is empty"]),
     "broken line": (["--data.path", "{tmp}/broken.jsonl"], ["broken.jsonl:2: not JSON"]),
-    "wrong fields": (["--data.path", "{tmp}/fields.jsonl"], ["fields.jsonl:1: no field 'prompt'"]),
+    "wrong fields": (
+        ["--data.path", "{tmp}/fields.jsonl"],
+        ["fields.jsonl:1: the fields here (question, response) are none of those known"],
+    ),
     "no model": (["--model.name_or_path", "{tmp}"], ["--model.name_or_path", "name a folder"]),
     "unreachable model": (["--model.name_or_path", "nobody/nothing"], ["nobody/nothing", "hf auth login"]),
     "no such layer": (["--lora.target_modules", "w_q"], ["--lora.target_modules", "w_q"]),

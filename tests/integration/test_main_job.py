@@ -14,10 +14,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
 from data_tools.prepare import prepare
-from tests.conftest import BUNDLED_BASE, SHARED, arguments, needs_shared, run_command, tokenizer_at, write_shape
+from tests.conftest import (
+    BUNDLED_BASE,
+    SHARED,
+    arguments,
+    needs_shared,
+    run_command,
+    tokenizer_at,
+    training_of,
+    write_shape,
+)
 from train.config import CompareConfig, Config, ModelConfig
 from train.data import prepare_settings
-from train.main import assemble
 from train.model import keep_one_cpu_kernel, load_adapters, load_tokenizer
 from train.trackers import read_metrics
 
@@ -34,7 +42,7 @@ def test_plain_peft_loads_the_result_with_the_same_logits(config: Config) -> Non
     run_dir = Path(config.run.dir)
     tokenizer = load_tokenizer(config)
     prepared = prepare(prepare_settings(config, config.data.path), tokenizer.backend)
-    ours = assemble(config, Accelerator(cpu=True), prepared.dataset, tokenizer).model
+    ours = training_of(config, Accelerator(cpu=True)).model
     load_adapters(ours, load_file(run_dir / "final" / "adapter_model.safetensors"))
     ours.eval()
     ids = torch.tensor([prepared.dataset[0]["input_ids"]])

@@ -3,14 +3,17 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Fault, Run, arguments, losses, run_command
+from tests.conftest import ROOT, Fault, Run, arguments, losses, run_command, with_batch
 from train.config import CheckpointConfig, Config
+from train.trackers import read_metrics
 
 # (function, call, when): every operation of the second save, which with 5 files each is 6 syncs of files and folder
 SAVE_POINTS = [
@@ -78,7 +81,7 @@ def test_kill_between_saves_before_the_first_and_twice(dropped: Config, tmp_path
         run = Run(words)
         metrics = run_dir / "metrics.jsonl"
         deadline = time.monotonic() + 120
-        while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= lines):
+        while "steps " not in run.said() or metrics.read_bytes().count(b"\n") < lines:  # this attempt's own rows
             assert run.is_alive(), "the run ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.002)
@@ -99,9 +102,11 @@ def test_sigterm_saves_at_the_next_boundary_and_asks_to_be_repeated(dropped: Con
     while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 4):
         assert run.is_alive()
         time.sleep(0.01)
-    run.signal(signal.SIGTERM)
+    for _ in range(3):  # launchers and schedulers deliver it more than once
+        run.signal(signal.SIGTERM)
     outcome = run.wait()
     assert outcome.returncode == 75, outcome.stderr
+    assert "stopping at the next step" in outcome.stderr
     assert "SIGTERM" in outcome.stderr
     assert json.loads((run_dir / "exit.json").read_text())["code"] == 75
     newest = max(path.name for path in (run_dir / "checkpoints").iterdir())
@@ -175,6 +180,88 @@ def test_a_second_job_in_the_same_folder_is_refused(dropped: Config, tmp_path: P
     assert first.is_alive()
     first.signal(signal.SIGTERM)
     assert first.wait().returncode == 75
+
+
+def test_checkpoints_outlive_a_lost_or_damaged_run_json(dropped: Config, tmp_path: Path) -> None:
+    """Without run.json, or with rubbish in it, the same command continues from the newest checkpoint."""
+    expected = uninterrupted(dropped, tmp_path / "run")
+    for content in (None, "{", "[]"):
+        record = tmp_path / "run" / "run.json"
+        record.unlink() if content is None else record.write_text(content)
+        outcome = run_command(arguments(at(dropped, tmp_path / "run")))
+        assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+        assert "continues after step 6" in outcome.stdout
+        assert result_of(tmp_path / "run") == expected
+
+
+def test_a_named_checkpoint_is_continued(dropped: Config, tmp_path: Path) -> None:
+    """--run.resume PATH: an older one of this run (newer ones are set aside), one of another run, a damaged one."""
+    expected = uninterrupted(dropped, tmp_path / "run")
+    chosen = tmp_path / "run" / "checkpoints" / "step-0000000004"
+    words = arguments(replace(dropped, run=replace(dropped.run, dir=str(tmp_path / "run"), resume=str(chosen))))
+    killed = run_command(words, Fault("publish", 1, "before"))
+    assert killed.returncode == -signal.SIGKILL
+    assert "step-0000000006 is newer than the chosen checkpoint; kept as superseded-" in killed.stdout
+    outcome = run_command(arguments(at(dropped, tmp_path / "run")))
+    assert outcome.returncode == 0, outcome.stderr
+    assert "continues after step 4" in outcome.stdout
+    assert result_of(tmp_path / "run") == expected
+
+    elsewhere = replace(dropped, run=replace(dropped.run, dir=str(tmp_path / "other"), resume=str(chosen)))
+    outcome = run_command(arguments(elsewhere))
+    assert outcome.returncode == 0, outcome.stderr
+    assert (tmp_path / "other" / "final" / "adapter_model.safetensors").read_bytes() == expected["adapters"]
+    outcome = run_command(arguments(elsewhere))
+    assert outcome.returncode == 78
+    assert "holds a run of its own" in outcome.stderr
+
+    damage(chosen / "adapter_model.safetensors")
+    outcome = run_command(arguments(replace(elsewhere, run=replace(elsewhere.run, dir=str(tmp_path / "third")))))
+    assert outcome.returncode == 80
+    assert "adapter_model.safetensors is damaged" in outcome.stderr
+
+
+def test_another_split_of_the_same_data_is_refused(dropped: Config, tmp_path: Path) -> None:
+    """The files are the same and the samples are not: exit 77, before the base is loaded."""
+    short = replace(dropped, train=replace(dropped.train, max_steps=4))
+    config = at(replace(short, data=replace(short.data, validation_fraction=0.1)), tmp_path / "run")
+    assert run_command(arguments(config)).returncode == 0
+    outcome = run_command(arguments(replace(config, data=replace(config.data, validation_fraction=0.2))))
+    assert outcome.returncode == 77
+    assert "data.validation_fraction: 0.1 in the checkpoint, 0.2 now" in outcome.stderr
+    assert "loading" not in outcome.stdout
+
+
+def test_the_number_of_processes_may_change(config: Config, tmp_path: Path) -> None:
+    """Stopped as two processes by SIGTERM, continued as one: the samples and, closely, the losses of one process."""
+    config = replace(config, train=replace(config.train, epochs=60))
+    single = at(config, tmp_path / "single")
+    assert run_command(arguments(single)).returncode == 0
+    double = at(with_batch(config, 1, 4), tmp_path / "run")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = subprocess.Popen(
+        [*command, str(ROOT / "train" / "main.py"), *arguments(double)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+        start_new_session=True,
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 4):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)  # agent and workers, as a scheduler does
+    process.wait(timeout=120)
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 75
+    outcome = run_command(arguments(at(config, tmp_path / "run")))
+    assert outcome.returncode == 0, outcome.stderr
+    assert "another layout than before" in outcome.stdout
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("single", "run"))
+    assert [row["data/sample_ids"] for row in one] == [row["data/sample_ids"] for row in two]
+    first_few = zip(one[:12], two[:12], strict=True)  # later, rounding grows with the steps
+    assert all(a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-3) for a, b in first_few)
 
 
 def damage(path: Path) -> None:

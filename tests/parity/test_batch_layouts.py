@@ -12,12 +12,8 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from data_tools.prepare import prepare
-from tests.conftest import ROOT, arguments, with_batch
+from tests.conftest import ROOT, arguments, training_of, with_batch
 from train.config import Config
-from train.data import prepare_settings
-from train.main import assemble
-from train.model import load_tokenizer
 from train.step import Training, optimizer_step
 from train.trackers import read_metrics
 
@@ -25,9 +21,7 @@ LAYOUTS = [(8, 1), (4, 2), (2, 4), (1, 8)]
 
 
 def build(config: Config) -> Training:
-    tokenizer = load_tokenizer(config)
-    prepared = prepare(prepare_settings(config, config.data.path), tokenizer.backend)
-    return assemble(config, Accelerator(cpu=True), prepared.dataset, tokenizer)
+    return training_of(config, Accelerator(cpu=True))
 
 
 def loss_and_gradient(config: Config, completed: int) -> tuple[float, torch.Tensor]:
@@ -107,7 +101,7 @@ def test_two_processes_train_the_same_samples_to_the_same_losses(config: Config,
     double = with_batch(replace(config, run=replace(config.run, dir=str(tmp_path / "double"))), 1, 4)
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     main = str(ROOT / "train" / "main.py")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([sys.executable, main, *arguments(single)], check=True, env=environment, timeout=300)
     subprocess.run([*torchrun, main, *arguments(double)], check=True, env=environment, timeout=300)
     first, second = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("single", "double"))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from train import loss
-from train.collate import collate
+from train.collate import collate, collate_packed
 
 ROWS = [
     {"input_ids": [5, 6, 7, 8], "trained": [False, False, True, True]},
@@ -39,4 +39,13 @@ def test_targets_are_found_by_position() -> None:
         assert batch.input_ids.tolist() == [[5, 6, 7, 8], [1, 2, pad, pad], [9, 3, 4, pad]]
         assert batch.target_rows.tolist() == [1, 2, 4]
         assert batch.targets.tolist() == [7, 8, 2]
-        assert batch.num_tokens == 9
+        assert batch.position_ids.tolist() == [[0, 1, 2, 3]] * 3
+
+
+def test_packed_targets_are_found_by_position() -> None:
+    """Hand-counted: rows stand behind one another, positions start again, no token is predicted across a border."""
+    batch = collate_packed(ROWS)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 1, 2, 9, 3, 4]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2]]
+    assert batch.target_rows.tolist() == [1, 2, 4]
+    assert batch.targets.tolist() == [7, 8, 2]

@@ -79,7 +79,7 @@ def test_files_that_are_not_there_or_hold_nothing(tokenizer, tmp_path: Path) -> 
         "3 problems",
         "gone.jsonl: no such file",
         "table.xyz: unknown file ending",
-        "folder: no .txt or .md file",
+        "folder: holds no .txt, .md",
     ):
         assert part in str(caught.value)
     with pytest.raises(DataError, match=r"empty\.jsonl: the file is empty\n.*blank\.txt: .*only white space"):
@@ -102,7 +102,7 @@ def test_dropped_rows_and_unread_fields_are_counted(tokenizer, tmp_path: Path) -
     long_row = json.dumps({"prompt": "why", "response": "because " * 200, "id": 7})
     path.write_text(GOOD + long_row + "\n")
     prepared = prepare(settings(path), tokenizer)
-    assert (prepared.statistics.num_records, prepared.statistics.num_samples, prepared.statistics.num_too_long) == (
+    assert (prepared.statistics.num_records, prepared.statistics.num_samples, prepared.statistics.num_dropped) == (
         2,
         1,
         1,

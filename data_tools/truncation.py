@@ -1,0 +1,65 @@
+"""What becomes of a conversation that is longer than the model may see."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from data_tools.render import Sample
+
+POLICIES = ("drop", "left", "right", "split")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The samples that a conversation became, and whether an answer lost tokens on the way."""
+
+    samples: list[Sample]
+    cut_answer: bool = False
+
+
+def fit(sample: Sample, max_length: int, policy: str, begin: Sequence[int]) -> Fitted:
+    """At most `max_length` tokens a sample; an answer that stays trained keeps its end token, or the row is dropped.
+
+    drop: none. left: the beginning goes (behind the begin token), so prompts are cut first. right: the end goes, back
+    to the end of the last whole answer. split: pieces that follow one another, each behind the begin token; only the
+    last piece of an answer holds its end token.
+    """
+    if len(sample.input_ids) <= max_length:
+        return Fitted([sample])
+    begin_length = len(begin) if sample.input_ids[: len(begin)] == list(begin) else 0
+    if policy == "left":
+        return _keep_end(sample, max_length, begin_length)
+    if policy == "right":
+        return _keep_beginning(sample, max_length)
+    if policy == "split":
+        return _split(sample, max_length, begin_length)
+    return Fitted([])
+
+
+def _keep_end(sample: Sample, max_length: int, begin_length: int) -> Fitted:
+    start = len(sample.input_ids) - (max_length - begin_length)
+    kept = _part(sample, start, len(sample.input_ids), begin_length)
+    # the last answer may itself begin before the cut; whole earlier answers that go are not cut but gone
+    cut = sample.trained[start] and sample.trained[start - 1]
+    return Fitted([kept] if kept.num_supervised_tokens else [], cut)
+
+
+def _keep_beginning(sample: Sample, max_length: int) -> Fitted:
+    ends = [i for i in range(max_length) if sample.trained[i] and not sample.trained[i + 1]]
+    if not ends:
+        return Fitted([])
+    return Fitted([_part(sample, 0, ends[-1] + 1, 0)], cut_answer=any(sample.trained[ends[-1] + 1 :]))
+
+
+def _split(sample: Sample, max_length: int, begin_length: int) -> Fitted:
+    room = max_length - begin_length
+    starts = range(begin_length, len(sample.input_ids), room)
+    parts = [_part(sample, start, min(start + room, len(sample.input_ids)), begin_length) for start in starts]
+    cut = any(sample.trained[start - 1] and sample.trained[start] for start in starts)
+    return Fitted([part for part in parts if part.num_supervised_tokens], cut)
+
+
+def _part(sample: Sample, start: int, end: int, begin_length: int) -> Sample:
+    begin = sample.input_ids[:begin_length]
+    return Sample(
+        sample.source, begin + sample.input_ids[start:end], [False] * begin_length + sample.trained[start:end]
+    )

@@ -1,0 +1,247 @@
+"""Every layout of fields and every kind of file gives the same conversations; what is wrong is named with its place."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from data_tools import readers
+from data_tools.formats import Message
+from data_tools.records import Conversation, DataError, Document, Report, find_sources, read_records
+from tests.conftest import SHARED, needs_shared
+
+ASKED = (Message("user", "What is AOG?"), Message("assistant", "Aircraft on ground.", train=True))
+BRIEF = Message("system", "Be brief.")
+TURNS = [{"role": "user", "content": "What is AOG?"}, {"role": "assistant", "content": "Aircraft on ground."}]
+CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"term": "AOG"}}}
+
+LAYOUTS: dict[str, tuple[dict[str, Any], tuple[Message, ...], str]] = {
+    "prompt/response": ({"prompt": "What is AOG?", "response": "Aircraft on ground."}, ASKED, "prompt_response"),
+    "prompt/completion": ({"prompt": "What is AOG?", "completion": "Aircraft on ground."}, ASKED, "prompt_response"),
+    "question/answer": ({"question": "What is AOG?", "answer": "Aircraft on ground."}, ASKED, "prompt_response"),
+    "messages": ({"messages": TURNS}, ASKED, "messages"),
+    "messages with system": (
+        {"messages": [{"role": "system", "content": "Be brief."}, *TURNS]},
+        (BRIEF, *ASKED),
+        "messages",
+    ),
+    "text parts": (
+        {"messages": [TURNS[0], {"role": "assistant", "content": [{"type": "text", "text": "Aircraft on ground."}]}]},
+        ASKED,
+        "messages",
+    ),
+    "alpaca": ({"instruction": "What is AOG?", "input": "", "output": "Aircraft on ground."}, ASKED, "alpaca"),
+    "alpaca with input": (
+        {"instruction": "Explain.", "input": "AOG", "output": "Aircraft on ground."},
+        (Message("user", "Explain.\n\nAOG"), ASKED[1]),
+        "alpaca",
+    ),
+    "sharegpt": (
+        {
+            "system": "Be brief.",
+            "conversations": [
+                {"from": "human", "value": "What is AOG?"},
+                {"from": "gpt", "value": "Aircraft on ground."},
+            ],
+        },
+        (BRIEF, *ASKED),
+        "sharegpt",
+    ),
+}
+
+
+def read(*paths: Path | str, data_format: str = "auto", fields: tuple[str, ...] = ()) -> tuple[list[Any], Report]:
+    report = Report()
+    return list(read_records(find_sources(list(map(str, paths)), data_format, fields), report)), report
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_are_recognised_by_their_fields(name: str, tmp_path: Path) -> None:
+    """The same question and answer in every layout; the format is detected, and may be demanded."""
+    row, turns, layout = LAYOUTS[name]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    for wanted in ("auto", layout):
+        records, report = read(path, data_format=wanted)
+        assert report.lines == []
+        assert records == [Conversation(f"{path}:1", turns)]
+        assert report.formats == {layout}
+        assert not report.ignored_fields
+
+
+def test_every_kind_of_file_gives_the_same_records(tmp_path: Path) -> None:
+    """JSONL, a JSON array, CSV with line breaks in a field, Parquet: equal conversations, each with its place."""
+    rows = [{"prompt": f"What is {i}?", "response": f'Line one,\n"two" of {i}.'} for i in range(700)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "b.json").write_text(json.dumps(rows, indent=1))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["prompt", "response"])
+    writer.writeheader()
+    writer.writerows(rows)
+    (tmp_path / "c.csv").write_text(text.getvalue())
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    contents = []
+    for name in ("a.jsonl", "b.json", "c.csv", "d.parquet"):
+        records, report = read(tmp_path / name)
+        assert report.lines == []
+        assert records[1].source.startswith(f"{tmp_path / name}:")
+        contents.append([record.messages for record in records])
+    assert len(contents[0]) == 700
+    assert contents[0] == contents[1] == contents[2] == contents[3]
+
+
+def test_a_text_column_is_documents(tmp_path: Path) -> None:
+    """Rows of one text field are trained whole."""
+    (tmp_path / "t.jsonl").write_text('{"text": "A report."}\n')
+    records, report = read(tmp_path / "t.jsonl")
+    assert records == [Document(f"{tmp_path / 't.jsonl'}:1", "A report.")]
+    assert report.formats == {"text"}
+
+
+def test_columns_can_be_named(tmp_path: Path) -> None:
+    """--data.fields prompt=q response=a; a column that nothing reads is counted."""
+    (tmp_path / "r.jsonl").write_text('{"q": "What is AOG?", "a": "Aircraft on ground.", "id": 1}\n')
+    with pytest.raises(AssertionError):
+        assert read(tmp_path / "r.jsonl")[0]
+    records, report = read(tmp_path / "r.jsonl", fields=("prompt=q", "response=a"))
+    assert records[0].messages == ASKED
+    assert dict(report.ignored_fields) == {"id": 1}
+
+
+def test_turns_can_be_left_untrained(tmp_path: Path) -> None:
+    """train: false and weight: 0 mask a turn; tool calls and tool answers are carried along."""
+    turns = [
+        TURNS[0],
+        {"role": "assistant", "content": "Hm.", "train": False},
+        {"role": "user", "content": "Well?"},
+        {"role": "assistant", "content": "No.", "weight": 0},
+        {"role": "user", "content": "Look it up."},
+        {"role": "assistant", "content": None, "tool_calls": [CALL], "weight": 1},
+        {"role": "tool", "content": "Aircraft on ground.", "name": "look_up"},
+        {"role": "assistant", "content": "Aircraft on ground."},
+    ]
+    (tmp_path / "m.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    (record,), report = read(tmp_path / "m.jsonl")
+    assert report.lines == []
+    assert [turn.train for turn in record.messages] == [False] * 5 + [True, False, True]
+    assert record.messages[5].as_turn() == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert record.messages[6].as_turn() == {"role": "tool", "content": "Aircraft on ground.", "name": "look_up"}
+
+
+BAD_MESSAGES: list[tuple[Any, str]] = [
+    ([], "must be a list of turns with at least one"),
+    ("hello", "must be a list of turns"),
+    (["hello"], "turn 1: an object with role and content is expected, not str"),
+    ([{"role": "robot", "content": "x"}], "turn 1: unknown role 'robot'; known: "),
+    ([{"role": None, "content": "x"}], "turn 1: unknown role None"),
+    ([TURNS[0]], "holds no assistant turn to train"),
+    ([TURNS[0], {"role": "assistant", "content": " "}], "turn 2: the content is empty"),
+    ([TURNS[0], {"role": "assistant", "content": 7}], "turn 2: the content must be a string, not int"),
+    ([TURNS[0], {**TURNS[1], "weight": 0.5}], "turn 2: 'weight' must be 0 or 1, not 0.5"),
+    ([TURNS[0], {**TURNS[1], "train": "no"}], "turn 2: 'train' must be true or false, not 'no'"),
+    ([{**TURNS[0], "train": True}, TURNS[1]], "turn 1: a user turn cannot be trained"),
+    ([TURNS[0], {**TURNS[1], "train": False}], "holds no assistant turn to train"),
+    ([TURNS[0], {"role": "assistant", "content": "\ud83d"}], "turn 2: character 0 is half of a surrogate pair"),
+]
+
+
+@pytest.mark.parametrize(("messages", "reason"), BAD_MESSAGES, ids=[reason[:40] for _, reason in BAD_MESSAGES])
+def test_bad_conversations_are_named_by_line_and_turn(messages: Any, reason: str, tmp_path: Path) -> None:
+    """The line, the turn and the reason; the good row behind it is still read."""
+    good = json.dumps({"messages": TURNS})
+    (tmp_path / "m.jsonl").write_text(f"{good}\n{json.dumps({'messages': messages})}\n{good}\n")
+    records, report = read(tmp_path / "m.jsonl")
+    assert len(records) == 2
+    assert report.total == 1
+    assert report.lines[0].startswith(f"{tmp_path / 'm.jsonl'}:2: ")
+    assert reason in report.lines[0]
+
+
+BAD_FILES = [
+    ("a.json", '{"prompt": "a"}', ": a JSON array of objects is expected"),
+    ("b.json", '[{"prompt": "a", "response": "b"}, {"prompt": ', ":2: not JSON: "),
+    ("c.json", '[{"prompt": "a", "response": "b"} {"prompt"', ":1: not JSON: ',' or ']' is expected"),
+    ("d.csv", "prompt,response\na\n", ":2: 2 columns are expected"),
+    ("e.csv", 'prompt,response\na,"b\n', ":2: not CSV"),
+    ("f.parquet", "PAR1 not really", ": not Parquet"),
+    ("g.jsonl", '{"prompt": "a", "response": "b", "prompt": "c"}\n', ":1: the field 'prompt' stands twice"),
+    ("h.jsonl", '{"prompt": "a\x00", "response": "b"}\n', ":1: not JSON: Invalid control character"),
+    ("i.jsonl", '{"prompt": "a", "response": "b"}\n{"text": "c"}\n', ":2: no field 'prompt' and no field 'response'"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "reason"), BAD_FILES, ids=[name for name, _, _ in BAD_FILES])
+def test_bad_files_are_named_by_place(name: str, content: str, reason: str, tmp_path: Path) -> None:
+    """Every kind of file has its own ways of being broken."""
+    (tmp_path / name).write_text(content)
+    _, report = read(tmp_path / name)
+    assert report.total >= 1
+    assert f"{tmp_path / name}{reason}" in report.lines[0]
+
+
+def test_a_line_of_fifty_megabytes_is_passed_over(tmp_path: Path) -> None:
+    """It is named, not held in memory as a whole, and the row behind it is read."""
+    path = tmp_path / "long.jsonl"
+    good = '{"prompt": "a", "response": "b"}\n'
+    path.write_text(good + '{"prompt": "' + "x" * 50_000_000 + '"}\n' + good)
+    records, report = read(path)
+    assert len(records) == 2
+    assert report.lines == [f"{path}:2: the line is longer than {readers.LONGEST_ROW_BYTES} bytes"]
+
+
+def test_folders_globs_and_what_is_ambiguous(tmp_path: Path) -> None:
+    """A folder is its files in name order, a glob likewise; a folder of both texts and rows is a question."""
+    for name in ("b.txt", "a.md", "sub/c.txt", "ignored.pdf"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    records, _ = read(tmp_path)
+    assert [record.text for record in records] == ["a.md", "b.txt", "sub/c.txt"]
+    assert [record.text for record in read(tmp_path / "*.txt")[0]] == ["b.txt"]
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    with pytest.raises(DataError, match="holds both text and row files"):
+        read(tmp_path)
+    with pytest.raises(DataError, match=r"no \.txt.* file matches"):
+        read(tmp_path / "*.xyz")
+
+
+def test_hub_data_sets_go_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """owner/name:split is loaded by the datasets library; one that cannot be had is a problem with its name."""
+    asked = []
+
+    def load(name: str, split: str) -> datasets.Dataset:
+        asked.append((name, split))
+        return datasets.Dataset.from_list([{"question": "What is AOG?", "answer": "Aircraft on ground."}])
+
+    monkeypatch.setattr(readers.datasets, "load_dataset", load)
+    records, _ = read("somebody/glossary:validation", "somebody/glossary")
+    assert [record.messages for record in records] == [ASKED, ASKED]
+    assert [record.path_number for record in records] == [0, 1]
+    assert set(asked) == {("somebody/glossary", "validation"), ("somebody/glossary", "train")}
+
+    def refuse(name: str, split: str) -> None:
+        raise ConnectionError("the hub cannot be reached")
+
+    monkeypatch.setattr(readers.datasets, "load_dataset", refuse)
+    _, report = read("somebody/nothing")
+    assert report.lines == [
+        "somebody/nothing: no such file or folder, and not a data set on the hub: the hub cannot be reached"
+    ]
+
+
+@needs_shared
+def test_real_data_sets_of_three_layouts() -> None:
+    """GSM8K, Alpaca records and the glossary are recognised, every row of them."""
+    for path, layout, count in (
+        ("gsm8k/train_2000.jsonl", "prompt_response", 2000),
+        ("instruct_alpaca_800.json", "alpaca", 800),
+        ("glossary/training_dataset.jsonl", "prompt_response", 105),
+    ):
+        records, report = read(SHARED / path)
+        assert report.formats == {layout}
+        assert (len(records), report.total) == (count, 0)

@@ -1,0 +1,45 @@
+"""A conversation that is too long: what each policy keeps, counted token by token."""
+
+import pytest
+
+from data_tools.render import Sample
+from data_tools.truncation import fit
+
+# begin, two prompt tokens, answer 3 4 with end 5, two prompt tokens, answer 8 9 10 with end 11
+IDS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+TRAINED = [i in (3, 4, 5, 8, 9, 10, 11) for i in IDS]
+SAMPLE = Sample("x:1", IDS, TRAINED)
+
+CASES = [
+    ("drop", 11, [], False),
+    ("drop", 12, [(IDS, TRAINED)], False),
+    ("left", 9, [([0, 4, 5, 6, 7, 8, 9, 10, 11], [False, *TRAINED[4:]])], True),
+    ("left", 7, [([0, 6, 7, 8, 9, 10, 11], [False, *TRAINED[6:]])], False),
+    ("left", 4, [([0, 9, 10, 11], [False, True, True, True])], True),
+    ("right", 11, [(IDS[:6], TRAINED[:6])], True),
+    ("right", 7, [(IDS[:6], TRAINED[:6])], True),
+    ("right", 5, [], False),
+    ("split", 7, [(IDS[:7], TRAINED[:7]), ([0, *IDS[7:]], [False, *TRAINED[7:]])], False),
+    ("split", 5, [(IDS[:5], TRAINED[:5]), ([0, 5, 6, 7, 8], [False, True, False, False, True]),
+                  ([0, 9, 10, 11], [False, True, True, True])], True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("policy", "max_length", "kept", "cut"), CASES, ids=lambda value: str(value)[:12])
+def test_what_each_policy_keeps(policy: str, max_length: int, kept: list, cut: bool) -> None:
+    """Ids, masks, and whether an answer lost tokens; the begin token stays in front."""
+    fitted = fit(SAMPLE, max_length, policy, begin=[0])
+    assert [(sample.input_ids, sample.trained) for sample in fitted.samples] == kept
+    assert fitted.cut_answer == cut
+
+
+@pytest.mark.parametrize("policy", ["drop", "left", "right", "split"])
+def test_nothing_is_longer_than_allowed_and_an_end_survives(policy: str) -> None:
+    """For every length: within the limit, and an answer that is trained to its end keeps the end token."""
+    for max_length in range(2, 14):
+        for sample in fit(SAMPLE, max_length, policy, begin=[0]).samples:
+            assert len(sample.input_ids) <= max_length
+            assert sample.num_supervised_tokens > 0
+            if policy != "split":
+                last_trained = max(i for i, on in enumerate(sample.trained) if on)
+                assert sample.input_ids[last_trained] in (5, 11)

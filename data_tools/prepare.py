@@ -3,11 +3,13 @@
 import fcntl
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import uuid
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -36,6 +38,11 @@ from data_tools.render import (
     tokenizer_identity,
 )
 from data_tools.truncation import Fitted, fit
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # records are shared between processes, not inside a call
+MOST_WORKERS = 16
+PARALLEL_FROM_BYTES = 4 * 2**20  # below, starting processes takes longer than it saves
+CHUNK_RECORDS = 128
 
 FORMAT_VERSION = 2  # raise it when the same input would give other samples
 FEATURES = Features(
@@ -158,12 +165,11 @@ def _write(sources: Sequence[Source], settings: PrepareSettings, tokenizer: Any,
     counts: Counter[str] = Counter()
     ends: set[int] = set()
     with ArrowWriter(features=FEATURES, path=str(path)) as writer:
-        for number, record in enumerate(read_records(sources, report)):
+        fitted_records = _fitted(read_records(sources, report), _Renderer(tokenizer, settings), sources)
+        for number, (record, fitted) in enumerate(fitted_records):
             counts["records"] += 1
-            try:
-                fitted = _samples(record, settings, tokenizer)
-            except ValueError as error:
-                report.add(record.source, str(error))
+            if isinstance(fitted, str):
+                report.add(record.source, fitted)
                 continue
             counts["dropped"] += not fitted.samples
             counts["cut"] += fitted.cut_answer
@@ -198,7 +204,9 @@ def _write(sources: Sequence[Source], settings: PrepareSettings, tokenizer: Any,
 
 def _row(sample: Sample, record: Record, number: int) -> dict[str, object]:
     return {
-        **asdict(sample),
+        "source": sample.source,
+        "input_ids": sample.input_ids,
+        "trained": sample.trained,
         "path_number": record.path_number,
         "record": number,
         "num_tokens": len(sample.input_ids),
@@ -206,9 +214,49 @@ def _row(sample: Sample, record: Record, number: int) -> dict[str, object]:
     }
 
 
-def _samples(record: Record, settings: PrepareSettings, tokenizer: Any) -> Fitted:
-    if isinstance(record, Document):
-        pieces = render_document(tokenizer, record, settings.max_length, settings.text_overlap)
-        return Fitted([piece for piece in pieces if piece.num_supervised_tokens])
-    sample = render_conversation(tokenizer, record)
-    return fit(sample, settings.max_length, settings.truncation, begin_ids(tokenizer))
+@dataclass(frozen=True)
+class _Renderer:
+    """Turns records into samples of the allowed length."""
+
+    tokenizer: Any
+    settings: PrepareSettings
+
+    def fit(self, record: Record) -> Fitted | str:
+        """The samples of a record, or why it cannot be used."""
+        settings = self.settings
+        if isinstance(record, Document):
+            pieces = render_document(self.tokenizer, record, settings.max_length, settings.text_overlap)
+            return Fitted([piece for piece in pieces if piece.num_supervised_tokens])
+        try:
+            sample = render_conversation(self.tokenizer, record)
+        except ValueError as error:
+            return str(error)
+        return fit(sample, settings.max_length, settings.truncation, begin_ids(self.tokenizer))
+
+
+_of_worker: list[_Renderer] = []  # in a worker process: its renderer, which would be slow to send with every chunk
+
+
+def _fit_in_worker(records: list[Record]) -> list[Fitted | str]:
+    return [_of_worker[0].fit(record) for record in records]
+
+
+def _fitted(
+    records: Iterator[Record], renderer: _Renderer, sources: Sequence[Source]
+) -> Iterator[tuple[Record, Fitted | str]]:
+    """Each record with its samples, in order; large data sets are shared between the cores, a few chunks at a time."""
+    num_workers = min(os.cpu_count() or 1, MOST_WORKERS)
+    if num_workers == 1 or sum(source.num_bytes() for source in sources) < PARALLEL_FROM_BYTES:
+        yield from ((record, renderer.fit(record)) for record in records)
+        return
+    # fork: the renderer is there without being sent; nothing has touched a GPU yet
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(num_workers, fork, initializer=_of_worker.append, initargs=(renderer,)) as pool:
+        pending: deque[tuple[list[Record], Future[list[Fitted | str]]]] = deque()
+        while chunk := list(islice(records, CHUNK_RECORDS)):
+            pending.append((chunk, pool.submit(_fit_in_worker, chunk)))
+            if len(pending) > 2 * num_workers:
+                waiting, future = pending.popleft()
+                yield from zip(waiting, future.result(), strict=True)
+        for waiting, future in pending:
+            yield from zip(waiting, future.result(), strict=True)

@@ -33,15 +33,21 @@ class RowFile:
         if self.path.stat().st_size == 0:
             complain(str(self.path), "the file is empty")
             return
-        num_rows = 0
-        for place, row in READERS[self.path.suffix.lower()](self.path, complain):
-            num_rows += 1
+        num_seen = 0
+
+        def note(place: Place, reason: str) -> None:
+            nonlocal num_seen
+            num_seen += 1
+            complain(place, reason)
+
+        for place, row in READERS[self.path.suffix.lower()](self.path, note):
             if isinstance(row, dict):
+                num_seen += 1
                 yield place, row
             else:
-                complain(place, f"a JSON object is expected, not {type(row).__name__}")
-        if num_rows == 0:
-            complain(str(self.path), "no row could be read")
+                note(place, f"a JSON object is expected, not {type(row).__name__}")
+        if num_seen == 0:
+            complain(str(self.path), "there is no row in it")
 
     def digest(self) -> str:
         """sha256 of the file's bytes."""

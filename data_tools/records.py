@@ -88,6 +88,10 @@ class Source:
     path_number: int
     field_map: tuple[tuple[str, str], ...] = ()
 
+    def num_bytes(self) -> int:
+        """Size of the file; a hub data set counts as large."""
+        return 2**40 if isinstance(self.origin, HubData) else self.origin.path.stat().st_size
+
     def digest(self) -> str:
         """What changes when the content or the way of reading it does."""
         return f"{self.format} {self.field_map} {self.origin.digest()}"

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -126,7 +127,7 @@ class _Turns:
 
         Without a content of its own (a tool call) it is the turn's last token, white space aside.
         """
-        special = special_ids(self.tokenizer)
+        special = _special_tokens(self.tokenizer, len(self.tokenizer))
         if content_end is not None:
             behind = (i for i in range(first, len(self.ids)) if self.offsets[i][1] > content_end)
             end = next((i for i in behind if self.ids[i] in special), None)
@@ -137,7 +138,7 @@ class _Turns:
 
     def _spans_that_spell_special_tokens(self) -> list[tuple[int, int]]:
         """Contents that spell out a special token: they are encoded as text, or data could forge roles."""
-        names = [t.content for i, t in self.tokenizer.added_tokens_decoder.items() if i in special_ids(self.tokenizer)]
+        names = _special_tokens(self.tokenizer, len(self.tokenizer)).values()
         spans = []
         for number, message in enumerate(self.messages):
             spelled = [name for name in names if name in message.content]
@@ -174,17 +175,24 @@ def _template(tokenizer: Any, messages: Sequence[Message], add_generation_prompt
         raise ValueError(f"the chat template refuses this conversation: {error}") from None
 
 
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids of every special token, also of those that have no role such as eos (Llama-3's <|eot_id|>)."""
-    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | set(tokenizer.all_special_ids)
+    return frozenset(_special_tokens(tokenizer, len(tokenizer)))
+
+
+@lru_cache(maxsize=4)
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, str]:
+    """Special tokens by id; asking a tokenizer costs more than tokenising a row, so it is asked once for each size."""
+    added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> set[int]:
     """The tokens of this sample after which the model was taught to stop: the last one of each trained span."""
     following = [*sample.trained[1:], False]
     pairs = zip(sample.input_ids, sample.trained, following, strict=True)
-    return {token for token, now, after in pairs if now and not after} & special_ids(tokenizer)
+    special = _special_tokens(tokenizer, len(tokenizer))
+    return {token for token, now, after in pairs if now and not after and token in special}
 
 
 def render_document(

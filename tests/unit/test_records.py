@@ -1,13 +1,20 @@
 """Every kind of bad input is named with file and line, all in one report, and leaves nothing behind."""
 
 import json
+import random
+import shutil
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from data_tools import prepare as prepare_module
 from data_tools.prepare import PrepareSettings, cache_root, prepare
 from data_tools.records import DataError, Report, find_sources, read_records
-from tests.conftest import BUNDLED_BASE, SHARED, needs_shared, tokenizer_at
+from tests.conftest import BUNDLED_BASE, SHARED, Fault, arguments, needs_shared, run_command, tokenizer_at
+from train.config import Config
 
 GOOD = '{"prompt": "What is AOG?", "response": "Aircraft on ground."}\n'
 
@@ -135,3 +142,86 @@ def test_the_real_glossary_and_reports(tmp_path: Path) -> None:
     paths = [str(SHARED / "glossary" / "training_dataset.jsonl"), str(SHARED / "wildfire")]
     records = list(read_records(find_sources(paths, "auto"), report))
     assert (len(records), report.total) == (116, 0)
+
+
+def test_bad_records_can_be_skipped_and_are_named(tokenizer, tmp_path: Path) -> None:
+    """on_error skip: good rows are there, bad ones counted and named; stop does not take that cache."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(GOOD + "{broken\n" + GOOD.replace("AOG", "ATP") + '{"prompt": "a"}\n')
+    skipping = replace(settings(path), on_error="skip")
+    statistics = prepare(skipping, tokenizer).statistics
+    assert (statistics.num_samples, statistics.num_skipped) == (2, 2)
+    assert [line.split(": ")[0].rsplit(":", 1)[1] for line in statistics.skipped] == ["2", "4"]
+    with pytest.raises(DataError, match="2 problems"):
+        prepare(settings(path), tokenizer)
+    path.write_text("{broken\n")
+    with pytest.raises(DataError, match="1 problem"):
+        prepare(skipping, tokenizer)
+
+
+def test_an_interrupted_preparation_leaves_nothing_that_counts(pairs: Path, config: Config) -> None:
+    """Killed before the samples are published: no prepared folder is left, and the next run makes it anew."""
+    (pairs.parent / "other.jsonl").write_text(GOOD * 3)
+    words = arguments(replace(config, data=replace(config.data, path=(str(pairs.parent / "other.jsonl"),))))
+    before = {folder for folder in cache_root().glob("*") if not folder.name.startswith(".tmp-")}
+    killed = run_command(words, Fault("rename", 1, "before"))
+    assert killed.returncode == -signal.SIGKILL
+    assert {folder for folder in cache_root().glob("*") if not folder.name.startswith(".tmp-")} == before
+    assert run_command(words).returncode == 0
+
+
+def test_many_processes_and_one_make_the_same_samples(
+    tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large file is shared between processes: same samples, same order, bad rows named by their lines."""
+    rows = [{"prompt": f"What is {i}?", "response": "It is " + "so " * (i % 50) + f"{i}."} for i in range(1000)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"prompt": "x", "response": 5}\n')
+    alone = prepare(replace(settings(path), on_error="skip", max_length=32), tokenizer)
+    content = alone.dataset.to_list()
+    shutil.rmtree(cache_root() / alone.fingerprint)
+    monkeypatch.setattr(prepare_module, "PARALLEL_FROM_BYTES", 0)
+    shared = prepare(replace(settings(path), on_error="skip", max_length=32), tokenizer)
+    assert shared.dataset.to_list() == content
+    assert shared.statistics == alone.statistics
+    assert shared.statistics.skipped[0].startswith(f"{path}:1001: ")
+
+
+def mutations(seed: int, count: int) -> Iterator[bytes]:
+    """Good rows with random bytes changed, inserted, removed, doubled or cut."""
+    rng = random.Random(seed)
+    base = (
+        GOOD + '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n'
+    ).encode()
+    for _ in range(count):
+        content = bytearray(base if rng.random() < 0.5 else GOOD.encode() * 2)
+        for _ in range(rng.randint(1, 6)):
+            position = rng.randrange(len(content) + 1) - 1 if content else 0
+            kind = rng.randrange(5)
+            if kind == 0 and content:
+                content[position] = rng.randrange(256)
+            elif kind == 1:
+                content[position:position] = rng.choice(
+                    [b'"', b"{", b"}", b"\\u0000", b"\\ud800", b"\x00", b"\xff", b"\n"]
+                )
+            elif kind == 2:
+                del content[position : position + rng.randint(1, 9)]
+            elif kind == 3:
+                content += content[position:]
+            else:
+                del content[position:]
+        yield bytes(content)
+
+
+def test_two_hundred_mutations_are_read_or_refused(tokenizer, tmp_path: Path) -> None:
+    """Whatever the bytes: samples, or a DataError that names the file; never another exception."""
+    path = tmp_path / "mutant.jsonl"
+    refusals = []
+    for content in mutations(seed=5, count=200):
+        path.write_bytes(content)
+        try:
+            assert prepare(settings(path), tokenizer).statistics.num_samples > 0
+        except DataError as error:
+            refusals.append(str(error))
+    assert 50 < len(refusals) < 200
+    assert all("mutant.jsonl" in refusal or "longer than" in refusal for refusal in refusals)

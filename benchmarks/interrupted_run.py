@@ -1,6 +1,6 @@
 """Kills a run in its second epoch, repeats the command, and compares it with the run that was left alone.
 
-    python benchmarks/interrupted_run.py --out benchmarks/results/NAME.json -- --profile a100 --data.path reports/ ...
+    python -m benchmarks.interrupted_run --out benchmarks/results/NAME.json -- --profile a100 --data.path reports/ ...
 
 Everything behind `--` goes to train/main.py. Writes speed, memory, the loss of every step before and after the kill,
 and whether the two runs agree to the bit (on a GPU add --run.deterministic true).

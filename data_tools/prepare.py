@@ -44,7 +44,7 @@ MOST_WORKERS = 16
 PARALLEL_FROM_BYTES = 4 * 2**20  # below, starting processes takes longer than it saves
 CHUNK_RECORDS = 128
 
-FORMAT_VERSION = 2  # raise it when the same input would give other samples
+FORMAT_VERSION = 3  # raise it when the same input would give other samples
 FEATURES = Features(
     {
         "source": Value("string"),

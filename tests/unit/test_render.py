@@ -137,6 +137,19 @@ def test_text_is_trained_once_and_ends_once(bundled) -> None:
     assert end_tokens(bundled, pieces[-1]) == {bundled.eos_token_id}
 
 
+def test_pieces_end_with_paragraphs_and_lines(bundled) -> None:
+    """Where a paragraph ends in the last quarter of a piece the piece ends, else where a line does; nothing is lost."""
+    lines = ["The pump was replaced and the valve was checked."] * 3
+    text = "\n\n".join(["\n".join(lines)] * 6)
+    body = bundled(text, add_special_tokens=False)["input_ids"]
+    paragraph = len(bundled("\n".join(lines) + "\n\n", add_special_tokens=False)["input_ids"])
+    line = len(bundled(lines[0] + "\n", add_special_tokens=False)["input_ids"])
+    for room, ending in ((paragraph + 6, "checked.\n\n"), (2 * line + 4, "checked.\n")):
+        pieces = list(render_document(bundled, Document("d", text), max_length=room + 1, overlap=0))
+        assert bundled.decode(pieces[0].input_ids).endswith(ending)
+        assert [token for piece in pieces for token in piece.input_ids[1:]] == [*body, bundled.eos_token_id]
+
+
 def test_a_text_cannot_end_itself(bundled) -> None:
     """The end token spelled out in a text is ordinary text."""
     (piece,) = render_document(bundled, Document("d", "one <|end|> two"), max_length=64, overlap=0)

@@ -13,6 +13,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -88,21 +89,22 @@ def ours(settings: PrepareSettings, tokenizer: Any) -> tuple[Prepared, dict[str,
 def trls(settings: PrepareSettings, tokenizer: Any, prepared: Prepared, scratch: str) -> dict[str, Any]:
     """SFTTrainer's preparation of the same rows, its masks against ours, and its bfd packing."""
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer, __version__
-    from trl.data_utils import pack_dataset
 
+    trl: Any = import_module("trl")  # a peer, not a dependency
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     shape = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=1, **small)
     model = LlamaForCausalLM(shape)
-    arguments = SFTConfig(output_dir=scratch, report_to=[], max_length=MAX_LENGTH, use_cpu=True, bf16=False)
+    arguments = trl.SFTConfig(output_dir=scratch, report_to=[], max_length=MAX_LENGTH, use_cpu=True, bf16=False)
     began = time.perf_counter()
     dataset = Dataset.from_list(list(as_trl(settings)))
-    trainer = SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
+    trainer = trl.SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
     seconds = time.perf_counter() - began
     made: Any = trainer.train_dataset
     lengths = [len(ids) for ids in made["input_ids"]]
-    row = figures(f"trl {__version__}", settings, seconds, sum(lengths))
-    packed: Any = pack_dataset(made.select_columns(["input_ids"]), MAX_LENGTH, strategy="bfd")
+    row = figures(f"trl {trl.__version__}", settings, seconds, sum(lengths))
+    packed: Any = import_module("trl.data_utils").pack_dataset(
+        made.select_columns(["input_ids"]), MAX_LENGTH, strategy="bfd"
+    )
     row["packing_fill"] = round(sum(len(ids) for ids in packed["input_ids"]) / (len(packed) * MAX_LENGTH), 4)
     return row | compare(made.to_list(), prepared, tokenizer)
 

@@ -30,6 +30,10 @@ ALLOWED = {
     "train.profiles": {"train.config"},
     "train.cli": {"train.config", "train.exits", "train.profiles"},
     "train.checkpoint": {"train.exits"},
+    "data_tools.similarity": set(),
+    "data_tools.preview": {"data_tools.render"},
+    "data_tools.scan": {"data_tools.prepare", "data_tools.records", "data_tools.render", "data_tools.similarity"},
+    "data_tools.audit": {"data_tools.prepare", "data_tools.preview", "data_tools.scan", "data_tools.similarity"},
     "train.data": {
         "train.collate",
         "train.config",

@@ -61,6 +61,8 @@ class DataConfig:
     """Names of the columns of a prompt/response data set: prompt=COLUMN response=COLUMN."""
     on_error: Literal["stop", "skip"] = "stop"
     """What a bad record does: end the run before it starts, or be left out, counted and named."""
+    gate: Literal["stop", "warn"] = "stop"
+    """What the audit at the start does when it finds a reason not to train on the data (see handloop audit)."""
     validation_path: tuple[str, ...] = ()
     """Files like `path`, never trained on."""
     validation_fraction: float = 0.0

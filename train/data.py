@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 
 from data_tools.packing import pack
-from data_tools.prepare import Prepared, PrepareSettings
+from data_tools.prepare import Prepared, PrepareSettings, prepare
 from data_tools.records import DataError
 from train.collate import MicroBatch, collate, collate_packed
 from train.config import Config, TrainConfig
@@ -163,6 +163,15 @@ def prepare_settings(config: Config, paths: Sequence[str]) -> PrepareSettings:
     return PrepareSettings(
         tuple(paths), data.format, data.max_length, overlap, data.truncation, data.fields, data.on_error
     )
+
+
+def hold_out(config: Config, prepared: Prepared, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
+    """(training, validation) samples; there may be no validation."""
+    if config.data.validation_path:
+        return prepared.dataset, prepare(prepare_settings(config, config.data.validation_path), tokenizer).dataset
+    if config.data.validation_fraction:
+        return split_validation(prepared, config.data.validation_fraction, config.train.seed)
+    return prepared.dataset, None
 
 
 def split_validation(prepared: Prepared, fraction: float, seed: int) -> tuple[Dataset, Dataset]:

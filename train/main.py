@@ -18,14 +18,15 @@ from train.banner import banner
 from train.checkpoint import Checkpoint, CheckpointStore
 from train.cli import parse
 from train.config import Config
-from train.data import TrainingData, prepare_settings, split_validation
+from train.data import TrainingData, hold_out, prepare_settings
 from train.deliver.compare import as_rows, compare, show
 from train.deliver.final import publish_final
 from train.exits import ExitCode, ExitWith, write_atomically, write_exit
+from train.gate import judge, pass_gate
 from train.loop import train
 from train.model import Tokenizer, adapter_config, check_fits, load_model, load_tokenizer
 from train.optim import build_optimizer
-from train.resume import check_same_run, choose, identity, restore, save_state
+from train.resume import check_same_run, choose, identity, on_first_process, restore, save_state
 from train.step import Training
 from train.trackers import Display, MetricsFile, Tracker, Trackers, WeightsAndBiases, wandb_mode
 from train.validation import validate
@@ -71,7 +72,7 @@ def run(config: Config, closing: ExitStack) -> None:
     tokenizer = load_tokenizer(config)
     check_fits(config, tokenizer.backend)
     prepared = prepare(prepare_settings(config, config.data.path), tokenizer.backend)
-    samples, validation = hold_out(config, prepared, tokenizer)
+    samples, validation = hold_out(config, prepared, tokenizer.backend)
     accelerator = runtime.start(config)
     data = TrainingData(samples, config, runtime.layout(config, accelerator), tokenizer.backend.pad_token_id)
     same_run = identity(config, prepared.fingerprint, data, accelerator.device)
@@ -79,6 +80,8 @@ def run(config: Config, closing: ExitStack) -> None:
     checkpoint = choose(store, config, accelerator)
     if checkpoint is not None:
         check_same_run(checkpoint, same_run, accelerator)
+    else:
+        on_first_process(accelerator, lambda: audit_aloud(config, tokenizer, data, validation))
     runtime.say(accelerator, f"loading {config.model.name_or_path}")
     training = assemble(config, accelerator, data)
     if checkpoint is not None:
@@ -99,14 +102,11 @@ def run(config: Config, closing: ExitStack) -> None:
         deliver(training, tokenizer, prepared, trackers)
 
 
-def hold_out(config: Config, prepared: Prepared, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
-    """(training, validation) samples; there may be no validation."""
-    if config.data.validation_path:
-        settings = prepare_settings(config, config.data.validation_path)
-        return prepared.dataset, prepare(settings, tokenizer.backend).dataset
-    if config.data.validation_fraction:
-        return split_validation(prepared, config.data.validation_fraction, config.train.seed)
-    return prepared.dataset, None
+def audit_aloud(config: Config, tokenizer: Tokenizer, data: TrainingData, validation: Dataset | None) -> int:
+    """Says what the audit warns of; raises ExitWith(BAD_INPUT) where the data must not be trained on."""
+    for line in pass_gate(config, judge(config, tokenizer.backend, data, validation)):
+        print(f"data      {line}", flush=True)
+    return 0
 
 
 def assemble(config: Config, accelerator: Accelerator, data: TrainingData) -> Training:

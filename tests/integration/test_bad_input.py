@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,16 @@ def test_python_can_run_the_file_directly(tmp_path: Path) -> None:
     outcome = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert outcome.returncode == 78
     assert "unknown profile 'nope'" in outcome.stderr
+
+
+def test_the_trainer_runs_the_audit_first(config: Config, tmp_path: Path) -> None:
+    """A validation set that is also trained on: exit 78 before the base is loaded; with data.gate warn it is said."""
+    leaking = replace(config, data=replace(config.data, validation_path=config.data.path))
+    outcome = run_command(arguments(leaking))
+    assert outcome.returncode == 78
+    assert "validation rows are also trained on" in outcome.stderr
+    assert "--data.gate warn" in outcome.stderr
+    assert "loading" not in outcome.stdout
+    outcome = run_command(arguments(replace(leaking, data=replace(leaking.data, gate="warn"))))
+    assert outcome.returncode == 0, outcome.stderr
+    assert "validation rows are also trained on" in outcome.stdout

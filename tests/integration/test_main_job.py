@@ -97,7 +97,7 @@ def test_validation_is_logged_and_changes_no_bit(config: Config, tmp_path: Path)
     without = run_command(arguments(config))
     held = replace(
         config,
-        data=replace(config.data, validation_path=config.data.path),
+        data=replace(config.data, validation_path=config.data.path, gate="warn"),
         run=replace(config.run, dir=str(tmp_path / "v")),
     )
     outcome = run_command(arguments(held))

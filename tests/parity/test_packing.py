@@ -1,6 +1,7 @@
 """Packed samples do not see each other."""
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -43,7 +44,9 @@ def test_what_stands_before_a_sample_does_not_change_it(config: Config) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
-def test_a_packed_step_has_the_gradient_of_the_unpacked_one(checkpointing: str, config: Config) -> None:
+def test_a_packed_step_has_the_gradient_of_the_unpacked_one(
+    checkpointing: Literal["none", "full"], config: Config
+) -> None:
     """One step over all samples, packed into rows of 128 tokens and not: loss and every gradient are equal."""
     config = replace(config, memory=replace(config.memory, checkpointing=checkpointing))
     config = with_batch(replace(config, optim=replace(config.optim, max_grad_norm=float("inf"))), 4, 5)
@@ -51,9 +54,11 @@ def test_a_packed_step_has_the_gradient_of_the_unpacked_one(checkpointing: str, 
     for packing in (False, True):
         training = training_of(replace(config, data=replace(config.data, packing=packing)), Accelerator(cpu=True))
         gradients: list[torch.Tensor] = []
-        training.optimizer.register_step_pre_hook(
-            lambda *_, kept=gradients, of=training: kept.extend(p.grad.clone() for p in of.parameters.values())
-        )
+
+        def keep(*_: object, into: list[torch.Tensor] = gradients, of: Training = training) -> None:
+            into.extend(p.grad.clone() for p in of.parameters.values() if p.grad is not None)
+
+        training.optimizer.register_step_pre_hook(keep)
         results.append((optimizer_step(training, 0), gradients))
     (plain, expected), (packed, found) = results
     assert sorted(plain.sample_ids) == sorted(packed.sample_ids) == list(range(19))

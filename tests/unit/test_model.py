@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def test_a_head_that_does_more_than_multiply_is_refused(config: Config, tmp_path
         lora=replace(config.lora, target_modules=("fc1",)),
     )
     load_model(phi, torch.device("cpu"))  # with a bias of zero there is no difference
-    original = torch.zeros
+    original: Any = torch.zeros
 
     def biased(*arguments: object, **options: object) -> torch.Tensor:
         return original(*arguments, **options) + (3.0 * torch.arange(64) if arguments[0] == torch.Size([64]) else 0)

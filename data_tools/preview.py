@@ -1,0 +1,248 @@
+"""What is trained on, token by token: on a terminal in colour, as plain text, as JSON lines, as one HTML page."""
+
+import html
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from data_tools.render import special_ids
+
+# Joiners shape letters and emoji; every other invisible character is shown by its number.
+JOINERS = "\u200c\u200d"
+REPLACEMENT = "\ufffd"
+LONGEST_CHARACTER_TOKENS = 8  # a UTF-8 character has at most 4 bytes, and a token at least one of them
+CONTINUATION = "…"  # stands for a token that only goes on with the bytes of the character before it
+MARKS = f"· space   ↵ newline   ⇥ tab   {CONTINUATION} goes on with the character before it"
+TRAINED, MASKED = "green", "dim"
+TITLE = "What is trained on"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample as it is trained; the four lists have an item a token, and `tokens` joined are the text."""
+
+    source: str
+    ids: list[int]
+    trained: list[bool]
+    tokens: list[str]
+    special: list[bool]
+
+    @property
+    def num_supervised_tokens(self) -> int:
+        """Targets; the first token is never one."""
+        return sum(self.trained[1:])
+
+    @property
+    def heading(self) -> str:
+        """Source and counts."""
+        return f"{printable(self.source)}  {len(self.ids):,} tokens, {self.num_supervised_tokens:,} trained"
+
+    def as_json(self) -> dict[str, Any]:
+        """For one line of JSON: ids, trained (0 or 1), source, tokens and the counts."""
+        return {
+            "source": self.source,
+            "num_tokens": len(self.ids),
+            "num_supervised_tokens": self.num_supervised_tokens,
+            "ids": self.ids,
+            "trained": [int(value) for value in self.trained],
+            "tokens": self.tokens,
+        }
+
+
+def preview(samples: Iterable[Any], tokenizer: Any) -> Iterator[Row]:
+    """The samples of a prepared data set with the text of each token."""
+    special = special_ids(tokenizer)
+    for sample in samples:
+        ids = sample["input_ids"]
+        flags = [number in special for number in ids]
+        yield Row(sample["source"], ids, sample["trained"], token_texts(tokenizer, ids, flags), flags)
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int], special: Sequence[bool]) -> list[str]:
+    """The text that each token stands for; joined they are the text of the sample.
+
+    Where several tokens make up one character, the first has it and the others are empty. Every piece is decoded
+    behind an ordinary token, because decoders of the Llama-2 kind strip the space at the beginning of a text.
+    """
+    anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+    anchor_length = len(tokenizer.decode(anchor))
+
+    def decode(piece: Sequence[int]) -> str:
+        return tokenizer.decode([*anchor, *piece], skip_special_tokens=False)[anchor_length:]
+
+    texts: list[str] = []
+    while len(texts) < len(ids):
+        start = len(texts)
+        if special[start]:
+            texts.append(tokenizer.convert_ids_to_tokens(ids[start]))
+            continue
+        end, piece = start + 1, decode(ids[start : start + 1])
+        # half a character, or the data's own replacement character: then the text does not change when it is cut here
+        while REPLACEMENT in piece and end < min(len(ids), start + LONGEST_CHARACTER_TOKENS):
+            horizon = end + LONGEST_CHARACTER_TOKENS
+            if piece + decode(ids[end:horizon]) == decode(ids[start:horizon]):
+                break
+            end += 1
+            piece = decode(ids[start:end])
+        texts += [piece, *[""] * (end - start - 1)]
+    return texts
+
+
+def visible(text: str, breaks: str = "↵") -> str:
+    """`text` with a mark for everything that is not seen or that would steer a terminal; `breaks` for a newline."""
+    return "".join(_visible_character(character, breaks) for character in text)
+
+
+def printable(text: str) -> str:
+    """`text` on one line, safe for a terminal, with its spaces as they are."""
+    return " ".join(visible(part) for part in text.split(" "))
+
+
+def _visible_character(character: str, breaks: str) -> str:
+    if character == "\n":
+        return breaks
+    if character == "\t":
+        return "⇥"
+    if character == " ":
+        return "·"
+    if ord(character) < 32:
+        return chr(0x2400 + ord(character))  # ␀ to ␟
+    is_hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zs", "Zl", "Zp")
+    return f"<U+{ord(character):04X}>" if is_hidden and character not in JOINERS else character
+
+
+def show(rows: Iterable[Row], console: Console) -> None:
+    """Prints the rows: in colour on a terminal, else with marks that need none."""
+    coloured = console.is_terminal and not console.no_color
+    legend = _coloured_legend() if coloured else Text(f"⟦ ⟧ trained   │ between tokens   {MARKS}")
+    console.print(legend, soft_wrap=True)
+    for row in rows:
+        body = _coloured(row) if coloured else Text(as_plain(row))
+        console.print(Text(f"\n{row.heading}", style="bold"), soft_wrap=True)
+        console.print(body, soft_wrap=True)
+
+
+def as_plain(row: Row) -> str:
+    """The tokens without colour: ⟦ and ⟧ around what is trained, elsewhere a bar or a new line between any two."""
+    text = ""
+    for token, trained, before, after in zip(
+        row.tokens, row.trained, [False, *row.trained], [*row.trained[1:], False], strict=False
+    ):
+        # a break goes behind the closing mark, or that would begin the next line
+        body, newline, _ = _shown(token).rpartition("↵\n") if token.endswith("\n") else (_shown(token), "", "")
+        bar = "⟦" if trained and not before else "│" if text and text[-1] not in "\n⟧" else ""
+        text += f"{bar}{body}{newline[:1]}{'⟧' if trained and not after else ''}{newline[1:]}"
+    return text.rstrip("\n")
+
+
+def _shown(token: str) -> str:
+    return visible(token, breaks="↵\n") or CONTINUATION
+
+
+def _coloured(row: Row) -> Text:
+    """Neighbouring tokens differ by underlining, special ones are reversed."""
+    text = Text()
+    for i, (token, trained, special) in enumerate(zip(row.tokens, row.trained, row.special, strict=True)):
+        text.append(_shown(token), style=_style(trained, special, underlined=i % 2 == 1))
+    text.rstrip()
+    return text
+
+
+def _style(trained: bool, special: bool, underlined: bool) -> str:
+    return f"{TRAINED if trained else MASKED}{' reverse' if special else ''}{' underline' if underlined else ''}"
+
+
+def _coloured_legend() -> Text:
+    return Text("   ").join(
+        [
+            Text("trained", style=_style(True, False, False)),
+            Text("masked", style=_style(False, False, False)),
+            Text("special", style=_style(True, True, False)),
+            Text.assemble(("tok", _style(True, False, False)), ("ens", _style(True, False, True))),
+            Text(MARKS),
+        ]
+    )
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; --back: #ffffff; --ink: #1d2433; --quiet: #667085; --line: #d5dae3;
+  --card: #f7f8fa; --on-a: #c9efd2; --on-b: #a9e0b8; --on-ink: #06371a; --off-b: #e9ecf1; --mark: #8c6d1f; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --back: #14171d; --ink: #e6e9ef; --quiet: #98a2b3; --line: #343b49;
+  --card: #1b2028; --on-a: #14532d; --on-b: #1b6b3b; --on-ink: #dcfce7; --off-b: #272e3a; --mark: #e3b341; }} }}
+* {{ box-sizing: border-box; }}
+body {{ margin: 0 auto; max-width: 64rem; padding: 1.5rem 1rem 3rem; background: var(--back); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }}
+h1 {{ font-size: 1.5rem; margin: 0 0 .25rem; }}
+h2 {{ font-size: 1rem; margin: 0; overflow-wrap: anywhere; }}
+p {{ margin: 0 0 1rem; color: var(--quiet); overflow-wrap: anywhere; }}
+.legend {{ display: flex; flex-wrap: wrap; gap: .4rem 1.25rem; margin: 0 0 1.5rem; padding: 0; list-style: none; }}
+article {{ margin: 0 0 1.25rem; border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }}
+header {{ display: flex; flex-wrap: wrap; gap: .25rem 1rem; justify-content: space-between; padding: .5rem .9rem;
+  background: var(--card); border-bottom: 1px solid var(--line); }}
+header small {{ color: var(--quiet); font-size: .875rem; }}
+code {{ font: .875rem/1.75 ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }}
+.text {{ display: block; padding: .7rem .9rem; }}
+.m {{ color: var(--quiet); }}
+.m.b {{ background: var(--off-b); }}
+.t {{ background: var(--on-a); color: var(--on-ink); }}
+.t.b {{ background: var(--on-b); }}
+.m, .t {{ border-radius: 2px; padding: .1em 0; }}
+.s {{ outline: 1px solid var(--mark); outline-offset: -1px; font-weight: 600; }}
+i {{ font-style: normal; opacity: .65; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p>{subtitle}</p>
+<ul class="legend">
+<li><code><span class="t">trained</span></code></li>
+<li><code><span class="m">masked</span></code></li>
+<li><code><span class="t s">trained</span> <span class="m s">masked</span></code> special token</li>
+<li><code><span class="t">tok</span><span class="t b">ens</span> <span class="m">tok</span><span class="m b">ens</span>
+</code> neighbours differ in shade</li>
+<li><code><i>·</i></code> space</li>
+<li><code><i>↵</i></code> newline</li>
+<li><code><i>⇥</i></code> tab</li>
+<li><code><i>…</i></code> goes on with the character before it</li>
+</ul>
+{rows}
+</body>
+</html>
+"""
+
+
+def as_html(rows: Iterable[Row], subtitle: str) -> str:
+    """One page that needs nothing from elsewhere; everything that comes from the data is escaped."""
+    articles = "\n".join(_article(row) for row in rows)
+    return _PAGE.format(title=TITLE, subtitle=html.escape(printable(subtitle)), rows=articles)
+
+
+def _article(row: Row) -> str:
+    spans = [
+        f'<span class="{"t" if trained else "m"}{" s" if special else ""}{" b" if i % 2 else ""}" '
+        f'title="{"trained" if trained else "masked"}, id {number}">{_html_token(token)}</span>'
+        for i, (number, token, trained, special) in enumerate(
+            zip(row.ids, row.tokens, row.trained, row.special, strict=True)
+        )
+    ]
+    return (
+        f"<article>\n<header><h2>{html.escape(printable(row.source))}</h2><small>{len(row.ids):,} tokens, "
+        f"{row.num_supervised_tokens:,} trained</small></header>\n"
+        f'<code class="text">{"".join(spans)}</code>\n</article>'
+    )
+
+
+def _html_token(token: str) -> str:
+    """The marks for white space are lighter than the text; a line may be broken before a space."""
+    marks = {" ": "<wbr><i>·</i>", "\n": "<i>↵</i><br>", "\t": "<i>⇥</i>"}
+    return "".join(marks.get(c) or html.escape(visible(c)) for c in token) or f"<i>{CONTINUATION}</i>"

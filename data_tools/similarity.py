@@ -1,0 +1,80 @@
+"""Which texts are equal, equal but for spelling marks, or nearly equal, told from hashes of a fixed size."""
+
+import hashlib
+import unicodedata
+import zlib
+from functools import cache
+
+import numpy as np
+
+# Near-duplicates as in Lee et al. 2022, "Deduplicating Training Data Makes Language Models Better": word 5-grams.
+GRAM_WORDS = 5
+NEAR_SIMILARITY = 0.8  # Jaccard, estimated: share of equal minima
+# 8 bands of 4 minima: a pair of similarity 0.8 meets in some band with probability 0.98, one of 0.5 with 0.4 and is
+# then refused by the estimate
+NUM_MINIMA, NUM_BANDS = 32, 8
+CHUNK = 2**14  # grams hashed at once: 4 MiB, however long the text
+_GENERATOR = np.random.default_rng(0)
+_FACTORS = _GENERATOR.integers(2**63, size=NUM_MINIMA, dtype=np.uint64) * 2 + 1  # odd
+_OFFSETS = _GENERATOR.integers(2**63, size=NUM_MINIMA, dtype=np.uint64)
+_GRAM_FACTORS = _GENERATOR.integers(2**63, size=GRAM_WORDS, dtype=np.uint64) * 2 + 1
+_EMPTY = np.full(NUM_MINIMA, 2**32 - 1, dtype=np.uint32)
+
+
+def fingerprint(text: str) -> int:
+    """64 bits of the text's hash, never 0; two of a million different texts agree with probability 3e-8."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest) or 1
+
+
+def normalise(text: str) -> str:
+    """The text without case, punctuation and differences of white space; symbols (+, =, €) stay, they carry meaning."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().translate(_punctuation()).split())
+
+
+@cache
+def _punctuation() -> dict[int, str]:
+    return {number: " " for number in range(0x10000) if unicodedata.category(chr(number)).startswith("P")}
+
+
+def sketch(normalised: str) -> np.ndarray:
+    """NUM_MINIMA minima (MinHash, Broder 1997) over the text's word 5-grams, uint32; a shorter text is one gram."""
+    words = np.fromiter((zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in normalised.split()), np.uint64)
+    if not len(words):
+        return _EMPTY
+    width = min(GRAM_WORDS, len(words))
+    grams = np.lib.stride_tricks.sliding_window_view(words, width) @ _GRAM_FACTORS[:width]  # modulo 2**64
+    grams ^= grams >> np.uint64(29)
+    minima = _EMPTY
+    for start in range(0, len(grams), CHUNK):
+        hashes = np.outer(_FACTORS, grams[start : start + CHUNK]) + _OFFSETS[:, None]  # [minima, grams], modulo 2**64
+        minima = np.minimum(minima, (hashes >> np.uint64(32)).astype(np.uint32).min(axis=1))
+    return minima
+
+
+def first_equal(hashes: np.ndarray) -> np.ndarray:
+    """For each item the index of the first item with the same hash: its own where it repeats none."""
+    order = np.argsort(hashes, kind="stable")
+    begins = np.ones(len(order), dtype=bool)
+    begins[1:] = hashes[order[1:]] != hashes[order[:-1]]
+    group = np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))
+    first = np.empty_like(order)
+    first[order] = order[group]
+    return first
+
+
+def first_near(sketches: np.ndarray) -> np.ndarray:
+    """For each row of [texts, NUM_MINIMA] the index of an earlier near-duplicate, or its own.
+
+    A text is compared with the first of each band that it falls into, so a chain of small changes may be found in part.
+    """
+    own = np.arange(len(sketches))
+    nearest = own.copy()
+    filled = (sketches != _EMPTY).any(axis=1)
+    for band in np.split(sketches.astype(np.uint64), NUM_BANDS, axis=1):
+        first = first_equal((band * _GRAM_FACTORS[: band.shape[1]]).sum(axis=1, dtype=np.uint64))
+        candidates = np.flatnonzero((first != own) & (nearest == own) & filled)
+        agreement = (sketches[candidates] == sketches[first[candidates]]).mean(axis=1)
+        found = candidates[agreement >= NEAR_SIMILARITY]
+        nearest[found] = first[found]
+    return nearest

@@ -1,0 +1,453 @@
+"""Every finding of the audit, from data made to have it; and that good data has none."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from data_tools.audit import RULES, Audit, Data, Plan, audit, failures, warnings
+from data_tools.prepare import FEATURES, PrepareSettings, prepare
+from data_tools.records import DataError
+from data_tools.scan import CONTROL, MOJIBAKE, role_problem
+from data_tools.similarity import NEAR_SIMILARITY, first_equal, first_near, normalise, sketch
+from tests.conftest import SHARED, needs_shared, tokenizer_at
+from train.commands import main
+
+PLAN = Plan(2, 4, 1, "samples", units_per_epoch=20, steps_per_epoch=3, epochs=2, total_steps=6)
+
+
+def numbered(count: int, start: int = 0) -> list[dict[str, str]]:
+    """Rows that have nothing in common but their form."""
+    return [{"prompt": f"What is part {i}?", "response": f"bolt {i * 7919}"} for i in range(start, start + count)]
+
+
+def write(path: Path, rows: Sequence[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def judged(path: str, validation: str = "", tokenizer: Any = None, **settings: Any) -> Audit:
+    """The audit of a file with the bundled tokenizer."""
+    tokenizer = tokenizer or tokenizer_at()
+    sides = []
+    for name in filter(None, (path, validation)):
+        options = PrepareSettings((name,), **settings)
+        sides.append(Data(options, prepare(options, tokenizer).dataset))
+    return audit(sides[0], sides[1] if validation else None, tokenizer, PLAN)
+
+
+def found(result: Audit) -> dict[str, int]:
+    return {name: finding.count for name, finding in result.findings.items() if finding.count}
+
+
+def by_hand(path: str, samples: Sequence[tuple[int, list[int], list[int]]]) -> Audit:
+    """The audit of samples (record, ids, trained) that `prepare` would not make from the records at `path`."""
+    rows = [
+        {
+            "source": f"{path}:{record + 1}",
+            "record": record,
+            "input_ids": ids,
+            "trained": [bool(value) for value in trained],
+            "num_tokens": len(ids),
+            "num_supervised_tokens": sum(trained[1:]),
+            **({"path_number": 0} if "path_number" in FEATURES else {}),
+        }
+        for record, ids, trained in samples
+    ]
+    settings = PrepareSettings((path,))
+    return audit(Data(settings, Dataset.from_list(rows, features=FEATURES)), None, tokenizer_at(), PLAN)
+
+
+def test_good_data_has_no_finding(tmp_path: Path) -> None:
+    """Counts are right, every end token is trained, no rule speaks."""
+    path = write(tmp_path / "good.jsonl", numbered(20))
+    result = judged(path)
+    assert (result.rows, result.samples, result.validation_rows) == (20, 20, 0)
+    assert found(result) == {}
+    assert failures(result) == warnings(result) == []
+    assert (result.end_token_trained_fraction, result.end_token_masked_fraction, result.end_token_cut_fraction) == (
+        1.0,
+        0.0,
+        0.0,
+    )
+    dataset: Any = prepare(PrepareSettings((path,)), tokenizer_at()).dataset
+    assert result.tokens == sum(dataset["num_tokens"])
+    assert result.supervised_tokens == sum(dataset["num_supervised_tokens"])
+    assert sum(count for _, _, count in result.length_histogram) == 20
+    assert result.longest[0][1] == max(dataset["num_tokens"])
+    assert all(low <= result.longest[0][1] for low, _, _ in result.length_histogram)
+
+
+def test_duplicates_exact_normalised_and_near(tmp_path: Path) -> None:
+    """Each kind is counted once, under its strictest name, with the row that it repeats."""
+    long = " ".join(f"word{i}" for i in range(120))
+    rows = [
+        *numbered(30),
+        {"prompt": "Say all", "response": long},
+        numbered(1)[0],
+        {"prompt": "what is PART 1", "response": "Bolt  7919!"},
+        {"prompt": "Say all", "response": long.replace("word60 ", "other ")},
+    ]
+    path = write(tmp_path / "rows.jsonl", rows)
+    result = judged(path)
+    assert found(result) == {
+        "duplicates": 1,
+        "normalised_duplicates": 1,
+        "near_duplicates": 1,
+        "conflicting_answers": 1,
+    }
+    assert result.findings["duplicates"].places == [f"{path}:32 (like line 1)"]
+    assert result.findings["normalised_duplicates"].places == [f"{path}:33 (like line 2)"]
+    assert result.findings["near_duplicates"].places == [f"{path}:34 (like line 31)"]
+    assert failures(result) == []
+    assert len(warnings(result)) == 4
+
+
+def test_duplicates_are_counted_and_said(tmp_path: Path) -> None:
+    """Exact ones and those but for case apart, five places named; somebody may have meant the weight: no refusal."""
+    upper = [{name: text.upper() for name, text in row.items()} for row in numbered(5)]
+    mixed = judged(write(tmp_path / "a.jsonl", [*numbered(40), *numbered(5), *upper]))
+    assert found(mixed) == {"duplicates": 5, "normalised_duplicates": 5}
+    alone = judged(write(tmp_path / "c.jsonl", [*numbered(20), *numbered(6)]))
+    assert failures(mixed) == failures(alone) == []
+    assert len(alone.findings["duplicates"].places) == 5
+    assert re.match(r"6 rows repeat an earlier one exactly \(23\.1%\): .*, \.\.\.; ", warnings(alone)[0])
+
+
+def test_leaks_between_files(tmp_path: Path) -> None:
+    """A validation row that is trained, as it is or in other spelling, is refused; the same prompt alone is said."""
+    training = write(tmp_path / "train.jsonl", numbered(20))
+    rows = [
+        *numbered(5, start=100),
+        numbered(1, start=3)[0],
+        {"prompt": "WHAT IS PART 4", "response": "bolt 31676."},
+        {"prompt": "What is part 5?", "response": "a nut"},
+    ]
+    validation = write(tmp_path / "validation.jsonl", rows)
+    result = judged(training, validation)
+    assert (result.rows, result.validation_rows) == (20, 8)
+    assert found(result) == {"leaked_rows": 2, "leaked_prompts": 1}
+    assert result.findings["leaked_rows"].places == [
+        f"{validation}:6 (like {training}:4)",
+        f"{validation}:7 (like {training}:5)",
+    ]
+    assert [sentence.split(":")[0] for sentence in failures(result)] == [
+        "2 validation rows are also trained on (25.0%, at most 0% may)"
+    ]
+    assert found(judged(training, write(tmp_path / "other.jsonl", numbered(5, start=100)))) == {}
+
+
+def test_the_same_file_on_both_sides_is_all_leak(tmp_path: Path) -> None:
+    """Equal settings on both sides are only taken for a split when no record is on both."""
+    path = write(tmp_path / "rows.jsonl", numbered(6))
+    assert found(judged(path, path)) == {"leaked_rows": 6}
+
+
+def test_leaks_of_a_fraction_held_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """With validation_fraction the two copies of a row may fall on both sides; rows and repeats are told apart."""
+    pairs = [row for row in numbered(40) for _ in range(2)]
+    path = write(tmp_path / "rows.jsonl", pairs)
+    words = ["audit", "--profile", "demo", "--data.path", path, "--data.validation_fraction", "0.25", "--json"]
+    assert main(words) == 78
+    result = json.loads(capsys.readouterr().out)
+    assert (result["rows"], result["validation_rows"], result["samples"]) == (60, 20, 60)
+    # a held-out row's twin is either held out too or trained
+    assert result["leaked_rows"] > 0
+    assert result["dropped_rows"] == 0  # held out is not left out
+    assert 2 * result["duplicates"] + result["leaked_rows"] == 60
+    assert any("also trained on" in sentence for sentence in result["failures"])
+
+
+def test_double_begin_through_a_template_that_renders_it_twice(tmp_path: Path) -> None:
+    """Any row with two begin tokens in a row is refused; the bundled template has one."""
+    doubled = tokenizer_at()
+    doubled.chat_template = "{{ bos_token }}" + doubled.chat_template
+    path = write(tmp_path / "rows.jsonl", numbered(3))
+    result = judged(path, tokenizer=doubled)
+    assert found(result) == {"double_bos_rows": 3}
+    assert result.findings["double_bos_rows"].places == [f"{path}:{line}" for line in (1, 2, 3)]
+    assert len(failures(result)) == 1
+
+
+def test_begin_tokens_at_the_border_of_two_samples_are_not_double(tmp_path: Path) -> None:
+    """The pair must lie within one sample."""
+    path = write(tmp_path / "rows.jsonl", numbered(2))
+    begin, end = tokenizer_at().bos_token_id, tokenizer_at().eos_token_id
+    result = by_hand(path, [(0, [begin, 9, end, begin], [0, 1, 1, 0]), (1, [begin, 8, end], [0, 1, 1])])
+    assert found(result) == {}
+
+
+def test_a_template_without_end_token_is_refused_earlier(tmp_path: Path) -> None:
+    """What never ends an answer does not get as far as an audit."""
+    endless = tokenizer_at()
+    endless.chat_template = "{% for m in messages %}{{ m['role'] + ':\n' + m['content'] + '\n' }}{% endfor %}" + (
+        "{% if add_generation_prompt %}assistant:\n{% endif %}"
+    )
+    with pytest.raises(DataError, match="special token"):
+        judged(write(tmp_path / "rows.jsonl", numbered(2)), tokenizer=endless)
+
+
+def test_end_tokens_masked_and_cut(tmp_path: Path) -> None:
+    """Trained, present but masked, cut at the sample's end; continued in the record's next sample is none of these."""
+    path = write(tmp_path / "rows.jsonl", numbered(4))
+    begin, end = tokenizer_at().bos_token_id, tokenizer_at().eos_token_id
+    result = by_hand(
+        path,
+        [
+            (0, [begin, 9, 9, end], [0, 0, 1, 1]),
+            (1, [begin, 9, 9, end], [0, 0, 1, 0]),
+            (2, [begin, 9, 9, 9], [0, 0, 1, 1]),
+            (3, [begin, 9, 9, 9], [0, 0, 1, 1]),
+            (3, [begin, 9, 9, end], [0, 1, 1, 1]),
+        ],
+    )
+    assert (result.end_token_trained_fraction, result.end_token_masked_fraction, result.end_token_cut_fraction) == (
+        0.5,
+        0.25,
+        0.25,
+    )
+    assert result.findings["end_token_untrained_rows"].places == [f"{path}:2 (masked)", f"{path}:3 (cut)"]
+    assert [sentence for sentence in failures(result) if "50.0%, at most 1% may" in sentence]
+
+
+def test_rows_without_supervision(tmp_path: Path) -> None:
+    """A sample in which nothing, or only the first token, is a target is refused."""
+    path = write(tmp_path / "rows.jsonl", numbered(3))
+    begin, end = tokenizer_at().bos_token_id, tokenizer_at().eos_token_id
+    result = by_hand(path, [(0, [begin, 9, end], [0, 1, 1]), (1, [begin, 9, end], [0, 0, 0]), (2, [9, end], [0, 1])])
+    assert result.findings["rows_without_supervision"].places == [f"{path}:2"]
+    assert len(failures(result)) == 1
+
+
+def test_rows_that_lose_tokens_or_are_left_out(tmp_path: Path) -> None:
+    """`drop` leaves long rows out, `left` and `right` cut them, `split` loses nothing; each is told with its length."""
+    long = {"prompt": "Tell me.", "response": " ".join(f"word{i}" for i in range(60))}
+    long_prompt = {"prompt": " ".join(f"thing{i}" for i in range(60)), "response": "Yes."}
+    path = write(tmp_path / "rows.jsonl", [*numbered(20), long, long_prompt])
+    dropped = judged(path, max_length=64)
+    assert found(dropped) == {"dropped_rows": 2}
+    assert re.fullmatch(re.escape(path) + r":21 \(\d+ tokens\)", dropped.findings["dropped_rows"].places[0])
+    assert (dropped.rows, dropped.samples) == (22, 20)
+    left = judged(path, max_length=64, truncation="left")
+    assert found(left) == {"truncated_rows": 2}
+    assert "64 of " in left.findings["truncated_rows"].places[0]
+    assert found(judged(path, max_length=1024, truncation="left")) == {}
+    assert "truncated_rows" not in found(judged(write(tmp_path / "s.jsonl", [long]), max_length=64, truncation="split"))
+    most = judged(write(tmp_path / "most.jsonl", [*numbered(2), long]), max_length=64)
+    assert "(33.3%, at most 20% may)" in failures(most)[0]
+
+
+def test_skipped_rows(tmp_path: Path) -> None:
+    """With on_error skip, rows that could not be read are counted with their reasons."""
+    path = tmp_path / "rows.jsonl"
+    write(path, numbered(10))
+    path.write_text(path.read_text() + '{"prompt": 3\n')
+    result = judged(str(path), on_error="skip")
+    assert found(result) == {"skipped_rows": 1}
+    assert result.findings["skipped_rows"].places[0].startswith(f"{path}:11: not JSON")
+
+
+def test_garbage_with_its_line(tmp_path: Path) -> None:
+    """Control characters and wrongly decoded text, in rows and in text files, up to one row in twenty."""
+    odd = [
+        {"prompt": "What?", "response": "one\nbell \x07"},
+        {"prompt": "Who is JosÃ©?", "response": "him"},
+        {"prompt": "bad", "response": "bytes \ufffd"},
+    ]
+    path = write(tmp_path / "rows.jsonl", [*numbered(10), *odd])
+    result = judged(path)
+    assert found(result) == {"control_character_rows": 1, "mojibake_rows": 2}
+    assert result.findings["control_character_rows"].places == [f"{path}:11 (U+0007 in line 2)"]
+    assert result.findings["mojibake_rows"].places[0] == f"{path}:12 (U+00C3 U+00A9 in line 1)"
+    assert len(failures(result)) == 2
+    assert len(warnings(judged(write(tmp_path / "few.jsonl", [*numbered(60), *odd])))) == 2
+    text = tmp_path / "report.txt"
+    text.write_text("A good line.\n\nA page\x0cbreak.\n")
+    assert judged(str(text)).findings["control_character_rows"].places == [f"{text} (U+000C in line 3)"]
+
+
+@pytest.mark.parametrize("codec", ["cp1252", "latin-1"])
+@pytest.mark.parametrize(
+    "text", ["é", "für", "naïve", "it\u2019s", "“quoted”", "5 €", "a \u2013 b", "🎉", "привет", "20 °C"]
+)
+def test_mojibake_is_recognised(text: str, codec: str) -> None:
+    """UTF-8 read with the wrong table."""
+    garbled = text.encode().decode(codec, "replace")
+    assert MOJIBAKE.search(garbled), garbled
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "São João, «IRMû», “AMANHÔ",
+        "« CAFÉ » «CAFÉ»",
+        "Ångström Ñandú â",
+        "ÐÑ русский",
+        "日本語 🎉 naïve 20 °C \u2013 €5",
+    ],
+)
+def test_good_text_is_not_garbage(text: str) -> None:
+    """Accents, capitals before closing marks, other scripts and emoji are no finding."""
+    assert not MOJIBAKE.search(text)
+    assert not CONTROL.search(text)
+    assert not CONTROL.search("tab\t line\r\n")
+
+
+@pytest.mark.parametrize(
+    ("roles", "problem"),
+    [
+        ("system user assistant", ""),
+        ("user assistant tool tool assistant user assistant", ""),
+        ("assistant user", "begins with assistant"),
+        ("system", "begins with no turn"),
+        ("user user assistant", "user after user"),
+        ("user system assistant", "system after user"),
+        ("user assistant assistant", "assistant after assistant"),
+        ("user assistant user", "ends with user"),
+    ],
+)
+def test_order_of_roles(roles: str, problem: str) -> None:
+    """System first if at all, then user and assistant in turn, tools behind the assistant, the assistant last."""
+    assert role_problem(roles.split()) == problem
+
+
+def test_order_of_roles_in_data(tmp_path: Path) -> None:
+    """A conversation in an unusual order is named with what is unusual."""
+    turns = [("user", "Hi."), ("user", "Hello?"), ("assistant", "Yes.")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    path = write(tmp_path / "rows.jsonl", [row])
+    result = judged(path)
+    assert found(result) == {"role_order_rows": 1}
+    assert result.findings["role_order_rows"].places == [f"{path}:1 (user after user)"]
+
+
+def test_text_files(tmp_path: Path) -> None:
+    """A document is one row however many pieces it has; only its last piece has an end to train."""
+    (tmp_path / "a.txt").write_text(" ".join(f"word{i}" for i in range(300)))
+    (tmp_path / "b.txt").write_text("Short.")
+    result = judged(str(tmp_path), max_length=64, text_overlap=8)
+    assert result.rows == 2
+    assert result.samples > 10
+    assert result.end_token_trained_fraction == 1.0
+    assert found(result) == {}
+
+
+def test_json_has_everything_and_the_exit_code_says_the_verdict(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """`--json` prints one object; 0 without failures, 78 with one; nothing else on stdout."""
+    path = write(tmp_path / "rows.jsonl", numbered(20))
+    assert main(["audit", "--profile", "4gb", "--json", "--model.name_or_path", "demo/base", "--data.path", path]) == 0
+    result = json.loads(capsys.readouterr().out)
+    wanted = (
+        "rows samples tokens supervised_tokens rows_without_supervision end_token_trained_fraction double_bos_rows "
+        "end_token_masked_fraction end_token_cut_fraction duplicates near_duplicates leaked_rows mojibake_rows longest "
+        "control_character_rows truncated_rows length_histogram steps_per_epoch failures warnings"
+    )
+    assert set(wanted.split()) <= set(result)
+    assert (result["rows"], result["failures"], result["warnings"]) == (20, [], [])
+    assert (result["units_per_step"], result["steps_per_epoch"], result["total_steps"]) == (16, 2, 40)
+    assert list(result["longest"][0]) == ["source", "tokens"]
+    write(tmp_path / "rows.jsonl", [*numbered(10) * 2, *({"prompt": f"{i}\a", "response": "x"} for i in range(3))])
+    assert main(["audit", "--profile", "demo", "--data.path", path, "--json"]) == 78
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["duplicates"] == 10
+    assert json.loads(captured.out)["control_character_rows"] == 3
+    assert captured.err.count("handloop: ") == 1
+
+
+def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Without a terminal: no escape codes, also none that the data's file names hold; a bar a bin, the verdict last."""
+    rows = [*numbered(14), {"prompt": "bell\a", "response": "x"}]
+    path = write(tmp_path / "r\x1b[31mows.jsonl", rows)
+    assert main(["audit", "--profile", "demo", "--data.path", path, "--train.epochs", "28"]) == 78
+    text = capsys.readouterr().out
+    assert "\x1b" not in text
+    assert "15 rows" not in text
+    assert re.search(r"^rows +15$", text, re.MULTILINE)
+    assert re.search(r"^ +\d+(-\d+)? +█+ \d+$", text, re.MULTILINE)
+    assert re.search(r"^steps +15 samples an epoch = 2 steps; 28 epochs, 56 steps in all$", text, re.MULTILINE)
+    assert "failure   1 row holds control characters" in text or "failure   1 rows hold control characters" in text
+    assert text.strip().endswith("verdict   1 reason not to train on this")
+
+
+def test_steps_are_the_trainers(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Packing, weights and max_steps change the arithmetic as they do in training."""
+    path = write(tmp_path / "rows.jsonl", numbered(40))
+    words = ["audit", "--profile", "demo", "--train.epochs", "28", "--json", "--data.path", path]
+    plans = []
+    for more in ([], ["--data.packing", "true"], ["--data.weights", "0.5"], ["--train.max_steps", "3"]):
+        assert main([*words, *more]) == 0
+        result = json.loads(capsys.readouterr().out)
+        plans.append((result["unit"], result["units_per_epoch"], result["steps_per_epoch"], result["total_steps"]))
+    assert plans[0] == ("samples", 40, 5, 140)
+    assert plans[1][0] == "packed rows"
+    assert plans[1][1] < 10
+    assert plans[2][0] == "samples"
+    assert 8 < plans[2][1] < 32
+    assert plans[2][2] == -(-plans[2][1] // 8) == plans[2][3] // 28
+    assert plans[3] == ("samples", 40, 5, 3)
+
+
+def test_every_rule_has_a_test_here() -> None:
+    """A finding without a test in this file is noticed."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    assert len(RULES) > 10
+    assert all(f'"{name}"' in source for name in RULES)
+
+
+def test_normalisation() -> None:
+    """Case, white space, width and punctuation go; symbols and the marks of other scripts stay."""
+    assert normalise("  Hello,\tWORLD!\n") == normalise("hello world") == "hello world"
+    assert normalise("\uff12 + \uff12") == "2 + 2" != normalise("2 2")
+    assert normalise("Straße") == "strasse"
+    assert normalise("कि") != normalise("क")
+
+
+def test_near_duplicates_agree_with_the_true_similarity() -> None:
+    """Over random edits the estimate finds pairs well above the limit and leaves those well below it."""
+    generator = np.random.default_rng(0)
+    hits = {True: [0, 0], False: [0, 0]}
+    for _ in range(150):
+        words = [str(n) for n in generator.integers(10**6, size=100)]
+        edited = list(words)
+        for place in generator.integers(100, size=generator.integers(1, 15)):
+            edited[place] = "x"
+        first, second = ({tuple(w[i : i + 5]) for i in range(96)} for w in (words, edited))
+        similarity = len(first & second) / len(first | second)
+        if abs(similarity - NEAR_SIMILARITY) > 0.15 or similarity > 0.9:
+            is_found = first_near(np.stack([sketch(" ".join(words)), sketch(" ".join(edited))])).tolist() == [0, 0]
+            tally = hits[similarity > NEAR_SIMILARITY]
+            tally[0] += is_found
+            tally[1] += 1
+    assert hits[True][1] > 5
+    assert hits[True][0] >= 0.9 * hits[True][1]
+    assert hits[False][1] > 50
+    assert hits[False][0] <= 0.02 * hits[False][1]
+
+
+def test_first_equal() -> None:
+    """Each item points at the first of its kind; empty input gives empty output."""
+    assert first_equal(np.array([3, 1, 3, 2, 1, 3], np.uint64)).tolist() == [0, 1, 0, 3, 1, 0]
+    assert first_equal(np.zeros(0, np.uint64)).tolist() == []
+    assert first_near(np.stack([sketch(""), sketch("")])).tolist() == [0, 1]
+
+
+@needs_shared
+def test_real_data(capsys: pytest.CaptureFixture) -> None:
+    """Both pass; that the glossary of 105 rows repeats 59 of them is said."""
+    cpu = ["--run.device", "cpu", "--json", "--model.name_or_path"]
+    reports = ["--profile", "a100", "--data.path", str(SHARED / "wildfire"), *cpu, str(SHARED / "llama31_8b")]
+    assert main(["audit", *reports]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["rows"], result["double_bos_rows"], result["end_token_trained_fraction"]) == (11, 0, 1.0)
+    glossary = str(SHARED / "glossary" / "training_dataset.jsonl")
+    assert main(["audit", "--profile", "4gb", "--data.path", glossary, *cpu, str(SHARED / "tinyllama_1b")]) == 0
+    result = json.loads(capsys.readouterr().out)
+    lines = Path(glossary).read_text(encoding="utf-8").splitlines()
+    assert result["duplicates"] == len(lines) - len(set(lines)) == 59
+    assert len(result["warnings"]) >= 1
+    assert result["end_token_trained_fraction"] == 1.0

@@ -1,0 +1,153 @@
+"""The `handloop` command: tools that are not the training itself."""
+
+import argparse
+import difflib
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+
+from data_tools.records import DataError
+from train.exits import ExitCode, ExitWith, write_atomically
+
+USAGE = """usage: handloop COMMAND [options]
+
+  preview   show, token by token, what is trained on
+  audit     judge the data before it is trained on; exit 78 where it must not be
+  glossary  turn a glossary into prompt/response JSONL
+
+handloop COMMAND --help tells the options of one"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; whatever ends it early is said in one message. Returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 still shows all of it
+    try:
+        return _command(words)(words[1:])
+    except ExitWith as end:
+        code, reason = end.code, end.reason
+    except (DataError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # the reader, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        code, reason = ExitCode.BAD_INPUT, str(error)
+    print(f"\nhandloop: {reason}", file=sys.stderr, flush=True)
+    return int(code)
+
+
+def _command(words: list[str]) -> Callable[[list[str]], int]:
+    commands = {"preview": preview, "audit": audit, "glossary": glossary}
+    if not words or words[0] in ("-h", "--help", "help"):
+        return _help
+    if words[0] in commands:
+        return commands[words[0]]
+    near = difflib.get_close_matches(words[0], commands, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ExitWith(ExitCode.BAD_INPUT, f"no command {words[0]!r}{hint}\n{USAGE}")
+
+
+def _help(words: list[str]) -> int:
+    print(USAGE)
+    return 0
+
+
+def preview(words: list[str]) -> int:
+    """Shows the first samples token by token."""
+    own = _Options("preview", "Shows, token by token, what is trained on.")
+    own.add_argument("--rows", type=_positive, default=5, metavar="K", help="how many samples (default 5)")
+    own.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page instead")
+    own.add_argument("--json", action="store_true", help="print one JSON object a sample")
+    options, rest = own.parse_known_args(words)
+    # these take seconds to import, which --help and the other commands need not wait for
+    from data_tools.prepare import prepare
+    from data_tools.preview import as_html, show
+    from data_tools.preview import preview as rows_of
+    from train.cli import parse
+    from train.data import prepare_settings
+    from train.model import load_tokenizer
+
+    config = parse(rest)
+    tokenizer = load_tokenizer(config).backend
+    samples = prepare(prepare_settings(config, config.data.path), tokenizer).dataset
+    rows = list(rows_of(samples.select(range(min(options.rows, len(samples)))), tokenizer))
+    if options.json:
+        for row in rows:
+            print(json.dumps(row.as_json(), ensure_ascii=False))
+    if options.html:
+        subtitle = f"{len(rows):,} of {len(samples):,} samples of {', '.join(config.data.path)}, tokenised for "
+        write_atomically(options.html, as_html(rows, f"{subtitle}{config.model.name_or_path}"))
+        print(f"written to {options.html}", file=sys.stderr)
+    if not (options.json or options.html):
+        show(rows, Console())
+    return 0
+
+
+def audit(words: list[str]) -> int:
+    """Judges the data; 78 where it must not be trained on."""
+    own = _Options(
+        "audit",
+        "Judges the data before it is trained on; exit 78 where it must not be. Steps are counted for one process.",
+    )
+    own.add_argument("--json", action="store_true", help="print everything as one JSON object")
+    options, rest = own.parse_known_args(words)
+    from data_tools.audit import failures, show
+    from data_tools.prepare import prepare
+    from train.cli import parse
+    from train.data import Layout, TrainingData, hold_out, prepare_settings
+    from train.gate import judge
+    from train.model import load_tokenizer
+
+    config = parse(rest)
+    tokenizer = load_tokenizer(config).backend
+    prepared = prepare(prepare_settings(config, config.data.path), tokenizer)
+    samples, validation = hold_out(config, prepared, tokenizer)
+    # one process: how many there will be is only known to accelerate launch
+    cut = Layout(config.batch.per_device, config.batch.accumulation, num_processes=1, rank=0)
+    found = judge(config, tokenizer, TrainingData(samples, config, cut, pad_token_id=0), validation)
+    refused = failures(found)
+    if options.json:
+        print(json.dumps(found.as_json(), indent=2, ensure_ascii=False))
+    else:
+        show(found, Console())
+    if refused:
+        reasons = "a reason" if len(refused) == 1 else f"{len(refused)} reasons"
+        raise ExitWith(ExitCode.BAD_INPUT, f"the audit found {reasons} not to train on this data")
+    return 0
+
+
+def glossary(words: list[str]) -> int:
+    """Hands over to the glossary tool."""
+    from data_tools.glossary import main as run
+
+    return int(run(words) or 0)
+
+
+class _Options(argparse.ArgumentParser):
+    """A command's own options; what it does not know is left for train.cli, and errors end like everywhere else."""
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(
+            prog=f"handloop {command}",
+            usage=f"handloop {command} --profile NAME [--section.field VALUE ...] [options]",
+            description=description,
+            epilog="Profile, model and data are chosen with the options of train/main.py: "
+            "python train/main.py --profile NAME --help tells all of them.",
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise ExitWith(ExitCode.BAD_INPUT, f"{message}\n{self.format_usage().strip()}")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)

@@ -30,6 +30,8 @@ class Row:
     trained: list[bool]
     tokens: list[str]
     special: list[bool]
+    packed_row: int | None = None  # which packed row it stands in, counted from 1
+    packed_start: int = 0  # how many tokens of other samples stand before it there
 
     @property
     def num_supervised_tokens(self) -> int:
@@ -38,8 +40,17 @@ class Row:
 
     @property
     def heading(self) -> str:
-        """Source and counts."""
-        return f"{printable(self.source)}  {len(self.ids):,} tokens, {self.num_supervised_tokens:,} trained"
+        """Source, counts, and the place in a packed row."""
+        return f"{printable(self.source)}  {self.counts}"
+
+    @property
+    def counts(self) -> str:
+        """Tokens, trained tokens, and the place in a packed row."""
+        counts = f"{len(self.ids):,} tokens, {self.num_supervised_tokens:,} trained"
+        if self.packed_row is None:
+            return counts
+        last = self.packed_start + len(self.ids)
+        return f"{counts}, in packed row {self.packed_row} from {self.packed_start + 1:,} to {last:,}"
 
     def as_json(self) -> dict[str, Any]:
         """For one line of JSON: ids, trained (0 or 1), source, tokens and the counts."""
@@ -50,16 +61,20 @@ class Row:
             "ids": self.ids,
             "trained": [int(value) for value in self.trained],
             "tokens": self.tokens,
+            "packed_row": self.packed_row,
+            "packed_start": self.packed_start,
         }
 
 
 def preview(samples: Iterable[Any], tokenizer: Any) -> Iterator[Row]:
-    """The samples of a prepared data set with the text of each token."""
+    """The samples of a prepared data set with the text of each token; packed ones come with their place."""
     special = special_ids(tokenizer)
     for sample in samples:
         ids = sample["input_ids"]
         flags = [number in special for number in ids]
-        yield Row(sample["source"], ids, sample["trained"], token_texts(tokenizer, ids, flags), flags)
+        texts = token_texts(tokenizer, ids, flags)
+        place = sample.get("packed_row"), sample.get("packed_start", 0)
+        yield Row(sample["source"], ids, sample["trained"], texts, flags, *place)
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int], special: Sequence[bool]) -> list[str]:
@@ -236,8 +251,8 @@ def _article(row: Row) -> str:
         )
     ]
     return (
-        f"<article>\n<header><h2>{html.escape(printable(row.source))}</h2><small>{len(row.ids):,} tokens, "
-        f"{row.num_supervised_tokens:,} trained</small></header>\n"
+        f"<article>\n<header><h2>{html.escape(printable(row.source))}</h2><small>{row.counts}</small>"
+        "</header>\n"
         f'<code class="text">{"".join(spans)}</code>\n</article>'
     )
 

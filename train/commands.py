@@ -6,14 +6,17 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 
 from data_tools.records import DataError
 from train.exits import ExitCode, ExitWith, write_atomically
+
+if TYPE_CHECKING:
+    from train.data import TrainingData
 
 USAGE = """usage: handloop COMMAND [options]
 
@@ -71,13 +74,14 @@ def preview(words: list[str]) -> int:
     from data_tools.preview import as_html, show
     from data_tools.preview import preview as rows_of
     from train.cli import parse
-    from train.data import prepare_settings
+    from train.data import Layout, TrainingData, prepare_settings
     from train.model import load_tokenizer
 
     config = parse(rest)
     tokenizer = load_tokenizer(config).backend
     samples = prepare(prepare_settings(config, config.data.path), tokenizer).dataset
-    rows = list(rows_of(samples.select(range(min(options.rows, len(samples)))), tokenizer))
+    data = TrainingData(samples, config, Layout(1, 1, num_processes=1, rank=0), pad_token_id=0)
+    rows = list(rows_of(_first_rows(data, options.rows), tokenizer))
     if options.json:
         for row in rows:
             print(json.dumps(row.as_json(), ensure_ascii=False))
@@ -88,6 +92,16 @@ def preview(words: list[str]) -> int:
     if not (options.json or options.html):
         show(rows, Console())
     return 0
+
+
+def _first_rows(data: "TrainingData", count: int) -> Iterator[dict[str, Any]]:
+    """The samples of the first rows, which with packing hold several, each with its place."""
+    for number, members in enumerate(data.rows[:count], start=1):
+        start = 0
+        for i in members:
+            place = {"packed_row": number, "packed_start": start} if data.packed else {}
+            yield {**data.samples[i], **place}
+            start += data.num_tokens[i]
 
 
 def audit(words: list[str]) -> int:

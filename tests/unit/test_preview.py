@@ -197,3 +197,23 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture) -> None:
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert all(option in text for option in ("--rows", "--html", "--json", "--profile"))
+
+
+def test_the_borders_of_packed_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """With packing a row shows the samples in it, one behind the other, each with its first and last place."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"What is {i}?", "response": "x" * i}) + "\n" for i in range(1, 21)))
+    words = ["preview", "--profile", "demo", "--data.path", str(path), "--data.packing", "true", "--rows", "2"]
+    assert main([*words, "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {row["packed_row"] for row in rows} == {1, 2}
+    for number in (1, 2):
+        place = 0
+        members = [row for row in rows if row["packed_row"] == number]
+        assert len(members) > 1
+        for row in members:
+            assert row["packed_start"] == place
+            place += row["num_tokens"]
+        assert place <= 256
+    assert main(words) == 0
+    assert re.search(r"in packed row 2 from 1 to \d+$", capsys.readouterr().out, re.MULTILINE)

@@ -61,7 +61,7 @@ class Report:
         """Raises DataError with everything noted."""
         if self.total:
             more = [f"... and {self.total - len(self.lines)} more"] if self.total > len(self.lines) else []
-            heading = f"{self.total} problem{'s' if self.total > 1 else ''} in the data; nothing was trained:"
+            heading = f"{self.total} problem{'s' if self.total > 1 else ''} in the data; nothing was made of it:"
             raise DataError("\n".join([heading, *self.lines, *more]))
 
 

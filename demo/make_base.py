@@ -309,7 +309,7 @@ def write_paragraph(rng: random.Random) -> str:
 
 
 def build_tokenizer(glossary_path: Path) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on the prose and the glossary, so that both cost few tokens."""
+    """Train a byte-level BPE on the prose and on texts of the glossary's kind, so that both cost few tokens."""
     rng = random.Random(SEED)
     texts = [write_paragraph(rng) for _ in range(NUM_TOKENIZER_PARAGRAPHS)]
     with glossary_path.open(encoding="utf-8") as lines:
@@ -440,7 +440,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(NUM_THREADS)
     torch.use_deterministic_algorithms(True)
-    tokenizer = build_tokenizer(HERE / "glossary.jsonl")
+    tokenizer = build_tokenizer(HERE / "vocabulary.jsonl")
     model = build_model(tokenizer)
     train(model, tokenizer, arguments.steps)
     save(model, tokenizer, arguments.out)

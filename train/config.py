@@ -171,7 +171,7 @@ class CompareConfig:
     """Questions answered at the end, without and with the adapter (prompt/response data only)."""
 
     num_questions: int = 8
-    """The first so many rows of data.path are asked; 0 asks none."""
+    """The first so many rows of data.path, and of data.validation_path, are asked; 0 asks none."""
     max_new_tokens: int = 128
     """An answer that has not stopped by then is cut and counted as not stopped."""
 

@@ -149,16 +149,20 @@ def deliver(training: Training, tokenizer: Tokenizer, prepared: Prepared, tracke
         publish_final(run_dir / "final", *files)
     except OSError as error:
         raise ExitWith(ExitCode.SAVE_FAILED, f"{run_dir / 'final'} could not be written: {error}") from None
-    conversations = first_conversations(prepare_settings(config, config.data.path), config.compare.num_questions)
     console = Console()
-    if conversations:
-        console.print(f"asking {len(conversations)} questions without and with the adapters", highlight=False)
-        answers = compare(
-            training.model, tokenizer.backend, conversations, end_token_ids, config.compare.max_new_tokens
-        )
-        write_atomically(run_dir / "answers.json", json.dumps(as_rows(answers), indent=2, ensure_ascii=False) + "\n")
-        trackers.answers(as_rows(answers))
-        show(console, answers)
+    asked = (("trained", config.data.path, "answers"), ("held out", config.data.validation_path, "answers_held_out"))
+    for kind, paths, name in asked:
+        conversations = first_conversations(prepare_settings(config, paths), config.compare.num_questions)
+        if conversations:
+            console.print(
+                f"asking {len(conversations)} {kind} questions, without and with the adapters", highlight=False
+            )
+            limit = config.compare.max_new_tokens
+            answers = compare(training.model, tokenizer.backend, conversations, end_token_ids, limit)
+            rows = as_rows(answers)
+            write_atomically(run_dir / f"{name}.json", json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+            trackers.answers(name, rows)
+            show(console, f"{kind} questions", answers)
     console.print(f"the adapter is in {run_dir / 'final'}", highlight=False, soft_wrap=True)
 
 

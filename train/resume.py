@@ -19,7 +19,16 @@ from train.runtime import say, versions
 from train.step import Training
 
 IDENTITY_SECTIONS = ("lora", "optim")  # every field of these, and the single fields named in identity()
-RUN_FILES = ("run.json", "metrics.jsonl", "exit.json", "answers.json", "checkpoints", "final", "wandb")
+RUN_FILES = (
+    "run.json",
+    "metrics.jsonl",
+    "exit.json",
+    "answers.json",
+    "answers_held_out.json",
+    "checkpoints",
+    "final",
+    "wandb",
+)
 
 
 def identity(config: Config, data_fingerprint: str, data: TrainingData, device: torch.device) -> dict[str, object]:

@@ -38,7 +38,7 @@ class Tracker(Protocol):
         """Takes one row of metrics, at a step's boundary."""
         ...
 
-    def answers(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def answers(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Takes the answers of the finished model."""
         ...
 
@@ -57,9 +57,9 @@ class Trackers:
         """Tells all of them."""
         self._each(lambda member: member.log(row))
 
-    def answers(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def answers(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Tells all of them."""
-        self._each(lambda member: member.answers(rows))
+        self._each(lambda member: member.answers(name, rows))
 
     def finish(self) -> None:
         """Ends all of them."""
@@ -103,7 +103,7 @@ class MetricsFile:
         os.fsync(self.file.fileno())
         return self.path.stat().st_size
 
-    def answers(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def answers(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """They have a file of their own."""
 
     def finish(self) -> None:
@@ -160,7 +160,7 @@ class Display:
         if step == self.total_steps:
             self.progress.stop()
 
-    def answers(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def answers(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """They are printed as a table when the bar is gone."""
 
     def finish(self) -> None:
@@ -198,9 +198,9 @@ class WeightsAndBiases:
         if row["step"] > self.skip_through_step:
             self._put("log", {key: value for key, value in row.items() if not isinstance(value, list)})
 
-    def answers(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def answers(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Sends the answers as a table."""
-        self._put("answers", list(rows))
+        self._put("answers", (name, list(rows)))
 
     def finish(self) -> None:
         """Waits a little for what is under way, and says where the record is."""
@@ -234,8 +234,9 @@ class WeightsAndBiases:
                 elif kind == "answers":
                     import wandb
 
-                    columns = list(content[0])
-                    run.log({"samples/answers": wandb.Table(columns, [[row[c] for c in columns] for row in content])})
+                    name, rows = content
+                    columns = list(rows[0])
+                    run.log({f"samples/{name}": wandb.Table(columns, [[row[c] for c in columns] for row in rows])})
             run.finish()
         except Exception as error:  # whatever it is, it must not reach training
             self.failure = f"stopped recording ({type(error).__name__}: {error})"

@@ -14,7 +14,7 @@ from data_tools.render import render_prompt
 from train.model import LanguageModel
 
 QUESTIONS_AT_A_TIME = 32
-ROWS_SHOWN = 8
+ROWS_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ def as_rows(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     return [asdict(answer) for answer in answers]
 
 
-def show(console: Console, answers: Sequence[Answer]) -> None:
+def show(console: Console, title: str, answers: Sequence[Answer]) -> None:
     """A table of the first few answers, and the counts over all of them."""
-    table = Table(title="the same questions before and after", show_lines=True)
+    table = Table(title=f"the first {min(ROWS_SHOWN, len(answers))} {title}, before and after", show_lines=True)
     table.add_column("question", ratio=2)
     table.add_column("before", ratio=3, style="dim")
     table.add_column("after", ratio=3)
@@ -107,6 +107,7 @@ def show(console: Console, answers: Sequence[Answer]) -> None:
     total = len(answers)
     before = sum(a.before_exact for a in answers), sum(a.before_stopped for a in answers)
     after = sum(a.exact for a in answers), sum(a.stopped for a in answers)
+    console.print(f"{title}:", highlight=False)
     for label, (exact, stopped) in (("before", before), ("after", after)):
         shares = (
             f"{exact} of {total} exact ({exact / total:.1%}), {stopped} stopped by themselves ({stopped / total:.1%})"

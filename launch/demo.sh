@@ -5,4 +5,8 @@
 if [ $# -eq 0 ] && grep -qs '"name": "finished"' runs/demo/exit.json; then
     set -- --run.resume never
 fi
+case " $* " in
+    *" --data."*) ;; # data of your own
+    *) set -- --data.validation_path demo/held_out.jsonl "$@" ;; # the bundled terms, asked in other words
+esac
 launch cpu.yaml demo "$@"

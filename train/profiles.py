@@ -19,7 +19,6 @@ from train.config import (
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 GLOSSARY = str(DEMO / "glossary.jsonl")
-HELD_OUT = str(DEMO / "held_out.jsonl")  # the same terms, asked in words that the glossary does not use
 
 
 def demo() -> Config:
@@ -27,14 +26,14 @@ def demo() -> Config:
     return Config(
         profile="demo",
         model=ModelConfig(name_or_path=str(DEMO / "base")),
-        data=DataConfig(path=(GLOSSARY,), validation_path=(HELD_OUT,), max_length=256),
+        data=DataConfig(path=(GLOSSARY,), max_length=256, group_by_length=True),
         run=RunConfig(dir="runs/demo", device="cpu"),
         lora=LoraConfig(r=32, alpha=64),
         batch=BatchConfig(per_device=8, accumulation=1),
-        optim=OptimConfig(lr=2.5e-3, schedule="cosine", warmup=106),
-        train=TrainConfig(epochs=13),
+        optim=OptimConfig(lr=3e-3, schedule="cosine", warmup=98),
+        train=TrainConfig(epochs=12),
         memory=MemoryConfig(checkpointing="none"),
-        compare=CompareConfig(num_questions=1000, max_new_tokens=96),
+        compare=CompareConfig(num_questions=220, max_new_tokens=96),
     )
 
 

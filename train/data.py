@@ -130,14 +130,14 @@ def _permutation(seed: int, epoch: int, size: int) -> list[int]:
 
 @lru_cache(maxsize=1)
 def _grouped_order(lengths: tuple[int, ...], seed: int, epoch: int, window: int) -> list[int]:
-    """The epoch's permutation with samples of like length in one window: sorted within pools of fifty windows.
+    """The epoch's permutation, sorted by length within pools of fifty windows; equal lengths stay in its order.
 
     The windows are shuffled afterwards, or the loss would show the lengths as a sawtooth (artidoro/qlora#84); a
     partial window stays last.
     """
     order = _permutation(seed, epoch, len(lengths))
     pools = [order[start : start + 50 * window] for start in range(0, len(order), 50 * window)]
-    ordered = [i for pool in pools for i in sorted(pool, key=lambda i: (lengths[i], i))]
+    ordered = [i for pool in pools for i in sorted(pool, key=lambda i: lengths[i])]
     windows = [ordered[start : start + window] for start in range(0, len(ordered), window)]
     num_whole = len(ordered) // window
     shuffled = [windows[i] for i in _permutation(seed + 1, epoch, num_whole)] + windows[num_whole:]

@@ -349,7 +349,7 @@ def test_json_has_everything_and_the_exit_code_says_the_verdict(tmp_path: Path, 
     )
     assert set(wanted.split()) <= set(result)
     assert (result["rows"], result["failures"], result["warnings"]) == (20, [], [])
-    assert (result["units_per_step"], result["steps_per_epoch"], result["total_steps"]) == (16, 2, 40)
+    assert (result["units_per_step"], result["steps_per_epoch"], result["total_steps"]) == (16, 2, 20)
     assert list(result["longest"][0]) == ["source", "tokens"]
     write(tmp_path / "rows.jsonl", [*numbered(10) * 2, *({"prompt": f"{i}\a", "response": "x"} for i in range(3))])
     assert main(["audit", "--profile", "demo", "--data.path", path, "--json"]) == 78
@@ -377,7 +377,8 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 def test_steps_are_the_trainers(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Packing, weights and max_steps change the arithmetic as they do in training."""
     path = write(tmp_path / "rows.jsonl", numbered(40))
-    words = ["audit", "--profile", "demo", "--train.epochs", "28", "--json", "--data.path", path]
+    words = ["audit", "--profile", "demo", "--train.epochs", "28", "--data.group_by_length", "false"]
+    words += ["--json", "--data.path", path]
     plans = []
     for more in ([], ["--data.packing", "true"], ["--data.weights", "0.5"], ["--train.max_steps", "3"]):
         assert main([*words, *more]) == 0

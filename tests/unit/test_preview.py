@@ -203,7 +203,19 @@ def test_the_borders_of_packed_rows(tmp_path: Path, capsys: pytest.CaptureFixtur
     """With packing a row shows the samples in it, one behind the other, each with its first and last place."""
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"What is {i}?", "response": "x" * i}) + "\n" for i in range(1, 21)))
-    words = ["preview", "--profile", "demo", "--data.path", str(path), "--data.packing", "true", "--rows", "2"]
+    words = [
+        "preview",
+        "--profile",
+        "demo",
+        "--data.path",
+        str(path),
+        "--data.packing",
+        "true",
+        "--data.group_by_length",
+        "false",
+        "--rows",
+        "2",
+    ]
     assert main([*words, "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {row["packed_row"] for row in rows} == {1, 2}

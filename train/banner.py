@@ -6,6 +6,7 @@ from data_tools.prepare import Statistics
 from train.checkpoint import Checkpoint
 from train.config import Config
 from train.model import resolve_dtype
+from train.profiles import GLOSSARY
 from train.runtime import device_name, versions
 from train.step import Training
 
@@ -58,6 +59,8 @@ def _base(config: Config) -> str:
 def _warnings(training: Training, statistics: Statistics) -> list[str]:
     """What a user would want to know before waiting for the result."""
     config, lines = training.config, []
+    if config.data.path == (GLOSSARY,) and config.profile != "demo":
+        lines.append("warning   no --data.path was given: this trains on the bundled glossary")
     longer = f"of {statistics.num_records} records, longer than data.max_length = {config.data.max_length} tokens,"
     if statistics.num_dropped:
         lines.append(

@@ -148,8 +148,9 @@ class CheckpointStore:
             if reason != OTHER_RUN:
                 reason += f"; kept as {_set_aside(folder, 'quarantine').name}"
             print(f"checkpoint {folder.name} is not usable: {reason}", flush=True)
-        if candidates:
-            reason = f"{len(candidates)} checkpoints in {self.root}, none valid; --run.resume never starts again"
+        set_aside = list(self.root.glob("quarantine-*"))
+        if candidates or set_aside:  # also at the next start, when all are set aside: never a silent fresh run
+            reason = f"no valid checkpoint in {self.root}, {len(set_aside)} damaged; --run.resume never starts again"
             raise ExitWith(ExitCode.NO_VALID_CHECKPOINT, reason)
         return None
 

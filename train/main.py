@@ -69,6 +69,7 @@ def run(config: Config, closing: ExitStack) -> None:
     """The job from files to final/; raises ExitWith or DataError where it ends early."""
     stop = runtime.StopRequest()
     runtime.check(config)
+    wandb = wandb_mode(config)
     tokenizer = load_tokenizer(config)
     check_fits(config, tokenizer.backend)
     prepared = prepare(prepare_settings(config, config.data.path), tokenizer.backend)
@@ -88,7 +89,7 @@ def run(config: Config, closing: ExitStack) -> None:
         restore(training, checkpoint)
     runtime.say(accelerator, banner(training, tokenizer.notes, prepared.statistics, checkpoint))
 
-    trackers = open_trackers(training, store, checkpoint)
+    trackers = open_trackers(training, store, checkpoint, wandb)
     closing.callback(trackers.finish)
     train(
         training,
@@ -99,7 +100,7 @@ def run(config: Config, closing: ExitStack) -> None:
         validate=lambda: validate(training, validation) if validation else {},
     )
     if accelerator.is_main_process:
-        deliver(training, tokenizer, prepared, trackers)
+        deliver(training, tokenizer, prepared, trackers, stop)
 
 
 def audit_aloud(config: Config, tokenizer: Tokenizer, data: TrainingData, validation: Dataset | None) -> int:
@@ -125,7 +126,7 @@ def assemble(config: Config, accelerator: Accelerator, data: TrainingData) -> Tr
     )
 
 
-def open_trackers(training: Training, store: CheckpointStore, checkpoint: Checkpoint | None) -> Trackers:
+def open_trackers(training: Training, store: CheckpointStore, checkpoint: Checkpoint | None, wandb: str) -> Trackers:
     """Everyone who is told about the run; only the first process tells."""
     if not training.accelerator.is_main_process:
         return Trackers([])
@@ -133,14 +134,15 @@ def open_trackers(training: Training, store: CheckpointStore, checkpoint: Checkp
     metrics = MetricsFile(store.run_dir, checkpoint.state.metrics_bytes if checkpoint else 0)
     completed = checkpoint.state.step if checkpoint else 0
     members: list[Tracker] = [metrics]
-    mode = wandb_mode(config)
-    if mode != "off":
-        members.append(WeightsAndBiases(config, store.run_record(), mode, metrics.last_step_seen))
+    if wandb != "off":
+        members.append(WeightsAndBiases(config, store.run_record(), wandb, metrics.last_step_seen))
     members.append(Display(Console(), completed, training.total_steps, training.data.steps_per_epoch))
     return Trackers(members)
 
 
-def deliver(training: Training, tokenizer: Tokenizer, prepared: Prepared, trackers: Trackers) -> None:
+def deliver(
+    training: Training, tokenizer: Tokenizer, prepared: Prepared, trackers: Trackers, stop: runtime.StopRequest
+) -> None:
     """Publishes final/ and answers the questions of the data, without and with the adapters."""
     config, end_token_ids = training.config, prepared.statistics.end_token_ids
     run_dir = Path(config.run.dir)
@@ -158,7 +160,10 @@ def deliver(training: Training, tokenizer: Tokenizer, prepared: Prepared, tracke
                 f"asking {len(conversations)} {kind} questions, without and with the adapters", highlight=False
             )
             limit = config.compare.max_new_tokens
-            answers = compare(training.model, tokenizer.backend, conversations, end_token_ids, limit)
+            answers = compare(training.model, tokenizer.backend, conversations, end_token_ids, limit, stop.is_received)
+            if stop.is_received():
+                reason = f"stopped by {stop.received}; {run_dir / 'final'} is whole, run the same command to ask on"
+                raise ExitWith(ExitCode.INTERRUPTED, reason)
             rows = as_rows(answers)
             write_atomically(run_dir / f"{name}.json", json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
             trackers.answers(name, rows)

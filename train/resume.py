@@ -80,6 +80,9 @@ def choose(store: CheckpointStore, config: Config, accelerator: Accelerator) -> 
     Raises ExitWith(NO_VALID_CHECKPOINT) where one is wanted and none is good.
     """
     wanted = config.run.resume
+    if wanted not in ("auto", "must", "never") and not Path(wanted).is_dir():
+        reason = f"--run.resume {wanted}: write auto, must, never, or the path of a checkpoint folder"
+        raise ExitWith(ExitCode.BAD_INPUT, reason)
 
     def decide() -> int:
         if wanted == "never":

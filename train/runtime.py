@@ -48,6 +48,10 @@ class StopRequest:
             self.received, self.since = signal.Signals(number).name, now
             os.write(2, b"\nstopping at the next step; Ctrl-C again ends at once, without saving\n")
 
+    def is_received(self) -> bool:
+        """Whether this process was asked to stop."""
+        return bool(self.received)
+
     def agreed(self, accelerator: Accelerator) -> bool:
         """Whether any process was asked to stop: the same answer in all of them."""
         if accelerator.num_processes == 1:

@@ -24,6 +24,7 @@ from rich.progress import (
 )
 
 from train.config import Config
+from train.exits import ExitCode, ExitWith
 
 PLAIN_LINE_SECONDS = 5.0  # a line this often where there is no terminal
 WANDB_PATIENCE_SECONDS = 15.0  # all that a run waits for Weights & Biases, once, at its end
@@ -269,7 +270,13 @@ class WeightsAndBiases:
 
 
 def wandb_mode(config: Config) -> str:
-    """online, offline or off; never a question on the terminal."""
+    """online, offline or off; never a question on the terminal.
+
+    Raises ExitWith(BAD_INPUT) where online is demanded and there is no key: that is better known before the night.
+    """
+    if config.track.wandb == "online" and not (os.environ.get("WANDB_API_KEY") or _netrc_has_key()):
+        reason = "--track.wandb online: there is no key; run `wandb login`, set WANDB_API_KEY, or leave it at auto"
+        raise ExitWith(ExitCode.BAD_INPUT, reason)
     if config.track.wandb != "auto":
         return config.track.wandb
     if os.environ.get("WANDB_MODE") in ("offline", "disabled"):

@@ -110,3 +110,20 @@ def test_the_trainer_runs_the_audit_first(config: Config, tmp_path: Path) -> Non
     outcome = run_command(arguments(replace(leaking, data=replace(leaking.data, gate="warn"))))
     assert outcome.returncode == 0, outcome.stderr
     assert "validation rows are also trained on" in outcome.stdout
+
+
+def test_what_is_better_known_before_the_night(config: Config, tmp_path: Path) -> None:
+    """W&B online without a key, a misspelled --run.resume, a folder that is not there: 78 before anything is loaded."""
+    nothing = {"WANDB_API_KEY": "", "NETRC": str(tmp_path / "none"), "WANDB_MODE": "", "HOME": str(tmp_path)}
+    online = replace(config, track=replace(config.track, wandb="online"))
+    misspelled = replace(config, run=replace(config.run, resume="musst"))
+    gone = replace(config, model=replace(config.model, name_or_path=str(tmp_path / "gone")))
+    for changed, part in (
+        (online, "there is no key"),
+        (misspelled, "write auto, must, never"),
+        (gone, "no such folder"),
+    ):
+        outcome = run_command(arguments(changed), **nothing)
+        assert outcome.returncode == 78, outcome.stderr
+        assert part in outcome.stderr
+        assert "loading" not in outcome.stdout

@@ -81,7 +81,8 @@ def test_kill_between_saves_before_the_first_and_twice(dropped: Config, tmp_path
         run = Run(words)
         metrics = run_dir / "metrics.jsonl"
         deadline = time.monotonic() + 120
-        while "steps " not in run.said() or metrics.read_bytes().count(b"\n") < lines:  # this attempt's own rows
+        # the banner first: rows of an earlier attempt do not count
+        while "steps " not in run.said() or not metrics.exists() or metrics.read_bytes().count(b"\n") < lines:
             assert run.is_alive(), "the run ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.002)
@@ -150,6 +151,7 @@ def test_damaged_checkpoints_are_passed_over_and_kept(dropped: Config, tmp_path:
     outcome = run_command(arguments(at(dropped, tmp_path / "run")))
     assert outcome.returncode == 80
     assert len(list(checkpoints.glob("quarantine-*"))) == 3
+    assert run_command(arguments(at(dropped, tmp_path / "run"))).returncode == 80  # also at the next start
 
 
 def test_never_starts_again_and_keeps_the_old_run(dropped: Config, tmp_path: Path) -> None:

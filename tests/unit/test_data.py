@@ -30,7 +30,7 @@ LAYOUTS = [(4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 1, 4), (1, 2, 2)]
 def ordered(seed: int, layout: Layout, samples: Dataset = SAMPLES, **data: Any) -> TrainingData:
     """The samples in the order that demo's recipe gives them with this seed."""
     recipe = demo()
-    chosen = {"group_by_length": False} | data
+    chosen: dict[str, Any] = {"group_by_length": False} | data
     changed = replace(recipe, train=replace(recipe.train, seed=seed), data=replace(recipe.data, **chosen))
     return TrainingData(samples, changed, layout, 0)
 

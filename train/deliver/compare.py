@@ -1,6 +1,6 @@
 """The same questions to the base and to the tuned model, side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,11 +37,14 @@ def compare(
     conversations: Sequence[Conversation],
     end_token_ids: Sequence[int],
     max_new_tokens: int,
+    must_stop: Callable[[], bool],
 ) -> list[Answer]:
-    """Greedy answers to each conversation's first question, with the adapters switched off and on."""
+    """Greedy answers to each conversation's last question, with the adapters off and on, until `must_stop` says so."""
     model.eval()
     answers = []
     for start in range(0, len(conversations), QUESTIONS_AT_A_TIME):
+        if must_stop():
+            break
         batch = conversations[start : start + QUESTIONS_AT_A_TIME]
         prompts = [render_prompt(tokenizer, conversation.messages[:-1]) for conversation in batch]
         with model.adapted.disable_adapter():

@@ -144,7 +144,7 @@ class CheckpointStore:
         for folder in candidates:
             reason = self.defect(folder)
             if not reason:
-                return self.load(folder)
+                return _read(folder)
             if reason != OTHER_RUN:
                 reason += f"; kept as {_set_aside(folder, 'quarantine').name}"
             print(f"checkpoint {folder.name} is not usable: {reason}", flush=True)
@@ -175,12 +175,7 @@ class CheckpointStore:
         reason = self.defect(folder)
         if reason not in ("", OTHER_RUN):
             raise ExitWith(ExitCode.NO_VALID_CHECKPOINT, f"checkpoint {folder} is not usable: {reason}")
-        return Checkpoint(
-            folder,
-            safetensors.torch.load((folder / ADAPTER).read_bytes()),
-            safetensors.torch.load((folder / OPTIMIZER).read_bytes()),
-            TrainerState(**json.loads((folder / STATE).read_bytes())),
-        )
+        return _read(folder)
 
     def defect(self, folder: Path) -> str:
         """Why `folder` is not a whole checkpoint of this run, or nothing."""
@@ -248,6 +243,16 @@ class CheckpointStore:
         for parent in (self.root, self.run_dir):
             for leftover in (*parent.glob(".tmp-*"), *parent.glob(".trash-*")):
                 shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _read(folder: Path) -> Checkpoint:
+    """The content of a folder that has been verified."""
+    return Checkpoint(
+        folder,
+        safetensors.torch.load((folder / ADAPTER).read_bytes()),
+        safetensors.torch.load((folder / OPTIMIZER).read_bytes()),
+        TrainerState(**json.loads((folder / STATE).read_bytes())),
+    )
 
 
 def _irregularity(folder: Path) -> str:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -64,6 +63,7 @@ class TrainingData:
             bins = pack([self.num_tokens[i] for i in flat], config.data.max_length)
             self.rows = [[flat[position] for position in members] for members in bins]
         self.row_tokens = [sum(self.num_tokens[i] for i in row) for row in self.rows]
+        self._epoch_order: tuple[int, list[int]] = (-1, [])
         self.steps_per_epoch = math.ceil(len(self.rows) / layout.samples_per_step)
 
     def total_steps(self, train: TrainConfig) -> int:
@@ -107,7 +107,7 @@ class TrainingData:
                 first = self.rows[row_ids[0]][0]
                 rows = [{**self.samples[first], "trained": [False] * self.num_tokens[first]}]
             micro_batches.append(collate_packed(rows) if self.packed else collate(rows, self.pad_token_id))
-        ids = self.sample_ids(step)
+        ids = [i for row in row_ids for i in self.rows[row]]
         return Window(
             micro_batches,
             num_supervised_tokens=sum(self.num_supervised_tokens[i] for i in ids),
@@ -116,20 +116,22 @@ class TrainingData:
         )
 
     def _order(self, epoch: int) -> list[int]:
-        order = _permutation(self.seed, epoch, len(self.rows))
-        if not self.group_by_length:
-            return order
-        return _grouped_order(tuple(self.row_tokens), self.seed, epoch, self.layout.samples_per_step)
+        """The epoch's rows in order, made once an epoch: sorting a million lengths is no work for every step."""
+        if self._epoch_order[0] != epoch:
+            if self.group_by_length:
+                order = _grouped_order(self.row_tokens, self.seed, epoch, self.layout.samples_per_step)
+            else:
+                order = _permutation(self.seed, epoch, len(self.rows))
+            self._epoch_order = (epoch, order)
+        return self._epoch_order[1]
 
 
-@lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, size: int) -> list[int]:
     generator = torch.Generator().manual_seed((seed << 20) + epoch)
     return torch.randperm(size, generator=generator).tolist()
 
 
-@lru_cache(maxsize=1)
-def _grouped_order(lengths: tuple[int, ...], seed: int, epoch: int, window: int) -> list[int]:
+def _grouped_order(lengths: Sequence[int], seed: int, epoch: int, window: int) -> list[int]:
     """The epoch's permutation, sorted by length within pools of fifty windows; equal lengths stay in its order.
 
     The windows are shuffled afterwards, or the loss would show the lengths as a sawtooth (artidoro/qlora#84); a

@@ -84,7 +84,10 @@ def choose(store: CheckpointStore, config: Config, accelerator: Accelerator) -> 
         reason = f"--run.resume {wanted}: write auto, must, never, or the path of a checkpoint folder"
         raise ExitWith(ExitCode.BAD_INPUT, reason)
 
+    found: Checkpoint | None = None
+
     def decide() -> int:
+        nonlocal found
         if wanted == "never":
             _archive(Path(config.run.dir))
             return 0
@@ -95,6 +98,8 @@ def choose(store: CheckpointStore, config: Config, accelerator: Accelerator) -> 
         return found.state.step if found else 0
 
     step = on_first_process(accelerator, decide)
+    if accelerator.is_main_process:
+        return found
     if wanted not in ("auto", "must", "never"):
         return store.load(Path(wanted))
     return store.load(store.root / f"step-{step:010d}") if step else None

@@ -55,8 +55,8 @@ class StopRequest:
     def agreed(self, accelerator: Accelerator) -> bool:
         """Whether any process was asked to stop: the same answer in all of them."""
         if accelerator.num_processes == 1:
-            return bool(self.received)
-        flag = torch.tensor(float(bool(self.received)), device=accelerator.device)
+            return self.is_received()
+        flag = torch.tensor(float(self.is_received()), device=accelerator.device)
         return read(accelerator.reduce(flag, reduction="sum"))[0] > 0
 
 

@@ -186,7 +186,8 @@ class Run:
         return Outcome(self.process.exitcode, *((self.folder / name).read_text() for name in ("stdout", "stderr")))
 
 
-_FORKS = multiprocessing.get_context("forkserver")
+# CUDA cannot be used in a fork of a process that has looked at it, which some imports do
+_FORKS: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 _FORKS.set_forkserver_preload(["train.main", "torch._dynamo", "transformers.models.llama.modeling_llama"])
 
 

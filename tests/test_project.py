@@ -24,6 +24,7 @@ ALLOWED = {
     "train.config": set(),
     "train.exits": set(),
     "train.collate": set(),
+    "train.engine.attention": {"train.config"},
     "train.loss": set(),
     "train.metrics": set(),
     "train.optim": {"train.config"},

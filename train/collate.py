@@ -1,7 +1,8 @@
 """Samples -> one padded micro-batch, with the places and values of its targets; pure, on the CPU."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,22 +14,20 @@ class MicroBatch:
 
     There is no attention mask. Padding stands on the right, so under causal attention no token of a sample can see
     it, and no target lies in it; without a mask attention takes its fastest kernels. Packed samples stand behind one
-    another in a single row, and attention ends where position_ids start again.
+    another in a single row, and attention ends where position_ids start again, at the borders in `cu_seqlens`.
     """
 
     input_ids: torch.Tensor  # int64 [B, T]
     position_ids: torch.Tensor  # int64 [B, T], from 0 in every sample
     target_rows: torch.Tensor  # int64 [N]: b * T + t of the positions that predict a trained token
     targets: torch.Tensor  # int64 [N]: that token
+    cu_seqlens: torch.Tensor | None = None  # int32 [S + 1], packed rows only: where samples begin, and T
+    max_length: int = 0  # packed rows only: tokens of the longest sample
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on `device`, copied without waiting."""
-        return MicroBatch(
-            self.input_ids.to(device, non_blocking=True),
-            self.position_ids.to(device, non_blocking=True),
-            self.target_rows.to(device, non_blocking=True),
-            self.targets.to(device, non_blocking=True),
-        )
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 
 def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> MicroBatch:
@@ -57,11 +56,14 @@ def collate_packed(rows: Sequence[Mapping[str, Any]]) -> MicroBatch:
     """Samples behind one another in one row without padding; a sample's first token is predicted by nothing."""
     input_ids = torch.tensor([token for row in rows for token in row["input_ids"]])
     trained = torch.tensor([on and i > 0 for row in rows for i, on in enumerate(row["trained"])])
-    position_ids = torch.cat([torch.arange(len(row["input_ids"])) for row in rows])
+    lengths = [len(row["input_ids"]) for row in rows]
+    position_ids = torch.cat([torch.arange(length) for length in lengths])
     (positions,) = trained.nonzero(as_tuple=True)
     return MicroBatch(
         input_ids=input_ids[None],
         position_ids=position_ids[None],
         target_rows=positions - 1,
         targets=input_ids[positions],
+        cu_seqlens=torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32),
+        max_length=max(lengths),
     )

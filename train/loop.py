@@ -35,17 +35,21 @@ def train(
     stopwatch = Stopwatch(training.accelerator.device)
     num_weights = num_matmul_weights(training.model)
     saved = completed
+    since_last: Row = {}  # what happened between two steps, for the next row
     if stop.agreed(training.accelerator):
         raise ExitWith(ExitCode.INTERRUPTED, f"stopped by {stop.received or 'another process'} before a step was made")
     for result in training_steps(training, completed):
-        row = _row(training, result, stopwatch, num_weights)
+        row = _row(training, result, stopwatch, num_weights) | since_last
+        since_last = {}
         if result.step % training.data.steps_per_epoch == 0 or result.step == training.total_steps:
             row |= validate()
         trackers.log(row)
         must_stop = stop.agreed(training.accelerator)
         if must_stop or is_due(training, result.step):
+            stopwatch.restart()
             save(result.step)
             saved = result.step
+            since_last["perf/save_seconds"] = round(stopwatch.lap(), 3)
         if must_stop:
             reason = (
                 f"stopped by {stop.received or 'another process'}; step {saved} is saved, run the same command again"

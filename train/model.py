@@ -4,7 +4,8 @@ import hashlib
 import json
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from transformers import (
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from data_tools.render import PLAIN_TEMPLATE
+from train.collate import MicroBatch
 from train.config import Config, ModelConfig
+from train.engine.attention import attention_kind
 from train.exits import ExitCode, ExitWith
 from train.loss import summed_cross_entropy
 
@@ -49,19 +52,33 @@ class LanguageModel(torch.nn.Module):
         super().__init__()
         self.adapted = adapted
 
-    def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, target_rows: torch.Tensor, targets: torch.Tensor
-    ) -> torch.Tensor:
-        """Cross entropy summed over the targets, an fp32 scalar; ids and positions [B, T], target_rows and targets [N].
+    def forward(self, batch: MicroBatch) -> torch.Tensor:
+        """Cross entropy summed over the batch's targets, an fp32 scalar.
 
-        Without an attention mask transformers isolates samples where position_ids start again
-        (masking_utils.find_packed_sequence_indices).
+        Packed samples are isolated by engine.attention at the batch's borders; where that has no kernel, by
+        transformers, where position_ids start again (masking_utils.find_packed_sequence_indices).
         """
         causal_lm: Any = self.adapted.get_base_model()
-        outputs = causal_lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        borders = {"cu_seq_lens_q": batch.cu_seqlens, "max_length_q": batch.max_length}
+        outputs = causal_lm.base_model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **borders
+        )
         hidden = outputs.last_hidden_state  # [B, T, H]
-        supervised = hidden.flatten(0, 1).index_select(0, target_rows)  # [N, H]
-        return summed_cross_entropy(supervised, causal_lm.get_output_embeddings().weight, targets)
+        supervised = hidden.flatten(0, 1).index_select(0, batch.target_rows)  # [N, H]
+        return summed_cross_entropy(supervised, causal_lm.get_output_embeddings().weight, batch.targets)
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """While it is entered: evaluation mode, and an attention that takes the mask of padded prompts."""
+        causal_lm: Any = self.adapted.get_base_model()
+        kind = causal_lm.config._attn_implementation
+        self.eval()
+        causal_lm.set_attn_implementation("sdpa")
+        try:
+            yield
+        finally:
+            causal_lm.set_attn_implementation(kind)
+            self.train()
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The adapters' parameters, by the names that PEFT gives them in adapter_model.safetensors."""
@@ -124,6 +141,7 @@ def load_model(config: Config, device: torch.device) -> LanguageModel:
         base = _random_base(shape, config, dtype, device)
     else:
         base = _pretrained_base(config.model, dtype, device)
+    base.set_attn_implementation(attention_kind(config, dtype, device))
     keep_one_cpu_kernel(base)
     base.requires_grad_(False)
     base.config.use_cache = False
@@ -143,7 +161,7 @@ def _check_head(model: LanguageModel, config: Config) -> None:
     vocab_size = causal_lm.get_input_embeddings().num_embeddings
     ids = (torch.arange(9, device=causal_lm.device) * 7919 % vocab_size)[None]
     positions = torch.arange(8, device=ids.device)
-    ours = model(ids[:, :-1], positions[None], positions, ids[0, 1:])
+    ours = model(MicroBatch(ids[:, :-1], positions[None], positions, ids[0, 1:]))
     logits = causal_lm(input_ids=ids[:, :-1], use_cache=False).logits[0]
     theirs = torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:], reduction="sum")
     if not torch.allclose(ours, theirs, rtol=1e-2):

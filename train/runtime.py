@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -89,6 +90,8 @@ def start(config: Config) -> Accelerator:
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        settings: Any = torch.utils.deterministic
+        settings.fill_uninitialized_memory = False  # a debugging aid that writes every new tensor once more
     accelerator = Accelerator(cpu=config.run.device == "cpu", mixed_precision="no")
     if accelerator.distributed_type not in SUPPORTED:
         raise ExitWith(

@@ -60,7 +60,7 @@ def optimizer_step(training: Training, completed: int) -> StepResult:
         is_last = number == len(window.micro_batches) - 1
         seed_forward(config.train.seed, completed, accelerator.process_index, number)
         with nullcontext() if is_last else accelerator.no_sync(training.wrapped):
-            token_loss_sum = training.wrapped(batch.input_ids, batch.position_ids, batch.target_rows, batch.targets)
+            token_loss_sum = training.wrapped(batch)
             (token_loss_sum * scale).backward()
         loss_sum += token_loss_sum.detach()
 

@@ -20,7 +20,7 @@ def validate(training: Training, samples: Dataset) -> dict[str, float]:
     for start in range(0, len(mine), cut.per_device):
         rows = [samples[i] for i in mine[start : start + cut.per_device]]
         batch = collate(rows, training.data.pad_token_id).to(accelerator.device)
-        totals[0] += training.model(batch.input_ids, batch.position_ids, batch.target_rows, batch.targets)
+        totals[0] += training.model(batch)
         totals[1] += len(batch.targets)
     training.model.train()
     loss_sum, num_tokens = read(*accelerator.reduce(totals, reduction="sum"))

@@ -1,7 +1,9 @@
 """What only a GPU can show: NF4 kernels, paged optimizer state, the memory cap, bitwise resume."""
 
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ from accelerate import Accelerator
 from bitsandbytes.optim import PagedAdamW8bit
 
 from tests.conftest import BUNDLED_BASE, Fault, arguments, losses, run_command, training_of
-from train.config import Config
+from train.collate import collate_packed
+from train.config import CheckpointConfig, Config
+from train.engine.attention import varlen_attention
 from train.optim import load_optimizer_state, optimizer_state
 from train.step import Training, optimizer_step
 
@@ -56,6 +60,65 @@ def test_paged_state_comes_back_paged_and_to_the_bit(on_gpu: Config) -> None:
         assert getattr(other.optimizer.state[two]["state1"], "is_paged", False) == paged
 
 
+def test_packed_samples_are_isolated_by_the_flash_kernel(on_gpu: Config) -> None:
+    """Packed loss = the samples' own, per sample whatever stands before it; gradients as with the block mask."""
+    packed_config = replace(on_gpu, data=replace(on_gpu.data, packing=True))
+    training = build(packed_config)
+    causal_lm: Any = training.model.adapted.get_base_model()
+    assert causal_lm.config._attn_implementation == "varlen"
+    rows = [training.data.samples[i] for i in range(12)]
+    packed = collate_packed(rows).to(torch.device("cuda"))
+    gradients = []
+    for kind in ("varlen", "sdpa"):
+        causal_lm.set_attn_implementation(kind)
+        loss = training.model(packed)
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in training.parameters.values() if p.grad is not None]))
+        for parameter in training.parameters.values():
+            parameter.grad = None
+        with torch.no_grad():
+            alone = sum(training.model(collate_packed([row]).to(torch.device("cuda"))).item() for row in rows)
+        assert loss.item() == pytest.approx(alone, rel=2e-3)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.999
+    causal_lm.set_attn_implementation("varlen")
+    with torch.no_grad():
+        results = []
+        for before in (rows[3], rows[4]):
+            silent = {**before, "trained": [False] * len(before["trained"])}
+            batch: Any = collate_packed([silent, rows[5]]).to(torch.device("cuda"))
+            results.append(training.model(batch).item())
+            leaking = replace(batch, cu_seqlens=batch.cu_seqlens[[0, -1]], max_length=batch.input_ids.shape[1])
+            assert abs(training.model(leaking).item() - results[-1]) > 1e-3 * results[-1]
+        assert results[0] == pytest.approx(results[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
+@pytest.mark.parametrize("reach", [None, 5])
+def test_varlen_attention_against_fp32(heads: tuple[int, int], reach: int | None) -> None:
+    """Value and every gradient against a masked softmax in fp32: grouped heads, a sample of one token, a window."""
+    torch.manual_seed(0)
+    lengths = [1, 17, 64, 3]
+    total, width = sum(lengths), 64
+    shapes = ((1, heads[0], total, width), (1, heads[1], total, width), (1, heads[1], total, width))
+    exact = [torch.randn(shape, device="cuda", requires_grad=True) for shape in shapes]
+    short = [states.detach().bfloat16().requires_grad_() for states in exact]
+    sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).cuda()
+    distance = torch.arange(total)[:, None].cuda() - torch.arange(total)[None].cuda()
+    seen = (sample[:, None] == sample[None]) & (distance >= 0) & (distance < (reach or total))
+    key, value = (states.repeat_interleave(heads[0] // heads[1], dim=1) for states in exact[1:])
+    scores = (exact[0] @ key.transpose(2, 3) * 0.2).masked_fill(~seen, float("-inf"))
+    wanted = (scores.softmax(-1) @ value).transpose(1, 2)
+    borders = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cuda")
+    options = {"cu_seq_lens_q": borders, "max_length_q": max(lengths), "scaling": 0.2, "sliding_window": reach}
+    found, _ = varlen_attention(torch.nn.Module(), short[0], short[1], short[2], None, **options)
+    upstream = torch.randn_like(wanted)
+    wanted.backward(upstream)
+    found.backward(upstream.bfloat16())
+    pairs: Any = zip((wanted, *(s.grad for s in exact)), (found, *(s.grad for s in short)), strict=True)
+    for one, two in pairs:
+        assert (one - two.float()).norm() < 1e-2 * one.norm()
+
+
 def test_the_budget_is_a_hard_cap(on_gpu: Config, tmp_path: Path) -> None:
     """A budget that the run does not fit in ends it with an error; the same run fits a larger one."""
     large = replace(on_gpu, memory=replace(on_gpu.memory, budget="2GiB"))
@@ -66,8 +129,10 @@ def test_the_budget_is_a_hard_cap(on_gpu: Config, tmp_path: Path) -> None:
     assert "out of memory" in outcome.stderr
 
 
-def test_resume_is_bitwise_with_deterministic_kernels(on_gpu: Config, tmp_path: Path) -> None:
+@pytest.mark.parametrize("packing", [False, True])
+def test_resume_is_bitwise_with_deterministic_kernels(packing: bool, on_gpu: Config, tmp_path: Path) -> None:
     """Stopped after the first epoch and continued: the losses of the uninterrupted run, to the bit, with dropout."""
+    on_gpu = replace(on_gpu, data=replace(on_gpu.data, packing=packing), checkpoint=CheckpointConfig(every=1))
     config = replace(on_gpu, run=replace(on_gpu.run, deterministic=True), lora=replace(on_gpu.lora, dropout=0.1))
     whole = replace(config, run=replace(config.run, dir=str(tmp_path / "whole")))
     outcome = run_command(arguments(whole))
@@ -76,7 +141,7 @@ def test_resume_is_bitwise_with_deterministic_kernels(on_gpu: Config, tmp_path: 
     run_command(arguments(broken), Fault("publish", 2, "before"))
     outcome = run_command(arguments(broken))
     assert outcome.returncode == 0, outcome.stderr
-    assert "continues after step 3" in outcome.stdout
+    assert "continues after step" in outcome.stdout
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
 
 

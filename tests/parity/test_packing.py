@@ -1,22 +1,25 @@
 """Packed samples do not see each other."""
 
 from dataclasses import replace
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.nn.functional import scaled_dot_product_attention
 
 from data_tools.packing import pack
 from tests.conftest import training_of, with_batch
 from train.collate import MicroBatch, collate, collate_packed
-from train.config import Config
+from train.config import Config, MemoryConfig
+from train.engine import attention
 from train.step import Training, optimizer_step
 
 
 def loss_of(training: Training, batch: MicroBatch) -> float:
     with torch.no_grad():
-        return training.model(batch.input_ids, batch.position_ids, batch.target_rows, batch.targets).item()
+        return training.model(batch).item()
 
 
 def test_a_packed_row_is_the_sum_of_its_samples(config: Config) -> None:
@@ -80,3 +83,39 @@ def test_bins_hold_everything_once_and_little_air() -> None:
     assert pack([4, 4, 4, 3, 3, 3], 10) == [[0, 1], [2, 3, 4], [5]]
     with pytest.raises(ValueError, match="sample 1 has 12 tokens, more than the budget of 10"):
         pack([3, 12], 10)
+
+
+def attend_by_sample(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *places: Any, **options: Any) -> Any:
+    """What varlen_attn computes, by one SDPA call a sample: [T, heads, D] and the borders -> [T, H, D]."""
+    borders, other_borders, longest, other_longest = places
+    assert torch.equal(borders, other_borders)
+    assert borders.dtype == torch.int32
+    assert longest == other_longest == borders.diff().max()
+    assert options["window_size"] == (-1, 0)
+    pieces = []
+    for start, end in pairwise(borders.tolist()):
+        q, k, v = (states[start:end].transpose(0, 1)[None] for states in (query, key, value))
+        attended = scaled_dot_product_attention(q, k, v, is_causal=True, scale=options["scale"], enable_gqa=True)
+        pieces.append(attended[0].transpose(0, 1))
+    return torch.cat(pieces)
+
+
+def test_borders_reach_the_attention_that_wants_them(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the kernel replaced by a loop: the block mask's loss and gradients, also where blocks are recomputed."""
+    monkeypatch.setattr(attention, "varlen_attn", attend_by_sample)
+    config = replace(config, data=replace(config.data, packing=True), memory=MemoryConfig(checkpointing="full"))
+    results = []
+    for kind in ("sdpa", "varlen"):
+        training = training_of(config, Accelerator(cpu=True))
+        causal_lm: Any = training.model.adapted.get_base_model()
+        causal_lm.set_attn_implementation(kind)
+        packed = collate_packed([training.data.samples[i] for i in range(7)])
+        loss = training.model(packed)
+        loss.backward()
+        results.append((loss.item(), [p.grad for p in training.parameters.values()]))
+        with training.model.generating():
+            assert causal_lm.config._attn_implementation == "sdpa"
+        assert causal_lm.config._attn_implementation == kind
+    (masked_loss, masked), (loss, found) = results
+    assert loss == pytest.approx(masked_loss, rel=1e-6)
+    torch.testing.assert_close(found, masked, rtol=1e-4, atol=1e-5)

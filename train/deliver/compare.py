@@ -40,21 +40,20 @@ def compare(
     must_stop: Callable[[], bool],
 ) -> list[Answer]:
     """Greedy answers to each conversation's last question, with the adapters off and on, until `must_stop` says so."""
-    model.eval()
     answers = []
-    for start in range(0, len(conversations), QUESTIONS_AT_A_TIME):
-        if must_stop():
-            break
-        batch = conversations[start : start + QUESTIONS_AT_A_TIME]
-        prompts = [render_prompt(tokenizer, conversation.messages[:-1]) for conversation in batch]
-        with model.adapted.disable_adapter():
-            before = _generate(model, tokenizer, prompts, end_token_ids, max_new_tokens)
-        after = _generate(model, tokenizer, prompts, end_token_ids, max_new_tokens)
-        for conversation, (old, old_stopped), (new, stopped) in zip(batch, before, after, strict=True):
-            question, reference = conversation.messages[-2].content, conversation.messages[-1].content.strip()
-            exact, was_exact = new == reference, old == reference
-            answers.append(Answer(question, reference, old, new, exact, stopped, was_exact, old_stopped))
-    model.train()
+    with model.generating():
+        for start in range(0, len(conversations), QUESTIONS_AT_A_TIME):
+            if must_stop():
+                break
+            batch = conversations[start : start + QUESTIONS_AT_A_TIME]
+            prompts = [render_prompt(tokenizer, conversation.messages[:-1]) for conversation in batch]
+            with model.adapted.disable_adapter():
+                before = _generate(model, tokenizer, prompts, end_token_ids, max_new_tokens)
+            after = _generate(model, tokenizer, prompts, end_token_ids, max_new_tokens)
+            for conversation, (old, old_stopped), (new, stopped) in zip(batch, before, after, strict=True):
+                question, reference = conversation.messages[-2].content, conversation.messages[-1].content.strip()
+                exact, was_exact = new == reference, old == reference
+                answers.append(Answer(question, reference, old, new, exact, stopped, was_exact, old_stopped))
     return answers
 
 

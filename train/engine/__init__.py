@@ -1,0 +1,1 @@
+"""How a decoder block is executed."""

@@ -1,8 +1,8 @@
 """How often a fault is made, and what became of it.
 
 Every test in tests/faults takes the fixture `tally`, asks it how many times to try (`tally.times(short, full)`) and
-reports every try. The short counts run with the suite; `bash launch/test.sh --faults full` sets HANDLOOP_FAULTS=full and
-HANDLOOP_TALLY, a file that gets one JSON line a test, which docs/RELIABILITY.md's table is made from.
+reports every try. The short counts run with the suite; `bash launch/test.sh --faults full` sets HANDLOOP_FAULTS=full,
+and HANDLOOP_TALLY, a file that gets one JSON line a test, which docs/RELIABILITY.md's table is made from.
 """
 
 import os

@@ -15,20 +15,13 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
 fi
 
 # launch CONFIG PROFILE [ARGUMENT ...]: accelerate launch (with `topology` where a script sets it), ending with the
-# trainer's exit code, for which accelerate itself returns 1 whatever it was.
+# trainer's exit code and passing signals on to it, neither of which accelerate does.
 topology=()
 launch() {
-    local config=$1 profile=$2 code=0
+    local config=$1 profile=$2
     shift 2
-    # Ctrl-C reaches the trainer, which saves and ends with 75; this shell and accelerate wait for that
-    trap '' INT
     # on a busy machine OpenMP's spinning threads slow a CPU run down twentyfold
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
-    HANDLOOP_EXIT_FILE=$(mktemp)
-    export HANDLOOP_EXIT_FILE
-    .venv/bin/accelerate launch --quiet --config_file "accelerate_configs/$config" ${topology[@]+"${topology[@]}"} \
-        train/main.py --profile "$profile" "$@" || code=$?
-    [ -s "$HANDLOOP_EXIT_FILE" ] && code=$(cat "$HANDLOOP_EXIT_FILE")
-    rm -f "$HANDLOOP_EXIT_FILE"
-    return "$code"
+    exec .venv/bin/python -m train.launcher --quiet --config_file "accelerate_configs/$config" \
+        ${topology[@]+"${topology[@]}"} train/main.py --profile "$profile" "$@"
 }

@@ -230,9 +230,13 @@ def run_command(words: Sequence[str], fault: Fault | None = None, **environment:
 
 
 def losses(run_dir: Path) -> list[tuple[int, str, str]]:
-    """(step, loss bits, gradient norm bits) of every step in metrics.jsonl."""
+    """(step, loss bits, gradient norm bits) of every step in metrics.jsonl; nan where a step was left out."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["train/loss"].hex(), row["train/grad_norm"].hex()) for row in rows]
+    return [(row["step"], _bits(row, "train/loss"), _bits(row, "train/grad_norm")) for row in rows]
+
+
+def _bits(row: dict[str, float], name: str) -> str:
+    return row.get(name, float("nan")).hex()
 
 
 needs_shared: Callable = pytest.mark.skipif(

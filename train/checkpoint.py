@@ -5,6 +5,7 @@ it stands), optimizer.safetensors, trainer_state.json and manifest.json with the
 checkpoint is the highest step whose manifest verifies; there is no pointer file that could be stale.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import safetensors.torch
@@ -27,6 +28,7 @@ ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OPTIMIZER, STATE, MANIFEST = "optimizer.safetensors", "trainer_state.json", "manifest.json"
 OTHER_RUN = "it belongs to another run"
 CONTENTS = (ADAPTER, ADAPTER_CONFIG, OPTIMIZER, STATE)
+DISK_RESERVE = 1.2  # free space wanted before a save, in sizes of what is saved
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class TrainerState:
     identity: dict[str, object]  # what must be equal for the continuation to be the same run
     layout: dict[str, object]  # what may differ as long as the global batch is equal
     versions: dict[str, str]
+    skipped_steps: list[int] = field(default_factory=list)  # steps so far whose loss or gradient was not finite
+    validation_loss: float | None = None  # measured after this step, if it was
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,9 @@ class CheckpointStore:
             STATE: json.dumps(asdict(state), indent=2, sort_keys=True).encode(),
         }
         try:
+            needed, free = int(sum(map(len, contents.values())) * DISK_RESERVE), free_bytes(self.run_dir)
+            if free < needed:
+                raise OSError(errno.ENOSPC, f"it needs {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free")
             with publish(target) as folder:
                 for name in CONTENTS:
                     _write_synced(folder / name, contents[name])
@@ -229,20 +236,39 @@ class CheckpointStore:
             return []
         return sorted((path for path in self.root.iterdir() if STEP_FOLDER.fullmatch(path.name)), reverse=True)
 
+    def best(self) -> tuple[Path, float] | None:
+        """The checkpoint with the lowest validation loss, and that loss; nothing where none was validated."""
+        measured = []
+        for folder in self._folders():
+            with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+                loss = json.loads((folder / STATE).read_bytes())["validation_loss"]
+                if loss is not None:
+                    measured.append((loss, folder))
+        return min(measured)[::-1] if measured else None
+
     def _retain(self) -> None:
-        """Removes what is older than the newest `keep` checkpoints, if all of those verify."""
-        folders = self._folders()
+        """Removes what is older than the newest `keep` checkpoints, if all of those verify, but not the best one."""
+        folders, best = self._folders(), self.best()
         if any(self.defect(folder) for folder in folders[: self.keep]):
             return
         for folder in folders[self.keep :]:
-            with suppress(OSError):  # a checkpoint too many is no reason to stop training
-                shutil.rmtree(_set_aside(folder, "trash"))
+            if best is None or folder != best[0]:
+                with suppress(OSError):  # a checkpoint too many is no reason to stop training
+                    shutil.rmtree(_set_aside(folder, "trash"))
 
     def _sweep(self) -> None:
         """Removes what a killed process was writing or deleting; the caller holds the run's lock."""
         for parent in (self.root, self.run_dir):
             for leftover in (*parent.glob(".tmp-*"), *parent.glob(".trash-*")):
                 shutil.rmtree(leftover, ignore_errors=True)
+
+
+def free_bytes(folder: Path) -> int:
+    """What an ordinary user can still write where `folder` is, or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
 
 
 def _read(folder: Path) -> Checkpoint:

@@ -119,6 +119,9 @@ class TrainConfig:
     """Stop after this many optimizer steps, if that comes before the last epoch's end; 0 is no limit."""
     seed: int = 0
     """Seed of the sample order, the adapters' start and dropout."""
+    max_skipped_steps: int = 10
+    """Steps that may be left out because their loss or gradient was not finite, three of them in a row at most; one
+    more ends the run. 0 ends it at the first."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +140,11 @@ class CheckpointConfig:
 
     every: Literal["epoch"] | int = "epoch"
     """At each epoch's end, or every so many optimizer steps (and at the end)."""
+    minutes: float = 0.0
+    """Also when so many minutes have passed since the last one; 0 does not look at the clock."""
     keep: int = 2
-    """Newest verified checkpoints that stay; at least 2, so that one always stands while another is written."""
+    """Newest verified checkpoints that stay; at least 2, so that one always stands while another is written. The one
+    with the lowest validation loss stays beside them."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +158,8 @@ class RunConfig:
     run folder is renamed and kept); or the path of one checkpoint folder."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """cuda refuses to start without a GPU; auto takes a GPU if there is one."""
+    timeout_minutes: float = 10.0
+    """How long a process waits for the others before it gives up; several processes only."""
     deterministic: bool = False
     """Only deterministic kernels, at some cost in speed: then resumed runs on a GPU are bitwise equal, as on a CPU."""
 
@@ -245,6 +253,8 @@ class Config:
             ("train.epochs", self.train.epochs, 1),
             ("train.max_steps", self.train.max_steps, 0),
             ("train.seed", self.train.seed, 0),
+            ("train.max_skipped_steps", self.train.max_skipped_steps, 0),
+            ("checkpoint.minutes", self.checkpoint.minutes, 0),
             ("checkpoint.keep", self.checkpoint.keep, 2),
             ("compare.num_questions", self.compare.num_questions, 0),
             ("compare.max_new_tokens", self.compare.max_new_tokens, 1),
@@ -254,7 +264,12 @@ class Config:
         for option, value, minimum in at_least:
             if not value >= minimum:
                 yield option, value, f"must be at least {minimum}"
-        for option, value in (("optim.lr", self.optim.lr), ("optim.max_grad_norm", self.optim.max_grad_norm)):
+        positive = (
+            ("optim.lr", self.optim.lr),
+            ("optim.max_grad_norm", self.optim.max_grad_norm),
+            ("run.timeout_minutes", self.run.timeout_minutes),
+        )
+        for option, value in positive:
             if not value > 0:
                 yield option, value, "must be greater than 0"
         if self.train.seed >= 2**32:

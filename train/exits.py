@@ -16,6 +16,7 @@ class ExitCode(IntEnum):
     BAD_INPUT = 78  # configuration or data
     NON_FINITE = 79  # loss or gradient is not a finite number
     NO_VALID_CHECKPOINT = 80  # checkpoints exist, none verifies
+    PEER_FAILURE = 81  # another process died or hangs
 
 
 class ExitWith(Exception):

@@ -1,15 +1,22 @@
 """The loop: a generator of completed steps, and what hangs off their boundaries."""
 
+import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
-from train.config import CheckpointConfig
-from train.exits import ExitCode, ExitWith
+from train.exits import ExitCode, ExitWith, write_atomically
 from train.metrics import Stopwatch, flops_per_token, num_matmul_weights, peak_flops
-from train.runtime import StopRequest
+from train.runtime import Heartbeat, agreed
+from train.saving import Saver
+from train.signals import StopRequest
 from train.step import StepResult, Training, optimizer_step
 from train.trackers import Trackers
+from train.watch import LossWatch
 
-Row = dict[str, float | int | list[int]]
+Row = dict[str, Any]
+MAX_SKIPPED_IN_A_ROW = 3
 
 
 def training_steps(training: Training, completed: int) -> Iterator[StepResult]:
@@ -25,53 +32,72 @@ def train(
     completed: int,
     stop: StopRequest,
     trackers: Trackers,
-    save: Callable[[int], None],
+    saver: Saver,
     validate: Callable[[], dict[str, float]],
 ) -> None:
     """Trains to the end; the boundary after a step is the only place where anything else happens.
 
-    Raises ExitWith(INTERRUPTED) after a checkpoint when a process was asked to stop.
+    Raises ExitWith(INTERRUPTED) after a checkpoint when a process was asked to stop, ExitWith(NON_FINITE) when too many
+    steps had to be left out.
     """
     stopwatch = Stopwatch(training.accelerator.device)
     num_weights = num_matmul_weights(training.model)
-    saved = completed
+    watch, heartbeat = LossWatch(), Heartbeat(training.config, training.accelerator)
     since_last: Row = {}  # what happened between two steps, for the next row
-    if stop.agreed(training.accelerator):
-        raise ExitWith(ExitCode.INTERRUPTED, f"stopped by {stop.received or 'another process'} before a step was made")
     for result in training_steps(training, completed):
+        heartbeat.beat(result.step)
         row = _row(training, result, stopwatch, num_weights) | since_last
         since_last = {}
         if result.step % training.data.steps_per_epoch == 0 or result.step == training.total_steps:
             row |= validate()
+        if warning := watch.judge(result.loss):
+            row["warning"] = warning
+        if result.is_skipped:
+            row["warning"] = leave_out(training, saver.skipped, result)
         trackers.log(row)
-        must_stop = stop.agreed(training.accelerator)
-        if must_stop or is_due(training, result.step):
+        validation_loss = row.get("eval/loss")
+        must_stop, is_time = agreed(training.accelerator, stop.is_received(), saver.is_time_on_first())
+        if must_stop or is_time or saver.is_due(result.step, validation_loss):
             stopwatch.restart()
-            save(result.step)
-            saved = result.step
-            since_last["perf/save_seconds"] = round(stopwatch.lap(), 3)
+            saver.save(result.step, validation_loss, must_stop)
+            since_last = {"perf/save_seconds": round(stopwatch.lap(), 3), "perf/failed_saves": saver.failures}
         if must_stop:
-            reason = (
-                f"stopped by {stop.received or 'another process'}; step {saved} is saved, run the same command again"
-            )
+            who = stop.received or "another process"
+            reason = f"stopped by {who}; step {saver.saved} is saved, run the same command again"
             raise ExitWith(ExitCode.INTERRUPTED, reason)
         stopwatch.restart()
 
 
-def is_due(training: Training, step: int) -> bool:
-    """Whether a checkpoint is to be written after `step`."""
-    checkpoint: CheckpointConfig = training.config.checkpoint
-    every = training.data.steps_per_epoch if checkpoint.every == "epoch" else checkpoint.every
-    return step % every == 0 or step == training.total_steps
+def leave_out(training: Training, skipped: list[int], result: StepResult) -> str:
+    """Writes down a step that was left out, and says it; raises ExitWith(NON_FINITE) where it is one too many."""
+    skipped.append(result.step)
+    limit = training.config.train.max_skipped_steps
+    in_a_row = sum(step > result.step - MAX_SKIPPED_IN_A_ROW - 1 for step in skipped)
+    sources = [training.data.samples[i]["source"] for i in result.sample_ids]
+    text = f"step {result.step}: loss {result.loss}, gradient norm {result.grad_norm}; nothing was updated"
+    if training.accelerator.is_main_process:
+        record = {"step": result.step, "loss": str(result.loss), "grad_norm": str(result.grad_norm)}
+        record |= {"sample_ids": result.sample_ids, "sources": sources}
+        path = Path(training.config.run.dir) / f"nonfinite-step-{result.step}.json"
+        with suppress(OSError):  # a full disk must not turn a skipped step into a dead run
+            write_atomically(path, json.dumps(record, indent=2) + "\n")
+    if len(skipped) > limit or in_a_row > MAX_SKIPPED_IN_A_ROW:
+        raise ExitWith(
+            ExitCode.NON_FINITE,
+            f"{text}.\nSteps left out so far: {', '.join(map(str, skipped))} (train.max_skipped_steps {limit}, "
+            f"{MAX_SKIPPED_IN_A_ROW} in a row)\nThe step's samples: {', '.join(sources)}\n"
+            "Lower --optim.lr, or look at these samples; the newest checkpoint holds only finite weights",
+        )
+    return f"{text}, the step is left out ({len(skipped)} of at most {limit}); its samples are in nonfinite-step-*.json"
 
 
 def _row(training: Training, result: StepResult, stopwatch: Stopwatch, num_weights: int) -> Row:
     seconds = stopwatch.lap()
+    finite = {"train/loss": result.loss, "train/grad_norm": result.grad_norm}  # JSON has no NaN
     row: Row = {
         "step": result.step,
         "epoch": round(result.step / training.data.steps_per_epoch, 4),
-        "train/loss": result.loss,
-        "train/grad_norm": result.grad_norm,
+        **({"train/skipped": 1} if result.is_skipped else finite),
         "train/learning_rate": result.learning_rate,
         "perf/step_seconds": round(seconds, 4),
         "perf/tokens_per_second": round(result.num_tokens / seconds, 1),

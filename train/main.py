@@ -1,5 +1,12 @@
 """Trains adapters: `accelerate launch train/main.py --profile NAME [--section.field VALUE ...]`."""
 
+from train.signals import StopRequest, follow_launcher
+
+STOP = None
+if __name__ == "__main__":  # before the imports below, which take seconds
+    follow_launcher()
+    STOP = StopRequest()
+
 import json
 import os
 import sys
@@ -26,7 +33,8 @@ from train.gate import judge, pass_gate
 from train.loop import train
 from train.model import Tokenizer, adapter_config, check_fits, load_model, load_tokenizer
 from train.optim import build_optimizer
-from train.resume import check_same_run, choose, identity, on_first_process, restore, save_state
+from train.resume import check_same_run, choose, identity, on_first_process, restore
+from train.saving import Saver, check_disk
 from train.step import Training
 from train.trackers import Display, MetricsFile, Tracker, Trackers, WeightsAndBiases, wandb_mode
 from train.validation import validate
@@ -34,27 +42,33 @@ from train.validation import validate
 IS_FIRST_PROCESS = os.environ.get("RANK", "0") == "0"
 
 
-def main(argv: list[str]) -> ExitCode:
+def main(argv: list[str], stop: StopRequest | None = None) -> ExitCode:
     """Runs the job that `argv` describes; whatever ends it is said in one message and in exit.json."""
+    stop = stop or StopRequest()
     try:
         config = parse(argv)
         with runtime.locked(Path(config.run.dir)) if IS_FIRST_PROCESS else nullcontext(), ExitStack() as closing:
-            code, reason = attempt(config, closing)
-            if IS_FIRST_PROCESS:  # before trackers are closed, which may take seconds that a killed job does not have
+            code, reason = attempt(config, stop, closing)
+            if speaks(code):  # before trackers are closed, which may take seconds that a killed job does not have
                 write_exit(Path(config.run.dir), code, reason)
     except ExitWith as end:  # the configuration cannot be used, or another job has the run folder
         code, reason = end.code, end.reason
-    if IS_FIRST_PROCESS and code != ExitCode.FINISHED:
+    if speaks(code) and code != ExitCode.FINISHED:
         print(f"\nhandloop: {reason}", file=sys.stderr, flush=True)
-    if IS_FIRST_PROCESS and "HANDLOOP_EXIT_FILE" in os.environ:  # set by launch/*.sh, because launchers flatten codes
-        Path(os.environ["HANDLOOP_EXIT_FILE"]).write_text(f"{int(code)}\n")
+    if speaks(code) and "HANDLOOP_LAUNCHER" in os.environ:
+        (Path(os.environ["HANDLOOP_LAUNCHER"]) / "exit").write_text(f"{int(code)}\n")
     return code
 
 
-def attempt(config: Config, closing: ExitStack) -> tuple[ExitCode, str]:
+def speaks(code: ExitCode) -> bool:
+    """Whether this process tells how the run ended: the first, and when it may be dead, everyone who is left."""
+    return IS_FIRST_PROCESS or code == ExitCode.PEER_FAILURE
+
+
+def attempt(config: Config, stop: StopRequest, closing: ExitStack) -> tuple[ExitCode, str]:
     """How the run ended and why, for every end that was foreseen."""
     try:
-        run(config, closing)
+        run(config, stop, closing)
     except ExitWith as end:
         return end.code, end.reason
     except DataError as error:
@@ -62,12 +76,16 @@ def attempt(config: Config, closing: ExitStack) -> tuple[ExitCode, str]:
     except torch.OutOfMemoryError as error:
         advice = "lower --batch.per_device (and raise --batch.accumulation), or --data.max_length"
         return ExitCode.BAD_INPUT, f"out of memory: {str(error).splitlines()[0]}\n{advice}"
+    except RuntimeError as error:
+        silent = runtime.peer_failure(config, error)
+        if not silent:
+            raise
+        return ExitCode.PEER_FAILURE, f"{silent}\nthe newest checkpoint stands: run the same command again"
     return ExitCode.FINISHED, "finished"
 
 
-def run(config: Config, closing: ExitStack) -> None:
+def run(config: Config, stop: StopRequest, closing: ExitStack) -> None:
     """The job from files to final/; raises ExitWith or DataError where it ends early."""
-    stop = runtime.StopRequest()
     runtime.check(config)
     wandb = wandb_mode(config)
     tokenizer = load_tokenizer(config)
@@ -83,22 +101,20 @@ def run(config: Config, closing: ExitStack) -> None:
         check_same_run(checkpoint, same_run, accelerator)
     else:
         on_first_process(accelerator, lambda: audit_aloud(config, tokenizer, data, validation))
+    runtime.go_on(accelerator, stop)
     runtime.say(accelerator, f"loading {config.model.name_or_path}")
     training = assemble(config, accelerator, data)
     if checkpoint is not None:
         restore(training, checkpoint)
     runtime.say(accelerator, banner(training, tokenizer.notes, prepared.statistics, checkpoint))
 
+    runtime.say(accelerator, f"disk      {check_disk(training, store)}")
+    runtime.go_on(accelerator, stop)
+
     trackers = open_trackers(training, store, checkpoint, wandb)
     closing.callback(trackers.finish)
-    train(
-        training,
-        checkpoint.state.step if checkpoint else 0,
-        stop,
-        trackers,
-        save=lambda step: save_state(training, store, same_run, step, trackers.metrics_bytes),
-        validate=lambda: validate(training, validation) if validation else {},
-    )
+    saver = Saver.of(training, store, same_run, trackers, checkpoint)
+    train(training, saver.saved, stop, trackers, saver, lambda: validate(training, validation) if validation else {})
     if accelerator.is_main_process:
         deliver(training, tokenizer, prepared, trackers, stop)
 
@@ -141,7 +157,7 @@ def open_trackers(training: Training, store: CheckpointStore, checkpoint: Checkp
 
 
 def deliver(
-    training: Training, tokenizer: Tokenizer, prepared: Prepared, trackers: Trackers, stop: runtime.StopRequest
+    training: Training, tokenizer: Tokenizer, prepared: Prepared, trackers: Trackers, stop: StopRequest
 ) -> None:
     """Publishes final/ and answers the questions of the data, without and with the adapters."""
     config, end_token_ids = training.config, prepared.statistics.end_token_ids
@@ -172,4 +188,4 @@ def deliver(
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], STOP))

@@ -55,6 +55,22 @@ def optimizer_state(optimizer: torch.optim.Optimizer, parameters: NamedParameter
     return state
 
 
+def state_bytes(parameters: NamedParameters, config: OptimConfig) -> int:
+    """Bytes of the tensors that optimizer_state will return after the first step.
+
+    bitsandbytes keeps matrices of fewer than 4,096 elements in fp32, others in two bytes an element and two fp32 scales
+    a block of 256 (Optimizer2State.init_state).
+    """
+    total = 0
+    for parameter in parameters.values():
+        size = parameter.numel()
+        if config.name == "adamw":
+            total += 8 * size + 4
+        else:
+            total += 8 + (8 * size if size < 4096 else 2 * size + 8 * math.ceil(size / 256))
+    return total
+
+
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: NamedParameters, state: Mapping[str, torch.Tensor]
 ) -> None:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -139,17 +140,14 @@ def restore(training: Training, checkpoint: Checkpoint) -> None:
         )
 
 
-def save_state(
-    training: Training,
-    store: CheckpointStore,
-    same_run: dict[str, object],
-    step: int,
-    metrics_bytes: Callable[[], int],
-) -> None:
-    """Writes the checkpoint of `step` from the first process; raises ExitWith, in all processes, if that fails."""
+def save_state(training: Training, store: CheckpointStore, same_run: dict[str, object], moment: dict[str, Any]) -> None:
+    """Writes a checkpoint from the first process; raises ExitWith, in all processes, if that fails.
+
+    `moment` holds the fields of TrainerState that change from step to step.
+    """
 
     def write() -> int:
-        state = TrainerState(step, metrics_bytes(), same_run, layout(training), versions())
+        state = TrainerState(identity=same_run, layout=layout(training), versions=versions(), **moment)
         files = adapter_files(training.parameters, adapter_config(training.model))
         store.save(files, optimizer_state(training.optimizer, training.parameters), state)
         return 0

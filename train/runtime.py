@@ -1,64 +1,39 @@
-"""The process: its device, its place among the others, its signals, its memory cap, its random numbers."""
+"""The process: its device, its place among the others, its memory cap, its random numbers."""
 
 import fcntl
 import hashlib
 import os
 import platform
-import signal
+import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from train.config import Config, parse_bytes
 from train.data import Layout
 from train.exits import ExitCode, ExitWith
 from train.metrics import read
+from train.signals import StopRequest
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PACKAGES = ("torch", "accelerate", "transformers", "peft", "bitsandbytes", "datasets", "safetensors")
 
 
-class StopRequest:
-    """Remembers the first SIGTERM, SIGINT or SIGUSR1; training stops at the next step boundary, never in a handler.
-
-    Launchers and schedulers deliver SIGTERM and SIGUSR1 more than once, so only a second Ctrl-C, a second or more after
-    the first, ends the process at once.
-    """
-
-    def __init__(self) -> None:
-        self.received = ""
-        self.since = 0.0
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if number == signal.SIGINT and self.received and now - self.since > 1:
-            os._exit(128 + number)
-        if not self.received:
-            self.received, self.since = signal.Signals(number).name, now
-            os.write(2, b"\nstopping at the next step; Ctrl-C again ends at once, without saving\n")
-
-    def is_received(self) -> bool:
-        """Whether this process was asked to stop."""
-        return bool(self.received)
-
-    def agreed(self, accelerator: Accelerator) -> bool:
-        """Whether any process was asked to stop: the same answer in all of them."""
-        if accelerator.num_processes == 1:
-            return self.is_received()
-        flag = torch.tensor(float(self.is_received()), device=accelerator.device)
-        return read(accelerator.reduce(flag, reduction="sum"))[0] > 0
+def agreed(accelerator: Accelerator, *flags: bool) -> list[bool]:
+    """For each flag whether any process has raised it: the same answers in all of them."""
+    if accelerator.num_processes == 1:
+        return list(flags)
+    raised = torch.tensor([float(flag) for flag in flags], device=accelerator.device)
+    return [value > 0 for value in read(*accelerator.reduce(raised, reduction="sum"))]
 
 
 def check(config: Config) -> None:
@@ -92,7 +67,8 @@ def start(config: Config) -> Accelerator:
         torch.use_deterministic_algorithms(True)
         settings: Any = torch.utils.deterministic
         settings.fill_uninitialized_memory = False  # a debugging aid that writes every new tensor once more
-    accelerator = Accelerator(cpu=config.run.device == "cpu", mixed_precision="no")
+    waiting = InitProcessGroupKwargs(timeout=timedelta(minutes=config.run.timeout_minutes))
+    accelerator = Accelerator(cpu=config.run.device == "cpu", mixed_precision="no", kwargs_handlers=[waiting])
     if accelerator.distributed_type not in SUPPORTED:
         raise ExitWith(
             ExitCode.BAD_INPUT,
@@ -104,6 +80,45 @@ def start(config: Config) -> Accelerator:
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, parse_bytes(config.memory.budget) / total))
     return accelerator
+
+
+def go_on(accelerator: Accelerator, stop: StopRequest) -> None:
+    """Raises ExitWith(INTERRUPTED), in all processes, where one was asked to stop and nothing is trained yet."""
+    if any(agreed(accelerator, stop.is_received())):
+        reason = f"stopped by {stop.received or 'another process'} before a step was made, so there is nothing to save"
+        raise ExitWith(ExitCode.INTERRUPTED, f"{reason}; run the same command again")
+
+
+class Heartbeat:
+    """Every process's last step and when, in the run folder: who is silent can be named when the others give up."""
+
+    def __init__(self, config: Config, accelerator: Accelerator) -> None:
+        self.path: Path | None = None
+        if accelerator.num_processes > 1:
+            self.path = Path(config.run.dir) / ".heartbeats" / str(accelerator.process_index)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.beat(0)
+
+    def beat(self, step: int) -> None:
+        """This process is alive after `step`."""
+        if self.path is not None:
+            with suppress(OSError):
+                self.path.write_text(f"{step}")
+
+
+def peer_failure(config: Config, error: RuntimeError) -> str:
+    """Who is silent, where `error` means that another process died or hangs; nothing for any other error."""
+    is_collective = isinstance(error, torch.distributed.DistError) or re.search("gloo|NCCL|Connection", str(error))
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not is_collective:
+        return ""
+    now = time.time()
+    beats = []
+    for path in sorted((Path(config.run.dir) / ".heartbeats").glob("*")):
+        with suppress(OSError, ValueError):
+            beats.append((path.stat().st_mtime, f"process {path.name}: step {path.read_text()}", int(path.name)))
+    heard = "; ".join(f"{what}, {now - moment:.0f} s ago" for moment, what, _ in sorted(beats))
+    first_line = str(error).strip().splitlines()[0]
+    return f"another process died or hangs ({first_line})\nlast heard of: {heard or 'none has made a step'}"
 
 
 def layout(config: Config, accelerator: Accelerator) -> Layout:

@@ -9,7 +9,6 @@ from accelerate import Accelerator
 
 from train.config import Config
 from train.data import TrainingData
-from train.exits import ExitCode, ExitWith
 from train.metrics import read
 from train.model import LanguageModel
 from train.optim import learning_rate, set_learning_rate
@@ -35,6 +34,7 @@ class StepResult:
     """A completed optimizer step; `step` is how many are complete now."""
 
     step: int
+    is_skipped: bool  # loss or gradient was not finite, in any process: nothing was updated
     loss: float  # mean over the step's supervised tokens, of all processes
     grad_norm: float  # before clipping
     learning_rate: float
@@ -48,7 +48,8 @@ def optimizer_step(training: Training, completed: int) -> StepResult:
 
     The loss of every token is divided by the number of supervised tokens in the whole step, over all micro-batches
     and processes, which is known before the first forward. So 8x1, 4x2, 2x4, 1x8 and several processes give the same
-    gradient; a mean of means would not. Raises ExitWith(NON_FINITE), in all processes, before anything is updated.
+    gradient; a mean of means would not. A loss or gradient that is not finite in one process is so in all of them
+    after the reductions, and all of them leave the update out.
     """
     config, accelerator = training.config, training.accelerator
     window = training.data.window(completed)
@@ -67,20 +68,15 @@ def optimizer_step(training: Training, completed: int) -> StepResult:
     grad_norm = torch.nn.utils.clip_grad_norm_(training.parameters.values(), config.optim.max_grad_norm)
     total = accelerator.reduce(loss_sum, reduction="sum")
     loss_total, norm = read(total, grad_norm)
-    if not (math.isfinite(loss_total) and math.isfinite(norm)):
-        sources = ", ".join(training.data.samples[i]["source"] for i in window.sample_ids)
-        raise ExitWith(
-            ExitCode.NON_FINITE,
-            f"step {completed + 1}: loss {loss_total}, gradient norm {norm}; nothing was updated.\n"
-            f"The step's samples: {sources}\nLower --optim.lr, or look at these samples",
-        )
-
+    is_finite = math.isfinite(loss_total) and math.isfinite(norm)
     rate = learning_rate(completed, training.total_steps, config.optim)
     set_learning_rate(training.optimizer, rate)
-    training.optimizer.step()
+    if is_finite:
+        training.optimizer.step()
     training.optimizer.zero_grad(set_to_none=True)
     return StepResult(
         step=completed + 1,
+        is_skipped=not is_finite,
         loss=loss_total / window.num_supervised_tokens,
         grad_norm=norm,
         learning_rate=rate,

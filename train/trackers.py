@@ -81,7 +81,7 @@ class Trackers:
 
 
 class MetricsFile:
-    """metrics.jsonl, the truth: one JSON object a step."""
+    """metrics.jsonl, the truth: one JSON object a step. What a full disk refuses is kept and written later."""
 
     def __init__(self, run_dir: Path, keep_bytes: int) -> None:
         """Goes on after `keep_bytes`, the file's length at the checkpoint; what a lost attempt wrote behind is cut."""
@@ -92,16 +92,25 @@ class MetricsFile:
         if size < keep_bytes:
             print(f"{self.path} is shorter than at the checkpoint: rows of earlier steps are lost", flush=True)
         os.truncate(self.path, min(keep_bytes, size))
-        self.file = self.path.open("a", encoding="utf-8")
+        self.descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        self.unwritten = b""
+        self.is_refused = False
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Appends the row."""
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        self.unwritten += json.dumps(row).encode() + b"\n"
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[os.write(self.descriptor, self.unwritten) :]
+            self.is_refused = False
+        except OSError as error:
+            if not self.is_refused:
+                print(f"{self.path}: {error}; rows are kept until it can be written", file=sys.stderr, flush=True)
+            self.is_refused = True
 
     def durable_bytes(self) -> int:
         """The file's length, after making sure that it is on disk."""
-        os.fsync(self.file.fileno())
+        os.fsync(self.descriptor)
         return self.path.stat().st_size
 
     def answers(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -109,7 +118,7 @@ class MetricsFile:
 
     def finish(self) -> None:
         """Closes the file."""
-        self.file.close()
+        os.close(self.descriptor)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -158,6 +167,8 @@ class Display:
             per_step = (self.last_line - self.started) / (step - self.first_step)
             left = f"  {per_step * (self.total_steps - step):.0f} s left" if step < self.total_steps else ""
             self.console.print(f"step {step}/{self.total_steps}  {numbers}{left}", highlight=False, soft_wrap=True)
+        if "warning" in row:
+            self.console.print(f"step {step}: {row['warning']}", highlight=False, soft_wrap=True)
         if step == self.total_steps:
             self.progress.stop()
 
@@ -170,7 +181,8 @@ class Display:
 
 
 def _numbers(row: Mapping[str, Any]) -> str:
-    parts = [f"epoch {row['epoch']:.2f}", f"loss {row['train/loss']:.4f}"]
+    loss = f"loss {row['train/loss']:.4f}" if "train/loss" in row else "left out"
+    parts = [f"epoch {row['epoch']:.2f}", loss]
     if "eval/loss" in row:
         parts.append(f"validation {row['eval/loss']:.4f}")
     parts += [f"lr {row['train/learning_rate']:.2e}", f"{row['perf/tokens_per_second']:,.0f} tokens/s"]

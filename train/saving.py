@@ -1,0 +1,107 @@
+"""When a checkpoint is written, and what happens when it cannot be."""
+
+import time
+from dataclasses import dataclass, field
+
+from train.checkpoint import DISK_RESERVE, Checkpoint, CheckpointStore, free_bytes
+from train.exits import ExitCode, ExitWith
+from train.optim import state_bytes
+from train.resume import save_state
+from train.runtime import say
+from train.step import Training
+from train.trackers import Trackers
+
+MAX_FAILED_SAVES = 3  # in a row; the next one ends the run
+
+
+@dataclass
+class Saver:
+    """Writes the checkpoints of one run; all processes hold one and go the same ways."""
+
+    training: Training
+    store: CheckpointStore
+    same_run: dict[str, object]
+    trackers: Trackers
+    saved: int = 0  # the step of the newest checkpoint
+    skipped: list[int] = field(default_factory=list)  # steps whose loss or gradient was not finite
+    lowest: float = float("inf")  # validation loss so far
+    failures: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def of(
+        cls,
+        training: Training,
+        store: CheckpointStore,
+        same_run: dict[str, object],
+        trackers: Trackers,
+        checkpoint: Checkpoint | None,
+    ) -> "Saver":
+        """A saver that goes on from `checkpoint`, or from nothing."""
+        best = store.best() if checkpoint else None
+        saver = cls(training, store, same_run, trackers, lowest=best[1] if best else float("inf"))
+        if checkpoint is not None:
+            saver.saved, saver.skipped = checkpoint.state.step, list(checkpoint.state.skipped_steps)
+        return saver
+
+    def is_due(self, step: int, validation_loss: float | None) -> bool:
+        """Whether a checkpoint belongs behind `step`, whatever the clock says: an interval's, the last, or the best."""
+        wanted = self.training.config.checkpoint.every
+        every = self.training.data.steps_per_epoch if wanted == "epoch" else wanted
+        is_best = validation_loss is not None and validation_loss < self.lowest
+        return step % every == 0 or step == self.training.total_steps or is_best
+
+    def is_time_on_first(self) -> bool:
+        """Whether checkpoint.minutes have passed since the last one; clocks differ, so only the first process asks."""
+        minutes = self.training.config.checkpoint.minutes
+        is_asked = minutes > 0 and self.training.accelerator.is_main_process
+        return is_asked and time.monotonic() - self.since >= 60 * minutes
+
+    def save(self, step: int, validation_loss: float | None, must_stop: bool) -> None:
+        """Writes the checkpoint of `step`; where that fails training goes on, as long as it is not the end.
+
+        Raises ExitWith(SAVE_FAILED) when the run must stop now, or when one save more than MAX_FAILED_SAVES in a row
+        has failed.
+        """
+        self.since = time.monotonic()
+        try:
+            save_state(self.training, self.store, self.same_run, self._moment(step, validation_loss))
+        except ExitWith as end:
+            self.failures += 1
+            if end.code != ExitCode.SAVE_FAILED or must_stop or self.failures > MAX_FAILED_SAVES:
+                raise
+            stands = f"step {self.saved} is the newest checkpoint" if self.saved else "there is no checkpoint yet"
+            count = f"{self.failures} of at most {MAX_FAILED_SAVES} failures in a row"
+            say(self.training.accelerator, f"\n{end.reason}\ntraining goes on, {stands}; {count}")
+            return
+        self.saved, self.failures = step, 0
+        if validation_loss is not None:
+            self.lowest = min(self.lowest, validation_loss)
+
+    def _moment(self, step: int, validation_loss: float | None) -> dict[str, object]:
+        return {
+            "step": step,
+            "metrics_bytes": self.trackers.metrics_bytes(),
+            "skipped_steps": self.skipped,
+            "validation_loss": validation_loss,
+        }
+
+
+def checkpoint_bytes(training: Training) -> int:
+    """Size of one checkpoint on disk: fp32 adapters, the optimizer's state, and what describes them."""
+    parameters = training.parameters
+    tensors = 4 * sum(p.numel() for p in parameters.values()) + state_bytes(parameters, training.config.optim)
+    descriptions = 1000 * len(parameters)  # five entries of some 200 bytes in the headers for each
+    return tensors + descriptions
+
+
+def check_disk(training: Training, store: CheckpointStore) -> str:
+    """How large checkpoints will be and how much is free; raises ExitWith(BAD_INPUT) where not even one fits."""
+    size, free = checkpoint_bytes(training), free_bytes(store.run_dir)
+    line = f"checkpoints of {size / 2**20:,.1f} MiB, {free / 2**30:,.1f} GiB free in {store.run_dir}"
+    if free < size * DISK_RESERVE:
+        raise ExitWith(ExitCode.BAD_INPUT, f"{line}: not enough for one; make room, or choose another --run.dir")
+    stay = store.keep + 2  # the best, and the one being written
+    if free < size * stay:
+        line += f"; {stay} of them may have to stand at once, and training goes on without those that find no room"
+    return line

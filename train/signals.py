@@ -1,0 +1,62 @@
+"""Requests to stop. Imports nothing heavy: main listens before it imports what takes seconds."""
+
+import ctypes
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1
+
+
+class StopRequest:
+    """Remembers the first stop signal; training stops at the next step boundary, never in a handler.
+
+    Launchers and schedulers deliver SIGTERM and SIGUSR1 more than once, so only a second Ctrl-C, a second or more after
+    the first, ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.received = ""
+        self.since = 0.0
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:  # nohup ignores SIGHUP
+                signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT and self.received and now - self.since > 1:
+            os._exit(128 + number)
+        if not self.received:
+            self.received, self.since = signal.Signals(number).name, now
+            with suppress(OSError):  # a terminal that is gone
+                os.write(2, b"\nstopping at the next step; Ctrl-C again ends at once, without saving\n")
+
+    def is_received(self) -> bool:
+        """Whether this process was asked to stop."""
+        return bool(self.received)
+
+
+def follow_launcher() -> None:
+    """Tells our launcher (train/launcher.py) that this process trains; stops it when accelerate or torchrun dies.
+
+    accelerate's single-process launcher dies of SIGTERM without passing it on; the kernel then sends it to us.
+    """
+    folder = os.environ.get("HANDLOOP_LAUNCHER")
+    if folder:
+        with suppress(OSError):
+            (Path(folder) / f"pid-{os.getpid()}").touch()
+    if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        parent = os.getppid()
+        stop_with_parent()
+        if os.getppid() != parent:  # it died before that
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stop_with_parent() -> None:
+    """Asks the kernel for a SIGTERM when the parent process ends; Linux only, elsewhere nothing."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -140,15 +139,6 @@ def training_of(config: Config, accelerator: Accelerator) -> Training:
 
 
 @dataclass(frozen=True)
-class Fault:
-    """Kills the process, without warning, before or after the n-th call of a function of train.checkpoint."""
-
-    function: str  # a name in train.checkpoint, or os.rename
-    call: int
-    when: str  # before | after
-
-
-@dataclass(frozen=True)
 class Outcome:
     """How a run ended; a negative returncode is the signal that killed it."""
 
@@ -160,10 +150,10 @@ class Outcome:
 class Run:
     """`train/main.py WORDS` in a process of its own, forked from one that has the imports behind it (they take 5 s).
 
-    An empty environment variable is taken away.
+    `fault` is called there before anything else (tests/injections.py). An empty environment variable is taken away.
     """
 
-    def __init__(self, words: Sequence[str], fault: Fault | None = None, **environment: str) -> None:
+    def __init__(self, words: Sequence[str], fault: Callable[[], None] | None = None, **environment: str) -> None:
         self.folder = Path(tempfile.mkdtemp())
         setting = {**os.environ, **environment}
         self.process = _FORKS.Process(target=_child, args=(list(words), str(self.folder), fault, setting))
@@ -191,40 +181,20 @@ _FORKS: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() e
 _FORKS.set_forkserver_preload(["train.main", "torch._dynamo", "transformers.models.llama.modeling_llama"])
 
 
-def _child(words: list[str], folder: str, fault: Fault | None, environment: dict[str, str]) -> None:
+def _child(words: list[str], folder: str, fault: Callable[[], None] | None, environment: dict[str, str]) -> None:
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
     os.environ.clear()
     os.environ.update({name: value for name, value in environment.items() if value})
     os.chdir(ROOT)
     if fault is not None:
-        _install(fault)
+        fault()
     from train.main import main
 
     sys.exit(main(words))
 
 
-def _install(fault: Fault) -> None:
-    import train.checkpoint
-
-    holder = os if fault.function == "rename" else train.checkpoint
-    original = getattr(holder, fault.function)
-    calls = 0
-
-    def killing(*arguments: object, **options: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls == fault.call and fault.when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = original(*arguments, **options)
-        if calls == fault.call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(holder, fault.function, killing)
-
-
-def run_command(words: Sequence[str], fault: Fault | None = None, **environment: str) -> Outcome:
+def run_command(words: Sequence[str], fault: Callable[[], None] | None = None, **environment: str) -> Outcome:
     """The whole of one run."""
     return Run(words, fault, **environment).wait()
 

@@ -151,6 +151,7 @@ class CheckpointStore:
         for folder in candidates:
             reason = self.defect(folder)
             if not reason:
+                self._retain()  # which a kill may have left undone
                 return _read(folder)
             if reason != OTHER_RUN:
                 reason += f"; kept as {_set_aside(folder, 'quarantine').name}"

@@ -39,7 +39,10 @@ from train.step import Training
 from train.trackers import Display, MetricsFile, Tracker, Trackers, WeightsAndBiases, wandb_mode
 from train.validation import validate
 
-IS_FIRST_PROCESS = os.environ.get("RANK", "0") == "0"
+
+def is_first_process() -> bool:
+    """Known from the launcher, before there is an Accelerator."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def main(argv: list[str], stop: StopRequest | None = None) -> ExitCode:
@@ -47,7 +50,7 @@ def main(argv: list[str], stop: StopRequest | None = None) -> ExitCode:
     stop = stop or StopRequest()
     try:
         config = parse(argv)
-        with runtime.locked(Path(config.run.dir)) if IS_FIRST_PROCESS else nullcontext(), ExitStack() as closing:
+        with runtime.locked(Path(config.run.dir)) if is_first_process() else nullcontext(), ExitStack() as closing:
             code, reason = attempt(config, stop, closing)
             if speaks(code):  # before trackers are closed, which may take seconds that a killed job does not have
                 write_exit(Path(config.run.dir), code, reason)
@@ -62,7 +65,7 @@ def main(argv: list[str], stop: StopRequest | None = None) -> ExitCode:
 
 def speaks(code: ExitCode) -> bool:
     """Whether this process tells how the run ended: the first, and when it may be dead, everyone who is left."""
-    return IS_FIRST_PROCESS or code == ExitCode.PEER_FAILURE
+    return is_first_process() or code == ExitCode.PEER_FAILURE
 
 
 def attempt(config: Config, stop: StopRequest, closing: ExitStack) -> tuple[ExitCode, str]:

@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from bitsandbytes.optim import PagedAdamW8bit
 
-from tests.conftest import BUNDLED_BASE, Fault, arguments, losses, run_command, training_of
+from tests.conftest import BUNDLED_BASE, arguments, losses, run_command, training_of
+from tests.injections import Fault
 from train.collate import collate_packed
 from train.config import CheckpointConfig, Config
 from train.engine.attention import varlen_attention

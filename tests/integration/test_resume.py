@@ -11,19 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, Fault, Run, arguments, losses, run_command, with_batch
+from tests.conftest import ROOT, Run, arguments, losses, run_command, with_batch
+from tests.injections import Fault
 from train.config import CheckpointConfig, Config
 from train.trackers import read_metrics
-
-# (function, call, when): every operation of the second save, which with 5 files each is 6 syncs of files and folder
-SAVE_POINTS = [
-    ("_write_synced", 6, "before"),  # the second save has begun, nothing is written
-    ("_write_synced", 8, "after"),  # some files are there
-    ("_write_synced", 10, "before"),  # everything but the manifest
-    ("rename", 2, "before"),  # complete, not published
-    ("rename", 2, "after"),  # published, the parent folder not synced
-    ("rename", 4, "after"),  # retention: the oldest checkpoint is set aside, not yet deleted
-]
 
 
 @pytest.fixture
@@ -52,24 +43,6 @@ def uninterrupted(config: Config, run_dir: Path) -> dict[str, bytes]:
     assert outcome.returncode == 0, outcome.stderr
     assert len(losses(run_dir)) == 6
     return result_of(run_dir)
-
-
-def test_kill_inside_a_save_at_every_operation(dropped: Config, tmp_path: Path) -> None:
-    """SIGKILL at six points of a save: the repeated command ends in the same bits, from a whole checkpoint."""
-    expected = uninterrupted(dropped, tmp_path / "reference")
-    for number, (function, call, when) in enumerate(SAVE_POINTS):
-        run_dir = tmp_path / f"killed-{number}"
-        words = arguments(at(dropped, run_dir))
-        killed = run_command(words, Fault(function, call, when))
-        assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
-        assert not (run_dir / "exit.json").exists()
-        resumed = run_command(words)
-        assert resumed.returncode == 0, resumed.stderr
-        assert "continues after step" in resumed.stdout
-        assert result_of(run_dir) == expected, (function, call, when)
-        leftovers = [path.name for path in (run_dir / "checkpoints").iterdir() if not path.name.startswith("step-")]
-        assert leftovers == []
-        assert len(list((run_dir / "checkpoints").iterdir())) == 2
 
 
 def test_kill_between_saves_before_the_first_and_twice(dropped: Config, tmp_path: Path) -> None:
@@ -165,23 +138,6 @@ def test_never_starts_again_and_keeps_the_old_run(dropped: Config, tmp_path: Pat
     assert "starts fresh" in again.stdout
     assert result_of(run_dir) == expected
     assert result_of(run_dir / "previous-1") == expected
-
-
-def test_a_second_job_in_the_same_folder_is_refused(dropped: Config, tmp_path: Path) -> None:
-    """While one process holds the run folder, another ends with 78 and the first is unharmed."""
-    run_dir = tmp_path / "run"
-    words = arguments(at(replace(dropped, train=replace(dropped.train, epochs=400)), run_dir))
-    first = Run(words)
-    while not (run_dir / "metrics.jsonl").exists():
-        assert first.is_alive()
-        time.sleep(0.01)
-    second = run_command(words)
-    assert second.returncode == 78
-    assert "in use by another job" in second.stderr
-    assert not (run_dir / "exit.json").exists()
-    assert first.is_alive()
-    first.signal(signal.SIGTERM)
-    assert first.wait().returncode == 75
 
 
 def test_checkpoints_outlive_a_lost_or_damaged_run_json(dropped: Config, tmp_path: Path) -> None:

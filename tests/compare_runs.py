@@ -1,0 +1,82 @@
+"""Runs of a tiny job, and what must be equal between one that was interrupted and one that was not."""
+
+import json
+import random
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tests.conftest import Outcome, Run, arguments, losses, run_command
+from train.config import Config
+from train.trackers import read_metrics
+
+
+def at(config: Config, run_dir: Path) -> Config:
+    """The same run in another folder."""
+    return replace(config, run=replace(config.run, dir=str(run_dir)))
+
+
+def result_of(run_dir: Path) -> dict[str, bytes]:
+    """Final adapters, the last checkpoint's tensors, the bits of every step's loss and gradient norm, the samples."""
+    last = max((run_dir / "checkpoints").glob("step-*"))
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    return {
+        "adapters": (run_dir / "final" / "adapter_model.safetensors").read_bytes(),
+        "saved": last.name.encode() + (last / "adapter_model.safetensors").read_bytes(),
+        "optimizer": (last / "optimizer.safetensors").read_bytes(),
+        "losses": repr(losses(run_dir)).encode(),
+        "samples": repr([(row["step"], row["data/sample_ids"]) for row in rows]).encode(),
+    }
+
+
+def reference(config: Config, run_dir: Path) -> dict[str, bytes]:
+    """The result of the run that is left alone."""
+    outcome = run_command(arguments(at(config, run_dir)))
+    assert outcome.returncode == 0, outcome.stderr
+    return result_of(run_dir)
+
+
+def killed_at_random(words: list[str], draw: random.Random, seconds: float) -> Outcome:
+    """One start that is killed within `seconds`, or ends before that."""
+    run = Run(words)
+    limit = time.monotonic() + draw.uniform(0, seconds)
+    while run.is_alive() and time.monotonic() < limit:
+        time.sleep(0.005)
+    if run.is_alive():
+        run.signal(signal.SIGKILL)
+    return run.wait()
+
+
+def finish(words: list[str]) -> Outcome:
+    """The start that is left alone at last."""
+    outcome = run_command(words)
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    return outcome
+
+
+def start_processes(words: list[str], faults: Sequence[Callable[[], None] | None]) -> list[Run]:
+    """One process for each entry of `faults`, as torchrun would start them on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": str(len(faults)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    world |= {"ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": str(len(faults))}
+    return [Run(words, fault, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank, fault in enumerate(faults)]
+
+
+def exit_record(run_dir: Path) -> dict[str, object]:
+    """What exit.json says."""
+    return json.loads((run_dir / "exit.json").read_text())
+
+
+def wait_for_rows(run: Run, run_dir: Path, number: int) -> bool:
+    """Whether metrics.jsonl got that many rows while the run lived; the caller starts in an empty folder."""
+    metrics = run_dir / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= number):
+        if not run.is_alive():
+            return False
+        time.sleep(0.005)
+    return True

@@ -1,0 +1,186 @@
+"""Faults that a run makes in itself: each is called in the run's own process before train.main.main."""
+
+import errno
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+def before_and_after(holder: Any, name: str, act: Callable[[str], None]) -> None:
+    """Calls act("before") and act("after") around every call of `holder.name`."""
+    original = getattr(holder, name)
+
+    def around(*arguments: Any, **options: Any) -> Any:
+        act("before")
+        result = original(*arguments, **options)
+        act("after")
+        return result
+
+    setattr(holder, name, around)
+
+
+def die() -> None:
+    """SIGKILL: nothing of this process runs after it."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Kills the process before or after the n-th call of a function of train.checkpoint, or of os.rename."""
+
+    function: str  # a name in train.checkpoint, `rename`, or `save`, which is CheckpointStore's
+    call: int
+    when: str  # before | after
+
+    def __call__(self) -> None:
+        import train.checkpoint
+
+        holders: dict[str, Any] = {"rename": os, "save": train.checkpoint.CheckpointStore}
+        calls = 0
+
+        def act(when: str) -> None:
+            nonlocal calls
+            calls += when == "before"
+            if calls == self.call and when == self.when:
+                die()
+
+        before_and_after(holders.get(self.function, train.checkpoint), self.function, act)
+
+
+@dataclass(frozen=True)
+class KillAtOperation:
+    """Kills the process at the n-th moment around an operation that a save makes on the disk.
+
+    Operations are a file written and synced, a sync, a rename and a removal; each has a moment before and one after.
+    With `log` it kills nothing and writes the moments there, one a line.
+    """
+
+    moment: int
+    log: str = ""
+
+    def __call__(self) -> None:
+        import train.checkpoint
+
+        moments = 0
+
+        def act(what: str) -> None:
+            nonlocal moments
+            moments += 1
+            if self.log:
+                with open(self.log, "a") as file:
+                    file.write(what + "\n")
+            elif moments == self.moment:
+                die()
+
+        for holder, name in ((train.checkpoint, "_write_synced"), (train.checkpoint, "sync")):
+            before_and_after(holder, name, lambda when, name=name: act(f"{when} {name}"))
+        for holder, name in ((os, "rename"), (shutil, "rmtree")):
+            before_and_after(holder, name, lambda when, name=name: act(f"{when} {name}"))
+
+
+@dataclass(frozen=True)
+class DiskError:
+    """Lets the file writes number `first` to `last` of checkpoints fail with `number`, or take `seconds`."""
+
+    first: int
+    last: int
+    number: int = errno.ENOSPC
+    seconds: float = 0.0
+    function: str = "_write_synced"
+
+    def __call__(self) -> None:
+        import train.checkpoint
+
+        calls = 0
+
+        def act(when: str) -> None:
+            nonlocal calls
+            calls += when == "before"
+            if when == "before" and self.first <= calls <= self.last:
+                if not self.seconds:
+                    raise OSError(self.number, os.strerror(self.number))
+                time.sleep(self.seconds)
+
+        before_and_after(train.checkpoint, self.function, act)
+
+
+@dataclass(frozen=True)
+class LittleSpace:
+    """The disk has so many free bytes at the first looks, one after another, and plenty after them."""
+
+    free: tuple[int, ...]
+
+    def __call__(self) -> None:
+        import train.checkpoint
+        import train.saving
+
+        looks = list(self.free)
+
+        def free_bytes(folder: object) -> int:
+            return looks.pop(0) if looks else 10**12
+
+        train.checkpoint.free_bytes = free_bytes
+        train.saving.free_bytes = free_bytes
+
+
+@dataclass(frozen=True)
+class NotANumber:
+    """Makes the loss of the forward passes with these numbers (from 1) `value`, or their gradients infinite."""
+
+    passes: tuple[int, ...]
+    value: float = float("nan")
+    only_gradient: bool = False
+
+    def __call__(self) -> None:
+        from train.model import LanguageModel
+
+        original = LanguageModel.forward
+        calls = 0
+
+        def forward(model: Any, batch: Any) -> torch.Tensor:
+            nonlocal calls
+            loss = original(model, batch)
+            if torch.is_grad_enabled():  # validation does not count
+                calls += 1
+                if calls in self.passes:
+                    return _Explodes.apply(loss) if self.only_gradient else loss * self.value
+            return loss
+
+        LanguageModel.forward = forward
+
+
+class _Explodes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor) -> torch.Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> torch.Tensor:
+        return upstream[0] * float("inf")
+
+
+@dataclass(frozen=True)
+class AtForward:
+    """Kills or stops (SIGSTOP) the process in its n-th forward pass."""
+
+    call: int
+    number: signal.Signals = signal.SIGKILL
+
+    def __call__(self) -> None:
+        from train.model import LanguageModel
+
+        calls = 0
+
+        def act(when: str) -> None:
+            nonlocal calls
+            calls += when == "before"
+            if when == "before" and calls == self.call:
+                os.kill(os.getpid(), self.number)
+
+        before_and_after(LanguageModel, "forward", act)

@@ -1,6 +1,16 @@
 #!/usr/bin/env bash
 # Everything that is checked: style, types, and the whole test suite. Arguments go to pytest.
+# With `--faults full`: the faults alone, as often as docs/RELIABILITY.md says, and then its table (half an hour).
 . "$(dirname "$0")/_common.sh"
+if [ "${1:-}" = --faults ]; then
+    [ "${2:-}" = full ] || { echo "usage: bash launch/test.sh [--faults full] [PYTEST_ARGUMENT ...]" >&2; exit 78; }
+    export HANDLOOP_FAULTS=full HANDLOOP_TALLY="$PWD/runs/tally.jsonl"
+    mkdir -p runs && rm -f "$HANDLOOP_TALLY"
+    code=0
+    .venv/bin/pytest -q -n 2 --dist worksteal tests/faults "${@:3}" || code=$?
+    .venv/bin/python -m benchmarks.faults "$HANDLOOP_TALLY"
+    exit "$code"
+fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/pyrefly check

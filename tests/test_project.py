@@ -1,6 +1,7 @@
 """The project's own rules: what imports what, how long functions are, what pairs with what."""
 
 import ast
+import json
 import re
 import sys
 from importlib.metadata import packages_distributions
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.faults import FAULTS
 from tests.conftest import ROOT
 from train.profiles import PROFILES
 
@@ -23,6 +25,9 @@ LIBRARIES_WITH_ONE_OWNER = {
 ALLOWED = {
     "train.config": set(),
     "train.exits": set(),
+    "train.signals": set(),
+    "train.watch": set(),
+    "train.launcher": {"train.exits", "train.signals"},
     "train.collate": set(),
     "train.engine.attention": {"train.config"},
     "train.loss": set(),
@@ -161,3 +166,14 @@ def test_test_command_is_what_ci_calls() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "bash launch/demo.sh" in readme
     assert "bash launch/test.sh" in readme
+
+
+def test_every_fault_has_a_test_and_a_row() -> None:
+    """The faults that tests are marked with are those of the table in docs/RELIABILITY.md, T1 to T25."""
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "faults").glob("test_*.py")]
+    marked = {number for source in sources for number in re.findall(r'pytest\.mark\.fault\("(T\d+)"\)', source)}
+    assert marked == set(FAULTS) == {f"T{number}" for number in range(1, 26)}
+    results = json.loads((ROOT / "benchmarks" / "results" / "faults.json").read_text(encoding="utf-8"))
+    table = (ROOT / "docs" / "RELIABILITY.md").read_text(encoding="utf-8")
+    for row in results["rows"]:
+        assert f"| {row['test']} | {FAULTS[row['test']]} | {row['count']:,} | {row['failures']} |" in table

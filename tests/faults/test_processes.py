@@ -1,0 +1,100 @@
+"""Several processes: another number of them, one that dies, one that hangs, one that cannot save."""
+
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.compare_runs import at, exit_record, finish, reference, result_of, start_processes
+from tests.conftest import Outcome, arguments, run_command, with_batch
+from tests.injections import AtForward, DiskError, Fault
+from tests.tally import Tally
+from train.config import CheckpointConfig, Config
+from train.trackers import read_metrics
+
+
+def together(config: Config, run_dir: Path, faults: list) -> list[Outcome]:
+    """All processes of one start, from the first to the last rank."""
+    return [run.wait() for run in start_processes(arguments(at(config, run_dir)), faults)]
+
+
+@pytest.mark.fault("T14")
+def test_another_number_of_processes(config: Config, tmp_path: Path, tally: Tally) -> None:
+    """Killed as so many processes, continued as so many: the same samples in the same steps, losses within 1e-5."""
+    config = replace(config, train=replace(config.train, epochs=4), checkpoint=CheckpointConfig(every=2))
+    cuts = {1: with_batch(config, 2, 4), 2: with_batch(config, 2, 2), 4: with_batch(config, 1, 2)}
+    reference(cuts[1], tmp_path / "alone")
+    alone = read_metrics(tmp_path / "alone" / "metrics.jsonl")
+    changes = [(1, 2), (2, 1), (2, 4), (4, 2), (1, 4), (4, 1)][: tally.times(2, 6)]
+    for before, after in changes:
+        for kill in range(1, 1 + tally.times(1, 3)):
+            run_dir, label = tmp_path / f"{before}-{after}-{kill}", f"{before} -> {after}, kill {kill}"
+            first: list = [Fault("save", kill, "after")] + [Fault("save", 99, "after")] * (before - 1)
+            killed = together(cuts[before], run_dir, first)
+            tally.check(killed[0].returncode == -signal.SIGKILL, f"{label}: {killed[0].stderr[-300:]}")
+            second = together(cuts[after], run_dir, [None] * after)
+            tally.check(all(o.returncode == 0 for o in second), f"{label}: {second[0].stderr[-300:]}")
+            tally.check("continues after step" in second[0].stdout, f"{label}: started again")
+            rows = read_metrics(run_dir / "metrics.jsonl")
+            same = [row["data/sample_ids"] for row in rows] == [row["data/sample_ids"] for row in alone]
+            tally.check(same, f"{label}: other samples")
+            pairs = list(zip(rows, alone, strict=True))[: 2 * kill + 2]  # rounding grows with the steps behind it
+            apart = max(abs(a["train/loss"] / b["train/loss"] - 1) for a, b in pairs)
+            tally.check(apart < 1e-5, f"{label}: losses {apart:.1e} apart")
+    refused = run_command(arguments(at(with_batch(config, 2, 2), tmp_path / "alone")))
+    tally.check(refused.returncode == 77 and "batch (samples in a step): 8" in refused.stderr, refused.stderr[-300:])
+
+
+@pytest.mark.fault("T15")
+def test_a_process_that_dies(config: Config, tmp_path: Path, tally: Tally) -> None:
+    """SIGKILL of either of two processes, computing, saving or loading: the other ends with 81 soon, then same bits."""
+    config = with_batch(replace(config, checkpoint=CheckpointConfig(every=2)), 2, 2)
+    config = replace(config, run=replace(config.run, timeout_minutes=0.5), train=replace(config.train, epochs=3))
+    outcomes = together(config, tmp_path / "reference", [None, None])
+    assert [o.returncode for o in outcomes] == [0, 0], outcomes[0].stderr
+    expected = result_of(tmp_path / "reference")
+    faults = [AtForward(5), AtForward(9), Fault("save", 1, "before"), AtForward(1), AtForward(16)]
+    cases = [(rank, fault) for fault in faults for rank in (0, 1) if isinstance(fault, AtForward) or rank == 0]
+    for number, (rank, fault) in enumerate(cases if tally.full else cases[1:4]):
+        run_dir, label = tmp_path / f"case-{number}", f"rank {rank}, {fault}"
+        both = together(config, run_dir, [fault, None] if rank == 0 else [None, fault])
+        tally.check(both[rank].returncode == -signal.SIGKILL, f"{label}: was not killed")
+        tally.check(both[1 - rank].returncode == 81, f"{label}: {both[1 - rank].returncode}")
+        tally.check(exit_record(run_dir)["code"] == 81, f"{label}: {exit_record(run_dir)}")
+        again = together(config, run_dir, [None, None])
+        tally.check([o.returncode for o in again] == [0, 0], f"{label}: {again[0].stderr[-300:]}")
+        tally.check(result_of(run_dir) == expected, f"{label}: another result")
+
+
+@pytest.mark.fault("T16")
+def test_a_process_that_hangs(config: Config, tmp_path: Path, tally: Tally) -> None:
+    """SIGSTOP of either process: the other gives up after run.timeout_minutes with 81 and names the silent one."""
+    config = with_batch(config, 2, 2)
+    config = replace(config, run=replace(config.run, timeout_minutes=0.1))
+    for rank in (1, 0)[: tally.times(1, 2)]:
+        run_dir = tmp_path / f"rank-{rank}"
+        faults: list = [None, None]
+        faults[rank] = AtForward(5, signal.SIGSTOP)
+        runs = start_processes(arguments(at(config, run_dir)), faults)
+        other = runs[1 - rank].wait()
+        runs[rank].signal(signal.SIGKILL)
+        runs[rank].wait()
+        tally.check(other.returncode == 81, f"rank {rank}: {other.returncode} {other.stderr[-500:]}")
+        said = other.stderr.partition("last heard of: ")[2]
+        tally.check(said.startswith(f"process {rank}: step "), f"rank {rank} is not named first: {said[:200]}")
+
+
+@pytest.mark.fault("T16")
+def test_a_first_process_that_cannot_save(config: Config, tmp_path: Path, tally: Tally) -> None:
+    """A failing disk under the first of two processes: both train on, and both end with 76 when it never recovers."""
+    config = replace(with_batch(config, 2, 2), checkpoint=CheckpointConfig(every=1))
+    both = together(config, tmp_path / "once", [DiskError(3, 3), None])
+    tally.check([o.returncode for o in both] == [0, 0], both[0].stderr[-300:])
+    tally.check("training goes on" in both[0].stdout, "it was not said")
+    both = together(config, tmp_path / "always", [DiskError(1, 99), None])
+    tally.check([o.returncode for o in both] == [76, 76], f"{[o.returncode for o in both]}")
+    again = finish(arguments(at(with_batch(config, 2, 4), tmp_path / "always")))
+    tally.check("starts fresh" in again.stdout, again.stdout[-300:])
+    tally.check(json.loads((tmp_path / "always" / "exit.json").read_text())["code"] == 0, "exit.json")

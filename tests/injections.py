@@ -152,7 +152,7 @@ class NotANumber:
                     return _Explodes.apply(loss) if self.only_gradient else loss * self.value
             return loss
 
-        LanguageModel.forward = forward
+        setattr(LanguageModel, "forward", forward)  # noqa: B010
 
 
 class _Explodes(torch.autograd.Function):

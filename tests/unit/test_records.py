@@ -13,7 +13,8 @@ import pytest
 from data_tools import prepare as prepare_module
 from data_tools.prepare import PrepareSettings, cache_root, prepare
 from data_tools.records import DataError, Report, find_sources, read_records
-from tests.conftest import BUNDLED_BASE, SHARED, Fault, arguments, needs_shared, run_command, tokenizer_at
+from tests.conftest import BUNDLED_BASE, SHARED, arguments, needs_shared, run_command, tokenizer_at
+from tests.injections import Fault
 from train.config import Config
 
 GOOD = '{"prompt": "What is AOG?", "response": "Aircraft on ground."}\n'

@@ -45,7 +45,7 @@ def main() -> None:
         moments = (0.7 * loading, loading + 2 * training / max(1, options.kills))
         kills = kill_until_done([*exact, "--run.dir", str(broken)], broken, options, moments)
         found = read_metrics(broken / "metrics.jsonl")
-        report = {
+        report: dict[str, Any] = {
             "command": " ".join(["train/main.py", *options.words]),
             "seed": options.seed,
             "seconds_left_alone": seconds,
@@ -57,17 +57,21 @@ def main() -> None:
             "peak_gib_left_alone": column(reference, "memory/peak_reserved_gib")[-1:],
             "peak_gib_after_resume": column(found, "memory/peak_reserved_gib")[-1:],
             "adapter_mib": round(len(adapter(whole)) / 2**20, 1),
+            "versions": versions(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+            "commit": commit(),
         }
+        write(options.out, report)
         if options.twice:
             report["largest_loss_difference_without_determinism"] = apart(options.words, Path(scratch))
-    report |= {
-        "versions": versions(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "commit": commit(),
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            write(options.out, report)
     print(json.dumps({key: value for key, value in report.items() if key not in ("command", "versions")}))
+
+
+def write(out: Path, report: dict[str, Any]) -> None:
+    """What is known so far, to the file."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def kill_until_done(

@@ -78,7 +78,7 @@ class KillAtOperation:
             elif moments == self.moment:
                 die()
 
-        for holder, name in ((train.checkpoint, "_write_synced"), (train.checkpoint, "sync")):
+        for holder, name in ((train.checkpoint, "_write"), (train.checkpoint, "sync")):
             before_and_after(holder, name, lambda when, name=name: act(f"{when} {name}"))
         for holder, name in ((os, "rename"), (shutil, "rmtree")):
             before_and_after(holder, name, lambda when, name=name: act(f"{when} {name}"))
@@ -92,7 +92,7 @@ class DiskError:
     last: int
     number: int = errno.ENOSPC
     seconds: float = 0.0
-    function: str = "_write_synced"
+    function: str = "_write"
 
     def __call__(self) -> None:
         import train.checkpoint

@@ -11,16 +11,18 @@ import json
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
 
-from train.exits import ExitCode, ExitWith, sync, write_atomically
+from train.exits import ExitCode, ExitWith, make_folder, sync, write_atomically
 
 FORMAT_VERSION = 1
 STEP_FOLDER = re.compile(r"step-(\d{10})")
@@ -28,6 +30,7 @@ ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OPTIMIZER, STATE, MANIFEST = "optimizer.safetensors", "trainer_state.json", "manifest.json"
 OTHER_RUN = "it belongs to another run"
 CONTENTS = (ADAPTER, ADAPTER_CONFIG, OPTIMIZER, STATE)
+MAX_JSON_BYTES = 64 << 20  # ours have about 1 kB, and a few bytes for each skipped step
 DISK_RESERVE = 1.2  # free space wanted before a save, in sizes of what is saved
 
 
@@ -64,9 +67,7 @@ def publish(target: Path) -> Iterator[Path]:
     Files are synced, then the folder, then it is renamed, then the parent is synced. An older `target` is moved aside
     first and removed last. Whatever goes wrong, the temporary folder is removed.
     """
-    if not target.parent.exists():
-        target.parent.mkdir(parents=True)
-        sync(target.parent.parent)
+    make_folder(target.parent)
     temporary = target.parent / f".tmp-{target.name}-{uuid.uuid4().hex[:8]}"
     temporary.mkdir(mode=0o700)
     try:
@@ -129,8 +130,8 @@ class CheckpointStore:
                 raise OSError(errno.ENOSPC, f"it needs {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free")
             with publish(target) as folder:
                 for name in CONTENTS:
-                    _write_synced(folder / name, contents[name])
-                _write_synced(folder / MANIFEST, _manifest(contents, state.step, self.run_uid()))
+                    _write(folder / name, contents[name])
+                _write(folder / MANIFEST, _manifest(contents, state.step, self.run_uid()))
         except OSError as error:
             raise ExitWith(
                 ExitCode.SAVE_FAILED, f"{target} could not be written: {error}; older checkpoints stand"
@@ -191,21 +192,31 @@ class CheckpointStore:
             return _irregularity(folder) or self._damage(folder)
         except OSError as error:
             return f"it cannot be read: {error}"
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             return f"{MANIFEST} cannot be understood: {error!r}"
 
     def _damage(self, folder: Path) -> str:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        written = _json_bytes(folder / MANIFEST)
+        manifest = json.loads(written)
         claimed = manifest.pop("manifest_sha256")
-        if claimed != _sha256(_canonical(manifest)):
+        if claimed != _sha256(_canonical(manifest)) or written != _canonical({**manifest, "manifest_sha256": claimed}):
             return f"{MANIFEST} is damaged"
         if manifest["format_version"] != FORMAT_VERSION:
             return f"format version {manifest['format_version']}, this program reads {FORMAT_VERSION}"
+        if set(manifest["files"]) != set(CONTENTS):
+            return f"{MANIFEST} names other files: {', '.join(sorted(set(manifest['files']) ^ set(CONTENTS)))}"
+        if STEP_FOLDER.fullmatch(folder.name) and folder.name != f"step-{manifest['step']:010d}":
+            return f"it is the checkpoint of step {manifest['step']}, not {folder.name}"
         for name in CONTENTS:
-            content = (folder / name).read_bytes()
             wanted = manifest["files"][name]
-            if len(content) != wanted["bytes"] or _sha256(content) != wanted["sha256"]:
+            # sizes first: a file of any length must not be read before it is known to be ours
+            if (folder / name).stat().st_size != wanted["bytes"]:
                 return f"{name} is damaged"
+            content = (folder / name).read_bytes()
+            if _sha256(content) != wanted["sha256"]:
+                return f"{name} is damaged"
+            if reason := _unreadable(name, content):
+                return f"{name} cannot be understood: {reason}"
         return "" if manifest["run_uid"] == self.run_uid() else OTHER_RUN
 
     def run_record(self) -> dict[str, str]:
@@ -219,14 +230,14 @@ class CheckpointStore:
             if record["run_uid"] and record["wandb_id"]:
                 return record
         record = {"run_uid": self._uid_of_checkpoints() or uuid.uuid4().hex, "wandb_id": uuid.uuid4().hex[:8]}
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(self.run_dir)
         write_atomically(path, json.dumps(record) + "\n")
         return record
 
     def _uid_of_checkpoints(self) -> str:
         for folder in self._folders():
-            with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-                manifest = json.loads((folder / MANIFEST).read_bytes())
+            with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                manifest = json.loads(_json_bytes(folder / MANIFEST))
                 if manifest.pop("manifest_sha256") == _sha256(_canonical(manifest)):
                     return manifest["run_uid"]
         return ""
@@ -241,8 +252,8 @@ class CheckpointStore:
         """The checkpoint with the lowest validation loss, and that loss; nothing where none was validated."""
         measured = []
         for folder in self._folders():
-            with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-                loss = json.loads((folder / STATE).read_bytes())["validation_loss"]
+            with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                loss = json.loads(_json_bytes(folder / STATE))["validation_loss"]
                 if loss is not None:
                     measured.append((loss, folder))
         return min(measured)[::-1] if measured else None
@@ -270,6 +281,26 @@ def free_bytes(folder: Path) -> int:
         folder = folder.parent
     status = os.statvfs(folder)
     return status.f_bavail * status.f_frsize
+
+
+def _json_bytes(path: Path) -> bytes:
+    """The content of a file not verified yet; raises ValueError where reading it could block or take all memory."""
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_JSON_BYTES:
+        raise ValueError(f"{path.name} is not a file of ours")
+    return path.read_bytes()
+
+
+def _unreadable(name: str, content: bytes) -> str:
+    """Why a file with the right hash is still none of this program's, or nothing."""
+    try:
+        if name == STATE:
+            TrainerState(**json.loads(content))
+        elif name in (ADAPTER, OPTIMIZER):
+            safetensors.deserialize(content)
+    except (safetensors.SafetensorError, ValueError, TypeError, RecursionError) as error:
+        return repr(error)
+    return ""
 
 
 def _read(folder: Path) -> Checkpoint:
@@ -308,11 +339,10 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _write_synced(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes) -> None:
+    """A new file; publish() syncs it."""
     with path.open("xb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _set_aside(folder: Path, kind: str) -> Path:

@@ -39,6 +39,14 @@ def write_atomically(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def make_folder(path: Path) -> None:
+    """Makes `path` and what is missing above it, each durably: a folder's entry is in the one that holds it."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+
+
 def sync(path: Path) -> None:
     """Makes a file's content, or a folder's entries, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -50,6 +58,6 @@ def sync(path: Path) -> None:
 
 def write_exit(run_dir: Path, code: ExitCode, reason: str) -> None:
     """Records how the run ended: launchers flatten exit codes (accelerate and torchrun return 1 for all of them)."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(run_dir)
     record = {"code": int(code), "name": code.name.lower(), "reason": reason}
     write_atomically(run_dir / "exit.json", json.dumps(record, indent=2) + "\n")

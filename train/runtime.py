@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from train.config import Config, parse_bytes
 from train.data import Layout
-from train.exits import ExitCode, ExitWith
+from train.exits import ExitCode, ExitWith, make_folder
 from train.metrics import read
 from train.signals import StopRequest
 
@@ -141,7 +141,7 @@ def seed_forward(seed: int, step: int, rank: int, forward: int) -> None:
 def locked(run_dir: Path) -> Iterator[None]:
     """Holds the run folder for this job, or until the process dies; raises ExitWith(BAD_INPUT) when another has it."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(run_dir)
         file = (run_dir / ".lock").open("w")
     except OSError as error:
         raise ExitWith(ExitCode.BAD_INPUT, f"--run.dir {run_dir}: {error}; choose another") from None

@@ -46,7 +46,7 @@ def test_a_kill_around_every_operation_of_a_save(dropped: Config, tmp_path: Path
     log = tmp_path / "moments"
     assert run_command(arguments(at(dropped, tmp_path / "logged")), KillAtOperation(0, str(log))).returncode == 0
     moments = log.read_text().splitlines()
-    assert {"before _write_synced", "after rename", "before rmtree", "after sync"} <= set(moments)
+    assert {"before _write", "after rename", "before rmtree", "after sync"} <= set(moments)
     first = len(moments) // 3  # the first of three saves, and what comes before it, is left to T1
     chosen = range(first, len(moments), 1 if tally.full else max(1, (len(moments) - first) // 8))
     for moment in chosen:

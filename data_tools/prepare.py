@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerBase
@@ -115,15 +116,29 @@ def prepare(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase) -> Pr
         needed.mkdir(parents=True, exist_ok=True)
     with (locks / fingerprint[:2]).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process prepares, others that want the same wait for it
-        if not (folder / "statistics.json").is_file():
+        found = _cached(folder)
+        if found is None:
+            shutil.rmtree(folder, ignore_errors=True)
             _make(sources, settings, tokenizer, folder)
-    statistics = Statistics(**json.loads((folder / "statistics.json").read_text(encoding="utf-8")))
-    return Prepared(fingerprint, Dataset.from_file(str(folder / "samples.arrow")), statistics)
+            found = _cached(folder)
+            assert found is not None
+    return found
+
+
+def _cached(folder: Path) -> Prepared | None:
+    """What lies in the cache; None where nothing does, or something that is not ours or is damaged."""
+    try:
+        statistics = Statistics(**json.loads((folder / "statistics.json").read_text(encoding="utf-8")))
+        samples = Dataset.from_file(str(folder / "samples.arrow"))
+    except (OSError, ValueError, TypeError, KeyError, pyarrow.ArrowException):
+        return None
+    is_ours = samples.features == FEATURES and len(samples) == statistics.num_samples
+    return Prepared(folder.name, samples, statistics) if is_ours else None
 
 
 def _make(sources: Sequence[Source], settings: PrepareSettings, tokenizer: Any, folder: Path) -> None:
     temporary = folder.with_name(f".tmp-{folder.name[:16]}-{uuid.uuid4().hex[:8]}")
-    temporary.mkdir()
+    temporary.mkdir(mode=0o700)  # it holds the data in readable form
     try:
         statistics = _write(sources, settings, tokenizer, temporary / "samples.arrow")
         (temporary / "statistics.json").write_text(json.dumps(asdict(statistics)), encoding="utf-8")
@@ -231,6 +246,8 @@ class _Renderer:
             sample = render_conversation(self.tokenizer, record)
         except ValueError as error:
             return str(error)
+        except TimeoutError as error:  # it would do so again at the next record
+            raise DataError(f"{record.source}: {error}") from None
         return fit(sample, settings.max_length, settings.truncation, begin_ids(self.tokenizer))
 
 

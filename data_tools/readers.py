@@ -6,13 +6,16 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import datasets
 import pyarrow.parquet
 
 LONGEST_ROW_BYTES = 8 * 2**20
 PARQUET_ROWS_AT_A_TIME = 256
+
+# What the datasets library raises; RuntimeError is for a data set that would have to run a script.
+UNREADABLE = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
 
 Place = str  # file:line, file:entry, or file:row
 Row = dict[str, Any]
@@ -65,7 +68,7 @@ class HubData:
         return self.name
 
     def load(self) -> datasets.Dataset:
-        """The split (train unless named), memory-mapped; raises OSError or ValueError where it cannot be had."""
+        """The split (train unless named), memory-mapped; raises one of UNREADABLE where it cannot be had."""
         name, _, split = self.name.partition(":")
         loaded = datasets.load_dataset(name, split=split or "train")
         assert isinstance(loaded, datasets.Dataset)
@@ -75,7 +78,7 @@ class HubData:
         """Its rows in order."""
         try:
             loaded = self.load()
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             complain(self.name, f"no such file or folder, and not a data set on the hub: {_first_line(error)}")
             return
         for number, row in enumerate(loaded, start=1):
@@ -85,7 +88,7 @@ class HubData:
         """The fingerprint that the datasets library gives to the loaded data."""
         try:
             return self.load()._fingerprint
-        except (OSError, ValueError):
+        except UNREADABLE:
             return "unreachable"
 
 
@@ -113,12 +116,13 @@ def _json(path: Path, complain: Complain) -> Iterator[tuple[Place, Any]]:
     """The entries of one JSON array, without holding the whole of it."""
     decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant)
     with path.open(encoding="utf-8-sig") as file:
-        buffer, number = file.read(LONGEST_ROW_BYTES).lstrip(), 0
-        if not buffer.startswith("["):
-            complain(str(path), "a JSON array of objects is expected; for one object a line name the file .jsonl")
-            return
-        buffer = buffer[1:].lstrip()
+        number = 0
         try:
+            buffer = file.read(LONGEST_ROW_BYTES).lstrip()
+            if not buffer.startswith("["):
+                complain(str(path), "a JSON array of objects is expected; for one object a line name the file .jsonl")
+                return
+            buffer = buffer[1:].lstrip()
             while not buffer.startswith("]"):
                 number += 1
                 if len(buffer) < LONGEST_ROW_BYTES:
@@ -130,7 +134,7 @@ def _json(path: Path, complain: Complain) -> Iterator[tuple[Place, Any]]:
                     raise ValueError("not JSON: ',' or ']' is expected behind this entry")
                 buffer = buffer.removeprefix(",").lstrip() or file.read(LONGEST_ROW_BYTES).lstrip()
         except UnicodeDecodeError as error:
-            complain(f"{path}:{number}", f"not UTF-8 (byte {error.start}); convert the file")
+            complain(f"{path}:{number or 1}", f"not UTF-8 (byte {error.start}); convert the file")
         except (ValueError, RecursionError) as error:
             complain(f"{path}:{number}", f"{_json_reason(error)}; nothing behind it was read")
 
@@ -138,7 +142,7 @@ def _json(path: Path, complain: Complain) -> Iterator[tuple[Place, Any]]:
 def _csv(path: Path, complain: Complain) -> Iterator[tuple[Place, Any]]:
     csv.field_size_limit(LONGEST_ROW_BYTES)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
+        reader = csv.DictReader(_lines(file), strict=True)
         try:
             for row in reader:
                 place = f"{path}:{reader.line_num}"
@@ -152,15 +156,24 @@ def _csv(path: Path, complain: Complain) -> Iterator[tuple[Place, Any]]:
             complain(f"{path}:{reader.line_num + 1}", f"not CSV: {error}; nothing behind it was read")
 
 
+def _lines(file: TextIO) -> Iterator[str]:
+    while line := file.readline(LONGEST_ROW_BYTES + 1):
+        if len(line) > LONGEST_ROW_BYTES:
+            raise csv.Error(f"the line is longer than {LONGEST_ROW_BYTES} characters")
+        yield line
+
+
 def _parquet(path: Path, complain: Complain) -> Iterator[tuple[Place, Any]]:
+    number = 0
     try:
-        number = 0
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(PARQUET_ROWS_AT_A_TIME):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}:{number}", row
     except (OSError, pyarrow.ArrowException) as error:
         complain(str(path), f"not Parquet: {_first_line(error)}")
+    except (ValueError, OverflowError) as error:  # text that is not UTF-8, dates that Python cannot hold
+        complain(f"{path}:{number + 1}", f"a value near here cannot be read: {_first_line(error)}; nothing more was")
 
 
 READERS: dict[str, Callable[[Path, Complain], Iterator[tuple[Place, Any]]]] = {
@@ -177,6 +190,11 @@ def parse_json(text: str) -> Any:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(_json_reason(error)) from None
+
+
+def shown(text: str) -> str:
+    """`text` on one line, with what is not to be seen, or would steer a terminal, as an escape such as \\x1b."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _json_reason(error: Exception) -> str:

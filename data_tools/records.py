@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_tools.formats import Format, Message, detect
-from data_tools.readers import READERS, HubData, RowFile
+from data_tools.readers import READERS, HubData, RowFile, shown
 
 TEXT_ENDINGS = (".txt", ".md")
 KNOWN_ENDINGS = (*TEXT_ENDINGS, *READERS)
@@ -52,10 +52,10 @@ class Report:
     formats: set[str] = field(default_factory=set)
 
     def add(self, where: str, reason: str) -> None:
-        """Notes one problem."""
+        """Notes one problem; file names and reasons may come from others, so what would steer a terminal is escaped."""
         self.total += 1
         if len(self.lines) < self.limit:
-            self.lines.append(f"{where}: {reason}")
+            self.lines.append(shown(f"{where}: {reason}"))
 
     def raise_if_any(self) -> None:
         """Raises DataError with everything noted."""
@@ -117,12 +117,7 @@ def find_sources(paths: Sequence[str], data_format: str, fields: Sequence[str] =
 def _origins(name: str, report: Report) -> list[TextFile | RowFile | HubData]:
     path = Path(name).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in KNOWN_ENDINGS)
-        if len({file.suffix.lower() in TEXT_ENDINGS for file in files}) == 2:
-            report.add(name, "holds both text and row files; say which with a glob, such as --data.path 'folder/*.txt'")
-        elif not files:
-            report.add(name, f"holds no {', '.join(KNOWN_ENDINGS)} file")
-        return [_file(file) for file in files]
+        return _in_folder(path, report)
     if path.is_file():
         if path.suffix.lower() not in KNOWN_ENDINGS:
             report.add(name, f"unknown file ending; known: {', '.join(KNOWN_ENDINGS)}")
@@ -138,6 +133,19 @@ def _origins(name: str, report: Report) -> list[TextFile | RowFile | HubData]:
         return [HubData(name)]
     report.add(name, "no such file or folder")
     return []
+
+
+def _in_folder(folder: Path, report: Report) -> list[TextFile | RowFile | HubData]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix.lower() in KNOWN_ENDINGS)
+    if len({file.suffix.lower() in TEXT_ENDINGS for file in files}) == 2:
+        reason = "holds both text and row files; say which with a glob, such as --data.path 'folder/*.txt'"
+        report.add(str(folder), reason)
+    elif not files:
+        report.add(str(folder), f"holds no {', '.join(KNOWN_ENDINGS)} file")
+    for file in files:  # a folder from elsewhere must not pull in the user's other files
+        if file.is_symlink() and not file.resolve().is_relative_to(folder.resolve()):
+            report.add(str(file), "is a link that leads out of the folder; name the file itself if it is meant")
+    return [_file(file) for file in files]
 
 
 def _file(path: Path) -> TextFile | RowFile:

@@ -1,16 +1,22 @@
 """Records -> token ids and which of them are trained, made together; nothing is ever found again by its text."""
 
 import json
+import signal
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from data_tools.records import Conversation, Document, Message
+
+# A template may come from a stranger: it runs in transformers' sandbox, and within these limits.
+TEMPLATE_SECONDS = 30.0  # a row of 8 MiB takes less than one
+LONGEST_RENDERED_CHARACTERS = 32 * 2**20  # four times the longest row
 
 # For a tokenizer that has no chat template: markers that are plain text, and the tokenizer's own end token.
 PLAIN_TEMPLATE = (
@@ -168,11 +174,37 @@ class _Turns:
 
 
 def _template(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    """The conversation as text; raises ValueError where the template refuses it, TimeoutError where it does not end."""
     turns = [message.as_turn() for message in messages]
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (TemplateError, TypeError, IndexError) as error:
+        with _time_limit(TEMPLATE_SECONDS):
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TimeoutError:
+        raise
+    except Exception as error:  # whatever the template does wrong, it is not our mistake
         raise ValueError(f"the chat template refuses this conversation: {error}") from None
+    if len(text) > LONGEST_RENDERED_CHARACTERS:
+        raise ValueError(f"the chat template makes {len(text):,} characters of this conversation")
+    return text
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError from what it holds after `seconds`; a thread other than the main one has no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise TimeoutError(f"the chat template did not end within {seconds:g} s; choose another --data.chat_template")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -2,7 +2,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-wanted=$(cat pyproject.toml constraints.txt | cksum)
+wanted=$(cat pyproject.toml requirements.lock requirements-cuda.lock | cksum)
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
     for python in ${PYTHON:-python3.12 python3.13 python3.11 python3}; do
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break || python=
@@ -10,7 +10,16 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
     [ -n "$python" ] || { echo "Python 3.11 or newer is needed; set PYTHON to its path" >&2; exit 78; }
     echo "installing into .venv, once (torch is large)"
     "$python" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+    install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "$@"; }
+    # torch's CPU build, where pip is set up to find its wheel beside the index; with hashes pip would prefer the index
+    install --require-hashes --no-index -r <(awk '/^[a-z]/ { torch = /^torch==/ } torch' requirements.lock) 2>/dev/null ||
+        true
+    install --require-hashes --only-binary :all: -r requirements.lock
+    if .venv/bin/python -c 'import importlib.metadata as m; exit("nvidia" not in str(m.requires("torch")))'; then
+        install --require-hashes --only-binary :all: -r requirements-cuda.lock
+    fi
+    install --no-build-isolation -e . # with the setuptools of the lock
+    .venv/bin/python -m pip check
     echo "$wanted" > .venv/installed
 fi
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from data_tools.records import DataError
 from train.exits import ExitCode, ExitWith, write_atomically
+from train.scrub import scrub
 
 if TYPE_CHECKING:
     from train.data import TrainingData
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         code, reason = ExitCode.BAD_INPUT, str(error)
-    print(f"\nhandloop: {reason}", file=sys.stderr, flush=True)
+    print(f"\nhandloop: {scrub(reason)}", file=sys.stderr, flush=True)
     return int(code)
 
 

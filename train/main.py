@@ -1,15 +1,18 @@
 """Trains adapters: `accelerate launch train/main.py --profile NAME [--section.field VALUE ...]`."""
 
+import sys
+
+from train.scrub import print_scrubbed, scrub
 from train.signals import StopRequest, follow_launcher
 
 STOP = None
 if __name__ == "__main__":  # before the imports below, which take seconds
+    sys.excepthook = print_scrubbed
     follow_launcher()
     STOP = StopRequest()
 
 import json
 import os
-import sys
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
@@ -53,11 +56,11 @@ def main(argv: list[str], stop: StopRequest | None = None) -> ExitCode:
         with runtime.locked(Path(config.run.dir)) if is_first_process() else nullcontext(), ExitStack() as closing:
             code, reason = attempt(config, stop, closing)
             if speaks(code):  # before trackers are closed, which may take seconds that a killed job does not have
-                write_exit(Path(config.run.dir), code, reason)
+                write_exit(Path(config.run.dir), code, scrub(reason))
     except ExitWith as end:  # the configuration cannot be used, or another job has the run folder
         code, reason = end.code, end.reason
     if speaks(code) and code != ExitCode.FINISHED:
-        print(f"\nhandloop: {reason}", file=sys.stderr, flush=True)
+        print(f"\nhandloop: {scrub(reason)}", file=sys.stderr, flush=True)
     if speaks(code) and "HANDLOOP_LAUNCHER" in os.environ:
         (Path(os.environ["HANDLOOP_LAUNCHER"]) / "exit").write_text(f"{int(code)}\n")
     return code

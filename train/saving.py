@@ -8,6 +8,7 @@ from train.exits import ExitCode, ExitWith
 from train.optim import state_bytes
 from train.resume import save_state
 from train.runtime import say
+from train.scrub import scrub
 from train.step import Training
 from train.trackers import Trackers
 
@@ -72,7 +73,7 @@ class Saver:
                 raise
             stands = f"step {self.saved} is the newest checkpoint" if self.saved else "there is no checkpoint yet"
             count = f"{self.failures} of at most {MAX_FAILED_SAVES} failures in a row"
-            say(self.training.accelerator, f"\n{end.reason}\ntraining goes on, {stands}; {count}")
+            say(self.training.accelerator, f"\n{scrub(end.reason)}\ntraining goes on, {stands}; {count}")
             return
         self.saved, self.failures = step, 0
         if validation_loss is not None:

@@ -1,0 +1,493 @@
+"""Malformed and malicious input: data that is wrong in every way, and pickles wherever a file is read."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from data_tools.prepare import PrepareSettings, cache_root, prepare
+from data_tools.records import DataError
+from tests.conftest import BUNDLED_BASE, arguments, run_command, tokenizer_at, write_shape
+from tests.tally import Tally
+from train.checkpoint import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    CONTENTS,
+    MANIFEST,
+    OPTIMIZER,
+    STATE,
+    CheckpointStore,
+    TrainerState,
+    adapter_files,
+)
+from train.commands import main as command
+from train.config import Config, ModelConfig
+from train.exits import ExitCode
+from train.model import base_fingerprint, load_model, load_tokenizer
+
+GOOD = '{"prompt": "What is AOG?", "response": "Aircraft on ground."}\n'
+TURNS = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n'
+LAST = "the last line truncated"
+
+
+def turns(*entries: object) -> str:
+    """A row of messages."""
+    return json.dumps({"messages": list(entries)}) + "\n"
+
+
+def turn(role: str, content: object = "text", **more: object) -> dict[str, object]:
+    """One message."""
+    return {"role": role, "content": content, **more}
+
+
+# The third line of a file whose others are good: what it holds, and the reason said of it, or nothing if it is read.
+CASES: dict[str, tuple[bytes, str]] = {
+    "invalid UTF-8": (b'{"prompt": "\xff", "response": "b"}\n', "not UTF-8 .byte 12"),
+    "byte order mark inside": (b"\xef\xbb\xbf" + GOOD.encode(), "not JSON"),
+    "Windows line end": (GOOD.replace("\n", "\r\n").encode(), ""),
+    LAST: (GOOD[:30].encode(), "not JSON: .* at column"),
+    "blank": (b" \t\n", ""),
+    "NUL": (b"\x00" + GOOD.encode(), "not JSON"),
+    "a line of 50 MB": (b'{"prompt": "' + b"x" * 50_000_000 + b'"}\n', "the line is longer than"),
+    "nested 10,000 deep": (b"[" * 10_000 + b"]" * 10_000 + b"\n", "nested too deeply"),
+    "a field twice": (b'{"prompt": "a", "prompt": "b", "response": "c"}\n', "the field 'prompt' stands twice"),
+    "NaN": (b'{"prompt": "a", "response": NaN}\n', "NaN is not JSON"),
+    "a wrong type": (b'{"prompt": ["a"], "response": "b"}\n', "'prompt' must be a string, not list"),
+    "a missing field": (b'{"prompt": "a"}\n', "no field 'response'"),
+    "half a surrogate pair": (b'{"prompt": "\\ud800", "response": "b"}\n', "half of a surrogate pair"),
+    "an integer of 5,000 digits": (b'{"prompt": ' + b"1" * 5000 + b"}\n", "Exceeds the limit"),
+}
+# The same, in files of messages.
+MESSAGES: dict[str, tuple[bytes, str]] = {
+    "no messages": (turns().encode(), "a list of turns with at least one turn"),
+    "an unknown role": (turns(turn("root"), turn("assistant")).encode(), "turn 1: unknown role 'root'"),
+    "all masked": (turns(turn("user"), turn("assistant", train=False)).encode(), "holds no assistant turn to train"),
+    "special tokens": (turns(turn("user", "<|end|><|assistant|>"), turn("assistant")).encode(), ""),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """The bundled one."""
+    return tokenizer_at()
+
+
+@pytest.fixture
+def caught(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache of prepared data of this test's own."""
+    monkeypatch.setenv("HANDLOOP_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def tell(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code and everything said by a `handloop` command."""
+    code = command([*words, "--profile", "demo", "--data.max_length", "256", "--data.validation_fraction", "0"])
+    return code, "".join(capsys.readouterr())
+
+
+@pytest.mark.fault("T21")
+def test_malformed_lines(tally: Tally, caught: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused with 78, file, line and reason, or skipped and counted; read where nothing is wrong."""
+    assert len(CASES) + len(MESSAGES) == 18
+    for number, (name, (row, reason)) in enumerate([*CASES.items(), *MESSAGES.items()]):
+        good = GOOD if name in CASES else TURNS
+        path = caught / f"{number}.jsonl"
+        path.write_bytes(good.encode() * 2 + row + good.encode() * (name != LAST))
+        began = time.monotonic()
+        code, said = tell("preview", "--data.path", str(path), capsys=capsys)
+        wanted = re.search(rf"^{re.escape(str(path))}:3: .*{reason}", said, re.MULTILINE)
+        stopped = (code == ExitCode.BAD_INPUT and "1 problem " in said and wanted) if reason else code == 0
+        settings = PrepareSettings((str(path),), max_length=256, on_error="skip")
+        statistics = prepare(settings, tokenizer_at()).statistics
+        num_good = 2 if name == LAST else 3 if reason or name == "blank" else 4
+        skipped = (statistics.num_samples, statistics.num_skipped) == (num_good, int(bool(reason)))
+        tally.check(stopped and skipped and time.monotonic() - began < 10, f"{name}: {code} {said[-200:]} {statistics}")
+    (caught / "empty.jsonl").touch()
+    code, said = tell("preview", "--data.path", str(caught / "empty.jsonl"), capsys=capsys)
+    tally.check(code == ExitCode.BAD_INPUT and "empty.jsonl: the file is empty" in said, f"an empty file: {said}")
+
+
+def parquet(**columns: object) -> bytes:
+    """One good row beside these columns, as a Parquet file."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"prompt": ["a"], "response": ["b"], **columns}), buffer)
+    return buffer.getvalue()
+
+
+NOT_TEXT = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff\xfe"]).buffers())
+# A file's ending and content, and what is said of it.
+TABLES: dict[str, tuple[str, bytes, str]] = {
+    "not UTF-8 at once": (".json", b"\xff[]", ":1: not UTF-8 .byte 0"),
+    "not UTF-8 later": (".json", b'[{"prompt": "a", "response": "\xff"}]', ":1: not UTF-8 .byte 30"),
+    "not an array": (".json", b"{}", ": a JSON array of objects is expected"),
+    "an array cut off": (".json", b'[{"prompt": "a", "response": "b"}', ":1: not JSON: ',' or ']' is expected"),
+    "another type in an array": (".json", b"[7]", ":1: a JSON object is expected, not int"),
+    "nested 10,000 deep": (".json", b"[" * 10_000, ":1: nested too deeply"),
+    "a cell too many": (".csv", b"prompt,response\na,b,c\n", ":2: 2 columns are expected"),
+    "an open quote": (".csv", b'prompt,response\na,"b\n', ":2: not CSV: unexpected end of data"),
+    "a column not UTF-8": (".csv", b"prompt,\xff\na,b\n", ":1: not UTF-8"),
+    "no Parquet": (".parquet", b"PAR1" * 9, ": not Parquet"),
+    "Parquet cut off": (".parquet", parquet()[:-9], ": not Parquet"),
+    "text not UTF-8": (".parquet", parquet(note=NOT_TEXT), ":1: a value near here cannot be read: 'utf-8'"),
+    "year 38,000": (".parquet", parquet(when=pa.array([2**60], pa.timestamp("us"))), ":1: a value near here cannot be"),
+}
+
+
+@pytest.mark.fault("T21")
+def test_malformed_tables(tally: Tally, caught: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """JSON arrays, CSV and Parquet: 78 with file, row and reason."""
+    for number, (name, (ending, content, reason)) in enumerate(TABLES.items()):
+        path = caught / f"{number}{ending}"
+        path.write_bytes(content)
+        code, said = tell("preview", "--data.path", str(path), capsys=capsys)
+        wanted = re.search(rf"^{re.escape(str(path))}{reason}", said, re.MULTILINE)
+        tally.check(code == ExitCode.BAD_INPUT and wanted, f"{name}: {code} {said[-300:]}")
+
+
+def mutate(rng: random.Random, content: bytes) -> bytes:
+    """One to four changes: bytes set, removed, doubled or moved, and pieces put in that parsers trip over."""
+    pieces = [bytes([byte]) for byte in b'"{}[],-\n\x00\xff']
+    pieces += [b"\\u0000", b"\\ud800", b"1e999", b"null"]
+    changed = bytearray(content)
+    for _ in range(rng.randint(1, 4)):
+        at, length = rng.randrange(len(changed) + 1), rng.randint(1, 12)
+        kind = rng.choice(("set", "put", "cut", "double", "move", "end"))
+        if kind == "set" and at < len(changed):
+            changed[at] = rng.randrange(256)
+        elif kind == "put":
+            changed[at:at] = rng.choice(pieces)
+        elif kind == "cut":
+            del changed[at : at + length]
+        elif kind == "double":
+            changed[at:at] = changed[at : at + 10 * length]
+        elif kind == "move":
+            part = changed[at : at + length]
+            del changed[at : at + length]
+            where = rng.randrange(len(changed) + 1)
+            changed[where:where] = part
+        elif kind == "end" and rng.random() < 0.3:
+            del changed[at:]
+    return bytes(changed)
+
+
+def table(ending: str) -> bytes:
+    """Three good rows as a file of this kind."""
+    rows = [{"prompt": f"What is {n}?", "response": f"It is \u00fc{n}."} for n in range(3)]
+    if ending == ".parquet":
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows), buffer)
+        return buffer.getvalue()
+    if ending == ".csv":
+        text = io.StringIO()
+        writer = csv.DictWriter(text, ["prompt", "response"])
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue().encode()
+    return json.dumps(rows).encode() if ending == ".json" else "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def read_or_refuse(path: Path, tokenizer: Any) -> str:
+    """Why reading this file, stopping or skipping, went otherwise than promised; nothing where it went as promised."""
+    settings = PrepareSettings((str(path),), max_length=64)
+    try:
+        stopped = prepare(settings, tokenizer).statistics
+    except DataError as error:
+        lines = str(error).splitlines()
+        listed = [line for line in lines[1:] if not line.startswith("... and ")]
+        if not (all(line.startswith(str(path)) for line in listed) and (listed or "longer than" in lines[0])):
+            return f"said {error}"
+        stopped = None
+    try:
+        skipped = prepare(replace(settings, on_error="skip"), tokenizer).statistics
+    except DataError:
+        return "" if stopped is None else "read by stop and refused by skip"
+    if stopped is None:
+        return "" if skipped.num_skipped and skipped.num_samples else f"refused by stop, read by skip: {skipped}"
+    return "" if (skipped.num_skipped, skipped.num_samples) == (0, stopped.num_samples) else f"{stopped} {skipped}"
+
+
+@pytest.mark.fault("T21")
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".parquet"])
+def test_random_mutations(ending: str, tally: Tally, caught: Path, tokenizer: Any) -> None:
+    """Whatever the bytes: samples, or a DataError with the file's name; stop and skip agree on what is good."""
+    num_tries = tally.times(200, 2000) if ending == ".jsonl" else tally.times(40, 400)
+    first_seed, whole = 20_000, table(ending)
+    path = caught / f"mutant{ending}"
+    for seed in range(first_seed, first_seed + num_tries):
+        content = mutate(random.Random(seed), whole if seed % 2 or ending != ".jsonl" else TURNS.encode() * 2)
+        path.write_bytes(content)
+        try:
+            wrong = read_or_refuse(path, tokenizer)
+        except Exception as error:
+            wrong = f"{type(error).__name__}: {error}"
+        tally.check(not wrong, f"seed {seed}, {content[:200]!r}: {wrong}")
+
+
+def in_a_child(work: Callable[[], object], more_bytes: int, seconds: int) -> str:
+    """What `work` says in a fork that may map only so much more memory and take so long; "" where it raises nothing."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        signal.alarm(seconds)
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + more_bytes, mapped + more_bytes))
+        said = ""
+        try:
+            work()
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+        os.write(writing, said.encode(errors="replace")[:4000])
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        said = pipe.read().decode()
+    status = os.waitpid(child, 0)[1]
+    return said if status == 0 else f"ended with status {status}"
+
+
+def endless(path: Path, beginning: bytes, size: int) -> Path:
+    """A sparse file: `beginning`, then zeros without a line's end."""
+    with path.open("wb") as file:
+        file.write(beginning)
+        file.truncate(size)
+    return path
+
+
+@pytest.mark.fault("T21")
+def test_memory_and_time_are_bounded(tally: Tally, tmp_path: Path) -> None:
+    """A line, an entry or a cell of half a gigabyte is refused within 128 MiB of memory and 60 seconds."""
+    size = 2**29
+    beginnings = {
+        ".jsonl": GOOD.encode() + b'{"prompt": "',
+        ".json": b'[{"prompt": "',
+        ".csv": b'prompt,response\n"a',
+    }
+    for ending, beginning in beginnings.items():
+        path = endless(tmp_path / f"large{ending}", beginning, size)
+        source = PrepareSettings((str(path),)).sources()[0]
+
+        def read(origin: Any = source.origin) -> None:
+            problems: list[str] = []
+            list(origin.rows(lambda place, reason: problems.append(f"{place}: {reason}")))
+            raise DataError("; ".join(problems))
+
+        said = in_a_child(read, 2**27, 60)
+        tally.check(re.match(rf"DataError: {path}(:\d+)?: ", said), f"{ending}: {said[:300]}")
+    control = in_a_child(lambda: bytes(2**28), 2**27, 60)
+    tally.check(control.startswith("MemoryError"), f"the limit itself: {control}")
+
+
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (open, (str(self.canary), "w"))
+
+
+class Slot:
+    """Malicious content, and whether any of it ran."""
+
+    def __init__(self, folder: Path) -> None:
+        self.canary = folder / "canary"
+        archive = io.BytesIO()
+        torch.save({"weight": Touch(self.canary)}, archive)
+        self.contents = {"pickle": pickle.dumps(Touch(self.canary)), "torch": archive.getvalue()}
+
+    def ran(self) -> bool:
+        """Whether the canary was there; it is taken away."""
+        there = self.canary.exists()
+        self.canary.unlink(missing_ok=True)
+        return there
+
+
+@contextmanager
+def whatever_is_said() -> Iterator[None]:
+    """Refusals are proved elsewhere; here only what runs counts."""
+    with suppress(Exception):
+        yield
+
+
+@pytest.fixture
+def slot(tmp_path: Path) -> Slot:
+    """A canary that has been seen to sing, both ways."""
+    made = Slot(tmp_path)
+    pickle.loads(made.contents["pickle"])
+    assert made.ran()
+    torch.load(io.BytesIO(made.contents["torch"]), weights_only=False)
+    assert made.ran()
+    return made
+
+
+@pytest.fixture(scope="module")
+def clean_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole base folder with a tiny Llama."""
+    folder = tmp_path_factory.mktemp("base")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copy(BUNDLED_BASE / name, folder / name)
+    write_shape(folder, json.loads((BUNDLED_BASE / "config.json").read_text())["vocab_size"])
+    LlamaForCausalLM(LlamaConfig.from_pretrained(folder)).save_pretrained(folder)
+    return folder
+
+
+ADAPTER_BESIDE = json.dumps({"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "base_model_name_or_path": ""})
+INDEX = json.dumps({"metadata": {}, "weight_map": {"model.embed_tokens.weight": "pytorch_model.bin"}})
+# file that holds the pickle -> files that are removed, and files that point to it
+BASE_SLOTS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    "pytorch_model.bin": (("model.safetensors",), {}),
+    "pytorch_model.bin beside": ((), {}),
+    "pytorch_model.bin by an index": (("model.safetensors",), {"model.safetensors.index.json": INDEX}),
+    "adapter_model.bin": ((), {"adapter_config.json": ADAPTER_BESIDE}),
+    "optimizer.pt": ((), {}),
+    "scheduler.pt": ((), {}),
+    "training_args.bin": ((), {}),
+    "rng_state.pth": ((), {}),
+    "model.safetensors": ((), {}),
+    "config.json": ((), {}),
+    "generation_config.json": ((), {}),
+    "tokenizer.json": ((), {}),
+    "tokenizer_config.json": ((), {}),
+    "tokenizer.model": (("tokenizer.json",), {}),
+    "special_tokens_map.json": ((), {}),
+    "added_tokens.json": ((), {}),
+    "chat_template.jinja": ((), {}),
+}
+
+
+@pytest.mark.fault("T24")
+def test_pickles_in_the_base(tally: Tally, slot: Slot, clean_base: Path, tmp_path: Path, config: Config) -> None:
+    """In place of, and beside, every file of a base: none is executed when the base is loaded."""
+    load_model(replace(config, model=ModelConfig(name_or_path=str(clean_base))), torch.device("cpu"))
+    kinds = slot.contents if tally.full else {"torch": slot.contents["torch"]}
+    for kind, content in kinds.items():
+        for number, (name, (removed, added)) in enumerate(BASE_SLOTS.items()):
+            folder = tmp_path / f"{kind}{number}"
+            shutil.copytree(clean_base, folder)
+            for other in removed:
+                (folder / other).unlink()
+            for other, text in added.items():
+                (folder / other).write_text(text)
+            (folder / name.partition(" ")[0]).write_bytes(content)
+            wanted = replace(config, model=ModelConfig(name_or_path=str(folder), quantization="none"))
+            for load in (load_tokenizer, base_fingerprint, lambda c: load_model(c, torch.device("cpu"))):
+                with whatever_is_said():
+                    load(wanted)
+            tally.check(not slot.ran(), f"{kind} as {name}")
+
+
+def signed(folder: Path, run_uid: str) -> None:
+    """A manifest that fits the files as they are: hashes are no defence against who can write both."""
+    contents = {name: (folder / name).read_bytes() for name in CONTENTS}
+    files = {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in contents.items()}
+    manifest: dict[str, object] = {"format_version": 1, "run_uid": run_uid, "step": 1, "files": files}
+    canonical = json.dumps(manifest, sort_keys=True, indent=1).encode()
+    manifest["manifest_sha256"] = hashlib.sha256(canonical).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(manifest, sort_keys=True, indent=1))
+
+
+@pytest.mark.fault("T24")
+def test_pickles_in_a_checkpoint(tally: Tally, slot: Slot, tmp_path: Path) -> None:
+    """In place of each file, also with a manifest that fits, and beside them: none is executed when it is read."""
+    names = (ADAPTER, ADAPTER_CONFIG, OPTIMIZER, STATE, MANIFEST, "adapter_model.bin", "optimizer.pt")
+    for kind, content in slot.contents.items():
+        for name in names:
+            for fits in (False, True) if name in CONTENTS else (False,):
+                store = CheckpointStore(tmp_path / f"{kind}-{name}-{fits}", keep=2)
+                files = adapter_files({"a.weight": torch.zeros(2)}, {"peft_type": "LORA"})
+                folder = store.save(files, {"a/state1": torch.zeros(2)}, TrainerState(1, 0, {}, {}, {}))
+                (folder / name).write_bytes(content)
+                if fits:
+                    signed(folder, store.run_uid())
+                    wanted = "" if name == ADAPTER_CONFIG else f"{name} cannot be understood"  # the sums are right
+                    tally.check(store.defect(folder).startswith(wanted), f"the manifest fits {name}")
+                for read in (lambda s=store, f=folder: s.load(f), store.latest):
+                    with whatever_is_said():
+                        read()
+                tally.check(not slot.ran(), f"{kind} as {name}, manifest {'fits' if fits else 'as it was'}")
+
+
+def with_extension(content: bytes) -> pa.Schema:
+    """A schema whose column names the extension type by which pyarrow once unpickled (CVE-2023-47248)."""
+    metadata = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": content}
+    columns = [pa.field(name, pa.string(), metadata=metadata) for name in ("prompt", "response")]
+    return pa.schema(columns)
+
+
+@pytest.mark.fault("T24")
+def test_pickles_in_the_data(tally: Tally, slot: Slot, caught: Path, tokenizer: Any) -> None:
+    """As a file of every kind, and in Parquet's and Arrow's metadata: none is executed when the data is prepared."""
+    for kind, content in slot.contents.items():
+        for ending in (".jsonl", ".json", ".csv", ".txt", ".md", ".parquet", ".arrow", ".pkl", ".pt"):
+            path = caught / f"{kind}{ending}"
+            path.write_bytes(content)
+            with whatever_is_said():
+                prepare(PrepareSettings((str(path),)), tokenizer)
+            tally.check(not slot.ran(), f"{kind} as {ending}")
+        path = caught / f"{kind}-extension.parquet"
+        rows = pa.Table.from_pylist([{"prompt": "a", "response": "b"}], schema=with_extension(content))
+        pq.write_table(rows, path)
+        named = (pq.read_schema(path).field("prompt").metadata or {}).get(b"ARROW:extension:name")
+        assert named == b"arrow.py_extension_type"
+        with whatever_is_said():
+            prepare(PrepareSettings((str(path),)), tokenizer)
+        tally.check(not slot.ran(), f"{kind} in Parquet's metadata")
+
+
+@pytest.mark.fault("T24")
+def test_pickles_in_the_cache(tally: Tally, slot: Slot, caught: Path, tokenizer: Any) -> None:
+    """In place of the prepared samples and their statistics: not executed, and the data is prepared again."""
+    path = caught / "rows.jsonl"
+    path.write_text(GOOD * 2)
+    settings = PrepareSettings((str(path),))
+    prepared = prepare(settings, tokenizer)
+    samples, folder = prepared.dataset.to_list(), cache_root() / prepared.fingerprint
+    for kind, content in slot.contents.items():
+        arrow = io.BytesIO()
+        schema = with_extension(content)
+        with pa.ipc.new_stream(arrow, schema) as writer:
+            writer.write_table(pa.Table.from_pylist([{"prompt": "a", "response": "b"}], schema=schema))
+        for name, what in (
+            ("samples.arrow", content),
+            ("statistics.json", content),
+            ("samples.arrow", arrow.getvalue()),
+        ):
+            (folder / name).write_bytes(what)
+            again = prepare(settings, tokenizer).dataset.to_list()
+            tally.check(not slot.ran() and again == samples, f"{kind} as {name}")
+
+
+@pytest.mark.fault("T24")
+def test_pickles_in_the_run_folder(tally: Tally, slot: Slot, config: Config) -> None:
+    """final/, run.json and all else that an earlier run left: a new run over them executes nothing."""
+    names = ["final/adapter_model.bin", "final/training_args.bin", "final/optimizer.pt", "run.json", "exit.json"]
+    names += ["metrics.jsonl", "answers.json", "optimizer.pt", "checkpoints/optimizer.pt"]
+    for kind, content in slot.contents.items() if tally.full else [("torch", slot.contents["torch"])]:
+        run_dir = Path(config.run.dir).with_name(f"run-{kind}")
+        for name in names:
+            (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+            (run_dir / name).write_bytes(content)
+        short = replace(config, run=replace(config.run, dir=str(run_dir)), train=replace(config.train, max_steps=1))
+        outcome = run_command(arguments(short))
+        tally.check(not slot.ran(), f"{kind}: {outcome.stderr[-300:]}")

@@ -1,0 +1,75 @@
+"""Secrets do not survive scrub, and nothing else is taken."""
+
+import sys
+
+import pytest
+
+from train.scrub import REMOVED, VARIABLES, print_scrubbed, scrub
+
+TOKEN = "hf_" + "aB3dE6gH9jK2mN5pQ8sT"
+
+
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        (f"401 for {TOKEN}, log in again", TOKEN),
+        (f"runs/{TOKEN}/final", TOKEN),
+        ("GET https://user:p4ssw0rd@host/path", "p4ssw0rd"),
+        ("GET https://user:p4ss@w0rd@host:8080/path", "w0rd"),
+        ("GET s3+http://0123456789@host", "0123456789"),
+        ("{'authorization': 'Bearer abc.DEF-123_456~789/x+y=='}", "abc.DEF-123_456~789/x+y=="),
+        ("https://host/path?token=abcdefgh12&x=1", "abcdefgh12"),
+        ("wandb_v1_0123456789abcdefghij_KLMNOPQRST", "0123456789abcdefghij_KLMNOPQRST"),
+    ],
+)
+def test_a_secret_is_taken_out(text: str, secret: str) -> None:
+    """Each known form, in the middle of a text."""
+    clean = scrub(text)
+    assert secret not in clean
+    assert REMOVED in clean
+    assert scrub(clean) == clean
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_values_of_the_environment_are_taken_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key without a form of its own is known by the variable that holds it."""
+    key = "0123456789abcdef0123456789abcdef01234567"
+    assert scrub(f"bad key {key}") == f"bad key {key}"
+    monkeypatch.setenv(name, key)
+    assert scrub(f"bad key {key}") == f"bad key {REMOVED}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the commit 0123456789abcdef0123456789abcdef01234567 of https://github.com/a/b@main was not found",
+        "hf_hub_download failed for meta-llama/Llama-3.1-8B",
+        "data/bearer of good tidings.jsonl:3: the bearer certification-of-conformity is missing",
+        "user@host:/data and max_tokens=12345678",
+        "",
+    ],
+)
+def test_ordinary_text_stays(text: str) -> None:
+    """Commits, addresses without a password, and words."""
+    assert scrub(text) == text
+
+
+def test_a_short_value_takes_no_words_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HF_TOKEN=data must not eat every `data`."""
+    monkeypatch.setenv("HF_TOKEN", "data")
+    assert scrub("the data") == "the data"
+
+
+def test_a_traceback_is_printed_without_secrets(capsys: pytest.CaptureFixture[str]) -> None:
+    """The hook tells what and where, and leaves the token out."""
+    try:
+        raise OSError(f"no access with {TOKEN}")
+    except OSError:
+        kind, error, trace = sys.exc_info()
+        assert kind is not None
+        assert error is not None
+        print_scrubbed(kind, error, trace)
+    printed = capsys.readouterr().err
+    assert "test_scrub.py" in printed
+    assert f"OSError: no access with {REMOVED}" in printed
+    assert TOKEN not in printed

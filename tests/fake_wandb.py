@@ -141,9 +141,9 @@ def blackhole() -> Iterator[str]:
 class WatcherFault:
     """Called in the run's process before main: breaks W&B's client in one way, and lets the process end as python does.
 
-    `what` is `absent` (its import fails), `service killed` or `log raises` (at the third row), `finish hangs`, or
-    nothing. `patience` replaces the seconds that a run waits at its end, unless it is 0. Exit hooks, of which W&B has
-    one that waits, do not run in a process of multiprocessing by themselves.
+    `what` is `absent` (its import fails), `service killed`, `service hangs` or `log raises` (at the third row),
+    `finish hangs`, or nothing. `patience` replaces the seconds that a run waits at its end, unless it is 0. Exit hooks,
+    of which W&B has one that waits, do not run in a process of multiprocessing by themselves.
     """
 
     what: str = ""
@@ -178,9 +178,10 @@ class WatcherFault:
         def log(run: Any, *arguments: Any, **options: Any) -> None:
             nonlocal calls
             calls += 1
-            if calls == 3 and self.what == "service killed":
+            if calls == 3 and self.what.startswith("service"):
                 connection: Any = wandb_setup.singleton().assert_service()
-                os.kill(connection._proc._process.pid, signal.SIGKILL)
+                kind = signal.SIGKILL if self.what == "service killed" else signal.SIGSTOP
+                os.kill(connection._proc._process.pid, kind)
                 time.sleep(0.2)
             if calls == 3 and self.what == "log raises":
                 raise RuntimeError("a bad day\nin two lines")

@@ -13,7 +13,8 @@ SHORTEST = 8  # a shorter value would take ordinary words out of a text
 PATTERNS = (
     (re.compile(r"hf_[A-Za-z0-9]{20,}"), REMOVED),
     (re.compile(r"wandb_v\d+_[A-Za-z0-9_]{20,}"), REMOVED),
-    (re.compile(r"([a-z][a-z0-9+.-]*://)[^\s/?#]*@", re.IGNORECASE), rf"\1{REMOVED}@"),
+    # one slash too, which is what pathlib makes of two
+    (re.compile(r"([a-z][a-z0-9+.-]+:/{1,2})[^\s/?#]*@", re.IGNORECASE), rf"\1{REMOVED}@"),
     # with a digit in it: "bearer" is a word too
     (re.compile(r"(\bbearer\s+)(?=\S*\d)[\w.~+/=-]{16,}", re.IGNORECASE), rf"\1{REMOVED}"),
     (re.compile(r"(\b(?:token|password|secret|api_?key)=)[^\s&;'\"]{8,}", re.IGNORECASE), rf"\1{REMOVED}"),
@@ -31,7 +32,8 @@ def scrub(text: str) -> str:
             text = text.replace(value, REMOVED)
     for pattern, replacement in PATTERNS:
         text = pattern.sub(replacement, text)
-    return text
+    # what others wrote may also hold sequences that steer a terminal
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def print_scrubbed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

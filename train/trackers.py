@@ -54,6 +54,7 @@ class Trackers:
 
     def __init__(self, members: Sequence[Tracker]) -> None:
         self.members = list(members)
+        self.files = [member for member in members if isinstance(member, MetricsFile)]  # also once they failed
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Tells all of them."""
@@ -68,8 +69,8 @@ class Trackers:
         self._each(lambda member: member.finish())
 
     def metrics_bytes(self) -> int:
-        """Length of metrics.jsonl, made durable; 0 in a process that writes none."""
-        return sum(member.durable_bytes() for member in self.members if isinstance(member, MetricsFile))
+        """Length of metrics.jsonl, made durable; 0 in a process that writes none. Raises OSError."""
+        return sum(file.durable_bytes() for file in self.files)
 
     def _each(self, tell: Callable[[Tracker], None]) -> None:
         for member in list(self.members):
@@ -101,16 +102,21 @@ class MetricsFile:
         """Appends the row."""
         self.unwritten += json.dumps(row).encode() + b"\n"
         try:
-            while self.unwritten:
-                self.unwritten = self.unwritten[os.write(self.descriptor, self.unwritten) :]
+            self._write()
             self.is_refused = False
         except OSError as error:
             if not self.is_refused:
-                print(f"{self.path}: {error}; rows are kept until it can be written", file=sys.stderr, flush=True)
+                with contextlib.suppress(OSError):  # the terminal may be a file on the same disk
+                    print(f"{self.path}: {error}; rows are kept until it can be written", file=sys.stderr, flush=True)
             self.is_refused = True
 
+    def _write(self) -> None:
+        while self.unwritten:
+            self.unwritten = self.unwritten[os.write(self.descriptor, self.unwritten) :]
+
     def durable_bytes(self) -> int:
-        """The file's length, after making sure that it is on disk."""
+        """The file's length, after making sure that all rows are on disk; raises OSError where they cannot be."""
+        self._write()
         os.fsync(self.descriptor)
         return self.path.stat().st_size
 
@@ -118,14 +124,17 @@ class MetricsFile:
         """They have a file of their own."""
 
     def finish(self) -> None:
-        """Closes the file."""
-        os.close(self.descriptor)
+        """Closes the file; raises OSError where rows are lost with it."""
+        try:
+            self._write()
+        finally:
+            os.close(self.descriptor)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a last line that a killed process left unfinished is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return rows

@@ -16,6 +16,7 @@ TOKEN = "hf_" + "aB3dE6gH9jK2mN5pQ8sT"
         (f"runs/{TOKEN}/final", TOKEN),
         ("GET https://user:p4ssw0rd@host/path", "p4ssw0rd"),
         ("GET https://user:p4ss@w0rd@host:8080/path", "w0rd"),
+        ("https:/user:p4ssw0rd@host/template.jinja does not exist", "p4ssw0rd"),
         ("GET s3+http://0123456789@host", "0123456789"),
         ("{'authorization': 'Bearer abc.DEF-123_456~789/x+y=='}", "abc.DEF-123_456~789/x+y=="),
         ("https://host/path?token=abcdefgh12&x=1", "abcdefgh12"),
@@ -46,6 +47,7 @@ def test_values_of_the_environment_are_taken_out(name: str, monkeypatch: pytest.
         "hf_hub_download failed for meta-llama/Llama-3.1-8B",
         "data/bearer of good tidings.jsonl:3: the bearer certification-of-conformity is missing",
         "user@host:/data and max_tokens=12345678",
+        "C:/Users/me@work/data.jsonl and file:///data/a@b.jsonl",
         "",
     ],
 )

@@ -72,9 +72,10 @@ def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
             "test": name,
-            "count": (count := sum(record["count"] for record in grouped[name])),
+            "count": sum(record["count"] for record in grouped[name]),
+            "tries": (tries := sum(record["tries"] for record in grouped[name])),
             "failures": (failures := sum(record["failures"] for record in grouped[name])),
-            "upper_bound_95": None if failures else round(1 - 0.05 ** (1 / count), 4),
+            "upper_bound_95": None if failures else round(1 - 0.05 ** (1 / tries), 4),
             "seconds": round(sum(record["seconds"] for record in grouped[name]), 1),
         }
         for name in FAULTS
@@ -83,10 +84,16 @@ def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
-    lines = ["| | fault | what has to come of it | checks | failures | 95 % bound |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| | fault | what has to come of it | tries | checks | failures | bound |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         bound = "" if row["upper_bound_95"] is None else f"{row['upper_bound_95']:.1%}"
-        lines.append(f"| {row['test']} | {FAULTS[row['test']]} | {row['count']:,} | {row['failures']} | {bound} |")
+        lines.append(
+            f"| {row['test']} | {FAULTS[row['test']]} | {row['tries']:,} | {row['count']:,} "
+            f"| {row['failures']} | {bound} |"
+        )
     return "\n".join(lines)
 
 

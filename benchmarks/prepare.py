@@ -55,7 +55,7 @@ def main() -> None:
     )
     parser.add_argument("paths", nargs="+")
     options = parser.parse_args()
-    tokenizer: Any = AutoTokenizer.from_pretrained(options.tokenizer)
+    tokenizer: Any = AutoTokenizer.from_pretrained(options.tokenizer, trust_remote_code=False)
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
     results = []
     with tempfile.TemporaryDirectory() as scratch:

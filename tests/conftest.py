@@ -173,7 +173,8 @@ class Run:
     def wait(self) -> Outcome:
         self.process.join(300)
         assert not self.process.is_alive(), "the run hangs"
-        return Outcome(self.process.exitcode, *((self.folder / name).read_text() for name in ("stdout", "stderr")))
+        texts = [path.read_text() if path.exists() else "" for path in (self.folder / n for n in ("stdout", "stderr"))]
+        return Outcome(self.process.exitcode, *texts)  # one that was killed at once has said nothing
 
 
 # CUDA cannot be used in a fork of a process that has looked at it, which some imports do

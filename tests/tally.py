@@ -14,6 +14,7 @@ class Tally:
     def __init__(self, name: str) -> None:
         self.name = name  # the fault's number in docs/RELIABILITY.md, T1 to T25
         self.count = 0
+        self.tries: set[str] = set()
         self.failures: list[str] = []
         self.full = os.environ.get("HANDLOOP_FAULTS") == "full"
 
@@ -22,7 +23,8 @@ class Tally:
         return full if self.full else short
 
     def check(self, passed: object, label: str) -> None:
-        """One try, described by `label`; all are made, failures are shown together at the end."""
+        """One check; what was tried stands in `label` before its colon. Failures are shown together at the end."""
         self.count += 1
+        self.tries.add(label.partition(": ")[0])
         if not passed:
             self.failures.append(label)

@@ -8,6 +8,7 @@ checkpoint is the highest step whose manifest verifies; there is no pointer file
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -75,11 +76,14 @@ def publish(target: Path) -> Iterator[Path]:
         for file in temporary.iterdir():
             sync(file)
         sync(temporary)
-        replaced = _set_aside(target, "trash") if target.exists() else None
+        replaced = _aside(target, "trash") if target.exists() else None
         try:
+            if replaced is not None:
+                os.rename(target, replaced)
+                sync(target.parent)
             os.rename(temporary, target)
         except OSError:
-            if replaced is not None:
+            if replaced is not None and replaced.exists():
                 os.rename(replaced, target)
             raise
         sync(target.parent)
@@ -254,7 +258,7 @@ class CheckpointStore:
         for folder in self._folders():
             with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 loss = json.loads(_json_bytes(folder / STATE))["validation_loss"]
-                if loss is not None:
+                if isinstance(loss, float) and math.isfinite(loss):
                     measured.append((loss, folder))
         return min(measured)[::-1] if measured else None
 
@@ -347,8 +351,12 @@ def _write(path: Path, content: bytes) -> None:
 
 def _set_aside(folder: Path, kind: str) -> Path:
     """Renames `folder`, durably, to a name that is no checkpoint's: hidden for trash, plain for quarantine."""
-    dot = "." if kind == "trash" else ""
-    aside = folder.with_name(f"{dot}{kind}-{folder.name}-{uuid.uuid4().hex[:8]}")
+    aside = _aside(folder, kind)
     os.rename(folder, aside)
     sync(folder.parent)
     return aside
+
+
+def _aside(folder: Path, kind: str) -> Path:
+    dot = "." if kind == "trash" else ""
+    return folder.with_name(f"{dot}{kind}-{folder.name}-{uuid.uuid4().hex[:8]}")

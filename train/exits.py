@@ -11,7 +11,7 @@ class ExitCode(IntEnum):
 
     FINISHED = 0
     INTERRUPTED = 75  # a checkpoint is durable: run the same command again
-    SAVE_FAILED = 76  # the last save failed; an older good checkpoint stands
+    SAVE_FAILED = 76  # the last save failed; older checkpoints, if there are any, stand
     FINGERPRINT_MISMATCH = 77  # the checkpoint belongs to another model, recipe or data set
     BAD_INPUT = 78  # configuration or data
     NON_FINITE = 79  # loss or gradient is not a finite number

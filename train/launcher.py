@@ -21,6 +21,7 @@ from train.exits import ExitCode
 from train.signals import STOP_SIGNALS, stop_with_parent
 
 PATIENCE = 60.0  # seconds that a trainer process may outlive accelerate, to save
+SECOND_THOUGHTS = 10.0  # seconds after a first Ctrl-C, from which on another kills
 
 
 class Launcher:
@@ -29,6 +30,7 @@ class Launcher:
     def __init__(self, arguments: list[str], folder: Path) -> None:
         self.folder = folder
         self.stopped_by = ""
+        self.interrupted = float("inf")  # when the first Ctrl-C came
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:
                 signal.signal(number, self._forward)
@@ -42,10 +44,17 @@ class Launcher:
         )
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
-        self.stopped_by = signal.Signals(number).name
-        for process in self.trainers():
+        now, self.stopped_by = time.monotonic(), signal.Signals(number).name
+        # one that hangs in another's absence cannot hear Ctrl-C any more
+        is_last_word = number == signal.SIGINT and now - self.interrupted > SECOND_THOUGHTS
+        self.interrupted = min(self.interrupted, now) if number == signal.SIGINT else self.interrupted
+        trainers = self.trainers()
+        for process in trainers:
             with suppress(ProcessLookupError):
-                os.kill(process, number)
+                os.kill(process, signal.SIGKILL if is_last_word else number)
+        if not trainers and list(self.folder.glob("pid-*")):  # they have ended, what started them has not
+            with suppress(ProcessLookupError):
+                os.killpg(self.child.pid, signal.SIGTERM)
 
     def trainers(self) -> list[int]:
         """Processes that train and are alive."""
@@ -74,9 +83,12 @@ class Launcher:
     def _code(self) -> int:
         with suppress(OSError, ValueError):
             return int((self.folder / "exit").read_text())
-        if self.stopped_by and not list(self.folder.glob("pid-*")):
-            print(f"stopped by {self.stopped_by} before training began", file=sys.stderr)
+        started = list(self.folder.glob("pid-*"))
+        if self.stopped_by:
+            print(f"stopped by {self.stopped_by}, and nothing was recorded about it", file=sys.stderr)
             return ExitCode.INTERRUPTED
+        if len(started) > 1:  # none of several could say what happened: they were killed, or waited in vain
+            return ExitCode.PEER_FAILURE
         code = self.child.returncode
         return 128 - code if code < 0 else code
 

@@ -1,6 +1,7 @@
 """The loop: a generator of completed steps, and what hangs off their boundaries."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from train.exits import ExitCode, ExitWith, write_atomically
 from train.metrics import Stopwatch, flops_per_token, num_matmul_weights, peak_flops
-from train.runtime import Heartbeat, agreed
+from train.runtime import Heartbeat, advice_to_repeat, agreed
 from train.saving import Saver
 from train.signals import StopRequest
 from train.step import StepResult, Training, optimizer_step
@@ -50,20 +51,25 @@ def train(
         since_last = {}
         if result.step % training.data.steps_per_epoch == 0 or result.step == training.total_steps:
             row |= validate()
+            if not math.isfinite(row.get("eval/loss", 0.0)):
+                row["warning"] = f"the validation loss is {row.pop('eval/loss')}; the step does not count as validated"
+                row.pop("eval/perplexity")
         if warning := watch.judge(result.loss):
             row["warning"] = warning
         if result.is_skipped:
             row["warning"] = leave_out(training, saver.skipped, result)
         trackers.log(row)
         validation_loss = row.get("eval/loss")
-        must_stop, is_time = agreed(training.accelerator, stop.is_received(), saver.is_time_on_first())
-        if must_stop or is_time or saver.is_due(result.step, validation_loss):
+        is_first = training.accelerator.is_main_process  # whose clock and disk count
+        is_wanted = is_first and (saver.is_time() or saver.is_due(result.step, validation_loss))
+        must_stop, must_save = agreed(training.accelerator, stop.is_received(), is_wanted)
+        if must_stop or must_save:
             stopwatch.restart()
             saver.save(result.step, validation_loss, must_stop)
             since_last = {"perf/save_seconds": round(stopwatch.lap(), 3), "perf/failed_saves": saver.failures}
         if must_stop:
             who = stop.received or "another process"
-            reason = f"stopped by {who}; step {saver.saved} is saved, run the same command again"
+            reason = f"stopped by {who}; step {saver.saved} is saved, {advice_to_repeat(training.config)}"
             raise ExitWith(ExitCode.INTERRUPTED, reason)
         stopwatch.restart()
 
@@ -86,9 +92,9 @@ def leave_out(training: Training, skipped: list[int], result: StepResult) -> str
             ExitCode.NON_FINITE,
             f"{text}.\nSteps left out so far: {', '.join(map(str, skipped))} (train.max_skipped_steps {limit}, "
             f"{MAX_SKIPPED_IN_A_ROW} in a row)\nThe step's samples: {', '.join(sources)}\n"
-            "Lower --optim.lr, or look at these samples; the newest checkpoint holds only finite weights",
+            "Lower --optim.lr, or look at these samples; no checkpoint holds a weight that is not finite",
         )
-    return f"{text}, the step is left out ({len(skipped)} of at most {limit}); its samples are in nonfinite-step-*.json"
+    return f"{text}, the step is left out ({len(skipped)} of at most {limit}); its samples: {', '.join(sources)}"
 
 
 def _row(training: Training, result: StepResult, stopwatch: Stopwatch, num_weights: int) -> Row:

@@ -8,12 +8,12 @@ from train.signals import StopRequest, follow_launcher
 STOP = None
 if __name__ == "__main__":  # before the imports below, which take seconds
     sys.excepthook = print_scrubbed
-    follow_launcher()
     STOP = StopRequest()
+    follow_launcher()
 
 import json
 import os
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -55,20 +55,25 @@ def main(argv: list[str], stop: StopRequest | None = None) -> ExitCode:
         config = parse(argv)
         with runtime.locked(Path(config.run.dir)) if is_first_process() else nullcontext(), ExitStack() as closing:
             code, reason = attempt(config, stop, closing)
-            if speaks(code):  # before trackers are closed, which may take seconds that a killed job does not have
-                write_exit(Path(config.run.dir), code, scrub(reason))
+            # before trackers are closed, which may take seconds that a killed job does not have
+            if speaks(code, Path(config.run.dir) / "exit.json"):
+                with suppress(OSError):  # a disk so full that not even this fits
+                    write_exit(Path(config.run.dir), code, scrub(reason))
     except ExitWith as end:  # the configuration cannot be used, or another job has the run folder
         code, reason = end.code, end.reason
-    if speaks(code) and code != ExitCode.FINISHED:
-        print(f"\nhandloop: {scrub(reason)}", file=sys.stderr, flush=True)
-    if speaks(code) and "HANDLOOP_LAUNCHER" in os.environ:
-        (Path(os.environ["HANDLOOP_LAUNCHER"]) / "exit").write_text(f"{int(code)}\n")
+    told = Path(os.environ.get("HANDLOOP_LAUNCHER", os.devnull)) / "exit"
+    with suppress(OSError):
+        if speaks(code, told):
+            told.write_text(f"{int(code)}\n")
+    if code != ExitCode.FINISHED and (is_first_process() or code == ExitCode.PEER_FAILURE):
+        with suppress(OSError):  # a terminal that is gone
+            print(f"\nhandloop: {scrub(reason)}", file=sys.stderr, flush=True)
     return code
 
 
-def speaks(code: ExitCode) -> bool:
-    """Whether this process tells how the run ended: the first, and when it may be dead, everyone who is left."""
-    return is_first_process() or code == ExitCode.PEER_FAILURE
+def speaks(code: ExitCode, record: Path) -> bool:
+    """Whether this process records how the run ended: the first, or where that one may be dead, who is left."""
+    return is_first_process() or (code == ExitCode.PEER_FAILURE and not record.exists())
 
 
 def attempt(config: Config, stop: StopRequest, closing: ExitStack) -> tuple[ExitCode, str]:
@@ -81,12 +86,15 @@ def attempt(config: Config, stop: StopRequest, closing: ExitStack) -> tuple[Exit
         return ExitCode.BAD_INPUT, str(error)
     except torch.OutOfMemoryError as error:
         advice = "lower --batch.per_device (and raise --batch.accumulation), or --data.max_length"
-        return ExitCode.BAD_INPUT, f"out of memory: {str(error).splitlines()[0]}\n{advice}"
+        reason = f"out of memory: {str(error).splitlines()[0]}\n{advice}"
+        if not is_first_process():  # the first will only know that this one has gone
+            print(f"handloop: process {os.environ['RANK']}: {reason}", file=sys.stderr, flush=True)
+        return ExitCode.BAD_INPUT, reason
     except RuntimeError as error:
         silent = runtime.peer_failure(config, error)
         if not silent:
             raise
-        return ExitCode.PEER_FAILURE, f"{silent}\nthe newest checkpoint stands: run the same command again"
+        return ExitCode.PEER_FAILURE, f"{silent}\nthe newest checkpoint stands: {runtime.advice_to_repeat(config)}"
     return ExitCode.FINISHED, "finished"
 
 
@@ -107,15 +115,15 @@ def run(config: Config, stop: StopRequest, closing: ExitStack) -> None:
         check_same_run(checkpoint, same_run, accelerator)
     else:
         on_first_process(accelerator, lambda: audit_aloud(config, tokenizer, data, validation))
-    runtime.go_on(accelerator, stop)
+    runtime.go_on(config, accelerator, stop)
     runtime.say(accelerator, f"loading {config.model.name_or_path}")
     training = assemble(config, accelerator, data)
     if checkpoint is not None:
         restore(training, checkpoint)
     runtime.say(accelerator, banner(training, tokenizer.notes, prepared.statistics, checkpoint))
 
-    runtime.say(accelerator, f"disk      {check_disk(training, store)}")
-    runtime.go_on(accelerator, stop)
+    on_first_process(accelerator, lambda: check_disk(training, store))
+    runtime.go_on(config, accelerator, stop)
 
     trackers = open_trackers(training, store, checkpoint, wandb)
     closing.callback(trackers.finish)
@@ -153,7 +161,8 @@ def open_trackers(training: Training, store: CheckpointStore, checkpoint: Checkp
     if not training.accelerator.is_main_process:
         return Trackers([])
     config = training.config
-    metrics = MetricsFile(store.run_dir, checkpoint.state.metrics_bytes if checkpoint else 0)
+    is_own = checkpoint is not None and checkpoint.path.resolve().parent == store.root.resolve()
+    metrics = MetricsFile(store.run_dir, checkpoint.state.metrics_bytes if checkpoint and is_own else 0)
     completed = checkpoint.state.step if checkpoint else 0
     members: list[Tracker] = [metrics]
     if wandb != "off":

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,8 @@ import peft
 import torch
 import transformers
 from accelerate import init_empty_weights
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from data_tools.render import PLAIN_TEMPLATE
 from train.collate import MicroBatch
@@ -34,6 +37,7 @@ from train.loss import summed_cross_entropy
 
 # Tokens that models ship for padding; the first that the vocabulary holds is used where pad is unset or equals eos.
 PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<unk>")
+LONGEST_HEADER_BYTES = 100_000_000  # as the safetensors library has it
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -95,7 +99,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
     source = _source(config.model)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except (OSError, ValueError, TypeError, StrictDataclassError, HfHubHTTPError) as error:
         raise _not_found(config.model, "a tokenizer", error) from None
     if config.data.chat_template:
         try:
@@ -202,12 +206,37 @@ def _with_adapters(base: Any, config: Config) -> peft.PeftModel:
 def model_shape(config: ModelConfig) -> Any:
     """The base's transformers configuration, without its weights."""
     try:
-        return AutoConfig.from_pretrained(**_source(config), trust_remote_code=False)
-    except (OSError, ValueError, HfHubHTTPError) as error:
+        shape = AutoConfig.from_pretrained(**_source(config), trust_remote_code=False)
+    except (OSError, ValueError, TypeError, StrictDataclassError, HfHubHTTPError) as error:
         raise _not_found(config, "config.json", error) from None
+    kernel = getattr(shape, "_attn_implementation", None)
+    if "/" in str(kernel):  # transformers would fetch a binary from the hub and run it, where `kernels` is installed
+        reason = f"{config.name_or_path}: config.json names the attention kernel {kernel!r} of the hub; take it out"
+        raise ExitWith(ExitCode.BAD_INPUT, reason)
+    return shape
+
+
+def _refuse_other_files(config: ModelConfig) -> None:
+    """Raises ExitWith(BAD_INPUT) where the index names other files than safetensors: transformers would read them."""
+    missing_is_fine = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    index = cached_file(config.name_or_path, SAFE_WEIGHTS_INDEX_NAME, revision=config.revision, **missing_is_fine)
+    if index is None:
+        return
+    try:
+        names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
+        wrong = [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _not_found(config, SAFE_WEIGHTS_INDEX_NAME, error) from None
+    if wrong:
+        reason = f"{config.name_or_path}: {SAFE_WEIGHTS_INDEX_NAME} names {wrong[0]!r}; only *.safetensors are read"
+        raise ExitWith(ExitCode.BAD_INPUT, reason)
 
 
 def _pretrained_base(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Any:
+    _refuse_other_files(config)
     quantization = _quantization(config, dtype)
     options = {"quantization_config": quantization} if quantization else {}
     try:
@@ -220,7 +249,7 @@ def _pretrained_base(config: ModelConfig, dtype: torch.dtype, device: torch.devi
             trust_remote_code=False,
             attn_implementation="sdpa",
         )
-    except (OSError, HfHubHTTPError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError, HfHubHTTPError) as error:
         raise _not_found(config, "safetensors weights", error) from None
 
 
@@ -238,7 +267,8 @@ def _quantization(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig
 def _random_base(shape: Any, config: Config, dtype: torch.dtype, device: torch.device) -> Any:
     """The shape with random weights, made and quantised layer by layer on the device: never whole in `dtype`."""
     with init_empty_weights(include_buffers=False):
-        base: Any = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation="sdpa")
+        options = {"dtype": dtype, "attn_implementation": "sdpa"}
+        base: Any = AutoModelForCausalLM.from_config(shape, trust_remote_code=False, **options)
     quantization = _quantization(config.model, dtype)
     if quantization is not None:
         replace_with_bnb_linear(base, modules_to_not_convert=["lm_head"], quantization_config=quantization)
@@ -303,7 +333,10 @@ def base_fingerprint(config: Config) -> str:
         digest.update(f"random {config.train.seed}".encode())
     elif Path(config.model.name_or_path).is_dir():
         for file in sorted(Path(config.model.name_or_path).glob("*.safetensors")):
-            digest.update(file.name.encode() + _sampled_bytes(file))
+            try:
+                digest.update(file.name.encode() + _sampled_bytes(file))
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+                raise _not_found(config.model, f"safetensors weights in {file.name}", error) from None
     else:
         digest.update(str(getattr(shape, "_commit_hash", None)).encode())
     return digest.hexdigest()
@@ -312,7 +345,7 @@ def base_fingerprint(config: Config) -> str:
 def _sampled_bytes(file: Path) -> bytes:
     """The header of a safetensors file and the beginning of each tensor in it."""
     with file.open("rb") as stream:
-        header = stream.read(int.from_bytes(stream.read(8), "little"))
+        header = stream.read(min(int.from_bytes(stream.read(8), "little"), LONGEST_HEADER_BYTES))
         samples = [header]
         for name, entry in sorted(json.loads(header).items()):
             if name != "__metadata__":

@@ -29,6 +29,7 @@ RUN_FILES = (
     "checkpoints",
     "final",
     "wandb",
+    ".heartbeats",
 )
 
 
@@ -140,14 +141,16 @@ def restore(training: Training, checkpoint: Checkpoint) -> None:
         )
 
 
-def save_state(training: Training, store: CheckpointStore, same_run: dict[str, object], moment: dict[str, Any]) -> None:
+def save_state(
+    training: Training, store: CheckpointStore, same_run: dict[str, object], moment: Callable[[], dict[str, Any]]
+) -> None:
     """Writes a checkpoint from the first process; raises ExitWith, in all processes, if that fails.
 
-    `moment` holds the fields of TrainerState that change from step to step.
+    `moment` gives the fields of TrainerState that change from step to step, and may raise OSError.
     """
 
     def write() -> int:
-        state = TrainerState(identity=same_run, layout=layout(training), versions=versions(), **moment)
+        state = TrainerState(identity=same_run, layout=layout(training), versions=versions(), **moment())
         files = adapter_files(training.parameters, adapter_config(training.model))
         store.save(files, optimizer_state(training.optimizer, training.parameters), state)
         return 0
@@ -164,6 +167,7 @@ def layout(training: Training) -> dict[str, object]:
 def _archive(run_dir: Path) -> None:
     """Moves what an earlier run left in `run_dir` to its previous-N folder; nothing is deleted."""
     present = [run_dir / name for name in RUN_FILES if (run_dir / name).exists()]
+    present += run_dir.glob("nonfinite-step-*.json")
     if not any(STEP_FOLDER.fullmatch(path.name) for path in (run_dir / "checkpoints").glob("*")) and len(present) < 2:
         return
     taken = [path.name.removeprefix("previous-") for path in run_dir.glob("previous-*")]

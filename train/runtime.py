@@ -5,6 +5,7 @@ import hashlib
 import os
 import platform
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -82,11 +83,11 @@ def start(config: Config) -> Accelerator:
     return accelerator
 
 
-def go_on(accelerator: Accelerator, stop: StopRequest) -> None:
+def go_on(config: Config, accelerator: Accelerator, stop: StopRequest) -> None:
     """Raises ExitWith(INTERRUPTED), in all processes, where one was asked to stop and nothing is trained yet."""
     if any(agreed(accelerator, stop.is_received())):
         reason = f"stopped by {stop.received or 'another process'} before a step was made, so there is nothing to save"
-        raise ExitWith(ExitCode.INTERRUPTED, f"{reason}; run the same command again")
+        raise ExitWith(ExitCode.INTERRUPTED, f"{reason}; {advice_to_repeat(config)}")
 
 
 class Heartbeat:
@@ -115,8 +116,8 @@ def peer_failure(config: Config, error: RuntimeError) -> str:
     beats = []
     for path in sorted((Path(config.run.dir) / ".heartbeats").glob("*")):
         with suppress(OSError, ValueError):
-            beats.append((path.stat().st_mtime, f"process {path.name}: step {path.read_text()}", int(path.name)))
-    heard = "; ".join(f"{what}, {now - moment:.0f} s ago" for moment, what, _ in sorted(beats))
+            beats.append((path.stat().st_mtime, f"process {path.name}: step {path.read_text()}"))
+    heard = "; ".join(f"{what}, {now - moment:.0f} s ago" for moment, what in sorted(beats))
     first_line = str(error).strip().splitlines()[0]
     return f"another process died or hangs ({first_line})\nlast heard of: {heard or 'none has made a step'}"
 
@@ -151,9 +152,9 @@ def locked(run_dir: Path) -> Iterator[None]:
         except OSError:
             reason = f"{run_dir} is in use by another job; wait for it or choose another --run.dir"
             raise ExitWith(ExitCode.BAD_INPUT, reason) from None
-        (run_dir / "exit.json").unlink(
-            missing_ok=True
-        )  # of an earlier attempt; without one the run lives, or was killed
+        # of an earlier attempt: without exit.json the run lives, or was killed
+        (run_dir / "exit.json").unlink(missing_ok=True)
+        shutil.rmtree(run_dir / ".heartbeats", ignore_errors=True)
         yield
 
 
@@ -173,4 +174,11 @@ def device_name(device: torch.device) -> str:
 def say(accelerator: Accelerator, text: str) -> None:
     """Prints for people, once for all processes."""
     if accelerator.is_main_process:
-        print(text, file=sys.stdout, flush=True)
+        with suppress(OSError):  # a terminal that is gone, or a file on a full disk
+            print(text, file=sys.stdout, flush=True)
+
+
+def advice_to_repeat(config: Config) -> str:
+    """What goes on with the run; `never` or a path, repeated, would start again from there."""
+    without = "" if config.run.resume in ("auto", "must") else f", without --run.resume {config.run.resume}"
+    return f"run the same command again{without}"

@@ -52,28 +52,30 @@ class Saver:
         is_best = validation_loss is not None and validation_loss < self.lowest
         return step % every == 0 or step == self.training.total_steps or is_best
 
-    def is_time_on_first(self) -> bool:
-        """Whether checkpoint.minutes have passed since the last one; clocks differ, so only the first process asks."""
+    def is_time(self) -> bool:
+        """Whether checkpoint.minutes have passed since the last one, by this process's clock."""
         minutes = self.training.config.checkpoint.minutes
-        is_asked = minutes > 0 and self.training.accelerator.is_main_process
-        return is_asked and time.monotonic() - self.since >= 60 * minutes
+        return minutes > 0 and time.monotonic() - self.since >= 60 * minutes
 
     def save(self, step: int, validation_loss: float | None, must_stop: bool) -> None:
-        """Writes the checkpoint of `step`; where that fails training goes on, as long as it is not the end.
+        """Writes the checkpoint of `step`; where that fails the run goes on without it.
 
         Raises ExitWith(SAVE_FAILED) when the run must stop now, or when one save more than MAX_FAILED_SAVES in a row
         has failed.
         """
         self.since = time.monotonic()
         try:
-            save_state(self.training, self.store, self.same_run, self._moment(step, validation_loss))
+            save_state(self.training, self.store, self.same_run, lambda: self._moment(step, validation_loss))
         except ExitWith as end:
             self.failures += 1
             if end.code != ExitCode.SAVE_FAILED or must_stop or self.failures > MAX_FAILED_SAVES:
                 raise
             stands = f"step {self.saved} is the newest checkpoint" if self.saved else "there is no checkpoint yet"
             count = f"{self.failures} of at most {MAX_FAILED_SAVES} failures in a row"
-            say(self.training.accelerator, f"\n{scrub(end.reason)}\ntraining goes on, {stands}; {count}")
+            goes_on = "training goes on"
+            if step == self.training.total_steps:
+                goes_on = "training is over, final/ is written; repeating the command would train the last steps again"
+            say(self.training.accelerator, f"\n{scrub(end.reason)}\n{goes_on}, {stands}; {count}")
             return
         self.saved, self.failures = step, 0
         if validation_loss is not None:
@@ -96,8 +98,8 @@ def checkpoint_bytes(training: Training) -> int:
     return tensors + descriptions
 
 
-def check_disk(training: Training, store: CheckpointStore) -> str:
-    """How large checkpoints will be and how much is free; raises ExitWith(BAD_INPUT) where not even one fits."""
+def check_disk(training: Training, store: CheckpointStore) -> int:
+    """Says how large checkpoints will be and how much is free; raises ExitWith(BAD_INPUT) where not even one fits."""
     size, free = checkpoint_bytes(training), free_bytes(store.run_dir)
     line = f"checkpoints of {size / 2**20:,.1f} MiB, {free / 2**30:,.1f} GiB free in {store.run_dir}"
     if free < size * DISK_RESERVE:
@@ -105,4 +107,5 @@ def check_disk(training: Training, store: CheckpointStore) -> str:
     stay = store.keep + 2  # the best, and the one being written
     if free < size * stay:
         line += f"; {stay} of them may have to stand at once, and training goes on without those that find no room"
-    return line
+    say(training.accelerator, f"disk      {line}")
+    return 0

@@ -22,6 +22,7 @@ def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
     record = {
         "test": counted.name,
         "what": request.node.name,
+        "tries": len(counted.tries),
         "count": counted.count,
         "failures": len(counted.failures),
         "seconds": round(time.monotonic() - began, 1),

@@ -3,6 +3,7 @@
 import errno
 import shutil
 import subprocess
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def test_no_space_at_any_write(often: Config, tmp_path: Path, tally: Tally) -> N
         outcome = run_command(arguments(at(often, run_dir)), DiskError(first, first))
         tally.check(outcome.returncode == 0, f"write {first}: {outcome.stderr[-300:]}")
         tally.check("No space left on device" in outcome.stdout, f"write {first}: it was not said")
-        tally.check("training goes on, step 1 is the newest" in outcome.stdout or number > 4, f"write {first}: which")
+        stands = 1 if number < 5 else 2
+        tally.check(f"training goes on, step {stands} is the newest" in outcome.stdout, f"write {first}: which")
         tally.check(result_of(run_dir) == expected, f"write {first}: another result")
         tally.check(leftovers(run_dir) == [], f"write {first}: {leftovers(run_dir)}")
 
@@ -65,17 +67,25 @@ def test_space_is_looked_at_before(often: Config, tmp_path: Path, tally: Tally) 
     tally.check("MiB, " in later.stdout and "GiB free in" in later.stdout, "the sizes at the start")
 
 
+def can_mount() -> bool:
+    """Whether this process may mount file systems."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", folder]
+        is_mounted = shutil.which("mount") is not None and subprocess.run(command, check=False).returncode == 0
+        if is_mounted:
+            subprocess.run(["umount", folder], check=True)
+    return is_mounted
+
+
 @pytest.mark.fault("T8")
+@pytest.mark.skipif(not can_mount(), reason="mounting needs root; injected errors stand for it")
 def test_a_real_disk_that_is_too_small(often: Config, tmp_path: Path, tally: Tally) -> None:
     """A file system of 600 KiB to 2 MiB in memory: whatever fits, the run ends as it should, and leaves no rubbish."""
     expected = reference(often, tmp_path / "reference")
     for size in (600, 800, 1200, 2000)[: tally.times(1, 4)]:
         disk = tmp_path / f"disk-{size}"
         disk.mkdir()
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(disk)], check=False)
-        if mounted.returncode:
-            tally.check(True, "mounting needs root; the injected errors stand for it")
-            return
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(disk)], check=True)
         try:
             words = arguments(at(often, disk / "run"))
             outcome = run_command(words)

@@ -20,7 +20,7 @@ CHANGES: list[tuple[str, Any, str]] = [
     ("lora.r", 2, "lora.r"),
     ("batch.per_device", 4, "batch (samples in a step)"),
     ("data.max_length", 96, "data"),
-    ("train.epochs", 3, "total optimizer steps"),
+    ("train.epochs", 1, "total optimizer steps"),
     ("optim.name", "adamw", "optim.name"),
     ("optim.schedule", "cosine", "optim.schedule"),
     ("optim.warmup", 3, "optim.warmup"),

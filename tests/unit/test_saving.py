@@ -45,12 +45,12 @@ def test_the_clock(saver: Callable[[CheckpointConfig], Saver], monkeypatch: pyte
     timed, untimed = saver(CheckpointConfig(minutes=0.5)), saver(CheckpointConfig())
     timed.since = untimed.since = now[0]
     now[0] += 29
-    assert not timed.is_time_on_first()
+    assert not timed.is_time()
     now[0] += 2
-    assert timed.is_time_on_first()
-    assert not untimed.is_time_on_first()
+    assert timed.is_time()
+    assert not untimed.is_time()
     timed.save(2, None, must_stop=False)
-    assert not timed.is_time_on_first()
+    assert not timed.is_time()
 
 
 def test_the_best_checkpoint_stays(saver: Callable[[CheckpointConfig], Saver]) -> None:
@@ -65,6 +65,54 @@ def test_the_best_checkpoint_stays(saver: Callable[[CheckpointConfig], Saver]) -
     assert (again.saved, again.lowest) == (5, 1.0)
     made.save(6, 0.5, must_stop=False)
     assert sorted(int(path.name[5:]) for path in made.store.root.iterdir()) == [5, 6]
+
+
+def test_a_loss_that_is_not_a_number_is_never_the_best(saver: Callable[[CheckpointConfig], Saver]) -> None:
+    """NaN compares with nothing: it must not hide the lowest loss that is one."""
+    made = saver(CheckpointConfig(every=1))
+    for step, loss in ((1, 0.5), (2, 0.9), (3, float("nan")), (4, float("inf"))):
+        made.save(step, loss, must_stop=False)
+    assert made.store.best() == (made.store.root / "step-0000000001", 0.5)
+
+
+def test_metrics_that_cannot_be_synced_are_a_failed_save(
+    saver: Callable[[CheckpointConfig], Saver], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An I/O error of metrics.jsonl at a checkpoint: said, counted, training goes on, the next save is whole."""
+    made = saver(CheckpointConfig(every=1))
+    made.store.run_record()
+    file = MetricsFile(made.store.run_dir, 0)
+    made.trackers = Trackers([file])
+    file.log({"step": 1})
+    with monkeypatch.context() as broken:
+        broken.setattr(file, "durable_bytes", lambda: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        made.save(1, None, must_stop=False)
+    assert (made.saved, made.failures) == (0, 1)
+    assert "Input/output error" in capsys.readouterr().out
+    made.save(2, None, must_stop=False)
+    assert (made.saved, made.failures) == (2, 0)
+    found = made.store.latest()
+    assert found is not None
+    assert found.state.metrics_bytes == len('{"step": 1}\n')
+
+
+def test_half_a_row_is_completed_before_a_checkpoint_counts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The length that a checkpoint stores ends behind a whole row, also where a full disk had cut one."""
+    file = MetricsFile(tmp_path, 0)
+    real, allowed = os.write, [7]
+
+    def write(descriptor: int, content: bytes) -> int:
+        if descriptor == file.descriptor and not allowed:
+            raise OSError(28, "No space left on device")
+        return real(descriptor, content[: allowed.pop()] if descriptor == file.descriptor else content)
+
+    monkeypatch.setattr(os, "write", write)
+    file.log({"step": 1})
+    with pytest.raises(OSError, match="No space"):
+        file.durable_bytes()
+    monkeypatch.undo()
+    assert file.durable_bytes() == len('{"step": 1}\n')
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1]
 
 
 @pytest.mark.parametrize("name", ["paged_adamw_8bit", "adamw_8bit", "adamw"])

@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from data_tools import render
@@ -26,8 +28,11 @@ from train.checkpoint import publish
 from train.cli import parse
 from train.commands import main as command
 from train.config import Config, ModelConfig
+from train.deliver.compare import Answer
+from train.deliver.compare import show as show_answers
 from train.exits import ExitCode, ExitWith
-from train.model import load_model, load_tokenizer, model_shape
+from train.model import base_fingerprint, load_model, load_tokenizer, model_shape
+from train.scrub import scrub
 
 SOURCES = sorted(p for folder in ("train", "data_tools", "benchmarks", "demo") for p in (ROOT / folder).rglob("*.py"))
 GOOD = '{"prompt": "What is AOG?", "response": "Aircraft on ground."}\n'
@@ -159,7 +164,7 @@ def test_the_scan_lets_pass(source: str) -> None:
 def test_every_load_of_a_base_forbids_its_code_and_its_pickles() -> None:
     """Each from_pretrained says trust_remote_code=False itself, those of weights also use_safetensors=True."""
     calls = []
-    for path in (p for p in SOURCES if p.relative_to(ROOT).parts[0] in ("train", "data_tools", "demo")):
+    for path in (p for p in SOURCES if p.relative_to(ROOT).parts[0] in ("train", "data_tools", "benchmarks", "demo")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if (
                 isinstance(node, ast.Call)
@@ -213,6 +218,48 @@ def test_a_base_of_pickles_alone_is_refused(config: Config, base: Path, monkeypa
         load_model(on(config, base), torch.device("cpu"))
     assert caught.value.code == ExitCode.BAD_INPUT
     assert not calls
+
+
+@pytest.mark.parametrize("named", ["pytorch_model.bin", "../other.safetensors", 7])
+def test_an_index_names_safetensors_alone(
+    named: object, config: Config, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers follows it to any file: to another one than safetensors beside it is 78, and nothing is read."""
+    calls: list[object] = []
+    torch.save({"w": torch.zeros(1)}, base / "pytorch_model.bin")
+    (base / "model.safetensors").rename(base.parent / "other.safetensors")
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": named}}))
+    monkeypatch.setattr(torch, "load", lambda *given, **options: calls.append(given))
+    with pytest.raises(ExitWith, match=r"model\.safetensors\.index\.json") as caught:
+        load_model(on(config, base), torch.device("cpu"))
+    assert caught.value.code == ExitCode.BAD_INPUT
+    assert not calls
+
+
+def test_a_base_cannot_name_a_kernel(config: Config, base: Path) -> None:
+    """transformers would fetch the binary from the hub and run it, where `kernels` is installed."""
+    edit(base / "config.json", _attn_implementation="somebody/kernel")
+    with pytest.raises(ExitWith, match="names the attention kernel 'somebody/kernel' of the hub"):
+        load_model(on(config, base), torch.device("cpu"))
+
+
+BROKEN_BASES = {
+    "weights": {"model.safetensors": b"\xff" * 100},
+    "weights cut off": {"model.safetensors": (2**20).to_bytes(8, "little") + b"{"},
+    "a list": {"config.json": b"[]"},
+    "a wrong type": {"config.json": b'{"model_type": "llama", "vocab_size": "x"}'},
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_BASES)
+def test_a_broken_base_is_refused_in_one_message(name: str, config: Config, base: Path) -> None:
+    """Damaged weights and nonsense in config.json: 78 from everything that reads them."""
+    for file, content in BROKEN_BASES[name].items():
+        (base / file).write_bytes(content)
+    for read in (base_fingerprint, lambda c: load_model(c, torch.device("cpu"))):
+        with pytest.raises(ExitWith, match="cannot read") as caught:
+            read(on(config, base))
+        assert caught.value.code == ExitCode.BAD_INPUT
 
 
 def edit(path: Path, **changes: object) -> None:
@@ -372,6 +419,18 @@ def test_data_cannot_steer_the_terminal(name: str, words: list[str], tmp_path: P
     assert code in (0, ExitCode.BAD_INPUT)
     assert "owned" in said
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", said)
+
+
+def test_answers_are_shown_as_they_are() -> None:
+    """The table takes brackets for no markup, and its cells do not steer the terminal."""
+    written = io.StringIO()
+    console = Console(file=written, width=200)
+    answer = f"see [/etc/hosts] [bold]list[0] {HOSTILE}"
+    show_answers(console, "answers", [Answer(answer, answer, answer, answer, True, True, True, True)])
+    said = written.getvalue()
+    assert said.count("see [/etc/hosts] [bold]list[0] ") == 3
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", said)
+    assert scrub(f"one\ntwo {TITLE}") == "one\ntwo \\x1b]0;owned\\x07"
 
 
 def locked(name: str) -> dict[str, list[str]]:

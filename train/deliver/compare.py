@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from data_tools.preview import printable
 from data_tools.records import Conversation
 from data_tools.render import render_prompt
 from train.model import LanguageModel
@@ -104,7 +106,7 @@ def show(console: Console, title: str, answers: Sequence[Answer]) -> None:
     table.add_column("stopped", justify="center")
     for answer in answers[:ROWS_SHOWN]:
         marks = ("yes" if answer.exact else "no", "yes" if answer.stopped else "no")
-        table.add_row(answer.question, _shorten(answer.before), _shorten(answer.after), *marks)
+        table.add_row(*map(_shown, (answer.question, answer.before, answer.after)), *marks)
     console.print(table)
     total = len(answers)
     before = sum(a.before_exact for a in answers), sum(a.before_stopped for a in answers)
@@ -117,5 +119,7 @@ def show(console: Console, title: str, answers: Sequence[Answer]) -> None:
         console.print(f"{label:>6}: {shares}", highlight=False, soft_wrap=True)
 
 
-def _shorten(text: str) -> str:
-    return text if len(text) <= 160 else f"{text[:157]}..."
+def _shown(text: str) -> Text:
+    """The beginning, as it stands: no markup of rich's, and nothing that would steer the terminal."""
+    short = text if len(text) <= 160 else f"{text[:157]}..."
+    return Text("\n".join(map(printable, short.split("\n"))))

@@ -45,6 +45,8 @@ def varlen_attention(
     borders = options.get("cu_seq_lens_q")
     if borders is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if options.get("dropout"):
+        raise ValueError("the base's attention_dropout is not 0, which attention over packed rows does not have")
     longest = options["max_length_q"]
     reach = options.get("sliding_window")
     attended: Any = varlen_attn(

@@ -84,10 +84,11 @@ class Launcher:
         with suppress(OSError, ValueError):
             return int((self.folder / "exit").read_text())
         started = list(self.folder.glob("pid-*"))
-        if self.stopped_by:
-            print(f"stopped by {self.stopped_by}, and nothing was recorded about it", file=sys.stderr)
+        if self.stopped_by and not started:
+            print(f"stopped by {self.stopped_by} before training began", file=sys.stderr)
             return ExitCode.INTERRUPTED
-        if len(started) > 1:  # none of several could say what happened: they were killed, or waited in vain
+        if len(started) > 1 and not self.stopped_by:
+            # none of several could say what happened: they were killed, or waited in vain
             return ExitCode.PEER_FAILURE
         code = self.child.returncode
         return 128 - code if code < 0 else code

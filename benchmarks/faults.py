@@ -48,6 +48,9 @@ FAULTS = {
     "T25": "hundreds of steps, each saved | open files and memory do not grow",
 }
 
+# where the moment or the place of the fault is drawn at random, so that more tries would see more
+RANDOM = ("T1", "T5", "T10", "T21")
+
 
 def main(tally: Path) -> None:
     """Writes both files from the lines of `tally`."""
@@ -73,27 +76,28 @@ def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             "test": name,
             "count": sum(record["count"] for record in grouped[name]),
-            "tries": (tries := sum(record["tries"] for record in grouped[name])),
+            "random_tries": (tries := _random_tries(name, grouped[name])),
             "failures": (failures := sum(record["failures"] for record in grouped[name])),
-            "upper_bound_95": None if failures else round(1 - 0.05 ** (1 / tries), 4),
+            "upper_bound_95": None if failures or not tries else round(1 - 0.05 ** (1 / tries), 4),
             "seconds": round(sum(record["seconds"] for record in grouped[name]), 1),
         }
         for name in FAULTS
     ]
 
 
+def _random_tries(name: str, records: list[dict[str, Any]]) -> int:
+    return sum(record["tries"] for record in records) if name in RANDOM else 0
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| | fault | what has to come of it | tries | checks | failures | bound |",
-        "|---|---|---|---|---|---|---|",
+        "| | fault | what has to come of it | checks | failures | random tries: bound |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        bound = "" if row["upper_bound_95"] is None else f"{row['upper_bound_95']:.1%}"
-        lines.append(
-            f"| {row['test']} | {FAULTS[row['test']]} | {row['tries']:,} | {row['count']:,} "
-            f"| {row['failures']} | {bound} |"
-        )
+        bound = "" if row["upper_bound_95"] is None else f"{row['random_tries']:,}: {row['upper_bound_95']:.1%}"
+        lines.append(f"| {row['test']} | {FAULTS[row['test']]} | {row['count']:,} | {row['failures']} | {bound} |")
     return "\n".join(lines)
 
 

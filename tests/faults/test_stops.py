@@ -40,11 +40,11 @@ def test_stop_signals_at_random_moments(config: Config, tmp_path: Path, tally: T
         asked = time.monotonic()
         code = run.wait().returncode
         took = time.monotonic() - asked
-        tally.check(code in (0, 75), f"seed {number}, {kind.name}: code {code}")
+        tally.check(code in (0, 75), f"seed {number}: {kind.name}, code {code}")
         tally.check(exit_record(run_dir)["code"] == code, f"seed {number}: {exit_record(run_dir)}")
         tally.check(took < 20, f"seed {number}: {took:.1f} s until it ended")
         finish(words)
-        tally.check(result_of(run_dir) == expected, f"seed {number}, {kind.name}: another result")
+        tally.check(result_of(run_dir) == expected, f"seed {number}: {kind.name}, another result")
 
 
 @pytest.mark.fault("T10")

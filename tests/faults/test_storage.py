@@ -523,7 +523,7 @@ def test_every_tampering_is_found(two: Tree, tally: Tally, tmp_path: Path, confi
 @pytest.mark.parametrize("name", ["symlink to a FIFO", "FIFO for state", "manifest nested deeply"])
 @pytest.mark.usefixtures("no_fsync")
 def test_nothing_is_read_of_a_bad_older_checkpoint(
-    name: str, two: Tree, tmp_path: Path, confined: list[str], tally: Tally
+    name: str, two: Tree, tally: Tally, tmp_path: Path, confined: list[str]
 ) -> None:
     """Also where run.json is lost: neither by the start, nor by retention, nor in search of the run's identity."""
     root = tmp_path / "run"

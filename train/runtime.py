@@ -114,7 +114,10 @@ def peer_failure(config: Config, error: RuntimeError) -> str:
         return ""
     now = time.time()
     beats = []
+    own = os.environ.get("RANK")
     for path in sorted((Path(config.run.dir) / ".heartbeats").glob("*")):
+        if path.name == own:  # alive: it says this
+            continue
         with suppress(OSError, ValueError):
             beats.append((path.stat().st_mtime, f"process {path.name}: step {path.read_text()}"))
     heard = "; ".join(f"{what}, {now - moment:.0f} s ago" for moment, what in sorted(beats))

@@ -1,0 +1,186 @@
+"""One decoder block of the Llama family, forward and backward by hand."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from train.engine.lora_linear import Dropout, LoraGroup
+from train.engine.operations import rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Matrices = list[torch.Tensor]  # M of each group, in the order of Block.groups
+
+
+@dataclass
+class Pass:
+    """What all blocks share in one forward pass over T tokens."""
+
+    cos: torch.Tensor  # [T, D]
+    sin: torch.Tensor
+    attend: Attend  # query [T, heads, D], key and value [T, groups, D] -> [T, heads, D]
+    dropout: float
+    seed: int
+
+    def drop(self, block: int, group: int) -> Dropout | None:
+        """The dropout of one group's adapters in this pass."""
+        return Dropout(self.dropout, (self.seed << 16) + (block << 5) + (group << 3)) if self.dropout else None
+
+
+@dataclass
+class Activations:
+    """What the backward pass of a block reads; its output is not among it, so down_proj need not be recomputed."""
+
+    x: torch.Tensor  # [T, H]
+    rstd: torch.Tensor  # [T]
+    normed: torch.Tensor  # [T, H + R], with the adapters' X A^T behind
+    heads: torch.Tensor  # [T, N + R]: query, key, value, rotated
+    raw_heads: torch.Tensor  # the same before their norms (Qwen3), or empty
+    raw_rstd: torch.Tensor
+    attended: torch.Tensor  # [T, heads, D], with the graph of its attention
+    attention_inputs: list[torch.Tensor]
+    low: torch.Tensor  # [T, R]: attended A^T
+    middle: torch.Tensor  # [T, H]: the residual after attention
+    middle_rstd: torch.Tensor
+    middle_normed: torch.Tensor  # [T, H + R]
+    gate_up: torch.Tensor  # [T, 2 F + R]
+
+
+class Block:
+    """A decoder layer of transformers with PEFT's adapters, read once; its parameters stay where they are."""
+
+    def __init__(self, layer: Any, number: int) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.number = number
+        self.qkv = LoraGroup([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.o = LoraGroup([attention.o_proj])
+        self.gate_up = LoraGroup([mlp.gate_proj, mlp.up_proj])
+        self.down = LoraGroup([mlp.down_proj])
+        self.groups = [self.qkv, self.o, self.gate_up, self.down]
+        self.norms = [layer.input_layernorm, layer.post_attention_layernorm]
+        self.head_norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
+        self.head_size: int = attention.head_dim
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The adapters, in the order in which backward gives their gradients."""
+        return [parameter for group in self.groups for parameter in group.parameters]
+
+    def forward(self, matrices: Matrices, x: torch.Tensor, shared: Pass) -> Activations:
+        """Everything up to the MLP's inner activations; `finish` makes the output of it."""
+        num_tokens, width = x.shape
+        qkv, o, gate_up = matrices[:3]
+        normed = x.new_empty(num_tokens, width + self.qkv.num_extra)
+        rstd = rms_norm(x, self.norms[0].weight, self.norms[0].variance_epsilon, normed[:, :width])
+        heads = x.new_empty(num_tokens, self.qkv.num_outputs + self.qkv.num_extra)
+        low = normed[:, width:]
+        self.qkv.forward(qkv, normed[:, :width], low, heads[:, : self.qkv.num_outputs], shared.drop(self.number, 0))
+        raw_heads, raw_rstd = self._norm_heads(heads)
+        turned = heads[:, : self.qkv.rows[1].stop]
+        rotate(turned, turned, shared.cos, shared.sin)
+        inputs = [self._split(heads[:, rows]).detach().requires_grad_() for rows in self.qkv.rows]
+        with torch.enable_grad():
+            attended = shared.attend(*inputs)
+
+        flat = attended.detach().flatten(1)
+        low = x.new_empty(num_tokens, self.o.num_extra)
+        middle = torch.empty_like(x, memory_format=torch.contiguous_format)
+        self.o.forward(o, flat, low, middle, shared.drop(self.number, 1))
+        middle += x
+        middle_normed = x.new_empty(num_tokens, width + self.gate_up.num_extra)
+        weight, eps = self.norms[1].weight, self.norms[1].variance_epsilon
+        middle_rstd = rms_norm(middle, weight, eps, middle_normed[:, :width])
+        inner = x.new_empty(num_tokens, self.gate_up.num_outputs + self.gate_up.num_extra)
+        read, out = middle_normed[:, :width], inner[:, : self.gate_up.num_outputs]
+        self.gate_up.forward(gate_up, read, middle_normed[:, width:], out, shared.drop(self.number, 2))
+        return Activations(
+            x, rstd, normed, heads, raw_heads, raw_rstd, attended, inputs, low, middle, middle_rstd, middle_normed, inner
+        )  # fmt: skip
+
+    def finish(self, matrices: Matrices, kept: Activations, shared: Pass) -> tuple[torch.Tensor, torch.Tensor]:
+        """The block's output [T, H], the residual plus down_proj of silu(gate) up; and [T, R], that product's A^T."""
+        width = self.down.num_inputs
+        product = kept.x.new_empty(kept.x.shape[0], width + self.down.num_extra)
+        swiglu(kept.gate_up, product[:, :width])
+        out = torch.empty_like(kept.middle)
+        low = product[:, width:]
+        self.down.forward(matrices[3], product[:, :width], low, out, shared.drop(self.number, 3))
+        return out.add_(kept.middle), low.clone(memory_format=torch.contiguous_format)
+
+    def backward(
+        self, matrices: Matrices, kept: Activations, low: torch.Tensor, grad: torch.Tensor, shared: Pass
+    ) -> list[torch.Tensor]:
+        """The adapters' gradients. grad [T, H + R] holds the output's gradient and is given the input's, in place.
+
+        Consumes `kept`: its buffers become gradients. The first block's input, the frozen embedding, has none.
+        """
+        qkv, o, gate_up, down = (shared.drop(self.number, group) for group in range(4))
+        width = kept.x.shape[1]
+        residual = grad[:, :width]
+
+        with_low = grad[:, : width + self.down.num_extra]
+        product = grad.new_empty(grad.shape[0], self.down.num_inputs)
+        self.down.input_gradient(matrices[3], with_low, down, product)
+        swiglu_backward(kept.gate_up, product)  # rebuilds the product in the place of its gradient
+        down_gradients = self.down.adapter_gradients(with_low, product, low, down)
+        del product
+
+        normed = kept.middle_normed
+        grad_normed = grad.new_empty(grad.shape[0], width)
+        self.gate_up.input_gradient(matrices[2], kept.gate_up, gate_up, grad_normed)
+        gate_up_gradients = self.gate_up.adapter_gradients(
+            kept.gate_up, normed[:, :width], normed[:, width:], gate_up
+        )
+        rms_norm_backward(grad_normed, kept.middle, self.norms[1].weight, kept.middle_rstd, residual, add=True)
+
+        with_low = grad[:, : width + self.o.num_extra]
+        grad_attended = grad.new_empty(kept.attended.shape)
+        self.o.input_gradient(matrices[1], with_low, o, grad_attended.flatten(1))
+        o_gradients = self.o.adapter_gradients(with_low, kept.attended.detach().flatten(1), kept.low, o)
+        self._backward_attention(kept, grad_attended, shared)
+
+        normed = kept.normed
+        self.qkv.input_gradient(matrices[0], kept.heads, qkv, grad_normed if self.number else None)
+        qkv_gradients = self.qkv.adapter_gradients(kept.heads, normed[:, :width], normed[:, width:], qkv)
+        if self.number:
+            rms_norm_backward(grad_normed, kept.x, self.norms[0].weight, kept.rstd, residual, add=True)
+        return qkv_gradients + o_gradients + gate_up_gradients + down_gradients
+
+    def _backward_attention(self, kept: Activations, grad_attended: torch.Tensor, shared: Pass) -> None:
+        """kept.heads becomes the gradient of the projections' output."""
+        gradients = torch.autograd.grad(kept.attended, kept.attention_inputs, grad_attended)
+        for number, (rows, gradient) in enumerate(zip(self.qkv.rows, gradients, strict=True)):
+            place = kept.heads[:, rows]
+            if number == 2:
+                place.copy_(gradient.flatten(1))
+            else:
+                rotate(gradient.flatten(1), place, shared.cos, shared.sin, sign=-1)
+        for number, norm in enumerate(self.head_norms):
+            place, raw = kept.heads[:, self.qkv.rows[number]], kept.raw_heads[:, self.qkv.rows[number]]
+            flat = place.reshape(-1, self.head_size)  # a copy: the rows of place are wider than it
+            grad = torch.empty_like(flat)
+            rstd = kept.raw_rstd[:, self._heads(number)].flatten()
+            rms_norm_backward(flat, raw.reshape(-1, self.head_size), norm.weight, rstd, grad, add=False)
+            place.copy_(grad.view(place.shape))
+
+    def _norm_heads(self, heads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Qwen3's norm of each query and key head, in place; returns what its backward needs."""
+        if not self.head_norms:
+            return heads[:0], heads[:0]
+        raw = heads[:, : self.qkv.rows[1].stop].clone()
+        rstds = []
+        for number, norm in enumerate(self.head_norms):
+            flat = raw[:, self.qkv.rows[number]].reshape(-1, self.head_size)
+            normed = torch.empty_like(flat)
+            rstd = rms_norm(flat, norm.weight, norm.variance_epsilon, normed)
+            heads[:, self.qkv.rows[number]] = normed.view(heads.shape[0], -1)
+            rstds.append(rstd.view(heads.shape[0], -1))
+        return raw, torch.cat(rstds, dim=1)
+
+    def _heads(self, number: int) -> slice:
+        rows = self.qkv.rows[number]
+        return slice(rows.start // self.head_size, rows.stop // self.head_size)
+
+    def _split(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.unflatten(1, (-1, self.head_size))

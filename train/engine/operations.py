@@ -1,0 +1,141 @@
+"""What lies between a block's matrix products, forward and backward, written into places that the caller gives.
+
+On a GPU with Triton each is one kernel, elsewhere the torch lines that say the same; tests/gpu compares the two.
+"""
+
+import importlib.util
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+HASH = (0x7FEB352D, 0x846CA68B)  # lowbias32 (Wellons 2018), the same in kernels.py
+
+
+@cache
+def kernels_for(device: torch.device) -> Any:
+    """The Triton kernels, or None where the device has none: a CPU, or a GPU older than compute capability 7.0."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return None
+    from train.engine import kernels
+
+    return kernels
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
+    """out [T, H] = x rstd weight; returns rstd = (mean(x^2) + eps)^-1/2, fp32 [T]."""
+    kernels = kernels_for(x.device)
+    if kernels is not None:
+        rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+        block = _power_of_two(x.shape[1])
+        options = {"num_warps": 8 if block >= 4096 else 4}
+        kernels.rms_norm_kernel[(x.shape[0],)](
+            x, x.stride(0), weight, out, out.stride(0), rstd, eps, x.shape[1], block, **options
+        )
+        return rstd
+    wide = x.float()
+    rstd = torch.rsqrt(wide.pow(2).mean(-1) + eps)
+    out.copy_((wide * rstd[:, None]).to(out.dtype) * weight)
+    return rstd
+
+
+def rms_norm_backward(
+    grad_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, grad: torch.Tensor, add: bool
+) -> None:
+    """grad [T, H] = (grad +) rstd (g - n mean(g n)), where g = grad_out weight and n = x rstd."""
+    kernels = kernels_for(x.device)
+    if kernels is not None:
+        block = _power_of_two(x.shape[1])
+        kernels.rms_norm_backward_kernel[(x.shape[0],)](
+            grad_out, grad_out.stride(0), x, x.stride(0), weight, rstd, grad, grad.stride(0), x.shape[1], add, block,
+            num_warps=8 if block >= 4096 else 4,
+        )  # fmt: skip
+        return
+    inner = grad_out.float() * weight.float()
+    normed = x.float() * rstd[:, None]
+    result = rstd[:, None] * (inner - normed * (inner * normed).mean(-1, keepdim=True))
+    grad.copy_(result + grad.float() if add else result)
+
+
+def rotate(source: torch.Tensor, target: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int = 1) -> None:
+    """Rotary position embedding of heads: [T, n D] -> target [T, n D]; cos, sin [T, D]; sign -1 is the gradient.
+
+    Each head's halves (a, b) become (a cos - b sin, b cos + a sin) (Su et al. 2021, in transformers' order).
+    """
+    num_tokens, size = cos.shape
+    num_heads = source.shape[1] // size
+    kernels = kernels_for(source.device)
+    if kernels is not None:
+        kernels.rotate_kernel[(num_tokens,)](
+            source, source.stride(0), target, target.stride(0), cos, sin, num_heads, sign,
+            size, _power_of_two(size // 2), _power_of_two(num_heads), num_warps=4,
+        )  # fmt: skip
+        return
+    a, b = source.unflatten(1, (num_heads, 2, size // 2)).float().unbind(2)
+    cosine, sine = cos[:, None, : size // 2].float(), sign * sin[:, None, : size // 2].float()
+    turned = torch.stack([a * cosine - b * sine, b * cosine + a * sine], dim=2)
+    target.copy_(turned.flatten(1))
+
+
+def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> None:
+    """out [T, F] = silu(gate) up, the halves of gate_up [T, 2 F]."""
+    width = out.shape[1]
+    kernels = kernels_for(out.device)
+    if kernels is not None:
+        grid = (out.shape[0], -(-width // 2048))
+        kernels.swiglu_kernel[grid](gate_up, gate_up.stride(0), out, out.stride(0), width, 2048, num_warps=8)
+        return
+    torch.mul(F.silu(gate_up[:, :width]), gate_up[:, width : 2 * width], out=out)
+
+
+def swiglu_backward(gate_up: torch.Tensor, grad: torch.Tensor) -> None:
+    """In place: gate_up [T, 2 F] becomes its gradient, grad [T, F] (of silu(gate) up) becomes silu(gate) up."""
+    width = grad.shape[1]
+    kernels = kernels_for(grad.device)
+    if kernels is not None:
+        grid = (grad.shape[0], -(-width // 2048))
+        kernels.swiglu_backward_kernel[grid](gate_up, gate_up.stride(0), grad, grad.stride(0), width, 2048, num_warps=8)
+        return
+    gate, up = gate_up[:, :width].float(), gate_up[:, width : 2 * width].float()
+    upstream, sigmoid = grad.float(), gate.sigmoid()
+    silu = gate * sigmoid
+    grad_gate, grad_up = upstream * up * sigmoid * (1 + gate * (1 - sigmoid)), upstream * silu
+    grad.copy_(silu * up)
+    gate_up[:, :width] = grad_gate
+    gate_up[:, width : 2 * width] = grad_up
+
+
+def dropout(x: torch.Tensor, out: torch.Tensor, p: float, seed: int, add: bool = False) -> None:
+    """out [T, K] = (out +) x / (1 - p) where an element survives, else 0; the mask is a function of seed and place.
+
+    So nothing is kept for the backward pass, and the gradient is the same function of the gradient.
+    """
+    seed, threshold, scale = _mixed(seed), int(p * 2**32), 1 / (1 - p)
+    kernels = kernels_for(x.device)
+    if kernels is not None:
+        grid = (x.shape[0], -(-x.shape[1] // 2048))
+        kernels.dropout_kernel[grid](
+            x, x.stride(0), out, out.stride(0), x.shape[1], seed, threshold, scale, add, 2048, num_warps=8
+        )
+        return
+    bits = torch.arange(x.numel(), device=x.device).reshape(x.shape) ^ seed
+    bits = ((bits ^ (bits >> 16)) * HASH[0]) & 0xFFFFFFFF
+    bits = ((bits ^ (bits >> 15)) * HASH[1]) & 0xFFFFFFFF
+    bits ^= bits >> 16
+    values = torch.where(bits >= threshold, x.float() * scale, 0.0)
+    out.copy_(values + out.float() if add else values)
+
+
+def _mixed(seed: int) -> int:
+    """31 bits in which neighbouring seeds have nothing in common (splitmix64's finaliser)."""
+    seed = (seed * 0x9E3779B97F4A7C15) % 2**64
+    seed = ((seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    seed = ((seed ^ (seed >> 27)) * 0x94D049BB133111EB) % 2**64
+    return (seed ^ (seed >> 31)) >> 33

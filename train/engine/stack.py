@@ -1,0 +1,92 @@
+"""All decoder blocks as one autograd function: which activations are kept, which are computed again."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from train.engine.block import Activations, Block, Pass
+from train.engine.operations import rms_norm, rms_norm_backward
+from train.engine.weight_store import WeightStore
+
+
+@dataclass
+class _Kept:
+    """Of one block, for the backward pass."""
+
+    x: torch.Tensor
+    low: torch.Tensor
+    activations: Activations | None
+
+
+class Stack:
+    """The decoder's blocks and its last norm.
+
+    The last `num_kept` blocks keep their activations; of the others only the input is kept and everything but
+    down_proj is computed again. The last block always keeps them: they are needed at once.
+    """
+
+    def __init__(self, blocks: list[Block], norm: Any, store: WeightStore, num_kept: int) -> None:
+        self.blocks = blocks
+        self.norm = norm
+        self.store = store
+        self.num_kept = max(1, num_kept)
+        self.parameters = [parameter for block in blocks for parameter in block.parameters]
+        self.num_extra = max(max(block.o.num_extra, block.down.num_extra) for block in blocks)
+
+    def __call__(self, hidden: torch.Tensor, shared: Pass) -> torch.Tensor:
+        """Embedded tokens [T, H] -> what the head reads [T, H]."""
+        self.store.begin()
+        if torch.is_grad_enabled():
+            return _Stack.apply(hidden, self, shared, *self.parameters)
+        return self.forward(hidden, shared, None)[0]
+
+    def forward(
+        self, hidden: torch.Tensor, shared: Pass, kept: list[_Kept] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The normed output, and what the norm's backward needs; fills `kept` where one is given."""
+        num_recomputed = len(self.blocks) - self.num_kept
+        for block in self.blocks:
+            matrices = self.store.matrices(block.number)
+            activations = block.forward(matrices, hidden, shared)
+            x, (hidden, low) = hidden, block.finish(matrices, activations, shared)
+            if kept is not None:
+                kept.append(_Kept(x, low, activations if block.number >= num_recomputed else None))
+            del activations
+        out = torch.empty_like(hidden)
+        rstd = rms_norm(hidden, self.norm.weight, self.norm.variance_epsilon, out)
+        return out, hidden, rstd
+
+    def backward(self, grad_out: torch.Tensor, last: torch.Tensor, rstd: torch.Tensor, shared: Pass, kept: list[_Kept]
+    ) -> list[torch.Tensor]:
+        """The gradients of `parameters`; consumes `kept`."""
+        width = last.shape[1]
+        grad = last.new_empty(last.shape[0], width + self.num_extra)
+        rms_norm_backward(grad_out, last, self.norm.weight, rstd, grad[:, :width], add=False)
+        gradients: list[torch.Tensor] = []
+        for block in reversed(self.blocks):
+            record = kept.pop()
+            matrices = self.store.matrices(block.number)
+            activations = record.activations
+            if activations is None:
+                activations = block.forward(matrices, record.x, shared)
+            gradients = block.backward(matrices, activations, record.low, grad, shared) + gradients
+            del activations, record
+        return gradients
+
+
+class _Stack(torch.autograd.Function):
+    """Stack as autograd sees it; the adapters are inputs so that gradients reach them through DDP's hooks."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, stack: Stack, shared: Pass, *_: torch.nn.Parameter) -> torch.Tensor:
+        ctx.kept = []
+        out, last, rstd = stack.forward(hidden, shared, ctx.kept)
+        ctx.stack, ctx.shared, ctx.last, ctx.rstd = stack, shared, last, rstd
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
+        last, ctx.last = ctx.last, None
+        gradients = ctx.stack.backward(grad_outputs[0], last, ctx.rstd, ctx.shared, ctx.kept)
+        return None, None, None, *gradients

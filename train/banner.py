@@ -32,7 +32,8 @@ def banner(
         + (f", {held_out:,} held out for validation" if held_out else ""),
         f"tokens    {sum(data.row_tokens):,} an epoch, {data.supervised_tokens_per_epoch():,} of them trained",
         f"batch     {cut.per_device} a device x {cut.accumulation} accumulated x {cut.num_processes} "
-        f"process{'es' if cut.num_processes > 1 else ''} = {cut.samples_per_step} samples a step",
+        f"process{'es' if cut.num_processes > 1 else ''} = {cut.samples_per_step} samples a step{_executed(training)}",
+        f"memory    {training.plan}",
         *_packing(training),
         f"steps     {data.steps_per_epoch:,} an epoch, {training.total_steps:,} in all; {start}",
         f"optimizer {config.optim.name}, lr {config.optim.lr:g} {config.optim.schedule}, warmup {config.optim.warmup}",
@@ -48,6 +49,15 @@ def _packing(training: Training) -> list[str]:
         return []
     filled = f"{data.fill_rate(max_length):.1%} filled"
     return [f"packing   {len(data.samples):,} samples in {len(data.rows):,} rows of {max_length} tokens, {filled}"]
+
+
+def _executed(training: Training) -> str:
+    """How the first window of this process is really run, where that is not as it is written."""
+    if not training.plan.tokens_per_pass:
+        return ""
+    sizes = [batch.input_ids.numel() for batch in training.data.window(0).micro_batches]
+    passes = f"1 pass of {sizes[0]:,} tokens" if len(sizes) == 1 else f"{len(sizes)} passes of {max(sizes):,} tokens"
+    return f", executed without padding: the first step as {passes}"
 
 
 def _base(config: Config) -> str:

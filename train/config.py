@@ -89,6 +89,9 @@ class BatchConfig:
     """Samples in one forward pass of one process."""
     accumulation: int = 4
     """Forward/backward passes in one optimizer step."""
+    merge: Literal["auto", "off"] = "auto"
+    """auto: a step's samples run as fewer, larger passes without padding where memory allows and the engine is fused;
+    off: literally per_device x accumulation."""
 
 
 @dataclass(frozen=True)
@@ -128,10 +131,20 @@ class TrainConfig:
 class MemoryConfig:
     """What the device may hold."""
 
-    checkpointing: Literal["full", "none"] = "full"
-    """full: each decoder block's activations are recomputed in the backward pass; none: they are kept."""
+    checkpointing: Literal["auto", "full", "none"] | int = "auto"
+    """Decoder blocks whose activations are recomputed in the backward pass: all, none, or so many; auto: as few as
+    memory needs (with the reference engine on a GPU: all)."""
     budget: str = ""
     """Hard cap on the device memory that the allocator may take, such as 4GiB; empty is all of it."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Who executes the decoder blocks."""
+
+    kind: Literal["auto", "fused", "reference"] = "auto"
+    """fused: our own forward and backward of Llama-family blocks; reference: transformers and PEFT. auto: fused on a
+    GPU where that is possible, and a line that says why where it is not."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +211,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
@@ -217,6 +231,8 @@ class Config:
             )
         if "lm_head" in self.lora.target_modules:
             yield "lora.target_modules", "lm_head", "the output head stays frozen; leave it out"
+        if isinstance(self.memory.checkpointing, int) and self.memory.checkpointing < 0:
+            yield "memory.checkpointing", self.memory.checkpointing, "must be at least 0, or auto, full, none"
         if self.memory.budget:
             try:
                 parse_bytes(self.memory.budget)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, pstdev
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class TrainingData:
         self.layout = layout
         self.pad_token_id = pad_token_id
         self.packed = config.data.packing
+        self.tokens_per_pass = 0  # merged passes hold so many at most and no padding; 0 runs the passes as they are cut
         self.group_by_length = config.data.group_by_length
         self.num_tokens: list[int] = samples["num_tokens"][:]
         self.num_supervised_tokens: list[int] = samples["num_supervised_tokens"][:]
@@ -96,17 +98,16 @@ class TrainingData:
         epoch's last window there may be none left for it: it then repeats one without any target, so that every
         process takes part in every collective and the sum of the losses stays what it was.
         """
-        row_ids, layout = self.row_ids(step), self.layout
-        num_passes = math.ceil(len(row_ids) / (layout.per_device * layout.num_processes))
+        row_ids = self.row_ids(step)
+        parts = _merged(self._passes(row_ids), self.tokens_per_pass, self.num_tokens)
         micro_batches = []
-        for number in range(num_passes):
-            start = (number * layout.num_processes + layout.rank) * layout.per_device
-            mine = [i for row in row_ids[start : start + layout.per_device] for i in self.rows[row]]
-            rows = [self.samples[i] for i in mine]
+        for part in parts:
+            rows = [self.samples[i] for i in part]
             if not rows:
                 first = self.rows[row_ids[0]][0]
                 rows = [{**self.samples[first], "trained": [False] * self.num_tokens[first]}]
-            micro_batches.append(collate_packed(rows) if self.packed else collate(rows, self.pad_token_id))
+            padding_free = self.packed or self.tokens_per_pass > 0
+            micro_batches.append(collate_packed(rows) if padding_free else collate(rows, self.pad_token_id))
         ids = [i for row in row_ids for i in self.rows[row]]
         return Window(
             micro_batches,
@@ -114,6 +115,22 @@ class TrainingData:
             num_tokens=sum(self.num_tokens[i] for i in ids),
             sample_ids=ids,
         )
+
+    def _passes(self, row_ids: Sequence[int]) -> list[list[int]]:
+        """The samples of each forward pass of this process in a step with these rows."""
+        layout = self.layout
+        num_passes = math.ceil(len(row_ids) / (layout.per_device * layout.num_processes))
+        passes = []
+        for number in range(num_passes):
+            start = (number * layout.num_processes + layout.rank) * layout.per_device
+            passes.append([i for row in row_ids[start : start + layout.per_device] for i in self.rows[row]])
+        return passes
+
+    def pass_sizes(self) -> tuple[int, float, float]:
+        """Tokens of one pass of `per_device` rows: at most, on average, and their standard deviation."""
+        count = self.layout.per_device
+        deviation = math.sqrt(count) * pstdev(self.row_tokens)
+        return sum(sorted(self.row_tokens)[-count:]), count * fmean(self.row_tokens), deviation
 
     def _order(self, epoch: int) -> list[int]:
         """The epoch's rows in order, made once an epoch: sorting a million lengths is no work for every step."""
@@ -124,6 +141,21 @@ class TrainingData:
                 order = _permutation(self.seed, epoch, len(self.rows))
             self._epoch_order = (epoch, order)
         return self._epoch_order[1]
+
+
+def _merged(passes: Sequence[list[int]], most: int, num_tokens: Sequence[int]) -> list[list[int]]:
+    """Neighbouring passes put together while they hold at most `most` tokens; 0 leaves them as they are."""
+    merged: list[list[int]] = []
+    size = 0
+    for samples in passes:
+        more = sum(num_tokens[i] for i in samples)
+        if merged and size + more <= most:
+            merged[-1] = merged[-1] + samples
+            size += more
+        else:
+            merged.append(samples)
+            size = more
+    return merged
 
 
 def _permutation(seed: int, epoch: int, size: int) -> list[int]:

@@ -34,8 +34,9 @@ from train.deliver.final import publish_final
 from train.exits import ExitCode, ExitWith, write_atomically, write_exit
 from train.gate import judge, pass_gate
 from train.loop import train
-from train.model import Tokenizer, adapter_config, check_fits, load_model, load_tokenizer
-from train.optim import build_optimizer
+from train.model import Tokenizer, adapter_config, check_fits, choose_engine, load_model, load_tokenizer
+from train.optim import FlatParameters, build_optimizer, state_bytes
+from train.plan import Rows, make_plan, reference_plan
 from train.resume import check_same_run, choose, identity, on_first_process, restore
 from train.saving import Saver, check_disk
 from train.step import Training
@@ -143,14 +144,26 @@ def audit_aloud(config: Config, tokenizer: Tokenizer, data: TrainingData, valida
 def assemble(config: Config, accelerator: Accelerator, data: TrainingData) -> Training:
     """Model and optimizer on this process's device, beside the data."""
     model = load_model(config, accelerator.device)
+    fused, reason = choose_engine(model, config)
     parameters = model.trainable()
+    flat = FlatParameters(parameters)
+    free = runtime.free_bytes(config, accelerator.device)
+    if free is not None and config.optim.name != "paged_adamw_8bit":
+        free -= state_bytes(parameters, config.optim)
+    plan = reference_plan(model.num_blocks, config.memory)
+    if fused:
+        plan = make_plan(model.sizes(), Rows(*data.pass_sizes()), config.batch, config.memory, free)
+    model.execute(fused, plan)
+    data.tokens_per_pass = plan.tokens_per_pass
+    runtime.say(accelerator, f"engine    {'fused' if fused else f'reference: {reason}'}")
     return Training(
         config=config,
         accelerator=accelerator,
         model=model,
-        wrapped=accelerator.prepare_model(model),
         parameters=parameters,
-        optimizer=build_optimizer(parameters, config.optim),
+        flat=flat,
+        optimizer=build_optimizer(flat, config.optim),
+        plan=plan,
         data=data,
         total_steps=data.total_steps(config.train),
     )

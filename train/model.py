@@ -32,8 +32,10 @@ from data_tools.render import PLAIN_TEMPLATE
 from train.collate import MicroBatch
 from train.config import Config, ModelConfig
 from train.engine.attention import attention_kind
+from train.engine.patch import Engine, offload_embedding, reason_against
 from train.exits import ExitCode, ExitWith
 from train.loss import summed_cross_entropy
+from train.plan import BlockSizes, Plan
 
 # Tokens that models ship for padding; the first that the vocabulary holds is used where pad is unset or equals eos.
 PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<unk>")
@@ -55,9 +57,20 @@ class LanguageModel(torch.nn.Module):
     def __init__(self, adapted: peft.PeftModel) -> None:
         super().__init__()
         self.adapted = adapted
+        self.engine: Engine | None = None
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Cross entropy summed over the batch's targets, an fp32 scalar.
+
+        Packed batches run on the engine where there is one, padded ones on transformers.
+        """
+        causal_lm: Any = self.adapted.get_base_model()
+        hidden = self.engine(batch) if self.engine and batch.cu_seqlens is not None else self._reference(batch)
+        supervised = hidden.index_select(0, batch.target_rows)  # [N, H]
+        return summed_cross_entropy(supervised, causal_lm.get_output_embeddings().weight, batch.targets)
+
+    def _reference(self, batch: MicroBatch) -> torch.Tensor:
+        """Hidden states [B * T, H] by transformers and PEFT.
 
         Packed samples are isolated by engine.attention at the batch's borders; where that has no kernel, by
         transformers, where position_ids start again (masking_utils.find_packed_sequence_indices).
@@ -67,9 +80,47 @@ class LanguageModel(torch.nn.Module):
         outputs = causal_lm.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **borders
         )
-        hidden = outputs.last_hidden_state  # [B, T, H]
-        supervised = hidden.flatten(0, 1).index_select(0, batch.target_rows)  # [N, H]
-        return summed_cross_entropy(supervised, causal_lm.get_output_embeddings().weight, batch.targets)
+        return outputs.last_hidden_state.flatten(0, 1)
+
+    def execute(self, fused: bool, plan: Plan) -> None:
+        """Sets up how training passes run: on the engine, or on transformers, where blocks recompute all or nothing."""
+        causal_lm: Any = self.adapted.get_base_model()
+        if fused:
+            self.engine = Engine(causal_lm, plan.num_kept, plan.num_cached)
+        elif plan.num_kept < plan.num_blocks:
+            # use_reentrant=False: the frozen embedding's output needs no gradient
+            causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @property
+    def engine_name(self) -> str:
+        """Who runs training passes: fused or reference."""
+        return "fused" if self.engine else "reference"
+
+    @property
+    def num_blocks(self) -> int:
+        """Of the decoder."""
+        causal_lm: Any = self.adapted.get_base_model()
+        return causal_lm.config.num_hidden_layers
+
+    def sizes(self) -> BlockSizes:
+        """What train.plan counts with, of a model that the engine can run."""
+        causal_lm: Any = self.adapted.get_base_model()
+        hidden, head = causal_lm.config.hidden_size, causal_lm.get_output_embeddings().weight
+        attention, mlp = causal_lm.base_model.layers[0].self_attn, causal_lm.base_model.layers[0].mlp
+        heads = attention.q_proj.out_features + 2 * attention.k_proj.out_features
+        query, inner = attention.o_proj.in_features, mlp.down_proj.in_features
+        lora: Any = self.adapted.peft_config["default"]
+        return BlockSizes(
+            num_blocks=self.num_blocks,
+            hidden=hidden,
+            heads=heads,
+            query=query,
+            inner=inner,
+            extra=-(-3 * lora.r // 64) * 64,
+            vocab=head.shape[0],
+            element_bytes=head.element_size(),
+            matrix_bytes=head.element_size() * (hidden * (heads + 3 * inner) + query * hidden),
+        )
 
     @contextmanager
     def generating(self) -> Iterator[None]:
@@ -149,13 +200,25 @@ def load_model(config: Config, device: torch.device) -> LanguageModel:
     keep_one_cpu_kernel(base)
     base.requires_grad_(False)
     base.config.use_cache = False
-    if config.memory.checkpointing == "full":
-        # use_reentrant=False: the frozen embedding's output needs no gradient, and DDP's hooks keep working
-        base.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(config.train.seed)
     model = LanguageModel(_with_adapters(base, config)).eval()
     _check_head(model, config)
     return model.train()
+
+
+def choose_engine(model: LanguageModel, config: Config) -> tuple[bool, str]:
+    """Whether training passes run on our own engine, and why not; raises ExitWith(BAD_INPUT) where it was demanded."""
+    causal_lm: Any = model.adapted.get_base_model()
+    if config.engine.kind == "reference":
+        return False, "engine.kind reference"
+    reason = reason_against(causal_lm)
+    if reason and config.engine.kind == "fused":
+        raise ExitWith(ExitCode.BAD_INPUT, f"--engine.kind fused: {reason}; use auto or reference")
+    if not reason and config.engine.kind == "auto" and causal_lm.device.type != "cuda":
+        reason = "no GPU; --engine.kind fused runs it here as well"
+    if not reason:
+        offload_embedding(causal_lm)
+    return not reason, reason
 
 
 @torch.no_grad()

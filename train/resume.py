@@ -131,7 +131,7 @@ def restore(training: Training, checkpoint: Checkpoint) -> None:
     """Puts the checkpoint into `training`; raises ExitWith(FINGERPRINT_MISMATCH) where names or shapes differ."""
     try:
         load_adapters(training.model, checkpoint.adapters)
-        load_optimizer_state(training.optimizer, training.parameters, checkpoint.optimizer)
+        load_optimizer_state(training.optimizer, training.flat, checkpoint.optimizer)
     except ValueError as error:
         raise ExitWith(ExitCode.FINGERPRINT_MISMATCH, f"{checkpoint.path}: {error}") from None
     now = layout(training)
@@ -152,7 +152,7 @@ def save_state(
     def write() -> int:
         state = TrainerState(identity=same_run, layout=layout(training), versions=versions(), **moment())
         files = adapter_files(training.parameters, adapter_config(training.model))
-        store.save(files, optimizer_state(training.optimizer, training.parameters), state)
+        store.save(files, optimizer_state(training.optimizer, training.flat), state)
         return 0
 
     on_first_process(training.accelerator, write)
@@ -161,7 +161,12 @@ def save_state(
 def layout(training: Training) -> dict[str, object]:
     """How the global batch is cut; free to change while the product stays."""
     cut = training.data.layout
-    return {"per_device": cut.per_device, "accumulation": cut.accumulation, "processes": cut.num_processes}
+    passes: dict[str, object] = {
+        "per_device": cut.per_device,
+        "accumulation": cut.accumulation,
+        "processes": cut.num_processes,
+    }
+    return passes | {"tokens in a pass": training.plan.tokens_per_pass, "engine": training.model.engine_name}
 
 
 def _archive(run_dir: Path) -> None:

@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib.metadata import version
@@ -35,6 +35,15 @@ def agreed(accelerator: Accelerator, *flags: bool) -> list[bool]:
         return list(flags)
     raised = torch.tensor([float(flag) for flag in flags], device=accelerator.device)
     return [value > 0 for value in read(*accelerator.reduce(raised, reduction="sum"))]
+
+
+def add_over_processes(accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Every gradient becomes its sum over the processes, one reduction for each of the few flat parameters."""
+    if accelerator.num_processes == 1:
+        return
+    for parameter in parameters:
+        assert parameter.grad is not None
+        parameter.grad.copy_(accelerator.reduce(parameter.grad, reduction="sum"))
 
 
 def check(config: Config) -> None:
@@ -81,6 +90,17 @@ def start(config: Config) -> Accelerator:
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, parse_bytes(config.memory.budget) / total))
     return accelerator
+
+
+def free_bytes(config: Config, device: torch.device) -> int | None:
+    """Bytes that may still be allocated on the GPU: of memory.budget, or of what is free; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info()
+    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    if config.memory.budget:
+        free = min(free, parse_bytes(config.memory.budget) - torch.cuda.memory_allocated())
+    return free
 
 
 def go_on(config: Config, accelerator: Accelerator, stop: StopRequest) -> None:

@@ -1,7 +1,6 @@
 """One optimizer step, the heart of the program."""
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,20 +10,22 @@ from train.config import Config
 from train.data import TrainingData
 from train.metrics import read
 from train.model import LanguageModel
-from train.optim import learning_rate, set_learning_rate
-from train.runtime import seed_forward
+from train.optim import FlatParameters, learning_rate, set_learning_rate
+from train.plan import Plan
+from train.runtime import add_over_processes, seed_forward
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a step needs; `wrapped` is `model` as the processes share it (DDP), or `model` itself."""
+    """What a step needs."""
 
     config: Config
     accelerator: Accelerator
     model: LanguageModel
-    wrapped: torch.nn.Module
     parameters: dict[str, torch.nn.Parameter]  # the adapters, by their names in adapter_model.safetensors
+    flat: FlatParameters  # the same as the optimizer sees them
     optimizer: torch.optim.Optimizer
+    plan: Plan
     data: TrainingData
     total_steps: int
 
@@ -48,24 +49,22 @@ def optimizer_step(training: Training, completed: int) -> StepResult:
 
     The loss of every token is divided by the number of supervised tokens in the whole step, over all micro-batches
     and processes, which is known before the first forward. So 8x1, 4x2, 2x4, 1x8 and several processes give the same
-    gradient; a mean of means would not. A loss or gradient that is not finite in one process is so in all of them
-    after the reductions, and all of them leave the update out.
+    gradient; a mean of means would not. The processes add their gradients once, after the last micro-batch. A loss or
+    gradient that is not finite in one process is so in all of them after the reductions, and all of them leave the
+    update out.
     """
     config, accelerator = training.config, training.accelerator
     window = training.data.window(completed)
-    # DDP averages gradients over processes; the factor turns its average back into the sum
-    scale = accelerator.num_processes / window.num_supervised_tokens
     loss_sum = torch.zeros((), device=accelerator.device)
     for number, micro_batch in enumerate(window.micro_batches):
         batch = micro_batch.to(accelerator.device)
-        is_last = number == len(window.micro_batches) - 1
         seed_forward(config.train.seed, completed, accelerator.process_index, number)
-        with nullcontext() if is_last else accelerator.no_sync(training.wrapped):
-            token_loss_sum = training.wrapped(batch)
-            (token_loss_sum * scale).backward()
+        token_loss_sum = training.model(batch)
+        (token_loss_sum / window.num_supervised_tokens).backward()
         loss_sum += token_loss_sum.detach()
 
-    grad_norm = torch.nn.utils.clip_grad_norm_(training.parameters.values(), config.optim.max_grad_norm)
+    add_over_processes(accelerator, training.flat.leaves)
+    grad_norm = torch.nn.utils.clip_grad_norm_(training.flat.leaves, config.optim.max_grad_norm)
     total = accelerator.reduce(loss_sum, reduction="sum")
     loss_total, norm = read(total, grad_norm)
     is_finite = math.isfinite(loss_total) and math.isfinite(norm)
@@ -73,7 +72,7 @@ def optimizer_step(training: Training, completed: int) -> StepResult:
     set_learning_rate(training.optimizer, rate)
     if is_finite:
         training.optimizer.step()
-    training.optimizer.zero_grad(set_to_none=True)
+    training.flat.zero_grad()
     return StepResult(
         step=completed + 1,
         is_skipped=not is_finite,

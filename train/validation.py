@@ -5,7 +5,7 @@ import math
 import torch
 from datasets import Dataset
 
-from train.collate import collate
+from train.collate import collate, collate_packed
 from train.metrics import read
 from train.step import Training
 
@@ -19,7 +19,9 @@ def validate(training: Training, samples: Dataset) -> dict[str, float]:
     mine = range(cut.rank, len(samples), cut.num_processes)
     for start in range(0, len(mine), cut.per_device):
         rows = [samples[i] for i in mine[start : start + cut.per_device]]
-        batch = collate(rows, training.data.pad_token_id).to(accelerator.device)
+        is_packed = training.plan.tokens_per_pass > 0
+        micro_batch = collate_packed(rows) if is_packed else collate(rows, training.data.pad_token_id)
+        batch = micro_batch.to(accelerator.device)
         totals[0] += training.model(batch)
         totals[1] += len(batch.targets)
     training.model.train()

@@ -44,18 +44,18 @@ def test_an_nf4_base_trains_in_bf16(on_gpu: Config) -> None:
 
 def test_paged_state_comes_back_paged_and_to_the_bit(on_gpu: Config) -> None:
     """Saved and restored: equal bytes, still in paged memory, our learning rate, and no more memory than before."""
-    # bitsandbytes pages what has 1e5 elements or more: here the matrices of r x 64 and r x 128, not those of r x 32
+    # bitsandbytes pages what has 1e5 elements or more
     wide = replace(on_gpu, lora=replace(on_gpu.lora, r=2048))
     training = build(wide)
     assert isinstance(training.optimizer, PagedAdamW8bit)
     optimizer_step(training, 0)
-    saved = optimizer_state(training.optimizer, training.parameters)
+    saved = optimizer_state(training.optimizer, training.flat)
     other = build(wide)
-    load_optimizer_state(other.optimizer, other.parameters, saved)
-    again = optimizer_state(other.optimizer, other.parameters)
+    load_optimizer_state(other.optimizer, other.flat, saved)
+    again = optimizer_state(other.optimizer, other.flat)
     assert saved.keys() == again.keys()
     assert all(torch.equal(saved[name], again[name]) for name in saved)
-    for one, two in zip(training.parameters.values(), other.parameters.values(), strict=True):
+    for one, two in zip(training.flat.leaves, other.flat.leaves, strict=True):
         paged = getattr(training.optimizer.state[one]["state1"], "is_paged", False)
         assert paged == (one.numel() >= 1e5)
         assert getattr(other.optimizer.state[two]["state1"], "is_paged", False) == paged

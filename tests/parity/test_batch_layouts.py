@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,17 +72,21 @@ def test_the_partial_window_weighs_every_token_alike(unclipped: Config) -> None:
 
 
 def test_gradients_are_shared_once_a_step(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """no_sync holds for every forward pass but the last."""
+    """With four forward passes there is one reduction for each flat parameter, after the last of them."""
     training = build(config)
-    entered: list[torch.nn.Module] = []
+    events: list[str] = []
+    training.model.register_forward_pre_hook(lambda *_: events.append("forward"))
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
 
-    def counted(module: torch.nn.Module) -> AbstractContextManager[None]:
-        entered.append(module)
-        return nullcontext()
+    def counted(tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+        events.append(f"{reduction} of {tensor.numel()}")
+        return tensor
 
-    monkeypatch.setattr(training.accelerator, "no_sync", counted)
+    monkeypatch.setattr(training.accelerator, "reduce", counted)
     optimizer_step(training, 0)
-    assert entered == [training.wrapped] * 3
+    gradients = [f"sum of {leaf.numel()}" for leaf in training.flat.leaves]
+    assert sum(p.numel() for p in training.parameters.values()) == sum(leaf.numel() for leaf in training.flat.leaves)
+    assert events == ["forward"] * 4 + gradients + ["sum of 1"]
 
 
 def test_gradient_checkpointing_changes_nothing(unclipped: Config) -> None:

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from train.config import OptimConfig
-from train.optim import build_optimizer, learning_rate, load_optimizer_state, optimizer_state, set_learning_rate
+from train.optim import (
+    FlatParameters,
+    build_optimizer,
+    learning_rate,
+    load_optimizer_state,
+    optimizer_state,
+    set_learning_rate,
+)
 
 LINEAR = [0.25, 0.5, 0.75, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
 
@@ -34,11 +41,12 @@ def parameters() -> dict[str, torch.nn.Parameter]:
     }
 
 
-def advance(optimizer: torch.optim.Optimizer, values: dict[str, torch.nn.Parameter], first: int, last: int) -> None:
+def advance(optimizer: torch.optim.Optimizer, flat: FlatParameters, first: int, last: int) -> None:
     for step in range(first, last):
         generator = torch.Generator().manual_seed(step)
-        for parameter in values.values():
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        for parameter in flat.named.values():
+            assert parameter.grad is not None
+            parameter.grad.copy_(torch.randn(parameter.shape, generator=generator))
         set_learning_rate(optimizer, 0.01 / (step + 1))
         optimizer.step()
 
@@ -47,19 +55,19 @@ def advance(optimizer: torch.optim.Optimizer, values: dict[str, torch.nn.Paramet
 def test_saved_state_continues_to_the_bit(name: Literal["paged_adamw_8bit", "adamw_8bit", "adamw"]) -> None:
     """Six steps = three, save, load into a new optimizer with fresh parameters, three more."""
     config = OptimConfig(name=name, weight_decay=0.1)
-    whole = parameters()
+    whole = FlatParameters(parameters())
     advance(build_optimizer(whole, config), whole, 0, 6)
-    first = parameters()
+    first = FlatParameters(parameters())
     optimizer = build_optimizer(first, config)
     advance(optimizer, first, 0, 3)
     state = optimizer_state(optimizer, first)
-    second = parameters()
-    for key, parameter in second.items():
-        parameter.data.copy_(first[key].data)
+    second = FlatParameters(parameters())
+    for key, parameter in second.named.items():
+        parameter.data.copy_(first.named[key].data)
     resumed = build_optimizer(second, config)
     load_optimizer_state(resumed, second, state)
     advance(resumed, second, 3, 6)
-    assert all(torch.equal(whole[key], second[key]) for key in whole)
+    assert all(torch.equal(whole.named[key], second.named[key]) for key in whole.named)
     again = optimizer_state(resumed, second)
     assert set(again) == set(state)
     assert not all(torch.equal(again[key], state[key]) for key in state)
@@ -67,7 +75,7 @@ def test_saved_state_continues_to_the_bit(name: Literal["paged_adamw_8bit", "ada
 
 def test_state_of_another_model_is_refused() -> None:
     """A missing entry, an unknown one and another shape are errors that name the entry."""
-    config, values = OptimConfig(), parameters()
+    config, values = OptimConfig(), FlatParameters(parameters())
     optimizer = build_optimizer(values, config)
     advance(optimizer, values, 0, 1)
     state = optimizer_state(optimizer, values)
@@ -79,3 +87,28 @@ def test_state_of_another_model_is_refused() -> None:
     for entry, content in broken.items():
         with pytest.raises(ValueError, match=entry):
             load_optimizer_state(build_optimizer(values, config), values, content)
+
+
+@pytest.mark.parametrize("name", ["paged_adamw_8bit", "adamw_8bit", "adamw"])
+def test_flat_parameters_move_as_single_ones(name: Literal["paged_adamw_8bit", "adamw_8bit", "adamw"]) -> None:
+    """Five steps over the flat parameter = five steps of the library's optimizer over each alone, to the bit."""
+    config = OptimConfig(name=name, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(5)
+    shapes = {"a": (64, 80), "small": (8, 8), "b": (41, 101), "c": (16, 256)}  # 41 x 101 is no whole number of blocks
+    start = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+    flat = FlatParameters({key: torch.nn.Parameter(value.clone()) for key, value in start.items()})
+    alone = {key: FlatParameters({key: torch.nn.Parameter(value.clone())}) for key, value in start.items()}
+    assert len(flat.leaves) == 2
+    optimizer, others = build_optimizer(flat, config), [build_optimizer(one, config) for one in alone.values()]
+    for _ in range(5):
+        for key, shape in shapes.items():
+            gradient = torch.randn(shape, generator=generator)
+            for places in (flat, alone[key]):
+                place = places.named[key].grad
+                assert place is not None
+                place.copy_(gradient)
+        for each in (optimizer, *others):
+            each.step()
+    for key in shapes:
+        assert not torch.equal(flat.named[key], start[key])
+        assert torch.equal(flat.named[key], alone[key].named[key]), key

@@ -5,13 +5,18 @@ the borders instead, and takes grouped key/value heads as they are.
 """
 
 import inspect
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from train.collate import MicroBatch
 from train.config import Config
 
 # torch 2.11 takes fewer key/value than query heads unasked, later versions want to be told
@@ -66,3 +71,54 @@ def varlen_attention(
 
 # Not registered as a mask function too: transformers then builds no mask and never looks at position_ids for borders.
 AttentionInterface.register("varlen", varlen_attention)
+
+# Rows of equal length from here on go to cuDNN where it has a kernel for them (Hopper): 1.4 ms instead of 2.2 for
+# 4 x 2,048 tokens of Llama-3.1-8B, forward and backward. It plans each new length for some 100 ms, so never short ones.
+SHORTEST_FOR_CUDNN = 512
+
+
+def attend_packed(
+    batch: MicroBatch, sliding_window: int | None, scale: float
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Causal attention within each sample of a packed micro-batch.
+
+    The function takes query [T, H, D], key and value [T, G, D] and gives [T, H, D]; autograd knows its gradient.
+    """
+    borders = batch.cu_seqlens
+    assert borders is not None, "the micro-batch is not packed"
+    capability = torch.cuda.get_device_capability(borders.device) if borders.is_cuda else (0, 0)
+    reach = -1 if sliding_window is None else sliding_window - 1
+
+    def varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        longest = batch.max_length
+        options: dict[str, Any] = {"scale": scale, "window_size": (reach, 0), **GROUPED}
+        out: Any = varlen_attn(query, key, value, borders, borders, longest, longest, **options)
+        return out
+
+    def even(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.unflatten(0, (-1, batch.even_length)).transpose(1, 2) for part in (query, key, value))
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)  # [S, H, L, D]
+        return out.transpose(1, 2).flatten(0, 1)
+
+    def one_by_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        outs = []
+        for start, stop in pairwise(borders.tolist()):
+            q, k, v = (part[start:stop].transpose(0, 1)[None] for part in (query, key, value))  # [1, H, L, D]
+            options: dict[str, Any] = {"is_causal": True}
+            if 0 <= reach < stop - start - 1:
+                ones = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device)
+                options = {"attn_mask": ones.tril() & ones.triu(-reach)}
+            out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True, **options)
+            outs.append(out[0].transpose(0, 1))
+        return torch.cat(outs)
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        if capability < (8, 0) or query.dtype == torch.float32:
+            return one_by_one(query, key, value)
+        is_long = batch.even_length >= SHORTEST_FOR_CUDNN and (reach < 0 or reach >= batch.even_length)
+        if is_long and capability[0] == 9 and not torch.are_deterministic_algorithms_enabled():
+            return even(query, key, value)
+        return varlen(query, key, value)
+
+    return attend

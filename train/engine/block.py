@@ -61,6 +61,8 @@ class Block:
         self.norms = [layer.input_layernorm, layer.post_attention_layernorm]
         self.head_norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
         self.head_size: int = attention.head_dim
+        self.scaling: float = attention.scaling
+        self.dropout = max(group.dropout for group in self.groups)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -95,8 +97,20 @@ class Block:
         read, out = middle_normed[:, :width], inner[:, : self.gate_up.num_outputs]
         self.gate_up.forward(gate_up, read, middle_normed[:, width:], out, shared.drop(self.number, 2))
         return Activations(
-            x, rstd, normed, heads, raw_heads, raw_rstd, attended, inputs, low, middle, middle_rstd, middle_normed, inner
-        )  # fmt: skip
+            x=x,
+            rstd=rstd,
+            normed=normed,
+            heads=heads,
+            raw_heads=raw_heads,
+            raw_rstd=raw_rstd,
+            attended=attended,
+            attention_inputs=inputs,
+            low=low,
+            middle=middle,
+            middle_rstd=middle_rstd,
+            middle_normed=middle_normed,
+            gate_up=inner,
+        )
 
     def finish(self, matrices: Matrices, kept: Activations, shared: Pass) -> tuple[torch.Tensor, torch.Tensor]:
         """The block's output [T, H], the residual plus down_proj of silu(gate) up; and [T, R], that product's A^T."""
@@ -129,9 +143,7 @@ class Block:
         normed = kept.middle_normed
         grad_normed = grad.new_empty(grad.shape[0], width)
         self.gate_up.input_gradient(matrices[2], kept.gate_up, gate_up, grad_normed)
-        gate_up_gradients = self.gate_up.adapter_gradients(
-            kept.gate_up, normed[:, :width], normed[:, width:], gate_up
-        )
+        gate_up_gradients = self.gate_up.adapter_gradients(kept.gate_up, normed[:, :width], normed[:, width:], gate_up)
         rms_norm_backward(grad_normed, kept.middle, self.norms[1].weight, kept.middle_rstd, residual, add=True)
 
         with_low = grad[:, : width + self.o.num_extra]

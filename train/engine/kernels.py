@@ -117,9 +117,7 @@ def swiglu_backward_kernel(gate_up, stride, grad, stride_grad, F, BLOCK: tl.cons
 
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
-def dropout_kernel(
-    x, stride_x, out, stride_out, K, seed, threshold, scale, ADD: tl.constexpr, BLOCK: tl.constexpr
-):
+def dropout_kernel(x, stride_x, out, stride_out, K, seed, threshold, scale, ADD: tl.constexpr, BLOCK: tl.constexpr):
     """out (+)= x scale where the element's hash is at least `threshold`, else 0; lowbias32 of (seed, place)."""
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -161,3 +159,13 @@ def cross_entropy_kernel(logits, targets, losses, V, BLOCK: tl.constexpr):
         values = tl.load(start + offset + column, mask=inside, other=0.0).to(tl.float32)
         grad = tl.exp(values - log_total) - tl.where(offset + column == target, 1.0, 0.0)
         tl.store(start + offset + column, grad.to(logits.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gather_kernel(table, rows, out, H, BLOCK: tl.constexpr):
+    """out[i] = table[rows[i]], one row a program; the table may lie in pinned host memory."""
+    number = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < H
+    row = tl.load(rows + number)
+    tl.store(out + number * H + column, tl.load(table + row * H + column, mask=inside), mask=inside)

@@ -133,6 +133,30 @@ def dropout(x: torch.Tensor, out: torch.Tensor, p: float, seed: int, add: bool =
     out.copy_(values + out.float() if add else values)
 
 
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Losses [N], fp32, of logits [N, V] at targets [N]; the logits become softmax - onehot(target), in place."""
+    kernels = kernels_for(logits.device)
+    if kernels is not None:
+        losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+        kernels.cross_entropy_kernel[(logits.shape[0],)](logits, targets, losses, logits.shape[1], 4096, num_warps=16)
+        return losses
+    wide, own = logits.float(), targets[:, None]
+    log_total = wide.logsumexp(-1, keepdim=True)
+    losses = (log_total - wide.gather(-1, own)).flatten()
+    grad = wide.sub_(log_total).exp_()  # softmax; in place in `logits` where they are fp32
+    logits.copy_(grad.scatter_add_(-1, own, grad.new_full(own.shape, -1.0)))
+    return losses
+
+
+def gather_rows(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """table[rows]: table [V, H] in pinned host memory, read over the bus by the GPU that has rows [T]; no host sync."""
+    kernels = kernels_for(rows.device)
+    out = torch.empty(rows.numel(), table.shape[1], dtype=table.dtype, device=rows.device)
+    block = _power_of_two(table.shape[1])
+    kernels.gather_kernel[(rows.numel(),)](table, rows, out, table.shape[1], block, num_warps=8)
+    return out
+
+
 def _mixed(seed: int) -> int:
     """31 bits in which neighbouring seeds have nothing in common (splitmix64's finaliser)."""
     seed = (seed * 0x9E3779B97F4A7C15) % 2**64

@@ -1,44 +1,68 @@
-"""Which models the engine executes, and how transformers' parts are read for it."""
+"""Which models the engine executes, and how it takes the place of their decoder."""
 
+import importlib.util
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 
-from train.engine.block import Block
+from train.collate import MicroBatch
+from train.engine.attention import attend_packed
+from train.engine.block import Block, Pass
+from train.engine.embedding import HostEmbedding
+from train.engine.stack import Stack
+from train.engine.weight_store import WeightStore
 
-FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM")
+FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
 def reason_against(causal_lm: Any) -> str:
     """Why the blocks of `causal_lm` (with PEFT's adapters in it) cannot run fused; nothing where they can."""
-    name = type(causal_lm).__name__
+    name, shape = type(causal_lm).__name__, causal_lm.config
     if name not in FAMILIES:
-        return f"{name} is not of the Llama family"
-    shape = causal_lm.config
+        return f"{name} is not one of {', '.join(FAMILIES)}"
     if shape.hidden_act != "silu":
-        return f"its MLP uses {shape.hidden_act}, not silu"
+        return f"its MLP computes {shape.hidden_act}, not silu"
     if getattr(shape, "attention_dropout", 0.0):
-        return "it has attention dropout"
-    outside = [
-        name
-        for name, module in causal_lm.named_modules()
-        if hasattr(module, "lora_A") and ".layers." not in f".{name}"
-    ]
-    if outside:
-        return f"{outside[0]} has an adapter and is no linear layer of a decoder block"
-    for module in causal_lm.base_model.layers.modules():
+        return "its attention has dropout"
+    layers = set(causal_lm.base_model.layers.modules())
+    for name, module in causal_lm.named_modules():
+        if hasattr(module, "lora_A") and module not in layers:
+            return f"{name} has an adapter and is no part of a decoder block"
         if isinstance(module, bnb.nn.Linear8bitLt):
-            return "int8 layers compute with rounded activations, which only bitsandbytes does"
+            return "int8 layers round their inputs, which only bitsandbytes does"
+    if len(set(getattr(shape, "layer_types", None) or [""])) > 1:
+        return "its blocks do not all have the same attention"
     return ""
 
 
-def read_blocks(causal_lm: Any) -> list[Block]:
-    """The decoder's blocks, each reading its layer's weights and adapters where they are."""
-    return [Block(layer, number) for number, layer in enumerate(causal_lm.base_model.layers)]
+class Engine:
+    """The decoder of `causal_lm` (with PEFT's adapters in it), run block by block by our own code."""
+
+    def __init__(self, causal_lm: Any, num_kept: int, num_cached: int) -> None:
+        self.causal_lm = causal_lm
+        decoder = causal_lm.base_model
+        blocks = [Block(layer, number) for number, layer in enumerate(decoder.layers)]
+        norm: torch.Tensor = decoder.norm.weight
+        store = WeightStore(blocks, num_cached, norm.dtype, norm.device)
+        self.stack = Stack(blocks, decoder.norm, store, num_kept)
+        self.sliding_window: int | None = getattr(decoder.layers[0].self_attn, "sliding_window", None)
+
+    def __call__(self, batch: MicroBatch) -> torch.Tensor:
+        """What the head reads, [T, H], of a packed micro-batch; dropout while the decoder is in training mode."""
+        decoder = self.causal_lm.base_model
+        hidden = decoder.embed_tokens(batch.input_ids[0])  # [T, H]
+        cos, sin = decoder.rotary_emb(hidden[None], batch.position_ids)  # [1, T, D]
+        attend = attend_packed(batch, self.sliding_window, self.stack.blocks[0].scaling)
+        dropout = self.stack.blocks[0].dropout if decoder.training else 0.0
+        # the seed of this forward pass, which runtime.seed_forward has set
+        shared = Pass(cos[0].contiguous(), sin[0].contiguous(), attend, dropout, torch.initial_seed())
+        return self.stack(hidden, shared)
 
 
-def rotary(causal_lm: Any, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [T, D] of `positions` [T] in the type of `hidden`."""
-    cos, sin = causal_lm.base_model.rotary_emb(hidden[None], positions[None])
-    return cos[0].contiguous(), sin[0].contiguous()
+def offload_embedding(causal_lm: Any) -> None:
+    """Moves the input embedding to host memory, where the head does not share it and the GPU can read it there."""
+    embedding = causal_lm.get_input_embeddings()
+    is_tied = embedding.weight is causal_lm.get_output_embeddings().weight
+    if embedding.weight.is_cuda and not is_tied and importlib.util.find_spec("triton"):
+        causal_lm.set_input_embeddings(HostEmbedding(embedding.weight))

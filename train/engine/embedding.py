@@ -1,0 +1,26 @@
+"""The input embedding in host memory: a step reads a few thousand of its rows, and 1 GB of the GPU is free."""
+
+import torch
+
+from train.engine.operations import gather_rows
+
+
+class HostEmbedding(torch.nn.Module):
+    """A frozen embedding [V, H] in page-locked host memory, whose rows the GPU fetches itself.
+
+    8,192 rows of 8 KB take about 1.5 ms over PCIe 5, and the host waits for nothing.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.device = weight.device
+        self.weight = torch.empty_like(weight, device="cpu", pin_memory=True).copy_(weight.detach())
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows."""
+        return self.weight.shape[0]
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Rows [..., H] on the GPU of `input_ids` [...] there."""
+        return gather_rows(self.weight, input_ids.flatten()).view(*input_ids.shape, -1)

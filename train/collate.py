@@ -23,7 +23,6 @@ class MicroBatch:
     targets: torch.Tensor  # int64 [N]: that token
     cu_seqlens: torch.Tensor | None = None  # int32 [S + 1], packed rows only: where samples begin, and T
     max_length: int = 0  # packed rows only: tokens of the longest sample
-    even_length: int = 0  # packed rows only: tokens of every sample, where all have as many
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on `device`, copied without waiting."""
@@ -67,5 +66,4 @@ def collate_packed(rows: Sequence[Mapping[str, Any]]) -> MicroBatch:
         targets=input_ids[positions],
         cu_seqlens=torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32),
         max_length=max(lengths),
-        even_length=lengths[0] if len(set(lengths)) == 1 else 0,
     )

@@ -86,7 +86,7 @@ class LanguageModel(torch.nn.Module):
         """Sets up how training passes run: on the engine, or on transformers, where blocks recompute all or nothing."""
         causal_lm: Any = self.adapted.get_base_model()
         if fused:
-            self.engine = Engine(causal_lm, plan.num_kept, plan.num_cached)
+            self.engine = Engine(causal_lm, plan)
         elif plan.num_kept < plan.num_blocks:
             # use_reentrant=False: the frozen embedding's output needs no gradient
             causal_lm.gradient_checkpointing_enable({"use_reentrant": False})

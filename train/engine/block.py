@@ -1,15 +1,14 @@
 """One decoder block of the Llama family, forward and backward by hand."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from train.engine.attention import Attend
 from train.engine.lora_linear import Dropout, LoraGroup
 from train.engine.operations import rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Matrices = list[torch.Tensor]  # M of each group, in the order of Block.groups
 
 
@@ -21,11 +20,11 @@ class Pass:
     sin: torch.Tensor
     attend: Attend  # query [T, heads, D], key and value [T, groups, D] -> [T, heads, D]
     dropout: float
-    seed: int
+    seed: torch.Tensor  # int64 scalar on the device, so that a recorded graph can be given another
 
     def drop(self, block: int, group: int) -> Dropout | None:
         """The dropout of one group's adapters in this pass."""
-        return Dropout(self.dropout, (self.seed << 16) + (block << 5) + (group << 3)) if self.dropout else None
+        return Dropout(self.dropout, self.seed, (block << 5) + (group << 3)) if self.dropout else None
 
 
 @dataclass

@@ -22,10 +22,11 @@ from train.engine.operations import dropout, kernels_for
 
 @dataclass(frozen=True)
 class Dropout:
-    """The adapters' input dropout in one forward pass; `seed` tells the pass and the place from all others."""
+    """The adapters' input dropout: `seed` tells the forward pass from all others, `place` the group in the model."""
 
     p: float
-    seed: int
+    seed: torch.Tensor  # int64 scalar
+    place: int
 
 
 class LoraGroup:
@@ -70,17 +71,17 @@ class LoraGroup:
         for base, rows in zip(self.bases, self.rows, strict=True):
             dequantize(base.weight, matrix[rows, : self.num_inputs])
 
-    @torch.no_grad()
-    def fill_adapters(self, matrix: torch.Tensor) -> None:
-        """Casts the fp32 adapters into M."""
-        adapters = iter(self.parameters)
+    def adapter_places(self, matrix: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+        """(place in M, parameter, factor) of each adapter's A and B."""
+        adapters, places = iter(self.parameters), []
         for rows, columns, scale in zip(self.rows, self.columns, self.scales, strict=True):
             if columns is not None:
                 a, b = next(adapters), next(adapters)
                 start = self.num_outputs + columns.start
-                matrix[start : start + a.shape[0], : self.num_inputs] = a
+                places.append((matrix[start : start + a.shape[0], : self.num_inputs], a, 1.0))
                 place = matrix[rows, self.num_inputs + columns.start : self.num_inputs + columns.stop]
-                torch.mul(b, scale, out=place)
+                places.append((place, b, scale))
+        return places
 
     def forward(
         self, matrix: torch.Tensor, x: torch.Tensor, low: torch.Tensor, out: torch.Tensor, drop: Dropout | None
@@ -107,7 +108,7 @@ class LoraGroup:
         dropped = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for number, columns in enumerate(self.columns):
             if columns is not None:
-                dropout(x, dropped, drop.p, drop.seed + number)
+                dropout(x, dropped, drop.p, drop.seed, drop.place + number)
                 torch.mm(dropped, down[columns].T, out=low[:, columns])
 
     def input_gradient(
@@ -127,7 +128,7 @@ class LoraGroup:
         for number, columns in enumerate(self.columns):
             if columns is not None:
                 spread = grad_low[:, columns] @ up[self.num_outputs :][columns]
-                dropout(spread, grad_x, drop.p, drop.seed + number, add=True)
+                dropout(spread, grad_x, drop.p, drop.seed, drop.place + number, add=True)
 
     def adapter_gradients(
         self, grad_out: torch.Tensor, x: torch.Tensor, low: torch.Tensor, drop: Dropout | None
@@ -140,7 +141,7 @@ class LoraGroup:
                 read = x
                 if drop is not None:
                     read = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-                    dropout(x, read, drop.p, drop.seed + number)
+                    dropout(x, read, drop.p, drop.seed, drop.place + number)
                 gradients.append(_wide_mm(grad_low[:, columns].T, read))
                 gradients.append(_wide_mm(grad_y[:, rows].T, low[:, columns]).mul_(scale))
         return gradients

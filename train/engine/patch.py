@@ -7,11 +7,14 @@ import bitsandbytes as bnb
 import torch
 
 from train.collate import MicroBatch
-from train.engine.attention import attend_packed
+from train.engine.attention import Attend, attend_packed, has_flash
 from train.engine.block import Block, Pass
 from train.engine.embedding import HostEmbedding
+from train.engine.graphs import MOST_TOKENS, Graphs, pad
+from train.engine.operations import mixed
 from train.engine.stack import Stack
 from train.engine.weight_store import WeightStore
+from train.plan import Plan
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -39,25 +42,34 @@ def reason_against(causal_lm: Any) -> str:
 class Engine:
     """The decoder of `causal_lm` (with PEFT's adapters in it), run block by block by our own code."""
 
-    def __init__(self, causal_lm: Any, num_kept: int, num_cached: int) -> None:
-        self.causal_lm = causal_lm
+    def __init__(self, causal_lm: Any, plan: Plan) -> None:
         decoder = causal_lm.base_model
+        self.decoder = decoder
         blocks = [Block(layer, number) for number, layer in enumerate(decoder.layers)]
         norm: torch.Tensor = decoder.norm.weight
-        store = WeightStore(blocks, num_cached, norm.dtype, norm.device)
-        self.stack = Stack(blocks, decoder.norm, store, num_kept)
+        store = WeightStore(blocks, plan.num_cached, norm.dtype, norm.device)
+        self.stack = Stack(blocks, decoder.norm, store, plan.num_kept)
         self.sliding_window: int | None = getattr(decoder.layers[0].self_attn, "sliding_window", None)
+        self.graphs: Graphs | None = None
+        if norm.is_cuda and has_flash(norm.dtype, norm.device) and plan.tokens_per_pass <= MOST_TOKENS:
+            self.graphs = Graphs(self.stack, self._attend_for)
 
     def __call__(self, batch: MicroBatch) -> torch.Tensor:
-        """What the head reads, [T, H], of a packed micro-batch; dropout while the decoder is in training mode."""
-        decoder = self.causal_lm.base_model
-        hidden = decoder.embed_tokens(batch.input_ids[0])  # [T, H]
-        cos, sin = decoder.rotary_emb(hidden[None], batch.position_ids)  # [1, T, D]
-        attend = attend_packed(batch, self.sliding_window, self.stack.blocks[0].scaling)
-        dropout = self.stack.blocks[0].dropout if decoder.training else 0.0
+        """What the head reads, [T or more, H], of a packed micro-batch; dropout while the model trains."""
+        is_training = torch.is_grad_enabled()
+        recorded = self.graphs if is_training else None
+        if recorded is not None:
+            batch = pad(batch)
+        hidden = self.decoder.embed_tokens(batch.input_ids[0])  # [T, H]
+        cos, sin = self.decoder.rotary_emb(hidden[None], batch.position_ids)  # [1, T, D]
+        dropout = self.stack.blocks[0].dropout if self.decoder.training else 0.0
         # the seed of this forward pass, which runtime.seed_forward has set
-        shared = Pass(cos[0].contiguous(), sin[0].contiguous(), attend, dropout, torch.initial_seed())
-        return self.stack(hidden, shared)
+        seed = torch.full((), mixed(torch.initial_seed()), device=hidden.device)
+        shared = Pass(cos[0].contiguous(), sin[0].contiguous(), self._attend_for(batch), dropout, seed)
+        return recorded(hidden, shared, batch) if recorded is not None else self.stack(hidden, shared)
+
+    def _attend_for(self, batch: MicroBatch) -> Attend:
+        return attend_packed(batch, self.sliding_window, self.stack.blocks[0].scaling)
 
 
 def offload_embedding(causal_lm: Any) -> None:

@@ -11,7 +11,7 @@ from train.engine.weight_store import WeightStore
 
 
 @dataclass
-class _Kept:
+class Kept:
     """Of one block, for the backward pass."""
 
     x: torch.Tensor
@@ -41,7 +41,7 @@ class Stack:
         return self.forward(hidden, shared, None)[0]
 
     def forward(
-        self, hidden: torch.Tensor, shared: Pass, kept: list[_Kept] | None
+        self, hidden: torch.Tensor, shared: Pass, kept: list[Kept] | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The normed output, and what the norm's backward needs; fills `kept` where one is given."""
         num_recomputed = len(self.blocks) - self.num_kept
@@ -50,14 +50,14 @@ class Stack:
             activations = block.forward(matrices, hidden, shared)
             x, (hidden, low) = hidden, block.finish(matrices, activations, shared)
             if kept is not None:
-                kept.append(_Kept(x, low, activations if block.number >= num_recomputed else None))
+                kept.append(Kept(x, low, activations if block.number >= num_recomputed else None))
             del activations
         out = torch.empty_like(hidden)
         rstd = rms_norm(hidden, self.norm.weight, self.norm.variance_epsilon, out)
         return out, hidden, rstd
 
     def backward(
-        self, grad_out: torch.Tensor, last: torch.Tensor, rstd: torch.Tensor, shared: Pass, kept: list[_Kept]
+        self, grad_out: torch.Tensor, last: torch.Tensor, rstd: torch.Tensor, shared: Pass, kept: list[Kept]
     ) -> None:
         """Adds to the adapters' gradients; consumes `kept`."""
         width = last.shape[1]

@@ -16,41 +16,45 @@ class WeightStore:
 
     def __init__(self, blocks: Sequence[Block], num_cached: int, dtype: torch.dtype, device: torch.device) -> None:
         self.blocks = blocks
+        self.num_cached = num_cached
         self.dtype = dtype
         self.device = device
-        self.cached: list[Matrices | None] = [None] * num_cached
-        self.scratch: Matrices | None = None
-        self.in_scratch = -1
-        self.fresh: set[int] = set()
+        self.places: dict[int, Matrices] = {}  # of each cached block; -1 is the shared place
+        self.holds: dict[int, int] = {}  # the block whose base stands in a place
+        self.fresh: set[int] = set()  # blocks whose adapters have been filled in since they moved
 
     def begin(self) -> None:
         """The adapters may have moved since the last pass."""
         self.fresh.clear()
-        self.in_scratch = -1
+
+    def forget(self) -> None:
+        """What stands in the shared place is not known: a recorded graph has written it, or will."""
+        self.holds.pop(-1, None)
 
     def matrices(self, number: int) -> Matrices:
-        """The matrices of block `number`; in shared places they last until another block's are asked for."""
-        groups = self.blocks[number].groups
-        if number < len(self.cached):
-            matrices = self.cached[number]
-            if matrices is None:
-                matrices = self.cached[number] = self._empty(number)
-                for group, matrix in zip(groups, matrices, strict=True):
-                    group.fill_base(matrix)
-        else:
-            matrices = self.scratch = self.scratch or self._empty(number)
-            if self.in_scratch == number:
-                return matrices
-            self.in_scratch = number
-            for group, matrix in zip(groups, matrices, strict=True):
+        """The matrices of block `number`; in the shared place they last until another block's are asked for."""
+        block, where = self.blocks[number], number if number < self.num_cached else -1
+        if where not in self.places:
+            self.places[where] = [
+                torch.zeros(group.shape, dtype=self.dtype, device=self.device) for group in block.groups
+            ]
+        matrices = self.places[where]
+        if self.holds.get(where) != number:
+            for group, matrix in zip(block.groups, matrices, strict=True):
                 group.fill_base(matrix)
-                group.fill_adapters(matrix)
-            return matrices
+            self.fresh.discard(self.holds.get(where, number))
+            self.fresh.discard(number)
+            self.holds[where] = number
         if number not in self.fresh:
+            self._fill_adapters(block, matrices)
             self.fresh.add(number)
-            for group, matrix in zip(groups, matrices, strict=True):
-                group.fill_adapters(matrix)
         return matrices
 
-    def _empty(self, number: int) -> Matrices:
-        return [torch.zeros(group.shape, dtype=self.dtype, device=self.device) for group in self.blocks[number].groups]
+    @torch.no_grad()
+    def _fill_adapters(self, block: Block, matrices: Matrices) -> None:
+        for group, matrix in zip(block.groups, matrices, strict=True):
+            for place, parameter, factor in group.adapter_places(matrix):
+                if factor == 1.0:
+                    place.copy_(parameter)
+                else:
+                    torch.mul(parameter, factor, out=place)

@@ -17,7 +17,8 @@ from train.profiles import PROFILES
 SOURCES = sorted(path for folder in ("train", "data_tools") for path in (ROOT / folder).rglob("*.py"))
 LIBRARIES_WITH_ONE_OWNER = {
     "peft": {"train.model"},
-    "bitsandbytes": {"train.model", "train.optim"},
+    "bitsandbytes": {"train.model", "train.optim", "train.engine.lora_linear", "train.engine.patch"},
+    "triton": {"train.engine.kernels"},
     "wandb": {"train.trackers"},
     "tyro": {"train.cli"},
 }
@@ -30,8 +31,17 @@ ALLOWED = {
     "train.watch": set(),
     "train.launcher": {"train.exits", "train.signals"},
     "train.collate": set(),
-    "train.engine.attention": {"train.config"},
-    "train.loss": set(),
+    "train.engine.kernels": set(),
+    "train.engine.operations": {"train.engine.kernels"},
+    "train.engine.lora_linear": {"train.engine.operations"},
+    "train.engine.attention": {"train.collate", "train.config"},
+    "train.engine.block": {"train.engine.attention", "train.engine.lora_linear", "train.engine.operations"},
+    "train.engine.weight_store": {"train.engine.block"},
+    "train.engine.stack": {"train.engine.block", "train.engine.operations", "train.engine.weight_store"},
+    "train.engine.graphs": {"train.collate", "train.engine.block", "train.engine.stack"},
+    "train.engine.embedding": {"train.engine.operations"},
+    "train.loss": {"train.engine.operations"},
+    "train.plan": {"train.config", "train.loss"},
     "train.metrics": set(),
     "train.optim": {"train.config"},
     "train.profiles": {"train.config"},
@@ -71,7 +81,11 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             name = node.module or ""
-            found |= {f"{name}.{alias.name}" for alias in node.names} if name in ("train", "data_tools") else {name}
+            found |= (
+                {f"{name}.{alias.name}" for alias in node.names}
+                if name in ("train", "train.engine", "data_tools")
+                else {name}
+            )
     return found
 
 
@@ -108,7 +122,7 @@ def test_no_file_shadows_a_module() -> None:
 
 
 def test_functions_fit_on_a_screen() -> None:
-    """At most 60 lines and 6 parameters."""
+    """At most 60 lines and 6 parameters; a Triton kernel's are its tensors, strides and sizes, so it may have more."""
     functions = 0
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -117,7 +131,8 @@ def test_functions_fit_on_a_screen() -> None:
                 assert node.end_lineno is not None
                 assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
                 names = [a.arg for a in (*node.args.args, *node.args.kwonlyargs) if a.arg != "self"]
-                assert len(names) <= 6, f"{path.name}: {node.name}"
+                is_kernel = any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+                assert is_kernel or len(names) <= 6, f"{path.name}: {node.name}"
     assert functions > 80
 
 

@@ -19,10 +19,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk_bytes: int
-    ) -> torch.Tensor:
-        rows_per_chunk = max(16, chunk_bytes // (weight.element_size() * weight.shape[0]))
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        rows_per_chunk = max(16, CHUNK_BYTES // (weight.element_size() * weight.shape[0]))
         loss = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, hidden.shape[0], rows_per_chunk):
@@ -37,18 +35,16 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (grad_loss,) = grad_outputs
         (grad_hidden,) = ctx.saved_tensors
-        return (grad_hidden.float() * grad_loss).to(grad_hidden.dtype), None, None, None
+        return (grad_hidden.float() * grad_loss).to(grad_hidden.dtype), None, None
 
 
-def summed_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk_bytes: int = CHUNK_BYTES
-) -> torch.Tensor:
+def summed_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Sum over N rows of -log softmax(hidden W^T)[target], an fp32 scalar.
 
     hidden [N, H] and the frozen head's weight [V, H] have the compute type; targets [N] are token ids.
     """
     assert not weight.requires_grad, "the head must be frozen: no gradient is made for it"
-    return _SummedCrossEntropy.apply(hidden, weight, targets, chunk_bytes)
+    return _SummedCrossEntropy.apply(hidden, weight, targets)

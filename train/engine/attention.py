@@ -75,42 +75,11 @@ def varlen_attention(
 # Not registered as a mask function too: transformers then builds no mask and never looks at position_ids for borders.
 AttentionInterface.register("varlen", varlen_attention)
 
-# Samples of about one length, from here on, go to cuDNN where it has a kernel for them (Hopper), padded to one length:
-# 1.4 ms instead of 2.2 for 4 x 2,048 tokens of Llama-3.1-8B, forward and backward. It plans each new length for some
-# 100 ms, so lengths are rounded up to a multiple, and short ones stay away.
+# Samples of one length go to cuDNN where it has a kernel for them (Hopper) from here on: 1.4 ms instead of 2.2 for
+# 4 x 2,048 tokens of Llama-3.1-8B, forward and backward. It plans each new length for some 100 ms.
 SHORTEST_FOR_CUDNN = 512
-LENGTH_MULTIPLE = 128
-MOST_PADDING = 1.1
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-class _Pad(torch.autograd.Function):
-    """[T, ...] -> [length, ...]: row i goes to places[i], the others are zeros. Its gradient is _Unpad and back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor, length: int) -> torch.Tensor:
-        ctx.save_for_backward(places)
-        return x.new_zeros(length, *x.shape[1:]).index_copy_(0, places, x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return grads[0].index_select(0, ctx.saved_tensors[0]), None, None
-
-
-class _Unpad(torch.autograd.Function):
-    """[length, ...] -> [T, ...]: row places[i] becomes row i."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(places)
-        ctx.length = x.shape[0]
-        return x.index_select(0, places)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        (places,) = ctx.saved_tensors
-        return grads[0].new_zeros(ctx.length, *grads[0].shape[1:]).index_copy_(0, places, grads[0]), None
 
 
 def attend_packed(batch: MicroBatch, sliding_window: int | None, scale: float) -> Attend:
@@ -120,21 +89,15 @@ def attend_packed(batch: MicroBatch, sliding_window: int | None, scale: float) -
     """
     borders = batch.cu_seqlens
     assert borders is not None, "the micro-batch is not packed"
-    num_samples, num_tokens = len(borders) - 1, batch.input_ids.shape[1]
+    length = batch.even_length
     reach = -1 if sliding_window is None else sliding_window - 1
-    length = -(-batch.max_length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     is_even = (
-        batch.max_length >= SHORTEST_FOR_CUDNN
-        and num_samples * length <= MOST_PADDING * num_tokens
-        and (reach < 0 or reach >= batch.max_length)
+        length >= SHORTEST_FOR_CUDNN
+        and (reach < 0 or reach >= length)
         and has_flash(torch.bfloat16, borders.device)
         and torch.cuda.get_device_capability(borders.device)[0] == 9
         and not torch.are_deterministic_algorithms_enabled()
     )
-    if is_even:
-        sample = torch.arange(num_samples, device=borders.device)
-        sample = torch.repeat_interleave(sample, borders.diff(), output_size=num_tokens)  # [T]; no host sync
-        places = torch.arange(num_tokens, device=borders.device) + sample * length - borders[sample]
 
     def varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         longest = batch.max_length
@@ -143,11 +106,10 @@ def attend_packed(batch: MicroBatch, sliding_window: int | None, scale: float) -
         return out
 
     def even(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        padded = (_Pad.apply(part, places, num_samples * length) for part in (query, key, value))
-        q, k, v = (part.unflatten(0, (num_samples, length)).transpose(1, 2) for part in padded)
+        q, k, v = (part.unflatten(0, (-1, length)).transpose(1, 2) for part in (query, key, value))
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)  # [S, H, L, D]
-        return _Unpad.apply(out.transpose(1, 2).flatten(0, 1), places)
+        return out.transpose(1, 2).flatten(0, 1)
 
     def one_by_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         outs = []

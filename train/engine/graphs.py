@@ -38,6 +38,7 @@ def pad(batch: MicroBatch) -> MicroBatch:
         input_ids=F.pad(batch.input_ids, (0, width - num_tokens)),
         position_ids=F.pad(batch.position_ids, (0, width - num_tokens)),
         cu_seqlens=F.pad(borders, (0, num_borders - len(borders)), value=width),
+        even_length=0,
         max_length=min(width, -(-longest // 512) * 512),
     )
 

@@ -135,15 +135,17 @@ class LoraGroup:
     ) -> list[torch.Tensor]:
         """dA [r, K] and dB [n, r] of each adapter in the order of `parameters`, fp32, after input_gradient."""
         grad_y, grad_low = grad_out[:, : self.num_outputs], grad_out[:, self.num_outputs :]
+        # without dropout the adapters read the same input: one product, which reads it once
+        together = _wide_mm(grad_low.T, x) if drop is None and self.num_extra else x
         gradients = []
         for number, (rows, columns, scale) in enumerate(zip(self.rows, self.columns, self.scales, strict=True)):
             if columns is not None:
-                read = x
+                grad_a = together[columns]
                 if drop is not None:
                     read = torch.empty(x.shape, dtype=x.dtype, device=x.device)
                     dropout(x, read, drop.p, drop.seed, drop.place + number)
-                gradients.append(_wide_mm(grad_low[:, columns].T, read))
-                gradients.append(_wide_mm(grad_y[:, rows].T, low[:, columns]).mul_(scale))
+                    grad_a = _wide_mm(grad_low[:, columns].T, read)
+                gradients += [grad_a, _wide_mm(grad_y[:, rows].T, low[:, columns]).mul_(scale)]
         return gradients
 
 

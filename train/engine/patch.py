@@ -49,7 +49,9 @@ class Engine:
         norm: torch.Tensor = decoder.norm.weight
         store = WeightStore(blocks, plan.num_cached, norm.dtype, norm.device)
         self.stack = Stack(blocks, decoder.norm, store, plan.num_kept)
-        self.sliding_window: int | None = getattr(decoder.layers[0].self_attn, "sliding_window", None)
+        # Qwen's attention knows its window, Mistral's reads the configuration, Llama has none
+        window = getattr(causal_lm.config, "sliding_window", None)
+        self.sliding_window: int | None = getattr(decoder.layers[0].self_attn, "sliding_window", window)
         self.graphs: Graphs | None = None
         if norm.is_cuda and has_flash(norm.dtype, norm.device) and plan.tokens_per_pass <= MOST_TOKENS:
             self.graphs = Graphs(self.stack, self._attend_for)

@@ -1,0 +1,333 @@
+"""The fused engine computes what transformers and PEFT compute: each function, each family of models, whole steps."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import bitsandbytes as bnb
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from tests.conftest import training_of, with_batch
+from train.collate import MicroBatch, collate_packed
+from train.config import Config, EngineConfig, LoraConfig
+from train.engine import operations
+from train.engine.lora_linear import Dropout, LoraGroup, dequantize
+from train.engine.patch import Engine, reason_against
+from train.exits import ExitWith
+from train.model import choose_engine
+from train.plan import Plan
+from train.step import optimizer_step
+
+LENGTHS = (5, 1, 9)  # one token alone, odd lengths
+SIZES = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "attn_implementation": "sdpa",
+}
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FAMILIES: dict[str, tuple[PretrainedConfig, list[str]]] = {
+    "llama": (LlamaConfig(**SIZES), ALL),
+    "llama with biases": (LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True), ALL),
+    "some layers adapted": (LlamaConfig(**SIZES), ["q_proj", "v_proj", "down_proj"]),
+    "one layer adapted": (LlamaConfig(**SIZES), ["up_proj"]),
+    "mistral with a window": (MistralConfig(**SIZES, sliding_window=4), ALL),
+    "qwen2": (Qwen2Config(**SIZES), ALL),
+    "qwen3": (Qwen3Config(**SIZES, head_dim=16), ALL),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Equal up to the rounding of fp32 sums."""
+    assert (found - wanted).norm() <= 2e-5 * wanted.norm()
+
+
+def packed() -> MicroBatch:
+    rows = [{"input_ids": torch.randint(100, (n,)).tolist(), "trained": [True] * n} for n in LENGTHS]
+    return collate_packed(rows)
+
+
+def test_rms_norm_and_its_gradient() -> None:
+    """Value and input gradient are autograd's, added to what stands in the place."""
+    x, weight = torch.randn(7, 24, requires_grad=True), torch.randn(24)
+    wanted = F.rms_norm(x, (24,), weight, 1e-5)
+    upstream, before = torch.randn(7, 24), torch.randn(7, 24)
+    wanted.backward(upstream)
+    wide, grad = torch.zeros(7, 30), before.clone()
+    rstd = operations.rms_norm(x.detach(), weight, 1e-5, wide[:, :24])
+    operations.rms_norm_backward(upstream, x.detach(), weight, rstd, grad, add=True)
+    assert x.grad is not None
+    close(wide[:, :24], wanted.detach())
+    close(grad - before, x.grad)
+    assert not wide[:, 24:].any()
+
+
+def test_swiglu_and_its_gradient() -> None:
+    """Gradients replace their inputs, and the product its gradient."""
+    gate_up = torch.randn(7, 24, requires_grad=True)
+    wanted = F.silu(gate_up[:, :12]) * gate_up[:, 12:]
+    upstream = torch.randn(7, 12)
+    wanted.backward(upstream)
+    place, grad, out = torch.cat([gate_up.detach(), torch.ones(7, 3)], 1), upstream.clone(), torch.empty(7, 12)
+    operations.swiglu(place, out)
+    operations.swiglu_backward(place, grad)
+    assert gate_up.grad is not None
+    close(out, wanted.detach())
+    close(grad, wanted.detach())
+    close(place[:, :24], gate_up.grad)
+    assert (place[:, 24:] == 1).all()
+
+
+def test_turning_back_is_the_gradient_of_turning() -> None:
+    """<turn(x), y> = <x, turn back(y)>, and turning back undoes turning."""
+    angle = torch.randn(7, 8).repeat(1, 2)
+    x, y, turned, back = (torch.randn(7, 48) for _ in range(4))
+    operations.rotate(x, turned, angle.cos(), angle.sin())
+    operations.rotate(y, back, angle.cos(), angle.sin(), sign=-1)
+    torch.testing.assert_close((turned * y).sum(), (x * back).sum())
+    operations.rotate(turned, back, angle.cos(), angle.sin(), sign=-1)
+    torch.testing.assert_close(back, x)
+
+
+def test_dropout_is_a_function_of_seed_and_place() -> None:
+    """As many survive as p says, scaled; the same again for the same seed, others for another seed or place."""
+    x = torch.ones(500, 400)
+    masks = []
+    for seed, place in ((1, 0), (1, 0), (2, 0), (1, 1)):
+        out = torch.empty_like(x)
+        operations.dropout(x, out, 0.25, torch.tensor(operations.mixed(seed)), place)
+        assert set(out.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+        assert (out > 0).float().mean() == pytest.approx(0.75, abs=0.005)
+        masks.append(out > 0)
+    assert torch.equal(masks[0], masks[1])
+    for other in masks[2:]:  # independent: 0.75^2 + 0.25^2 agree
+        assert (masks[0] == other).float().mean() == pytest.approx(0.625, abs=0.01)
+
+
+def layers(bias: bool, quantized: bool, use_rslora: bool, targets: Sequence[str]) -> Any:
+    """q, k and v as PEFT's layers with adapters that do something."""
+    kind = (lambda i, o: bnb.nn.LinearNF4(i, o, bias=bias)) if quantized else (lambda i, o: torch.nn.Linear(i, o, bias))
+    module = torch.nn.ModuleDict({"q": kind(64, 48), "k": kind(64, 24), "v": kind(64, 24)})
+    module.to("cpu")  # bitsandbytes quantises here
+    lora = peft.LoraConfig(r=3, lora_alpha=7, use_rslora=use_rslora, target_modules=list(targets))
+    adapted: Any = peft.inject_adapter_in_model(lora, module)
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    return adapted
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("targets", [("q", "k", "v"), ("k",), ("q", "v")])
+@pytest.mark.parametrize("num_tokens", [1, 13])
+def test_a_group_is_its_layers(
+    bias: bool, quantized: bool, use_rslora: bool, targets: tuple[str, ...], num_tokens: int
+) -> None:
+    """Output, input gradient and every adapter's gradient are PEFT's own, also behind the input in one buffer."""
+    adapted = layers(bias, quantized, use_rslora, targets)
+    x, upstream = torch.randn(num_tokens, 64, requires_grad=True), torch.randn(num_tokens, 96)
+    wanted = torch.cat([adapted[name](x) for name in "qkv"], dim=1)
+    wanted.backward(upstream)
+    group = LoraGroup([adapted[name] for name in "qkv"])
+    matrix = torch.zeros(group.shape)
+    group.fill_base(matrix)
+    for place, parameter, factor in group.adapter_places(matrix):
+        place.copy_(parameter.detach() * factor)
+    wide = torch.zeros(num_tokens, 64 + group.num_extra)
+    wide[:, :64] = x.detach()
+    for read, low in ((wide[:, :64], wide[:, 64:]), (x.detach(), torch.empty(num_tokens, group.num_extra))):
+        out, grad_x = torch.empty(num_tokens, 96), torch.empty(num_tokens, 64)
+        group.forward(matrix, read, low, out, None)
+        close(out, wanted.detach())
+        grad_out = torch.cat([upstream, torch.full((num_tokens, group.num_extra), torch.nan)], dim=1)
+        group.input_gradient(matrix, grad_out, None, grad_x)
+        gradients = group.adapter_gradients(grad_out, read, low, None)
+        assert x.grad is not None
+        close(grad_x, x.grad)
+        for found, parameter in zip(gradients, group.parameters, strict=True):
+            assert parameter.grad is not None
+            assert parameter.grad.norm() > 0
+            close(found, parameter.grad)
+
+
+def test_a_group_with_dropout_is_its_layers_with_the_same_masks() -> None:
+    """PEFT's layers given our masks: the same output and gradients. Each layer has a mask of its own."""
+    adapted = layers(False, False, False, ("q", "k", "v"))
+    group = LoraGroup([adapted[name] for name in "qkv"])
+    drop = Dropout(0.3, torch.tensor(operations.mixed(7)), 8)
+    masks = []
+    for number in range(3):
+        mask = torch.empty(13, 64)
+        operations.dropout(torch.ones(13, 64), mask, drop.p, drop.seed, drop.place + number)
+        masks.append(mask)
+    assert not torch.equal(masks[0], masks[1])
+    x, upstream = torch.randn(13, 64, requires_grad=True), torch.randn(13, 96)
+    outs = []
+    for mask, name in zip(masks, "qkv", strict=True):
+        layer = adapted[name]
+        low = F.linear(x * mask, layer.lora_A["default"].weight)
+        outs.append(layer.base_layer(x) + layer.scaling["default"] * F.linear(low, layer.lora_B["default"].weight))
+    wanted = torch.cat(outs, dim=1)
+    wanted.backward(upstream)
+    matrix, low, out, grad_x = torch.zeros(group.shape), torch.empty(13, 64), torch.empty(13, 96), torch.empty(13, 64)
+    group.fill_base(matrix)
+    for place, parameter, factor in group.adapter_places(matrix):
+        place.copy_(parameter.detach() * factor)
+    group.forward(matrix, x.detach(), low, out, drop)
+    grad_out = torch.cat([upstream, torch.empty(13, group.num_extra)], dim=1)
+    group.input_gradient(matrix, grad_out, drop, grad_x)
+    close(out, wanted.detach())
+    assert x.grad is not None
+    close(grad_x, x.grad)
+    for found, parameter in zip(
+        group.adapter_gradients(grad_out, x.detach(), low, drop), group.parameters, strict=True
+    ):
+        assert parameter.grad is not None
+        close(found, parameter.grad)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_dequantised_weights_are_bitsandbytes(compress: bool) -> None:
+    """To the bit, into a range of columns."""
+    weight = bnb.nn.Params4bit(
+        torch.randn(48, 128), requires_grad=False, compress_statistics=compress, quant_type="nf4"
+    )
+    weight = weight.to("cpu")
+    out = torch.zeros(48, 130)
+    dequantize(weight, out[:, :128])
+    assert torch.equal(out[:, :128], bnb.functional.dequantize_4bit(weight.data, weight.quant_state))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("num_kept", "num_cached"), [(1, 0), (2, 1), (3, 3)])
+def test_every_family_of_models(family: str, num_kept: int, num_cached: int) -> None:
+    """Hidden states and every adapter's gradient are transformers' and PEFT's, kept or recomputed, cached or not."""
+    shape, targets = FAMILIES[family]
+    base = AutoModelForCausalLM.from_config(shape)
+    for name, parameter in base.named_parameters():
+        if parameter.dim() == 1:
+            parameter.data.normal_(float("norm" in name), 0.2)
+    lora = peft.LoraConfig(r=3, lora_alpha=7, target_modules=targets)
+    adapted: Any = peft.get_peft_model(base, lora)
+    named = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    for name, parameter in named.items():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    causal_lm, batch = adapted.get_base_model(), packed()
+    assert not reason_against(causal_lm)
+    wanted = causal_lm.base_model(batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state[
+        0
+    ]
+    upstream = torch.randn_like(wanted)
+    wanted.backward(upstream)
+    expected = {name: p.grad.clone() for name, p in named.items()}
+    for parameter in named.values():
+        parameter.grad.zero_()
+    engine = Engine(causal_lm, Plan(64, 3, num_kept, num_cached, 0))
+    for _ in range(2):  # the second pass adds to the first
+        found = engine(batch)
+        close(found.detach(), wanted.detach())
+        found.backward(upstream)
+    for name, parameter in named.items():
+        close(parameter.grad / 2, expected[name])
+
+
+def fused(config: Config) -> Config:
+    return replace(config, engine=EngineConfig(kind="fused"))
+
+
+def test_fifty_steps_fused_and_not(config: Config) -> None:
+    """The same losses and adapters after fifty steps; the engine really ran."""
+    config = replace(config, train=replace(config.train, epochs=50), model=replace(config.model, quantization="nf4"))
+    runs = [training_of(each, Accelerator(cpu=True)) for each in (config, fused(config))]
+    assert [run.model.engine_name for run in runs] == ["reference", "fused"]
+    curves = [[optimizer_step(run, step).loss for step in range(50)] for run in runs]
+    assert curves[0][-1] < 0.9 * curves[0][0]
+    assert curves[0] != curves[1]
+    assert curves[1] == pytest.approx(curves[0], rel=2e-3)
+
+
+def test_merged_passes_are_the_same_step(config: Config) -> None:
+    """2 x 4 as it is written = as one pass: loss, gradient norm, samples; in the partial last window too."""
+    config = fused(with_batch(config, 2, 4))
+    literal = training_of(replace(config, batch=replace(config.batch, merge="off")), Accelerator(cpu=True))
+    merged = training_of(config, Accelerator(cpu=True))
+    for step, passes in ((0, 4), (2, 2)):
+        assert len(literal.data.window(step).micro_batches) == passes
+        assert len(merged.data.window(step).micro_batches) == 1
+        one, other = (optimizer_step(run, step) for run in (literal, merged))
+        assert one.sample_ids == other.sample_ids
+        assert other.loss == pytest.approx(one.loss, rel=1e-5)
+        assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputing_changes_nothing(config: Config, dropout: float) -> None:
+    """Kept, some recomputed, all recomputed: bitwise the same gradient, with dropout drawn again from the seed."""
+    config = fused(replace(config, lora=LoraConfig(r=4, dropout=dropout)))
+    gradients = []
+    for checkpointing in ("none", 1, "full"):
+        each = replace(config, memory=replace(config.memory, checkpointing=checkpointing))
+        training = training_of(each, Accelerator(cpu=True))
+        training.optimizer.register_step_pre_hook(
+            lambda *_, flat=training.flat: gradients.append(torch.cat([leaf.grad.flatten() for leaf in flat.leaves]))
+        )
+        optimizer_step(training, 0)
+        assert training.plan.num_kept == {"none": 2, 1: 1, "full": 1}[checkpointing]
+    assert gradients[0].norm() > 0
+    assert all(torch.equal(gradients[0], other) for other in gradients[1:])
+
+
+def test_what_the_engine_cannot_run_is_said(config: Config) -> None:
+    """auto falls back with a reason, fused ends with it."""
+    sizes = {**SIZES, "num_key_value_heads": None}
+    neox = AutoModelForCausalLM.from_config(GPTNeoXConfig(**{k: v for k, v in sizes.items() if v is not None}))
+    assert "GPTNeoXForCausalLM is not one of" in reason_against(neox)
+    gelu = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, hidden_act="gelu"))
+    assert "computes gelu" in reason_against(gelu)
+    int8 = replace(config, model=replace(config.model, quantization="int8"))
+    model = training_of(int8, Accelerator(cpu=True)).model
+    assert choose_engine(model, int8) == (False, "int8 layers round their inputs, which only bitsandbytes does")
+    with pytest.raises(ExitWith, match=r"--engine\.kind fused: int8 layers"):
+        choose_engine(model, fused(int8))
+    assert choose_engine(model, replace(config, engine=EngineConfig(kind="reference"))) == (
+        False,
+        "engine.kind reference",
+    )
+
+
+def test_long_samples_of_one_length_are_filled_up() -> None:
+    """Rows of 2,041 and 2,048 tokens become 2,048 each, targets stay; rows that differ more stay as they are."""
+    rows = [{"input_ids": list(range(1, n + 1)), "trained": [True] * n} for n in (2041, 2048)]
+    batch = collate_packed(rows)
+    assert (batch.even_length, batch.max_length, batch.input_ids.shape[1]) == (2048, 2048, 4096)
+    assert batch.targets.tolist() == [*range(2, 2042), *range(2, 2049)]
+    assert torch.equal(batch.input_ids[0, batch.target_rows] + 1, batch.targets)
+    assert batch.cu_seqlens is not None
+    assert batch.cu_seqlens.tolist() == [0, 2048, 4096]
+    shorter = collate_packed([rows[0], {"input_ids": list(range(1900)), "trained": [True] * 1900}])
+    assert (shorter.even_length, shorter.input_ids.shape[1]) == (0, 3941)

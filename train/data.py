@@ -66,6 +66,7 @@ class TrainingData:
             self.rows = [[flat[position] for position in members] for members in bins]
         self.row_tokens = [sum(self.num_tokens[i] for i in row) for row in self.rows]
         self._epoch_order: tuple[int, list[int]] = (-1, [])
+        self._ahead: tuple[int, Window] | None = None
         self.steps_per_epoch = math.ceil(len(self.rows) / layout.samples_per_step)
 
     def total_steps(self, train: TrainConfig) -> int:
@@ -98,6 +99,8 @@ class TrainingData:
         epoch's last window there may be none left for it: it then repeats one without any target, so that every
         process takes part in every collective and the sum of the losses stays what it was.
         """
+        if self._ahead and self._ahead[0] == step:
+            return self._ahead[1]
         row_ids = self.row_ids(step)
         parts = _merged(self._passes(row_ids), self.tokens_per_pass, self.num_tokens)
         micro_batches = []
@@ -115,6 +118,10 @@ class TrainingData:
             num_tokens=sum(self.num_tokens[i] for i in ids),
             sample_ids=ids,
         )
+
+    def prepare(self, step: int) -> None:
+        """Makes the window of `step` now, while the device is busy, so that asking for it costs nothing."""
+        self._ahead = (step, self.window(step))
 
     def _passes(self, row_ids: Sequence[int]) -> list[list[int]]:
         """The samples of each forward pass of this process in a step with these rows."""

@@ -62,6 +62,7 @@ def optimizer_step(training: Training, completed: int) -> StepResult:
         token_loss_sum = training.model(batch)
         (token_loss_sum / window.num_supervised_tokens).backward()
         loss_sum += token_loss_sum.detach()
+    training.data.prepare(completed + 1)  # while a GPU still computes
 
     add_over_processes(accelerator, training.flat.leaves)
     grad_norm = torch.nn.utils.clip_grad_norm_(training.flat.leaves, config.optim.max_grad_norm)

@@ -13,7 +13,7 @@ from bitsandbytes.optim import PagedAdamW8bit
 from tests.conftest import BUNDLED_BASE, arguments, losses, run_command, training_of
 from tests.injections import Fault
 from train.collate import collate_packed
-from train.config import CheckpointConfig, Config
+from train.config import CheckpointConfig, Config, EngineConfig
 from train.engine.attention import varlen_attention
 from train.optim import load_optimizer_state, optimizer_state
 from train.step import Training, optimizer_step
@@ -63,7 +63,7 @@ def test_paged_state_comes_back_paged_and_to_the_bit(on_gpu: Config) -> None:
 
 def test_packed_samples_are_isolated_by_the_flash_kernel(on_gpu: Config) -> None:
     """Packed loss = the samples' own, per sample whatever stands before it; gradients as with the block mask."""
-    packed_config = replace(on_gpu, data=replace(on_gpu.data, packing=True))
+    packed_config = replace(on_gpu, data=replace(on_gpu.data, packing=True), engine=EngineConfig(kind="reference"))
     training = build(packed_config)
     causal_lm: Any = training.model.adapted.get_base_model()
     assert causal_lm.config._attn_implementation == "varlen"
@@ -74,9 +74,12 @@ def test_packed_samples_are_isolated_by_the_flash_kernel(on_gpu: Config) -> None
         causal_lm.set_attn_implementation(kind)
         loss = training.model(packed)
         loss.backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in training.parameters.values() if p.grad is not None]))
+        gradients.append(
+            torch.cat([p.grad.flatten().clone() for p in training.parameters.values() if p.grad is not None])
+        )
         for parameter in training.parameters.values():
-            parameter.grad = None
+            assert parameter.grad is not None
+            parameter.grad.zero_()
         with torch.no_grad():
             alone = sum(training.model(collate_packed([row]).to(torch.device("cuda"))).item() for row in rows)
         assert loss.item() == pytest.approx(alone, rel=2e-3)

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the engine: Triton kernels, bf16, recorded graphs, cuDNN, the embedding in host memory."""
+"""What only a GPU can show of the engine: Triton kernels, bf16, recorded graphs, cuDNN, the host's embedding."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -90,9 +90,8 @@ def test_kernels_are_their_torch_lines(
 def test_one_launch_dequantises_as_bitsandbytes(compress: bool, shape: tuple[int, int]) -> None:
     """To the bit, with nested scales and without."""
     assert lora_linear.kernels_for(GPU) is not None
-    weight = bnb.nn.Params4bit(
-        torch.randn(shape), requires_grad=False, compress_statistics=compress, quant_type="nf4"
-    ).to(GPU)
+    kind: Any = bnb.nn.Params4bit
+    weight = kind(torch.randn(shape), requires_grad=False, compress_statistics=compress, quant_type="nf4").to(GPU)
     out = torch.zeros(shape[0], shape[1] + 64, device=GPU, dtype=torch.bfloat16)
     dequantize(weight, out[:, : shape[1]])
     wanted = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(torch.bfloat16)

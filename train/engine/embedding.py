@@ -13,7 +13,8 @@ class HostEmbedding(torch.nn.Module):
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
-        self.device = weight.device
+        # transformers takes a model's type and device from its first parameter
+        self.kind = torch.nn.Parameter(weight.new_zeros(1), requires_grad=False)
         self.weight = torch.empty_like(weight, device="cpu", pin_memory=True).copy_(weight.detach())
 
     @property

@@ -10,6 +10,9 @@ MARGIN = 0.92  # of the budget is planned with; the rest is the allocator's wast
 # A pass costs as much as this many tokens more than it has: reading, dequantising and launching. Measured on an H200
 # with Llama-3.1-8B, docs/LOG.md.
 PASS_TOKENS = 600
+# Passes of so many tokens at most run as CUDA graphs (engine.graphs): beyond, the GPU is slower than the host. Their
+# memory is theirs alone.
+GRAPH_TOKENS = 4096
 RECOMPUTED_SHARE = 0.35  # of a block's time is added where it is computed again
 
 
@@ -78,8 +81,11 @@ def peak_bytes(sizes: BlockSizes, num_tokens: int, num_kept: int, num_cached: in
     backward = num_tokens * workspace
     matrices = min(num_cached + 1, s.num_blocks) * s.matrix_bytes
     standing = num_tokens * s.num_blocks * kept_input + matrices
-    last = num_tokens * max(1, num_kept) * activations + max(head, backward)
-    again = num_tokens * activations + backward if num_kept < s.num_blocks else 0
+    is_graph = num_tokens <= GRAPH_TOKENS
+    if is_graph:
+        standing += num_tokens * s.element_bytes * 4 * s.hidden
+    last = num_tokens * max(1, num_kept) * activations + (head + backward if is_graph else max(head, backward))
+    again = num_tokens * activations + backward + (head if is_graph else 0) if num_kept < s.num_blocks else 0
     return standing + max(last, again)
 
 

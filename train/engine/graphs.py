@@ -5,7 +5,7 @@ passes are padded to a multiple of STEP tokens, by a last sample of its own that
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from train.engine.block import Pass
 from train.engine.stack import Kept, Stack
 
 STEP = 128
-MOST_TOKENS = 4096  # beyond it the GPU is slower than the host
 MOST_GRAPHS = 16  # about 10 MB each
 
 AttendFor = Callable[[MicroBatch], Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]]
@@ -43,15 +42,28 @@ def pad(batch: MicroBatch) -> MicroBatch:
     )
 
 
-@dataclass
-class _Graph:
-    """One shape's forward and backward, and the places that they read and write."""
+@dataclass(frozen=True)
+class _Places:
+    """What graphs read and write; a smaller shape uses the beginning of the largest one's."""
 
-    hidden: torch.Tensor
-    shared: Pass
-    borders: torch.Tensor
-    out: torch.Tensor
+    hidden: torch.Tensor  # [T, H]
+    cos: torch.Tensor  # [T, D]
+    sin: torch.Tensor
+    out: torch.Tensor  # [T, H]
     grad_out: torch.Tensor
+
+    def first(self, num_tokens: int) -> "_Places":
+        """Those of a pass with fewer tokens."""
+        return _Places(*(getattr(self, field.name)[:num_tokens] for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """One shape's forward and backward."""
+
+    places: _Places
+    seed: torch.Tensor
+    borders: torch.Tensor
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
 
@@ -59,55 +71,54 @@ class _Graph:
 class Graphs:
     """The stack's training passes, recorded at a shape's first sight and replayed from then on."""
 
-    def __init__(self, stack: Stack, attend_for: AttendFor) -> None:
+    def __init__(self, stack: Stack, attend_for: AttendFor, most_tokens: int) -> None:
         self.stack = stack
         self.attend_for = attend_for
+        self.most_tokens = -(-most_tokens // STEP) * STEP
         self.graphs: dict[tuple[int, int, int], _Graph] = {}
+        self.places: _Places | None = None
         self.pool: Any = None
 
     def __call__(self, hidden: torch.Tensor, shared: Pass, batch: MicroBatch) -> torch.Tensor:
         """As Stack, for a batch that `pad` has padded."""
         assert batch.cu_seqlens is not None
         key = (hidden.shape[0], len(batch.cu_seqlens), batch.max_length)
-        if self.pool is None:  # the very first pass compiles kernels and makes the libraries' handles
+        if self.places is None:  # the very first pass compiles kernels and makes the libraries' handles
             self.pool = torch.cuda.graph_pool_handle()
+            like = (hidden, shared.cos, shared.sin, hidden, hidden)
+            self.places = _Places(*(part.new_zeros(self.most_tokens, part.shape[1]) for part in like))
             return self.stack(hidden, shared)
         if key not in self.graphs:
-            if len(self.graphs) == MOST_GRAPHS:
+            if len(self.graphs) == MOST_GRAPHS or key[0] > self.most_tokens:
                 return self.stack(hidden, shared)
-            self.graphs[key] = self._record(hidden, shared, batch)
-        graph = self.graphs[key]
-        pairs = ((graph.hidden, hidden), (graph.shared.cos, shared.cos), (graph.shared.sin, shared.sin))
-        for place, value in (*pairs, (graph.shared.seed, shared.seed), (graph.borders, batch.cu_seqlens)):
+            self.graphs[key] = self._record(shared, batch, self.places.first(key[0]))
+        graph, places = self.graphs[key], self.graphs[key].places
+        pairs = ((places.hidden, hidden), (places.cos, shared.cos), (places.sin, shared.sin))
+        for place, value in (*pairs, (graph.seed, shared.seed), (graph.borders, batch.cu_seqlens)):
             place.copy_(value)
         self.stack.store.forget()
         return _Replay.apply(graph, self.stack.blocks[0].parameters[0])
 
-    def _record(self, hidden: torch.Tensor, shared: Pass, batch: MicroBatch) -> _Graph:
+    def _record(self, shared: Pass, batch: MicroBatch, places: _Places) -> _Graph:
         """Both directions; what lies between them stays in the pool, which all graphs share, one replay at a time."""
         assert batch.cu_seqlens is not None
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        places = replace(batch, cu_seqlens=batch.cu_seqlens.clone())
-        assert places.cu_seqlens is not None
-        own = replace(
-            shared,
-            cos=shared.cos.clone(),
-            sin=shared.sin.clone(),
-            seed=shared.seed.clone(),
-            attend=self.attend_for(places),
-        )
-        hidden, grad_out = hidden.detach().clone(), torch.zeros_like(hidden)
+        torch.cuda.empty_cache()  # what launches have used, the pool needs now
+        borders, seed = batch.cu_seqlens.clone(), shared.seed.clone()
+        attend = self.attend_for(replace(batch, cu_seqlens=borders))
+        own = replace(shared, cos=places.cos, sin=places.sin, seed=seed, attend=attend)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         kept: list[Kept] = []
         self.stack.store.begin()
         self.stack.store.forget()
         with torch.no_grad():
             with torch.cuda.graph(forward, pool=self.pool):
-                out, last, rstd = self.stack.forward(hidden, own, kept)
+                out, last, rstd = self.stack.forward(places.hidden, own, kept)
+                places.out.copy_(out)
+                del out
             with torch.cuda.graph(backward, pool=self.pool):
-                self.stack.backward(grad_out, last, rstd, own, kept)
-        return _Graph(hidden, own, places.cu_seqlens, out, grad_out, forward, backward)
+                self.stack.backward(places.grad_out, last, rstd, own, kept)
+        return _Graph(places, seed, borders, forward, backward)
 
 
 class _Replay(torch.autograd.Function):
@@ -117,10 +128,10 @@ class _Replay(torch.autograd.Function):
     def forward(ctx: Any, graph: _Graph, _: torch.nn.Parameter) -> torch.Tensor:
         ctx.graph = graph
         graph.forward.replay()
-        return graph.out.detach()
+        return graph.places.out.detach()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
-        ctx.graph.grad_out.copy_(grad_outputs[0])
+        ctx.graph.places.grad_out.copy_(grad_outputs[0])
         ctx.graph.backward.replay()
         return None, None

@@ -10,11 +10,11 @@ from train.collate import MicroBatch
 from train.engine.attention import Attend, attend_packed, has_flash
 from train.engine.block import Block, Pass
 from train.engine.embedding import HostEmbedding
-from train.engine.graphs import MOST_TOKENS, Graphs, pad
+from train.engine.graphs import Graphs, pad
 from train.engine.operations import mixed
 from train.engine.stack import Stack
 from train.engine.weight_store import WeightStore
-from train.plan import Plan
+from train.plan import GRAPH_TOKENS, Plan
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -53,8 +53,8 @@ class Engine:
         window = getattr(causal_lm.config, "sliding_window", None)
         self.sliding_window: int | None = getattr(decoder.layers[0].self_attn, "sliding_window", window)
         self.graphs: Graphs | None = None
-        if norm.is_cuda and has_flash(norm.dtype, norm.device) and plan.tokens_per_pass <= MOST_TOKENS:
-            self.graphs = Graphs(self.stack, self._attend_for)
+        if norm.is_cuda and has_flash(norm.dtype, norm.device) and plan.tokens_per_pass <= GRAPH_TOKENS:
+            self.graphs = Graphs(self.stack, self._attend_for, plan.tokens_per_pass)
 
     def __call__(self, batch: MicroBatch) -> torch.Tensor:
         """What the head reads, [T or more, H], of a packed micro-batch; dropout while the model trains."""

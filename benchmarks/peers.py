@@ -114,24 +114,29 @@ def build(job: dict[str, Any], rows: Any, collator: Padded, unsloth: Any) -> Any
     )
     options = {"quantization_config": quantization, "dtype": torch.bfloat16, "device_map": {"": 0}}
     if job["system"] == "seed":
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(job["model"], **options)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            job["model"], **options, use_safetensors=True, trust_remote_code=False
+        )
         model.gradient_checkpointing_enable()
         model = peft.get_peft_model(peft.prepare_model_for_kbit_training(model), lora)
         model.config.use_cache = False
         arguments = transformers.TrainingArguments(bf16=False, **common)
         return transformers.Trainer(model=model, train_dataset=rows, args=arguments, data_collator=collator)
     trl: Any = import_module("trl")
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(job["model"])
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(job["model"], trust_remote_code=False)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(job["pad_token_id"])
     settings = {"bf16": True, "max_length": 2048, "dataset_kwargs": {"skip_prepare_dataset": True}, **common}
     more: dict[str, Any] = {"train_dataset": rows, "data_collator": collator, "processing_class": tokenizer}
     if unsloth is not None:
         loader = unsloth.FastLanguageModel
-        model, _ = loader.from_pretrained(job["model"], load_in_4bit=True, max_seq_length=2048, dtype=torch.bfloat16)
+        length = {"max_seq_length": 2048, "dtype": torch.bfloat16, "load_in_4bit": True}
+        model, _ = loader.from_pretrained(job["model"], **length, use_safetensors=True, trust_remote_code=False)
         checkpointing = "unsloth" if job["checkpointing"] else False
         model = loader.get_peft_model(model, **shape, use_gradient_checkpointing=checkpointing, bias="none")
         return trl.SFTTrainer(model=model, args=trl.SFTConfig(**settings), **more)
-    model = transformers.AutoModelForCausalLM.from_pretrained(job["model"], **options)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        job["model"], **options, use_safetensors=True, trust_remote_code=False
+    )
     settings |= {"gradient_checkpointing": job["checkpointing"], "use_liger_kernel": "liger" in job["system"]}
     return trl.SFTTrainer(model=model, args=trl.SFTConfig(**settings), peft_config=lora, **more)
 

@@ -132,7 +132,7 @@ def main() -> None:
             random_base(options.shape, base)
         words = [*work.words, "--model.name-or-path", str(base)]
         words += ["--data.path", str(as_data(options.workload, options.data, folder))]
-        shape, rate = AutoConfig.from_pretrained(options.shape), matmul_rate()
+        shape, rate = AutoConfig.from_pretrained(options.shape, trust_remote_code=False), matmul_rate()
         rows = []
         for row in measure(work, options.systems, words, folder):
             rows.append({"workload": options.workload, **row, **against_limits(row, shape, rate)})
@@ -298,7 +298,7 @@ def as_data(workload: str, source: Path, folder: Path) -> Path:
 def random_base(shape: Path, target: Path) -> None:
     """A checkpoint of the shape with random weights and the shape's tokenizer."""
     torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(shape)
+    config = AutoConfig.from_pretrained(shape, trust_remote_code=False)
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(target, max_shard_size="4GB")

@@ -57,7 +57,7 @@ class Fault:
 class KillAtOperation:
     """Kills the process at the n-th moment around an operation that a save makes on the disk.
 
-    Operations are a file written and synced, a sync, a rename and a removal; each has a moment before and one after.
+    Operations are a file written, a sync, a rename and a removal; each has a moment before and one after.
     With `log` it kills nothing and writes the moments there, one a line.
     """
 

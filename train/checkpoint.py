@@ -219,7 +219,7 @@ class CheckpointStore:
             content = (folder / name).read_bytes()
             if _sha256(content) != wanted["sha256"]:
                 return f"{name} is damaged"
-            if reason := _unreadable(name, content):
+            if reason := _unreadable(folder / name, content):
                 return f"{name} cannot be understood: {reason}"
         return "" if manifest["run_uid"] == self.run_uid() else OTHER_RUN
 
@@ -265,6 +265,8 @@ class CheckpointStore:
     def _retain(self) -> None:
         """Removes what is older than the newest `keep` checkpoints, if all of those verify, but not the best one."""
         folders, best = self._folders(), self.best()
+        if len(folders) <= self.keep:
+            return
         if any(self.defect(folder) for folder in folders[: self.keep]):
             return
         for folder in folders[self.keep :]:
@@ -295,13 +297,14 @@ def _json_bytes(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _unreadable(name: str, content: bytes) -> str:
+def _unreadable(file: Path, content: bytes) -> str:
     """Why a file with the right hash is still none of this program's, or nothing."""
     try:
-        if name == STATE:
+        if file.name == STATE:
             TrainerState(**json.loads(content))
-        elif name in (ADAPTER, OPTIMIZER):
-            safetensors.deserialize(content)
+        elif file.name in (ADAPTER, OPTIMIZER):
+            with safetensors.safe_open(file, "pt"):  # the header alone: deserialize() would copy all tensors
+                pass
     except (safetensors.SafetensorError, ValueError, TypeError, RecursionError) as error:
         return repr(error)
     return ""

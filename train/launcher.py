@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from train.exits import ExitCode
-from train.signals import STOP_SIGNALS, stop_with_parent
+from train.signals import listen, stop_with_parent
 
 PATIENCE = 60.0  # seconds that a trainer process may outlive accelerate, to save
 SECOND_THOUGHTS = 10.0  # seconds after a first Ctrl-C, from which on another kills
@@ -31,9 +31,7 @@ class Launcher:
         self.folder = folder
         self.stopped_by = ""
         self.interrupted = float("inf")  # when the first Ctrl-C came
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:
-                signal.signal(number, self._forward)
+        listen(self._forward)
         accelerate = str(Path(sys.executable).with_name("accelerate"))
         # a session of its own: a terminal's Ctrl-C then reaches this process alone, which passes it on once
         self.child = subprocess.Popen(

@@ -62,10 +62,10 @@ def main(argv: list[str], stop: StopRequest | None = None) -> ExitCode:
                     write_exit(Path(config.run.dir), code, scrub(reason))
     except ExitWith as end:  # the configuration cannot be used, or another job has the run folder
         code, reason = end.code, end.reason
-    told = Path(os.environ.get("HANDLOOP_LAUNCHER", os.devnull)) / "exit"
-    with suppress(OSError):
-        if speaks(code, told):
-            told.write_text(f"{int(code)}\n")
+    launcher = os.environ.get("HANDLOOP_LAUNCHER")
+    if launcher and speaks(code, Path(launcher) / "exit"):
+        with suppress(OSError):
+            (Path(launcher) / "exit").write_text(f"{int(code)}\n")
     if code != ExitCode.FINISHED and (is_first_process() or code == ExitCode.PEER_FAILURE):
         with suppress(OSError):  # a terminal that is gone
             print(f"\nhandloop: {scrub(reason)}", file=sys.stderr, flush=True)

@@ -32,7 +32,8 @@ def scrub(text: str) -> str:
             text = text.replace(value, REMOVED)
     for pattern, replacement in PATTERNS:
         text = pattern.sub(replacement, text)
-    # what others wrote may also hold sequences that steer a terminal
+    # what others wrote may also hold sequences that steer a terminal; `shown` in data_tools.readers does the same for
+    # one line, but takes a second to import
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 

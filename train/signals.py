@@ -4,12 +4,23 @@ import ctypes
 import os
 import signal
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
+
+
+Handler = Callable[[int, FrameType | None], None]
+
+
+def listen(handler: Handler) -> None:
+    """Calls `handler` for every stop signal, except those that we were started to ignore (nohup: SIGHUP)."""
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:
+            signal.signal(number, handler)
 
 
 class StopRequest:
@@ -22,9 +33,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.received = ""
         self.since = 0.0
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:  # nohup ignores SIGHUP
-                signal.signal(number, self._receive)
+        listen(self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

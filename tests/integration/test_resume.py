@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.compare_runs import at, reference, result_of
 from tests.conftest import ROOT, Run, arguments, losses, run_command, with_batch
 from tests.injections import Fault
 from train.config import CheckpointConfig, Config
@@ -23,26 +24,10 @@ def dropped(config: Config) -> Config:
     return replace(config, lora=replace(config.lora, dropout=0.1), checkpoint=CheckpointConfig(every=2))
 
 
-def at(config: Config, run_dir: Path) -> Config:
-    return replace(config, run=replace(config.run, dir=str(run_dir)))
-
-
-def result_of(run_dir: Path) -> dict[str, bytes]:
-    """Final adapters, the last checkpoint's tensors, and the bits of every step's loss and gradient norm."""
-    last = run_dir / "checkpoints" / "step-0000000006"
-    return {
-        "adapters": (run_dir / "final" / "adapter_model.safetensors").read_bytes(),
-        "saved": (last / "adapter_model.safetensors").read_bytes(),
-        "optimizer": (last / "optimizer.safetensors").read_bytes(),
-        "losses": repr(losses(run_dir)).encode(),
-    }
-
-
 def uninterrupted(config: Config, run_dir: Path) -> dict[str, bytes]:
-    outcome = run_command(arguments(at(config, run_dir)))
-    assert outcome.returncode == 0, outcome.stderr
+    expected = reference(config, run_dir)
     assert len(losses(run_dir)) == 6
-    return result_of(run_dir)
+    return expected
 
 
 def test_kill_between_saves_before_the_first_and_twice(dropped: Config, tmp_path: Path) -> None:

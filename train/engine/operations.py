@@ -1,6 +1,7 @@
 """What lies between a block's matrix products, forward and backward, written into places that the caller gives.
 
-On a GPU with Triton each is one kernel, elsewhere the torch lines that say the same; tests/gpu compares the two.
+On a GPU with Triton each is one kernel, elsewhere the torch lines that say the same (compared in
+tests/gpu/test_engine_cuda.py).
 """
 
 import importlib.util

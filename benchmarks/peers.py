@@ -21,17 +21,15 @@ MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class Padded:
-    """Pads rows on the right to the longest and counts the tokens that are real."""
+    """Pads rows on the right to the longest."""
 
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
-        self.num_tokens = 0
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         import torch
 
         width = max(len(row["input_ids"]) for row in rows)
-        self.num_tokens += sum(len(row["input_ids"]) for row in rows)
 
         def filled(name: str, value: int) -> torch.Tensor:
             return torch.tensor([list(row[name]) + [value] * (width - len(row[name])) for row in rows])
@@ -56,13 +54,12 @@ def main() -> None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(job["cap_gib"] * 2**30 / total)
     collator = Padded(job["pad_token_id"])
-    times, tokens, losses = [time.perf_counter()], [0], []
+    times, losses = [time.perf_counter()], []
 
     class Watch(transformers.TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             torch.cuda.synchronize()
             times.append(time.perf_counter())
-            tokens.append(collator.num_tokens)
 
         def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
             if logs and "loss" in logs:
@@ -75,7 +72,10 @@ def main() -> None:
     trainer.add_callback(Watch)
     trainer.train()
     seconds = [later - earlier for earlier, later in pairwise(times)]
-    counts = [later - earlier for earlier, later in pairwise(tokens)]
+    # not counted by the collator: loaders fetch ahead
+    size = job["per_device"] * job["accumulation"]
+    lengths = [len(row["input_ids"]) for row in job["rows"]]
+    counts = [sum(lengths[start : start + size]) for start in range(0, len(lengths), size)]
     result = {
         "seconds": seconds,
         "tokens": counts,

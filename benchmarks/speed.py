@@ -5,7 +5,8 @@
 Workloads: `short` and `small` train question/answer rows (small in a 4 GiB cap, one row at a time), `packed` the same
 text in rows of 2,048 tokens, `lines` the lines of text files by the wildfire notebook's recipe. SHAPE_FOLDER holds
 config.json and a tokenizer; the weights are random, made here. Peers that are not installed are named and left out.
-Ours is the real command, with its checkpoints and metrics; a peer's step is its trainer's.
+Ours is the real command, with its checkpoints and metrics; a peer's step is its trainer's. All take the same rows in
+the same order; ours is measured at later steps than the peers, when its graphs are recorded. Peers get padded batches.
 """
 
 import argparse
@@ -77,8 +78,8 @@ WORKLOADS = {
         (
             Run("handloop", 2, 4, False, note="defaults: one unpadded pass, graphs, bf16 copies of weights"),
             Run("unsloth", 2, 4, True, note="its defaults"),
-            Run("unsloth", 8, 1, False, note="its best: one padded batch, nothing recomputed"),
-            Run("trl+liger", 8, 1, False, note="its best"),
+            Run("unsloth", 8, 1, False, note="one padded batch, nothing recomputed"),
+            Run("trl+liger", 8, 1, False, note="one padded batch, nothing recomputed"),
             Run("seed", 2, 4, True, note="the notebook's recipe"),
         ),
         peer_steps=8, our_steps=40, warmup=3, our_warmup=20,

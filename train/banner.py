@@ -53,7 +53,7 @@ def _packing(training: Training) -> list[str]:
 
 def _executed(training: Training) -> str:
     """How the first window of this process is really run, where that is not as it is written."""
-    if not training.plan.tokens_per_pass:
+    if training.model.engine is None:
         return ""
     sizes = [batch.input_ids.numel() for batch in training.data.window(0).micro_batches]
     passes = f"1 pass of {sizes[0]:,} tokens" if len(sizes) == 1 else f"{len(sizes)} passes of {max(sizes):,} tokens"

@@ -133,7 +133,7 @@ class MemoryConfig:
 
     checkpointing: Literal["auto", "full", "none"] | int = "auto"
     """Decoder blocks whose activations are recomputed in the backward pass: all, none, or so many; auto: as few as
-    memory needs (with the reference engine on a GPU: all)."""
+    memory needs. The reference engine knows all and none, and takes anything else for all."""
     budget: str = ""
     """Hard cap on the device memory that the allocator may take, such as 4GiB; empty is all of it."""
 
@@ -231,8 +231,12 @@ class Config:
             )
         if "lm_head" in self.lora.target_modules:
             yield "lora.target_modules", "lm_head", "the output head stays frozen; leave it out"
-        if isinstance(self.memory.checkpointing, int) and self.memory.checkpointing < 0:
-            yield "memory.checkpointing", self.memory.checkpointing, "must be at least 0, or auto, full, none"
+        if isinstance(self.memory.checkpointing, int):
+            if self.memory.checkpointing < 0:
+                yield "memory.checkpointing", self.memory.checkpointing, "must be at least 0, or auto, full, none"
+            elif self.memory.checkpointing and self.engine.kind == "reference":
+                remedy = "engine.kind reference recomputes all blocks or none; write full or none"
+                yield "memory.checkpointing", self.memory.checkpointing, remedy
         if self.memory.budget:
             try:
                 parse_bytes(self.memory.budget)

@@ -54,7 +54,8 @@ class TrainingData:
         self.layout = layout
         self.pad_token_id = pad_token_id
         self.packed = config.data.packing
-        self.tokens_per_pass = 0  # merged passes hold so many at most and no padding; 0 runs the passes as they are cut
+        self.padding_free = config.data.packing  # the engine wants it of other rows too
+        self.most_merged = 0  # passes are put together while they hold so many tokens at most
         self.group_by_length = config.data.group_by_length
         self.num_tokens: list[int] = samples["num_tokens"][:]
         self.num_supervised_tokens: list[int] = samples["num_supervised_tokens"][:]
@@ -102,15 +103,14 @@ class TrainingData:
         if self._ahead and self._ahead[0] == step:
             return self._ahead[1]
         row_ids = self.row_ids(step)
-        parts = _merged(self._passes(row_ids), self.tokens_per_pass, self.num_tokens)
+        parts = _merged(self._passes(row_ids), self.most_merged, self.num_tokens)
         micro_batches = []
         for part in parts:
             rows = [self.samples[i] for i in part]
             if not rows:
                 first = self.rows[row_ids[0]][0]
                 rows = [{**self.samples[first], "trained": [False] * self.num_tokens[first]}]
-            padding_free = self.packed or self.tokens_per_pass > 0
-            micro_batches.append(collate_packed(rows) if padding_free else collate(rows, self.pad_token_id))
+            micro_batches.append(collate_packed(rows) if self.padding_free else collate(rows, self.pad_token_id))
         ids = [i for row in row_ids for i in self.rows[row]]
         return Window(
             micro_batches,
@@ -156,7 +156,7 @@ def _merged(passes: Sequence[list[int]], most: int, num_tokens: Sequence[int]) -
     size = 0
     for samples in passes:
         more = sum(num_tokens[i] for i in samples)
-        if merged and size + more <= most:
+        if merged and most and size + more <= most:
             merged[-1] = merged[-1] + samples
             size += more
         else:

@@ -37,7 +37,7 @@ from train.loop import train
 from train.model import Tokenizer, adapter_config, check_fits, choose_engine, load_model, load_tokenizer
 from train.optim import FlatParameters, build_optimizer, state_bytes
 from train.plan import Rows, make_plan, reference_plan
-from train.resume import check_same_run, choose, identity, on_first_process, restore
+from train.resume import check_same_run, choose, identity, on_first_process, restore, tokens_per_pass
 from train.saving import Saver, check_disk
 from train.step import Training
 from train.trackers import Display, MetricsFile, Tracker, Trackers, WeightsAndBiases, wandb_mode
@@ -118,7 +118,7 @@ def run(config: Config, stop: StopRequest, closing: ExitStack) -> None:
         on_first_process(accelerator, lambda: audit_aloud(config, tokenizer, data, validation))
     runtime.go_on(config, accelerator, stop)
     runtime.say(accelerator, f"loading {config.model.name_or_path}")
-    training = assemble(config, accelerator, data)
+    training = assemble(config, accelerator, data, tokens_per_pass(checkpoint, data))
     if checkpoint is not None:
         restore(training, checkpoint)
     runtime.say(accelerator, banner(training, tokenizer.notes, prepared.statistics, checkpoint))
@@ -141,10 +141,12 @@ def audit_aloud(config: Config, tokenizer: Tokenizer, data: TrainingData, valida
     return 0
 
 
-def assemble(config: Config, accelerator: Accelerator, data: TrainingData) -> Training:
-    """Model and optimizer on this process's device, beside the data."""
+def assemble(config: Config, accelerator: Accelerator, data: TrainingData, saved_tokens: int = 0) -> Training:
+    """Model, plan and optimizer on this process's device, beside the data; `saved_tokens` as make_plan has it."""
     model = load_model(config, accelerator.device)
     fused, reason = choose_engine(model, config)
+    if fused:
+        model.offload_embedding()
     parameters = model.trainable()
     flat = FlatParameters(parameters)
     free = runtime.free_bytes(config, accelerator.device)
@@ -152,9 +154,11 @@ def assemble(config: Config, accelerator: Accelerator, data: TrainingData) -> Tr
         free -= state_bytes(parameters, config.optim)
     plan = reference_plan(model.num_blocks, config.memory)
     if fused:
-        plan = make_plan(model.sizes(), Rows(*data.pass_sizes()), config.batch, config.memory, free)
+        rows = Rows(*data.pass_sizes())
+        plan = make_plan(model.sizes(), rows, config.batch, config.memory, free, saved_tokens)
     model.execute(fused, plan)
-    data.tokens_per_pass = plan.tokens_per_pass
+    data.padding_free |= fused
+    data.most_merged = plan.tokens_per_pass if plan.merges else 0
     runtime.say(accelerator, f"engine    {'fused' if fused else f'reference: {reason}'}")
     return Training(
         config=config,

@@ -32,7 +32,7 @@ from data_tools.render import PLAIN_TEMPLATE
 from train.collate import MicroBatch
 from train.config import Config, ModelConfig
 from train.engine.attention import attention_kind
-from train.engine.patch import Engine, offload_embedding, reason_against
+from train.engine.patch import Engine, block_sizes, offload_embedding, reason_against
 from train.exits import ExitCode, ExitWith
 from train.loss import summed_cross_entropy
 from train.plan import BlockSizes, Plan
@@ -104,23 +104,11 @@ class LanguageModel(torch.nn.Module):
 
     def sizes(self) -> BlockSizes:
         """What train.plan counts with, of a model that the engine can run."""
-        causal_lm: Any = self.adapted.get_base_model()
-        hidden, head = causal_lm.config.hidden_size, causal_lm.get_output_embeddings().weight
-        attention, mlp = causal_lm.base_model.layers[0].self_attn, causal_lm.base_model.layers[0].mlp
-        heads = attention.q_proj.out_features + 2 * attention.k_proj.out_features
-        query, inner = attention.o_proj.in_features, mlp.down_proj.in_features
-        lora: Any = self.adapted.peft_config["default"]
-        return BlockSizes(
-            num_blocks=self.num_blocks,
-            hidden=hidden,
-            heads=heads,
-            query=query,
-            inner=inner,
-            extra=-(-3 * lora.r // 64) * 64,
-            vocab=head.shape[0],
-            element_bytes=head.element_size(),
-            matrix_bytes=head.element_size() * (hidden * (heads + 3 * inner) + query * hidden),
-        )
+        return block_sizes(self.adapted.get_base_model())
+
+    def offload_embedding(self) -> None:
+        """Frees the GPU of the input embedding, where that is possible."""
+        offload_embedding(self.adapted.get_base_model())
 
     @contextmanager
     def generating(self) -> Iterator[None]:
@@ -216,8 +204,6 @@ def choose_engine(model: LanguageModel, config: Config) -> tuple[bool, str]:
         raise ExitWith(ExitCode.BAD_INPUT, f"--engine.kind fused: {reason}; use auto or reference")
     if not reason and config.engine.kind == "auto" and causal_lm.device.type != "cuda":
         reason = "no GPU; --engine.kind fused runs it here as well"
-    if not reason:
-        offload_embedding(causal_lm)
     return not reason, reason
 
 

@@ -13,6 +13,7 @@ PASS_TOKENS = 600
 # Passes of so many tokens at most run as CUDA graphs (engine.graphs): beyond, the GPU is slower than the host. Their
 # memory is theirs alone.
 GRAPH_TOKENS = 4096
+MOST_MERGED = 16384  # products are not faster beyond
 RECOMPUTED_SHARE = 0.35  # of a block's time is added where it is computed again
 
 
@@ -47,9 +48,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Plan:
-    """How the run is executed; none of it changes what is computed, except in which order sums are rounded."""
+    """How the run is executed.
 
-    tokens_per_pass: int  # no pass holds more, and smaller ones are merged up to it; 0: padded passes, as they are cut
+    What is computed stays the same, up to the order in which sums are rounded and, where there is dropout, which masks
+    are drawn for which pass. So a resumed run keeps its `tokens_per_pass`.
+    """
+
+    merges: bool  # passes are put together while they hold `tokens_per_pass` at most
+    tokens_per_pass: int  # what memory was counted for (filling and validation may add some); 0: padded passes
     num_blocks: int
     num_kept: int  # blocks whose activations are kept, the last ones
     num_cached: int  # blocks whose dequantised weights are kept, the first ones
@@ -89,15 +95,26 @@ def peak_bytes(sizes: BlockSizes, num_tokens: int, num_kept: int, num_cached: in
     return standing + max(last, again)
 
 
-def make_plan(sizes: BlockSizes, rows: Rows, batch: BatchConfig, memory: MemoryConfig, free_bytes: int | None) -> Plan:
+def make_plan(
+    sizes: BlockSizes,
+    rows: Rows,
+    batch: BatchConfig,
+    memory: MemoryConfig,
+    free_bytes: int | None,
+    saved_tokens: int = 0,
+) -> Plan:
     """The plan with the least predicted time whose peak fits into `free_bytes` beside the model (None: no limit).
 
-    Where nothing fits, the smallest plan: the allocator then says what was missing.
+    Where nothing fits, the smallest plan: the allocator then says what was missing. A run that is resumed gives the
+    `tokens_per_pass` that it was started with; 0 is a fresh one.
     """
     room = None if free_bytes is None else int(free_bytes * MARGIN)
     best, least = None, float("inf")
-    for merged in range(1, batch.accumulation + 1 if batch.merge == "auto" else 2):
-        tokens = rows.tokens(merged)
+    merges = batch.merge == "auto"
+    for merged in range(1, batch.accumulation + 1 if merges and not saved_tokens else 2):
+        tokens = saved_tokens or rows.tokens(merged)
+        if merged > 1 and tokens > MOST_MERGED:
+            break
         kept = _most_kept(sizes, tokens, memory, room)
         peak = peak_bytes(sizes, tokens, kept, 0)
         if best is not None and room is not None and peak > room:
@@ -106,7 +123,8 @@ def make_plan(sizes: BlockSizes, rows: Rows, batch: BatchConfig, memory: MemoryC
         recomputed = RECOMPUTED_SHARE * (sizes.num_blocks - kept) / sizes.num_blocks
         cost = num_passes * PASS_TOKENS + batch.accumulation * rows.mean_pass * (1 + recomputed)
         if cost < least:
-            best, least = Plan(tokens, sizes.num_blocks, kept, 0, 0 if room is None else peak), cost
+            best = Plan(merges, tokens, sizes.num_blocks, kept, 0, 0 if room is None else peak)
+            least = cost
     assert best is not None
     # weights give less for their memory than activations, so they are kept only where all of those are
     if room is None or best.num_kept < sizes.num_blocks:
@@ -119,7 +137,7 @@ def make_plan(sizes: BlockSizes, rows: Rows, batch: BatchConfig, memory: MemoryC
 def reference_plan(num_blocks: int, memory: MemoryConfig) -> Plan:
     """transformers merges no passes, and its blocks recompute all or nothing."""
     kept = num_blocks if memory.checkpointing in ("none", 0) else 0
-    return Plan(tokens_per_pass=0, num_blocks=num_blocks, num_kept=kept, num_cached=0, peak_bytes=0)
+    return Plan(merges=False, tokens_per_pass=0, num_blocks=num_blocks, num_kept=kept, num_cached=0, peak_bytes=0)
 
 
 def _most_kept(sizes: BlockSizes, num_tokens: int, memory: MemoryConfig, room: int | None) -> int:

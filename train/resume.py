@@ -158,6 +158,15 @@ def save_state(
     on_first_process(training.accelerator, write)
 
 
+def tokens_per_pass(checkpoint: Checkpoint | None, data: TrainingData) -> int:
+    """What the run's passes held, where it goes on in the same layout; 0 where it starts, or its passes are others."""
+    saved: dict[str, Any] = checkpoint.state.layout if checkpoint else {}
+    cut = data.layout
+    same = (cut.per_device, cut.accumulation, cut.num_processes)
+    is_same = (saved.get("per_device"), saved.get("accumulation"), saved.get("processes")) == same
+    return int(saved.get("tokens in a pass", 0)) if is_same else 0
+
+
 def layout(training: Training) -> dict[str, object]:
     """How the global batch is cut; free to change while the product stays."""
     cut = training.data.layout

@@ -19,7 +19,7 @@ def validate(training: Training, samples: Dataset) -> dict[str, float]:
     mine = range(cut.rank, len(samples), cut.num_processes)
     for start in range(0, len(mine), cut.per_device):
         rows = [samples[i] for i in mine[start : start + cut.per_device]]
-        is_packed = training.plan.tokens_per_pass > 0
+        is_packed = training.model.engine is not None
         micro_batch = collate_packed(rows) if is_packed else collate(rows, training.data.pad_token_id)
         batch = micro_batch.to(accelerator.device)
         totals[0] += training.model(batch)

@@ -22,14 +22,16 @@ from transformers import (
 
 from tests.conftest import training_of, with_batch
 from train.collate import MicroBatch, collate_packed
-from train.config import Config, EngineConfig, LoraConfig
+from train.config import Config, EngineConfig
+from train.data import Layout
 from train.engine import operations
+from train.engine.block import Pass
 from train.engine.lora_linear import Dropout, LoraGroup, dequantize
-from train.engine.patch import Engine, reason_against
+from train.engine.patch import Engine, block_sizes, reason_against
 from train.exits import ExitWith
 from train.model import choose_engine
 from train.plan import Plan
-from train.step import Training, optimizer_step
+from train.step import optimizer_step
 
 LENGTHS = (5, 1, 9)  # one token alone, odd lengths
 SIZES: dict[str, Any] = {
@@ -221,21 +223,42 @@ def test_dequantised_weights_are_bitsandbytes(compress: bool) -> None:
     assert torch.equal(out[:, :128], bnb.functional.dequantize_4bit(weight.data, weight.quant_state))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("num_kept", "num_cached"), [(1, 0), (2, 1), (3, 3)])
-def test_every_family_of_models(family: str, num_kept: int, num_cached: int) -> None:
-    """Hidden states and every adapter's gradient are transformers' and PEFT's, kept or recomputed, cached or not."""
-    shape, targets = FAMILIES[family]
+def adapted_model(shape: PretrainedConfig, targets: list[str], dropout: float = 0.0) -> Any:
+    """A model of the shape with norms that matter and adapters that do something."""
     base = AutoModelForCausalLM.from_config(shape)
     for name, parameter in base.named_parameters():
         if parameter.dim() == 1:
             parameter.data.normal_(float("norm" in name), 0.2)
-    lora = peft.LoraConfig(r=3, lora_alpha=7, target_modules=targets)
+    lora = peft.LoraConfig(r=3, lora_alpha=7, lora_dropout=dropout, target_modules=targets)
     adapted: Any = peft.get_peft_model(base, lora)
-    named = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
-    for name, parameter in named.items():
+    for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.1)
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    return adapted.train()
+
+
+def gradients_of(adapted: Any) -> dict[str, torch.Tensor]:
+    """Of the adapters, by name; they are zeros afterwards."""
+    found = {name: p.grad.clone() for name, p in adapted.named_parameters() if p.requires_grad}
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.grad.zero_()
+    return found
+
+
+def reference(causal_lm: Any, batch: MicroBatch) -> torch.Tensor:
+    """Hidden states by transformers, which isolates the samples by a block mask."""
+    outputs = causal_lm.base_model(batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+    return outputs.last_hidden_state[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("num_kept", "num_cached"), [(1, 0), (2, 1), (3, 3)])
+def test_every_family_of_models(family: str, num_kept: int, num_cached: int) -> None:
+    """Hidden states and every adapter's gradient are transformers' and PEFT's, kept or recomputed, cached or not."""
+    adapted = adapted_model(*FAMILIES[family])
     causal_lm, batch = adapted.get_base_model(), packed()
     assert not reason_against(causal_lm)
     wanted = causal_lm.base_model(batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state[
@@ -243,16 +266,78 @@ def test_every_family_of_models(family: str, num_kept: int, num_cached: int) -> 
     ]
     upstream = torch.randn_like(wanted)
     wanted.backward(upstream)
-    expected = {name: p.grad.clone() for name, p in named.items()}
-    for parameter in named.values():
-        parameter.grad.zero_()
-    engine = Engine(causal_lm, Plan(64, 3, num_kept, num_cached, 0))
+    expected = gradients_of(adapted)
+    assert block_sizes(causal_lm).num_blocks == 3
+    engine = Engine(causal_lm, plan(num_kept, num_cached))
     for _ in range(2):  # the second pass adds to the first
         found = engine(batch)
         close(found.detach(), wanted.detach())
         found.backward(upstream)
-    for name, parameter in named.items():
-        close(parameter.grad / 2, expected[name])
+    for name, gradient in gradients_of(adapted).items():
+        assert "layers.0" in name or expected[name].norm() > 0
+        close(gradient / 2, expected[name])
+
+
+def plan(num_kept: int, num_cached: int) -> Plan:
+    return Plan(merges=True, tokens_per_pass=64, num_blocks=3, num_kept=num_kept, num_cached=num_cached, peak_bytes=0)
+
+
+def test_kept_and_recomputed_blocks_give_the_same_bits() -> None:
+    """All, two and one of three blocks kept, with dropout: equal gradients; another pass's seed gives others."""
+    adapted, batch = adapted_model(LlamaConfig(**SIZES), ALL, dropout=0.3), packed()
+    upstream = torch.randn(15, 64)
+    found = []
+    for num_kept, seed in ((3, 5), (2, 5), (1, 5), (1, 6)):
+        torch.manual_seed(seed)
+        Engine(adapted.get_base_model(), plan(num_kept, 0))(batch).backward(upstream)
+        found.append(torch.cat([gradient.flatten() for gradient in gradients_of(adapted).values()]))
+    assert found[0].norm() > 0
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert (found[0] - found[3]).norm() > 0.1 * found[0].norm()
+
+
+def test_dropout_differs_by_adapter_and_is_off_in_evaluation() -> None:
+    """No two adapters of a model draw the same mask in a pass; a model in evaluation mode draws none."""
+    seed = torch.tensor(operations.mixed(3))
+    shared = Pass(torch.empty(0), torch.empty(0), lambda q, k, v: q, 0.5, seed)
+    masks = []
+    for block in range(3):
+        for group in range(4):
+            drop = shared.drop(block, group)
+            assert drop is not None
+            for number in range(3):
+                mask = torch.empty(8, 8)
+                operations.dropout(torch.ones(8, 8), mask, drop.p, drop.seed, drop.place + number)
+                masks.append(tuple(mask.flatten().tolist()))
+    assert len(set(masks)) == 36
+    adapted, batch = adapted_model(LlamaConfig(**SIZES), ALL, dropout=0.5), packed()
+    engine = Engine(adapted.get_base_model(), plan(3, 0))
+    with torch.no_grad():
+        training = engine(batch)
+        adapted.eval()
+        causal_lm = adapted.get_base_model()
+        wanted = reference(causal_lm, batch)
+        close(engine(batch), wanted)
+        assert (training - wanted).norm() > 0.01 * wanted.norm()
+
+
+def test_what_a_configuration_only_seems_to_say() -> None:
+    """A Llama with sliding_window in its config.json has no window; adapters need not begin in the first block."""
+    for shape, targets in (
+        (LlamaConfig(**SIZES | {"sliding_window": 4}), ALL),
+        (LlamaConfig(**SIZES), ["1.mlp.up_proj"]),
+    ):
+        adapted, batch = adapted_model(shape, targets), packed()
+        causal_lm = adapted.get_base_model()
+        wanted = reference(causal_lm, batch)
+        wanted.backward(torch.ones_like(wanted))
+        expected = gradients_of(adapted)
+        found = Engine(causal_lm, plan(1, 0))(batch)
+        close(found.detach(), wanted.detach())
+        found.backward(torch.ones_like(found))
+        for name, gradient in gradients_of(adapted).items():
+            close(gradient, expected[name])
 
 
 def fused(config: Config) -> Config:
@@ -270,6 +355,26 @@ def test_fifty_steps_fused_and_not(config: Config) -> None:
     assert curves[1] == pytest.approx(curves[0], rel=2e-3)
 
 
+def test_without_merging_every_pass_is_run(config: Config) -> None:
+    """1 x 8 with merge off are eight passes of one sample, also where two would fit."""
+    config = fused(with_batch(config, 1, 8))
+    literal = training_of(replace(config, batch=replace(config.batch, merge="off")), Accelerator(cpu=True))
+    assert [(batch.position_ids == 0).sum() for batch in literal.data.window(0).micro_batches] == [1] * 8
+    assert len(training_of(config, Accelerator(cpu=True)).data.window(0).micro_batches) == 1
+
+
+def test_an_idle_process_learns_nothing(config: Config) -> None:
+    """The second of two processes in an epoch's last window of one sample: no targets, gradients of zero."""
+    training = training_of(fused(with_batch(config, 1, 2)), Accelerator(cpu=True))
+    data = training.data
+    data.rows, data.steps_per_epoch = data.rows[:5], 2
+    data.layout = Layout(1, 2, 2, rank=1)
+    (batch,) = data.window(1).micro_batches
+    assert len(batch.targets) == 0
+    training.model(batch).backward()
+    assert all(leaf.grad is not None and not leaf.grad.any() for leaf in training.flat.leaves)
+
+
 def test_merged_passes_are_the_same_step(config: Config) -> None:
     """2 x 4 as it is written = as one pass: loss, gradient norm, samples; in the partial last window too."""
     config = fused(with_batch(config, 2, 4))
@@ -282,25 +387,6 @@ def test_merged_passes_are_the_same_step(config: Config) -> None:
         assert one.sample_ids == other.sample_ids
         assert other.loss == pytest.approx(one.loss, rel=1e-5)
         assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_recomputing_changes_nothing(config: Config, dropout: float) -> None:
-    """Kept, some recomputed, all recomputed: bitwise the same gradient, with dropout drawn again from the seed."""
-    config = fused(replace(config, lora=LoraConfig(r=4, dropout=dropout)))
-    gradients: list[torch.Tensor] = []
-    for checkpointing in ("none", 1, "full"):
-        each: Any = replace(config, memory=replace(config.memory, checkpointing=checkpointing))
-        training = training_of(each, Accelerator(cpu=True))
-
-        def keep(*_: object, of: Training = training) -> None:
-            gradients.append(torch.cat([p.grad.flatten() for p in of.parameters.values() if p.grad is not None]))
-
-        training.optimizer.register_step_pre_hook(keep)
-        optimizer_step(training, 0)
-        assert training.plan.num_kept == (2 if checkpointing == "none" else 1)
-    assert gradients[0].norm() > 0
-    assert all(torch.equal(gradients[0], other) for other in gradients[1:])
 
 
 def test_what_the_engine_cannot_run_is_said(config: Config) -> None:

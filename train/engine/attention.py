@@ -113,13 +113,16 @@ def attend_packed(batch: MicroBatch, sliding_window: int | None, scale: float) -
 
     def one_by_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         outs = []
+        # the kernels of GPUs older than Ampere take no grouped heads, and without one the scores of all heads are kept
+        repeats = query.shape[1] // key.shape[1]
+        heads = [part.repeat_interleave(repeats, 1) for part in (key, value)]
         for start, stop in pairwise(borders.tolist()):
-            q, k, v = (part[start:stop].transpose(0, 1)[None] for part in (query, key, value))  # [1, H, L, D]
+            q, k, v = (part[start:stop].transpose(0, 1)[None] for part in (query, *heads))  # [1, H, L, D]
             options: dict[str, Any] = {"is_causal": True}
             if 0 <= reach < stop - start - 1:
                 ones = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device)
                 options = {"attn_mask": ones.tril() & ones.triu(-reach)}
-            out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True, **options)
+            out = F.scaled_dot_product_attention(q, k, v, scale=scale, **options)
             outs.append(out[0].transpose(0, 1))
         return torch.cat(outs)
 

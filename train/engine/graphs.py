@@ -16,13 +16,13 @@ from train.engine.block import Pass
 from train.engine.stack import Kept, Stack
 
 STEP = 128
-MOST_GRAPHS = 16  # about 10 MB each
+MOST_GRAPHS = 32  # one for each multiple of STEP; about 10 MB each
 
 AttendFor = Callable[[MicroBatch], Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]]
 
 
 def pad(batch: MicroBatch) -> MicroBatch:
-    """The packed micro-batch with STEP's multiple of tokens and eight's multiple of borders, and one of two lengths.
+    """The packed micro-batch with a multiple of STEP tokens and of eight borders; its longest sample may be all of it.
 
     What is added predicts nothing; samples of no tokens stand at its end.
     """
@@ -31,14 +31,13 @@ def pad(batch: MicroBatch) -> MicroBatch:
     num_tokens = batch.input_ids.shape[1]
     width = -(-num_tokens // STEP) * STEP
     num_borders = -(-(len(borders) + 1) // 8) * 8
-    longest = max(batch.max_length, width - num_tokens)
     return replace(
         batch,
         input_ids=F.pad(batch.input_ids, (0, width - num_tokens)),
         position_ids=F.pad(batch.position_ids, (0, width - num_tokens)),
         cu_seqlens=F.pad(borders, (0, num_borders - len(borders)), value=width),
         even_length=0,
-        max_length=min(width, -(-longest // 512) * 512),
+        max_length=width,
     )
 
 
@@ -66,6 +65,7 @@ class _Graph:
     borders: torch.Tensor
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
+    anchor: torch.nn.Parameter
 
 
 class Graphs:
@@ -75,37 +75,44 @@ class Graphs:
         self.stack = stack
         self.attend_for = attend_for
         self.most_tokens = -(-most_tokens // STEP) * STEP
-        self.graphs: dict[tuple[int, int, int], _Graph] = {}
+        self.graphs: dict[tuple[int, int], _Graph] = {}  # by tokens and borders
         self.places: _Places | None = None
         self.pool: Any = None
 
     def __call__(self, hidden: torch.Tensor, shared: Pass, batch: MicroBatch) -> torch.Tensor:
         """As Stack, for a batch that `pad` has padded."""
         assert batch.cu_seqlens is not None
-        key = (hidden.shape[0], len(batch.cu_seqlens), batch.max_length)
         if self.places is None:  # the very first pass compiles kernels and makes the libraries' handles
             self.pool = torch.cuda.graph_pool_handle()
             like = (hidden, shared.cos, shared.sin, hidden, hidden)
+            self.most_tokens = max(self.most_tokens, hidden.shape[0])
             self.places = _Places(*(part.new_zeros(self.most_tokens, part.shape[1]) for part in like))
             return self.stack(hidden, shared)
-        if key not in self.graphs:
-            if len(self.graphs) == MOST_GRAPHS or key[0] > self.most_tokens:
-                return self.stack(hidden, shared)
-            self.graphs[key] = self._record(shared, batch, self.places.first(key[0]))
-        graph, places = self.graphs[key], self.graphs[key].places
+        num_tokens, num_borders = hidden.shape[0], len(batch.cu_seqlens)
+        if num_tokens > self.most_tokens:
+            return self.stack(hidden, shared)
+        # the largest first: the pool then has room for all others
+        for size in (self.most_tokens, num_tokens):
+            if not self.graphs or (size == num_tokens and (size, num_borders) not in self.graphs):
+                if len(self.graphs) == MOST_GRAPHS:
+                    del self.graphs[next(iter(self.graphs))]
+                self.graphs[size, num_borders] = self._record(self.places.first(size), num_borders, shared, batch)
+        graph = self.graphs[num_tokens, num_borders]
+        places = graph.places
         pairs = ((places.hidden, hidden), (places.cos, shared.cos), (places.sin, shared.sin))
         for place, value in (*pairs, (graph.seed, shared.seed), (graph.borders, batch.cu_seqlens)):
             place.copy_(value)
         self.stack.store.forget()
-        return _Replay.apply(graph, self.stack.blocks[0].parameters[0])
+        return _Replay.apply(graph, graph.anchor)
 
-    def _record(self, shared: Pass, batch: MicroBatch, places: _Places) -> _Graph:
+    def _record(self, places: _Places, num_borders: int, shared: Pass, batch: MicroBatch) -> _Graph:
         """Both directions; what lies between them stays in the pool, which all graphs share, one replay at a time."""
         assert batch.cu_seqlens is not None
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what launches have used, the pool needs now
-        borders, seed = batch.cu_seqlens.clone(), shared.seed.clone()
-        attend = self.attend_for(replace(batch, cu_seqlens=borders))
+        num_tokens = places.hidden.shape[0]
+        borders, seed = batch.cu_seqlens.new_full((num_borders,), num_tokens), shared.seed.clone()
+        attend = self.attend_for(replace(batch, cu_seqlens=borders, max_length=num_tokens))
         own = replace(shared, cos=places.cos, sin=places.sin, seed=seed, attend=attend)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         kept: list[Kept] = []
@@ -118,7 +125,7 @@ class Graphs:
                 del out
             with torch.cuda.graph(backward, pool=self.pool):
                 self.stack.backward(places.grad_out, last, rstd, own, kept)
-        return _Graph(places, seed, borders, forward, backward)
+        return _Graph(places, seed, borders, forward, backward, self.stack.anchor)
 
 
 class _Replay(torch.autograd.Function):

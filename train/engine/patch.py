@@ -1,6 +1,7 @@
 """Which models the engine executes, and how it takes the place of their decoder."""
 
 import importlib.util
+import math
 from typing import Any
 
 import bitsandbytes as bnb
@@ -14,7 +15,7 @@ from train.engine.graphs import Graphs, pad
 from train.engine.operations import mixed
 from train.engine.stack import Stack
 from train.engine.weight_store import WeightStore
-from train.plan import GRAPH_TOKENS, Plan
+from train.plan import GRAPH_TOKENS, BlockSizes, Plan
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -49,9 +50,11 @@ class Engine:
         norm: torch.Tensor = decoder.norm.weight
         store = WeightStore(blocks, plan.num_cached, norm.dtype, norm.device)
         self.stack = Stack(blocks, decoder.norm, store, plan.num_kept)
-        # Qwen's attention knows its window, Mistral's reads the configuration, Llama has none
-        window = getattr(causal_lm.config, "sliding_window", None)
+        # Qwen's attention knows its window, Mistral's reads the configuration, Llama has none whatever that says
+        is_mistral = type(causal_lm).__name__ == "MistralForCausalLM"
+        window = causal_lm.config.sliding_window if is_mistral else None
         self.sliding_window: int | None = getattr(decoder.layers[0].self_attn, "sliding_window", window)
+        self.dropout = max(block.dropout for block in blocks)
         self.graphs: Graphs | None = None
         if norm.is_cuda and has_flash(norm.dtype, norm.device) and plan.tokens_per_pass <= GRAPH_TOKENS:
             self.graphs = Graphs(self.stack, self._attend_for, plan.tokens_per_pass)
@@ -64,7 +67,7 @@ class Engine:
             batch = pad(batch)
         hidden = self.decoder.embed_tokens(batch.input_ids[0])  # [T, H]
         cos, sin = self.decoder.rotary_emb(hidden[None], batch.position_ids)  # [1, T, D]
-        dropout = self.stack.blocks[0].dropout if self.decoder.training else 0.0
+        dropout = self.dropout if self.decoder.training else 0.0
         # the seed of this forward pass, which runtime.seed_forward has set
         seed = torch.full((), mixed(torch.initial_seed()), device=hidden.device)
         shared = Pass(cos[0].contiguous(), sin[0].contiguous(), self._attend_for(batch), dropout, seed)
@@ -72,6 +75,22 @@ class Engine:
 
     def _attend_for(self, batch: MicroBatch) -> Attend:
         return attend_packed(batch, self.sliding_window, self.stack.blocks[0].scaling)
+
+
+def block_sizes(causal_lm: Any) -> BlockSizes:
+    """What train.plan counts with."""
+    block, head = Block(causal_lm.base_model.layers[0], 0), causal_lm.get_output_embeddings().weight
+    return BlockSizes(
+        num_blocks=len(causal_lm.base_model.layers),
+        hidden=block.qkv.num_inputs,
+        heads=block.qkv.num_outputs,
+        query=block.o.num_inputs,
+        inner=block.down.num_inputs,
+        extra=max(group.num_extra for group in block.groups),
+        vocab=head.shape[0],
+        element_bytes=head.element_size(),
+        matrix_bytes=head.element_size() * sum(math.prod(group.shape) for group in block.groups),
+    )
 
 
 def offload_embedding(causal_lm: Any) -> None:

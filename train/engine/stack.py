@@ -31,13 +31,14 @@ class Stack:
         self.norm = norm
         self.store = store
         self.num_kept = max(1, num_kept)
+        self.anchor = next(parameter for block in blocks for parameter in block.parameters)
         self.num_extra = max(max(block.o.num_extra, block.down.num_extra) for block in blocks)
 
     def __call__(self, hidden: torch.Tensor, shared: Pass) -> torch.Tensor:
         """Embedded tokens [T, H] -> what the head reads [T, H]."""
         self.store.begin()
         if torch.is_grad_enabled():
-            return _Stack.apply(hidden, self, shared, self.blocks[0].parameters[0])
+            return _Stack.apply(hidden, self, shared, self.anchor)
         return self.forward(hidden, shared, None)[0]
 
     def forward(

@@ -42,7 +42,6 @@ class WeightStore:
         if self.holds.get(where) != number:
             for group, matrix in zip(block.groups, matrices, strict=True):
                 group.fill_base(matrix)
-            self.fresh.discard(self.holds.get(where, number))
             self.fresh.discard(number)
             self.holds[where] = number
         if number not in self.fresh:

@@ -323,21 +323,10 @@ def test_dropout_differs_by_adapter_and_is_off_in_evaluation() -> None:
 
 
 def test_what_a_configuration_only_seems_to_say() -> None:
-    """A Llama with sliding_window in its config.json has no window; adapters need not begin in the first block."""
-    for shape, targets in (
-        (LlamaConfig(**SIZES | {"sliding_window": 4}), ALL),
-        (LlamaConfig(**SIZES), ["1.mlp.up_proj"]),
-    ):
-        adapted, batch = adapted_model(shape, targets), packed()
-        causal_lm = adapted.get_base_model()
-        wanted = reference(causal_lm, batch)
-        wanted.backward(torch.ones_like(wanted))
-        expected = gradients_of(adapted)
-        found = Engine(causal_lm, plan(1, 0))(batch)
-        close(found.detach(), wanted.detach())
-        found.backward(torch.ones_like(found))
-        for name, gradient in gradients_of(adapted).items():
-            close(gradient, expected[name])
+    """A Llama with sliding_window in its config.json has no window."""
+    adapted, batch = adapted_model(LlamaConfig(**SIZES | {"sliding_window": 4}), ALL), packed()
+    causal_lm = adapted.get_base_model()
+    close(Engine(causal_lm, plan(1, 0))(batch).detach(), reference(causal_lm, batch).detach())
 
 
 def fused(config: Config) -> Config:
@@ -396,6 +385,8 @@ def test_what_the_engine_cannot_run_is_said(config: Config) -> None:
     assert "GPTNeoXForCausalLM is not one of" in reason_against(neox)
     gelu = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, hidden_act="gelu"))
     assert "computes gelu" in reason_against(gelu)
+    uneven = adapted_model(LlamaConfig(**SIZES), ["1.mlp.up_proj"]).get_base_model()
+    assert reason_against(uneven) == "its blocks do not all have the same adapters"
     int8 = replace(config, model=replace(config.model, quantization="int8"))
     model = training_of(int8, Accelerator(cpu=True)).model
     assert choose_engine(model, int8) == (False, "int8 layers round their inputs, which only bitsandbytes does")

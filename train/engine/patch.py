@@ -37,6 +37,9 @@ def reason_against(causal_lm: Any) -> str:
             return "int8 layers round their inputs, which only bitsandbytes does"
     if len(set(getattr(shape, "layer_types", None) or [""])) > 1:
         return "its blocks do not all have the same attention"
+    blocks = [Block(layer, number) for number, layer in enumerate(causal_lm.base_model.layers)]
+    if len({tuple(group.shape for group in block.groups) for block in blocks}) > 1:  # they share one place for weights
+        return "its blocks do not all have the same adapters"
     return ""
 
 

@@ -156,7 +156,7 @@ def _merged(passes: Sequence[list[int]], most: int, num_tokens: Sequence[int]) -
     size = 0
     for samples in passes:
         more = sum(num_tokens[i] for i in samples)
-        if merged and most and size + more <= most:
+        if merged and size + more <= most:
             merged[-1] = merged[-1] + samples
             size += more
         else:

@@ -38,7 +38,7 @@ ALLOWED = {
     "train.engine.block": {"train.engine.attention", "train.engine.lora_linear", "train.engine.operations"},
     "train.engine.weight_store": {"train.engine.block"},
     "train.engine.stack": {"train.engine.block", "train.engine.operations", "train.engine.weight_store"},
-    "train.engine.graphs": {"train.collate", "train.engine.block", "train.engine.stack"},
+    "train.engine.graphs": {"train.collate", "train.engine.attention", "train.engine.block", "train.engine.stack"},
     "train.engine.embedding": {"train.engine.operations"},
     "train.loss": {"train.engine.operations"},
     "train.plan": {"train.config", "train.loss"},

@@ -13,7 +13,6 @@ LLAMA_8B = BlockSizes(
     query=4096,
     inner=14336,
     extra=64,
-    vocab=128256,
     element_bytes=2,
     matrix_bytes=2 * 225_000_000,
 )

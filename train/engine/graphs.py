@@ -1,7 +1,7 @@
 """Small passes as CUDA graphs: launching 2,500 kernels takes the host longer than a GPU needs to run them.
 
-Llama-3.1-8B, 1,340 tokens: 155 ms by launches, 75 ms as a graph (H200; docs/LOG.md). A graph holds one shape, so
-passes are padded to a multiple of STEP tokens, by a last sample of its own that nobody learns from.
+A step of 1,340 tokens of Llama-3.1-8B: 155 ms by launches, 84 to 88 ms as a graph (H200; docs/LOG.md). A graph holds
+one shape, so passes are padded to a multiple of STEP tokens, by a last sample of its own that nobody learns from.
 """
 
 from collections.abc import Callable
@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 
 from train.collate import MicroBatch
+from train.engine.attention import Attend
 from train.engine.block import Pass
 from train.engine.stack import Kept, Stack
 
 STEP = 128
 MOST_GRAPHS = 32  # one for each multiple of STEP; about 10 MB each
 
-AttendFor = Callable[[MicroBatch], Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]]
+AttendFor = Callable[[MicroBatch], Attend]
 
 
 def pad(batch: MicroBatch) -> MicroBatch:

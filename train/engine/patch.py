@@ -82,7 +82,8 @@ class Engine:
 
 def block_sizes(causal_lm: Any) -> BlockSizes:
     """What train.plan counts with."""
-    block, head = Block(causal_lm.base_model.layers[0], 0), causal_lm.get_output_embeddings().weight
+    block = Block(causal_lm.base_model.layers[0], 0)
+    element_bytes = causal_lm.get_output_embeddings().weight.element_size()
     return BlockSizes(
         num_blocks=len(causal_lm.base_model.layers),
         hidden=block.qkv.num_inputs,
@@ -90,9 +91,8 @@ def block_sizes(causal_lm: Any) -> BlockSizes:
         query=block.o.num_inputs,
         inner=block.down.num_inputs,
         extra=max(group.num_extra for group in block.groups),
-        vocab=head.shape[0],
-        element_bytes=head.element_size(),
-        matrix_bytes=head.element_size() * sum(math.prod(group.shape) for group in block.groups),
+        element_bytes=element_bytes,
+        matrix_bytes=element_bytes * sum(math.prod(group.shape) for group in block.groups),
     )
 
 

@@ -113,6 +113,7 @@ class Graphs:
         torch.cuda.empty_cache()  # what launches have used, the pool needs now
         num_tokens = places.hidden.shape[0]
         borders, seed = batch.cu_seqlens.new_full((num_borders,), num_tokens), shared.seed.clone()
+        borders[0] = 0
         attend = self.attend_for(replace(batch, cu_seqlens=borders, max_length=num_tokens))
         own = replace(shared, cos=places.cos, sin=places.sin, seed=seed, attend=attend)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()

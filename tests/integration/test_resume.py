@@ -8,13 +8,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from tests.compare_runs import at, reference, result_of
 from tests.conftest import ROOT, Run, arguments, losses, run_command, with_batch
 from tests.injections import Fault
-from train.config import CheckpointConfig, Config
+from train.config import CheckpointConfig, Config, EngineConfig
 from train.trackers import read_metrics
 
 
@@ -30,8 +31,12 @@ def uninterrupted(config: Config, run_dir: Path) -> dict[str, bytes]:
     return expected
 
 
-def test_kill_between_saves_before_the_first_and_twice(dropped: Config, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["reference", "fused"])
+def test_kill_between_saves_before_the_first_and_twice(
+    kind: Literal["reference", "fused"], dropped: Config, tmp_path: Path
+) -> None:
     """SIGKILL from outside after steps 1, 3 and 5 of one run: its three continuations give the same bits."""
+    dropped = replace(dropped, engine=EngineConfig(kind=kind))
     expected = uninterrupted(dropped, tmp_path / "reference")
     run_dir = tmp_path / "killed"
     words = arguments(at(dropped, run_dir))

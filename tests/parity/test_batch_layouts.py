@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 from tests.conftest import ROOT, arguments, training_of, with_batch
-from train.config import Config
+from train.config import Config, EngineConfig
 from train.step import Training, optimizer_step
 from train.trackers import read_metrics
 
@@ -98,8 +99,12 @@ def test_gradient_checkpointing_changes_nothing(unclipped: Config) -> None:
     assert torch.equal(recomputed[1], kept[1])
 
 
-def test_two_processes_train_the_same_samples_to_the_same_losses(config: Config, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["reference", "fused"])
+def test_two_processes_train_the_same_samples_to_the_same_losses(
+    kind: Literal["reference", "fused"], config: Config, tmp_path: Path
+) -> None:
     """2 processes x 1 x 4 = 1 process x 2 x 4 at every step, partial windows with an idle process included."""
+    config = replace(config, engine=EngineConfig(kind=kind))
     single = replace(config, run=replace(config.run, dir=str(tmp_path / "single")))
     double = with_batch(replace(config, run=replace(config.run, dir=str(tmp_path / "double"))), 1, 4)
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}

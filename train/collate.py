@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-SHORTEST_EVEN = 512
+SHORTEST_EVEN = 512  # tokens from which on samples of one length have attention kernels of their own
 LENGTH_MULTIPLE = 128
 MOST_FILLING = 0.03
 

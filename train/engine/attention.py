@@ -5,7 +5,7 @@ the borders instead, and takes grouped key/value heads as they are.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from train.collate import MicroBatch
+from train.collate import SHORTEST_EVEN, MicroBatch
 from train.config import Config
 
 # torch 2.11 takes fewer key/value than query heads unasked, later versions want to be told
@@ -55,29 +55,27 @@ def varlen_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if options.get("dropout"):
         raise ValueError("the base's attention_dropout is not 0, which attention over packed rows does not have")
-    longest = options["max_length_q"]
-    reach = options.get("sliding_window")
-    attended: Any = varlen_attn(
-        query[0].transpose(0, 1),  # [T, H, D]
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        borders,
-        borders,
-        longest,
-        longest,
-        scale=options.get("scaling"),
-        window_size=(-1 if reach is None else reach - 1, 0),
-        **GROUPED,
-    )
+    flat = [states[0].transpose(0, 1) for states in (query, key, value)]  # [T, H, D], [T, G, D]
+    attended = _varlen(flat, borders, options["max_length_q"], options.get("sliding_window"), options.get("scaling"))
     return attended[None], None
+
+
+def _varlen(
+    states: Sequence[torch.Tensor],
+    borders: torch.Tensor,
+    longest: int,
+    sliding_window: int | None,
+    scale: float | None,
+) -> torch.Tensor:
+    query, key, value = states
+    reach = -1 if sliding_window is None else sliding_window - 1
+    options: dict[str, Any] = {"scale": scale, "window_size": (reach, 0), **GROUPED}
+    attended: Any = varlen_attn(query, key, value, borders, borders, longest, longest, **options)
+    return attended
 
 
 # Not registered as a mask function too: transformers then builds no mask and never looks at position_ids for borders.
 AttentionInterface.register("varlen", varlen_attention)
-
-# Samples of one length go to cuDNN where it has a kernel for them (Hopper) from here on: 1.4 ms instead of 2.2 for
-# 4 x 2,048 tokens of Llama-3.1-8B, forward and backward. It plans each new length for some 100 ms.
-SHORTEST_FOR_CUDNN = 512
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -89,21 +87,17 @@ def attend_packed(batch: MicroBatch, sliding_window: int | None, scale: float) -
     """
     borders = batch.cu_seqlens
     assert borders is not None, "the micro-batch is not packed"
+    # long samples of one length go to cuDNN where it has a kernel for them (Hopper): 1.4 ms instead of 2.2 for
+    # 4 x 2,048 tokens of Llama-3.1-8B, forward and backward; it plans each new length for some 100 ms: no short ones
     length = batch.even_length
     reach = -1 if sliding_window is None else sliding_window - 1
     is_even = (
-        length >= SHORTEST_FOR_CUDNN
+        length >= SHORTEST_EVEN
         and (reach < 0 or reach >= length)
         and has_flash(torch.bfloat16, borders.device)
         and torch.cuda.get_device_capability(borders.device)[0] == 9
         and not torch.are_deterministic_algorithms_enabled()
     )
-
-    def varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        longest = batch.max_length
-        options: dict[str, Any] = {"scale": scale, "window_size": (reach, 0), **GROUPED}
-        out: Any = varlen_attn(query, key, value, borders, borders, longest, longest, **options)
-        return out
 
     def even(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         q, k, v = (part.unflatten(0, (-1, length)).transpose(1, 2) for part in (query, key, value))
@@ -129,6 +123,8 @@ def attend_packed(batch: MicroBatch, sliding_window: int | None, scale: float) -
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         if not has_flash(query.dtype, query.device):
             return one_by_one(query, key, value)
-        return even(query, key, value) if is_even else varlen(query, key, value)
+        if is_even:
+            return even(query, key, value)
+        return _varlen((query, key, value), borders, batch.max_length, sliding_window, scale)
 
     return attend

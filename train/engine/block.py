@@ -36,7 +36,7 @@ class Activations:
     normed: torch.Tensor  # [T, H + R], with the adapters' X A^T behind
     heads: torch.Tensor  # [T, N + R]: query, key, value, rotated
     raw_heads: torch.Tensor  # the same before their norms (Qwen3), or empty
-    raw_rstd: torch.Tensor
+    raw_rstds: list[torch.Tensor]  # [T heads] of queries and keys
     attended: torch.Tensor  # [T, heads, D], with the graph of its attention
     attention_inputs: list[torch.Tensor]
     low: torch.Tensor  # [T, R]: attended A^T
@@ -77,10 +77,11 @@ class Block:
         heads = x.new_empty(num_tokens, self.qkv.num_outputs + self.qkv.num_extra)
         low = normed[:, width:]
         self.qkv.forward(qkv, normed[:, :width], low, heads[:, : self.qkv.num_outputs], shared.drop(self.number, 0))
-        raw_heads, raw_rstd = self._norm_heads(heads)
+        raw_heads, raw_rstds = self._norm_heads(heads)
         turned = heads[:, : self.qkv.rows[1].stop]
         rotate(turned, turned, shared.cos, shared.sin)
-        inputs = [self._split(heads[:, rows]).detach().requires_grad_() for rows in self.qkv.rows]
+        split = [heads[:, rows].unflatten(1, (-1, self.head_size)) for rows in self.qkv.rows]
+        inputs = [part.detach().requires_grad_() for part in split]
         with torch.enable_grad():
             attended = shared.attend(*inputs)
 
@@ -101,7 +102,7 @@ class Block:
             normed=normed,
             heads=heads,
             raw_heads=raw_heads,
-            raw_rstd=raw_rstd,
+            raw_rstds=raw_rstds,
             attended=attended,
             attention_inputs=inputs,
             low=low,
@@ -171,27 +172,19 @@ class Block:
             place, raw = kept.heads[:, self.qkv.rows[number]], kept.raw_heads[:, self.qkv.rows[number]]
             flat = place.reshape(-1, self.head_size)  # a copy: the rows of place are wider than it
             grad = torch.empty_like(flat)
-            rstd = kept.raw_rstd[:, self._heads(number)].flatten()
-            rms_norm_backward(flat, raw.reshape(-1, self.head_size), norm.weight, rstd, grad, add=False)
+            raw = raw.reshape(-1, self.head_size)
+            rms_norm_backward(flat, raw, norm.weight, kept.raw_rstds[number], grad, add=False)
             place.copy_(grad.view(place.shape))
 
-    def _norm_heads(self, heads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _norm_heads(self, heads: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Qwen3's norm of each query and key head, in place; returns what its backward needs."""
         if not self.head_norms:
-            return heads[:0], heads[:0]
+            return heads[:0], []
         raw = heads[:, : self.qkv.rows[1].stop].clone()
         rstds = []
         for number, norm in enumerate(self.head_norms):
             flat = raw[:, self.qkv.rows[number]].reshape(-1, self.head_size)
             normed = torch.empty_like(flat)
-            rstd = rms_norm(flat, norm.weight, norm.variance_epsilon, normed)
+            rstds.append(rms_norm(flat, norm.weight, norm.variance_epsilon, normed))
             heads[:, self.qkv.rows[number]] = normed.view(heads.shape[0], -1)
-            rstds.append(rstd.view(heads.shape[0], -1))
-        return raw, torch.cat(rstds, dim=1)
-
-    def _heads(self, number: int) -> slice:
-        rows = self.qkv.rows[number]
-        return slice(rows.start // self.head_size, rows.stop // self.head_size)
-
-    def _split(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows.unflatten(1, (-1, self.head_size))
+        return raw, rstds

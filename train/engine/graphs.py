@@ -66,7 +66,6 @@ class _Graph:
     borders: torch.Tensor
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
-    anchor: torch.nn.Parameter
 
 
 class Graphs:
@@ -92,9 +91,9 @@ class Graphs:
         num_tokens, num_borders = hidden.shape[0], len(batch.cu_seqlens)
         if num_tokens > self.most_tokens:
             return self.stack(hidden, shared)
-        # the largest first: the pool then has room for all others
-        for size in (self.most_tokens, num_tokens):
-            if not self.graphs or (size == num_tokens and (size, num_borders) not in self.graphs):
+        # the largest first of all: the pool then has room for the others
+        for size in (num_tokens,) if self.graphs else (self.most_tokens, num_tokens):
+            if (size, num_borders) not in self.graphs:
                 if len(self.graphs) == MOST_GRAPHS:
                     del self.graphs[next(iter(self.graphs))]
                 self.graphs[size, num_borders] = self._record(self.places.first(size), num_borders, shared, batch)
@@ -104,7 +103,7 @@ class Graphs:
         for place, value in (*pairs, (graph.seed, shared.seed), (graph.borders, batch.cu_seqlens)):
             place.copy_(value)
         self.stack.store.forget()
-        return _Replay.apply(graph, graph.anchor)
+        return _Replay.apply(graph, self.stack.anchor)
 
     def _record(self, places: _Places, num_borders: int, shared: Pass, batch: MicroBatch) -> _Graph:
         """Both directions; what lies between them stays in the pool, which all graphs share, one replay at a time."""
@@ -127,7 +126,7 @@ class Graphs:
                 del out
             with torch.cuda.graph(backward, pool=self.pool):
                 self.stack.backward(places.grad_out, last, rstd, own, kept)
-        return _Graph(places, seed, borders, forward, backward, self.stack.anchor)
+        return _Graph(places, seed, borders, forward, backward)
 
 
 class _Replay(torch.autograd.Function):

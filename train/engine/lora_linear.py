@@ -58,7 +58,7 @@ class LoraGroup:
         self.bias: torch.Tensor | None = None
         if any(bias is not None for bias in biases):
             parts = zip(biases, self.bases, strict=True)
-            zeros = biases[0] if biases[0] is not None else next(bias for bias in biases if bias is not None)
+            zeros = next(bias for bias in biases if bias is not None)
             self.bias = torch.cat([zeros.new_zeros(b.out_features) if bias is None else bias for bias, b in parts])
 
     @property

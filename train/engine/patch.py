@@ -37,10 +37,15 @@ def reason_against(causal_lm: Any) -> str:
             return "int8 layers round their inputs, which only bitsandbytes does"
     if len(set(getattr(shape, "layer_types", None) or [""])) > 1:
         return "its blocks do not all have the same attention"
-    blocks = [Block(layer, number) for number, layer in enumerate(causal_lm.base_model.layers)]
-    if len({tuple(group.shape for group in block.groups) for block in blocks}) > 1:  # they share one place for weights
+    if (
+        len({tuple(group.shape for group in block.groups) for block in _blocks(causal_lm)}) > 1
+    ):  # they share one place for weights
         return "its blocks do not all have the same adapters"
     return ""
+
+
+def _blocks(causal_lm: Any) -> list[Block]:
+    return [Block(layer, number) for number, layer in enumerate(causal_lm.base_model.layers)]
 
 
 class Engine:
@@ -49,7 +54,7 @@ class Engine:
     def __init__(self, causal_lm: Any, plan: Plan) -> None:
         decoder = causal_lm.base_model
         self.decoder = decoder
-        blocks = [Block(layer, number) for number, layer in enumerate(decoder.layers)]
+        blocks = _blocks(causal_lm)
         norm: torch.Tensor = decoder.norm.weight
         store = WeightStore(blocks, plan.num_cached, norm.dtype, norm.device)
         self.stack = Stack(blocks, decoder.norm, store, plan.num_kept)
@@ -66,8 +71,7 @@ class Engine:
 
     def __call__(self, batch: MicroBatch) -> torch.Tensor:
         """What the head reads, [T or more, H], of a packed micro-batch; dropout while the model trains."""
-        is_training = torch.is_grad_enabled()
-        recorded = self.graphs if is_training else None
+        recorded = self.graphs if torch.is_grad_enabled() else None
         if recorded is not None:
             batch = pad(batch)
         hidden = self.decoder.embed_tokens(batch.input_ids[0])  # [T, H]

@@ -135,7 +135,10 @@ class MemoryConfig:
     """Decoder blocks whose activations are recomputed in the backward pass: all, none, or so many; auto: as few as
     memory needs. The reference engine knows all and none, and takes anything else for all."""
     budget: str = ""
-    """Hard cap on the device memory that the allocator may take, such as 4GiB; empty is all of it."""
+    """Hard cap on the device memory that the allocator may take, such as 4GiB; empty is all that is free. What is kept,
+    computed again, streamed and cut is decided by it (handloop plan)."""
+    offload: Literal["auto", "none", "stream"] = "auto"
+    """Decoder blocks' weights in host memory: as many as memory needs; none; or all of them. The fused engine only."""
 
 
 @dataclass(frozen=True)
@@ -237,6 +240,8 @@ class Config:
             elif self.memory.checkpointing and self.engine.kind == "reference":
                 remedy = "engine.kind reference recomputes all blocks or none; write full or none"
                 yield "memory.checkpointing", self.memory.checkpointing, remedy
+        if self.memory.offload == "stream" and self.engine.kind == "reference":
+            yield "memory.offload", "stream", "only the fused engine streams; use --engine.kind auto"
         if self.memory.budget:
             try:
                 parse_bytes(self.memory.budget)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -55,7 +56,7 @@ class TrainingData:
         self.pad_token_id = pad_token_id
         self.packed = config.data.packing
         self.padding_free = config.data.packing  # the engine wants it of other rows too
-        self.most_merged = 0  # passes are put together while they hold so many tokens at most
+        self.most_tokens = 0  # passes are put together or cut to hold so many tokens at most; 0: they stay as they are
         self.group_by_length = config.data.group_by_length
         self.num_tokens: list[int] = samples["num_tokens"][:]
         self.num_supervised_tokens: list[int] = samples["num_supervised_tokens"][:]
@@ -103,7 +104,7 @@ class TrainingData:
         if self._ahead and self._ahead[0] == step:
             return self._ahead[1]
         row_ids = self.row_ids(step)
-        parts = _merged(self._passes(row_ids), self.most_merged, self.num_tokens)
+        parts = self.cut(self._passes(row_ids), self.num_tokens)
         micro_batches = []
         for part in parts:
             rows = [self.samples[i] for i in part]
@@ -133,11 +134,34 @@ class TrainingData:
             passes.append([i for row in row_ids[start : start + layout.per_device] for i in self.rows[row]])
         return passes
 
-    def pass_sizes(self) -> tuple[int, float, float]:
-        """Tokens of one pass of `per_device` rows: at most, on average, and their standard deviation."""
+    def cut(self, passes: Sequence[list[int]], num_tokens: Sequence[int]) -> list[list[int]]:
+        """The samples of the passes put together, or taken apart, to hold `most_tokens` with their padding at most.
+
+        A sample that is longer than that is a pass of its own.
+        """
+        if not self.most_tokens:
+            return list(passes)
+
+        def fits(samples: list[int]) -> bool:
+            lengths = [num_tokens[i] for i in samples]
+            return (sum(lengths) if self.padding_free else len(lengths) * max(lengths, default=0)) <= self.most_tokens
+
+        merged: list[list[int]] = []
+        for whole in passes:
+            for samples in [whole] if fits(whole) else [[i] for i in whole]:
+                if merged and fits(merged[-1] + samples):
+                    merged[-1] = merged[-1] + samples
+                else:
+                    merged.append(samples)
+        return merged
+
+    def rows_for_plan(self) -> tuple[tuple[int, ...], float, float, float]:
+        """Most tokens of one, two, ... `per_device` rows; of a pass of them mean and deviation; a sample's mean."""
         count = self.layout.per_device
+        longest = tuple(accumulate(sorted(self.row_tokens, reverse=True)[:count]))
         deviation = math.sqrt(count) * pstdev(self.row_tokens)
-        return sum(sorted(self.row_tokens)[-count:]), count * fmean(self.row_tokens), deviation
+        num_samples = sum(map(len, self.rows))
+        return longest, count * fmean(self.row_tokens), deviation, sum(self.row_tokens) / num_samples
 
     def _order(self, epoch: int) -> list[int]:
         """The epoch's rows in order, made once an epoch: sorting a million lengths is no work for every step."""
@@ -148,21 +172,6 @@ class TrainingData:
                 order = _permutation(self.seed, epoch, len(self.rows))
             self._epoch_order = (epoch, order)
         return self._epoch_order[1]
-
-
-def _merged(passes: Sequence[list[int]], most: int, num_tokens: Sequence[int]) -> list[list[int]]:
-    """Neighbouring passes put together while they hold at most `most` tokens; 0 leaves them as they are."""
-    merged: list[list[int]] = []
-    size = 0
-    for samples in passes:
-        more = sum(num_tokens[i] for i in samples)
-        if merged and size + more <= most:
-            merged[-1] = merged[-1] + samples
-            size += more
-        else:
-            merged.append(samples)
-            size = more
-    return merged
 
 
 def _permutation(seed: int, epoch: int, size: int) -> list[int]:

@@ -34,9 +34,10 @@ from train.deliver.final import publish_final
 from train.exits import ExitCode, ExitWith, write_atomically, write_exit
 from train.gate import judge, pass_gate
 from train.loop import train
-from train.model import Tokenizer, adapter_config, check_fits, choose_engine, load_model, load_tokenizer
-from train.optim import FlatParameters, build_optimizer, state_bytes
-from train.plan import Rows, make_plan, reference_plan
+from train.model import Tokenizer, adapter_config, check_fits, load_model, load_tokenizer
+from train.optim import FlatParameters, build_optimizer
+from train.outlook import Outlook, fitted
+from train.plan import Rows
 from train.resume import check_same_run, choose, identity, on_first_process, restore, tokens_per_pass
 from train.saving import Saver, check_disk
 from train.step import Training
@@ -142,25 +143,18 @@ def audit_aloud(config: Config, tokenizer: Tokenizer, data: TrainingData, valida
 
 
 def assemble(config: Config, accelerator: Accelerator, data: TrainingData, saved_tokens: int = 0) -> Training:
-    """Model, plan and optimizer on this process's device, beside the data; `saved_tokens` as make_plan has it."""
-    model = load_model(config, accelerator.device)
-    fused, reason = choose_engine(model, config)
-    if fused:
-        model.offload_embedding()
+    """Plan, model and optimizer on this process's device, beside the data; the longest pass has run there.
+
+    `saved_tokens` as Planner.best has it. Raises ExitWith(BAD_INPUT) where no plan fits.
+    """
+    device = accelerator.device
+    outlook = Outlook.of(config, device, Rows(*data.rows_for_plan()), runtime.free_bytes(config, device), saved_tokens)
+    plan = outlook.first_plan()
+    model = load_model(config, device, plan)
     parameters = model.trainable()
     flat = FlatParameters(parameters)
-    free = runtime.free_bytes(config, accelerator.device)
-    if free is not None and config.optim.name != "paged_adamw_8bit":
-        free -= state_bytes(parameters, config.optim)
-    plan = reference_plan(model.num_blocks, config.memory)
-    if fused:
-        rows = Rows(*data.pass_sizes())
-        plan = make_plan(model.sizes(), rows, config.batch, config.memory, free, saved_tokens)
-    model.execute(fused, plan)
-    data.padding_free |= fused
-    data.most_merged = plan.tokens_per_pass if plan.merges else 0
-    runtime.say(accelerator, f"engine    {'fused' if fused else f'reference: {reason}'}")
-    return Training(
+    runtime.say(accelerator, f"engine    {'fused' if plan.is_fused else f'reference: {outlook.reason}'}")
+    training = Training(
         config=config,
         accelerator=accelerator,
         model=model,
@@ -171,6 +165,7 @@ def assemble(config: Config, accelerator: Accelerator, data: TrainingData, saved
         data=data,
         total_steps=data.total_steps(config.train),
     )
+    return fitted(training, outlook)
 
 
 def open_trackers(training: Training, store: CheckpointStore, checkpoint: Checkpoint | None, wandb: str) -> Trackers:

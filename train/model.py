@@ -1,12 +1,11 @@
-"""The frozen base, its tokenizer and the adapters; the only file that knows transformers' models, peft and NF4."""
+"""Base, adapters and tokenizer, and how the loss is made of them; base.py loads the first."""
 
 import hashlib
 import json
-import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,27 +14,19 @@ import bitsandbytes as bnb
 import peft
 import torch
 import transformers
-from accelerate import init_empty_weights
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedTokenizerBase,
-)
-from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data_tools.render import PLAIN_TEMPLATE
+from train.base import load_base, model_shape, not_found, skeleton, where
 from train.collate import MicroBatch
 from train.config import Config, ModelConfig
 from train.engine.attention import attention_kind
-from train.engine.patch import Engine, block_sizes, offload_embedding, reason_against
+from train.engine.packing import HostBlocks
+from train.engine.patch import Engine, reason_against
 from train.exits import ExitCode, ExitWith
 from train.loss import summed_cross_entropy
-from train.plan import BlockSizes, Plan
+from train.plan import Plan
 
 # Tokens that models ship for padding; the first that the vocabulary holds is used where pad is unset or equals eos.
 PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<unk>")
@@ -54,9 +45,10 @@ class Tokenizer:
 class LanguageModel(torch.nn.Module):
     """Base and adapters as one module whose forward is the summed loss, so that DDP sees a single forward call."""
 
-    def __init__(self, adapted: peft.PeftModel) -> None:
+    def __init__(self, adapted: peft.PeftModel, host: HostBlocks) -> None:
         super().__init__()
         self.adapted = adapted
+        self.host = host
         self.engine: Engine | None = None
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
@@ -82,11 +74,15 @@ class LanguageModel(torch.nn.Module):
         )
         return outputs.last_hidden_state.flatten(0, 1)
 
-    def execute(self, fused: bool, plan: Plan) -> None:
+    def execute(self, plan: Plan) -> None:
         """Sets up how training passes run: on the engine, or on transformers, where blocks recompute all or nothing."""
         causal_lm: Any = self.adapted.get_base_model()
-        if fused:
-            self.engine = Engine(causal_lm, plan)
+        self.engine = None  # or its memory would stand beside the new one's
+        if plan.is_fused:
+            self.host.wanted = sorted({*self.host.wanted, *plan.streamed})
+            for number in plan.streamed:
+                self.host.take(number, causal_lm.base_model.layers[number])
+            self.engine = Engine(causal_lm, plan, self.host)
         elif plan.num_kept < plan.num_blocks:
             # use_reentrant=False: the frozen embedding's output needs no gradient
             causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -96,29 +92,20 @@ class LanguageModel(torch.nn.Module):
         """Who runs training passes: fused or reference."""
         return "fused" if self.engine else "reference"
 
-    @property
-    def num_blocks(self) -> int:
-        """Of the decoder."""
-        causal_lm: Any = self.adapted.get_base_model()
-        return causal_lm.config.num_hidden_layers
-
-    def sizes(self) -> BlockSizes:
-        """What train.plan counts with, of a model that the engine can run."""
-        return block_sizes(self.adapted.get_base_model())
-
-    def offload_embedding(self) -> None:
-        """Frees the GPU of the input embedding, where that is possible."""
-        offload_embedding(self.adapted.get_base_model())
-
     @contextmanager
     def generating(self) -> Iterator[None]:
-        """While it is entered: evaluation mode, and an attention that takes the mask of padded prompts."""
+        """While it is entered transformers runs the model, whose streamed weights come layer by layer.
+
+        In evaluation mode, and with an attention that takes the mask of padded prompts. The engine lets go of its
+        memory, which training takes again.
+        """
         causal_lm: Any = self.adapted.get_base_model()
         kind = causal_lm.config._attn_implementation
         self.eval()
         causal_lm.set_attn_implementation("sdpa")
         try:
-            yield
+            with self.engine.lent() if self.engine else nullcontext():
+                yield
         finally:
             causal_lm.set_attn_implementation(kind)
             self.train()
@@ -135,11 +122,11 @@ def load_tokenizer(config: Config) -> Tokenizer:
     Raises ExitWith(BAD_INPUT) where it cannot be found.
     """
     notes = []
-    source = _source(config.model)
+    source = where(config.model)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
     except (OSError, ValueError, TypeError, StrictDataclassError, HfHubHTTPError) as error:
-        raise _not_found(config.model, "a tokenizer", error) from None
+        raise not_found(config.model, "a tokenizer", error) from None
     if config.data.chat_template:
         try:
             tokenizer.chat_template = Path(config.data.chat_template).read_text(encoding="utf-8")
@@ -168,9 +155,10 @@ def resolve_dtype(config: ModelConfig, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
 
 
-def load_model(config: Config, device: torch.device) -> LanguageModel:
+def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageModel:
     """Base on `device`, frozen and quantised as configured, with fresh fp32 adapters drawn from train.seed.
 
+    Blocks that the plan streams are in host memory, and where blocks are fused the embedding, if it can be.
     peft's prepare_model_for_kbit_training is not called: it casts embedding and head to fp32 (2.1 GB at 8B).
     Raises ExitWith(BAD_INPUT) where the base cannot be found or has a head that the loss does not fit.
     """
@@ -178,31 +166,39 @@ def load_model(config: Config, device: torch.device) -> LanguageModel:
         transformers.utils.logging.disable_progress_bar()
     # newer transformers rename gradient checkpointing (peft uses the old name too), 5.17 does not know the new name
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
-    shape = model_shape(config.model)
     dtype = DTYPES[resolve_dtype(config.model, device)]
-    if config.model.random_init:
-        base = _random_base(shape, config, dtype, device)
-    else:
-        base = _pretrained_base(config.model, dtype, device)
+    host = HostBlocks(plan.streamed, pin=device.type == "cuda")
+    base = load_base(config.model, dtype, device, host, config.train.seed, plan.is_fused)
     base.set_attn_implementation(attention_kind(config, dtype, device))
     keep_one_cpu_kernel(base)
     base.requires_grad_(False)
     base.config.use_cache = False
     torch.manual_seed(config.train.seed)
-    model = LanguageModel(_with_adapters(base, config)).eval()
+    model = LanguageModel(_with_adapters(base, config), host)
+    for parameter in model.trainable().values():
+        parameter.data = parameter.data.to(device)  # PEFT puts them where the layer's weights are
+    model.execute(plan)
     _check_head(model, config)
     return model.train()
 
 
-def choose_engine(model: LanguageModel, config: Config) -> tuple[bool, str]:
+def sketch(config: Config, device: torch.device) -> peft.PeftModel:
+    """The model as load_model would make it, on torch's meta device: for choosing an engine and for planning."""
+    base = skeleton(config.model, DTYPES[resolve_dtype(config.model, device)])
+    return _with_adapters(base, config, low_cpu_mem_usage=True)
+
+
+def choose_engine(sketched: peft.PeftModel, config: Config, device: torch.device) -> tuple[bool, str]:
     """Whether training passes run on our own engine, and why not; raises ExitWith(BAD_INPUT) where it was demanded."""
-    causal_lm: Any = model.adapted.get_base_model()
     if config.engine.kind == "reference":
         return False, "engine.kind reference"
-    reason = reason_against(causal_lm)
+    reason = reason_against(sketched.get_base_model())
     if reason and config.engine.kind == "fused":
         raise ExitWith(ExitCode.BAD_INPUT, f"--engine.kind fused: {reason}; use auto or reference")
-    if not reason and config.engine.kind == "auto" and causal_lm.device.type != "cuda":
+    wants_it = config.memory.offload == "stream"
+    if reason and wants_it:
+        raise ExitWith(ExitCode.BAD_INPUT, f"--memory.offload stream: only the fused engine streams, and {reason}")
+    if not reason and config.engine.kind == "auto" and device.type != "cuda" and not wants_it:
         reason = "no GPU; --engine.kind fused runs it here as well"
     return not reason, reason
 
@@ -214,8 +210,9 @@ def _check_head(model: LanguageModel, config: Config) -> None:
     vocab_size = causal_lm.get_input_embeddings().num_embeddings
     ids = (torch.arange(9, device=causal_lm.device) * 7919 % vocab_size)[None]
     positions = torch.arange(8, device=ids.device)
-    ours = model(MicroBatch(ids[:, :-1], positions[None], positions, ids[0, 1:]))
-    logits = causal_lm(input_ids=ids[:, :-1], use_cache=False).logits[0]
+    with model.generating():
+        ours = model(MicroBatch(ids[:, :-1], positions[None], positions, ids[0, 1:]))
+        logits = causal_lm(input_ids=ids[:, :-1], use_cache=False).logits[0]
     theirs = torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:], reduction="sum")
     if not torch.allclose(ours, theirs, rtol=1e-2):
         raise ExitWith(
@@ -236,7 +233,7 @@ def keep_one_cpu_kernel(base: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _with_adapters(base: Any, config: Config) -> peft.PeftModel:
+def _with_adapters(base: Any, config: Config, low_cpu_mem_usage: bool = False) -> peft.PeftModel:
     lora = peft.LoraConfig(
         r=config.lora.r,
         lora_alpha=config.lora.alpha,
@@ -245,111 +242,11 @@ def _with_adapters(base: Any, config: Config) -> peft.PeftModel:
         task_type="CAUSAL_LM",
     )
     try:
-        adapted = peft.get_peft_model(base, lora)
+        adapted = peft.get_peft_model(base, lora, low_cpu_mem_usage=low_cpu_mem_usage)
     except ValueError as error:
         raise ExitWith(ExitCode.BAD_INPUT, f"--lora.target_modules: {error}") from None
     assert isinstance(adapted, peft.PeftModel)
     return adapted
-
-
-def model_shape(config: ModelConfig) -> Any:
-    """The base's transformers configuration, without its weights."""
-    try:
-        shape = AutoConfig.from_pretrained(**_source(config), trust_remote_code=False)
-    except (OSError, ValueError, TypeError, StrictDataclassError, HfHubHTTPError) as error:
-        raise _not_found(config, "config.json", error) from None
-    kernel = getattr(shape, "_attn_implementation", None)
-    if "/" in str(kernel):  # transformers would fetch a binary from the hub and run it, where `kernels` is installed
-        reason = f"{config.name_or_path}: config.json names the attention kernel {kernel!r} of the hub; take it out"
-        raise ExitWith(ExitCode.BAD_INPUT, reason)
-    return shape
-
-
-def _refuse_other_files(config: ModelConfig) -> None:
-    """Raises ExitWith(BAD_INPUT) where the index names other files than safetensors: transformers would read them."""
-    missing_is_fine = {
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_connection_errors": False,
-    }
-    index = cached_file(config.name_or_path, SAFE_WEIGHTS_INDEX_NAME, revision=config.revision, **missing_is_fine)
-    if index is None:
-        return
-    try:
-        names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
-        wrong = [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise _not_found(config, SAFE_WEIGHTS_INDEX_NAME, error) from None
-    if wrong:
-        reason = f"{config.name_or_path}: {SAFE_WEIGHTS_INDEX_NAME} names {wrong[0]!r}; only *.safetensors are read"
-        raise ExitWith(ExitCode.BAD_INPUT, reason)
-
-
-def _pretrained_base(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Any:
-    _refuse_other_files(config)
-    quantization = _quantization(config, dtype)
-    options = {"quantization_config": quantization} if quantization else {}
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            **_source(config),
-            **options,
-            dtype=dtype,
-            device_map={"": device},
-            use_safetensors=True,
-            trust_remote_code=False,
-            attn_implementation="sdpa",
-        )
-    except (OSError, ValueError, ImportError, SafetensorError, HfHubHTTPError) as error:
-        raise _not_found(config, "safetensors weights", error) from None
-
-
-def _quantization(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    if config.quantization == "nf4":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    return BitsAndBytesConfig(load_in_8bit=True) if config.quantization == "int8" else None
-
-
-def _random_base(shape: Any, config: Config, dtype: torch.dtype, device: torch.device) -> Any:
-    """The shape with random weights, made and quantised layer by layer on the device: never whole in `dtype`."""
-    with init_empty_weights(include_buffers=False):
-        options = {"dtype": dtype, "attn_implementation": "sdpa"}
-        base: Any = AutoModelForCausalLM.from_config(shape, trust_remote_code=False, **options)
-    quantization = _quantization(config.model, dtype)
-    if quantization is not None:
-        replace_with_bnb_linear(base, modules_to_not_convert=["lm_head"], quantization_config=quantization)
-        base.is_loaded_in_4bit = config.model.quantization == "nf4"
-        base.is_loaded_in_8bit = config.model.quantization == "int8"
-    generator = torch.Generator(device).manual_seed(config.train.seed)
-    for module in list(base.modules()):
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, _random_parameter(parameter, name, shape, dtype, generator))
-    base.tie_weights()
-    base.name_or_path = config.model.name_or_path
-    return base.to(device)
-
-
-def _random_parameter(
-    parameter: torch.nn.Parameter, name: str, shape: Any, dtype: torch.dtype, generator: torch.Generator
-) -> torch.nn.Parameter:
-    device = generator.device
-    if name == "bias":
-        return torch.nn.Parameter(torch.zeros(parameter.shape, dtype=dtype, device=device), requires_grad=False)
-    if parameter.dim() == 1:
-        return torch.nn.Parameter(torch.ones(parameter.shape, dtype=dtype, device=device), requires_grad=False)
-    values: Any = torch.empty(parameter.shape, dtype=dtype, device=device)
-    values.normal_(0.0, shape.initializer_range, generator=generator)
-    quantised: Any = None  # bitsandbytes quantises when the parameter is moved to its device
-    if isinstance(parameter, bnb.nn.Params4bit):
-        quantised = bnb.nn.Params4bit(values, requires_grad=False, **parameter.__dict__)
-    elif isinstance(parameter, bnb.nn.Int8Params):
-        quantised = bnb.nn.Int8Params(values.cpu(), requires_grad=False)
-    if quantised is not None:
-        return quantised.to(device)
-    return torch.nn.Parameter(values, requires_grad=False)
 
 
 def check_fits(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -385,7 +282,7 @@ def base_fingerprint(config: Config) -> str:
             try:
                 digest.update(file.name.encode() + _sampled_bytes(file))
             except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-                raise _not_found(config.model, f"safetensors weights in {file.name}", error) from None
+                raise not_found(config.model, f"safetensors weights in {file.name}", error) from None
     else:
         digest.update(str(getattr(shape, "_commit_hash", None)).encode())
     return digest.hexdigest()
@@ -423,21 +320,3 @@ def load_adapters(model: LanguageModel, tensors: Mapping[str, torch.Tensor]) -> 
                     f"{name} is {list(tensors[name].shape)} in the checkpoint, {list(parameter.shape)} here"
                 )
             parameter.copy_(tensors[name])
-
-
-def _source(config: ModelConfig) -> dict[str, str]:
-    return {"pretrained_model_name_or_path": config.name_or_path, "revision": config.revision}
-
-
-def _not_found(config: ModelConfig, what: str, error: Exception) -> ExitWith:
-    name = config.name_or_path
-    if Path(name).is_dir() or isinstance(error, HFValidationError):
-        remedy = "name a folder that holds config.json, tokenizer.json and *.safetensors, or a hub id"
-    else:
-        remedy = (
-            "name a folder, or a hub id that you can reach (gated models: accept their licence, then `hf auth login`)"
-        )
-    if name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
-        return ExitWith(ExitCode.BAD_INPUT, f"--model.name_or_path {name}: no such folder\n{remedy}")
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return ExitWith(ExitCode.BAD_INPUT, f"--model.name_or_path {name}: cannot read {what}: {first_line}\n{remedy}")

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import bitsandbytes as bnb
@@ -127,14 +127,14 @@ def _parts(state: Mapping, place: Place, shape: torch.Size) -> dict:
     return parts
 
 
-def state_bytes(parameters: NamedParameters, config: OptimConfig) -> int:
+def state_bytes(parameters: Iterable[torch.nn.Parameter], config: OptimConfig) -> int:
     """Bytes of the tensors that optimizer_state will return after the first step.
 
     bitsandbytes keeps matrices of fewer than 4,096 elements in fp32, others in two bytes an element and two fp32 scales
     a block of 256 (Optimizer2State.init_state).
     """
     total = 0
-    for parameter in parameters.values():
+    for parameter in parameters:
         size = parameter.numel()
         if config.name == "adamw":
             total += 8 * size + 4

@@ -1,25 +1,32 @@
-"""What fits: which activations and weights are kept and how many tokens one pass holds, from sizes alone."""
+"""What fits: where weights, activations and inputs of blocks are, and how many tokens one pass holds, from sizes alone.
+
+One budget decides. Each way to save memory costs time: smaller passes read the weights more often, blocks that are
+computed again cost a third more, weights and block inputs in host memory cost the bus. `make_plan` tries the
+combinations and takes the fastest that fits.
+"""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
+from train.cards import Card
 from train.config import BatchConfig, MemoryConfig
-from train.loss import CHUNK_BYTES
 
 MARGIN = 0.92  # of the budget is planned with; the rest is the allocator's waste
-# A pass costs as much as this many tokens more than it has. An estimate: dequantising Llama-3.1-8B twice takes an H200
-# 11 ms, in which it trains 200 tokens, and small products lose as much again and more.
-PASS_TOKENS = 600
-# Passes of so many tokens at most run as CUDA graphs (engine.graphs): beyond, the GPU is slower than the host. Their
-# memory is theirs alone.
-GRAPH_TOKENS = 4096
+NUM_SLOTS = 2  # device buffers of blocks from the host: one is free again as soon as its block is dequantised
+INPUTS_IN_FLIGHT = 3  # block inputs on the device that are on their way to the host or back
 MOST_MERGED = 16384  # products are not faster beyond
-RECOMPUTED_SHARE = 0.35  # of a block's time is added where it is computed again
+GRAPH_TOKENS = 4096  # passes of so many tokens at most run as CUDA graphs, where that is faster: their memory is theirs
+# Seconds in which a host launches the kernels of one block (H200's host: 155 ms for 32 blocks forward and backward)
+LAUNCH_FORWARD, LAUNCH_BACKWARD = 0.0019, 0.0029
+ELEMENTWISE = 9  # times a block's activations are read or written by what lies between its products
+SMALL_KERNELS = 0.0004  # seconds a block and pass in which a recorded graph's kernels are too small for the card
 
 
 @dataclass(frozen=True)
-class BlockSizes:
-    """Widths of one decoder block, in elements, and of what stands around the blocks."""
+class ModelSizes:
+    """Widths of one decoder block in elements, and bytes of what stands on the device or may stand on the host."""
 
     num_blocks: int
     hidden: int
@@ -27,22 +34,32 @@ class BlockSizes:
     query: int  # inputs of o_proj
     inner: int  # inputs of down_proj
     extra: int  # columns that the adapters add to a product, at most
-    element_bytes: int
-    matrix_bytes: int  # one block's weights in the compute type
+    element_bytes: int  # of the compute type
+    matrix_bytes: int  # one block's weights in the compute type, with the adapters' columns
+    packed_bytes: int  # one block's frozen linear weights as they are stored
+    small_bytes: int  # norms and biases of all blocks, and the last norm
+    embedding_bytes: int  # 0 where the head shares it
+    embedding_on_host: bool
+    head_bytes: int
+    chunk_bytes: int  # logits of one chunk of the head, with what is computed of them
+    vocabulary: int
+    adapter_bytes: int  # fp32 adapters and their gradients, and what of the optimizer's state is not paged
+    paged_bytes: int  # the optimizer's state where it is: in host memory when the card is full
 
 
 @dataclass(frozen=True)
 class Rows:
     """The samples' lengths, as far as the plan needs them."""
 
-    longest_pass: int  # tokens that one pass of `per_device` rows holds at most
-    mean_pass: float
+    longest: tuple[int, ...]  # tokens of one, two, ... `per_device` rows at most
+    mean_pass: float  # of a pass of `per_device` rows
     deviation: float  # standard deviation of a pass's tokens
+    mean_length: float  # of a sample
 
     def tokens(self, merged: int) -> int:
         """Tokens that so many passes together seldom exceed (three deviations); where they do, they stay apart."""
         usual = merged * self.mean_pass + 3 * math.sqrt(merged) * self.deviation
-        return max(self.longest_pass, min(merged * self.longest_pass, math.ceil(usual)))
+        return max(self.longest[-1], min(merged * self.longest[-1], math.ceil(usual)))
 
 
 @dataclass(frozen=True)
@@ -53,101 +70,227 @@ class Plan:
     are drawn for which pass. So a resumed run keeps its `tokens_per_pass`.
     """
 
-    merges: bool  # passes are put together while they hold `tokens_per_pass` at most
+    is_fused: bool  # on our own engine
+    merges: bool  # passes are put together, or cut, to hold `tokens_per_pass` at most
     tokens_per_pass: int  # what memory was counted for (filling and validation may add some); 0: padded passes
     num_blocks: int
     num_kept: int  # blocks whose activations are kept, the last ones
-    num_cached: int  # blocks whose dequantised weights are kept, the first ones
-    peak_bytes: int  # predicted; 0 where no memory is counted (CPU)
+    num_cached: int = 0  # blocks whose dequantised weights are kept, the first ones
+    streamed: tuple[int, ...] = ()  # blocks whose weights are in host memory
+    offloads_inputs: bool = False  # inputs of blocks that are computed again are in host memory
+    uses_graphs: bool = False
+    parts: tuple[tuple[str, int], ...] = ()  # predicted bytes on the device at the worst moment, by component
+    host_bytes: int = 0  # page-locked
+    seconds: float = 0.0  # predicted, of an optimizer step
+    traffic_bytes: int = 0  # of weights to the device, in a pass forward and backward
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted; 0 where no memory is counted (CPU, reference engine)."""
+        return sum(num_bytes for _, num_bytes in self.parts)
 
     def __str__(self) -> str:
         recomputed = self.num_blocks - self.num_kept
         text = f"{self.num_kept} of {self.num_blocks} blocks keep their activations"
         text += f", {recomputed} recompute them" if recomputed else ""
         text += f"; {self.num_cached} keep dequantised weights" if self.num_cached else ""
-        return text + (
-            f"; predicted peak {self.peak_bytes / 2**30:.1f} GiB beside the model" if self.peak_bytes else ""
+        if self.streamed:
+            text += f"; {len(self.streamed)} blocks' weights are streamed from host memory"
+        elif self.parts:
+            text += "; all weights are on the GPU, nothing is streamed"
+        text += "; inputs of blocks in host memory" if self.offloads_inputs else ""
+        text += f"; predicted peak {self.peak_bytes / 2**30:.2f} GiB" if self.parts else ""
+        return text + (f", {self.host_bytes / 2**30:.1f} GiB of host memory" if self.host_bytes else "")
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """One combination of what can be chosen."""
+
+    tokens: int
+    num_passes: float
+    mean_tokens: float
+    num_streamed: int
+    offloads: bool
+    graphs: bool
+    num_kept: int = 1
+    num_cached: int = 0
+
+
+class Planner:
+    """Chooses for one model, data and card."""
+
+    def __init__(self, sizes: ModelSizes, rows: Rows, batch: BatchConfig, memory: MemoryConfig, card: Card) -> None:
+        self.sizes = sizes
+        self.rows = rows
+        self.batch = batch
+        self.memory = memory
+        self.card = card
+
+    def best(self, budget: int | None, saved_tokens: int = 0, least_streamed: int = 0) -> Plan:
+        """The fastest plan whose peak fits into `budget` bytes (None: there is no limit, and nothing to stream for).
+
+        Where nothing fits, the smallest: its peak tells what is missing. A run that is resumed gives the
+        `tokens_per_pass` that it was started with. Blocks that are in host memory already stay there.
+        """
+        room = None if budget is None else int(budget * MARGIN)
+        choices = [
+            self._filled(choice, room) for choice in self._choices(room is not None, saved_tokens, least_streamed)
+        ]
+        fitting = [choice for choice in choices if room is None or self.peak(choice) <= room]
+        if fitting:
+            chosen = min(fitting, key=lambda choice: (self.seconds(choice), self.peak(choice)))
+        else:
+            chosen = min(choices, key=self.peak)
+        return self._plan(chosen, room is not None)
+
+    def longest_row(self, budget: int) -> int:
+        """Tokens of the longest single row that could be trained in `budget` bytes, in steps of 64; 0 for none."""
+        tokens = self.rows.longest[0]
+        while tokens >= 64:
+            tokens = (tokens - 1) // 64 * 64
+            shorter = Rows((tokens,), tokens, 0.0, tokens)
+            planner = Planner(self.sizes, shorter, replace(self.batch, per_device=1), self.memory, self.card)
+            if tokens and planner.best(budget).peak_bytes <= budget:
+                return tokens
+        return 0
+
+    def _choices(self, has_limit: bool, saved_tokens: int, least_streamed: int) -> Iterator[_Choice]:
+        blocks = self.sizes.num_blocks
+        counts = [blocks] if self.memory.offload == "stream" else [least_streamed]
+        if self.memory.offload == "auto" and has_limit:
+            counts = list(range(least_streamed, blocks + 1))
+        can_offload = (False, True) if has_limit and self.memory.offload != "none" else (False,)
+        for (tokens, num_passes), count, offloads in product(self._passes(saved_tokens), counts, can_offload):
+            mean = self.batch.accumulation * self.rows.mean_pass / num_passes
+            base = _Choice(tokens, num_passes, mean, count, offloads, graphs=False)
+            yield base
+            if self.card.has_graphs and tokens <= GRAPH_TOKENS:
+                yield replace(base, graphs=True)
+
+    def _passes(self, saved_tokens: int) -> Iterator[tuple[int, float]]:
+        """(tokens, passes in a step): as they are written, put together, or cut into fewer rows."""
+        accumulation, mean = self.batch.accumulation, self.batch.accumulation * self.rows.mean_pass
+        if saved_tokens:
+            yield saved_tokens, max(1.0, mean / saved_tokens)
+            return
+        yield self.rows.tokens(1), accumulation
+        if self.batch.merge == "off":
+            return
+        for merged in range(2, accumulation + 1):
+            if self.rows.tokens(merged) <= MOST_MERGED:
+                yield self.rows.tokens(merged), max(1.0, mean / self.rows.tokens(merged))
+        for count, tokens in enumerate(self.rows.longest[:-1], start=1):
+            yield tokens, accumulation * math.ceil(len(self.rows.longest) / count)
+
+    def _filled(self, choice: _Choice, room: int | None) -> _Choice:
+        """The choice with as many blocks kept, and weights cached, as there is room for."""
+        blocks, wanted = self.sizes.num_blocks, self.memory.checkpointing
+        fixed = {"full": 1, "none": blocks}.get(str(wanted))
+        if fixed is None and wanted != "auto":
+            fixed = max(1, blocks - int(wanted))
+        if fixed is not None:
+            choice = replace(choice, num_kept=fixed)
+        elif room is None:
+            choice = replace(choice, num_kept=blocks)
+        else:
+            low, high = 1, blocks  # the peak does not fall when more are kept
+            while low < high:
+                middle = (low + high + 1) // 2
+                fits = self.peak(replace(choice, num_kept=middle)) <= room
+                low, high = (middle, high) if fits else (low, middle - 1)
+            choice = replace(choice, num_kept=low)
+        # weights give less for their memory than activations, so they are kept only where all of those are
+        if room is None or choice.num_kept < blocks or choice.num_streamed:
+            return choice
+        spare = room - self.peak(choice)
+        return replace(choice, num_cached=max(0, min(blocks, spare // self.sizes.matrix_bytes)))
+
+    def peak(self, choice: _Choice) -> int:
+        """Bytes on the device at the worst moment."""
+        return sum(self.parts(choice).values())
+
+    def parts(self, choice: _Choice) -> dict[str, int]:
+        """The same by component, through the fused engine.
+
+        The worst moment is the head, or the backward pass of the last block, while all that is kept stands. Terms
+        follow engine.block.Activations and Block.backward.
+        """
+        s, tokens = self.sizes, choice.tokens
+        recomputed = s.num_blocks - choice.num_kept
+        wide, element = s.hidden + s.extra, s.element_bytes
+        inputs = choice.num_kept + min(INPUTS_IN_FLIGHT, recomputed) if choice.offloads else s.num_blocks
+        activations = element * (2 * wide + s.heads + s.query + s.hidden + 2 * s.inner + 3 * s.extra)
+        activations += 4 * s.query // 64 + 8  # attention's log sums and the norms' scales, fp32
+        largest = max(s.inner, 2 * s.query + s.heads)
+        backward = tokens * (element * (wide + s.hidden + largest) + 4 * s.query)  # attention sums dQ in fp32
+        head = tokens * element * 3 * s.hidden + min(s.chunk_bytes, tokens * s.vocabulary * element)
+        # what a graph uses, nothing else can
+        working = head + backward if choice.graphs else max(head, backward)
+        return {
+            "packed weights": (s.num_blocks - choice.num_streamed) * s.packed_bytes + s.small_bytes,
+            "slots for streamed weights": min(NUM_SLOTS, choice.num_streamed) * s.packed_bytes,
+            "dequantised weights": min(choice.num_cached + 1, s.num_blocks) * s.matrix_bytes,
+            "head": s.head_bytes,
+            "embedding": 0 if s.embedding_on_host else s.embedding_bytes,
+            "adapters, gradients, optimizer": s.adapter_bytes,
+            "inputs of blocks": tokens * element * (inputs * s.hidden + s.num_blocks * s.extra),
+            "kept activations": tokens * choice.num_kept * activations,
+            "working memory": working,
+            "places of graphs": tokens * element * 4 * s.hidden if choice.graphs else 0,
+        }
+
+    def seconds(self, choice: _Choice) -> float:
+        """Of an optimizer step: what is slower, the card, the bus or the host, forward and backward."""
+        s, card, tokens = self.sizes, self.card, choice.mean_tokens
+        weights = s.matrix_bytes / s.element_bytes
+        attention = 2 * s.query * self.rows.mean_length  # causal, a token
+        moved = ELEMENTWISE * s.element_bytes * (3 * s.hidden + s.heads + s.query + 2 * s.inner) * tokens / 3
+        dequantise = (s.matrix_bytes + s.packed_bytes) * (1 - choice.num_cached / s.num_blocks)
+        memory = (moved + dequantise) / card.bandwidth + SMALL_KERNELS / 2
+        forward = tokens * (2 * weights + attention) / card.flops + memory
+        backward = tokens * (2 * weights + 2.5 * attention) / card.flops + 2 * moved / card.bandwidth + memory
+        again = tokens * (2 * (weights - s.hidden * s.inner) + attention) / card.flops + moved / card.bandwidth
+        recomputed = (s.num_blocks - choice.num_kept) / s.num_blocks
+        launches = (LAUNCH_FORWARD, LAUNCH_BACKWARD + LAUNCH_FORWARD * recomputed)
+        if choice.graphs:
+            launches = (0.0, 0.0)
+        block_input = recomputed * tokens * s.element_bytes * s.hidden / card.bus if choice.offloads else 0.0
+        bus = choice.num_streamed / s.num_blocks * s.packed_bytes / card.bus
+        one_way = max(forward, launches[0], bus, block_input)
+        other_way = max(backward + recomputed * again, launches[1], bus + block_input)
+        head = 4 * tokens * s.head_bytes / s.element_bytes / card.flops
+        return choice.num_passes * (s.num_blocks * (one_way + other_way) + head)
+
+    def _plan(self, choice: _Choice, has_limit: bool) -> Plan:
+        s = self.sizes
+        streamed = spread(choice.num_streamed, s.num_blocks)
+        recomputed = s.num_blocks - choice.num_kept
+        host = choice.num_streamed * s.packed_bytes + (s.embedding_bytes if s.embedding_on_host else 0)
+        host += recomputed * choice.tokens * s.hidden * s.element_bytes if choice.offloads else 0
+        return Plan(
+            is_fused=True,
+            merges=self.batch.merge == "auto",
+            tokens_per_pass=choice.tokens,
+            num_blocks=s.num_blocks,
+            num_kept=choice.num_kept,
+            num_cached=choice.num_cached,
+            streamed=streamed,
+            offloads_inputs=choice.offloads and recomputed > 0,
+            uses_graphs=choice.graphs,
+            parts=tuple(self.parts(choice).items()) if has_limit else (),
+            host_bytes=host if has_limit else 0,
+            seconds=self.seconds(choice),
+            traffic_bytes=(2 * len(streamed) - min(NUM_SLOTS, len(streamed))) * s.packed_bytes,
         )
 
 
-def peak_bytes(sizes: BlockSizes, num_tokens: int, num_kept: int, num_cached: int) -> int:
-    """Bytes beside the model itself at the worst moment of a pass of `num_tokens` through the fused engine.
-
-    The candidates are the head, and the backward pass of the last block, while all that is kept stands; and a block
-    that is computed again once the kept ones are gone. Terms follow engine.block.Activations and Block.backward.
-    """
-    s, wide = sizes, sizes.hidden + sizes.extra
-    kept_input = s.element_bytes * (s.hidden + s.extra)
-    activations = s.element_bytes * (2 * wide + s.heads + s.query + s.hidden + 2 * s.inner + 3 * s.extra)
-    activations += 4 * s.query // 64 + 8  # attention's log sums and the norms' scales, fp32
-    largest = max(s.inner, 2 * s.query + s.heads)
-    workspace = s.element_bytes * (wide + s.hidden + largest) + 4 * s.query  # attention sums dQ in fp32
-    head = num_tokens * s.element_bytes * 3 * s.hidden + CHUNK_BYTES
-    backward = num_tokens * workspace
-    matrices = min(num_cached + 1, s.num_blocks) * s.matrix_bytes
-    standing = num_tokens * s.num_blocks * kept_input + matrices
-    is_graph = num_tokens <= GRAPH_TOKENS
-    if is_graph:
-        standing += num_tokens * s.element_bytes * 4 * s.hidden
-    last = num_tokens * max(1, num_kept) * activations + (head + backward if is_graph else max(head, backward))
-    again = num_tokens * activations + backward + (head if is_graph else 0) if num_kept < s.num_blocks else 0
-    return standing + max(last, again)
-
-
-def make_plan(
-    sizes: BlockSizes,
-    rows: Rows,
-    batch: BatchConfig,
-    memory: MemoryConfig,
-    free_bytes: int | None,
-    saved_tokens: int = 0,
-) -> Plan:
-    """The plan with the least predicted time whose peak fits into `free_bytes` beside the model (None: no limit).
-
-    Where nothing fits, the smallest plan: the allocator then says what was missing. A run that is resumed gives the
-    `tokens_per_pass` that it was started with; 0 is a fresh one.
-    """
-    room = None if free_bytes is None else int(free_bytes * MARGIN)
-    best, least = None, float("inf")
-    merges = batch.merge == "auto"
-    for merged in range(1, batch.accumulation + 1 if merges and not saved_tokens else 2):
-        tokens = saved_tokens or rows.tokens(merged)
-        if merged > 1 and tokens > MOST_MERGED:
-            break
-        kept = _most_kept(sizes, tokens, memory, room)
-        peak = peak_bytes(sizes, tokens, kept, 0)
-        if best is not None and room is not None and peak > room:
-            break
-        num_passes = batch.accumulation if merged == 1 else max(1.0, batch.accumulation * rows.mean_pass / tokens)
-        recomputed = RECOMPUTED_SHARE * (sizes.num_blocks - kept) / sizes.num_blocks
-        cost = num_passes * PASS_TOKENS + batch.accumulation * rows.mean_pass * (1 + recomputed)
-        if cost < least:
-            best = Plan(merges, tokens, sizes.num_blocks, kept, 0, 0 if room is None else peak)
-            least = cost
-    assert best is not None
-    # weights give less for their memory than activations, so they are kept only where all of those are
-    if room is None or best.num_kept < sizes.num_blocks:
-        return best
-    num_cached = max(0, min(sizes.num_blocks, (room - best.peak_bytes) // sizes.matrix_bytes))
-    peak = peak_bytes(sizes, best.tokens_per_pass, best.num_kept, num_cached)
-    return replace(best, num_cached=num_cached, peak_bytes=peak)
+def spread(count: int, total: int) -> tuple[int, ...]:
+    """So many of `total` blocks, evenly: the bus then has the time of the others as well. The last is among them."""
+    return tuple(i for i in range(total) if (i + 1) * count // total > i * count // total)
 
 
 def reference_plan(num_blocks: int, memory: MemoryConfig) -> Plan:
     """transformers merges no passes, and its blocks recompute all or nothing."""
     kept = num_blocks if memory.checkpointing in ("none", 0) else 0
-    return Plan(merges=False, tokens_per_pass=0, num_blocks=num_blocks, num_kept=kept, num_cached=0, peak_bytes=0)
-
-
-def _most_kept(sizes: BlockSizes, num_tokens: int, memory: MemoryConfig, room: int | None) -> int:
-    """Blocks that keep their activations; the last always does, its backward pass follows at once."""
-    if memory.checkpointing == "full":
-        return 1
-    if memory.checkpointing == "none":
-        return sizes.num_blocks
-    if memory.checkpointing != "auto":
-        return max(1, sizes.num_blocks - memory.checkpointing)
-    kept = sizes.num_blocks
-    while room is not None and kept > 1 and peak_bytes(sizes, num_tokens, kept, 0) > room:
-        kept -= 1
-    return kept
+    return Plan(is_fused=False, merges=False, tokens_per_pass=0, num_blocks=num_blocks, num_kept=kept)

@@ -93,7 +93,7 @@ class Saver:
 def checkpoint_bytes(training: Training) -> int:
     """Size of one checkpoint on disk: fp32 adapters, the optimizer's state, and what describes them."""
     parameters = training.parameters
-    tensors = 4 * sum(p.numel() for p in parameters.values()) + state_bytes(parameters, training.config.optim)
+    tensors = 4 * sum(p.numel() for p in parameters.values()) + state_bytes(parameters.values(), training.config.optim)
     descriptions = 1000 * len(parameters)  # five entries of some 200 bytes in the headers for each
     return tensors + descriptions
 

@@ -27,12 +27,15 @@ from train.data import Layout
 from train.engine import operations
 from train.engine.block import Block, Pass
 from train.engine.lora_linear import Dropout, LoraGroup, dequantize
-from train.engine.patch import Engine, block_sizes, reason_against
+from train.engine.packing import HostBlocks
+from train.engine.patch import Engine, reason_against
 from train.exits import ExitWith
-from train.model import choose_engine
+from train.model import choose_engine, sketch
 from train.plan import Plan
 from train.step import optimizer_step
 
+CPU = torch.device("cpu")
+NOTHING = HostBlocks([], pin=False)
 LENGTHS = (5, 1, 9)  # one token alone, odd lengths
 SIZES: dict[str, Any] = {
     "vocab_size": 100,
@@ -156,7 +159,7 @@ def test_a_group_is_its_layers(
     wanted.backward(upstream)
     group = LoraGroup([adapted[name] for name in "qkv"])
     matrix = torch.zeros(group.shape)
-    group.fill_base(matrix)
+    group.fill_base(matrix, [base.weight for base in group.bases])
     for place, parameter, factor in group.adapter_places(matrix):
         place.copy_(parameter.detach() * factor)
     wide = torch.zeros(num_tokens, 64 + group.num_extra)
@@ -196,7 +199,7 @@ def test_a_group_with_dropout_is_its_layers_with_the_same_masks() -> None:
     wanted = torch.cat(outs, dim=1)
     wanted.backward(upstream)
     matrix, low, out, grad_x = torch.zeros(group.shape), torch.empty(13, 64), torch.empty(13, 96), torch.empty(13, 64)
-    group.fill_base(matrix)
+    group.fill_base(matrix, [base.weight for base in group.bases])
     for place, parameter, factor in group.adapter_places(matrix):
         place.copy_(parameter.detach() * factor)
     group.forward(matrix, x.detach(), low, out, drop)
@@ -267,8 +270,7 @@ def test_every_family_of_models(family: str, num_kept: int, num_cached: int) -> 
     upstream = torch.randn_like(wanted)
     wanted.backward(upstream)
     expected = gradients_of(adapted)
-    assert block_sizes(causal_lm).num_blocks == 3
-    engine = Engine(causal_lm, plan(num_kept, num_cached))
+    engine = Engine(causal_lm, plan(num_kept, num_cached), NOTHING)
     for _ in range(2):  # the second pass adds to the first
         found = engine(batch)
         close(found.detach(), wanted.detach())
@@ -279,7 +281,7 @@ def test_every_family_of_models(family: str, num_kept: int, num_cached: int) -> 
 
 
 def plan(num_kept: int, num_cached: int) -> Plan:
-    return Plan(merges=True, tokens_per_pass=64, num_blocks=3, num_kept=num_kept, num_cached=num_cached, peak_bytes=0)
+    return Plan(is_fused=True, merges=True, tokens_per_pass=64, num_blocks=3, num_kept=num_kept, num_cached=num_cached)
 
 
 def test_kept_and_recomputed_blocks_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +303,7 @@ def test_kept_and_recomputed_blocks_give_the_same_bits(monkeypatch: pytest.Monke
     for num_kept, seed in ((3, 5), (2, 5), (1, 5), (1, 6)):
         torch.manual_seed(seed)
         computed.append(0)
-        Engine(adapted.get_base_model(), plan(num_kept, 0))(batch).backward(upstream)
+        Engine(adapted.get_base_model(), plan(num_kept, 0), NOTHING)(batch).backward(upstream)
         found.append(torch.cat([gradient.flatten() for gradient in gradients_of(adapted).values()]))
     assert computed == [3, 4, 5, 5]
     assert found[0].norm() > 0
@@ -325,7 +327,7 @@ def test_dropout_differs_by_adapter_and_is_off_in_evaluation() -> None:
                 masks.append(tuple(mask.flatten().tolist()))
     assert len(set(masks)) == 36
     adapted, batch = adapted_model(LlamaConfig(**SIZES), ALL, dropout=0.5), packed()
-    engine = Engine(adapted.get_base_model(), plan(3, 0))
+    engine = Engine(adapted.get_base_model(), plan(3, 0), NOTHING)
     with torch.no_grad():
         training = engine(batch)
         adapted.eval()
@@ -339,7 +341,7 @@ def test_what_a_configuration_only_seems_to_say() -> None:
     """A Llama with sliding_window in its config.json has no window."""
     adapted, batch = adapted_model(LlamaConfig(**SIZES | {"sliding_window": 4}), ALL), packed()
     causal_lm = adapted.get_base_model()
-    close(Engine(causal_lm, plan(1, 0))(batch).detach(), reference(causal_lm, batch).detach())
+    close(Engine(causal_lm, plan(1, 0), NOTHING)(batch).detach(), reference(causal_lm, batch).detach())
 
 
 def fused(config: Config) -> Config:
@@ -401,14 +403,15 @@ def test_what_the_engine_cannot_run_is_said(config: Config) -> None:
     uneven = adapted_model(LlamaConfig(**SIZES), ["1.mlp.up_proj"]).get_base_model()
     assert reason_against(uneven) == "its blocks do not all have the same adapters"
     int8 = replace(config, model=replace(config.model, quantization="int8"))
-    model = training_of(int8, Accelerator(cpu=True)).model
-    assert choose_engine(model, int8) == (False, "int8 layers round their inputs, which only bitsandbytes does")
+    sketched = sketch(int8, CPU)
+    assert choose_engine(sketched, int8, CPU) == (False, "int8 layers round their inputs, which only bitsandbytes does")
     with pytest.raises(ExitWith, match=r"--engine\.kind fused: int8 layers"):
-        choose_engine(model, fused(int8))
-    assert choose_engine(model, replace(config, engine=EngineConfig(kind="reference"))) == (
-        False,
-        "engine.kind reference",
-    )
+        choose_engine(sketched, fused(int8), CPU)
+    streaming = replace(int8, memory=replace(int8.memory, offload="stream"))
+    with pytest.raises(ExitWith, match=r"--memory\.offload stream: only the fused engine streams, and int8 layers"):
+        choose_engine(sketched, streaming, CPU)
+    reference = replace(config, engine=EngineConfig(kind="reference"))
+    assert choose_engine(sketched, reference, CPU) == (False, "engine.kind reference")
 
 
 def test_long_samples_of_one_length_are_filled_up() -> None:

@@ -17,6 +17,7 @@ from train import runtime
 from train.config import Config, MemoryConfig, ModelConfig
 from train.exits import ExitWith
 from train.model import base_fingerprint, check_fits, load_model
+from train.plan import reference_plan
 
 
 def test_the_fingerprint_sees_other_weights_and_nothing_else(config: Config, tmp_path: Path) -> None:
@@ -45,7 +46,9 @@ def test_a_head_that_does_more_than_multiply_is_refused(config: Config, tmp_path
         model=ModelConfig(name_or_path=str(tmp_path), random_init=True, quantization="none"),
         lora=replace(config.lora, target_modules=("fc1",)),
     )
-    load_model(phi, torch.device("cpu"))  # with a bias of zero there is no difference
+    load_model(
+        phi, torch.device("cpu"), reference_plan(1, MemoryConfig())
+    )  # with a bias of zero there is no difference
     original: Any = torch.zeros
 
     def biased(*arguments: object, **options: object) -> torch.Tensor:
@@ -54,7 +57,7 @@ def test_a_head_that_does_more_than_multiply_is_refused(config: Config, tmp_path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "zeros", biased)
         with pytest.raises(ExitWith, match="its head does more than multiply"):
-            load_model(phi, torch.device("cpu"))
+            load_model(phi, torch.device("cpu"), reference_plan(1, MemoryConfig()))
 
 
 def test_samples_must_fit_the_model(config: Config, shape: Path) -> None:

@@ -24,16 +24,19 @@ from data_tools.readers import HubData
 from data_tools.records import DataError, Report, find_sources, read_records
 from launch.lock import pins
 from tests.conftest import BUNDLED_BASE, ROOT, tokenizer_at, write_shape
+from train.base import model_shape
 from train.checkpoint import publish
 from train.cli import parse
 from train.commands import main as command
-from train.config import Config, ModelConfig
+from train.config import Config, MemoryConfig, ModelConfig
 from train.deliver.compare import Answer
 from train.deliver.compare import show as show_answers
 from train.exits import ExitCode, ExitWith
-from train.model import base_fingerprint, load_model, load_tokenizer, model_shape
+from train.model import base_fingerprint, load_model, load_tokenizer
+from train.plan import reference_plan
 from train.scrub import scrub
 
+PLAN = reference_plan(1, MemoryConfig())
 SOURCES = sorted(p for folder in ("train", "data_tools", "benchmarks", "demo") for p in (ROOT / folder).rglob("*.py"))
 GOOD = '{"prompt": "What is AOG?", "response": "Aircraft on ground."}\n'
 
@@ -215,7 +218,7 @@ def test_a_base_of_pickles_alone_is_refused(config: Config, base: Path, monkeypa
     (base / "model.safetensors").unlink()
     monkeypatch.setattr(torch, "load", lambda *given, **options: calls.append(given))
     with pytest.raises(ExitWith, match=r"cannot read safetensors weights.*\n.*\*\.safetensors") as caught:
-        load_model(on(config, base), torch.device("cpu"))
+        load_model(on(config, base), torch.device("cpu"), PLAN)
     assert caught.value.code == ExitCode.BAD_INPUT
     assert not calls
 
@@ -231,7 +234,7 @@ def test_an_index_names_safetensors_alone(
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": named}}))
     monkeypatch.setattr(torch, "load", lambda *given, **options: calls.append(given))
     with pytest.raises(ExitWith, match=r"model\.safetensors\.index\.json") as caught:
-        load_model(on(config, base), torch.device("cpu"))
+        load_model(on(config, base), torch.device("cpu"), PLAN)
     assert caught.value.code == ExitCode.BAD_INPUT
     assert not calls
 
@@ -240,7 +243,7 @@ def test_a_base_cannot_name_a_kernel(config: Config, base: Path) -> None:
     """transformers would fetch the binary from the hub and run it, where `kernels` is installed."""
     edit(base / "config.json", _attn_implementation="somebody/kernel")
     with pytest.raises(ExitWith, match="names the attention kernel 'somebody/kernel' of the hub"):
-        load_model(on(config, base), torch.device("cpu"))
+        load_model(on(config, base), torch.device("cpu"), PLAN)
 
 
 BROKEN_BASES = {
@@ -256,7 +259,7 @@ def test_a_broken_base_is_refused_in_one_message(name: str, config: Config, base
     """Damaged weights and nonsense in config.json: 78 from everything that reads them."""
     for file, content in BROKEN_BASES[name].items():
         (base / file).write_bytes(content)
-    for read in (base_fingerprint, lambda c: load_model(c, torch.device("cpu"))):
+    for read in (base_fingerprint, lambda c: load_model(c, torch.device("cpu"), PLAN)):
         with pytest.raises(ExitWith, match="cannot read") as caught:
             read(on(config, base))
         assert caught.value.code == ExitCode.BAD_INPUT
@@ -282,7 +285,9 @@ def test_code_in_a_base_is_never_executed(model_type: str, config: Config, base:
     edit(base / "tokenizer_config.json", auto_map=classes)
     if model_type == "llama":
         load_tokenizer(on(config, base))
-        assert isinstance(load_model(on(config, base), torch.device("cpu")).adapted.get_base_model(), LlamaForCausalLM)
+        assert isinstance(
+            load_model(on(config, base), torch.device("cpu"), PLAN).adapted.get_base_model(), LlamaForCausalLM
+        )
     else:
         for load in (load_tokenizer, lambda c: model_shape(c.model)):
             with pytest.raises(ExitWith, match="custom code") as caught:

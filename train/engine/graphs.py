@@ -15,6 +15,7 @@ from train.collate import MicroBatch
 from train.engine.attention import Attend
 from train.engine.block import Pass
 from train.engine.stack import Kept, Stack
+from train.engine.weight_store import WeightStore
 
 STEP = 128
 MOST_GRAPHS = 32  # one for each multiple of STEP; about 10 MB each
@@ -79,6 +80,11 @@ class Graphs:
         self.places: _Places | None = None
         self.pool: Any = None
 
+    def release(self) -> None:
+        """Lets go of all graphs and their memory; passes are recorded anew."""
+        self.graphs.clear()
+        self.places = self.pool = None
+
     def __call__(self, hidden: torch.Tensor, shared: Pass, batch: MicroBatch) -> torch.Tensor:
         """As Stack, for a batch that `pad` has padded."""
         assert batch.cu_seqlens is not None
@@ -102,12 +108,13 @@ class Graphs:
         pairs = ((places.hidden, hidden), (places.cos, shared.cos), (places.sin, shared.sin))
         for place, value in (*pairs, (graph.seed, shared.seed), (graph.borders, batch.cu_seqlens)):
             place.copy_(value)
-        self.stack.store.forget()
-        return _Replay.apply(graph, self.stack.anchor)
+        return _Replay.apply(graph, self.stack, self.stack.anchor)
 
     def _record(self, places: _Places, num_borders: int, shared: Pass, batch: MicroBatch) -> _Graph:
         """Both directions; what lies between them stays in the pool, which all graphs share, one replay at a time."""
         assert batch.cu_seqlens is not None
+        store = self.stack.store
+        store.before_replay(forward=True)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what launches have used, the pool needs now
         num_tokens = places.hidden.shape[0]
@@ -117,8 +124,7 @@ class Graphs:
         own = replace(shared, cos=places.cos, sin=places.sin, seed=seed, attend=attend)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         kept: list[Kept] = []
-        self.stack.store.begin()
-        self.stack.store.forget()
+        store.adapters_moved()
         with torch.no_grad():
             with torch.cuda.graph(forward, pool=self.pool):
                 out, last, rstd = self.stack.forward(places.hidden, own, kept)
@@ -126,6 +132,7 @@ class Graphs:
                 del out
             with torch.cuda.graph(backward, pool=self.pool):
                 self.stack.backward(places.grad_out, last, rstd, own, kept)
+        store.forget()  # nothing of it has run yet
         return _Graph(places, seed, borders, forward, backward)
 
 
@@ -133,13 +140,19 @@ class _Replay(torch.autograd.Function):
     """A graph as autograd sees it, a function of one adapter as in stack.py."""
 
     @staticmethod
-    def forward(ctx: Any, graph: _Graph, _: torch.nn.Parameter) -> torch.Tensor:
-        ctx.graph = graph
-        graph.forward.replay()
+    def forward(ctx: Any, graph: _Graph, stack: Stack, _: torch.nn.Parameter) -> torch.Tensor:
+        ctx.graph, ctx.store = graph, stack.store
+        _replay(graph.forward, stack.store, forward=True)
         return graph.places.out.detach()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         ctx.graph.places.grad_out.copy_(grad_outputs[0])
-        ctx.graph.backward.replay()
-        return None, None
+        _replay(ctx.graph.backward, ctx.store, forward=False)
+        return None, None, None
+
+
+def _replay(graph: torch.cuda.CUDAGraph, store: WeightStore, forward: bool) -> None:
+    store.before_replay(forward)
+    graph.replay()
+    store.after_replay(forward)

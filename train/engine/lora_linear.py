@@ -66,10 +66,10 @@ class LoraGroup:
         """Of M."""
         return self.num_outputs + self.num_extra, self.num_inputs + self.num_extra
 
-    def fill_base(self, matrix: torch.Tensor) -> None:
-        """Dequantises the frozen weights into M."""
-        for base, rows in zip(self.bases, self.rows, strict=True):
-            dequantize(base.weight, matrix[rows, : self.num_inputs])
+    def fill_base(self, matrix: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
+        """Dequantises the frozen weights of the layers, which need not be where the layers have them, into M."""
+        for weight, rows in zip(weights, self.rows, strict=True):
+            dequantize(weight, matrix[rows, : self.num_inputs])
 
     def adapter_places(self, matrix: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
         """(place in M, parameter, factor) of each adapter's A and B."""

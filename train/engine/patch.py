@@ -2,20 +2,29 @@
 
 import importlib.util
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 
 from train.collate import MicroBatch
-from train.engine.attention import Attend, attend_packed, has_flash
+from train.config import Config
+from train.engine.attention import Attend, attend_packed
 from train.engine.block import Block, Pass
+from train.engine.copies import copies_for
 from train.engine.embedding import HostEmbedding
-from train.engine.graphs import Graphs, pad
+from train.engine.graphs import STEP, Graphs, pad
+from train.engine.hidden_store import DeviceInputs, HostInputs
 from train.engine.operations import mixed
+from train.engine.packing import HostBlocks, linear_layers, packed_bytes
 from train.engine.stack import Stack
 from train.engine.weight_store import WeightStore
-from train.plan import GRAPH_TOKENS, BlockSizes, Plan
+from train.loss import CHUNK_BYTES
+from train.optim import state_bytes
+from train.plan import ModelSizes, Plan
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -51,23 +60,24 @@ def _blocks(causal_lm: Any) -> list[Block]:
 class Engine:
     """The decoder of `causal_lm` (with PEFT's adapters in it), run block by block by our own code."""
 
-    def __init__(self, causal_lm: Any, plan: Plan) -> None:
+    def __init__(self, causal_lm: Any, plan: Plan, host: HostBlocks) -> None:
         decoder = causal_lm.base_model
         self.decoder = decoder
         blocks = _blocks(causal_lm)
         norm: torch.Tensor = decoder.norm.weight
-        store = WeightStore(blocks, plan.num_cached, norm.dtype, norm.device)
-        self.stack = Stack(blocks, decoder.norm, store, plan.num_kept)
+        copies = partial(copies_for, norm.device)
+        store = WeightStore(blocks, plan.num_cached, norm, host, copies)
+        inputs = DeviceInputs()
+        if plan.offloads_inputs:
+            num_tokens = -(-plan.tokens_per_pass // STEP) * STEP
+            inputs = HostInputs(plan.num_blocks - plan.num_kept, num_tokens, norm, copies(), copies())
+        self.stack = Stack(blocks, decoder.norm, store, plan.num_kept, inputs)
         # Qwen's attention knows its window, Mistral's reads the configuration, Llama has none whatever that says
         is_mistral = type(causal_lm).__name__ == "MistralForCausalLM"
         window = causal_lm.config.sliding_window if is_mistral else None
         self.sliding_window: int | None = getattr(decoder.layers[0].self_attn, "sliding_window", window)
         self.dropout = max(block.dropout for block in blocks)
-        self.graphs: Graphs | None = None
-        # a run that is resumed launches its first pass where the other replays: not for those who want the same bits
-        is_free = not torch.are_deterministic_algorithms_enabled()
-        if is_free and has_flash(norm.dtype, norm.device) and plan.tokens_per_pass <= GRAPH_TOKENS:
-            self.graphs = Graphs(self.stack, self._attend_for, plan.tokens_per_pass)
+        self.graphs = Graphs(self.stack, self._attend_for, plan.tokens_per_pass) if plan.uses_graphs else None
 
     def __call__(self, batch: MicroBatch) -> torch.Tensor:
         """What the head reads, [T or more, H], of a packed micro-batch; dropout while the model trains."""
@@ -82,23 +92,51 @@ class Engine:
         shared = Pass(cos[0].contiguous(), sin[0].contiguous(), self._attend_for(batch), dropout, seed)
         return recorded(hidden, shared, batch) if recorded is not None else self.stack(hidden, shared)
 
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """While it is entered, transformers can run the decoder: its memory is free, streamed weights come by layer."""
+        if self.graphs is not None:
+            self.graphs.release()
+        self.stack.store.release()
+        if self.stack.store.like.is_cuda:
+            torch.cuda.empty_cache()
+        with self.stack.store.lent(self.decoder.layers):
+            yield
+
     def _attend_for(self, batch: MicroBatch) -> Attend:
         return attend_packed(batch, self.sliding_window, self.stack.blocks[0].scaling)
 
 
-def block_sizes(causal_lm: Any) -> BlockSizes:
-    """What train.plan counts with."""
+def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
+    """What train.plan counts with, of a model that need have no weights; raises AttributeError for other families."""
     block = Block(causal_lm.base_model.layers[0], 0)
-    element_bytes = causal_lm.get_output_embeddings().weight.element_size()
-    return BlockSizes(
+    embedding, head = causal_lm.get_input_embeddings().weight, causal_lm.get_output_embeddings().weight
+    trained = [p for p in causal_lm.parameters() if p.requires_grad]
+    linears = {id(layer.weight) for one in causal_lm.base_model.layers for layer in linear_layers(one)}
+    others = {id(embedding), id(head), *linears, *map(id, trained)}
+    small = sum(p.numel() * p.element_size() for p in causal_lm.parameters() if id(p) not in others)
+    element = head.element_size()
+    state = state_bytes(trained, config.optim)
+    is_paged = config.optim.name.startswith("paged")
+    is_tied = head is embedding
+    return ModelSizes(
         num_blocks=len(causal_lm.base_model.layers),
         hidden=block.qkv.num_inputs,
         heads=block.qkv.num_outputs,
         query=block.o.num_inputs,
         inner=block.down.num_inputs,
         extra=max(group.num_extra for group in block.groups),
-        element_bytes=element_bytes,
-        matrix_bytes=element_bytes * sum(math.prod(group.shape) for group in block.groups),
+        element_bytes=element,
+        matrix_bytes=element * sum(math.prod(group.shape) for group in block.groups),
+        packed_bytes=sum(packed_bytes(layer) for layer in linear_layers(causal_lm.base_model.layers[0])),
+        small_bytes=small,
+        embedding_bytes=0 if is_tied else embedding.numel() * element,
+        embedding_on_host=on_gpu and not is_tied,
+        head_bytes=head.numel() * element,
+        chunk_bytes=CHUNK_BYTES,
+        vocabulary=head.shape[0],
+        adapter_bytes=8 * sum(p.numel() for p in trained) + (0 if is_paged else state),
+        paged_bytes=state if is_paged else 0,
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from train.engine.block import Activations, Block, Pass
+from train.engine.hidden_store import DeviceInputs, HostInputs
 from train.engine.operations import rms_norm, rms_norm_backward
 from train.engine.weight_store import WeightStore
 
@@ -14,29 +15,32 @@ from train.engine.weight_store import WeightStore
 class Kept:
     """Of one block, for the backward pass."""
 
-    x: torch.Tensor
     low: torch.Tensor
-    activations: Activations | None
+    activations: Activations | None  # where None, its input is in Stack.inputs
 
 
 class Stack:
     """The decoder's blocks and its last norm.
 
     The last `num_kept` blocks keep their activations; of the others only the input is kept and everything but
-    down_proj is computed again. The last block always keeps them: they are needed at once.
+    down_proj is computed again. The last block always keeps them: they are needed at once. A training pass forward is
+    followed by its backward before the next begins.
     """
 
-    def __init__(self, blocks: list[Block], norm: Any, store: WeightStore, num_kept: int) -> None:
+    def __init__(
+        self, blocks: list[Block], norm: Any, store: WeightStore, num_kept: int, inputs: DeviceInputs | HostInputs
+    ) -> None:
         self.blocks = blocks
         self.norm = norm
         self.store = store
         self.num_kept = max(1, num_kept)
+        self.inputs = inputs
         self.anchor = next(parameter for block in blocks for parameter in block.parameters)
         self.num_extra = max(max(block.o.num_extra, block.down.num_extra) for block in blocks)
 
     def __call__(self, hidden: torch.Tensor, shared: Pass) -> torch.Tensor:
         """Embedded tokens [T, H] -> what the head reads [T, H]."""
-        self.store.begin()
+        self.store.adapters_moved()
         if torch.is_grad_enabled():
             return _Stack.apply(hidden, self, shared, self.anchor)
         return self.forward(hidden, shared, None)[0]
@@ -46,13 +50,19 @@ class Stack:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The normed output, and what the norm's backward needs; fills `kept` where one is given."""
         num_recomputed = len(self.blocks) - self.num_kept
+        self.store.begin(range(len(self.blocks)))
+        self.inputs.begin()
         for block in self.blocks:
+            is_kept = block.number >= num_recomputed
             matrices = self.store.matrices(block.number)
+            if kept is not None and not is_kept:
+                self.inputs.keep(hidden)
             activations = block.forward(matrices, hidden, shared)
-            x, (hidden, low) = hidden, block.finish(matrices, activations, shared)
+            hidden, low = block.finish(matrices, activations, shared)
             if kept is not None:
-                kept.append(Kept(x, low, activations if block.number >= num_recomputed else None))
+                kept.append(Kept(low, activations if is_kept else None))
             del activations
+        self.inputs.settle()
         out = torch.empty_like(hidden)
         rstd = rms_norm(hidden, self.norm.weight, self.norm.variance_epsilon, out)
         return out, hidden, rstd
@@ -64,12 +74,13 @@ class Stack:
         width = last.shape[1]
         grad = last.new_empty(last.shape[0], width + self.num_extra)
         rms_norm_backward(grad_out, last, self.norm.weight, rstd, grad[:, :width], add=False)
+        self.store.begin(range(len(self.blocks) - 1, -1, -1))
         for block in reversed(self.blocks):
             record = kept.pop()
             matrices = self.store.matrices(block.number)
             activations = record.activations
             if activations is None:
-                activations = block.forward(matrices, record.x, shared)
+                activations = block.forward(matrices, self.inputs.take(), shared)
             gradients = block.backward(matrices, activations, record.low, grad, shared)
             places: Any = [parameter.grad for parameter in block.parameters]
             torch._foreach_add_(places, gradients)

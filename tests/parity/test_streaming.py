@@ -1,0 +1,297 @@
+"""Blocks that come from host memory: the same bits, each copy in its turn, no slot written while it is read."""
+
+import json
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from data_tools.prepare import first_conversations
+from tests.conftest import training_of
+from tests.parity.test_engine import ALL, SIZES, adapted_model, gradients_of, packed
+from train.collate import MicroBatch
+from train.config import Config, EngineConfig, LoraConfig, MemoryConfig, ModelConfig
+from train.data import prepare_settings
+from train.deliver.compare import compare
+from train.engine import patch
+from train.engine.copies import Copies, ThreadCopies
+from train.engine.packing import HostBlocks, linear_layers
+from train.engine.patch import Engine
+from train.engine.weight_store import WeightStore
+from train.model import load_tokenizer
+from train.plan import Plan, spread
+from train.step import optimizer_step
+
+NUM_BLOCKS = 5
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+Clock = dict[str, int]  # of each queue, how much of its work is known to be done
+
+
+@dataclass
+class Access:
+    """What has been done to a piece of memory, as (queue, number of the deed)."""
+
+    last_write: tuple[str, int] = ("compute", 0)
+    reads: list[tuple[str, int]] = field(default_factory=list)
+
+
+@dataclass
+class Queues:
+    """The computation and the queues of copies as vector clocks: whatever is not ordered by an event is a race.
+
+    Copies are made at once, which is as good as any order where the events order them, and the check does not depend
+    on luck: it compares who knows of whom, not what happened to come first.
+    """
+
+    clocks: dict[str, Clock] = field(default_factory=lambda: {"compute": {}})
+    touched: dict[int, Access] = field(default_factory=dict)  # by address
+    copied: list[tuple[str, int]] = field(default_factory=list)
+
+    def act(self, queue: str, reads: list[torch.Tensor], writes: list[torch.Tensor]) -> None:
+        """Something that `queue` does; raises AssertionError where another may still be doing what excludes it."""
+        clock = self.clocks.setdefault(queue, {})
+        clock[queue] = clock.get(queue, 0) + 1
+        now = (queue, clock[queue])
+        for tensor in reads:
+            access = self.touched.setdefault(tensor.data_ptr(), Access())
+            assert self.knows(queue, access.last_write), f"{queue} reads what {access.last_write} may still write"
+            access.reads.append(now)
+        for tensor in writes:
+            access = self.touched.setdefault(tensor.data_ptr(), Access())
+            for other in (access.last_write, *access.reads):
+                assert self.knows(queue, other), f"{queue} overwrites what {other} may still use"
+            self.touched[tensor.data_ptr()] = Access(last_write=now)
+
+    def knows(self, queue: str, deed: tuple[str, int]) -> bool:
+        return self.clocks[queue].get(deed[0], 0) >= deed[1]
+
+    def hear(self, queue: str, event: Clock) -> None:
+        clock = self.clocks.setdefault(queue, {})
+        for other, count in event.items():
+            clock[other] = max(clock.get(other, 0), count)
+
+
+class CheckedCopies:
+    """Copies whose order is proved; `forget` names an event that is dropped, to see that it is needed."""
+
+    def __init__(self, queues: Queues, name: str, forget: str = "") -> None:
+        self.queues, self.name, self.forget = queues, name, forget
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
+        if self.forget != "after":
+            self.queues.hear(self.name, after)
+        self.queues.act(self.name, [source], [target])
+        self.queues.copied.append((self.name, source.data_ptr()))
+        target.copy_(source)
+        return dict(self.queues.clocks[self.name])
+
+    def wait(self, event: Any) -> None:
+        if self.forget != "wait":
+            self.queues.hear("compute", event)
+
+    def mark(self) -> Any:
+        return dict(self.queues.clocks["compute"])
+
+
+def streaming(numbers: list[int], **changes: Any) -> tuple[Any, Plan, HostBlocks]:
+    """A model of five blocks with these in host memory, its plan, and the host's blocks."""
+    adapted = adapted_model(LlamaConfig(**SIZES | {"num_hidden_layers": NUM_BLOCKS}), ALL, dropout=0.2)
+    host = HostBlocks(numbers, pin=False)
+    for number in range(NUM_BLOCKS):
+        host.take(number, adapted.get_base_model().base_model.layers[number])
+    plan = Plan(is_fused=True, merges=True, tokens_per_pass=64, num_blocks=NUM_BLOCKS, num_kept=1, streamed=(*numbers,))
+    return adapted, replace(plan, **changes), host
+
+
+def result(adapted: Any, plan: Plan, host: HostBlocks, batch: MicroBatch, passes: int = 3) -> torch.Tensor:
+    """Outputs and gradients of some passes, with a validation in between, in one row."""
+    engine = Engine(adapted.get_base_model(), plan, host)
+    found = []
+    for number in range(passes):
+        torch.manual_seed(number)
+        out = engine(batch)
+        out.backward(torch.ones_like(out))
+        found.append(out.detach().flatten())
+        with torch.no_grad():
+            found.append(engine(batch).flatten())
+    return torch.cat([*found, *(gradient.flatten() for gradient in gradients_of(adapted).values())])
+
+
+@pytest.mark.parametrize("num_kept", [1, 3, 5])
+@pytest.mark.parametrize("numbers", [[0, 1, 2, 3, 4], [1, 3, 4], [0], [2, 4]])
+@pytest.mark.parametrize("offloads_inputs", [False, True])
+def test_streamed_blocks_give_the_same_bits(num_kept: int, numbers: list[int], offloads_inputs: bool) -> None:
+    """All, some or one block streamed, inputs on the host or not, with dropout: outputs and gradients to the bit."""
+    batch = packed()
+    torch.manual_seed(0)
+    wanted = result(*streaming([], num_kept=num_kept), batch)
+    torch.manual_seed(0)
+    found = result(*streaming(numbers, num_kept=num_kept, offloads_inputs=offloads_inputs), batch)
+    assert wanted.norm() > 0
+    assert torch.equal(found, wanted)
+
+
+def checked(monkeypatch: pytest.MonkeyPatch, queues: Queues, forget: tuple[str, str] = ("", "")) -> None:
+    """Makes engines copy by CheckedCopies, and reports what computation reads and writes."""
+    names = iter(["weights", "out", "back"])
+
+    def copies_for(_: torch.device) -> Copies:
+        name = next(names)
+        return CheckedCopies(queues, name, forget[1] if name == forget[0] else "")
+
+    monkeypatch.setattr(patch, "copies_for", copies_for)
+    fill, forward = WeightStore._fill_base, patch.Block.forward
+
+    def watched_fill(self: Any, block: Any, matrices: Any, is_streamed: bool) -> None:
+        if is_streamed:
+            stream, give = self.stream, self.stream.give
+            stream.give = lambda number: (queues.act("compute", [stream.slot(number).buffer], []), give(number))
+            fill(self, block, matrices, is_streamed)
+            stream.give = give
+        else:
+            fill(self, block, matrices, is_streamed)
+
+    def watched_forward(self: Any, matrices: Any, x: torch.Tensor, shared: Any) -> Any:
+        queues.act("compute", [x], [])
+        return forward(self, matrices, x, shared)
+
+    monkeypatch.setattr(WeightStore, "_fill_base", watched_fill)
+    monkeypatch.setattr(patch.Block, "forward", watched_forward)
+
+
+@pytest.mark.parametrize("numbers", [[0, 1, 2, 3, 4], [1, 3, 4], [2]])
+def test_no_slot_is_written_while_it_is_read(numbers: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three passes and validations: every copy comes after the last reader of its slot, every reader after its copy."""
+    queues = Queues()
+    checked(monkeypatch, queues)
+    result(*streaming(numbers, offloads_inputs=True), packed())
+    assert sum(name == "weights" for name, _ in queues.copied) >= 6 * max(0, len(numbers) - 2)
+    assert any(name == "out" for name, _ in queues.copied)
+    assert any(name == "back" for name, _ in queues.copied)
+
+
+@pytest.mark.parametrize("forget", [("weights", "after"), ("weights", "wait"), ("back", "wait"), ("out", "wait")])
+def test_every_event_is_needed(forget: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without any one of the events the check finds a race: it can fail."""
+    checked(monkeypatch, Queues(), forget)
+    with pytest.raises(AssertionError, match="may still"):
+        result(*streaming([0, 1, 2, 3, 4], offloads_inputs=True), packed())
+
+
+def test_the_order_of_fetches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward 0, 1, ..., backward ..., 1, 0; what is still in a slot, or dequantised, is not fetched again."""
+    queues = Queues()
+    checked(monkeypatch, queues)
+    adapted, plan, host = streaming([0, 1, 2, 3, 4])
+    names = {buffer.data_ptr(): number for number, buffer in host.buffers.items()}
+    engine = Engine(adapted.get_base_model(), plan, host)
+    order = []
+    for _ in range(2):
+        queues.copied.clear()
+        out = engine(packed())
+        forward = len(queues.copied)
+        out.backward(torch.ones_like(out))
+        fetched = [names[address] for _, address in queues.copied]
+        order.append((fetched[:forward], fetched[forward:]))
+    assert order == [([0, 1, 2, 3, 4], [2, 1, 0]), ([2, 3, 4], [2, 1, 0])]
+
+
+def test_a_slow_bus_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies by a thread that takes its time: the same bits."""
+
+    class Slow(ThreadCopies):
+        def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
+            def late() -> None:
+                time.sleep(0.01)
+                target.copy_(source)
+
+            return self.thread.submit(late)
+
+    batch = packed()
+    torch.manual_seed(0)
+    wanted = result(*streaming([]), batch, passes=1)
+    monkeypatch.setattr(patch, "copies_for", lambda _: Slow())
+    torch.manual_seed(0)
+    assert torch.equal(result(*streaming([0, 1, 2, 3, 4], offloads_inputs=True), batch, passes=1), wanted)
+
+
+def streamed(config: Config) -> Config:
+    return replace(config, engine=EngineConfig(kind="fused"), memory=MemoryConfig(offload="stream"))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_steps_streamed_and_not(quantization: Any, config: Config) -> None:
+    """Losses and adapters of ten steps are equal to the bit, and every block's weights were in host memory."""
+    config = replace(config, model=replace(config.model, quantization=quantization), lora=LoraConfig(r=4, dropout=0.1))
+    fused = replace(config, engine=EngineConfig(kind="fused"))
+    runs = [training_of(each, Accelerator(cpu=True)) for each in (fused, streamed(config))]
+    assert [run.plan.streamed for run in runs] == [(), (0, 1)]
+    curves = [[optimizer_step(run, step).loss for step in range(10)] for run in runs]
+    assert curves[0] == curves[1]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0].parameters.values(), runs[1].parameters.values(), strict=True))
+
+
+@pytest.mark.parametrize("names", ["model.layers", "layers"])
+def test_a_base_is_read_block_by_block(names: str, config: Config, tmp_path: Any) -> None:
+    """Weights from files, quantised one block after another, are those that transformers loads, to the bit."""
+    shape = LlamaConfig(**SIZES | {"vocab_size": 600, "hidden_size": 128, "tie_word_embeddings": False})
+    AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).save_pretrained(tmp_path, max_shard_size="200KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    for file in Path(config.model.name_or_path).glob("*token*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    if names == "layers":  # as a decoder that was saved without its head names them, but for the head
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        for file in set(index["weight_map"].values()):
+            tensors = {name.removeprefix("model."): t for name, t in load_file(tmp_path / file).items()}
+            save_file(tensors, tmp_path / file)
+        index["weight_map"] = {name.removeprefix("model."): f for name, f in index["weight_map"].items()}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = replace(config, model=ModelConfig(name_or_path=str(tmp_path)))
+    whole, parts = (
+        training_of(each, Accelerator(cpu=True)).model.adapted.get_base_model()
+        for each in (replace(config, engine=EngineConfig(kind="fused")), streamed(config))
+    )
+    for one, other in zip(whole.base_model.layers, parts.base_model.layers, strict=True):
+        for a, b in zip(linear_layers(one), linear_layers(other), strict=True):
+            assert torch.equal(a.weight.data, b.weight.data)
+            assert torch.equal(a.weight.quant_state.absmax, b.weight.quant_state.absmax)
+            assert torch.equal(a.weight.quant_state.offset, b.weight.quant_state.offset)
+    assert torch.equal(whole.lm_head.weight, parts.lm_head.weight)
+
+
+def test_a_model_that_is_streamed_answers(config: Config) -> None:
+    """Generation by transformers gets each layer's weights in turn: the resident model's answers, twice."""
+    tokenizer = load_tokenizer(config).backend
+    asked = first_conversations(prepare_settings(config, config.data.path), 3)
+    answers = []
+    for each in (replace(config, engine=EngineConfig(kind="fused")), streamed(config)):
+        training = training_of(each, Accelerator(cpu=True))
+        for step in range(3):
+            optimizer_step(training, step)
+        answers.append([compare(training.model, tokenizer, asked, [0], 12, lambda: False) for _ in range(2)])
+        assert optimizer_step(training, 3).loss > 0  # the engine takes its memory again
+    assert answers[0] == answers[1]
+    assert answers[0][0][0].after
+
+
+def test_streamed_blocks_are_spread() -> None:
+    """Evenly over the model, as many as asked for, the last one among them."""
+    for total in (1, 5, 32):
+        for count in range(total + 1):
+            numbers = spread(count, total)
+            assert len(numbers) == count
+            assert not count or numbers[-1] == total - 1
+            gaps = [b - a for a, b in zip(numbers, numbers[1:], strict=False)]
+            assert not gaps or max(gaps) - min(gaps) <= 1

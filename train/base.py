@@ -1,0 +1,219 @@
+"""The frozen base from its files: quantised as it is read, block by block, so that it is never whole in 16 bits."""
+
+import json
+import re
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from train.config import ModelConfig
+from train.engine.packing import HostBlocks
+from train.engine.patch import offload_embedding
+from train.exits import ExitCode, ExitWith
+
+Read = Callable[[str, torch.nn.Parameter], torch.Tensor]  # the values of a parameter, by its name
+
+
+def load_base(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, host: HostBlocks, seed: int, embedding_on_host: bool
+) -> Any:
+    """The base on `device`, but for the blocks that `host` takes; random weights are drawn from `seed`.
+
+    Raises ExitWith(BAD_INPUT) where it cannot be found or read.
+    """
+    if config.random_init:
+        draw = _drawn(model_shape(config), dtype, torch.Generator(device).manual_seed(seed))
+        return _filled(skeleton(config, dtype), draw, device, host, embedding_on_host)
+    _refuse_other_files(config)
+    try:
+        if host.wanted:
+            with ExitStack() as files:
+                read = _stored(config, dtype, device, files)
+                return _filled(skeleton(config, dtype), read, device, host, embedding_on_host)
+        base = _by_transformers(config, dtype, device)
+    except (OSError, ValueError, ImportError, SafetensorError, HfHubHTTPError) as error:
+        raise not_found(config, "safetensors weights", error) from None
+    if embedding_on_host:
+        offload_embedding(base)
+    return base
+
+
+def skeleton(config: ModelConfig, dtype: torch.dtype) -> Any:
+    """The base without its weights, on torch's meta device, with the layers that its quantisation has."""
+    shape = model_shape(config)
+    with init_empty_weights(include_buffers=False):
+        options = {"dtype": dtype, "attn_implementation": "sdpa"}
+        base: Any = AutoModelForCausalLM.from_config(shape, trust_remote_code=False, **options)
+    quantization = _quantization(config, dtype)
+    if quantization is not None:
+        replace_with_bnb_linear(base, modules_to_not_convert=["lm_head"], quantization_config=quantization)
+        base.is_loaded_in_4bit = config.quantization == "nf4"
+        base.is_loaded_in_8bit = config.quantization == "int8"
+    base.tie_weights()
+    base.name_or_path = config.name_or_path
+    return base
+
+
+def model_shape(config: ModelConfig) -> Any:
+    """The base's transformers configuration, without its weights."""
+    try:
+        shape = AutoConfig.from_pretrained(**where(config), trust_remote_code=False)
+    except (OSError, ValueError, TypeError, StrictDataclassError, HfHubHTTPError) as error:
+        raise not_found(config, "config.json", error) from None
+    kernel = getattr(shape, "_attn_implementation", None)
+    if "/" in str(kernel):  # transformers would fetch a binary from the hub and run it, where `kernels` is installed
+        reason = f"{config.name_or_path}: config.json names the attention kernel {kernel!r} of the hub; take it out"
+        raise ExitWith(ExitCode.BAD_INPUT, reason)
+    return shape
+
+
+def _by_transformers(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Any:
+    quantization = _quantization(config, dtype)
+    options = {"quantization_config": quantization} if quantization else {}
+    return AutoModelForCausalLM.from_pretrained(
+        **where(config),
+        **options,
+        dtype=dtype,
+        device_map={"": device},
+        use_safetensors=True,
+        trust_remote_code=False,
+        attn_implementation="sdpa",
+    )
+
+
+def _filled(base: Any, read: Read, device: torch.device, host: HostBlocks, embedding_on_host: bool) -> Any:
+    """The skeleton with weights, each quantised as it comes; a block goes to the host as soon as it is whole."""
+    layers = base.base_model.layers if host.wanted else []
+    ends = {list(layer.modules())[-1]: number for number, layer in enumerate(layers)}
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    is_tied = head.weight is embedding.weight
+    for prefix, module in list(base.named_modules()):
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device))
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not (module is head and is_tied):
+                setattr(module, name, _parameter(parameter, read(f"{prefix}.{name}", parameter), device))
+        if module is embedding and is_tied:
+            head.weight = embedding.weight
+        if module is embedding and embedding_on_host:
+            offload_embedding(base)
+        if module in ends:
+            host.take(ends[module], layers[ends[module]])
+    return base
+
+
+def _parameter(parameter: torch.nn.Parameter, values: torch.Tensor, device: torch.device) -> torch.nn.Parameter:
+    """The values in the place of a parameter of the skeleton: bitsandbytes quantises when they are moved."""
+    params4bit: Any = bnb.nn.Params4bit
+    int8_params: Any = bnb.nn.Int8Params
+    if isinstance(parameter, bnb.nn.Params4bit):
+        return params4bit(values, requires_grad=False, **parameter.__dict__).to(device)
+    if isinstance(parameter, bnb.nn.Int8Params):
+        return int8_params(values.cpu(), requires_grad=False).to(device)
+    return torch.nn.Parameter(values, requires_grad=False)
+
+
+def _drawn(shape: Any, dtype: torch.dtype, generator: torch.Generator) -> Read:
+    """Random values, made on the generator's device."""
+    device = generator.device
+
+    def read(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
+        if name.endswith("bias"):
+            return torch.zeros(parameter.shape, dtype=dtype, device=device)
+        if parameter.dim() == 1:
+            return torch.ones(parameter.shape, dtype=dtype, device=device)
+        values = torch.empty(parameter.shape, dtype=dtype, device=device)
+        return values.normal_(0.0, shape.initializer_range, generator=generator)
+
+    return read
+
+
+def _stored(config: ModelConfig, dtype: torch.dtype, device: torch.device, files: ExitStack) -> Read:
+    """Values from safetensors files, which stay open until `files` is closed; raises ValueError for others' names."""
+    if getattr(model_shape(config), "quantization_config", None) is not None:
+        raise ValueError("it is quantised already, and blocks can be streamed only of a base that is not")
+    index = _cached(config, SAFE_WEIGHTS_INDEX_NAME)
+    if index is not None:
+        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = [SAFE_WEIGHTS_NAME]
+    place: dict[str, Any] = {}
+    for name in names:
+        path = cached_file(config.name_or_path, name, revision=config.revision)
+        file = files.enter_context(safe_open(path, framework="pt"))
+        place |= dict.fromkeys(file.keys(), file)
+
+    def read(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
+        stored = name if name in place else name.removeprefix("model.")  # a decoder saved without its head
+        if stored not in place:
+            raise ValueError(f"the files hold no {name}")
+        values = place[stored].get_tensor(stored)
+        if values.shape != parameter.shape:
+            raise ValueError(f"{name} is {list(values.shape)} in the files, {list(parameter.shape)} by config.json")
+        return values.to(device).to(dtype)
+
+    return read
+
+
+def _quantization(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if config.quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if config.quantization == "int8" else None
+
+
+def _cached(config: ModelConfig, name: str) -> str | None:
+    missing_is_fine = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    return cached_file(config.name_or_path, name, revision=config.revision, **missing_is_fine)
+
+
+def _refuse_other_files(config: ModelConfig) -> None:
+    """Raises ExitWith(BAD_INPUT) where the index names other files than safetensors: transformers would read them."""
+    index = _cached(config, SAFE_WEIGHTS_INDEX_NAME)
+    if index is None:
+        return
+    try:
+        names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
+        wrong = [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise not_found(config, SAFE_WEIGHTS_INDEX_NAME, error) from None
+    if wrong:
+        reason = f"{config.name_or_path}: {SAFE_WEIGHTS_INDEX_NAME} names {wrong[0]!r}; only *.safetensors are read"
+        raise ExitWith(ExitCode.BAD_INPUT, reason)
+
+
+def where(config: ModelConfig) -> dict[str, str]:
+    """What transformers' from_pretrained is asked for."""
+    return {"pretrained_model_name_or_path": config.name_or_path, "revision": config.revision}
+
+
+def not_found(config: ModelConfig, what: str, error: Exception) -> ExitWith:
+    """Says what of the base cannot be read, and what to do."""
+    name = config.name_or_path
+    if Path(name).is_dir() or isinstance(error, HFValidationError):
+        remedy = "name a folder that holds config.json, tokenizer.json and *.safetensors, or a hub id"
+    else:
+        remedy = (
+            "name a folder, or a hub id that you can reach (gated models: accept their licence, then `hf auth login`)"
+        )
+    if name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
+        return ExitWith(ExitCode.BAD_INPUT, f"--model.name_or_path {name}: no such folder\n{remedy}")
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ExitWith(ExitCode.BAD_INPUT, f"--model.name_or_path {name}: cannot read {what}: {first_line}\n{remedy}")

@@ -1,0 +1,101 @@
+"""GPUs as the plan sees them: how fast they compute, read their memory and are read from the host."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Card:
+    """Rates are what long runs sustain, not the datasheet's."""
+
+    name: str
+    memory_bytes: int
+    capability: tuple[int, int]
+    flops: float  # a second, of products in the type that is computed in
+    bandwidth: float  # bytes a second, read and written
+    bus: float  # bytes a second from page-locked host memory, each way
+    has_graphs: bool = True  # passes may be recorded
+
+    @property
+    def usable_bytes(self) -> int:
+        """What a program can allocate where nothing else runs: CUDA's context takes 0.3 to 0.5 GiB."""
+        return self.memory_bytes - int(0.45 * 2**30)
+
+
+def _card(name: str, gib: float, capability: tuple[int, int], rates: tuple[float, float, float]) -> Card:
+    tflops, bandwidth, bus = rates
+    has_graphs = capability >= (8, 0)
+    return Card(name, int(gib * 2**30), capability, tflops * 1e12, bandwidth * 1e9, bus * 1e9, has_graphs)
+
+
+# GiB, compute capability; TFLOP/s, GB/s of memory, GB/s of the bus. H200 is measured (docs/LOG.md), as are the bus and
+# the products of H100; others are the datasheet's dense rate for sums in fp32, times 0.7, and 0.85 of its bandwidth.
+KNOWN = [
+    _card("H200", 140.0, (9, 0), (650, 4300, 54)),
+    _card("H100", 79.2, (9, 0), (640, 3000, 54)),
+    _card("A100-80", 79.2, (8, 0), (218, 1730, 24)),
+    _card("A100-40", 39.4, (8, 0), (218, 1320, 24)),
+    _card("L40S", 44.4, (8, 9), (250, 730, 24)),
+    _card("L4", 22.0, (8, 9), (60, 255, 24)),
+    _card("A10", 22.0, (8, 6), (87, 510, 24)),
+    _card("RTX-4090", 23.6, (8, 9), (115, 857, 24)),
+    _card("RTX-3090", 23.6, (8, 6), (50, 795, 24)),
+    _card("RTX-3060", 11.8, (8, 6), (18, 306, 24)),
+    _card("RTX-3050-4GB", 3.8, (8, 6), (12, 163, 12)),
+    _card("T4", 14.6, (7, 5), (25, 272, 12)),
+    _card("GTX-1650", 3.8, (7, 5), (4, 109, 12)),
+    _card("GTX-1050-Ti", 3.9, (6, 1), (1.5, 95, 12)),
+]
+
+
+def known(name: str) -> Card | None:
+    """The card of this name, however it is written (`a100-80`, `NVIDIA A100-SXM4-80GB`); None for others."""
+    words = name.upper().replace("-", " ").replace("_", " ").split()
+    for card in KNOWN:
+        parts = card.name.upper().split("-")
+        if all(any(part == word or (part.isdigit() and word == f"{part}GB") for word in words) for part in parts):
+            return card
+    return None
+
+
+def present_card(device: torch.device, dtype: torch.dtype) -> Card:
+    """The GPU of this process, measured for some 50 ms where it is none of the known ones."""
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
+    total = properties.total_memory
+    card = known(properties.name)
+    if card is None:
+        card = Card(properties.name, total, capability, *_rates(device, dtype))
+    has_graphs = capability >= (8, 0) and not torch.are_deterministic_algorithms_enabled()
+    return replace(card, memory_bytes=total, has_graphs=has_graphs and dtype != torch.float32)
+
+
+def host_card() -> Card:
+    """A CPU: nothing is capped and nothing recorded, so its rates decide nothing."""
+    return Card("CPU", 0, (0, 0), 1e11, 1e10, 1e10, has_graphs=False)
+
+
+def _rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float, float]:
+    """(FLOP/s, bytes/s of memory, bytes/s of the bus): the best of five of each, and 0.85 of it."""
+    a = torch.randn(2048, 2048, device=device).to(dtype)
+    host = torch.empty(2**25, dtype=torch.uint8, pin_memory=True)
+    near, far = (torch.empty(2**25, dtype=torch.uint8, device=device) for _ in "ab")
+    product = _best(lambda: torch.mm(a, a))
+    moved = _best(lambda: far.copy_(near))
+    fetched = _best(lambda: near.copy_(host, non_blocking=True))
+    return 0.85 * 2 * 2048**3 / product, 0.85 * 2 * 2**25 / moved, 0.85 * 2**25 / fetched
+
+
+def _best(action: Callable[[], torch.Tensor]) -> float:
+    best = math.inf
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        action()
+        torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -1,0 +1,166 @@
+"""The frozen weights of one decoder block as one buffer of bytes, so that a block is one copy."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import QuantState
+
+from train.engine.copies import host_buffers
+
+ALIGNMENT = 512  # bytes; as CUDA's own allocations, which kernels read in words of 16
+
+NESTED_BLOCK = 256  # of NF4's scales share a scale, where they are quantised too
+
+
+@dataclass(frozen=True)
+class _Field:
+    """A tensor's place in the buffer."""
+
+    start: int
+    num_bytes: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def of(self, buffer: torch.Tensor) -> torch.Tensor:
+        return buffer[self.start : self.start + self.num_bytes].view(self.dtype).view(self.shape)
+
+
+class Packing:
+    """Where the weights of a block's linear layers lie, with NF4's scales behind each; the same for every block.
+
+    Norms and biases are not among them: 16 KB of Llama-3.1-8B's 107 MiB a block.
+    """
+
+    def __init__(self, linears: Sequence[Any]) -> None:
+        self.fields: list[list[_Field]] = []  # of each layer
+        self.states: list[QuantState | None] = []  # of each layer of the block that this was made for
+        self.codes: dict[tuple[int, torch.device], torch.Tensor] = {}  # constant tables, by layer's and by device
+        self.num_bytes = 0
+        for linear in linears:
+            fields = []
+            for tensor in _tensors(linear.weight):
+                num_bytes = tensor.numel() * tensor.element_size()
+                fields.append(_Field(self.num_bytes, num_bytes, tensor.shape, tensor.dtype))
+                self.num_bytes += -(-num_bytes // ALIGNMENT) * ALIGNMENT
+            self.fields.append(fields)
+            self.states.append(_without_tensors(getattr(linear.weight, "quant_state", None)))
+
+    def write(self, linears: Sequence[Any], buffer: torch.Tensor) -> None:
+        """Copies the layers' weights, wherever they are, into the buffer; raises ValueError if they are others."""
+        for linear, fields in zip(linears, self.fields, strict=True):
+            for tensor, field in zip(_tensors(linear.weight), fields, strict=True):
+                if (tensor.shape, tensor.dtype) != (field.shape, field.dtype):
+                    raise ValueError("the blocks' weights do not all have the same shapes and types")
+                field.of(buffer).copy_(tensor)
+
+    def views(self, buffer: torch.Tensor) -> list[torch.nn.Parameter]:
+        """The layers' weights as they lie in the buffer, each a Parameter that bitsandbytes can compute with."""
+        weights: list[torch.nn.Parameter] = []
+        for fields, state in zip(self.fields, self.states, strict=True):
+            data, *scales = [field.of(buffer) for field in fields]
+            if state is None:
+                weights.append(torch.nn.Parameter(data, requires_grad=False))
+            else:
+                weights.append(self._params4bit(data, scales, state))
+        return weights
+
+    def _params4bit(self, data: torch.Tensor, scales: list[torch.Tensor], like: Any) -> torch.nn.Parameter:
+        options: dict[str, Any] = {"blocksize": like.blocksize, "dtype": like.dtype}
+        nested, offset = None, None
+        if like.nested:
+            table = self._code(like.state2.code, data.device)
+            inner = {"blocksize": like.state2.blocksize, "dtype": like.state2.dtype}
+            nested, offset = QuantState(scales[1], code=table, **inner), scales[2]
+        code = self._code(like.code, data.device)
+        more: dict[str, Any] = {"shape": like.shape, "quant_type": like.quant_type, "offset": offset, "state2": nested}
+        state = QuantState(scales[0], code=code, **options, **more)
+        kind = {"quant_type": like.quant_type, "compress_statistics": like.nested, "quant_storage": data.dtype}
+        params4bit: Any = bnb.nn.Params4bit
+        return params4bit(data, quant_state=state, blocksize=like.blocksize, bnb_quantized=True, **kind)
+
+    def _code(self, code: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """The table on the device, one copy for all views."""
+        return self.codes.setdefault((id(code), device), code.to(device))
+
+
+def packed_bytes(linear: Any) -> int:
+    """Bytes of a layer's weight as it is stored, of a layer whose weight need not be there yet."""
+    weight, sizes = linear.weight, [linear.weight.numel() * linear.weight.element_size()]
+    if isinstance(weight, bnb.nn.Params4bit):
+        num_elements = linear.in_features * linear.out_features
+        num_scales = -(-num_elements // weight.blocksize)
+        sizes = [num_elements // 2, 4 * num_scales]
+        if weight.compress_statistics:
+            sizes = [num_elements // 2, num_scales, 4 * -(-num_scales // NESTED_BLOCK), 4]
+    elif isinstance(weight, bnb.nn.Int8Params):
+        sizes = [linear.in_features * linear.out_features, 4 * linear.out_features]
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+
+
+def _without_tensors(state: QuantState | None) -> QuantState | None:
+    """What all blocks have in common of a weight's state, so that no block's scales are held here."""
+    if state is None:
+        return None
+    nested = state.state2
+    if nested is not None:
+        nested = QuantState(None, code=nested.code, blocksize=nested.blocksize, dtype=nested.dtype)
+    common = {"blocksize": state.blocksize, "quant_type": state.quant_type, "dtype": state.dtype, "state2": nested}
+    return QuantState(None, shape=state.shape, code=state.code, **common)
+
+
+def _tensors(weight: torch.Tensor) -> list[torch.Tensor]:
+    """What must be there to compute with the weight, beside constants."""
+    state: Any = getattr(weight, "quant_state", None)
+    if state is None:
+        return [weight.detach()]
+    return [weight.detach(), state.absmax, *([state.state2.absmax, state.offset] if state.nested else [])]
+
+
+def put(linears: Sequence[Any], weights: Sequence[Any]) -> None:
+    """Makes `weights` the layers' own; bitsandbytes' layers hold a second reference to the old ones, which goes too."""
+    for linear, weight in zip(linears, weights, strict=True):
+        linear.weight = weight
+        if isinstance(linear, bnb.nn.Linear4bit):
+            linear.quant_state = weight.quant_state
+
+
+def linear_layers(layer: Any) -> list[Any]:
+    """The frozen linear layers of a decoder layer, below PEFT's where it has put its own."""
+    attention, mlp = layer.self_attn, layer.mlp
+    layers = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    layers += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    return [getattr(each, "base_layer", each) for each in layers]
+
+
+class HostBlocks:
+    """Blocks whose weights are in host memory, taken from the device one after another."""
+
+    def __init__(self, wanted: Sequence[int], pin: bool) -> None:
+        self.wanted = list(wanted)
+        self.pin = pin
+        self.packing: Packing | None = None
+        self.buffers: dict[int, torch.Tensor] = {}
+        self.weights: dict[int, list[torch.nn.Parameter]] = {}  # views of the buffers, which the modules hold as well
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of the blocks that are here, in order."""
+        return sorted(self.weights)
+
+    def take(self, number: int, layer: Any) -> None:
+        """Moves the weights of decoder layer `number` here, if they are wanted and not here yet."""
+        if number not in self.wanted or number in self.weights:
+            return
+        linears = linear_layers(layer)
+        if self.packing is None:
+            self.packing = Packing(linears)
+        if number not in self.buffers:
+            missing = [each for each in self.wanted if each not in self.buffers]
+            buffers = host_buffers([self.packing.num_bytes] * len(missing), self.pin)
+            self.buffers |= dict(zip(missing, buffers, strict=True))
+        self.packing.write(linears, self.buffers[number])
+        self.weights[number] = self.packing.views(self.buffers[number])
+        put(linears, self.weights[number])

@@ -1,0 +1,178 @@
+"""From a configuration to a plan that runs: what is predicted before weights are read, and tried before training."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from train.cards import Card, host_card, present_card
+from train.collate import MicroBatch, collate, collate_packed
+from train.config import Config
+from train.engine.patch import model_sizes
+from train.exits import ExitCode, ExitWith
+from train.model import DTYPES, choose_engine, resolve_dtype, sketch
+from train.plan import Plan, Planner, Rows, reference_plan
+from train.runtime import say
+from train.step import Training
+
+GIB = 2**30
+SMALLER = 0.93  # of the last budget is planned with when a plan has run out of memory
+MOST_TRIES = 8
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is known of a run before its weights are read."""
+
+    config: Config
+    rows: Rows
+    planner: Planner | None  # None: the reference engine, whose memory is not predicted
+    reason: str  # why it is not the fused one
+    budget: int | None  # bytes; None is no limit
+    num_blocks: int
+    saved_tokens: int  # of a run that is resumed
+
+    @classmethod
+    def of(
+        cls, config: Config, device: torch.device, rows: Rows, budget: int | None, saved_tokens: int = 0
+    ) -> "Outlook":
+        """Of a run on `device`."""
+        card = host_card()
+        if device.type == "cuda":
+            card = present_card(device, DTYPES[resolve_dtype(config.model, device)])
+        return cls.on_card(config, device, card, rows, budget)._resuming(saved_tokens)
+
+    @classmethod
+    def on_card(cls, config: Config, device: torch.device, card: Card, rows: Rows, budget: int | None) -> "Outlook":
+        """Of a run on a card that need not be here."""
+        sketched = sketch(config, device)
+        causal_lm: Any = sketched.get_base_model()
+        fused, reason = choose_engine(sketched, config, device)
+        planner = None
+        if fused:
+            sizes = model_sizes(causal_lm, config, on_gpu=device.type == "cuda")
+            planner = Planner(sizes, rows, config.batch, config.memory, card)
+        return cls(config, rows, planner, reason, budget, causal_lm.config.num_hidden_layers, 0)
+
+    def _resuming(self, saved_tokens: int) -> "Outlook":
+        return replace(self, saved_tokens=saved_tokens)
+
+    def first_plan(self) -> Plan:
+        """The plan to begin with; raises ExitWith(BAD_INPUT) where the smallest is larger than the budget."""
+        if self.planner is None:
+            return reference_plan(self.num_blocks, self.config.memory)
+        plan = self.planner.best(self.budget, self.saved_tokens)
+        if self.budget is not None and plan.peak_bytes > self.budget:
+            raise ExitWith(ExitCode.BAD_INPUT, self.what_would_fit(plan))
+        return plan
+
+    def smaller_plans(self, plan: Plan) -> Iterator[Plan]:
+        """Plans that need less and less, when one has run out of memory."""
+        if self.planner is None:
+            yield from self._smaller_reference_plans(plan)
+            return
+        budget = self.budget or 0
+        for _ in range(MOST_TRIES):
+            budget = int(min(budget, plan.peak_bytes or budget) * SMALLER)
+            smaller = self.planner.best(budget, self.saved_tokens, len(plan.streamed))
+            if smaller.peak_bytes >= plan.peak_bytes:
+                return
+            plan = smaller
+            yield plan
+
+    def _smaller_reference_plans(self, plan: Plan) -> Iterator[Plan]:
+        if plan.num_kept:
+            plan = replace(plan, num_kept=0)
+            yield plan
+        if self.config.batch.merge == "off":
+            return
+        rows, longest = len(self.rows.longest), self.rows.longest[0]
+        while rows > 1:
+            rows = math.ceil(rows / 2)
+            yield replace(plan, merges=True, tokens_per_pass=rows * longest)
+
+    def what_would_fit(self, plan: Plan) -> str:
+        """Says that the smallest plan is too large, where its memory goes, and what would fit."""
+        assert self.planner is not None
+        assert self.budget is not None
+        parts = "\n".join(f"  {num_bytes / GIB:7.2f} GiB  {name}" for name, num_bytes in plan.parts if num_bytes)
+        length = self.planner.longest_row(self.budget)
+        fits = f"--data.max_length {length}, or " if length else ""
+        return (
+            f"{self.config.model.name_or_path} needs {plan.peak_bytes / GIB:.2f} GiB of GPU memory at least, and "
+            f"{self.budget / GIB:.2f} GiB may be used:\n{parts}\n"
+            f"What would fit: {fits}a smaller base, a lower --lora.r, or a larger --memory.budget"
+        )
+
+
+def fitted(training: Training, outlook: Outlook) -> Training:
+    """The training with a plan whose longest pass has run here, forward and backward; nothing was updated.
+
+    What runs out of memory is planned smaller, with the same samples in a step. Raises ExitWith(BAD_INPUT) where
+    nothing is left to make smaller. A CPU tries nothing: it has no budget.
+    """
+    plan = training.plan
+    _follow(training, plan)
+    if training.accelerator.device.type != "cuda" or _runs(training, plan):
+        return training
+    smaller = outlook.smaller_plans(plan)
+    for plan in smaller:
+        say(training.accelerator, f"memory    the longest pass did not fit; trying: {plan}")
+        training.model.execute(plan)
+        _follow(training, plan)
+        if _runs(training, plan):
+            return replace(training, plan=plan)
+    raise ExitWith(
+        ExitCode.BAD_INPUT,
+        f"out of memory at the longest pass, {max(outlook.rows.longest[0], plan.tokens_per_pass):,} tokens, and no "
+        "smaller plan is left: lower --data.max_length or --batch.per_device, or leave --batch.merge at auto",
+    )
+
+
+def _follow(training: Training, plan: Plan) -> None:
+    """The data is cut as the plan says."""
+    training.data.padding_free |= plan.is_fused
+    training.data.most_tokens = plan.tokens_per_pass if plan.merges else 0
+
+
+def _runs(training: Training, plan: Plan) -> bool:
+    """Whether the longest pass goes through; what it leaves in the gradients is taken away."""
+    try:
+        for _ in range(2 if plan.uses_graphs else 1):  # the first pass of an engine with graphs is not recorded
+            training.model(longest_pass(training, plan).to(training.accelerator.device)).backward()
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        training.flat.zero_grad()
+        torch.cuda.empty_cache()
+    return True
+
+
+def longest_pass(training: Training, plan: Plan) -> MicroBatch:
+    """A pass as long as any of this run, every token of which is trained."""
+    data = training.data
+    longest = max(data.num_tokens)
+    if not data.padding_free:
+        count = data.layout.per_device if not plan.merges else plan.tokens_per_pass // longest
+        return collate([_sample(longest)] * max(1, count), data.pad_token_id)
+    total = plan.tokens_per_pass if plan.merges or plan.is_fused else sum(data.row_tokens[:1])
+    lengths = [longest] * (total // longest) + ([total % longest] if total % longest else [])
+    return collate_packed([_sample(length) for length in lengths])
+
+
+def _sample(num_tokens: int) -> dict[str, list]:
+    return {"input_ids": [0] * num_tokens, "trained": [True] * num_tokens}
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Also where the end of a recording that ran out of memory has failed after it."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        error = error.__context__
+    return False

@@ -40,8 +40,8 @@ from train.config import (  # noqa: E402
     TrainConfig,
 )
 from train.data import TrainingData, prepare_settings  # noqa: E402
-from train.main import assemble  # noqa: E402
 from train.model import load_tokenizer  # noqa: E402
+from train.outlook import assemble  # noqa: E402
 from train.runtime import layout  # noqa: E402
 from train.step import Training  # noqa: E402
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+CONTEXT_BYTES = int(0.45 * 2**30)  # of a card's memory are CUDA's own: 0.3 to 0.5 GiB
+
 
 @dataclass(frozen=True)
 class Card:
@@ -22,8 +24,8 @@ class Card:
 
     @property
     def usable_bytes(self) -> int:
-        """What a program can allocate where nothing else runs: CUDA's context takes 0.3 to 0.5 GiB."""
-        return self.memory_bytes - int(0.45 * 2**30)
+        """What a program can allocate where nothing else runs."""
+        return self.memory_bytes - CONTEXT_BYTES
 
 
 def _card(name: str, gib: float, capability: tuple[int, int], rates: tuple[float, float, float]) -> Card:

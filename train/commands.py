@@ -24,6 +24,7 @@ USAGE = """usage: handloop COMMAND [options]
   preview   show, token by token, what is trained on
   audit     judge the data before it is trained on; exit 78 where it must not be
   glossary  turn a glossary into prompt/response JSONL
+  plan      memory and speed before a byte of weights is read
 
 handloop COMMAND --help tells the options of one"""
 
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(words: list[str]) -> Callable[[list[str]], int]:
-    commands = {"preview": preview, "audit": audit, "glossary": glossary}
+    commands = {"preview": preview, "audit": audit, "glossary": glossary, "plan": plan}
     if not words or words[0] in ("-h", "--help", "help"):
         return _help
     if words[0] in commands:
@@ -143,6 +144,36 @@ def glossary(words: list[str]) -> int:
     from data_tools.glossary import main as run
 
     return int(run(words) or 0)
+
+
+def plan(words: list[str]) -> int:
+    """Says what a run needs, from config.json alone; 78 where it does not fit."""
+    own = _Options("plan", "Says what a run needs and how fast it would be, from the base's config.json alone.")
+    own.add_argument("--gpu", metavar="CARD", help="a card, such as A100-40, or a size, such as 4GiB")
+    own.add_argument("--mean-length", type=_positive, metavar="N", help="tokens of a row (default data.max_length)")
+    own.add_argument("--probe", action="store_true", help="run steps on random weights here, and compare")
+    own.add_argument("--steps", type=_positive, default=5, metavar="K", help="that a probe measures (default 5)")
+    own.add_argument("--json", action="store_true", help="print one JSON object")
+    options, rest = own.parse_known_args(words)
+    from train import forecast
+    from train.cards import KNOWN
+    from train.cli import parse
+
+    config = parse(rest)
+    mean_length = options.mean_length or config.data.max_length
+    if mean_length > config.data.max_length:
+        raise ExitWith(ExitCode.BAD_INPUT, f"--mean-length {mean_length}: rows hold data.max_length at most")
+    if options.probe:
+        print(json.dumps(forecast.probe(config, mean_length, options.steps), indent=1))
+        return 0
+    card = forecast.card_of(options.gpu) if options.gpu else forecast.default_card(config)
+    others = [forecast.forecast(config, each, mean_length) for each in KNOWN]
+    found = forecast.forecast(config, card, mean_length) if card else others[0]
+    if options.json:
+        print(json.dumps(found.as_json() | {"cards": [each.as_json() for each in others]}, indent=1))
+    else:
+        forecast.show(found, others, Console())
+    return 0 if found.fits else int(ExitCode.BAD_INPUT)
 
 
 class _Options(argparse.ArgumentParser):

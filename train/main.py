@@ -17,7 +17,6 @@ from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 from rich.console import Console
 
@@ -34,10 +33,8 @@ from train.deliver.final import publish_final
 from train.exits import ExitCode, ExitWith, write_atomically, write_exit
 from train.gate import judge, pass_gate
 from train.loop import train
-from train.model import Tokenizer, adapter_config, check_fits, load_model, load_tokenizer
-from train.optim import FlatParameters, build_optimizer
-from train.outlook import Outlook, fitted
-from train.plan import Rows
+from train.model import Tokenizer, adapter_config, check_fits, load_tokenizer
+from train.outlook import assemble
 from train.resume import check_same_run, choose, identity, on_first_process, restore, tokens_per_pass
 from train.saving import Saver, check_disk
 from train.step import Training
@@ -140,32 +137,6 @@ def audit_aloud(config: Config, tokenizer: Tokenizer, data: TrainingData, valida
     for line in pass_gate(config, judge(config, tokenizer.backend, data, validation)):
         print(f"data      {line}", flush=True)
     return 0
-
-
-def assemble(config: Config, accelerator: Accelerator, data: TrainingData, saved_tokens: int = 0) -> Training:
-    """Plan, model and optimizer on this process's device, beside the data; the longest pass has run there.
-
-    `saved_tokens` as Planner.best has it. Raises ExitWith(BAD_INPUT) where no plan fits.
-    """
-    device = accelerator.device
-    outlook = Outlook.of(config, device, Rows(*data.rows_for_plan()), runtime.free_bytes(config, device), saved_tokens)
-    plan = outlook.first_plan()
-    model = load_model(config, device, plan)
-    parameters = model.trainable()
-    flat = FlatParameters(parameters)
-    runtime.say(accelerator, f"engine    {'fused' if plan.is_fused else f'reference: {outlook.reason}'}")
-    training = Training(
-        config=config,
-        accelerator=accelerator,
-        model=model,
-        parameters=parameters,
-        flat=flat,
-        optimizer=build_optimizer(flat, config.optim),
-        plan=plan,
-        data=data,
-        total_steps=data.total_steps(config.train),
-    )
-    return fitted(training, outlook)
 
 
 def open_trackers(training: Training, store: CheckpointStore, checkpoint: Checkpoint | None, wandb: str) -> Trackers:

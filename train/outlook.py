@@ -1,25 +1,39 @@
-"""From a configuration to a plan that runs: what is predicted before weights are read, and tried before training."""
+"""From a configuration to a training that runs: planned before weights are read, and tried before the first step."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
+from train import runtime
 from train.cards import Card, host_card, present_card
 from train.collate import MicroBatch, collate, collate_packed
 from train.config import Config
+from train.data import TrainingData
 from train.engine.patch import model_sizes
 from train.exits import ExitCode, ExitWith
-from train.model import DTYPES, choose_engine, resolve_dtype, sketch
-from train.plan import Plan, Planner, Rows, reference_plan
-from train.runtime import say
+from train.model import DTYPES, choose_engine, load_model, resolve_dtype, sketch
+from train.optim import FlatParameters, build_optimizer
+from train.plan import ModelSizes, Plan, Planner, Rows, reference_plan
 from train.step import Training
 
 GIB = 2**30
 SMALLER = 0.93  # of the last budget is planned with when a plan has run out of memory
 MOST_TRIES = 8
+
+
+@lru_cache(maxsize=4)
+def sketched_sizes(config: Config, device: torch.device) -> tuple[ModelSizes | None, str, int]:
+    """(sizes, or None and why the fused engine cannot run it; number of blocks), of the model without its weights."""
+    sketched = sketch(config, device)
+    causal_lm: Any = sketched.get_base_model()
+    fused, reason = choose_engine(sketched, config, device)
+    sizes = model_sizes(causal_lm, config, on_gpu=device.type == "cuda") if fused else None
+    return sizes, reason, causal_lm.config.num_hidden_layers
 
 
 @dataclass(frozen=True)
@@ -42,22 +56,15 @@ class Outlook:
         card = host_card()
         if device.type == "cuda":
             card = present_card(device, DTYPES[resolve_dtype(config.model, device)])
-        return cls.on_card(config, device, card, rows, budget)._resuming(saved_tokens)
+        outlook = cls.on_card(config, device, card, rows, budget)
+        return replace(outlook, saved_tokens=saved_tokens)
 
     @classmethod
     def on_card(cls, config: Config, device: torch.device, card: Card, rows: Rows, budget: int | None) -> "Outlook":
-        """Of a run on a card that need not be here."""
-        sketched = sketch(config, device)
-        causal_lm: Any = sketched.get_base_model()
-        fused, reason = choose_engine(sketched, config, device)
-        planner = None
-        if fused:
-            sizes = model_sizes(causal_lm, config, on_gpu=device.type == "cuda")
-            planner = Planner(sizes, rows, config.batch, config.memory, card)
-        return cls(config, rows, planner, reason, budget, causal_lm.config.num_hidden_layers, 0)
-
-    def _resuming(self, saved_tokens: int) -> "Outlook":
-        return replace(self, saved_tokens=saved_tokens)
+        """Of a run on a card that need not be here, where config says in which type it computes."""
+        sizes, reason, num_blocks = sketched_sizes(config, device)
+        planner = Planner(sizes, rows, config.batch, config.memory, card) if sizes else None
+        return cls(config, rows, planner, reason, budget, num_blocks, saved_tokens=0)
 
     def first_plan(self) -> Plan:
         """The plan to begin with; raises ExitWith(BAD_INPUT) where the smallest is larger than the budget."""
@@ -107,6 +114,32 @@ class Outlook:
         )
 
 
+def assemble(config: Config, accelerator: Accelerator, data: TrainingData, saved_tokens: int = 0) -> Training:
+    """Plan, model and optimizer on this process's device, beside the data; the longest pass has run there.
+
+    `saved_tokens` as Planner.best has it. Raises ExitWith(BAD_INPUT) where no plan fits.
+    """
+    device = accelerator.device
+    outlook = Outlook.of(config, device, Rows(*data.rows_for_plan()), runtime.free_bytes(config, device), saved_tokens)
+    plan = outlook.first_plan()
+    model = load_model(config, device, plan)
+    parameters = model.trainable()
+    flat = FlatParameters(parameters)
+    runtime.say(accelerator, f"engine    {'fused' if plan.is_fused else f'reference: {outlook.reason}'}")
+    training = Training(
+        config=config,
+        accelerator=accelerator,
+        model=model,
+        parameters=parameters,
+        flat=flat,
+        optimizer=build_optimizer(flat, config.optim),
+        plan=plan,
+        data=data,
+        total_steps=data.total_steps(config.train),
+    )
+    return fitted(training, outlook)
+
+
 def fitted(training: Training, outlook: Outlook) -> Training:
     """The training with a plan whose longest pass has run here, forward and backward; nothing was updated.
 
@@ -115,11 +148,11 @@ def fitted(training: Training, outlook: Outlook) -> Training:
     """
     plan = training.plan
     _follow(training, plan)
-    if training.accelerator.device.type != "cuda" or _runs(training, plan):
+    if not _is_gpu(training) or _runs(training, plan):
         return training
     smaller = outlook.smaller_plans(plan)
     for plan in smaller:
-        say(training.accelerator, f"memory    the longest pass did not fit; trying: {plan}")
+        runtime.say(training.accelerator, f"memory    the longest pass did not fit; trying: {plan}")
         training.model.execute(plan)
         _follow(training, plan)
         if _runs(training, plan):
@@ -129,6 +162,10 @@ def fitted(training: Training, outlook: Outlook) -> Training:
         f"out of memory at the longest pass, {max(outlook.rows.longest[0], plan.tokens_per_pass):,} tokens, and no "
         "smaller plan is left: lower --data.max_length or --batch.per_device, or leave --batch.merge at auto",
     )
+
+
+def _is_gpu(training: Training) -> bool:
+    return training.accelerator.device.type == "cuda"
 
 
 def _follow(training: Training, plan: Plan) -> None:

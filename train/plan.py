@@ -21,6 +21,8 @@ GRAPH_TOKENS = 4096  # passes of so many tokens at most run as CUDA graphs, wher
 # Seconds in which a host launches the kernels of one block (H200's host: 155 ms for 32 blocks forward and backward)
 LAUNCH_FORWARD, LAUNCH_BACKWARD = 0.0019, 0.0029
 ELEMENTWISE = 9  # times a block's activations are read or written by what lies between its products
+# Copies beside the computation slow it a little (an estimate), so that what costs nothing else is not streamed
+STREAMING, OFFLOADING = 0.03, 0.02
 SMALL_KERNELS = 0.0004  # seconds a block and pass in which a recorded graph's kernels are too small for the card
 
 
@@ -260,7 +262,8 @@ class Planner:
         one_way = max(forward, launches[0], bus, block_input)
         other_way = max(backward + recomputed * again, launches[1], bus + block_input)
         head = 4 * tokens * s.head_bytes / s.element_bytes / card.flops
-        return choice.num_passes * (s.num_blocks * (one_way + other_way) + head)
+        beside = 1 + STREAMING * choice.num_streamed / s.num_blocks + OFFLOADING * choice.offloads
+        return choice.num_passes * (s.num_blocks * (one_way + other_way) * beside + head)
 
     def _plan(self, choice: _Choice, has_limit: bool) -> Plan:
         s = self.sizes

@@ -40,13 +40,16 @@ from train.checkpoint import (
     adapter_files,
 )
 from train.commands import main as command
-from train.config import Config, ModelConfig
+from train.config import Config, MemoryConfig, ModelConfig
 from train.exits import ExitCode
 from train.model import base_fingerprint, load_model, load_tokenizer
+from train.plan import reference_plan
 
 GOOD = '{"prompt": "What is AOG?", "response": "Aircraft on ground."}\n'
 TURNS = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n'
 LAST = "the last line truncated"
+
+PLAN = reference_plan(1, MemoryConfig())
 
 
 def turns(*entries: object) -> str:
@@ -379,7 +382,7 @@ BASE_SLOTS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
 @pytest.mark.fault("T24")
 def test_pickles_in_the_base(tally: Tally, slot: Slot, clean_base: Path, tmp_path: Path, config: Config) -> None:
     """In place of, and beside, every file of a base: none is executed when the base is loaded."""
-    load_model(replace(config, model=ModelConfig(name_or_path=str(clean_base))), torch.device("cpu"))
+    load_model(replace(config, model=ModelConfig(name_or_path=str(clean_base))), torch.device("cpu"), PLAN)
     kinds = slot.contents if tally.full else {"torch": slot.contents["torch"]}
     for kind, content in kinds.items():
         for number, (name, (removed, added)) in enumerate(BASE_SLOTS.items()):
@@ -391,7 +394,7 @@ def test_pickles_in_the_base(tally: Tally, slot: Slot, clean_base: Path, tmp_pat
                 (folder / other).write_text(text)
             (folder / name.partition(" ")[0]).write_bytes(content)
             wanted = replace(config, model=ModelConfig(name_or_path=str(folder), quantization="none"))
-            for load in (load_tokenizer, base_fingerprint, lambda c: load_model(c, torch.device("cpu"))):
+            for load in (load_tokenizer, base_fingerprint, lambda c: load_model(c, torch.device("cpu"), PLAN)):
                 with whatever_is_said():
                     load(wanted)
             tally.check(not slot.ran(), f"{kind} as {name}")

@@ -152,7 +152,7 @@ def test_recorded_graphs_compute_what_launches_compute(config: Config, dropout: 
     found: list[list[torch.Tensor]] = []
     for is_recorded in (True, False):
         training = build(config)
-        training.model.execute(True, replace(training.plan, num_kept=1, num_cached=num_cached))
+        training.model.execute(replace(training.plan, num_kept=1, num_cached=num_cached, uses_graphs=True))
         engine: Any = training.model.engine
         gradients = []
         for step in range(5):

@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -259,10 +260,9 @@ def test_a_base_is_read_block_by_block(names: str, config: Config, tmp_path: Any
         index["weight_map"] = {name.removeprefix("model."): f for name, f in index["weight_map"].items()}
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     config = replace(config, model=ModelConfig(name_or_path=str(tmp_path)))
-    whole, parts = (
-        training_of(each, Accelerator(cpu=True)).model.adapted.get_base_model()
-        for each in (replace(config, engine=EngineConfig(kind="fused")), streamed(config))
-    )
+    both = (replace(config, engine=EngineConfig(kind="fused")), streamed(config))
+    found: list[Any] = [training_of(each, Accelerator(cpu=True)).model.adapted.get_base_model() for each in both]
+    whole, parts = found
     for one, other in zip(whole.base_model.layers, parts.base_model.layers, strict=True):
         for a, b in zip(linear_layers(one), linear_layers(other), strict=True):
             assert torch.equal(a.weight.data, b.weight.data)
@@ -293,5 +293,5 @@ def test_streamed_blocks_are_spread() -> None:
             numbers = spread(count, total)
             assert len(numbers) == count
             assert not count or numbers[-1] == total - 1
-            gaps = [b - a for a, b in zip(numbers, numbers[1:], strict=False)]
+            gaps = [b - a for a, b in pairwise(numbers)]
             assert not gaps or max(gaps) - min(gaps) <= 1

@@ -46,9 +46,8 @@ def test_a_head_that_does_more_than_multiply_is_refused(config: Config, tmp_path
         model=ModelConfig(name_or_path=str(tmp_path), random_init=True, quantization="none"),
         lora=replace(config.lora, target_modules=("fc1",)),
     )
-    load_model(
-        phi, torch.device("cpu"), reference_plan(1, MemoryConfig())
-    )  # with a bias of zero there is no difference
+    plan = reference_plan(1, MemoryConfig())
+    load_model(phi, torch.device("cpu"), plan)  # with a bias of zero there is no difference
     original: Any = torch.zeros
 
     def biased(*arguments: object, **options: object) -> torch.Tensor:
@@ -57,7 +56,7 @@ def test_a_head_that_does_more_than_multiply_is_refused(config: Config, tmp_path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "zeros", biased)
         with pytest.raises(ExitWith, match="its head does more than multiply"):
-            load_model(phi, torch.device("cpu"), reference_plan(1, MemoryConfig()))
+            load_model(phi, torch.device("cpu"), plan)
 
 
 def test_samples_must_fit_the_model(config: Config, shape: Path) -> None:

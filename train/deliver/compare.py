@@ -42,16 +42,21 @@ def compare(
     must_stop: Callable[[], bool],
 ) -> list[Answer]:
     """Greedy answers to each conversation's last question, with the adapters off and on, until `must_stop` says so."""
-    answers = []
+    answers: list[Answer] = []
+    count = QUESTIONS_AT_A_TIME
     with model.generating():
-        for start in range(0, len(conversations), QUESTIONS_AT_A_TIME):
-            if must_stop():
-                break
-            batch = conversations[start : start + QUESTIONS_AT_A_TIME]
+        while len(answers) < len(conversations) and not must_stop():
+            batch = conversations[len(answers) : len(answers) + count]
             prompts = [render_prompt(tokenizer, conversation.messages[:-1]) for conversation in batch]
-            with model.adapted.disable_adapter():
-                before = _generate(model, tokenizer, prompts, end_token_ids, max_new_tokens)
-            after = _generate(model, tokenizer, prompts, end_token_ids, max_new_tokens)
+            try:
+                with model.adapted.disable_adapter():
+                    before = _generate(model, tokenizer, prompts, end_token_ids, max_new_tokens)
+                after = _generate(model, tokenizer, prompts, end_token_ids, max_new_tokens)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                count = len(batch) // 2  # keys and values of 32 answers of an 8B are more than a small card has left
+                continue
             for conversation, (old, old_stopped), (new, stopped) in zip(batch, before, after, strict=True):
                 question, reference = conversation.messages[-2].content, conversation.messages[-1].content.strip()
                 exact, was_exact = new == reference, old == reference

@@ -1,0 +1,95 @@
+"""What only a GPU can show of streaming: copies beside kernels and inside graphs, a cap, answers of a streamed model."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from data_tools.prepare import first_conversations
+from tests.conftest import BUNDLED_BASE, run_command, training_of, with_batch
+from train.config import Config, LoraConfig, ModelConfig
+from train.data import prepare_settings
+from train.deliver.compare import compare
+from train.model import load_tokenizer
+from train.step import Training, optimizer_step
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; the CPU suite covers the same code"),
+]
+
+
+@pytest.fixture
+def deep(config: Config) -> Config:
+    """The bundled base: eight blocks or so, of real weights, with dropout, on the GPU."""
+    return replace(
+        with_batch(config, 2, 4),
+        model=ModelConfig(name_or_path=str(BUNDLED_BASE)),
+        run=replace(config.run, device="cuda"),
+        lora=LoraConfig(r=4, dropout=0.1),
+    )
+
+
+def build(config: Config) -> Training:
+    return training_of(config, Accelerator())
+
+
+@pytest.fixture
+def _same_bits() -> Any:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_same_bits")
+@pytest.mark.parametrize("uses_graphs", [False, True])
+@pytest.mark.parametrize("offloads_inputs", [False, True])
+@pytest.mark.parametrize("which", ["all", "odd"])
+def test_streamed_steps_have_the_resident_bits(
+    deep: Config, uses_graphs: bool, offloads_inputs: bool, which: str
+) -> None:
+    """Twelve steps by launches or as graphs, block inputs on the host or not: losses and adapters to the bit."""
+    found = []
+    for is_streamed in (False, True):
+        training = build(deep)
+        numbers = range(0 if which == "all" else 1, training.plan.num_blocks, 1 if which == "all" else 2)
+        plan = replace(training.plan, num_kept=1, num_cached=0, uses_graphs=uses_graphs)
+        if is_streamed:
+            plan = replace(plan, streamed=tuple(numbers), offloads_inputs=offloads_inputs)
+        training.model.execute(plan)
+        if is_streamed:
+            assert training.model.host.numbers == list(numbers)
+            assert all(buffer.is_pinned() for buffer in training.model.host.buffers.values())
+        losses = [optimizer_step(training, step).loss for step in range(12)]
+        found.append((losses, [p.detach().clone() for p in training.parameters.values()]))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_a_streamed_model_takes_less_and_answers(deep: Config) -> None:
+    """Streamed weights are not on the GPU, and the answers are the resident model's."""
+    tokenizer = load_tokenizer(deep).backend
+    asked = first_conversations(prepare_settings(deep, deep.data.path), 3)
+    answers, taken = [], []
+    for offload in ("none", "stream"):
+        before = torch.cuda.memory_allocated()
+        training = build(replace(deep, memory=replace(deep.memory, offload=offload)))
+        training.model.engine.stack.store.release()  # type: ignore[union-attr]
+        taken.append(torch.cuda.memory_allocated() - before)
+        answers.append(compare(training.model, tokenizer, asked, [0], 12, lambda: False))
+        del training
+    assert answers[0] == answers[1]
+    assert taken[1] < taken[0]
+
+
+def test_the_longest_pass_is_tried_before_training(deep: Config, tmp_path: Path) -> None:
+    """In a budget that is larger than the plan's peak but too small for the allocator, a smaller plan is found."""
+    words = ["--profile", "4gb", "--model.name_or_path", str(BUNDLED_BASE), "--data.path", *deep.data.path]
+    words += ["--run.dir", str(tmp_path / "run"), "--train.max_steps", "3", "--track.wandb", "off"]
+    words += ["--compare.num_questions", "0", "--memory.budget", "96MiB"]
+    outcome = run_command(words)
+    assert outcome.returncode == 0, outcome.stderr
+    assert "predicted peak" in outcome.stdout

@@ -1,0 +1,210 @@
+"""`handloop plan`: memory and speed of a run before a byte of weights is read, and tried on random weights."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+
+from train import runtime
+from train.cards import CONTEXT_BYTES, KNOWN, Card, known, present_card
+from train.config import Config, parse_bytes
+from train.data import TrainingData
+from train.exits import ExitCode, ExitWith
+from train.model import DTYPES, resolve_dtype
+from train.outlook import GIB, Outlook, assemble
+from train.plan import Plan, Rows
+from train.step import Training, optimizer_step
+
+CPU_BYTES = int(2.5 * GIB)  # of a process with torch, transformers and CUDA in it
+UNKNOWN_RATES = {"flops": 12e12, "bandwidth": 160e9, "bus": 12e9}  # a small card's, where only a size is given
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run would need and do on one card."""
+
+    card: Card
+    budget: int
+    plan: Plan
+    tokens_per_second: float
+    paged_bytes: int
+    fits: bool
+    advice: str  # what would fit, where it does not
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return {
+            "gpu": self.card.name,
+            "budget_gib": round(self.budget / GIB, 3),
+            "fits": self.fits,
+            "predicted_peak_gib": round(self.plan.peak_bytes / GIB, 3),
+            "predicted_tokens_per_second": round(self.tokens_per_second),
+            "parts_gib": {name: round(num_bytes / GIB, 4) for name, num_bytes in self.plan.parts},
+            "host_gib": round(self.plan.host_bytes / GIB, 3),
+            "advice": self.advice,
+            "plan": {key: value for key, value in asdict(self.plan).items() if key != "parts"},
+        }
+
+
+def card_of(text: str) -> Card:
+    """The card that `--gpu` names: a known one, or a size such as 4GiB; raises ExitWith(BAD_INPUT) for others."""
+    card = known(text)
+    if card is not None:
+        return card
+    try:
+        return Card(text, parse_bytes(text), (8, 0), **UNKNOWN_RATES)  # rates decide what is given up first
+    except ValueError:
+        names = ", ".join(card.name for card in KNOWN)
+        raise ExitWith(ExitCode.BAD_INPUT, f"--gpu {text}: write a size such as 4GiB, or one of {names}") from None
+
+
+def default_card(config: Config) -> Card | None:
+    """The GPU that is here; without one, a card of memory.budget's size; without that none."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+        return present_card(device, DTYPES[resolve_dtype(config.model, device)])
+    if not config.memory.budget:
+        return None
+    card = card_of(config.memory.budget)
+    return replace(card, memory_bytes=card.memory_bytes + CONTEXT_BYTES)  # the budget is what is left beside it
+
+
+def rows_of(config: Config, mean_length: int) -> Rows:
+    """Rows of which any may be data.max_length tokens long."""
+    count, longest = config.batch.per_device, config.data.max_length
+    return Rows(tuple(longest * n for n in range(1, count + 1)), count * mean_length, 0.0, mean_length)
+
+
+def forecast(config: Config, card: Card, mean_length: int) -> Forecast:
+    """What the run would need on the card; raises ExitWith(BAD_INPUT) where the engine that predicts cannot run it."""
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = "bf16" if card.capability >= (8, 0) else "fp32"
+    config = replace(config, model=replace(config.model, dtype=dtype))
+    budget = card.usable_bytes
+    if config.memory.budget:
+        budget = min(budget, parse_bytes(config.memory.budget))
+    outlook = Outlook.on_card(config, torch.device("cuda"), card, rows_of(config, mean_length), budget)
+    if outlook.planner is None:
+        reason = f"only the fused engine's memory is predicted, and this run has another: {outlook.reason}"
+        raise ExitWith(ExitCode.BAD_INPUT, reason)
+    plan = outlook.planner.best(budget)
+    fits = plan.peak_bytes <= budget
+    return Forecast(
+        card=card,
+        budget=budget,
+        plan=plan,
+        tokens_per_second=config.batch.accumulation * outlook.rows.mean_pass / plan.seconds,
+        paged_bytes=outlook.planner.sizes.paged_bytes,
+        fits=fits,
+        advice="" if fits else outlook.what_would_fit(plan),
+    )
+
+
+def show(found: Forecast, others: Sequence[Forecast], console: Console) -> None:
+    """The plan's table, and a line for each known card."""
+    table = Table(title=f"{found.card.name}: {found.budget / GIB:.2f} GiB may be used", title_justify="left")
+    table.add_column("on the GPU")
+    table.add_column("GiB", justify="right")
+    for name, num_bytes in found.plan.parts:
+        if num_bytes:
+            table.add_row(name, f"{num_bytes / GIB:.3f}")
+    table.add_row("predicted peak", f"{found.plan.peak_bytes / GIB:.3f}", style="bold")
+    console.print(table)
+    plan = found.plan
+    lines = [
+        f"plan      {plan}",
+        f"pass      {plan.tokens_per_pass:,} tokens at most" + (", as a CUDA graph" if plan.uses_graphs else ""),
+        f"host      {plan.host_bytes / GIB:.2f} GiB page-locked beside about {CPU_BYTES / GIB:.1f} GiB of the process"
+        + (f"; {found.paged_bytes / GIB:.2f} GiB of optimizer state may be paged" if found.paged_bytes else ""),
+    ]
+    if plan.streamed:
+        lines.append(f"traffic   {plan.traffic_bytes / GIB:.2f} GiB of weights to the GPU in a pass, there and back")
+    if found.card in KNOWN:
+        lines.append(f"speed     about {found.tokens_per_second:,.0f} tokens/s (predicted)")
+    if not found.fits:
+        lines.append(f"does not fit: {found.advice}")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+    overview = Table(title="known cards, predicted", title_justify="left")
+    for heading in ("card", "GiB", "peak GiB", "blocks kept", "streamed", "tokens/s"):
+        overview.add_column(heading, justify="left" if heading == "card" else "right")
+    for each in others:
+        numbers = (str(each.plan.num_kept), str(len(each.plan.streamed)), f"{each.tokens_per_second:,.0f}")
+        cells = numbers if each.fits else ("", "", "does not fit")
+        overview.add_row(each.card.name, f"{each.budget / GIB:.1f}", f"{each.plan.peak_bytes / GIB:.2f}", *cells)
+    console.print(overview)
+
+
+def probe(config: Config, mean_length: int, num_steps: int) -> dict[str, Any]:
+    """Real steps on random weights of the real shape on the GPU that is here; raises ExitWith(BAD_INPUT) without one.
+
+    The memory is the allocator's peak over the steps, the time the median step after the first two.
+    """
+    config = replace(config, model=replace(config.model, random_init=True), run=replace(config.run, device="cuda"))
+    runtime.check(config)
+    accelerator = runtime.start(config)
+    data = TrainingData(_random_rows(config, mean_length), config, runtime.layout(config, accelerator), 0)
+    start = time.perf_counter()
+    training: Training = assemble(config, accelerator, data)
+    loaded = time.perf_counter() - start
+    torch.cuda.reset_peak_memory_stats()
+    seconds, losses, norms, tokens = [], [], [], 0
+    for step in range(2 + num_steps):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        result = optimizer_step(training, step)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        losses.append(result.loss.hex())
+        norms.append(result.grad_norm.hex())
+        tokens = result.num_tokens
+    median = sorted(seconds[2:])[num_steps // 2]
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "plan": str(training.plan),
+        "tokens_per_pass": training.plan.tokens_per_pass,
+        "num_streamed": len(training.plan.streamed),
+        "traffic_gib": round(training.plan.traffic_bytes / GIB, 3),
+        "predicted_peak_gib": round(training.plan.peak_bytes / GIB, 3),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
+        "predicted_seconds": round(training.plan.seconds, 4),
+        "seconds": round(median, 4),
+        "tokens_per_second": round(tokens / median, 1),
+        "load_seconds": round(loaded, 1),
+        "host_gib": round(_process_bytes() / GIB, 2),
+        "losses": losses,
+        "grad_norms": norms,
+    }
+
+
+def _random_rows(config: Config, mean_length: int) -> Any:
+    """Enough rows for the steps of a probe: the first as long as any, the others around the mean length."""
+    generator = torch.Generator().manual_seed(config.train.seed)
+    longest, count = config.data.max_length, 16 * config.batch.per_device * config.batch.accumulation
+    shortest = max(2, 2 * mean_length - longest)
+    lengths = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
+    lengths = [longest, *lengths[1:]] if mean_length < longest else [longest] * count
+    ids = [torch.randint(2, 1000, (length,), generator=generator).tolist() for length in lengths]
+    return Dataset.from_dict(
+        {
+            "input_ids": ids,
+            "trained": [[False] + [True] * (length - 1) for length in lengths],
+            "num_tokens": lengths,
+            "num_supervised_tokens": [length - 1 for length in lengths],
+            "path_number": [0] * count,
+        }
+    )
+
+
+def _process_bytes() -> int:
+    """The most memory that this process has had of its own (not files that are mapped)."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))

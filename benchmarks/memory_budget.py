@@ -2,17 +2,15 @@
 
     python -m benchmarks.memory_budget --big FOLDER --small FOLDER --out benchmarks/results/memory_budget.json
 
-The folders hold the config.json of Llama-3.1-8B and of TinyLlama-1.1B. Each case is `handloop plan --probe` in a
-process of its own, whose allocator is held to the budget. Two cases are pairs, streamed and resident: with
+The folders hold the config.json of Llama-3.1-8B and of TinyLlama-1.1B. Each case is what `handloop plan --probe` does, its
+allocator held to the budget. Two cases are pairs, streamed and resident: with
 deterministic kernels, whose losses and gradient norms must be equal to the bit, and with graphs, for the time.
 `--picture FILE` draws tokens a second against the budget from the JSON and needs no GPU.
 """
 
 import argparse
+import gc
 import json
-import os
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +19,18 @@ from typing import Any
 import torch
 
 from benchmarks.interrupted_run import commit
+from train.cli import parse
+from train.exits import ExitWith
+from train.forecast import probe
 from train.runtime import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 BIG = ("--profile", "a100", "--lora.r", "16", "--lora.alpha", "32", "--lora.dropout", "0")
-ROWS = (*BIG, "--data.max_length", "2048", "--batch.per_device", "1", "--batch.accumulation", "4")
+ROWS = (*BIG, "--batch.per_device", "1", "--batch.accumulation", "4")
 LITERAL = ("--batch.merge", "off")
 RESIDENT = ("--memory.offload", "none", "--memory.checkpointing", "full")
-SAME_BITS = ("--run.deterministic", "true", "--steps", "2")
-SMALL = ("--profile", "4gb", "--lora.r", "16", "--lora.alpha", "32", "--mean-length", "211")
+SAME_BITS = ("--run.deterministic", "true")
+SMALL = ("--profile", "4gb", "--lora.r", "16", "--lora.alpha", "32")
 BUDGETS = (3, 4, 6, 8, 12, 24)
 PEAK_SHARE = 0.05  # the prediction may be off by
 
@@ -41,22 +42,25 @@ class Case:
     shape: str  # 8b or tinyllama
     words: tuple[str, ...]
     budget_gib: float = 0.0  # 0: what is free
+    max_length: int = 2048
+    mean_length: int = 0  # 0: all rows have max_length
+    num_steps: int = 4
 
 
 CASES = {
     **{f"budget {gib}": Case("8b", ROWS, gib) for gib in BUDGETS},
     "literal 4": Case("8b", (*ROWS, *LITERAL), 4),
     "literal resident": Case("8b", (*ROWS, *LITERAL, *RESIDENT)),
-    "bits 4": Case("8b", (*ROWS, *LITERAL, *SAME_BITS), 4),
-    "bits resident": Case("8b", (*ROWS, *LITERAL, *RESIDENT, *SAME_BITS)),
-    "small 4": Case("tinyllama", SMALL, 4),
-    "small 2": Case("tinyllama", SMALL, 2),
-    "short rows": Case("8b", (*BIG, "--data.max_length", "512", "--mean-length", "167"), 0),
-    "packed 37": Case("8b", (*BIG, "--data.max_length", "2048", "--batch.per_device", "4"), 37),
-    "small fp16": Case("tinyllama", (*SMALL, "--model.dtype", "fp16"), 4),
-    "small fp32": Case("tinyllama", (*SMALL, "--model.dtype", "fp32"), 4),
-    "small int8": Case("tinyllama", (*SMALL, "--model.quantization", "int8"), 4),
-    "small reference": Case("tinyllama", (*SMALL, "--engine.kind", "reference"), 4),
+    "bits 4": Case("8b", (*ROWS, *LITERAL, *SAME_BITS), 4, num_steps=1),
+    "bits resident": Case("8b", (*ROWS, *LITERAL, *RESIDENT, *SAME_BITS), num_steps=1),
+    "small 4": Case("tinyllama", SMALL, 4, 512, 211),
+    "small 2": Case("tinyllama", SMALL, 2, 512, 211),
+    "short rows": Case("8b", BIG, 0, 512, 167),
+    "packed 37": Case("8b", (*BIG, "--batch.per_device", "4"), 37),
+    "small fp16": Case("tinyllama", (*SMALL, "--model.dtype", "fp16"), 4, 512, 211),
+    "small fp32": Case("tinyllama", (*SMALL, "--model.dtype", "fp32"), 4, 512, 211),
+    "small int8": Case("tinyllama", (*SMALL, "--model.quantization", "int8"), 4, 512, 211, 2),
+    "small reference": Case("tinyllama", (*SMALL, "--engine.kind", "reference"), 4, 512, 211, 2),
 }
 
 
@@ -88,26 +92,37 @@ def main() -> None:
 
 
 def run(name: str, case: Case, shape: Path) -> dict[str, Any] | None:
-    """The row of one case, or None where its probe failed, which is shown."""
-    words = ["plan", *case.words, "--model.name_or_path", str(shape), "--probe"]
+    """The row of one case, or None where its probe failed, which is shown; all cases share this process."""
+    words = [
+        *case.words,
+        "--data.max_length",
+        str(case.max_length),
+        "--model.name_or_path",
+        str(shape),
+        "--track.wandb",
+        "off",
+    ]
     words += ["--memory.budget", f"{case.budget_gib}GiB"] if case.budget_gib else []
-    command = [sys.executable, "-c", "import sys; from train.commands import main; sys.exit(main())", *words]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    if done.returncode != 0:
-        print(f"{name} failed ({done.returncode}):\n{(done.stdout + done.stderr)[-1500:]}", flush=True)
+    try:
+        measured = probe(parse(words), case.mean_length or case.max_length, case.num_steps)
+    except (ExitWith, RuntimeError) as error:
+        print(f"{name} failed: {error}", flush=True)
         return None
-    measured = json.loads(done.stdout[done.stdout.index("\n{") + 1 :])
-    row = {
-        "case": name,
-        "shape": case.shape,
-        "budget_gib": case.budget_gib,
-        "settings": " ".join(case.words),
-        **measured,
-    }
+    finally:
+        release()
+    row = {"case": name, "shape": case.shape, "budget_gib": case.budget_gib, "settings": " ".join(case.words)}
+    row |= measured
     print(f"{name}: {line(row)} ({time.perf_counter() - start:.0f} s)", flush=True)
     return row
+
+
+def release() -> None:
+    """Nothing of a case is left for the next: no memory, no cap, no deterministic kernels."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.use_deterministic_algorithms(False)
 
 
 def line(row: dict[str, Any]) -> str:

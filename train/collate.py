@@ -53,7 +53,7 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> MicroBatch:
     batch_index, position = is_target.nonzero(as_tuple=True)
     return MicroBatch(
         input_ids=input_ids,
-        position_ids=torch.arange(width).expand(len(rows), width),
+        position_ids=torch.arange(width).repeat(len(rows), 1),  # not expanded: that cannot be page-locked
         target_rows=batch_index * width + position,
         targets=input_ids[:, 1:][is_target],
     )

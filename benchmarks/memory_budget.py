@@ -2,9 +2,9 @@
 
     python -m benchmarks.memory_budget --big FOLDER --small FOLDER --out benchmarks/results/memory_budget.json
 
-The folders hold the config.json of Llama-3.1-8B and of TinyLlama-1.1B. Each case is what `handloop plan --probe` does, its
-allocator held to the budget. Two cases are pairs, streamed and resident: with
-deterministic kernels, whose losses and gradient norms must be equal to the bit, and with graphs, for the time.
+The folders hold the config.json of Llama-3.1-8B and of TinyLlama-1.1B. Each case is what `handloop plan --probe`
+does, its allocator held to the budget. Two cases are pairs, streamed and resident: with deterministic kernels, whose
+losses and gradient norms must be equal to the bit, and with graphs, for the time.
 `--picture FILE` draws tokens a second against the budget from the JSON and needs no GPU.
 """
 

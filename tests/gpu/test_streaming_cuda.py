@@ -1,4 +1,4 @@
-"""What only a GPU can show of streaming: copies beside kernels and inside graphs, a cap, answers of a streamed model."""
+"""What only a GPU can show of streaming: copies beside kernels and inside graphs, the cap, answers."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -31,8 +31,9 @@ def load_base(
 
     Raises ExitWith(BAD_INPUT) where it cannot be found or read.
     """
+    shape = model_shape(config)  # refuses what must not be loaded
     if config.random_init:
-        draw = _drawn(model_shape(config), dtype, torch.Generator(device).manual_seed(seed))
+        draw = _drawn(shape, dtype, torch.Generator(device).manual_seed(seed))
         return _filled(skeleton(config, dtype), draw, device, host, embedding_on_host)
     _refuse_other_files(config)
     try:

@@ -29,6 +29,7 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from data_tools.render import PLAIN_TEMPLATE
+from train import hardware
 from train.collate import MicroBatch
 from train.config import Config, ModelConfig
 from train.engine.attention import attention_kind
@@ -40,7 +41,7 @@ from train.plan import BlockSizes, Plan
 # Tokens that models ship for padding; the first that the vocabulary holds is used where pad is unset or equals eos.
 PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<unk>")
 LONGEST_HEADER_BYTES = 100_000_000  # as the safetensors library has it
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -162,10 +163,8 @@ def load_tokenizer(config: Config) -> Tokenizer:
 
 
 def resolve_dtype(config: ModelConfig, device: torch.device) -> str:
-    """`bf16` or `fp32`, by capability: is_bf16_supported() is true on cards that only emulate it (pytorch#148322)."""
-    if config.dtype != "auto":
-        return config.dtype
-    return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    """`bf16`, `fp16` or `fp32`; raises ExitWith(BAD_INPUT) where the device does not have what is asked for."""
+    return hardware.compute_type(config.dtype, device)[0]
 
 
 def load_model(config: Config, device: torch.device) -> LanguageModel:

@@ -34,8 +34,16 @@ from train.deliver.final import publish_final
 from train.exits import ExitCode, ExitWith, write_atomically, write_exit
 from train.gate import judge, pass_gate
 from train.loop import train
-from train.model import Tokenizer, adapter_config, check_fits, choose_engine, load_model, load_tokenizer
-from train.optim import FlatParameters, build_optimizer, state_bytes
+from train.model import (
+    Tokenizer,
+    adapter_config,
+    check_fits,
+    choose_engine,
+    load_model,
+    load_tokenizer,
+    resolve_dtype,
+)
+from train.optim import FlatParameters, build_optimizer, build_scaler, state_bytes
 from train.plan import Rows, make_plan, reference_plan
 from train.resume import check_same_run, choose, identity, on_first_process, restore, tokens_per_pass
 from train.saving import Saver, check_disk
@@ -167,6 +175,7 @@ def assemble(config: Config, accelerator: Accelerator, data: TrainingData, saved
         parameters=parameters,
         flat=flat,
         optimizer=build_optimizer(flat, config.optim),
+        scaler=build_scaler(resolve_dtype(config.model, accelerator.device), accelerator.device),
         plan=plan,
         data=data,
         total_steps=data.total_steps(config.train),

@@ -36,7 +36,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def choose(number: tuple[int, int]) -> None:
         operations.kernels_for.cache_clear()
-        monkeypatch.setattr(hardware, "capability", lambda device: number)
+        monkeypatch.setattr(hardware, "capability", lambda device: [number][device.index or 0])  # there is one
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old Card")
 
     yield choose

@@ -210,6 +210,7 @@ def test_the_banner_says_what_was_chosen(config: Config, card: Choose, monkeypat
         ((6, 1), True)
     ]
     training.model.engine = None
+    card((6, 1))
     assert "kernels   " not in banner(training, (), STATISTICS, None)
 
 

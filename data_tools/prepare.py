@@ -266,7 +266,7 @@ def _fitted(
     if num_workers == 1 or sum(source.num_bytes() for source in sources) < PARALLEL_FROM_BYTES:
         yield from ((record, renderer.fit(record)) for record in records)
         return
-    # fork: the renderer is there without being sent; nothing has touched a GPU yet
+    # fork: the renderer is there without being sent; no worker touches a GPU
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(num_workers, fork, initializer=_of_worker.append, initargs=(renderer,)) as pool:
         pending: deque[tuple[list[Record], Future[list[Fitted | str]]]] = deque()

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -184,3 +185,27 @@ class AtForward:
                 os.kill(os.getpid(), self.number)
 
         before_and_after(LanguageModel, "forward", act)
+
+
+@dataclass(frozen=True)
+class OtherScale:
+    """The loss scale of fp16 starts at `scale` and grows after so many steps."""
+
+    scale: float
+    growth_interval: int
+
+    def __call__(self) -> None:
+        start = partial(torch.amp.GradScaler, init_scale=self.scale, growth_interval=self.growth_interval)
+        setattr(torch.amp, "GradScaler", start)  # noqa: B010
+
+
+@dataclass(frozen=True)
+class Both:
+    """Two faults in one process."""
+
+    one: Callable[[], None]
+    other: Callable[[], None]
+
+    def __call__(self) -> None:
+        self.one()
+        self.other()

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from train import hardware
+
 CONTEXT_BYTES = int(0.45 * 2**30)  # of a card's memory are CUDA's own: 0.3 to 0.5 GiB
 
 
@@ -30,7 +32,7 @@ class Card:
 
 def _card(name: str, gib: float, capability: tuple[int, int], rates: tuple[float, float, float]) -> Card:
     tflops, bandwidth, bus = rates
-    has_graphs = capability >= (8, 0)
+    has_graphs = capability >= hardware.FLASH
     return Card(name, int(gib * 2**30), capability, tflops * 1e12, bandwidth * 1e9, bus * 1e9, has_graphs)
 
 
@@ -67,13 +69,14 @@ def known(name: str) -> Card | None:
 def present_card(device: torch.device, dtype: torch.dtype) -> Card:
     """The GPU of this process, measured for some 50 ms where it is none of the known ones."""
     properties = torch.cuda.get_device_properties(device)
-    capability = (properties.major, properties.minor)
+    capability = hardware.capability(device)
     total = properties.total_memory
     card = known(properties.name)
     if card is None:
         card = Card(properties.name, total, capability, *_rates(device, dtype))
-    has_graphs = capability >= (8, 0) and not torch.are_deterministic_algorithms_enabled()
-    return replace(card, memory_bytes=total, has_graphs=has_graphs and dtype != torch.float32)
+    # a run that is resumed launches its first pass where the other replays: not for those who want the same bits
+    is_free = capability >= hardware.FLASH and not torch.are_deterministic_algorithms_enabled()
+    return replace(card, memory_bytes=total, capability=capability, has_graphs=is_free and dtype != torch.float32)
 
 
 def host_card() -> Card:

@@ -49,6 +49,7 @@ class TrainerState:
     versions: dict[str, str]
     skipped_steps: list[int] = field(default_factory=list)  # steps so far whose loss or gradient was not finite
     validation_loss: float | None = None  # measured after this step, if it was
+    scaler: dict[str, float] = field(default_factory=dict)  # torch's GradScaler.state_dict(): empty but for fp16
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
-from train import runtime
+from train import hardware, runtime
 from train.cards import CONTEXT_BYTES, KNOWN, Card, known, present_card
 from train.config import Config, parse_bytes
 from train.data import TrainingData
@@ -82,10 +82,9 @@ def rows_of(config: Config, mean_length: int) -> Rows:
 
 def forecast(config: Config, card: Card, mean_length: int) -> Forecast:
     """What the run would need on the card; raises ExitWith(BAD_INPUT) where the engine that predicts cannot run it."""
-    dtype = config.model.dtype
-    if dtype == "auto":
-        dtype = "bf16" if card.capability >= (8, 0) else "fp32"
-    config = replace(config, model=replace(config.model, dtype=dtype))
+    if config.model.dtype == "auto":
+        dtype: Any = hardware.best_type(card.capability)[0]
+        config = replace(config, model=replace(config.model, dtype=dtype))
     budget = card.usable_bytes
     if config.memory.budget:
         budget = min(budget, parse_bytes(config.memory.budget))

@@ -112,6 +112,8 @@ def _row(training: Training, result: StepResult, stopwatch: Stopwatch, num_weigh
         "data/sample_ids": result.sample_ids,
         **stopwatch.peak_gib(),
     }
+    if training.scaler.is_enabled():
+        row |= {"train/loss_scale": result.loss_scale, "train/overflows": result.num_overflows}
     peak = peak_flops(training.accelerator.device)
     if peak is not None:
         shape = training.model.adapted.get_base_model().config

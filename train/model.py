@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data_tools.render import PLAIN_TEMPLATE
+from train import hardware
 from train.base import load_base, model_shape, not_found, skeleton, where
 from train.collate import MicroBatch
 from train.config import Config, ModelConfig
@@ -31,7 +32,7 @@ from train.plan import Plan
 # Tokens that models ship for padding; the first that the vocabulary holds is used where pad is unset or equals eos.
 PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<unk>")
 LONGEST_HEADER_BYTES = 100_000_000  # as the safetensors library has it
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -149,10 +150,8 @@ def load_tokenizer(config: Config) -> Tokenizer:
 
 
 def resolve_dtype(config: ModelConfig, device: torch.device) -> str:
-    """`bf16` or `fp32`, by capability: is_bf16_supported() is true on cards that only emulate it (pytorch#148322)."""
-    if config.dtype != "auto":
-        return config.dtype
-    return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    """`bf16`, `fp16` or `fp32`; raises ExitWith(BAD_INPUT) where the device does not have what is asked for."""
+    return hardware.compute_type(config.dtype, device)[0]
 
 
 def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageModel:

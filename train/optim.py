@@ -98,6 +98,18 @@ def build_optimizer(flat: FlatParameters, config: OptimConfig) -> torch.optim.Op
     return torch.optim.AdamW(flat.leaves, fused=flat.leaves[0].is_cuda, **options)
 
 
+def build_scaler(dtype: str, device: torch.device) -> torch.amp.GradScaler:
+    """The loss scale of fp16, whose gradients would be rounded to zero without one; for other types it does nothing."""
+    return torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
+
+
+def load_scaler_state(scaler: torch.amp.GradScaler, state: Mapping[str, float]) -> None:
+    """Goes on with a saved scale; raises ValueError where `state` is not this scaler's (it is empty without fp16)."""
+    if set(state) != set(scaler.state_dict()):
+        raise ValueError(f"the loss scaler's state is {dict(state)}")
+    scaler.load_state_dict(dict(state))
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Makes `rate` the one that the next step uses."""
     for group in optimizer.param_groups:

@@ -17,7 +17,7 @@ from train.data import TrainingData
 from train.engine.patch import model_sizes
 from train.exits import ExitCode, ExitWith
 from train.model import DTYPES, choose_engine, load_model, resolve_dtype, sketch
-from train.optim import FlatParameters, build_optimizer
+from train.optim import FlatParameters, build_optimizer, build_scaler
 from train.plan import ModelSizes, Plan, Planner, Rows, reference_plan
 from train.step import Training
 
@@ -133,6 +133,7 @@ def assemble(config: Config, accelerator: Accelerator, data: TrainingData, saved
         parameters=parameters,
         flat=flat,
         optimizer=build_optimizer(flat, config.optim),
+        scaler=build_scaler(resolve_dtype(config.model, device), device),
         plan=plan,
         data=data,
         total_steps=data.total_steps(config.train),

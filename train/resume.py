@@ -15,7 +15,7 @@ from train.data import TrainingData
 from train.exits import ExitCode, ExitWith
 from train.metrics import read
 from train.model import adapter_config, base_fingerprint, load_adapters, resolve_dtype
-from train.optim import load_optimizer_state, optimizer_state
+from train.optim import load_optimizer_state, load_scaler_state, optimizer_state
 from train.runtime import say, versions
 from train.step import Training
 
@@ -132,6 +132,7 @@ def restore(training: Training, checkpoint: Checkpoint) -> None:
     try:
         load_adapters(training.model, checkpoint.adapters)
         load_optimizer_state(training.optimizer, training.flat, checkpoint.optimizer)
+        load_scaler_state(training.scaler, checkpoint.state.scaler)
     except ValueError as error:
         raise ExitWith(ExitCode.FINGERPRINT_MISMATCH, f"{checkpoint.path}: {error}") from None
     now = layout(training)
@@ -150,7 +151,13 @@ def save_state(
     """
 
     def write() -> int:
-        state = TrainerState(identity=same_run, layout=layout(training), versions=versions(), **moment())
+        state = TrainerState(
+            identity=same_run,
+            layout=layout(training),
+            versions=versions(),
+            scaler=training.scaler.state_dict(),
+            **moment(),
+        )
         files = adapter_files(training.parameters, adapter_config(training.model))
         store.save(files, optimizer_state(training.optimizer, training.flat), state)
         return 0

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, parse_flag_from_env
 
+from train import hardware
 from train.config import Config, parse_bytes
 from train.data import Layout
 from train.exits import ExitCode, ExitWith, make_folder
@@ -55,6 +56,12 @@ def check(config: Config) -> None:
             "Check nvidia-smi and that this torch is a CUDA build; to try the job without a GPU: --profile demo, "
             "or --run.device cpu with a small --model.name_or_path",
         )
+    if config.run.device != "cpu" and torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        # the card that accelerate will give to this process
+        card = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        hardware.check_build(card)
+        hardware.check_bitsandbytes(config.model.quantization, config.optim.name, card)
+        hardware.compute_type(config.model.dtype, card)
     configured = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if configured not in ("1", str(config.batch.accumulation)):
         raise ExitWith(

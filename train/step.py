@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from train.config import Config
-from train.data import TrainingData
+from train.data import TrainingData, Window
 from train.metrics import read
 from train.model import LanguageModel
 from train.optim import FlatParameters, learning_rate, set_learning_rate
@@ -25,6 +25,7 @@ class Training:
     parameters: dict[str, torch.nn.Parameter]  # the adapters, by their names in adapter_model.safetensors
     flat: FlatParameters  # the same as the optimizer sees them
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # does nothing unless the base computes in fp16
     plan: Plan
     data: TrainingData
     total_steps: int
@@ -38,49 +39,89 @@ class StepResult:
     is_skipped: bool  # loss or gradient was not finite, in any process: nothing was updated
     loss: float  # mean over the step's supervised tokens, of all processes
     grad_norm: float  # before clipping
+    loss_scale: float  # 1 unless the base computes in fp16
+    num_overflows: int  # times that the window was computed again, each with half the scale
     learning_rate: float
     num_tokens: int
     num_supervised_tokens: int
     sample_ids: list[int]
 
 
+@dataclass(frozen=True)
+class Gradient:
+    """What is known of the gradient that stands in the flat parameters; the same in all processes."""
+
+    loss_sum: float
+    norm: float  # before clipping
+    scale: float  # that the loss was multiplied by; the gradient is divided by it again
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether it may move the adapters."""
+        return math.isfinite(self.loss_sum) and math.isfinite(self.norm)
+
+    @property
+    def is_overflow(self) -> bool:
+        """Whether a lower scale may help: that changes the backward pass alone, and is not for less than 1."""
+        return math.isfinite(self.loss_sum) and not math.isfinite(self.norm) and self.scale > 1
+
+
 def optimizer_step(training: Training, completed: int) -> StepResult:
-    """Forward and backward over one window, then one update; `completed` steps came before.
+    """One update from the gradient of one window; `completed` steps came before.
 
-    The loss of every token is divided by the number of supervised tokens in the whole step, over all micro-batches
-    and processes, which is known before the first forward. So 8x1, 4x2, 2x4, 1x8 and several processes give the same
-    gradient; a mean of means would not. The processes add their gradients once, after the last micro-batch. A loss or
-    gradient that is not finite in one process is so in all of them after the reductions, and all of them leave the
-    update out.
+    A loss or gradient that is not finite in one process is so in all of them after the reductions, and all of them
+    leave the update out. A gradient that fp16 could not hold at this loss scale is no such loss: the same window is
+    computed again with half the scale, so samples, learning rate and steps are those of any other type.
     """
-    config, accelerator = training.config, training.accelerator
-    window = training.data.window(completed)
-    loss_sum = torch.zeros((), device=accelerator.device)
-    for number, micro_batch in enumerate(window.micro_batches):
-        batch = micro_batch.to(accelerator.device)
-        seed_forward(config.train.seed, completed, accelerator.process_index, number)
-        token_loss_sum = training.model(batch)
-        (token_loss_sum / window.num_supervised_tokens).backward()
-        loss_sum += token_loss_sum.detach()
-    training.data.prepare(completed + 1)  # while a GPU still computes
-
-    add_over_processes(accelerator, training.flat.leaves)
-    grad_norm = torch.nn.utils.clip_grad_norm_(training.flat.leaves, config.optim.max_grad_norm)
-    total = accelerator.reduce(loss_sum, reduction="sum")
-    loss_total, norm = read(total, grad_norm)
-    is_finite = math.isfinite(loss_total) and math.isfinite(norm)
+    config, window = training.config, training.data.window(completed)
+    gradient, num_overflows, last_scale = window_gradient(training, window, completed), 0, math.inf
+    first_scale = gradient.scale
+    while gradient.is_overflow and gradient.scale < last_scale:
+        last_scale, num_overflows = gradient.scale, num_overflows + 1
+        training.scaler.update()  # halves it, unless each element is finite and only their norm is not
+        gradient = window_gradient(training, window, completed)
     rate = learning_rate(completed, training.total_steps, config.optim)
     set_learning_rate(training.optimizer, rate)
-    if is_finite:
-        training.optimizer.step()
-    training.flat.zero_grad()
+    if gradient.is_finite:
+        training.scaler.step(training.optimizer)
+        training.scaler.update()
+    else:
+        training.scaler.update(first_scale)  # which was not to blame
     return StepResult(
         step=completed + 1,
-        is_skipped=not is_finite,
-        loss=loss_total / window.num_supervised_tokens,
-        grad_norm=norm,
+        is_skipped=not gradient.is_finite,
+        loss=gradient.loss_sum / window.num_supervised_tokens,
+        grad_norm=gradient.norm,
+        loss_scale=gradient.scale,
+        num_overflows=num_overflows,
         learning_rate=rate,
         num_tokens=window.num_tokens,
         num_supervised_tokens=window.num_supervised_tokens,
         sample_ids=window.sample_ids,
     )
+
+
+def window_gradient(training: Training, window: Window, completed: int) -> Gradient:
+    """Forward and backward over the window: leaves the clipped gradient in the flat parameters.
+
+    The loss of every token is divided by the number of supervised tokens in the whole step, over all micro-batches
+    and processes, which is known before the first forward. So 8x1, 4x2, 2x4, 1x8 and several processes give the same
+    gradient; a mean of means would not. The processes add their gradients once, after the last micro-batch.
+    """
+    config, accelerator, scaler = training.config, training.accelerator, training.scaler
+    training.flat.zero_grad()
+    scale = scaler.scale(torch.ones((), device=accelerator.device))
+    loss_sum = torch.zeros((), device=accelerator.device)
+    for number, micro_batch in enumerate(window.micro_batches):
+        batch = micro_batch.to(accelerator.device)
+        seed_forward(config.train.seed, completed, accelerator.process_index, number)
+        token_loss_sum = training.model(batch)
+        scaler.scale(token_loss_sum / window.num_supervised_tokens).backward()
+        loss_sum += token_loss_sum.detach()
+    training.data.prepare(completed + 1)  # while a GPU still computes
+
+    add_over_processes(accelerator, training.flat.leaves)
+    scaler.unscale_(training.optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(training.flat.leaves, config.optim.max_grad_norm)
+    total = accelerator.reduce(loss_sum, reduction="sum")
+    return Gradient(*read(total, grad_norm, scale))

@@ -11,7 +11,7 @@ import safetensors.torch
 
 from tests.compare_runs import at, exit_record, finish, result_of, start_processes
 from tests.conftest import arguments, run_command, with_batch
-from tests.injections import Fault, NotANumber
+from tests.injections import Both, Fault, NotANumber
 from tests.tally import Tally
 from train.config import CheckpointConfig, Config
 from train.trackers import read_metrics
@@ -87,17 +87,6 @@ def test_the_count_survives_a_kill(config: Config, tmp_path: Path, tally: Tally)
     tally.check(outcome.returncode == 79 and "left out so far: 2, 3" in outcome.stderr, outcome.stderr[-400:])
     finish(words)
     tally.check(len(result_of(tmp_path / "run")) == 5, "result")
-
-
-class Both:
-    """Two faults in one process."""
-
-    def __init__(self, *faults: object) -> None:
-        self.faults = faults
-
-    def __call__(self) -> None:
-        for fault in self.faults:
-            fault()  # type: ignore[operator]
 
 
 @pytest.mark.fault("T18")

@@ -6,6 +6,7 @@ the borders instead, and takes grouped key/value heads as they are.
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from train import hardware
 from train.collate import SHORTEST_EVEN, MicroBatch
 from train.config import Config
 
@@ -34,7 +36,7 @@ def attention_kind(config: Config, dtype: torch.dtype, device: torch.device) -> 
 
 def has_flash(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether varlen_attn has a kernel for the type on the device."""
-    return device.type == "cuda" and dtype != torch.float32 and torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cuda" and dtype != torch.float32 and hardware.capability(device) >= hardware.FLASH
 
 
 def varlen_attention(
@@ -95,7 +97,7 @@ def attend_packed(batch: MicroBatch, sliding_window: int | None, scale: float) -
         length >= SHORTEST_EVEN
         and (reach < 0 or reach >= length)
         and has_flash(torch.bfloat16, borders.device)
-        and torch.cuda.get_device_capability(borders.device)[0] == 9
+        and hardware.capability(borders.device)[0] == 9
         and not torch.are_deterministic_algorithms_enabled()
     )
 
@@ -105,12 +107,16 @@ def attend_packed(batch: MicroBatch, sliding_window: int | None, scale: float) -
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)  # [S, H, L, D]
         return out.transpose(1, 2).flatten(0, 1)
 
+    @cache
+    def samples() -> list[tuple[int, int]]:
+        return list(pairwise(borders.tolist()))  # a host sync, once for all blocks
+
     def one_by_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         outs = []
         # the kernels of GPUs older than Ampere take no grouped heads, and without one the scores of all heads are kept
         repeats = query.shape[1] // key.shape[1]
         heads = [part.repeat_interleave(repeats, 1) for part in (key, value)]
-        for start, stop in pairwise(borders.tolist()):
+        for start, stop in samples():
             q, k, v = (part[start:stop].transpose(0, 1)[None] for part in (query, *heads))  # [1, H, L, D]
             options: dict[str, Any] = {"is_causal": True}
             if 0 <= reach < stop - start - 1:

@@ -153,7 +153,7 @@ def _wide_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b in fp32: a sum over all tokens is not rounded to 16 bits before micro-batches are added."""
     if a.device.type == "cuda" and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).float()
+    return a.float() @ b.float()
 
 
 def dequantize(weight: torch.Tensor, out: torch.Tensor) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from train import hardware
+
 HASH = (0x7FEB352D, 0x846CA68B)  # lowbias32 (Wellons 2018), the same in kernels.py
 
 
@@ -19,7 +21,7 @@ def kernels_for(device: torch.device) -> Any:
     """The Triton kernels, or None where the device has none: a CPU, or a GPU older than compute capability 7.0."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
-    if torch.cuda.get_device_capability(device) < (7, 0):
+    if hardware.capability(device) < hardware.TRITON:
         return None
     from train.engine import kernels
 
@@ -127,7 +129,7 @@ def dropout(x: torch.Tensor, out: torch.Tensor, p: float, seed: torch.Tensor, pl
             x, x.stride(0), out, out.stride(0), x.shape[1], seed, salt, threshold, scale, add, 2048, num_warps=8
         )
         return
-    bits = torch.arange(x.numel(), device=x.device).reshape(x.shape) ^ int(seed) ^ salt
+    bits = torch.arange(x.numel(), device=x.device).reshape(x.shape) ^ seed ^ salt  # the host need not know the seed
     bits = ((bits ^ (bits >> 16)) * HASH[0]) & 0xFFFFFFFF
     bits = ((bits ^ (bits >> 15)) * HASH[1]) & 0xFFFFFFFF
     bits ^= bits >> 16
@@ -151,8 +153,13 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def gather_rows(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """table[rows]: table [V, H] in pinned host memory, read over the bus by the GPU that has rows [T]; no host sync."""
+    """table[rows] on the device of rows [T], for table [V, H] in pinned host memory.
+
+    The GPU reads them over the bus, without a host sync; without Triton the host collects and copies them.
+    """
     kernels = kernels_for(rows.device)
+    if kernels is None:
+        return table[rows.cpu()].to(rows.device)
     out = torch.empty(rows.numel(), table.shape[1], dtype=table.dtype, device=rows.device)
     block = _power_of_two(table.shape[1])
     kernels.gather_kernel[(rows.numel(),)](table, rows, out, table.shape[1], block, num_warps=8)

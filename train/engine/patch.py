@@ -1,6 +1,5 @@
 """Which models the engine executes, and how it takes the place of their decoder."""
 
-import importlib.util
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -141,8 +140,8 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
 
 
 def offload_embedding(causal_lm: Any) -> None:
-    """Moves the input embedding to host memory, where the head does not share it and the GPU can read it there."""
+    """Moves the input embedding to host memory, where the head does not share it."""
     embedding = causal_lm.get_input_embeddings()
     is_tied = embedding.weight is causal_lm.get_output_embeddings().weight
-    if embedding.weight.is_cuda and not is_tied and importlib.util.find_spec("triton"):
+    if embedding.weight.is_cuda and not is_tied:
         causal_lm.set_input_embeddings(HostEmbedding(embedding.weight))

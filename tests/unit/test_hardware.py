@@ -1,0 +1,220 @@
+"""What is chosen, said and refused on cards of every age, simulated by their compute capability."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+import train.engine
+from data_tools.prepare import Statistics
+from tests.conftest import ROOT, training_of
+from train import hardware, runtime
+from train.banner import banner
+from train.config import Config, EngineConfig
+from train.engine import attention, operations
+from train.exits import ExitCode, ExitWith
+from train.model import resolve_dtype
+
+STATISTICS = Statistics(19, 19, 900, 500, 0, 0, 0, [], [2], {}, ["prompt/response"])
+GPU = torch.device("cuda")
+CPU = torch.device("cpu")
+CARDS = [(5, 2), (6, 0), (6, 1), (7, 0), (7, 5), (8, 0), (8, 6), (9, 0), (12, 0)]
+CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
+CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
+
+Choose = Callable[[tuple[int, int]], None]
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes every CUDA device one of the given capability."""
+
+    def choose(number: tuple[int, int]) -> None:
+        operations.kernels_for.cache_clear()
+        monkeypatch.setattr(hardware, "capability", lambda device: [number][device.index or 0])  # there is one
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old Card")
+
+    yield choose
+    operations.kernels_for.cache_clear()
+
+
+def test_one_function_asks_for_the_capability() -> None:
+    """So that all of what follows is decided by what these tests patch."""
+    callers = [path for path in (ROOT / "train").rglob("*.py") if "get_device_capability" in path.read_text()]
+    assert callers == [ROOT / "train" / "hardware.py"]
+
+
+def test_the_compute_type_of_every_card(card: Choose) -> None:
+    """bf16, fp16 or fp32 by auto, with a reason where it is not bf16; on a CPU fp32, and nothing to explain."""
+    chosen = {}
+    for number in [*CARDS, (5, 0), (5, 3), (6, 2), (7, 2)]:
+        card(number)
+        dtype, reason = hardware.compute_type("auto", GPU)
+        chosen[number] = dtype
+        wanted = {"bf16": "", "fp16": "has no bf16", "fp32": "has no bf16 and no fast fp16"}[dtype]
+        assert reason == (f"compute capability {number[0]}.{number[1]} {wanted}" if wanted else "")
+    assert {number for number, dtype in chosen.items() if dtype == "bf16"} == {(8, 0), (8, 6), (9, 0), (12, 0)}
+    assert {number for number, dtype in chosen.items() if dtype == "fp16"} == {(5, 3), (6, 0), (7, 0), (7, 2), (7, 5)}
+    assert hardware.compute_type("auto", CPU) == ("fp32", "")
+
+
+def test_a_type_that_is_asked_for(card: Choose, config: Config) -> None:
+    """bf16 below 8.0 is refused with what works; anything else is taken as it is said, and needs no reason."""
+    for number, instead in (((7, 5), "fp16"), ((6, 1), "fp32")):
+        card(number)
+        with pytest.raises(ExitWith, match=rf"--model\.dtype bf16: .*auto, which takes {instead}") as refusal:
+            resolve_dtype(replace(config.model, dtype="bf16"), GPU)
+        assert refusal.value.code == ExitCode.BAD_INPUT
+        assert hardware.compute_type("fp16", GPU) == ("fp16", "")
+        assert hardware.compute_type("bf16", CPU) == ("bf16", "")
+    card((8, 0))
+    assert hardware.compute_type("bf16", GPU) == ("bf16", "")
+
+
+def test_attention_and_kernels_of_every_card(card: Choose, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash from 8.0 in 16 bits, Triton from 7.0 where it is installed, and a line for each that is missing."""
+    kernels = ModuleType("train.engine.kernels")  # the real one needs Triton
+    monkeypatch.setitem(sys.modules, "train.engine.kernels", kernels)
+    monkeypatch.setattr(train.engine, "kernels", kernels, raising=False)
+    monkeypatch.setattr(operations.importlib.util, "find_spec", lambda name: object())
+    for number in CARDS:
+        card(number)
+        assert attention.has_flash(torch.float16, GPU) == (number >= (8, 0))
+        assert not attention.has_flash(torch.float32, GPU)
+        assert (operations.kernels_for(GPU) is None) == (number < (7, 0))
+        said = " ".join(hardware.substitutes(GPU))
+        assert ("SDPA, one sample at a time" in said) == (number < (8, 0))
+        assert ("instead of Triton" in said) == (number < (7, 0))
+    assert operations.kernels_for(CPU) is None
+    assert hardware.substitutes(CPU) == []
+    monkeypatch.setattr(operations.importlib.util, "find_spec", lambda name: None)
+    card((9, 0))
+    assert operations.kernels_for(GPU) is None
+
+
+def test_int8_on_every_card(card: Choose) -> None:
+    """Below 7.5 a warning that names nf4; not for other types, and not on a CPU."""
+    for number in CARDS:
+        card(number)
+        assert ("nf4 is not" in hardware.int8_warning("int8", GPU)) == (number < (7, 5))
+        assert hardware.int8_warning("nf4", GPU) == ""
+        assert hardware.int8_warning("int8", CPU) == ""
+
+
+@pytest.mark.parametrize(
+    ("built", "served"),
+    [
+        (CU126, {number for number in CARDS if number < (12, 0)}),  # sm_61 runs what sm_60 was made for
+        (CU130, {(7, 5), (8, 0), (8, 6), (9, 0), (12, 0)}),
+        (["sm_86"], {(8, 6)}),  # not 8.0
+        (["compute_70"], {(7, 0), (7, 5), (8, 0), (8, 6), (9, 0), (12, 0)}),
+        (["sm_90a", "compute_80a"], {(8, 0), (9, 0)}),
+        (["gfx90a"], set(CARDS)),  # ROCm's: nothing to compare
+        ([], set(CARDS)),
+    ],
+)
+def test_which_builds_serve_which_cards(
+    built: list[str], served: set[tuple[int, int]], card: Choose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build without kernels for the card is refused by name, with the build that has them."""
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    for number in CARDS:
+        card(number)
+        if number in served:
+            hardware.check_build(GPU)
+            continue
+        with pytest.raises(ExitWith, match=rf"Old Card needs kernels for sm_{number[0]}{number[1]}\b") as refusal:
+            hardware.check_build(GPU)
+        assert refusal.value.code == ExitCode.BAD_INPUT
+        assert ", ".join(built) in refusal.value.reason
+        assert ("CUDA 12.6 build (cu126)" in refusal.value.reason) == (number < (7, 5))
+        assert ("a newer torch" in refusal.value.reason) == (number >= (7, 5))
+
+
+def test_a_card_that_no_build_serves(card: Choose, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Kepler is not sent to a build that has nothing for it either."""
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: CU130)
+    card((3, 5))
+    with pytest.raises(ExitWith, match="no build of this torch has them"):
+        hardware.check_build(GPU)
+
+
+def test_what_bitsandbytes_does_not_run_on(card: Choose) -> None:
+    """Below 6.0 its types and optimizers are refused with what works; a recipe without them is not."""
+    for number in CARDS:
+        card(number)
+        hardware.check_bitsandbytes("none", "adamw", GPU)
+        if number >= (6, 0):
+            hardware.check_bitsandbytes("nf4", "paged_adamw_8bit", GPU)
+            continue
+        with pytest.raises(ExitWith, match=r"quantization nf4 \(write none\)") as refusal:
+            hardware.check_bitsandbytes("nf4", "adamw", GPU)
+        assert "optim.name" not in refusal.value.reason
+        with pytest.raises(ExitWith, match=r"optim\.name adamw_8bit \(write adamw\)"):
+            hardware.check_bitsandbytes("none", "adamw_8bit", GPU)
+
+
+@pytest.fixture
+def machine(card: Choose, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One visible GPU with 6.1, under torch's build for CUDA 13."""
+    card((6, 1))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: CU130)
+
+
+def test_a_run_is_refused_before_it_reads_data(
+    machine: None, card: Choose, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start looks at the build, at bitsandbytes and at the type, and only where the run is to use the GPU."""
+    auto = replace(config, run=replace(config.run, device="auto"))
+    monkeypatch.setenv("LOCAL_RANK", "3")  # more processes than cards: accelerate shares them
+    with pytest.raises(ExitWith, match=r"CUDA 12\.6 build"):
+        runtime.check(auto)
+    runtime.check(config)  # run.device cpu
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    runtime.check(auto)
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: CU126)
+    runtime.check(auto)
+    with pytest.raises(ExitWith, match=r"--model\.dtype bf16"):
+        runtime.check(replace(auto, model=replace(auto.model, dtype="bf16")))
+    card((5, 2))
+    with pytest.raises(ExitWith, match=r"bitsandbytes needs 6\.0"):
+        runtime.check(auto)
+
+
+def test_the_banner_says_what_was_chosen(config: Config, card: Choose, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Type with its reason, attention and kernels of the fused engine, the int8 warning; none of it on a new card."""
+    config = replace(config, engine=EngineConfig(kind="fused"))
+    training = training_of(config, Accelerator(cpu=True))
+    monkeypatch.setattr("train.banner.device_name", lambda device: "a card")
+    monkeypatch.setattr(type(training.accelerator), "device", property(lambda self: GPU))
+    slow: Any = replace(training, config=replace(config, model=replace(config.model, quantization="int8")))
+    texts = {}
+    for number in ((6, 1), (7, 5), (9, 0)):
+        card(number)
+        for each in (training, slow):
+            texts[number, each is slow] = banner(each, (), STATISTICS, None)
+    assert "compute in fp32 (compute capability 6.1 has no bf16 and no fast fp16)\n" in texts[(6, 1), False]
+    assert "compute in fp16 (compute capability 7.5 has no bf16)\n" in texts[(7, 5), False]
+    assert "compute in bf16\n" in texts[(9, 0), False]
+    counts = {number: texts[number, False].count("kernels   ") for number in ((6, 1), (7, 5), (9, 0))}
+    assert counts == {(6, 1): 2, (7, 5): 1, (9, 0): 0}
+    assert [key for key, text in texts.items() if "warning   model.quantization int8 is slow" in text] == [
+        ((6, 1), True)
+    ]
+    training.model.engine = None
+    card((6, 1))
+    assert "kernels   " not in banner(training, (), STATISTICS, None)
+
+
+def test_rows_of_the_embedding_without_triton() -> None:
+    """Collected on the host where the device has no Triton, whatever the ids' device."""
+    table, ids = torch.randn(50, 7), torch.tensor([3, 49, 3, 0])
+    assert torch.equal(operations.gather_rows(table, ids), table[ids])

@@ -12,6 +12,7 @@ import argparse
 import gc
 import json
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,8 @@ def run(name: str, case: Case, shape: Path) -> dict[str, Any] | None:
     start = time.perf_counter()
     try:
         measured = probe(parse(words), case.mean_length or case.max_length, case.num_steps)
-    except (ExitWith, RuntimeError) as error:
-        print(f"{name} failed: {error}", flush=True)
+    except (ExitWith, RuntimeError):
+        print(f"{name} failed: {traceback.format_exc()[-2500:]}", flush=True)
         return None
     finally:
         release()

@@ -3,7 +3,9 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -23,6 +25,7 @@ class Card:
     bandwidth: float  # bytes a second, read and written
     bus: float  # bytes a second from page-locked host memory, each way
     has_graphs: bool = True  # passes may be recorded
+    host_bytes: int = 2**62  # that may be page-locked
 
     @property
     def usable_bytes(self) -> int:
@@ -36,11 +39,11 @@ def _card(name: str, gib: float, capability: tuple[int, int], rates: tuple[float
     return Card(name, int(gib * 2**30), capability, tflops * 1e12, bandwidth * 1e9, bus * 1e9, has_graphs)
 
 
-# GiB, compute capability; TFLOP/s, GB/s of memory, GB/s of the bus. H200 is measured (docs/LOG.md), as are the bus and
-# the products of H100; others are the datasheet's dense rate for sums in fp32, times 0.7, and 0.85 of its bandwidth.
+# GiB, compute capability; TFLOP/s, GB/s of memory, GB/s of the bus. H200 and H100 are measured (docs/LOG.md), others
+# the datasheet's dense rate for sums in fp32, times 0.7, and 0.85 of its bandwidth.
 KNOWN = [
-    _card("H200", 140.0, (9, 0), (650, 4300, 54)),
-    _card("H100", 79.2, (9, 0), (640, 3000, 54)),
+    _card("H200", 140.0, (9, 0), (735, 4300, 54)),
+    _card("H100", 79.2, (9, 0), (725, 3000, 54)),
     _card("A100-80", 79.2, (8, 0), (218, 1730, 24)),
     _card("A100-40", 39.4, (8, 0), (218, 1320, 24)),
     _card("L40S", 44.4, (8, 9), (250, 730, 24)),
@@ -76,12 +79,25 @@ def present_card(device: torch.device, dtype: torch.dtype) -> Card:
         card = Card(properties.name, total, capability, *_rates(device, dtype))
     # a run that is resumed launches its first pass where the other replays: not for those who want the same bits
     is_free = capability >= hardware.FLASH and not torch.are_deterministic_algorithms_enabled()
-    return replace(card, memory_bytes=total, capability=capability, has_graphs=is_free and dtype != torch.float32)
+    has_graphs = is_free and dtype != torch.float32
+    return replace(card, memory_bytes=total, capability=capability, has_graphs=has_graphs, host_bytes=free_host_bytes())
 
 
 def host_card() -> Card:
     """A CPU: nothing is capped and nothing recorded, so its rates decide nothing."""
     return Card("CPU", 0, (0, 0), 1e11, 1e10, 1e10, has_graphs=False)
+
+
+def free_host_bytes() -> int:
+    """Host memory that this process may still take, less a tenth: of the machine, or of its container (cgroup 2)."""
+    free = []
+    with suppress(OSError, ValueError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
+    with suppress(OSError, ValueError):  # "max" where there is no limit
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        free.append(limit - used)
+    return int(0.9 * min(free)) if free else 2**62
 
 
 def _rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float, float]:

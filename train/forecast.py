@@ -10,7 +10,7 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
-from train import hardware, runtime
+from train import runtime
 from train.cards import CONTEXT_BYTES, KNOWN, Card, known, present_card
 from train.config import Config, parse_bytes
 from train.data import TrainingData
@@ -20,6 +20,7 @@ from train.outlook import GIB, Outlook, assemble
 from train.plan import Plan, Rows
 from train.step import Training, optimizer_step
 
+FIRST_STEPS, MORE_FIRST_STEPS = 2, 16
 CPU_BYTES = int(2.5 * GIB)  # of a process with torch, transformers and CUDA in it
 UNKNOWN_RATES = {"flops": 12e12, "bandwidth": 160e9, "bus": 12e9}  # a small card's, where only a size is given
 
@@ -82,13 +83,10 @@ def rows_of(config: Config, mean_length: int) -> Rows:
 
 def forecast(config: Config, card: Card, mean_length: int) -> Forecast:
     """What the run would need on the card; raises ExitWith(BAD_INPUT) where the engine that predicts cannot run it."""
-    if config.model.dtype == "auto":
-        dtype: Any = hardware.best_type(card.capability)[0]
-        config = replace(config, model=replace(config.model, dtype=dtype))
     budget = card.usable_bytes
     if config.memory.budget:
         budget = min(budget, parse_bytes(config.memory.budget))
-    outlook = Outlook.on_card(config, torch.device("cuda"), card, rows_of(config, mean_length), budget)
+    outlook = Outlook.on_card(config, card, rows_of(config, mean_length), budget)
     if outlook.planner is None:
         reason = f"only the fused engine's memory is predicted, and this run has another: {outlook.reason}"
         raise ExitWith(ExitCode.BAD_INPUT, reason)
@@ -143,18 +141,20 @@ def show(found: Forecast, others: Sequence[Forecast], console: Console) -> None:
 def probe(config: Config, mean_length: int, num_steps: int) -> dict[str, Any]:
     """Real steps on random weights of the real shape on the GPU that is here; raises ExitWith(BAD_INPUT) without one.
 
-    The memory is the allocator's peak over the steps, the time the median step after the first two.
+    The memory is the allocator's peak from loading on, the time the median step after the first ones.
     """
     config = replace(config, model=replace(config.model, random_init=True), run=replace(config.run, device="cuda"))
     runtime.check(config)
     accelerator = runtime.start(config)
     data = TrainingData(_random_rows(config, mean_length), config, runtime.layout(config, accelerator), 0)
+    torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     training: Training = assemble(config, accelerator, data)
     loaded = time.perf_counter() - start
-    torch.cuda.reset_peak_memory_stats()
-    seconds, losses, norms, tokens = [], [], [], 0
-    for step in range(2 + num_steps):
+    # where rows differ in length the first steps record their graphs
+    num_first = FIRST_STEPS if mean_length == config.data.max_length else MORE_FIRST_STEPS
+    seconds, losses, norms, tokens = [], [], [], []
+    for step in range(num_first + num_steps):
         torch.cuda.synchronize()
         start = time.perf_counter()
         result = optimizer_step(training, step)
@@ -162,8 +162,9 @@ def probe(config: Config, mean_length: int, num_steps: int) -> dict[str, Any]:
         seconds.append(time.perf_counter() - start)
         losses.append(result.loss.hex())
         norms.append(result.grad_norm.hex())
-        tokens = result.num_tokens
-    median = sorted(seconds[2:])[num_steps // 2]
+        tokens.append(result.num_tokens)
+    measured = sorted(zip(seconds[num_first:], tokens[num_first:], strict=True), key=lambda pair: pair[0] / pair[1])
+    median, num_tokens = measured[num_steps // 2]
     return {
         "gpu": torch.cuda.get_device_name(),
         "plan": str(training.plan),
@@ -175,7 +176,7 @@ def probe(config: Config, mean_length: int, num_steps: int) -> dict[str, Any]:
         "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
         "predicted_seconds": round(training.plan.seconds, 4),
         "seconds": round(median, 4),
-        "tokens_per_second": round(tokens / median, 1),
+        "tokens_per_second": round(num_tokens / median, 1),
         "load_seconds": round(loaded, 1),
         "host_gib": round(_process_bytes() / GIB, 2),
         "losses": losses,

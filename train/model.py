@@ -78,7 +78,9 @@ class LanguageModel(torch.nn.Module):
     def execute(self, plan: Plan) -> None:
         """Sets up how training passes run: on the engine, or on transformers, where blocks recompute all or nothing."""
         causal_lm: Any = self.adapted.get_base_model()
-        self.engine = None  # or its memory would stand beside the new one's
+        if self.engine is not None:  # its memory would stand beside the new one's
+            self.engine.release()
+            self.engine = None
         if plan.is_fused:
             self.host.wanted = sorted({*self.host.wanted, *plan.streamed})
             for number in plan.streamed:
@@ -181,9 +183,9 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
     return model.train()
 
 
-def sketch(config: Config, device: torch.device) -> peft.PeftModel:
+def sketch(config: Config, dtype: torch.dtype) -> peft.PeftModel:
     """The model as load_model would make it, on torch's meta device: for choosing an engine and for planning."""
-    base = skeleton(config.model, DTYPES[resolve_dtype(config.model, device)])
+    base = skeleton(config.model, dtype)
     return _with_adapters(base, config, low_cpu_mem_usage=True)
 
 

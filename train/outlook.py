@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from train import runtime
+from train import hardware, runtime
 from train.cards import Card, host_card, present_card
 from train.collate import MicroBatch, collate, collate_packed
 from train.config import Config
 from train.data import TrainingData
+from train.engine.graphs import is_out_of_memory
 from train.engine.patch import model_sizes
 from train.exits import ExitCode, ExitWith
 from train.model import DTYPES, choose_engine, load_model, resolve_dtype, sketch
@@ -27,9 +28,9 @@ MOST_TRIES = 8
 
 
 @lru_cache(maxsize=4)
-def sketched_sizes(config: Config, device: torch.device) -> tuple[ModelSizes | None, str, int]:
+def sketched_sizes(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[ModelSizes | None, str, int]:
     """(sizes, or None and why the fused engine cannot run it; number of blocks), of the model without its weights."""
-    sketched = sketch(config, device)
+    sketched = sketch(config, dtype)
     causal_lm: Any = sketched.get_base_model()
     fused, reason = choose_engine(sketched, config, device)
     sizes = model_sizes(causal_lm, config, on_gpu=device.type == "cuda") if fused else None
@@ -53,16 +54,19 @@ class Outlook:
         cls, config: Config, device: torch.device, rows: Rows, budget: int | None, saved_tokens: int = 0
     ) -> "Outlook":
         """Of a run on `device`."""
-        card = host_card()
-        if device.type == "cuda":
-            card = present_card(device, DTYPES[resolve_dtype(config.model, device)])
-        outlook = cls.on_card(config, device, card, rows, budget)
-        return replace(outlook, saved_tokens=saved_tokens)
+        dtype = DTYPES[resolve_dtype(config.model, device)]
+        card = present_card(device, dtype) if device.type == "cuda" else host_card()
+        sizes, reason, num_blocks = sketched_sizes(config, device, dtype)
+        planner = Planner(sizes, rows, config.batch, config.memory, card) if sizes else None
+        return cls(config, rows, planner, reason, budget, num_blocks, saved_tokens)
 
     @classmethod
-    def on_card(cls, config: Config, device: torch.device, card: Card, rows: Rows, budget: int | None) -> "Outlook":
-        """Of a run on a card that need not be here, where config says in which type it computes."""
-        sizes, reason, num_blocks = sketched_sizes(config, device)
+    def on_card(cls, config: Config, card: Card, rows: Rows, budget: int) -> "Outlook":
+        """Of a run on a GPU that need not be here."""
+        dtype = config.model.dtype
+        if dtype == "auto" or (dtype == "bf16" and card.capability < hardware.BF16):
+            dtype = hardware.best_type(card.capability)[0]
+        sizes, reason, num_blocks = sketched_sizes(config, torch.device("cuda"), DTYPES[dtype])
         planner = Planner(sizes, rows, config.batch, config.memory, card) if sizes else None
         return cls(config, rows, planner, reason, budget, num_blocks, saved_tokens=0)
 
@@ -154,9 +158,8 @@ def fitted(training: Training, outlook: Outlook) -> Training:
     smaller = outlook.smaller_plans(plan)
     for plan in smaller:
         runtime.say(training.accelerator, f"memory    the longest pass did not fit; trying: {plan}")
-        training.model.execute(plan)
         _follow(training, plan)
-        if _runs(training, plan):
+        if _fits(training, plan):
             return replace(training, plan=plan)
     raise ExitWith(
         ExitCode.BAD_INPUT,
@@ -175,6 +178,15 @@ def _follow(training: Training, plan: Plan) -> None:
     training.data.most_tokens = plan.tokens_per_pass if plan.merges else 0
 
 
+def _fits(training: Training, plan: Plan) -> bool:
+    """Whether the model can be set up by the plan, and its longest pass runs."""
+    try:
+        training.model.execute(plan)
+    except torch.OutOfMemoryError:
+        return False
+    return _runs(training, plan)
+
+
 def _runs(training: Training, plan: Plan) -> bool:
     """Whether the longest pass goes through; what it leaves in the gradients is taken away."""
     try:
@@ -182,7 +194,7 @@ def _runs(training: Training, plan: Plan) -> bool:
             training.model(longest_pass(training, plan).to(training.accelerator.device)).backward()
         torch.cuda.synchronize()
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return False
     finally:
@@ -205,12 +217,3 @@ def longest_pass(training: Training, plan: Plan) -> MicroBatch:
 
 def _sample(num_tokens: int) -> dict[str, list]:
     return {"input_ids": [0] * num_tokens, "trained": [True] * num_tokens}
-
-
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Also where the end of a recording that ran out of memory has failed after it."""
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError):
-            return True
-        error = error.__context__
-    return False

@@ -13,7 +13,10 @@ from itertools import product
 from train.cards import Card
 from train.config import BatchConfig, MemoryConfig
 
-MARGIN = 0.92  # of the budget is planned with; the rest is the allocator's waste
+MARGIN, GRAPH_MARGIN = 0.92, 0.90  # of the budget is planned with; the rest is the allocator's waste, and graphs'
+CUBLAS_BYTES = 2**26  # workspaces of cuBLAS
+LATENCY_TOKENS = 155  # more than a pass has are as long as it takes: short products are less efficient (measured)
+WORTH = 0.02  # of a step's time must be won by what uses host memory
 NUM_SLOTS = 2  # device buffers of blocks from the host: one is free again as soon as its block is dequantised
 INPUTS_IN_FLIGHT = 3  # block inputs on the device that are on their way to the host or back
 MOST_MERGED = 16384  # products are not faster beyond
@@ -21,8 +24,7 @@ GRAPH_TOKENS = 4096  # passes of so many tokens at most run as CUDA graphs, wher
 # Seconds in which a host launches the kernels of one block (H200's host: 155 ms for 32 blocks forward and backward)
 LAUNCH_FORWARD, LAUNCH_BACKWARD = 0.0019, 0.0029
 ELEMENTWISE = 9  # times a block's activations are read or written by what lies between its products
-# Copies beside the computation slow it a little (an estimate), so that what costs nothing else is not streamed
-STREAMING, OFFLOADING = 0.03, 0.02
+STREAMING, OFFLOADING = 0.02, 0.01  # copies beside the computation slow it (measured: 1.9 % with all blocks)
 SMALL_KERNELS = 0.0004  # seconds a block and pass in which a recorded graph's kernels are too small for the card
 
 
@@ -118,11 +120,17 @@ class _Choice:
     num_kept: int = 1
     num_cached: int = 0
 
+    @property
+    def uses_host(self) -> bool:
+        """Whether anything goes to host memory and back in a pass."""
+        return self.offloads or self.num_streamed > 0
+
 
 class Planner:
     """Chooses for one model, data and card."""
 
     def __init__(self, sizes: ModelSizes, rows: Rows, batch: BatchConfig, memory: MemoryConfig, card: Card) -> None:
+        self.host_room = card.host_bytes
         self.sizes = sizes
         self.rows = rows
         self.batch = batch
@@ -135,16 +143,25 @@ class Planner:
         Where nothing fits, the smallest: its peak tells what is missing. A run that is resumed gives the
         `tokens_per_pass` that it was started with. Blocks that are in host memory already stay there.
         """
-        room = None if budget is None else int(budget * MARGIN)
         choices = [
-            self._filled(choice, room) for choice in self._choices(room is not None, saved_tokens, least_streamed)
+            self._filled(choice, self._room(budget, choice))
+            for choice in self._choices(budget is not None, saved_tokens, least_streamed)
         ]
-        fitting = [choice for choice in choices if room is None or self.peak(choice) <= room]
-        if fitting:
-            chosen = min(fitting, key=lambda choice: (self.seconds(choice), self.peak(choice)))
-        else:
-            chosen = min(choices, key=self.peak)
-        return self._plan(chosen, room is not None)
+        fitting = [choice for choice in choices if self._fits(choice, self._room(budget, choice))]
+        if not fitting:
+            return self._plan(min(choices, key=self.peak), budget is not None)
+        # streaming must be worth it: the model of time is not so exact
+        chosen = min(fitting, key=lambda choice: self.seconds(choice) * (1 + WORTH * choice.uses_host))
+        return self._plan(chosen, budget is not None)
+
+    def _room(self, budget: int | None, choice: _Choice) -> int | None:
+        """What of the budget is planned with."""
+        return None if budget is None else int(budget * (GRAPH_MARGIN if choice.graphs else MARGIN))
+
+    def _fits(self, choice: _Choice, room: int | None) -> bool:
+        if room is None:
+            return True
+        return self.peak(choice) <= room and self.host_bytes(choice) <= self.host_room
 
     def longest_row(self, budget: int) -> int:
         """Tokens of the longest single row that could be trained in `budget` bytes, in steps of 64; 0 for none."""
@@ -224,8 +241,12 @@ class Planner:
         inputs = choice.num_kept + min(INPUTS_IN_FLIGHT, recomputed) if choice.offloads else s.num_blocks
         activations = element * (2 * wide + s.heads + s.query + s.hidden + 2 * s.inner + 3 * s.extra)
         activations += 4 * s.query // 64 + 8  # attention's log sums and the norms' scales, fp32
-        largest = max(s.inner, 2 * s.query + s.heads)
-        backward = tokens * (element * (wide + s.hidden + largest) + 4 * s.query)  # attention sums dQ in fp32
+        if not card_has_flash(self.card, element):  # keys and values of all heads, and each sample's output, are kept
+            activations += element * 3 * s.query
+        # beside the gradients of the stack's output and of the block's: the MLP's product, or of attention the
+        # gradients of its output, of its inputs, and of keys and values before heads are summed; its dQ is fp32
+        largest = max(s.inner, 3 * s.query + s.heads)
+        backward = tokens * (element * (wide + 2 * s.hidden + largest) + 4 * s.query)
         head = tokens * element * 3 * s.hidden + min(s.chunk_bytes, tokens * s.vocabulary * element)
         # what a graph uses, nothing else can
         working = head + backward if choice.graphs else max(head, backward)
@@ -238,9 +259,16 @@ class Planner:
             "adapters, gradients, optimizer": s.adapter_bytes,
             "inputs of blocks": tokens * element * (inputs * s.hidden + s.num_blocks * s.extra),
             "kept activations": tokens * choice.num_kept * activations,
-            "working memory": working,
+            "working memory": working + CUBLAS_BYTES,
             "places of graphs": tokens * element * 4 * s.hidden if choice.graphs else 0,
         }
+
+    def host_bytes(self, choice: _Choice) -> int:
+        """Page-locked host memory."""
+        s = self.sizes
+        total = choice.num_streamed * s.packed_bytes + (s.embedding_bytes if s.embedding_on_host else 0)
+        inputs = (s.num_blocks - choice.num_kept) * choice.tokens * s.hidden * s.element_bytes
+        return total + (inputs if choice.offloads else 0)
 
     def seconds(self, choice: _Choice) -> float:
         """Of an optimizer step: what is slower, the card, the bus or the host, forward and backward."""
@@ -250,9 +278,10 @@ class Planner:
         moved = ELEMENTWISE * s.element_bytes * (3 * s.hidden + s.heads + s.query + 2 * s.inner) * tokens / 3
         dequantise = (s.matrix_bytes + s.packed_bytes) * (1 - choice.num_cached / s.num_blocks)
         memory = (moved + dequantise) / card.bandwidth + SMALL_KERNELS / 2
-        forward = tokens * (2 * weights + attention) / card.flops + memory
-        backward = tokens * (2 * weights + 2.5 * attention) / card.flops + 2 * moved / card.bandwidth + memory
-        again = tokens * (2 * (weights - s.hidden * s.inner) + attention) / card.flops + moved / card.bandwidth
+        rate = card.flops / (tokens + LATENCY_TOKENS)
+        forward = (2 * weights + attention) / rate + memory
+        backward = (2 * weights + 2.5 * attention) / rate + 2 * moved / card.bandwidth + memory
+        again = (2 * (weights - s.hidden * s.inner) + attention) / rate + moved / card.bandwidth
         recomputed = (s.num_blocks - choice.num_kept) / s.num_blocks
         launches = (LAUNCH_FORWARD, LAUNCH_BACKWARD + LAUNCH_FORWARD * recomputed)
         if choice.graphs:
@@ -261,7 +290,7 @@ class Planner:
         bus = choice.num_streamed / s.num_blocks * s.packed_bytes / card.bus
         one_way = max(forward, launches[0], bus, block_input)
         other_way = max(backward + recomputed * again, launches[1], bus + block_input)
-        head = 4 * tokens * s.head_bytes / s.element_bytes / card.flops
+        head = 4 * s.head_bytes / s.element_bytes / rate
         beside = 1 + STREAMING * choice.num_streamed / s.num_blocks + OFFLOADING * choice.offloads
         return choice.num_passes * (s.num_blocks * (one_way + other_way) * beside + head)
 
@@ -269,8 +298,6 @@ class Planner:
         s = self.sizes
         streamed = spread(choice.num_streamed, s.num_blocks)
         recomputed = s.num_blocks - choice.num_kept
-        host = choice.num_streamed * s.packed_bytes + (s.embedding_bytes if s.embedding_on_host else 0)
-        host += recomputed * choice.tokens * s.hidden * s.element_bytes if choice.offloads else 0
         return Plan(
             is_fused=True,
             merges=self.batch.merge == "auto",
@@ -282,10 +309,15 @@ class Planner:
             offloads_inputs=choice.offloads and recomputed > 0,
             uses_graphs=choice.graphs,
             parts=tuple(self.parts(choice).items()) if has_limit else (),
-            host_bytes=host if has_limit else 0,
+            host_bytes=self.host_bytes(choice) if has_limit else 0,
             seconds=self.seconds(choice),
             traffic_bytes=(2 * len(streamed) - min(NUM_SLOTS, len(streamed))) * s.packed_bytes,
         )
+
+
+def card_has_flash(card: Card, element_bytes: int) -> bool:
+    """Whether attention takes grouped heads as they are and keeps nothing but its output."""
+    return card.capability >= (8, 0) and element_bytes == 2
 
 
 def spread(count: int, total: int) -> tuple[int, ...]:

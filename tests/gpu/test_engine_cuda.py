@@ -185,6 +185,30 @@ def test_old_graphs_make_room(config: Config, monkeypatch: pytest.MonkeyPatch) -
     assert optimizer_step(training, 6).loss > 0
 
 
+def test_without_room_a_larger_graph_serves(config: Config) -> None:
+    """The gradients of four windows through the one graph of the largest shape are those of launches."""
+    found = []
+    for is_recorded in (True, False):
+        training = build(with_batch(config, 2, 4))
+        training.model.execute(replace(training.plan, num_kept=1, num_cached=0, uses_graphs=True))
+        engine: Any = training.model.engine
+        if not is_recorded:
+            engine.graphs = None
+        for step in range(2):  # by launches, and recorded
+            gradient(training, step)
+        if is_recorded:
+            engine.graphs.is_full = True
+            first = next(iter(engine.graphs.graphs))
+            engine.graphs.graphs = {first: engine.graphs.graphs[first]}
+        found.append([gradient(training, step) for step in range(2, 6)])
+        if is_recorded:
+            assert list(engine.graphs.graphs) == [first]
+    for one, two in zip(*found, strict=True):
+        assert one.norm() > 0
+        assert torch.isfinite(one).all()
+        assert torch.cosine_similarity(one, two, dim=0) > 0.99
+
+
 def test_samples_of_one_length_go_to_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     """cuDNN's attention and its gradients are varlen_attn's within bf16's noise."""
     if torch.cuda.get_device_capability()[0] != 9:

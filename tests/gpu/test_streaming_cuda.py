@@ -1,7 +1,6 @@
 """What only a GPU can show of streaming: copies beside kernels and inside graphs, the cap, answers."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from data_tools.prepare import first_conversations
-from tests.conftest import BUNDLED_BASE, run_command, training_of, with_batch
+from tests.conftest import BUNDLED_BASE, training_of, with_batch
 from train.config import Config, LoraConfig, ModelConfig
 from train.data import prepare_settings
 from train.deliver.compare import compare
@@ -83,13 +82,3 @@ def test_a_streamed_model_takes_less_and_answers(deep: Config) -> None:
         del training
     assert answers[0] == answers[1]
     assert taken[1] < taken[0]
-
-
-def test_the_longest_pass_is_tried_before_training(deep: Config, tmp_path: Path) -> None:
-    """In a budget that is larger than the plan's peak but too small for the allocator, a smaller plan is found."""
-    words = ["--profile", "4gb", "--model.name_or_path", str(BUNDLED_BASE), "--data.path", *deep.data.path]
-    words += ["--run.dir", str(tmp_path / "run"), "--train.max_steps", "3", "--track.wandb", "off"]
-    words += ["--compare.num_questions", "0", "--memory.budget", "96MiB"]
-    outcome = run_command(words)
-    assert outcome.returncode == 0, outcome.stderr
-    assert "predicted peak" in outcome.stdout

@@ -403,7 +403,7 @@ def test_what_the_engine_cannot_run_is_said(config: Config) -> None:
     uneven = adapted_model(LlamaConfig(**SIZES), ["1.mlp.up_proj"]).get_base_model()
     assert reason_against(uneven) == "its blocks do not all have the same adapters"
     int8 = replace(config, model=replace(config.model, quantization="int8"))
-    sketched = sketch(int8, CPU)
+    sketched = sketch(int8, torch.float32)
     assert choose_engine(sketched, int8, CPU) == (False, "int8 layers round their inputs, which only bitsandbytes does")
     with pytest.raises(ExitWith, match=r"--engine\.kind fused: int8 layers"):
         choose_engine(sketched, fused(int8), CPU)

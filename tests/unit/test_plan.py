@@ -145,7 +145,7 @@ def test_sizes_are_those_of_the_loaded_model(quantization: Any, config: Config) 
     """What is computed from config.json is what the loaded model has: packed blocks, adapters, norms."""
     model = ModelConfig(config.model.name_or_path, quantization=quantization, random_init=True)
     config = replace(config, model=model, optim=OptimConfig(name="adamw"), engine=EngineConfig(kind="auto"))
-    sizes = model_sizes(sketch(config, torch.device("cpu")).get_base_model(), config, on_gpu=False)
+    sizes = model_sizes(sketch(config, torch.float32).get_base_model(), config, on_gpu=False)
     training = training_of(config, Accelerator(cpu=True))
     causal_lm: Any = training.model.adapted.get_base_model()
     layers = linear_layers(causal_lm.base_model.layers[0])
@@ -232,11 +232,11 @@ def test_what_would_fit_instead(config: Config) -> None:
     """An 8B with rows of 100,000 tokens in 4 GiB: refused before a weight is read, with a length that would fit."""
     config = replace(config, model=ModelConfig(str(SHARED / "llama31_8b"), dtype="bf16"), memory=MemoryConfig())
     rows = Rows((100_000,), 100_000, 0, 100_000)
-    ahead = Outlook.on_card(config, torch.device("cuda"), H200, rows, 4 * GIB)
+    ahead = Outlook.on_card(config, H200, rows, 4 * GIB)
     with pytest.raises(ExitWith, match=r"What would fit: --data\.max_length \d+") as error:
         ahead.first_plan()
     length = int(str(error.value.reason).split("--data.max_length ")[1].split(",")[0])
-    fits = Outlook.on_card(config, torch.device("cuda"), H200, Rows((length,), length, 0, length), 4 * GIB)
+    fits = Outlook.on_card(config, H200, Rows((length,), length, 0, length), 4 * GIB)
     assert fits.first_plan().peak_bytes <= 4 * GIB
     assert length > 2048
 

@@ -4,7 +4,9 @@ A step of 1,340 tokens of Llama-3.1-8B: 155 ms by launches, 84 to 88 ms as a gra
 one shape, so passes are padded to a multiple of STEP tokens, by a last sample of its own that nobody learns from.
 """
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from train.collate import MicroBatch
 from train.engine.attention import Attend
 from train.engine.block import Pass
-from train.engine.stack import Kept, Stack
+from train.engine.stack import Memory, Stack
 from train.engine.weight_store import WeightStore
 
 STEP = 128
@@ -79,6 +81,8 @@ class Graphs:
         self.graphs: dict[tuple[int, int], _Graph] = {}  # by tokens and borders
         self.places: _Places | None = None
         self.pool: Any = None
+        self.first_bytes = 0  # that the first recording needed
+        self.is_full = False  # there is no memory for more recordings
 
     def release(self) -> None:
         """Lets go of all graphs and their memory; passes are recorded anew."""
@@ -86,29 +90,67 @@ class Graphs:
         self.places = self.pool = None
 
     def __call__(self, hidden: torch.Tensor, shared: Pass, batch: MicroBatch) -> torch.Tensor:
-        """As Stack, for a batch that `pad` has padded."""
+        """As Stack, for a batch that `pad` has padded; what cannot be recorded is launched."""
         assert batch.cu_seqlens is not None
+        if self.is_full and not self.graphs:
+            return self.stack(hidden, shared)
         if self.places is None:  # the very first pass compiles kernels and makes the libraries' handles
             self.pool = torch.cuda.graph_pool_handle()
             like = (hidden, shared.cos, shared.sin, hidden, hidden)
             self.most_tokens = max(self.most_tokens, hidden.shape[0])
             self.places = _Places(*(part.new_zeros(self.most_tokens, part.shape[1]) for part in like))
             return self.stack(hidden, shared)
-        num_tokens, num_borders = hidden.shape[0], len(batch.cu_seqlens)
-        if num_tokens > self.most_tokens:
+        graph = self._graph_for(hidden.shape[0], shared, batch)
+        if graph is None:
             return self.stack(hidden, shared)
+        num_tokens = hidden.shape[0]
+        places = graph.places.first(num_tokens)
+        pairs = ((places.hidden, hidden), (places.cos, shared.cos), (places.sin, shared.sin))
+        for place, value in (*pairs, (graph.seed, shared.seed)):
+            place.copy_(value)
+        graph.borders.fill_(graph.places.hidden.shape[0])
+        # the last border stays: what a larger graph has too much belongs to the sample that `pad` has added
+        graph.borders[: len(batch.cu_seqlens) - 1].copy_(batch.cu_seqlens[:-1])
+        return _Replay.apply(graph, self.stack, num_tokens, self.stack.anchor)
+
+    def _graph_for(self, num_tokens: int, shared: Pass, batch: MicroBatch) -> "_Graph | None":
+        """The shape's graph, recorded at its first sight; where there is no memory for one, a larger one, or none."""
+        assert batch.cu_seqlens is not None
+        assert self.places is not None
+        num_borders = len(batch.cu_seqlens)
+        if num_tokens > self.most_tokens:
+            return None
         # the largest first of all: the pool then has room for the others
         for size in (num_tokens,) if self.graphs else (self.most_tokens, num_tokens):
-            if (size, num_borders) not in self.graphs:
-                if len(self.graphs) == MOST_GRAPHS:
-                    del self.graphs[next(iter(self.graphs))]
+            if (size, num_borders) in self.graphs or self.is_full:
+                continue
+            if len(self.graphs) == MOST_GRAPHS:
+                del self.graphs[list(self.graphs)[1]]  # the oldest but the first, which serves where there is no room
+            self.is_full = not self._has_room()
+            if not self.is_full:
                 self.graphs[size, num_borders] = self._record(self.places.first(size), num_borders, shared, batch)
-        graph = self.graphs[num_tokens, num_borders]
-        places = graph.places
-        pairs = ((places.hidden, hidden), (places.cos, shared.cos), (places.sin, shared.sin))
-        for place, value in (*pairs, (graph.seed, shared.seed), (graph.borders, batch.cu_seqlens)):
-            place.copy_(value)
-        return _Replay.apply(graph, self.stack, self.stack.anchor)
+        larger = [shape for shape in self.graphs if shape[0] >= num_tokens and shape[1] >= num_borders]
+        if not larger:
+            self.release()  # what it holds, launches need
+            return None
+        return self.graphs[min(larger)]
+
+    def _has_room(self) -> bool:
+        """Whether a recording will not run out of memory, which would leave torch's allocator in disorder.
+
+        The first takes what the pass by launches took; raises OutOfMemoryError where that is not there. The others find
+        room in the first one's memory, but for what does not fit its gaps.
+        """
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what launches have used, the pool needs now
+        free, total = torch.cuda.mem_get_info()
+        cap = int(total * torch.cuda.get_per_process_memory_fraction())
+        room = min(free, cap - torch.cuda.memory_reserved())
+        if not self.graphs:
+            self.first_bytes = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+            if room < self.first_bytes:
+                raise torch.OutOfMemoryError(f"{room:,} bytes are left for a graph that needs {self.first_bytes:,}")
+        return room >= self.first_bytes // 8
 
     def _record(self, places: _Places, num_borders: int, shared: Pass, batch: MicroBatch) -> _Graph:
         """Both directions; what lies between them stays in the pool, which all graphs share, one replay at a time."""
@@ -116,22 +158,21 @@ class Graphs:
         store = self.stack.store
         store.before_replay(forward=True)
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # what launches have used, the pool needs now
         num_tokens = places.hidden.shape[0]
         borders, seed = batch.cu_seqlens.new_full((num_borders,), num_tokens), shared.seed.clone()
         borders[0] = 0
         attend = self.attend_for(replace(batch, cu_seqlens=borders, max_length=num_tokens))
         own = replace(shared, cos=places.cos, sin=places.sin, seed=seed, attend=attend)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        kept: list[Kept] = []
+        kept: Memory = []
         store.adapters_moved()
-        with torch.no_grad():
+        with torch.no_grad(), _no_collection():
             with torch.cuda.graph(forward, pool=self.pool):
-                out, last, rstd = self.stack.forward(places.hidden, own, kept)
+                out = self.stack.forward(places.hidden, own, kept)
                 places.out.copy_(out)
                 del out
             with torch.cuda.graph(backward, pool=self.pool):
-                self.stack.backward(places.grad_out, last, rstd, own, kept)
+                self.stack.backward(places.grad_out, own, kept)
         store.forget()  # nothing of it has run yet
         return _Graph(places, seed, borders, forward, backward)
 
@@ -140,16 +181,38 @@ class _Replay(torch.autograd.Function):
     """A graph as autograd sees it, a function of one adapter as in stack.py."""
 
     @staticmethod
-    def forward(ctx: Any, graph: _Graph, stack: Stack, _: torch.nn.Parameter) -> torch.Tensor:
-        ctx.graph, ctx.store = graph, stack.store
+    def forward(ctx: Any, graph: _Graph, stack: Stack, num_tokens: int, _: torch.nn.Parameter) -> torch.Tensor:
+        ctx.graph, ctx.store, ctx.num_tokens = graph, stack.store, num_tokens
         _replay(graph.forward, stack.store, forward=True)
-        return graph.places.out.detach()
+        return graph.places.out[:num_tokens].detach()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
-        ctx.graph.places.grad_out.copy_(grad_outputs[0])
+        place = ctx.graph.places.grad_out
+        place[: ctx.num_tokens].copy_(grad_outputs[0])
+        place[ctx.num_tokens :].zero_()  # nobody learns from what a larger graph has too much
         _replay(ctx.graph.backward, ctx.store, forward=False)
-        return None, None, None
+        return None, None, None, None
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """While a graph is recorded no garbage is freed: what CUDA is told then would end the recording."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Also where the end of a recording that ran out of memory has failed after it."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        error = error.__context__
+    return False
 
 
 def _replay(graph: torch.cuda.CUDAGraph, store: WeightStore, forward: bool) -> None:

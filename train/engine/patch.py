@@ -11,7 +11,7 @@ import torch
 
 from train.collate import MicroBatch
 from train.config import Config
-from train.engine.attention import Attend, attend_packed
+from train.engine.attention import attend_packed
 from train.engine.block import Block, Pass
 from train.engine.copies import copies_for
 from train.engine.embedding import HostEmbedding
@@ -76,7 +76,9 @@ class Engine:
         window = causal_lm.config.sliding_window if is_mistral else None
         self.sliding_window: int | None = getattr(decoder.layers[0].self_attn, "sliding_window", window)
         self.dropout = max(block.dropout for block in blocks)
-        self.graphs = Graphs(self.stack, self._attend_for, plan.tokens_per_pass) if plan.uses_graphs else None
+        # no method of this object, which would keep a replaced engine's graphs alive
+        self.attend_for = partial(attend_packed, sliding_window=self.sliding_window, scale=blocks[0].scaling)
+        self.graphs = Graphs(self.stack, self.attend_for, plan.tokens_per_pass) if plan.uses_graphs else None
 
     def __call__(self, batch: MicroBatch) -> torch.Tensor:
         """What the head reads, [T or more, H], of a packed micro-batch; dropout while the model trains."""
@@ -88,22 +90,23 @@ class Engine:
         dropout = self.dropout if self.decoder.training else 0.0
         # the seed of this forward pass, which runtime.seed_forward has set
         seed = torch.full((), mixed(torch.initial_seed()), device=hidden.device)
-        shared = Pass(cos[0].contiguous(), sin[0].contiguous(), self._attend_for(batch), dropout, seed)
+        shared = Pass(cos[0].contiguous(), sin[0].contiguous(), self.attend_for(batch), dropout, seed)
         return recorded(hidden, shared, batch) if recorded is not None else self.stack(hidden, shared)
 
-    @contextmanager
-    def lent(self) -> Iterator[None]:
-        """While it is entered, transformers can run the decoder: its memory is free, streamed weights come by layer."""
+    def release(self) -> None:
+        """Lets go of graphs and dequantised weights, which are made again when they are asked for."""
         if self.graphs is not None:
             self.graphs.release()
         self.stack.store.release()
         if self.stack.store.like.is_cuda:
             torch.cuda.empty_cache()
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """While it is entered, transformers can run the decoder: its memory is free, streamed weights come by layer."""
+        self.release()
         with self.stack.store.lent(self.decoder.layers):
             yield
-
-    def _attend_for(self, batch: MicroBatch) -> Attend:
-        return attend_packed(batch, self.sliding_window, self.stack.blocks[0].scaling)
 
 
 def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:

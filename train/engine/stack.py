@@ -19,6 +19,17 @@ class Kept:
     activations: Activations | None  # where None, its input is in Stack.inputs
 
 
+@dataclass
+class Last:
+    """What the last norm's backward reads."""
+
+    hidden: torch.Tensor  # [T, H]
+    rstd: torch.Tensor  # [T]
+
+
+Memory = list[Kept | Last]  # of a pass: of each block, and of the norm behind them
+
+
 class Stack:
     """The decoder's blocks and its last norm.
 
@@ -43,12 +54,10 @@ class Stack:
         self.store.adapters_moved()
         if torch.is_grad_enabled():
             return _Stack.apply(hidden, self, shared, self.anchor)
-        return self.forward(hidden, shared, None)[0]
+        return self.forward(hidden, shared, None)
 
-    def forward(
-        self, hidden: torch.Tensor, shared: Pass, kept: list[Kept] | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The normed output, and what the norm's backward needs; fills `kept` where one is given."""
+    def forward(self, hidden: torch.Tensor, shared: Pass, kept: Memory | None) -> torch.Tensor:
+        """The normed output; fills `kept` where one is given."""
         num_recomputed = len(self.blocks) - self.num_kept
         self.store.begin(range(len(self.blocks)))
         self.inputs.begin()
@@ -65,18 +74,22 @@ class Stack:
         self.inputs.settle()
         out = torch.empty_like(hidden)
         rstd = rms_norm(hidden, self.norm.weight, self.norm.variance_epsilon, out)
-        return out, hidden, rstd
+        if kept is not None:
+            kept.append(Last(hidden, rstd))
+        return out
 
-    def backward(
-        self, grad_out: torch.Tensor, last: torch.Tensor, rstd: torch.Tensor, shared: Pass, kept: list[Kept]
-    ) -> None:
+    def backward(self, grad_out: torch.Tensor, shared: Pass, kept: Memory) -> None:
         """Adds to the adapters' gradients; consumes `kept`."""
-        width = last.shape[1]
-        grad = last.new_empty(last.shape[0], width + self.num_extra)
-        rms_norm_backward(grad_out, last, self.norm.weight, rstd, grad[:, :width], add=False)
+        width = grad_out.shape[1]
+        last = kept.pop()
+        assert isinstance(last, Last)
+        grad = grad_out.new_empty(grad_out.shape[0], width + self.num_extra)
+        rms_norm_backward(grad_out, last.hidden, self.norm.weight, last.rstd, grad[:, :width], add=False)
+        del last
         self.store.begin(range(len(self.blocks) - 1, -1, -1))
         for block in reversed(self.blocks):
             record = kept.pop()
+            assert isinstance(record, Kept)
             matrices = self.store.matrices(block.number)
             activations = record.activations
             if activations is None:
@@ -95,13 +108,10 @@ class _Stack(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, stack: Stack, shared: Pass, _: torch.nn.Parameter) -> torch.Tensor:
-        ctx.kept = []
-        out, last, rstd = stack.forward(hidden, shared, ctx.kept)
-        ctx.stack, ctx.shared, ctx.last, ctx.rstd = stack, shared, last, rstd
-        return out
+        ctx.stack, ctx.shared, ctx.kept = stack, shared, []
+        return stack.forward(hidden, shared, ctx.kept)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
-        last, ctx.last = ctx.last, None
-        ctx.stack.backward(grad_outputs[0], last, ctx.rstd, ctx.shared, ctx.kept)
+        ctx.stack.backward(grad_outputs[0], ctx.shared, ctx.kept)
         return None, None, None, None

@@ -202,7 +202,7 @@ def test_without_room_a_larger_graph_serves(config: Config) -> None:
             engine.graphs.graphs = {first: engine.graphs.graphs[first]}
         found.append([gradient(training, step) for step in range(2, 6)])
         if is_recorded:
-            assert list(engine.graphs.graphs) == [first]
+            assert len(engine.graphs.graphs) == 1
     for one, two in zip(*found, strict=True):
         assert one.norm() > 0
         assert torch.isfinite(one).all()

@@ -75,7 +75,7 @@ def present_card(device: torch.device, dtype: torch.dtype) -> Card:
     capability = hardware.capability(device)
     total = properties.total_memory
     card = known(properties.name)
-    if card is None:
+    if card is None or dtype == torch.float32:  # which tensor cores do not compute in
         card = Card(properties.name, total, capability, *_rates(device, dtype))
     # a run that is resumed launches its first pass where the other replays: not for those who want the same bits
     is_free = capability >= hardware.FLASH and not torch.are_deterministic_algorithms_enabled()

@@ -21,8 +21,8 @@ NUM_SLOTS = 2  # device buffers of blocks from the host: one is free again as so
 INPUTS_IN_FLIGHT = 3  # block inputs on the device that are on their way to the host or back
 MOST_MERGED = 16384  # products are not faster beyond
 GRAPH_TOKENS = 4096  # passes of so many tokens at most run as CUDA graphs, where that is faster: their memory is theirs
-# Seconds in which a host launches the kernels of one block (H200's host: 155 ms for 32 blocks forward and backward)
-LAUNCH_FORWARD, LAUNCH_BACKWARD = 0.0019, 0.0029
+# Seconds in which a host launches the kernels of one block (measured: 272 ms for 32, with what is computed again)
+LAUNCH_FORWARD, LAUNCH_BACKWARD = 0.0024, 0.0037
 ELEMENTWISE = 9  # times a block's activations are read or written by what lies between its products
 STREAMING, OFFLOADING = 0.02, 0.01  # copies beside the computation slow it (measured: 1.9 % with all blocks)
 SMALL_KERNELS = 0.0004  # seconds a block and pass in which a recorded graph's kernels are too small for the card
@@ -83,6 +83,7 @@ class Plan:
     streamed: tuple[int, ...] = ()  # blocks whose weights are in host memory
     offloads_inputs: bool = False  # inputs of blocks that are computed again are in host memory
     uses_graphs: bool = False
+    head_bytes: int = 0  # that the head works with, which recorded graphs must leave
     parts: tuple[tuple[str, int], ...] = ()  # predicted bytes on the device at the worst moment, by component
     host_bytes: int = 0  # page-locked
     seconds: float = 0.0  # predicted, of an optimizer step
@@ -247,7 +248,7 @@ class Planner:
         # gradients of its output, of its inputs, and of keys and values before heads are summed; its dQ is fp32
         largest = max(s.inner, 3 * s.query + s.heads)
         backward = tokens * (element * (wide + 2 * s.hidden + largest) + 4 * s.query)
-        head = tokens * element * 3 * s.hidden + min(s.chunk_bytes, tokens * s.vocabulary * element)
+        head = self._head_bytes(tokens)
         # what a graph uses, nothing else can
         working = head + backward if choice.graphs else max(head, backward)
         return {
@@ -262,6 +263,12 @@ class Planner:
             "working memory": working + CUBLAS_BYTES,
             "places of graphs": tokens * element * 4 * s.hidden if choice.graphs else 0,
         }
+
+    def _head_bytes(self, tokens: int) -> int:
+        """What the head works with."""
+        s = self.sizes
+        chunk = min(s.chunk_bytes, tokens * s.vocabulary * s.element_bytes)
+        return tokens * s.element_bytes * 3 * s.hidden + chunk
 
     def host_bytes(self, choice: _Choice) -> int:
         """Page-locked host memory."""
@@ -308,6 +315,7 @@ class Planner:
             streamed=streamed,
             offloads_inputs=choice.offloads and recomputed > 0,
             uses_graphs=choice.graphs,
+            head_bytes=self._head_bytes(choice.tokens),
             parts=tuple(self.parts(choice).items()) if has_limit else (),
             host_bytes=self.host_bytes(choice) if has_limit else 0,
             seconds=self.seconds(choice),

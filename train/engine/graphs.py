@@ -74,8 +74,10 @@ class _Graph:
 class Graphs:
     """The stack's training passes, recorded at a shape's first sight and replayed from then on."""
 
-    def __init__(self, stack: Stack, attend_for: AttendFor, most_tokens: int) -> None:
+    def __init__(self, stack: Stack, attend_for: AttendFor, most_tokens: int, reserved_bytes: int) -> None:
+        """For passes of `most_tokens`; recordings leave `reserved_bytes` to what runs between them."""
         self.stack = stack
+        self.reserved_bytes = reserved_bytes
         self.attend_for = attend_for
         self.most_tokens = -(-most_tokens // STEP) * STEP
         self.graphs: dict[tuple[int, int], _Graph] = {}  # by tokens and borders
@@ -150,7 +152,7 @@ class Graphs:
             self.first_bytes = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
             if room < self.first_bytes:
                 raise torch.OutOfMemoryError(f"{room:,} bytes are left for a graph that needs {self.first_bytes:,}")
-        return room >= self.first_bytes // 8
+        return room >= self.reserved_bytes + self.first_bytes // 8
 
     def _record(self, places: _Places, num_borders: int, shared: Pass, batch: MicroBatch) -> _Graph:
         """Both directions; what lies between them stays in the pool, which all graphs share, one replay at a time."""

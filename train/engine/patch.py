@@ -78,7 +78,9 @@ class Engine:
         self.dropout = max(block.dropout for block in blocks)
         # no method of this object, which would keep a replaced engine's graphs alive
         self.attend_for = partial(attend_packed, sliding_window=self.sliding_window, scale=blocks[0].scaling)
-        self.graphs = Graphs(self.stack, self.attend_for, plan.tokens_per_pass) if plan.uses_graphs else None
+        self.graphs: Graphs | None = None
+        if plan.uses_graphs:
+            self.graphs = Graphs(self.stack, self.attend_for, plan.tokens_per_pass, plan.head_bytes)
 
     def __call__(self, batch: MicroBatch) -> torch.Tensor:
         """What the head reads, [T or more, H], of a packed micro-batch; dropout while the model trains."""

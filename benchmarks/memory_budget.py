@@ -86,7 +86,7 @@ def main() -> None:
             continue
         found["rows"] = [each for each in found["rows"] if each["case"] != name] + [row]
         found |= {"device": torch.cuda.get_device_name(), "bus_gb_per_second": round(bus / 1e9, 1)}
-        found |= {"commit": commit(), "versions": versions()}
+        found |= {"versions": versions()}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     table(found)
@@ -113,7 +113,7 @@ def run(name: str, case: Case, shape: Path) -> dict[str, Any] | None:
     finally:
         release()
     row = {"case": name, "shape": case.shape, "budget_gib": case.budget_gib, "settings": " ".join(case.words)}
-    row |= measured
+    row |= {"commit": commit(), **measured}
     print(f"{name}: {line(row)} ({time.perf_counter() - start:.0f} s)", flush=True)
     return row
 

@@ -165,8 +165,6 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
     """
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    # newer transformers rename gradient checkpointing (peft uses the old name too), 5.17 does not know the new name
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
     dtype = DTYPES[resolve_dtype(config.model, device)]
     host = HostBlocks(plan.streamed, pin=device.type == "cuda")
     base = load_base(config.model, dtype, device, host, config.train.seed, plan.is_fused)
@@ -235,6 +233,8 @@ def keep_one_cpu_kernel(base: torch.nn.Module) -> None:
 
 
 def _with_adapters(base: Any, config: Config, low_cpu_mem_usage: bool = False) -> peft.PeftModel:
+    # newer transformers rename gradient checkpointing (peft uses the old name too), 5.17 does not know the new name
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
     lora = peft.LoraConfig(
         r=config.lora.r,
         lora_alpha=config.lora.alpha,

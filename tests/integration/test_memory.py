@@ -1,0 +1,99 @@
+"""Streamed runs from the command line to the answers, and what `handloop plan` says before any run."""
+
+import json
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.compare_runs import at, reference, result_of
+from tests.conftest import Run, arguments, run_command
+from train.cards import KNOWN
+from train.commands import main as command
+from train.config import CheckpointConfig, CompareConfig, Config, EngineConfig, LoraConfig
+
+
+@pytest.fixture
+def asked(config: Config) -> Config:
+    """Dropout, validation, a checkpoint every step and two questions at the end, on the fused engine."""
+    return replace(
+        config,
+        lora=LoraConfig(r=4, dropout=0.1),
+        data=replace(config.data, validation_fraction=0.2),
+        checkpoint=CheckpointConfig(every=1),
+        compare=CompareConfig(num_questions=2, max_new_tokens=8),
+        engine=EngineConfig(kind="fused"),
+    )
+
+
+def test_a_streamed_run_that_is_killed_ends_in_the_resident_bits(asked: Config, tmp_path: Path) -> None:
+    """Killed behind two of its saves and repeated: losses, adapters, optimizer and answers of a resident run."""
+    expected = reference(asked, tmp_path / "resident")
+    streamed = replace(asked, memory=replace(asked.memory, offload="stream"))
+    run_dir = tmp_path / "streamed"
+    words = arguments(at(streamed, run_dir))
+    for number in (1, 3):
+        run = Run(words)
+        while run.is_alive() and not (run_dir / "checkpoints" / f"step-{number:010d}").exists():
+            time.sleep(0.002)
+        run.signal(signal.SIGKILL)
+        assert run.wait().returncode == -signal.SIGKILL
+    outcome = run_command(words)
+    assert outcome.returncode == 0, outcome.stderr
+    assert "2 blocks' weights are streamed from host memory" in outcome.stdout
+    assert "continues after step" in outcome.stdout
+    assert result_of(run_dir) == expected
+    answers = [json.loads((folder / "answers.json").read_text()) for folder in (run_dir, tmp_path / "resident")]
+    assert answers[0] == answers[1]
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert any("eval/loss" in row for row in rows)
+
+
+def plan(config: Config, *words: str) -> list[str]:
+    """The command line of `handloop plan` for the tiny shape, trained on a GPU."""
+    shape = ["--model.name_or_path", config.model.name_or_path, "--data.max_length", "128"]
+    return ["plan", "--profile", "a100", *shape, *words]
+
+
+def test_the_plan_of_a_run_is_told(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    """By component, with a line for each known card; exit 0 where it fits."""
+    assert command(plan(config, "--gpu", "4GiB")) == 0
+    told = capsys.readouterr().out
+    for part in ("packed weights", "working memory", "predicted peak", "nothing is streamed", "GTX-1050-Ti"):
+        assert part in told
+    assert command(plan(config, "--gpu", "A100-40", "--json")) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["gpu"] == "A100-40"
+    assert found["fits"]
+    assert found["predicted_tokens_per_second"] > 0
+    assert sum(found["parts_gib"].values()) == pytest.approx(found["predicted_peak_gib"], abs=1e-3)
+    assert [each["gpu"] for each in found["cards"]] == [card.name for card in KNOWN]
+
+
+def test_what_does_not_fit_is_78(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the memory's parts and what would fit."""
+    assert command(plan(config, "--memory.budget", "1MiB", "--lora.r", "64")) == 78
+    told = capsys.readouterr().out
+    assert "does not fit: " in told
+    assert "What would fit: " in told
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--gpu", "huge"), "write a size such as 4GiB, or one of H200"),
+        (("--mean-length", "129"), "rows hold data.max_length at most"),
+        (("--model.quantization", "int8"), "this run has another: int8 layers round their inputs"),
+        (("--memory.offload", "stream", "--engine.kind", "reference"), "only the fused engine streams"),
+        (("--probe",), "wants a CUDA GPU"),
+        (("--steps", "0"), "'0' is not a number from 1 on"),
+    ],
+)
+def test_what_cannot_be_planned_is_78(
+    words: tuple[str, ...], message: str, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One message, what is wrong and what would work."""
+    assert command(plan(config, *words)) == 78
+    assert message in capsys.readouterr().err

@@ -36,6 +36,7 @@ def banner(
         f"batch     {cut.per_device} a device x {cut.accumulation} accumulated x {cut.num_processes} "
         f"process{'es' if cut.num_processes > 1 else ''} = {cut.samples_per_step} samples a step{_executed(training)}",
         f"memory    {training.plan}",
+        *_parts(training),
         *_packing(training),
         f"steps     {data.steps_per_epoch:,} an epoch, {training.total_steps:,} in all; {start}",
         f"optimizer {config.optim.name}, lr {config.optim.lr:g} {config.optim.schedule}, warmup {config.optim.warmup}",
@@ -43,6 +44,12 @@ def banner(
         "versions  " + ", ".join(f"{name} {number}" for name, number in versions().items()),
     ]
     return "\n".join([*lines, *_warnings(training, statistics)])
+
+
+def _parts(training: Training) -> list[str]:
+    """Where the predicted peak comes from."""
+    parts = [f"{name} {num_bytes / 2**30:.2f}" for name, num_bytes in training.plan.parts if num_bytes >= 2**20]
+    return [f"          GiB: {', '.join(parts)}"] if parts else []
 
 
 def _packing(training: Training) -> list[str]:

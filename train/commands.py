@@ -164,7 +164,8 @@ def plan(words: list[str]) -> int:
     if mean_length > config.data.max_length:
         raise ExitWith(ExitCode.BAD_INPUT, f"--mean-length {mean_length}: rows hold data.max_length at most")
     if options.probe:
-        print(json.dumps(forecast.probe(config, mean_length, options.steps), indent=1))
+        measured = forecast.probe(config, mean_length, options.steps)
+        print(json.dumps(measured, indent=1) if options.json else forecast.beside(measured))
         return 0
     card = forecast.card_of(options.gpu) if options.gpu else forecast.default_card(config)
     others = [forecast.forecast(config, each, mean_length) for each in KNOWN]

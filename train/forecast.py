@@ -184,6 +184,23 @@ def probe(config: Config, mean_length: int, num_steps: int) -> dict[str, Any]:
     }
 
 
+def beside(measured: dict[str, Any]) -> str:
+    """What a probe has found, predicted beside measured."""
+    lines = [
+        f"{measured['gpu']}: {measured['plan']}",
+        f"{'':22} predicted  measured",
+        f"{'peak, GiB':22} {measured['predicted_peak_gib']:9.2f} {measured['peak_gib']:9.2f}"
+        f"  ({measured['reserved_gib']:.2f} with what the allocator holds beside it)",
+        f"{'seconds a step':22} {measured['predicted_seconds']:9.3f} {measured['seconds']:9.3f}",
+        f"{'tokens a second':22} {'':9} {measured['tokens_per_second']:9,.0f}",
+        f"{'host memory, GiB':22} {'':9} {measured['host_gib']:9.2f}",
+        f"{'seconds to load':22} {'':9} {measured['load_seconds']:9.1f}",
+    ]
+    if not measured["predicted_peak_gib"]:
+        lines.append("nothing is predicted of the reference engine")
+    return "\n".join(lines)
+
+
 def _random_rows(config: Config, mean_length: int) -> Any:
     """Enough rows for the steps of a probe: the first as long as any, the others around the mean length."""
     generator = torch.Generator().manual_seed(config.train.seed)

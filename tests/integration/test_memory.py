@@ -13,6 +13,7 @@ from tests.conftest import Run, arguments, run_command
 from train.cards import KNOWN
 from train.commands import main as command
 from train.config import CheckpointConfig, CompareConfig, Config, EngineConfig, LoraConfig
+from train.forecast import beside
 
 
 @pytest.fixture
@@ -97,3 +98,25 @@ def test_what_cannot_be_planned_is_78(
     """One message, what is wrong and what would work."""
     assert command(plan(config, *words)) == 78
     assert message in capsys.readouterr().err
+
+
+def test_a_probe_is_told_beside_its_prediction() -> None:
+    """A line each, predicted and measured; the reference engine's prediction is not invented."""
+    measured = {
+        "gpu": "H",
+        "plan": "P",
+        "predicted_peak_gib": 3.5,
+        "peak_gib": 3.33,
+        "reserved_gib": 3.6,
+        "predicted_seconds": 0.765,
+        "seconds": 0.753,
+        "tokens_per_second": 10885.1,
+        "host_gib": 6.2,
+        "load_seconds": 2.8,
+    }
+    told = beside(measured)
+    assert "     3.50      3.33" in told
+    assert "    0.765     0.753" in told
+    assert "10,885" in told
+    assert "nothing is predicted" not in told
+    assert "nothing is predicted" in beside(measured | {"predicted_peak_gib": 0.0})

@@ -12,6 +12,7 @@ from itertools import product
 
 from train.cards import Card
 from train.config import BatchConfig, MemoryConfig
+from train.engine.copies import host_bytes
 
 MARGIN, GRAPH_MARGIN = 0.92, 0.90  # of the budget is planned with; the rest is the allocator's waste, and graphs'
 CUBLAS_BYTES = 2**26  # workspaces of cuBLAS
@@ -273,9 +274,12 @@ class Planner:
     def host_bytes(self, choice: _Choice) -> int:
         """Page-locked host memory."""
         s = self.sizes
-        total = choice.num_streamed * s.packed_bytes + (s.embedding_bytes if s.embedding_on_host else 0)
-        inputs = (s.num_blocks - choice.num_kept) * choice.tokens * s.hidden * s.element_bytes
-        return total + (inputs if choice.offloads else 0)
+        total = host_bytes(s.packed_bytes, choice.num_streamed)
+        if s.embedding_on_host:
+            total += host_bytes(s.embedding_bytes, 1)
+        if choice.offloads:
+            total += host_bytes(choice.tokens * s.hidden * s.element_bytes, s.num_blocks - choice.num_kept)
+        return total
 
     def seconds(self, choice: _Choice) -> float:
         """Of an optimizer step: what is slower, the card, the bus or the host, forward and backward."""

@@ -6,6 +6,7 @@ streams never wait for one another: that would put all computation that has been
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -88,9 +89,10 @@ def host_buffers(sizes: list[int], pin: bool) -> list[torch.Tensor]:
     return buffers
 
 
-def host_bytes(sizes: list[int]) -> int:
-    """What page-locked host_buffers take."""
-    return sum(_rounded(sum(shared)) for shared in _allocations(sizes))
+@cache
+def host_bytes(size: int, count: int) -> int:
+    """What page-locked host_buffers of one size take."""
+    return sum(_rounded(sum(shared)) for shared in _allocations([size] * count))
 
 
 def _allocations(sizes: list[int]) -> list[list[int]]:

@@ -1,0 +1,74 @@
+"""Host memory: how buffers share allocations, how much there is, and answers where a GPU has little left."""
+
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from data_tools.prepare import first_conversations
+from tests.conftest import training_of
+from train import cards
+from train.config import Config
+from train.data import prepare_settings
+from train.deliver import compare as comparing
+from train.engine.copies import host_buffers, host_bytes
+from train.model import load_tokenizer
+
+MIB = 2**20
+
+
+def test_page_locked_buffers_waste_little() -> None:
+    """32 blocks of 107.3 MiB, which torch would round up to 128 MiB each, take less than 5 % more than they need."""
+    size = int(107.3 * MIB)
+    assert 32 * size <= host_bytes(size, 32) < 1.05 * 32 * size
+    assert host_bytes(MIB + 1, 1) == 2 * MIB
+    assert host_bytes(size, 0) == 0
+
+
+def test_buffers_have_their_sizes_and_do_not_overlap() -> None:
+    """In order, each as large as asked for, and writing one leaves the others."""
+    sizes = [512, 1024, 512, 4096]
+    buffers = host_buffers(sizes, pin=False)
+    assert [buffer.numel() for buffer in buffers] == sizes
+    for number, buffer in enumerate(buffers):
+        buffer.fill_(number)
+    assert [set(buffer.tolist()) for buffer in buffers] == [{0}, {1}, {2}, {3}]
+
+
+def test_what_a_container_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smaller of the machine's memory and the container's limit, less a tenth; no limit is the machine's."""
+    files = {
+        "/proc/meminfo": "MemTotal: 64 kB\nMemAvailable:   20480 kB\n",
+        "/sys/fs/cgroup/memory.max": str(10 * MIB),
+        "/sys/fs/cgroup/memory.current": str(4 * MIB),
+    }
+    monkeypatch.setattr(cards.Path, "read_text", lambda self, **_: files[str(self)])
+    assert cards.free_host_bytes() == int(0.9 * 6 * MIB)
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert cards.free_host_bytes() == int(0.9 * 20 * MIB)
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_questions_are_asked_in_smaller_batches_where_memory_ends(
+    most: int, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU that holds `most` answers at a time gives the answers of one that holds all; below one it is an error."""
+    tokenizer = load_tokenizer(config).backend
+    asked = first_conversations(prepare_settings(config, config.data.path), 7)
+    model = training_of(config, Accelerator(cpu=True)).model
+    wanted = comparing.compare(model, tokenizer, asked, [0], 6, lambda: False)
+    generate, sizes = comparing._generate, []
+
+    def small(model: Any, tokenizer: Any, prompts: Any, *rest: Any) -> Any:
+        sizes.append(len(prompts))
+        if len(prompts) > most:
+            raise torch.OutOfMemoryError("no more")
+        return generate(model, tokenizer, prompts, *rest)
+
+    monkeypatch.setattr(comparing, "_generate", small)
+    assert comparing.compare(model, tokenizer, asked, [0], 6, lambda: False) == wanted
+    assert max(sizes) == 7
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        comparing.compare(model, tokenizer, asked, [0], 6, lambda: False)

@@ -69,7 +69,7 @@ ALLOWED = {
     "train.engine.embedding": {"train.engine.operations"},
     "train.loss": {"train.engine.operations"},
     "train.cards": {"train.hardware"},
-    "train.plan": {"train.cards", "train.config", "train.engine.copies"},
+    "train.plan": {"train.cards", "train.config", "train.engine.copies", "train.hardware"},
     "train.metrics": set(),
     "train.optim": {"train.config"},
     "train.profiles": {"train.config"},

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
@@ -40,7 +40,10 @@ def load_base(
         if host.wanted:
             with ExitStack() as files:
                 read = _stored(config, dtype, device, files)
-                return _filled(skeleton(config, dtype), read, device, host, embedding_on_host)
+                base = _filled(skeleton(config, dtype), read, device, host, embedding_on_host)
+            with suppress(OSError):  # it has none
+                base.generation_config = GenerationConfig.from_pretrained(config.name_or_path, revision=config.revision)
+            return base
         base = _by_transformers(config, dtype, device)
     except (OSError, ValueError, ImportError, SafetensorError, HfHubHTTPError) as error:
         raise not_found(config, "safetensors weights", error) from None
@@ -50,11 +53,17 @@ def load_base(
 
 
 def skeleton(config: ModelConfig, dtype: torch.dtype) -> Any:
-    """The base without its weights, on torch's meta device, with the layers that its quantisation has."""
+    """The base without its weights, on torch's meta device, with the layers that its quantisation has.
+
+    Raises ExitWith(BAD_INPUT) where config.json is not that of a causal language model.
+    """
     shape = model_shape(config)
     with init_empty_weights(include_buffers=False):
         options = {"dtype": dtype, "attn_implementation": "sdpa"}
-        base: Any = AutoModelForCausalLM.from_config(shape, trust_remote_code=False, **options)
+        try:
+            base: Any = AutoModelForCausalLM.from_config(shape, trust_remote_code=False, **options)
+        except ValueError as error:
+            raise not_found(config, "a causal language model", error) from None
     quantization = _quantization(config, dtype)
     if quantization is not None:
         replace_with_bnb_linear(base, modules_to_not_convert=["lm_head"], quantization_config=quantization)
@@ -144,10 +153,9 @@ def _stored(config: ModelConfig, dtype: torch.dtype, device: torch.device, files
     if getattr(model_shape(config), "quantization_config", None) is not None:
         raise ValueError("it is quantised already, and blocks can be streamed only of a base that is not")
     index = _cached(config, SAFE_WEIGHTS_INDEX_NAME)
-    if index is not None:
+    names = [SAFE_WEIGHTS_NAME]  # where both are there, transformers takes it too
+    if index is not None and _cached(config, SAFE_WEIGHTS_NAME) is None:
         names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = [SAFE_WEIGHTS_NAME]
     place: dict[str, Any] = {}
     for name in names:
         path = cached_file(config.name_or_path, name, revision=config.revision)

@@ -1,6 +1,7 @@
 """GPUs as the plan sees them: how fast they compute, read their memory and are read from the host."""
 
 import math
+import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,10 +22,11 @@ class Card:
     name: str
     memory_bytes: int
     capability: tuple[int, int]
-    flops: float  # a second, of products in the type that is computed in
+    flops: float  # a second, of products in 16 bits, or in the type that `computing` was told
+    fp32_flops: float
     bandwidth: float  # bytes a second, read and written
     bus: float  # bytes a second from page-locked host memory, each way
-    has_graphs: bool = True  # passes may be recorded
+    has_graphs: bool = False  # passes may be recorded
     host_bytes: int = 2**62  # that may be page-locked
 
     @property
@@ -32,36 +34,48 @@ class Card:
         """What a program can allocate where nothing else runs."""
         return self.memory_bytes - CONTEXT_BYTES
 
+    def computing(self, is_fp32: bool, is_deterministic: bool) -> "Card":
+        """The card as a run uses it: its rate in that type, and whether passes are recorded.
 
-def _card(name: str, gib: float, capability: tuple[int, int], rates: tuple[float, float, float]) -> Card:
-    tflops, bandwidth, bus = rates
-    has_graphs = capability >= hardware.FLASH
-    return Card(name, int(gib * 2**30), capability, tflops * 1e12, bandwidth * 1e9, bus * 1e9, has_graphs)
+        A run that is resumed launches its first pass where the other replays: no graphs for who wants the same bits.
+        """
+        has_graphs = self.capability >= hardware.FLASH and not is_fp32 and not is_deterministic
+        return replace(self, flops=self.fp32_flops if is_fp32 else self.flops, has_graphs=has_graphs)
 
 
-# GiB, compute capability; TFLOP/s, GB/s of memory, GB/s of the bus. H200 and H100 are measured (docs/LOG.md), others
-# the datasheet's dense rate for sums in fp32, times 0.7, and 0.85 of its bandwidth.
+def _card(name: str, gib: float, capability: tuple[int, int], rates: tuple[float, float, float, float]) -> Card:
+    tflops, fp32_tflops, bandwidth, bus = rates
+    return Card(name, int(gib * 2**30), capability, tflops * 1e12, fp32_tflops * 1e12, bandwidth * 1e9, bus * 1e9)
+
+
+# GiB, compute capability; TFLOP/s in 16 bits and in fp32, GB/s of memory, GB/s of the bus. H200 and H100 are measured
+# in 16 bits (docs/LOG.md), others the datasheet's dense rate for sums in fp32, times 0.7, and 0.85 of its bandwidth.
 KNOWN = [
-    _card("H200", 140.0, (9, 0), (735, 4300, 54)),
-    _card("H100", 79.2, (9, 0), (725, 3000, 54)),
-    _card("A100-80", 79.2, (8, 0), (218, 1730, 24)),
-    _card("A100-40", 39.4, (8, 0), (218, 1320, 24)),
-    _card("L40S", 44.4, (8, 9), (250, 730, 24)),
-    _card("L4", 22.0, (8, 9), (60, 255, 24)),
-    _card("A10", 22.0, (8, 6), (87, 510, 24)),
-    _card("RTX-4090", 23.6, (8, 9), (115, 857, 24)),
-    _card("RTX-3090", 23.6, (8, 6), (50, 795, 24)),
-    _card("RTX-3060", 11.8, (8, 6), (18, 306, 24)),
-    _card("RTX-3050-4GB", 3.8, (8, 6), (12, 163, 12)),
-    _card("T4", 14.6, (7, 5), (25, 272, 12)),
-    _card("GTX-1650", 3.8, (7, 5), (4, 109, 12)),
-    _card("GTX-1050-Ti", 3.9, (6, 1), (1.5, 95, 12)),
+    _card("H200", 140.0, (9, 0), (735, 47, 4300, 54)),
+    _card("H100", 79.2, (9, 0), (725, 47, 3000, 54)),
+    _card("A100-80", 79.2, (8, 0), (218, 13.6, 1730, 24)),
+    _card("A100-40", 39.4, (8, 0), (218, 13.6, 1320, 24)),
+    _card("L40S", 44.4, (8, 9), (250, 64, 730, 24)),
+    _card("L4", 22.0, (8, 9), (60, 21, 255, 24)),
+    _card("A10", 22.0, (8, 6), (87, 22, 510, 24)),
+    _card("RTX-4090", 23.6, (8, 9), (115, 58, 857, 24)),
+    _card("RTX-3090", 23.6, (8, 6), (50, 25, 795, 24)),
+    _card("RTX-3060", 11.8, (8, 6), (18, 9, 306, 24)),
+    _card("RTX-3050-4GB", 3.8, (8, 6), (12, 4, 163, 12)),
+    _card("T4", 14.6, (7, 5), (25, 5.7, 272, 12)),
+    _card("GTX-1650", 3.8, (7, 5), (4, 2, 109, 12)),
+    _card("GTX-1050-Ti", 3.9, (6, 1), (1.5, 1.5, 95, 12)),
 ]
 
 
 def known(name: str) -> Card | None:
-    """The card of this name, however it is written (`a100-80`, `NVIDIA A100-SXM4-80GB`); None for others."""
+    """The card of this name, however it is written (`a100-80`, `NVIDIA A100-SXM4-80GB`); None for others.
+
+    Parts of a card, and those of laptops, are others.
+    """
     words = name.upper().replace("-", " ").replace("_", " ").split()
+    if {"MIG", "LAPTOP", "MAX", "MOBILE"} & set(words):
+        return None
     for card in KNOWN:
         parts = card.name.upper().split("-")
         if all(any(part == word or (part.isdigit() and word == f"{part}GB") for word in words) for part in parts):
@@ -75,29 +89,28 @@ def present_card(device: torch.device, dtype: torch.dtype) -> Card:
     capability = hardware.capability(device)
     total = properties.total_memory
     card = known(properties.name)
-    if card is None or dtype == torch.float32:  # which tensor cores do not compute in
-        card = Card(properties.name, total, capability, *_rates(device, dtype))
-    # a run that is resumed launches its first pass where the other replays: not for those who want the same bits
-    is_free = capability >= hardware.FLASH and not torch.are_deterministic_algorithms_enabled()
-    has_graphs = is_free and dtype != torch.float32
-    return replace(card, memory_bytes=total, capability=capability, has_graphs=has_graphs, host_bytes=free_host_bytes())
+    if card is None:
+        product, memory, bus = _rates(device, dtype)
+        card = Card(properties.name, total, capability, product, product, memory, bus)
+    card = replace(card, memory_bytes=total, capability=capability, host_bytes=free_host_bytes())
+    return card.computing(dtype == torch.float32, torch.are_deterministic_algorithms_enabled())
 
 
 def host_card() -> Card:
     """A CPU: nothing is capped and nothing recorded, so its rates decide nothing."""
-    return Card("CPU", 0, (0, 0), 1e11, 1e10, 1e10, has_graphs=False)
+    return Card("CPU", 0, (0, 0), 1e11, 1e11, 1e10, 1e10)
 
 
 def free_host_bytes() -> int:
-    """Host memory that this process may still take, less a tenth: of the machine, or of its container (cgroup 2)."""
+    """Host memory that this process may still take, less a tenth: its share of the machine's, or of its container's."""
     free = []
     with suppress(OSError, ValueError):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         free.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
-    with suppress(OSError, ValueError):  # "max" where there is no limit
+    with suppress(OSError, ValueError):  # cgroup 2; "max" where there is no limit
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
         free.append(limit - used)
-    return int(0.9 * min(free)) if free else 2**62
+    return int(0.9 * min(free)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if free else 2**62
 
 
 def _rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float, float]:

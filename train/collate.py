@@ -59,6 +59,20 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> MicroBatch:
     )
 
 
+def packed_tokens(lengths: Sequence[int]) -> int:
+    """Tokens of the row that collate_packed makes of samples of these lengths."""
+    even_length = _even_length(lengths) if lengths else 0
+    return len(lengths) * even_length if even_length else sum(lengths)
+
+
+def _even_length(lengths: Sequence[int]) -> int:
+    """What every sample is filled up to, or has, or 0 where they stay of several lengths."""
+    even_length = -(-max(lengths) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    if max(lengths) < SHORTEST_EVEN or len(lengths) * even_length > (1 + MOST_FILLING) * sum(lengths):
+        return lengths[0] if len(set(lengths)) == 1 else 0
+    return even_length
+
+
 def collate_packed(rows: Sequence[Mapping[str, Any]]) -> MicroBatch:
     """Samples behind one another in one row; a sample's first token is predicted by nothing.
 
@@ -66,9 +80,7 @@ def collate_packed(rows: Sequence[Mapping[str, Any]]) -> MicroBatch:
     adds 3 % of tokens at most: attention's kernels for them take half the time. Nothing sees the filling.
     """
     lengths = [len(row["input_ids"]) for row in rows]
-    even_length = -(-max(lengths) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-    if max(lengths) < SHORTEST_EVEN or len(lengths) * even_length > (1 + MOST_FILLING) * sum(lengths):
-        even_length = lengths[0] if len(set(lengths)) == 1 else 0
+    even_length = _even_length(lengths)
     widths = [even_length or length for length in lengths]
     starts = list(accumulate(widths, initial=0))
     input_ids = torch.zeros(starts[-1], dtype=torch.int64)

@@ -152,29 +152,36 @@ def plan(words: list[str]) -> int:
     own.add_argument("--gpu", metavar="CARD", help="a card, such as A100-40, or a size, such as 4GiB")
     own.add_argument("--mean-length", type=_positive, metavar="N", help="tokens of a row (default data.max_length)")
     own.add_argument("--probe", action="store_true", help="run steps on random weights here, and compare")
-    own.add_argument("--steps", type=_positive, default=5, metavar="K", help="that a probe measures (default 5)")
+    own.add_argument("--steps", type=_positive, metavar="K", help="that a probe measures (default 5)")
     own.add_argument("--json", action="store_true", help="print one JSON object")
     options, rest = own.parse_known_args(words)
     from train import forecast
-    from train.cards import KNOWN
     from train.cli import parse
 
     config = parse(rest)
     mean_length = options.mean_length or config.data.max_length
     if mean_length > config.data.max_length:
         raise ExitWith(ExitCode.BAD_INPUT, f"--mean-length {mean_length}: rows hold data.max_length at most")
+    if options.probe and options.gpu is not None:
+        raise ExitWith(ExitCode.BAD_INPUT, f"--gpu {options.gpu}: a probe runs on the GPU that is here; leave it out")
+    if options.steps and not options.probe:
+        raise ExitWith(ExitCode.BAD_INPUT, f"--steps {options.steps}: only --probe makes steps; write both or none")
     if options.probe:
-        measured = forecast.probe(config, mean_length, options.steps)
+        measured = forecast.probe(config, mean_length, options.steps or 5)
         print(json.dumps(measured, indent=1) if options.json else forecast.beside(measured))
         return 0
-    card = forecast.card_of(options.gpu) if options.gpu else forecast.default_card(config)
-    others = [forecast.forecast(config, each, mean_length) for each in KNOWN]
-    found = forecast.forecast(config, card, mean_length) if card else others[0]
+    card = forecast.default_card(config) if options.gpu is None else forecast.card_of(options.gpu)
+    found = forecast.forecast(config, card, mean_length) if card else None
+    others = forecast.forecasts(config, mean_length)
     if options.json:
-        print(json.dumps(found.as_json() | {"cards": [each.as_json() for each in others]}, indent=1))
+        cards = {"cards": [each.as_json() for each in others]}
+        print(json.dumps((found.as_json() if found else {}) | cards, indent=1))
     else:
-        forecast.show(found, others, Console())
-    return 0 if found.fits else int(ExitCode.BAD_INPUT)
+        if found:
+            forecast.show(found, Console())
+        forecast.show_known(others, Console())
+    fits = found.fits if found else any(each.fits for each in others)
+    return 0 if fits else int(ExitCode.BAD_INPUT)
 
 
 class _Options(argparse.ArgumentParser):

@@ -13,7 +13,7 @@ from datasets import Dataset
 from data_tools.packing import pack
 from data_tools.prepare import Prepared, PrepareSettings, prepare
 from data_tools.records import DataError
-from train.collate import MicroBatch, collate, collate_packed
+from train.collate import MicroBatch, collate, collate_packed, packed_tokens
 from train.config import Config, TrainConfig
 
 
@@ -104,7 +104,7 @@ class TrainingData:
         if self._ahead and self._ahead[0] == step:
             return self._ahead[1]
         row_ids = self.row_ids(step)
-        parts = self.cut(self._passes(row_ids), self.num_tokens)
+        parts = self.cut(self._passes(row_ids), self.num_tokens, not self.padding_free)
         micro_batches = []
         for part in parts:
             rows = [self.samples[i] for i in part]
@@ -134,17 +134,18 @@ class TrainingData:
             passes.append([i for row in row_ids[start : start + layout.per_device] for i in self.rows[row]])
         return passes
 
-    def cut(self, passes: Sequence[list[int]], num_tokens: Sequence[int]) -> list[list[int]]:
-        """The samples of the passes put together, or taken apart, to hold `most_tokens` with their padding at most.
+    def cut(self, passes: Sequence[list[int]], num_tokens: Sequence[int], is_padded: bool) -> list[list[int]]:
+        """The samples of the passes put together, or taken apart, to hold `most_tokens` at most.
 
-        A sample that is longer than that is a pass of its own.
+        With what collating adds: padding to the longest, or filling. A sample that is longer is a pass of its own.
         """
         if not self.most_tokens:
             return list(passes)
 
         def fits(samples: list[int]) -> bool:
             lengths = [num_tokens[i] for i in samples]
-            return (sum(lengths) if self.padding_free else len(lengths) * max(lengths, default=0)) <= self.most_tokens
+            size = len(lengths) * max(lengths, default=0) if is_padded else packed_tokens(lengths)
+            return size <= self.most_tokens
 
         merged: list[list[int]] = []
         for whole in passes:
@@ -156,12 +157,14 @@ class TrainingData:
         return merged
 
     def rows_for_plan(self) -> tuple[tuple[int, ...], float, float, float]:
-        """Most tokens of one, two, ... `per_device` rows; of a pass of them mean and deviation; a sample's mean."""
-        count = self.layout.per_device
-        longest = tuple(accumulate(sorted(self.row_tokens, reverse=True)[:count]))
-        deviation = math.sqrt(count) * pstdev(self.row_tokens)
+        """Most tokens of one, two, ... `per_device` rows; of a pass of them mean and deviation; a sample's mean.
+
+        Rows count as they are filled up alone.
+        """
+        count, filled = self.layout.per_device, [packed_tokens([tokens]) for tokens in self.row_tokens]
+        longest = tuple(accumulate(sorted(filled, reverse=True)[:count]))
         num_samples = sum(map(len, self.rows))
-        return longest, count * fmean(self.row_tokens), deviation, sum(self.row_tokens) / num_samples
+        return longest, count * fmean(filled), math.sqrt(count) * pstdev(filled), sum(self.row_tokens) / num_samples
 
     def _order(self, epoch: int) -> list[int]:
         """The epoch's rows in order, made once an epoch: sorting a million lengths is no work for every step."""

@@ -22,7 +22,12 @@ from train.step import Training, optimizer_step
 
 FIRST_STEPS, MORE_FIRST_STEPS = 2, 16
 CPU_BYTES = int(2.5 * GIB)  # of a process with torch, transformers and CUDA in it
-UNKNOWN_RATES = {"flops": 12e12, "bandwidth": 160e9, "bus": 12e9}  # a small card's, where only a size is given
+UNKNOWN_RATES = {
+    "flops": 12e12,
+    "fp32_flops": 4e12,
+    "bandwidth": 160e9,
+    "bus": 12e9,
+}  # a small card's, where only a size is given
 
 
 @dataclass(frozen=True)
@@ -103,8 +108,21 @@ def forecast(config: Config, card: Card, mean_length: int) -> Forecast:
     )
 
 
-def show(found: Forecast, others: Sequence[Forecast], console: Console) -> None:
-    """The plan's table, and a line for each known card."""
+def forecasts(config: Config, mean_length: int) -> list[Forecast]:
+    """For every known card that has the type that is asked for; raises ExitWith(BAD_INPUT) where there is none."""
+    found, reason = [], ""
+    for card in KNOWN:
+        try:
+            found.append(forecast(config, card, mean_length))
+        except ExitWith as end:
+            reason = end.reason
+    if not found:
+        raise ExitWith(ExitCode.BAD_INPUT, reason)
+    return found
+
+
+def show(found: Forecast, console: Console) -> None:
+    """The plan's table."""
     table = Table(title=f"{found.card.name}: {found.budget / GIB:.2f} GiB may be used", title_justify="left")
     table.add_column("on the GPU")
     table.add_column("GiB", justify="right")
@@ -122,12 +140,16 @@ def show(found: Forecast, others: Sequence[Forecast], console: Console) -> None:
     ]
     if plan.streamed:
         lines.append(f"traffic   {plan.traffic_bytes / GIB:.2f} GiB of weights to the GPU in a pass, there and back")
-    if found.card in KNOWN:
+    if any(found.card.name == card.name for card in KNOWN):
         lines.append(f"speed     about {found.tokens_per_second:,.0f} tokens/s (predicted)")
     if not found.fits:
         lines.append(f"does not fit: {found.advice}")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def show_known(others: Sequence[Forecast], console: Console) -> None:
+    """A line for each known card."""
     overview = Table(title="known cards, predicted", title_justify="left")
     for heading in ("card", "GiB", "peak GiB", "blocks kept", "streamed", "tokens/s"):
         overview.add_column(heading, justify="left" if heading == "card" else "right")

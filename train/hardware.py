@@ -31,15 +31,18 @@ def compute_type(wanted: str, device: torch.device) -> tuple[str, str]:
     """
     if device.type != "cuda":
         return ("fp32" if wanted == "auto" else wanted), ""
-    card = capability(device)
-    best, reason = best_type(card)
+    return type_on(wanted, capability(device))
+
+
+def type_on(wanted: str, card: tuple[int, int]) -> tuple[str, str]:
+    """As compute_type, for a GPU of this capability."""
+    best, reason = _best_type(card)
     if wanted == "bf16" and card < BF16:
         raise ExitWith(ExitCode.BAD_INPUT, f"--model.dtype bf16: {reason}; write auto, which takes {best} here")
     return (best, reason) if wanted == "auto" else (wanted, "")
 
 
-def best_type(card: tuple[int, int]) -> tuple[str, str]:
-    """What auto computes in on a GPU of this capability, and why that is not bf16."""
+def _best_type(card: tuple[int, int]) -> tuple[str, str]:
     number = f"compute capability {card[0]}.{card[1]}"
     if card >= BF16:
         return "bf16", ""

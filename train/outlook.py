@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from train import hardware, runtime
 from train.cards import Card, host_card, present_card
-from train.collate import MicroBatch, collate, collate_packed
+from train.collate import MicroBatch, collate, collate_packed, packed_tokens
 from train.config import Config
 from train.data import TrainingData
 from train.engine.graphs import is_out_of_memory
@@ -62,10 +62,9 @@ class Outlook:
 
     @classmethod
     def on_card(cls, config: Config, card: Card, rows: Rows, budget: int) -> "Outlook":
-        """Of a run on a GPU that need not be here."""
-        dtype = config.model.dtype
-        if dtype == "auto" or (dtype == "bf16" and card.capability < hardware.BF16):
-            dtype = hardware.best_type(card.capability)[0]
+        """Of a run on a GPU that need not be here; raises ExitWith(BAD_INPUT) where it lacks the type asked for."""
+        dtype = hardware.type_on(config.model.dtype, card.capability)[0]
+        card = card.computing(dtype == "fp32", config.run.deterministic)
         sizes, reason, num_blocks = sketched_sizes(config, torch.device("cuda"), DTYPES[dtype])
         planner = Planner(sizes, rows, config.batch, config.memory, card) if sizes else None
         return cls(config, rows, planner, reason, budget, num_blocks, saved_tokens=0)
@@ -75,7 +74,11 @@ class Outlook:
         if self.planner is None:
             return reference_plan(self.num_blocks, self.config.memory)
         plan = self.planner.best(self.budget, self.saved_tokens)
-        if self.budget is not None and plan.peak_bytes > self.budget:
+        if self.budget is None or plan.peak_bytes <= self.budget:
+            return plan
+        if self.saved_tokens:  # of a larger card, or budget: the samples of a step stay
+            plan = self.planner.best(self.budget)
+        if plan.peak_bytes > self.budget:
             raise ExitWith(ExitCode.BAD_INPUT, self.what_would_fit(plan))
         return plan
 
@@ -84,10 +87,13 @@ class Outlook:
         if self.planner is None:
             yield from self._smaller_reference_plans(plan)
             return
-        budget = self.budget or 0
+        budget, saved_tokens = self.budget or 0, self.saved_tokens
         for _ in range(MOST_TRIES):
             budget = int(min(budget, plan.peak_bytes or budget) * SMALLER)
-            smaller = self.planner.best(budget, self.saved_tokens, len(plan.streamed))
+            smaller = self.planner.best(budget, saved_tokens, len(plan.streamed))
+            if smaller.peak_bytes >= plan.peak_bytes and saved_tokens:
+                saved_tokens = 0
+                smaller = self.planner.best(budget, 0, len(plan.streamed))
             if smaller.peak_bytes >= plan.peak_bytes:
                 return
             plan = smaller
@@ -124,8 +130,15 @@ def assemble(config: Config, accelerator: Accelerator, data: TrainingData, saved
     `saved_tokens` as Planner.best has it. Raises ExitWith(BAD_INPUT) where no plan fits.
     """
     device = accelerator.device
-    outlook = Outlook.of(config, device, Rows(*data.rows_for_plan()), runtime.free_bytes(config, device), saved_tokens)
+    budget = runtime.free_bytes(config, accelerator)
+    outlook = Outlook.of(config, device, Rows(*data.rows_for_plan()), budget, saved_tokens)
     plan = outlook.first_plan()
+    if saved_tokens and plan.tokens_per_pass != saved_tokens:
+        runtime.say(
+            accelerator,
+            f"memory    the run's passes of {saved_tokens:,} tokens do not fit here: {plan.tokens_per_pass:,} now, the "
+            "same samples a step; sums are rounded otherwise, and dropout draws other masks",
+        )
     model = load_model(config, device, plan)
     parameters = model.trainable()
     flat = FlatParameters(parameters)
@@ -151,15 +164,15 @@ def fitted(training: Training, outlook: Outlook) -> Training:
     What runs out of memory is planned smaller, with the same samples in a step. Raises ExitWith(BAD_INPUT) where
     nothing is left to make smaller. A CPU tries nothing: it has no budget.
     """
-    plan = training.plan
+    first = plan = training.plan
     _follow(training, plan)
-    if not _is_gpu(training) or _runs(training, plan):
+    accelerator = training.accelerator
+    if not _is_gpu(training) or not any(runtime.agreed(accelerator, not _runs(training, plan))):
         return training
-    smaller = outlook.smaller_plans(plan)
-    for plan in smaller:
-        runtime.say(training.accelerator, f"memory    the longest pass did not fit; trying: {plan}")
+    for plan in outlook.smaller_plans(first):
+        runtime.say(accelerator, f"memory    the longest pass did not fit; trying: {plan}")
         _follow(training, plan)
-        if _fits(training, plan):
+        if not any(runtime.agreed(accelerator, not _fits(training, plan))):
             return replace(training, plan=plan)
     raise ExitWith(
         ExitCode.BAD_INPUT,
@@ -210,8 +223,11 @@ def longest_pass(training: Training, plan: Plan) -> MicroBatch:
     if not data.padding_free:
         count = data.layout.per_device if not plan.merges else plan.tokens_per_pass // longest
         return collate([_sample(longest)] * max(1, count), data.pad_token_id)
-    total = plan.tokens_per_pass if plan.merges or plan.is_fused else sum(data.row_tokens[:1])
-    lengths = [longest] * (total // longest) + ([total % longest] if total % longest else [])
+    total = plan.tokens_per_pass or data.rows_for_plan()[0][-1]
+    lengths = [longest] * max(1, total // packed_tokens([longest]))
+    rest = total - packed_tokens(lengths)
+    if rest > 0 and packed_tokens([*lengths, rest]) <= total:
+        lengths.append(rest)
     return collate_packed([_sample(length) for length in lengths])
 
 

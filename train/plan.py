@@ -13,6 +13,7 @@ from itertools import product
 from train.cards import Card
 from train.config import BatchConfig, MemoryConfig
 from train.engine.copies import host_bytes
+from train.hardware import FLASH, TRITON
 
 MARGIN, GRAPH_MARGIN = 0.92, 0.90  # of the budget is planned with; the rest is the allocator's waste, and graphs'
 CUBLAS_BYTES = 2**26  # workspaces of cuBLAS
@@ -39,6 +40,8 @@ class ModelSizes:
     query: int  # inputs of o_proj
     inner: int  # inputs of down_proj
     extra: int  # columns that the adapters add to a product, at most
+    normed_heads: int  # of `heads`, those that are kept before their norms too (Qwen3)
+    has_dropout: bool
     element_bytes: int  # of the compute type
     matrix_bytes: int  # one block's weights in the compute type, with the adapters' columns
     packed_bytes: int  # one block's frozen linear weights as they are stored
@@ -241,13 +244,13 @@ class Planner:
         recomputed = s.num_blocks - choice.num_kept
         wide, element = s.hidden + s.extra, s.element_bytes
         inputs = choice.num_kept + min(INPUTS_IN_FLIGHT, recomputed) if choice.offloads else s.num_blocks
-        activations = element * (2 * wide + s.heads + s.query + s.hidden + 2 * s.inner + 3 * s.extra)
-        activations += 4 * s.query // 64 + 8  # attention's log sums and the norms' scales, fp32
+        activations = element * (2 * wide + s.heads + s.normed_heads + s.query + s.hidden + 2 * s.inner + 3 * s.extra)
+        activations += 4 * (s.query + s.normed_heads) // 64 + 8  # attention's log sums and the norms' scales, fp32
         if not card_has_flash(self.card, element):  # keys and values of all heads, and each sample's output, are kept
             activations += element * 3 * s.query
-        # beside the gradients of the stack's output and of the block's: the MLP's product, or of attention the
-        # gradients of its output, of its inputs, and of keys and values before heads are summed; its dQ is fp32
-        largest = max(s.inner, 3 * s.query + s.heads)
+        # beside the gradients of the stack's output and of the block's: the MLP's product (with dropout twice), or of
+        # attention the gradients of its output, of its inputs, and of keys and values of all heads; its dQ is fp32
+        largest = max((1 + s.has_dropout) * s.inner, 3 * s.query + s.heads)
         backward = tokens * (element * (wide + 2 * s.hidden + largest) + 4 * s.query)
         head = self._head_bytes(tokens)
         # what a graph uses, nothing else can
@@ -261,9 +264,16 @@ class Planner:
             "adapters, gradients, optimizer": s.adapter_bytes,
             "inputs of blocks": tokens * element * (inputs * s.hidden + s.num_blocks * s.extra),
             "kept activations": tokens * choice.num_kept * activations,
-            "working memory": working + CUBLAS_BYTES,
+            "working memory": working + CUBLAS_BYTES + self._without_triton(),
             "places of graphs": tokens * element * 4 * s.hidden if choice.graphs else 0,
         }
+
+    def _without_triton(self) -> int:
+        """What torch's operations take where our kernels take nothing: a whole weight, and fp32 copies of logits."""
+        s = self.sizes
+        if self.card.capability >= TRITON or not self.card.memory_bytes:
+            return 0
+        return s.element_bytes * s.hidden * s.inner + (4 * s.chunk_bytes if s.element_bytes == 2 else 0)
 
     def _head_bytes(self, tokens: int) -> int:
         """What the head works with."""
@@ -329,12 +339,17 @@ class Planner:
 
 def card_has_flash(card: Card, element_bytes: int) -> bool:
     """Whether attention takes grouped heads as they are and keeps nothing but its output."""
-    return card.capability >= (8, 0) and element_bytes == 2
+    return card.capability >= FLASH and element_bytes == 2
 
 
 def spread(count: int, total: int) -> tuple[int, ...]:
-    """So many of `total` blocks, evenly: the bus then has the time of the others as well. The last is among them."""
-    return tuple(i for i in range(total) if (i + 1) * count // total > i * count // total)
+    """So many of `total` blocks, about evenly: the bus then has the time of the others as well.
+
+    Those of a smaller count are among those of a larger one: a plan that needs less memory moves some more.
+    """
+    width = max(1, (total - 1).bit_length())
+    order = sorted(range(total), key=lambda i: int(f"{total - 1 - i:0{width}b}"[::-1], 2))
+    return tuple(sorted(order[:count]))
 
 
 def reference_plan(num_blocks: int, memory: MemoryConfig) -> Plan:

@@ -165,12 +165,13 @@ def save_state(
     on_first_process(training.accelerator, write)
 
 
-def tokens_per_pass(checkpoint: Checkpoint | None, data: TrainingData) -> int:
+def tokens_per_pass(checkpoint: Checkpoint | None, data: TrainingData, merge: str) -> int:
     """What the run's passes held, where it goes on in the same layout; 0 where it starts, or its passes are others."""
     saved: dict[str, Any] = checkpoint.state.layout if checkpoint else {}
     cut = data.layout
-    same = (cut.per_device, cut.accumulation, cut.num_processes)
-    is_same = (saved.get("per_device"), saved.get("accumulation"), saved.get("processes")) == same
+    same = (cut.per_device, cut.accumulation, cut.num_processes, merge)
+    names = ("per_device", "accumulation", "processes")
+    is_same = (*(saved.get(name) for name in names), saved.get("merge", merge)) == same
     return int(saved.get("tokens in a pass", 0)) if is_same else 0
 
 
@@ -181,6 +182,7 @@ def layout(training: Training) -> dict[str, object]:
         "per_device": cut.per_device,
         "accumulation": cut.accumulation,
         "processes": cut.num_processes,
+        "merge": training.config.batch.merge,
     }
     return passes | {"tokens in a pass": training.plan.tokens_per_pass, "engine": training.model.engine_name}
 

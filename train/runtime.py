@@ -99,15 +99,19 @@ def start(config: Config) -> Accelerator:
     return accelerator
 
 
-def free_bytes(config: Config, device: torch.device) -> int | None:
-    """Bytes that may still be allocated on the GPU: of memory.budget, or of what is free; None on a CPU."""
-    if device.type != "cuda":
+def free_bytes(config: Config, accelerator: Accelerator) -> int | None:
+    """Bytes that may still be allocated on each process's GPU: of memory.budget, or of what is free; None on a CPU.
+
+    The least of all processes, so that they plan alike.
+    """
+    if accelerator.device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info()
     free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     if config.memory.budget:
         free = min(free, parse_bytes(config.memory.budget) - torch.cuda.memory_allocated())
-    return free
+    everyone: Any = accelerator.gather(torch.tensor([free], device=accelerator.device))
+    return int(read(everyone.min())[0])
 
 
 def go_on(config: Config, accelerator: Accelerator, stop: StopRequest) -> None:

@@ -18,9 +18,9 @@ def validate(training: Training, samples: Dataset) -> dict[str, float]:
     totals = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # summed loss, number of tokens
     mine = range(cut.rank, len(samples), cut.num_processes)
     passes = [list(mine[start : start + cut.per_device]) for start in range(0, len(mine), cut.per_device)]
-    for members in training.data.cut(passes, samples["num_tokens"][:]):
+    is_packed = training.model.engine is not None
+    for members in training.data.cut(passes, samples["num_tokens"][:], not is_packed):
         rows = [samples[i] for i in members]
-        is_packed = training.model.engine is not None
         micro_batch = collate_packed(rows) if is_packed else collate(rows, training.data.pad_token_id)
         batch = micro_batch.to(accelerator.device)
         totals[0] += training.model(batch)

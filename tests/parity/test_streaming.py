@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from data_tools.prepare import first_conversations
 from tests.conftest import training_of
@@ -183,7 +183,10 @@ def test_no_slot_is_written_while_it_is_read(numbers: list[int], monkeypatch: py
     assert any(name == "back" for name, _ in queues.copied)
 
 
-@pytest.mark.parametrize("forget", [("weights", "after"), ("weights", "wait"), ("back", "wait"), ("out", "wait")])
+EVENTS = [(name, event) for name in ("weights", "out", "back") for event in ("after", "wait")]
+
+
+@pytest.mark.parametrize("forget", EVENTS)
 def test_every_event_is_needed(forget: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Without any one of the events the check finds a race: it can fail."""
     checked(monkeypatch, Queues(), forget)
@@ -209,17 +212,49 @@ def test_the_order_of_fetches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert order == [([0, 1, 2, 3, 4], [2, 1, 0]), ([2, 3, 4], [2, 1, 0])]
 
 
+class Slow(ThreadCopies):
+    """A thread that takes its time."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
+        def late() -> None:
+            time.sleep(0.01)
+            target.copy_(source)
+
+        return self.thread.submit(late)
+
+
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_a_pass_that_raised_is_followed_by_a_right_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies that a failed pass had begun and not waited for are waited for by the next."""
+    batch = packed()
+    torch.manual_seed(0)
+    wanted = result(*streaming([]), batch, passes=1)
+    monkeypatch.setattr(patch, "copies_for", lambda _: Slow())
+    torch.manual_seed(0)
+    adapted, plan, host = streaming([0, 1, 2, 3, 4], offloads_inputs=True)
+    real, failures = getattr(patch.Block, name), iter([False, True])
+
+    def failing(*arguments: Any) -> Any:
+        if next(failures, False):
+            raise torch.OutOfMemoryError("no more")
+        return real(*arguments)
+
+    monkeypatch.setattr(patch.Block, name, failing)
+    engine = Engine(adapted.get_base_model(), plan, host)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine(batch).sum().backward()
+    gradients_of(adapted)
+    torch.manual_seed(0)  # as `result` has it
+    out = engine(batch)
+    out.backward(torch.ones_like(out))
+    with torch.no_grad():
+        found = [out.detach().flatten(), engine(batch).flatten()]
+    found += [gradient.flatten() for gradient in gradients_of(adapted).values()]
+    assert torch.equal(torch.cat(found), wanted)
+
+
 def test_a_slow_bus_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies by a thread that takes its time: the same bits."""
-
-    class Slow(ThreadCopies):
-        def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
-            def late() -> None:
-                time.sleep(0.01)
-                target.copy_(source)
-
-            return self.thread.submit(late)
-
     batch = packed()
     torch.manual_seed(0)
     wanted = result(*streaming([]), batch, passes=1)
@@ -250,6 +285,7 @@ def test_a_base_is_read_block_by_block(names: str, config: Config, tmp_path: Any
     shape = LlamaConfig(**SIZES | {"vocab_size": 600, "hidden_size": 128, "tie_word_embeddings": False})
     AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).save_pretrained(tmp_path, max_shard_size="200KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
+    GenerationConfig(repetition_penalty=1.5).save_pretrained(tmp_path)
     for file in Path(config.model.name_or_path).glob("*token*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     if names == "layers":  # as a decoder that was saved without its head names them, but for the head
@@ -269,6 +305,13 @@ def test_a_base_is_read_block_by_block(names: str, config: Config, tmp_path: Any
             assert torch.equal(a.weight.quant_state.absmax, b.weight.quant_state.absmax)
             assert torch.equal(a.weight.quant_state.offset, b.weight.quant_state.offset)
     assert torch.equal(whole.lm_head.weight, parts.lm_head.weight)
+    assert parts.generation_config.repetition_penalty == whole.generation_config.repetition_penalty == 1.5
+    # where a single file lies beside the index, it is the one that is read
+    AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    again: list[Any] = [training_of(each, Accelerator(cpu=True)).model.adapted.get_base_model() for each in both]
+    whole, parts = again
+    assert torch.equal(whole.lm_head.weight, parts.lm_head.weight)
 
 
 def test_a_model_that_is_streamed_answers(config: Config) -> None:
@@ -286,12 +329,39 @@ def test_a_model_that_is_streamed_answers(config: Config) -> None:
     assert answers[0][0][0].after
 
 
+def test_questions_are_asked_again_where_memory_ends_within_a_pass(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer that runs out of memory once: fewer questions at a time, the same answers, weights back on the host."""
+    tokenizer = load_tokenizer(config).backend
+    asked = first_conversations(prepare_settings(config, config.data.path), 4)
+    training = training_of(streamed(config), Accelerator(cpu=True))
+    wanted = compare(training.model, tokenizer, asked, [0], 6, lambda: False)
+    causal_lm: Any = training.model.adapted.get_base_model()
+    mlp, failures = causal_lm.base_model.layers[1].mlp, iter([False, True])
+    real = mlp.forward
+
+    def failing(x: torch.Tensor) -> torch.Tensor:
+        if next(failures, False):
+            raise torch.OutOfMemoryError("no more")
+        return real(x)
+
+    monkeypatch.setattr(mlp, "forward", failing)
+    assert compare(training.model, tokenizer, asked, [0], 6, lambda: False) == wanted
+    for number, layer in enumerate(causal_lm.base_model.layers):
+        for linear, weight in zip(linear_layers(layer), training.model.host.weights[number], strict=True):
+            assert linear.weight is weight
+
+
 def test_streamed_blocks_are_spread() -> None:
-    """Evenly over the model, as many as asked for, the last one among them."""
-    for total in (1, 5, 32):
+    """As many as asked for, the last one among them, those of fewer among those of more, and about evenly."""
+    for total in (1, 5, 22, 32):
+        before: set[int] = set()
         for count in range(total + 1):
             numbers = spread(count, total)
             assert len(numbers) == count
             assert not count or numbers[-1] == total - 1
-            gaps = [b - a for a, b in pairwise(numbers)]
-            assert not gaps or max(gaps) - min(gaps) <= 1
+            assert before <= set(numbers)
+            before = set(numbers)
+            gaps = [b - a for a, b in pairwise([-1, *numbers])]
+            assert not gaps or max(gaps) <= 2 * (total + 1) / (count + 0.5) + 1

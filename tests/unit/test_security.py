@@ -173,6 +173,7 @@ def test_every_load_of_a_base_forbids_its_code_and_its_pickles() -> None:
                 isinstance(node, ast.Call)
                 and isinstance(node.func, ast.Attribute)
                 and node.func.attr == "from_pretrained"
+                and ast.unparse(node.func.value) != "GenerationConfig"  # reads a JSON file and nothing else
             ):
                 given = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
                 assert given.get("trust_remote_code") is False, f"{path.name}:{node.lineno}"

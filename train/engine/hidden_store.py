@@ -47,6 +47,9 @@ class HostInputs:
 
     def begin(self) -> None:
         """As DeviceInputs."""
+        self._wait_for_all_but(0)  # nothing, unless the last pass raised
+        for event, _ in self.arriving:
+            self.back.wait(event)
         self.num_kept = self.num_fetched = 0
         self.arriving.clear()
 

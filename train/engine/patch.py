@@ -97,6 +97,8 @@ class Engine:
 
     def release(self) -> None:
         """Lets go of graphs and dequantised weights, which are made again when they are asked for."""
+        if self.stack.store.like.is_cuda:
+            torch.cuda.synchronize()  # copies of a pass that raised may still be under way
         if self.graphs is not None:
             self.graphs.release()
         self.stack.store.release()
@@ -130,6 +132,8 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
         query=block.o.num_inputs,
         inner=block.down.num_inputs,
         extra=max(group.num_extra for group in block.groups),
+        normed_heads=block.qkv.rows[1].stop if block.head_norms else 0,
+        has_dropout=block.dropout > 0,
         element_bytes=element,
         matrix_bytes=element * sum(math.prod(group.shape) for group in block.groups),
         packed_bytes=sum(packed_bytes(layer) for layer in linear_layers(causal_lm.base_model.layers[0])),

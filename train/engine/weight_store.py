@@ -43,7 +43,7 @@ class _Stream:
             return
         mark = self.copies.mark()
         for slot in self.slots:
-            slot.free, slot.ready = mark, None  # a pass uses up all that it has fetched
+            slot.free = mark  # `ready` stays: a pass that raised has not waited for all that it fetched
         self.coming = deque(number for number in order if number in self.host.weights)
         self._fetch()
 
@@ -172,6 +172,7 @@ class WeightStore:
         for slot in stream.slots:
             if slot.ready is not None:
                 stream.copies.wait(slot.ready)
+                slot.ready = None
 
     def after_replay(self, forward: bool) -> None:
         """The graph has left a pass's last blocks in the slots."""
@@ -183,7 +184,6 @@ class WeightStore:
     def lent(self, layers: Sequence[Any]) -> Iterator[None]:
         """While it is entered, transformers can run `layers` itself: each gets its weights when it is called."""
         hooks: list[Any] = []
-        self.stream.coming.clear()
         for number in self.stream.host.weights:
             hooks.append(layers[number].register_forward_pre_hook(partial(self._lend, number)))
             hooks.append(layers[number].register_forward_hook(partial(self._return, number)))
@@ -192,10 +192,12 @@ class WeightStore:
         finally:
             for hook in hooks:
                 hook.remove()
+            for number, weights in self.stream.host.weights.items():  # a layer that raised has not given them back
+                put(_linears(self.blocks[number]), weights)
 
     def _lend(self, number: int, *_: Any) -> None:
         stream = self.stream
-        if not stream.coming:
+        if number == stream.host.numbers[0]:  # of a forward pass, also after one that raised
             stream.begin(stream.host.numbers)
         put(_linears(self.blocks[number]), stream.take(number))
 

@@ -223,16 +223,20 @@ class Slow(ThreadCopies):
         return self.thread.submit(late)
 
 
+@pytest.mark.parametrize("offloads_inputs", [False, True])
+@pytest.mark.parametrize("at_call", [1, 2, 4])
 @pytest.mark.parametrize("name", ["forward", "backward"])
-def test_a_pass_that_raised_is_followed_by_a_right_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_that_raised_is_followed_by_a_right_one(
+    name: str, at_call: int, offloads_inputs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Copies that a failed pass had begun and not waited for are waited for by the next."""
     batch = packed()
     torch.manual_seed(0)
     wanted = result(*streaming([]), batch, passes=1)
     monkeypatch.setattr(patch, "copies_for", lambda _: Slow())
     torch.manual_seed(0)
-    adapted, plan, host = streaming([0, 1, 2, 3, 4], offloads_inputs=True)
-    real, failures = getattr(patch.Block, name), iter([False, True])
+    adapted, plan, host = streaming([0, 1, 2, 3, 4], offloads_inputs=offloads_inputs)
+    real, failures = getattr(patch.Block, name), iter([False] * (at_call - 1) + [True])
 
     def failing(*arguments: Any) -> Any:
         if next(failures, False):

@@ -82,6 +82,16 @@ class Outlook:
             raise ExitWith(ExitCode.BAD_INPUT, self.what_would_fit(plan))
         return plan
 
+    def check_host(self, plan: Plan) -> None:
+        """Raises ExitWith(BAD_INPUT) where the plan would page-lock more memory than the host has."""
+        if self.planner is not None and plan.host_bytes > self.planner.host_room:
+            raise ExitWith(
+                ExitCode.BAD_INPUT,
+                f"the smallest plan page-locks {plan.host_bytes / GIB:.1f} GiB of host memory and "
+                f"{self.planner.host_room / GIB:.1f} GiB may be taken: {plan}\n"
+                "Free host memory, give --memory.budget more, or take a smaller base",
+            )
+
     def smaller_plans(self, plan: Plan) -> Iterator[Plan]:
         """Plans that need less and less, when one has run out of memory."""
         if self.planner is None:
@@ -133,6 +143,7 @@ def assemble(config: Config, accelerator: Accelerator, data: TrainingData, saved
     budget = runtime.free_bytes(config, accelerator)
     outlook = Outlook.of(config, device, Rows(*data.rows_for_plan()), budget, saved_tokens)
     plan = outlook.first_plan()
+    outlook.check_host(plan)
     if saved_tokens and plan.tokens_per_pass != saved_tokens:
         runtime.say(
             accelerator,

@@ -1,7 +1,7 @@
 """What fits: where weights, activations and inputs of blocks are, and how many tokens one pass holds, from sizes alone.
 
 One budget decides. Each way to save memory costs time: smaller passes read the weights more often, blocks that are
-computed again cost a third more, weights and block inputs in host memory cost the bus. `make_plan` tries the
+computed again cost a third more, weights and block inputs in host memory cost the bus. Planner tries the
 combinations and takes the fastest that fits.
 """
 
@@ -170,14 +170,14 @@ class Planner:
 
     def longest_row(self, budget: int) -> int:
         """Tokens of the longest single row that could be trained in `budget` bytes, in steps of 64; 0 for none."""
-        tokens = self.rows.longest[0]
-        while tokens >= 64:
-            tokens = (tokens - 1) // 64 * 64
-            shorter = Rows((tokens,), tokens, 0.0, tokens)
+        low, high = 0, (self.rows.longest[0] - 1) // 64
+        while low < high:
+            middle = (low + high + 1) // 2
+            shorter = Rows((64 * middle,), 64 * middle, 0.0, 64 * middle)
             planner = Planner(self.sizes, shorter, replace(self.batch, per_device=1), self.memory, self.card)
-            if tokens and planner.best(budget).peak_bytes <= budget:
-                return tokens
-        return 0
+            fits = planner.best(budget).peak_bytes <= budget
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return 64 * low
 
     def _choices(self, has_limit: bool, saved_tokens: int, least_streamed: int) -> Iterator[_Choice]:
         blocks = self.sizes.num_blocks

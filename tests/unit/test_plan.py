@@ -359,3 +359,18 @@ def test_filling_counts_where_passes_are_put_together(config: Config) -> None:
         data.most_tokens = most
         passes = data.cut([[i] for i in range(6)], [1000] * 6, is_padded=False)
         assert [len(members) for members in passes] == sizes
+
+
+def test_host_memory_is_planned_too() -> None:
+    """A host with little memory streams fewer blocks; one that has too little for any plan is told before loading."""
+    planner = Planner(LLAMA_8B, LONG, BatchConfig(1, 4, merge="off"), MemoryConfig(), H200)
+    rich = planner.best(6 * GIB)
+    assert len(rich.streamed) > 8
+    planner.host_room = 2 * GIB
+    poor = planner.best(6 * GIB)
+    assert poor.host_bytes <= 2 * GIB < rich.host_bytes
+    assert poor.peak_bytes <= 6 * GIB
+    config: Any = None  # not looked at
+    ahead = Outlook(config, LONG, planner, "", 3 * GIB, 32, 0)
+    with pytest.raises(ExitWith, match=r"GiB of host memory and 2\.0 GiB may be taken"):
+        ahead.check_host(ahead.first_plan())

@@ -212,6 +212,106 @@ def test_the_order_of_fetches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert order == [([0, 1, 2, 3, 4], [2, 1, 0]), ([2, 3, 4], [2, 1, 0])]
 
 
+class Tape:
+    """Copies that can be recorded, as a CUDA graph does: what is recorded does not happen until it is replayed."""
+
+    def __init__(self) -> None:
+        self.recording: list[Any] | None = None
+        self.num_copies = 0  # asked for, recorded or not
+
+    def do(self, action: Any) -> None:
+        if self.recording is None:
+            action()
+        else:
+            self.recording.append(action)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
+        self.num_copies += 1
+        self.do(lambda: target.copy_(source))
+        return "done"
+
+    def wait(self, event: Any) -> None:
+        assert event == "done"
+
+    def mark(self) -> Any:
+        return "now"
+
+
+class Recorded:
+    """A store whose passes are recorded once, and what else may happen between replays."""
+
+    def __init__(self, numbers: list[int]) -> None:
+        self.tape = Tape()
+        adapted, plan, self.host = streaming(numbers)
+        self.causal_lm: Any = adapted.get_base_model()
+        blocks = Engine(self.causal_lm, plan, self.host).stack.blocks
+        self.store = WeightStore(blocks, 0, self.causal_lm.base_model.norm.weight, self.host, lambda: self.tape)
+        self.store._fill_base = self.fill  # type: ignore[method-assign]
+        self.made: list[int] = []
+        self.tapes: list[list[Any]] = [[], []]
+        self.store.before_replay(forward=True)
+        for recording, ask in zip(self.tapes, (self.validate, self.back), strict=True):
+            self.tape.recording = recording
+            ask()
+        self.tape.recording = None
+        self.store.forget()
+
+    def fill(self, block: Any, matrices: Any, is_streamed: bool) -> None:
+        """Stands for WeightStore._fill_base: when it happens, the block's weights must be its own."""
+        stream, number = self.store.stream, block.number
+        weights = stream.take(number) if is_streamed else []
+
+        def check() -> None:
+            self.made.append(number)
+            for weight, own in zip(weights, self.host.weights.get(number, []), strict=True):
+                assert torch.equal(weight, own)
+
+        self.tape.do(check)
+        if is_streamed:
+            stream.give(number)
+
+    def ask(self, order: range) -> None:
+        self.store.begin(order)
+        for number in order:
+            self.store.matrices(number)
+
+    def validate(self) -> None:
+        self.ask(range(NUM_BLOCKS))
+
+    def back(self) -> None:
+        self.ask(range(NUM_BLOCKS - 1, -1, -1))
+
+    def launch(self) -> None:
+        self.validate()
+        self.back()
+
+    def replay(self) -> None:
+        for recording, is_forward in zip(self.tapes, (True, False), strict=True):
+            self.store.before_replay(is_forward)
+            for action in recording:
+                action()
+            self.store.after_replay(is_forward)
+
+    def answer(self) -> None:
+        decoder, batch = self.causal_lm.base_model, packed()
+        with self.store.lent(decoder.layers), torch.no_grad():
+            decoder(batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+
+
+@pytest.mark.parametrize("numbers", [[0, 1, 2, 3, 4], [1, 3, 4], [0, 2], [4]])
+def test_a_replay_finds_what_its_recording_found(numbers: list[int]) -> None:
+    """Replays, validations, passes by launches and answers in any order: every block is made of its own weights."""
+    run = Recorded(numbers)
+    deeds = [run.replay, run.replay, run.validate, run.launch, run.answer, run.store.release]
+    for number in torch.randint(len(deeds), (60,)).tolist():
+        deeds[number]()
+    assert len(run.made) > 100
+    run.replay()
+    before = run.tape.num_copies
+    run.replay()
+    assert run.tape.num_copies == before  # what one replay leaves is what the next one wants
+
+
 class Slow(ThreadCopies):
     """A thread that takes its time."""
 

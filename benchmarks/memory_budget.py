@@ -26,10 +26,12 @@ from train.forecast import probe
 from train.runtime import versions
 
 ROOT = Path(__file__).resolve().parent.parent
-BIG = ("--profile", "a100", "--lora.r", "16", "--lora.alpha", "32", "--lora.dropout", "0")
-ROWS = (*BIG, "--batch.per_device", "1", "--batch.accumulation", "4")
-LITERAL = ("--batch.merge", "off")
-RESIDENT = ("--memory.offload", "none", "--memory.checkpointing", "full")
+LLAMA = ("--profile", "a100", "--lora.r", "16", "--lora.alpha", "32")
+BIG = (*LLAMA, "--lora.dropout", "0")
+ONE_ROW = ("--batch.per_device", "1", "--batch.accumulation", "4")
+ROWS = (*BIG, *ONE_ROW)
+LITERAL = ("--batch.merge", "off", "--memory.checkpointing", "full")  # the same work, streamed or not
+RESIDENT = ("--memory.offload", "none")
 SAME_BITS = ("--run.deterministic", "true")
 SMALL = ("--profile", "4gb", "--lora.r", "16", "--lora.alpha", "32")
 BUDGETS = (3, 4, 6, 8, 12, 24)
@@ -54,6 +56,7 @@ CASES = {
     "literal resident": Case("8b", (*ROWS, *LITERAL, *RESIDENT)),
     "bits 4": Case("8b", (*ROWS, *LITERAL, *SAME_BITS), 4, num_steps=1),
     "bits resident": Case("8b", (*ROWS, *LITERAL, *RESIDENT, *SAME_BITS), num_steps=1),
+    "dropout 4": Case("8b", (*LLAMA, *ONE_ROW, "--lora.dropout", "0.05"), 4),
     "small 4": Case("tinyllama", SMALL, 4, 512, 211),
     "small 2": Case("tinyllama", SMALL, 2, 512, 211),
     "short rows": Case("8b", BIG, 0, 512, 167),

@@ -1,5 +1,6 @@
 """Host memory: how buffers share allocations, how much there is, and answers where a GPU has little left."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from accelerate import Accelerator
 
 from data_tools.prepare import first_conversations
 from tests.conftest import training_of
-from train import cards
+from train import cards, runtime
 from train.config import Config
 from train.data import prepare_settings
 from train.deliver import compare as comparing
@@ -72,3 +73,32 @@ def test_questions_are_asked_in_smaller_batches_where_memory_ends(
     most = 0
     with pytest.raises(torch.OutOfMemoryError):
         comparing.compare(model, tokenizer, asked, [0], 6, lambda: False)
+
+
+def test_processes_plan_with_the_least_memory_of_all(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process with 9 GiB free beside one with 5 plans with 5, and with the budget where that is less."""
+    free = 9 * 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 16 * 2**30))
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+
+    class Two:
+        device = torch.device("cuda")
+
+        @staticmethod
+        def gather(own: torch.Tensor) -> torch.Tensor:
+            return torch.cat([own, torch.minimum(own, torch.tensor([5 * 2**30]))])
+
+    real = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda value, device=None: real(value))
+    accelerator: Any = Two()
+    assert runtime.free_bytes(config, accelerator) == 5 * 2**30
+    capped = replace(config, memory=replace(config.memory, budget="3GiB"))
+    assert runtime.free_bytes(capped, accelerator) == 3 * 2**30
+
+
+def test_local_processes_share_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four processes of a machine may take a quarter each."""
+    alone = cards.free_host_bytes()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert cards.free_host_bytes() == pytest.approx(alone / 4, rel=0.2)

@@ -157,8 +157,10 @@ def plan(words: list[str]) -> int:
     options, rest = own.parse_known_args(words)
     from train import forecast
     from train.cli import parse
+    from train.model import check_length
 
     config = parse(rest)
+    check_length(config)
     mean_length = options.mean_length or config.data.max_length
     if mean_length > config.data.max_length:
         raise ExitWith(ExitCode.BAD_INPUT, f"--mean-length {mean_length}: rows hold data.max_length at most")
@@ -172,14 +174,16 @@ def plan(words: list[str]) -> int:
         return 0
     card = forecast.default_card(config) if options.gpu is None else forecast.card_of(options.gpu)
     found = forecast.forecast(config, card, mean_length) if card else None
-    others = forecast.forecasts(config, mean_length)
+    # a card that is named is the one that is asked about
+    others = forecast.forecasts(config, mean_length) if options.json or options.gpu is None else []
     if options.json:
         cards = {"cards": [each.as_json() for each in others]}
         print(json.dumps((found.as_json() if found else {}) | cards, indent=1))
     else:
         if found:
             forecast.show(found, Console())
-        forecast.show_known(others, Console())
+        if others:
+            forecast.show_known(others, Console())
     fits = found.fits if found else any(each.fits for each in others)
     return 0 if fits else int(ExitCode.BAD_INPUT)
 

@@ -15,6 +15,7 @@ from train.cards import CONTEXT_BYTES, KNOWN, Card, known, present_card
 from train.config import Config, parse_bytes
 from train.data import TrainingData
 from train.exits import ExitCode, ExitWith
+from train.hardware import BF16
 from train.model import DTYPES, resolve_dtype
 from train.outlook import GIB, Outlook, assemble
 from train.plan import Plan, Rows
@@ -37,7 +38,7 @@ class Forecast:
     card: Card
     budget: int
     plan: Plan
-    tokens_per_second: float
+    tokens_per_second: float | None  # None where it does not fit, or the card is none that is known
     paged_bytes: int
     fits: bool
     advice: str  # what would fit, where it does not
@@ -49,7 +50,7 @@ class Forecast:
             "budget_gib": round(self.budget / GIB, 3),
             "fits": self.fits,
             "predicted_peak_gib": round(self.plan.peak_bytes / GIB, 3),
-            "predicted_tokens_per_second": round(self.tokens_per_second),
+            "predicted_tokens_per_second": self.tokens_per_second and round(self.tokens_per_second),
             "parts_gib": {name: round(num_bytes / GIB, 4) for name, num_bytes in self.plan.parts},
             "host_gib": round(self.plan.host_bytes / GIB, 3),
             "advice": self.advice,
@@ -59,14 +60,14 @@ class Forecast:
 
 def card_of(text: str) -> Card:
     """The card that `--gpu` names: a known one, or a size such as 4GiB; raises ExitWith(BAD_INPUT) for others."""
-    card = known(text)
-    if card is not None:
-        return card
     try:
-        return Card(text, parse_bytes(text), (8, 0), **UNKNOWN_RATES)  # rates decide what is given up first
+        card = known(text) or _of_size(text)
     except ValueError:
         names = ", ".join(card.name for card in KNOWN)
         raise ExitWith(ExitCode.BAD_INPUT, f"--gpu {text}: write a size such as 4GiB, or one of {names}") from None
+    if card.usable_bytes <= 0:
+        raise ExitWith(ExitCode.BAD_INPUT, f"--gpu {text}: CUDA itself takes {CONTEXT_BYTES / GIB:.2f} GiB of a card")
+    return card
 
 
 def default_card(config: Config) -> Card | None:
@@ -76,8 +77,12 @@ def default_card(config: Config) -> Card | None:
         return present_card(device, DTYPES[resolve_dtype(config.model, device)])
     if not config.memory.budget:
         return None
-    card = card_of(config.memory.budget)
+    card = _of_size(config.memory.budget)
     return replace(card, memory_bytes=card.memory_bytes + CONTEXT_BYTES)  # the budget is what is left beside it
+
+
+def _of_size(text: str) -> Card:
+    return Card(text, parse_bytes(text), (8, 0), **UNKNOWN_RATES)  # rates decide what is given up first
 
 
 def rows_of(config: Config, mean_length: int) -> Rows:
@@ -93,32 +98,29 @@ def forecast(config: Config, card: Card, mean_length: int) -> Forecast:
         budget = min(budget, parse_bytes(config.memory.budget))
     outlook = Outlook.on_card(config, card, rows_of(config, mean_length), budget)
     if outlook.planner is None:
-        reason = f"only the fused engine's memory is predicted, and this run has another: {outlook.reason}"
+        reason = (
+            f"only the fused engine's memory is predicted, and this run has another: {outlook.reason}. "
+            "With --probe it is measured on the GPU that is here"
+        )
         raise ExitWith(ExitCode.BAD_INPUT, reason)
     plan = outlook.planner.best(budget)
     fits = plan.peak_bytes <= budget
+    has_rates = any(card.name == each.name for each in KNOWN)  # where only a size is given nobody knows
     return Forecast(
         card=card,
         budget=budget,
         plan=plan,
-        tokens_per_second=config.batch.accumulation * outlook.rows.mean_pass / plan.seconds,
+        tokens_per_second=outlook.num_tokens / plan.seconds if fits and has_rates else None,
         paged_bytes=outlook.planner.sizes.paged_bytes,
         fits=fits,
-        advice="" if fits else outlook.what_would_fit(plan),
+        advice="" if fits else outlook.remedies(plan),
     )
 
 
 def forecasts(config: Config, mean_length: int) -> list[Forecast]:
-    """For every known card that has the type that is asked for; raises ExitWith(BAD_INPUT) where there is none."""
-    found, reason = [], ""
-    for card in KNOWN:
-        try:
-            found.append(forecast(config, card, mean_length))
-        except ExitWith as end:
-            reason = end.reason
-    if not found:
-        raise ExitWith(ExitCode.BAD_INPUT, reason)
-    return found
+    """For every known card that has the type that is asked for; raises ExitWith(BAD_INPUT) as `forecast`."""
+    wanted = config.model.dtype
+    return [forecast(config, card, mean_length) for card in KNOWN if wanted != "bf16" or card.capability >= BF16]
 
 
 def show(found: Forecast, console: Console) -> None:
@@ -140,7 +142,9 @@ def show(found: Forecast, console: Console) -> None:
     ]
     if plan.streamed:
         lines.append(f"traffic   {plan.traffic_bytes / GIB:.2f} GiB of weights to the GPU in a pass, there and back")
-    if any(found.card.name == card.name for card in KNOWN):
+    if found.tokens_per_second is None and found.fits:
+        lines.append("speed     not known of a card that has no name here; --gpu NAME, or --probe where it is")
+    if found.tokens_per_second is not None:
         lines.append(f"speed     about {found.tokens_per_second:,.0f} tokens/s (predicted)")
     if not found.fits:
         lines.append(f"does not fit: {found.advice}")
@@ -154,8 +158,9 @@ def show_known(others: Sequence[Forecast], console: Console) -> None:
     for heading in ("card", "GiB", "peak GiB", "blocks kept", "streamed", "tokens/s"):
         overview.add_column(heading, justify="left" if heading == "card" else "right")
     for each in others:
-        numbers = (str(each.plan.num_kept), str(len(each.plan.streamed)), f"{each.tokens_per_second:,.0f}")
-        cells = numbers if each.fits else ("", "", "does not fit")
+        cells = ("", "", "does not fit")
+        if each.tokens_per_second is not None:
+            cells = (str(each.plan.num_kept), str(len(each.plan.streamed)), f"{each.tokens_per_second:,.0f}")
         overview.add_row(each.card.name, f"{each.budget / GIB:.1f}", f"{each.plan.peak_bytes / GIB:.2f}", *cells)
     console.print(overview)
 

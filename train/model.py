@@ -252,19 +252,24 @@ def _with_adapters(base: Any, config: Config, low_cpu_mem_usage: bool = False) -
 
 def check_fits(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ExitWith(BAD_INPUT) where samples would hold positions or tokens that the model has no place for."""
+    check_length(config)
     shape = model_shape(config.model)
-    longest = getattr(shape, "max_position_embeddings", None)
-    if longest is not None and config.data.max_length > longest:
-        reason = (
-            f"--data.max_length {config.data.max_length}: {config.model.name_or_path} was made for {longest} at most"
-        )
-        raise ExitWith(ExitCode.BAD_INPUT, reason)
     if len(tokenizer) > shape.vocab_size:
         raise ExitWith(
             ExitCode.BAD_INPUT,
             f"{config.model.name_or_path}: the tokenizer has {len(tokenizer)} tokens and the model embeds "
             f"{shape.vocab_size}; use the tokenizer that belongs to it",
         )
+
+
+def check_length(config: Config) -> None:
+    """Raises ExitWith(BAD_INPUT) where samples may be longer than the model was made for, or it cannot be found."""
+    longest = getattr(model_shape(config.model), "max_position_embeddings", None)
+    if longest is not None and config.data.max_length > longest:
+        reason = (
+            f"--data.max_length {config.data.max_length}: {config.model.name_or_path} was made for {longest} at most"
+        )
+        raise ExitWith(ExitCode.BAD_INPUT, reason)
 
 
 def base_fingerprint(config: Config) -> str:

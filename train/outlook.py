@@ -69,6 +69,11 @@ class Outlook:
         planner = Planner(sizes, rows, config.batch, config.memory, card) if sizes else None
         return cls(config, rows, planner, reason, budget, num_blocks, saved_tokens=0)
 
+    @property
+    def num_tokens(self) -> float:
+        """Of an optimizer step, on average."""
+        return self.config.batch.accumulation * self.rows.mean_pass
+
     def first_plan(self) -> Plan:
         """The plan to begin with; raises ExitWith(BAD_INPUT) where the smallest is larger than the budget."""
         if self.planner is None:
@@ -125,13 +130,25 @@ class Outlook:
         assert self.planner is not None
         assert self.budget is not None
         parts = "\n".join(f"  {num_bytes / GIB:7.2f} GiB  {name}" for name, num_bytes in plan.parts if num_bytes)
-        length = self.planner.longest_row(self.budget)
-        fits = f"--data.max_length {length}, or " if length else ""
         return (
             f"{self.config.model.name_or_path} needs {plan.peak_bytes / GIB:.2f} GiB of GPU memory at least, and "
-            f"{self.budget / GIB:.2f} GiB may be used:\n{parts}\n"
-            f"What would fit: {fits}a smaller base, a lower --lora.r, or a larger --memory.budget"
+            f"{self.budget / GIB:.2f} GiB may be used:\n{parts}\n{self.remedies(plan)}"
         )
+
+    def remedies(self, plan: Plan) -> str:
+        """What would fit, where the smallest plan does not."""
+        assert self.planner is not None
+        assert self.budget is not None
+        found, adapters = [], dict(plan.parts)["adapters, gradients, optimizer"]
+        if self.config.memory.offload == "none":
+            found.append("--memory.offload auto, which streams weights")
+        if length := self.planner.longest_row(self.budget):
+            found.append(f"--data.max_length {length}")
+        if adapters > plan.peak_bytes - self.budget:
+            found.append("a lower --lora.r")
+        if self.config.memory.budget:
+            found.append("a larger --memory.budget")
+        return f"What would fit: {', or '.join([*found, 'a smaller base'])}"
 
 
 def assemble(config: Config, accelerator: Accelerator, data: TrainingData, saved_tokens: int = 0) -> Training:

@@ -85,6 +85,7 @@ class Plan:
     num_kept: int  # blocks whose activations are kept, the last ones
     num_cached: int = 0  # blocks whose dequantised weights are kept, the first ones
     streamed: tuple[int, ...] = ()  # blocks whose weights are in host memory
+    needs_host: bool = True  # nothing that leaves the host alone fits
     offloads_inputs: bool = False  # inputs of blocks that are computed again are in host memory
     uses_graphs: bool = False
     head_bytes: int = 0  # that the head works with, which recorded graphs must leave
@@ -105,6 +106,7 @@ class Plan:
         text += f"; {self.num_cached} keep dequantised weights" if self.num_cached else ""
         if self.streamed:
             text += f"; {len(self.streamed)} blocks' weights are streamed from host memory"
+            text += "" if self.needs_host else ", which is faster (it would fit without)"
         elif self.parts:
             text += "; all weights are on the GPU, nothing is streamed"
         text += "; inputs of blocks in host memory" if self.offloads_inputs else ""
@@ -154,10 +156,11 @@ class Planner:
         ]
         fitting = [choice for choice in choices if self._fits(choice, self._room(budget, choice))]
         if not fitting:
-            return self._plan(min(choices, key=self.peak), budget is not None)
+            return self._plan(min(choices, key=self.peak), budget is not None, needs_host=True)
         # streaming must be worth it: the model of time is not so exact
         chosen = min(fitting, key=lambda choice: self.seconds(choice) * (1 + WORTH * choice.uses_host))
-        return self._plan(chosen, budget is not None)
+        needs_host = all(choice.uses_host for choice in fitting) and self.memory.offload == "auto"
+        return self._plan(chosen, budget is not None, needs_host)
 
     def _room(self, budget: int | None, choice: _Choice) -> int | None:
         """What of the budget is planned with."""
@@ -315,7 +318,7 @@ class Planner:
         beside = 1 + STREAMING * choice.num_streamed / s.num_blocks + OFFLOADING * choice.offloads
         return choice.num_passes * (s.num_blocks * (one_way + other_way) * beside + head)
 
-    def _plan(self, choice: _Choice, has_limit: bool) -> Plan:
+    def _plan(self, choice: _Choice, has_limit: bool, needs_host: bool) -> Plan:
         s = self.sizes
         streamed = spread(choice.num_streamed, s.num_blocks)
         recomputed = s.num_blocks - choice.num_kept
@@ -327,6 +330,7 @@ class Planner:
             num_kept=choice.num_kept,
             num_cached=choice.num_cached,
             streamed=streamed,
+            needs_host=needs_host,
             offloads_inputs=choice.offloads and recomputed > 0,
             uses_graphs=choice.graphs,
             head_bytes=self._head_bytes(choice.tokens),

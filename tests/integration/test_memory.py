@@ -54,16 +54,19 @@ def test_a_streamed_run_that_is_killed_ends_in_the_resident_bits(asked: Config, 
 
 def plan(config: Config, *words: str) -> list[str]:
     """The command line of `handloop plan` for the tiny shape, trained on a GPU."""
-    shape = ["--model.name_or_path", config.model.name_or_path, "--data.max_length", "128"]
-    return ["plan", "--profile", "a100", *shape, *words]
+    length = [] if "--data.max_length" in words else ["--data.max_length", "128"]
+    return ["plan", "--profile", "a100", "--model.name_or_path", config.model.name_or_path, *length, *words]
 
 
 def test_the_plan_of_a_run_is_told(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    """By component, with a line for each known card; exit 0 where it fits."""
+    """By component, or without a card a line for each known one; exit 0 where it fits."""
     assert command(plan(config, "--gpu", "4GiB")) == 0
     told = capsys.readouterr().out
-    for part in ("packed weights", "working memory", "predicted peak", "nothing is streamed", "GTX-1050-Ti"):
+    for part in ("packed weights", "working memory", "predicted peak", "nothing is streamed", "speed     not known"):
         assert part in told
+    assert "GTX-1050-Ti" not in told
+    assert command(plan(config)) == 0
+    assert "GTX-1050-Ti" in capsys.readouterr().out
     assert command(plan(config, "--gpu", "A100-40", "--json")) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["gpu"] == "A100-40"
@@ -85,6 +88,11 @@ def test_what_does_not_fit_is_78(config: Config, capsys: pytest.CaptureFixture[s
     ("words", "message"),
     [
         (("--gpu", "huge"), "write a size such as 4GiB, or one of H200"),
+        (("--gpu", "0GiB"), "CUDA itself takes 0.45 GiB of a card"),
+        (("--gpu", "T4", "--model.dtype", "bf16"), "compute capability 7.5 has no bf16"),
+        (("--gpu", "T4", "--probe"), "a probe runs on the GPU that is here"),
+        (("--steps", "3"), "only --probe makes steps"),
+        (("--data.max_length", "513"), "was made for 512 at most"),
         (("--mean-length", "129"), "rows hold data.max_length at most"),
         (("--model.quantization", "int8"), "this run has another: int8 layers round their inputs"),
         (("--memory.offload", "stream", "--engine.kind", "reference"), "only the fused engine streams"),

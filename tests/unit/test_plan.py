@@ -374,3 +374,29 @@ def test_host_memory_is_planned_too() -> None:
     ahead = Outlook(config, LONG, planner, "", 3 * GIB, 32, 0)
     with pytest.raises(ExitWith, match=r"GiB of host memory and 2\.0 GiB may be taken"):
         ahead.check_host(ahead.first_plan())
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    ("offload", "remedy"), [("none", "--memory.offload auto"), ("auto", "a larger --memory.budget")]
+)
+def test_remedies_are_those_that_help(offload: Any, remedy: str, config: Config) -> None:
+    """Streaming where it was forbidden, a budget where one was set, a lower rank only where adapters are the matter."""
+    memory = MemoryConfig(offload=offload, budget="2GiB")
+    model = ModelConfig(str(SHARED / "llama31_8b"), dtype="bf16")
+    for r, is_told in ((8, False), (256, True)):
+        asked = replace(config, model=model, memory=memory, lora=LoraConfig(r=r))
+        ahead = Outlook.on_card(asked, H200, LONG, 2 * GIB)
+        with pytest.raises(ExitWith, match="What would fit") as error:
+            ahead.first_plan()
+        assert remedy in error.value.reason
+        assert ("a lower --lora.r" in error.value.reason) == is_told
+
+
+def test_streaming_that_is_not_needed_is_called_so() -> None:
+    """In 12 GiB an 8B would fit without, in 4 it would not."""
+    for gib, is_needed in ((4, True), (12, False)):
+        plan = planned(LONG, BatchConfig(1, 4), gib)
+        assert plan.streamed
+        assert plan.needs_host == is_needed
+        assert ("it would fit without" in str(plan)) != is_needed

@@ -35,11 +35,13 @@ def load_base(
     if config.random_init:
         draw = _drawn(shape, dtype, torch.Generator(device).manual_seed(seed))
         return _filled(skeleton(config, dtype), draw, device, host, embedding_on_host)
-    _refuse_other_files(config)
+    indexed = _indexed_files(config)
     try:
         if host.wanted:
+            if getattr(shape, "quantization_config", None) is not None:
+                raise ValueError("it is quantised already, and blocks can be streamed only of a base that is not")
             with ExitStack() as files:
-                read = _stored(config, dtype, device, files)
+                read = _stored(config, indexed, dtype, device, files)
                 base = _filled(skeleton(config, dtype), read, device, host, embedding_on_host)
             with suppress(OSError):  # it has none
                 base.generation_config = GenerationConfig.from_pretrained(config.name_or_path, revision=config.revision)
@@ -148,14 +150,12 @@ def _drawn(shape: Any, dtype: torch.dtype, generator: torch.Generator) -> Read:
     return read
 
 
-def _stored(config: ModelConfig, dtype: torch.dtype, device: torch.device, files: ExitStack) -> Read:
+def _stored(
+    config: ModelConfig, indexed: list[str], dtype: torch.dtype, device: torch.device, files: ExitStack
+) -> Read:
     """Values from safetensors files, which stay open until `files` is closed; raises ValueError for others' names."""
-    if getattr(model_shape(config), "quantization_config", None) is not None:
-        raise ValueError("it is quantised already, and blocks can be streamed only of a base that is not")
-    index = _cached(config, SAFE_WEIGHTS_INDEX_NAME)
-    names = [SAFE_WEIGHTS_NAME]  # where both are there, transformers takes it too
-    if index is not None and _cached(config, SAFE_WEIGHTS_NAME) is None:
-        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    # a single file comes first where both are there, as transformers has it
+    names = indexed if indexed and _cached(config, SAFE_WEIGHTS_NAME) is None else [SAFE_WEIGHTS_NAME]
     place: dict[str, Any] = {}
     for name in names:
         path = cached_file(config.name_or_path, name, revision=config.revision)
@@ -193,19 +193,23 @@ def _cached(config: ModelConfig, name: str) -> str | None:
     return cached_file(config.name_or_path, name, revision=config.revision, **missing_is_fine)
 
 
-def _refuse_other_files(config: ModelConfig) -> None:
-    """Raises ExitWith(BAD_INPUT) where the index names other files than safetensors: transformers would read them."""
+def _indexed_files(config: ModelConfig) -> list[str]:
+    """The files that the index names, none without one.
+
+    Raises ExitWith(BAD_INPUT) where they are others than safetensors: transformers would read them.
+    """
     index = _cached(config, SAFE_WEIGHTS_INDEX_NAME)
     if index is None:
-        return
+        return []
     try:
-        names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
+        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
         wrong = [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise not_found(config, SAFE_WEIGHTS_INDEX_NAME, error) from None
     if wrong:
         reason = f"{config.name_or_path}: {SAFE_WEIGHTS_INDEX_NAME} names {wrong[0]!r}; only *.safetensors are read"
         raise ExitWith(ExitCode.BAD_INPUT, reason)
+    return names
 
 
 def where(config: ModelConfig) -> dict[str, str]:

@@ -23,12 +23,8 @@ from train.step import Training, optimizer_step
 
 FIRST_STEPS, MORE_FIRST_STEPS = 2, 16
 CPU_BYTES = int(2.5 * GIB)  # of a process with torch, transformers and CUDA in it
-UNKNOWN_RATES = {
-    "flops": 12e12,
-    "fp32_flops": 4e12,
-    "bandwidth": 160e9,
-    "bus": 12e9,
-}  # a small card's, where only a size is given
+# of a small card, where only a size is given
+UNKNOWN_RATES = {"flops": 12e12, "fp32_flops": 4e12, "bandwidth": 160e9, "bus": 12e9}
 
 
 @dataclass(frozen=True)
@@ -248,7 +244,7 @@ def _random_rows(config: Config, mean_length: int) -> Any:
 
 
 def _process_bytes() -> int:
-    """The most memory that this process has had of its own (not files that are mapped)."""
+    """Memory that this process has of its own now (not files that are mapped)."""
     with open("/proc/self/status", encoding="ascii") as file:
         fields = dict(line.split(":", 1) for line in file)
     return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))

@@ -27,9 +27,13 @@ SMALLER = 0.93  # of the last budget is planned with when a plan has run out of 
 MOST_TRIES = 8
 
 
+# sizes, or None and why the fused engine cannot run it; number of blocks
+Sketched = tuple[ModelSizes | None, str, int]
+
+
 @lru_cache(maxsize=4)
-def sketched_sizes(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[ModelSizes | None, str, int]:
-    """(sizes, or None and why the fused engine cannot run it; number of blocks), of the model without its weights."""
+def sketched_sizes(config: Config, device: torch.device, dtype: torch.dtype) -> Sketched:
+    """What is known of the model without its weights."""
     sketched = sketch(config, dtype)
     causal_lm: Any = sketched.get_base_model()
     fused, reason = choose_engine(sketched, config, device)
@@ -56,16 +60,20 @@ class Outlook:
         """Of a run on `device`."""
         dtype = DTYPES[resolve_dtype(config.model, device)]
         card = present_card(device, dtype) if device.type == "cuda" else host_card()
-        sizes, reason, num_blocks = sketched_sizes(config, device, dtype)
-        planner = Planner(sizes, rows, config.batch, config.memory, card) if sizes else None
-        return cls(config, rows, planner, reason, budget, num_blocks, saved_tokens)
+        return replace(
+            cls._by(config, rows, card, sketched_sizes(config, device, dtype), budget), saved_tokens=saved_tokens
+        )
 
     @classmethod
     def on_card(cls, config: Config, card: Card, rows: Rows, budget: int) -> "Outlook":
         """Of a run on a GPU that need not be here; raises ExitWith(BAD_INPUT) where it lacks the type asked for."""
         dtype = hardware.type_on(config.model.dtype, card.capability)[0]
         card = card.computing(dtype == "fp32", config.run.deterministic)
-        sizes, reason, num_blocks = sketched_sizes(config, torch.device("cuda"), DTYPES[dtype])
+        return cls._by(config, rows, card, sketched_sizes(config, torch.device("cuda"), DTYPES[dtype]), budget)
+
+    @classmethod
+    def _by(cls, config: Config, rows: Rows, card: Card, sketched: Sketched, budget: int | None) -> "Outlook":
+        sizes, reason, num_blocks = sketched
         planner = Planner(sizes, rows, config.batch, config.memory, card) if sizes else None
         return cls(config, rows, planner, reason, budget, num_blocks, saved_tokens=0)
 

@@ -80,7 +80,7 @@ class Plan:
 
     is_fused: bool  # on our own engine
     merges: bool  # passes are put together, or cut, to hold `tokens_per_pass` at most
-    tokens_per_pass: int  # what memory was counted for (filling and validation may add some); 0: padded passes
+    tokens_per_pass: int  # what memory was counted for; 0: padded passes
     num_blocks: int
     num_kept: int  # blocks whose activations are kept, the last ones
     num_cached: int = 0  # blocks whose dequantised weights are kept, the first ones

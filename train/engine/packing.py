@@ -11,7 +11,6 @@ from bitsandbytes.functional import QuantState
 from train.engine.copies import host_buffers
 
 ALIGNMENT = 512  # bytes; as CUDA's own allocations, which kernels read in words of 16
-
 NESTED_BLOCK = 256  # of NF4's scales share a scale, where they are quantised too
 
 

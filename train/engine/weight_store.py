@@ -30,12 +30,16 @@ class Slot:
 
 @dataclass
 class _Stream:
-    """Blocks that come from host memory, in turn; the k-th of them always into slot k modulo NUM_SLOTS."""
+    """Blocks that come from host memory, in turn; the k-th of them always into slot k modulo the number of slots."""
 
     host: HostBlocks
     copies: Copies
     slots: list[Slot]
+    numbers: list[int]  # of the blocks, in order
     coming: deque[int] = field(default_factory=deque)  # blocks that will be asked for
+
+    def __post_init__(self) -> None:
+        self.own = {number: self.slots[k % len(self.slots)] for k, number in enumerate(self.numbers)}
 
     def begin(self, order: Iterable[int]) -> None:
         """Tells which blocks are asked for next."""
@@ -71,7 +75,7 @@ class _Stream:
 
     def slot(self, number: int) -> Slot:
         """The block's own."""
-        return self.slots[self.host.numbers.index(number) % len(self.slots)]
+        return self.own[number]
 
     def _fetch(self) -> None:
         for number in list(self.coming)[: len(self.slots)]:  # neighbours, so each has another slot
@@ -103,10 +107,11 @@ class WeightStore:
         self.places: dict[int, Matrices] = {}  # of each cached block; -1 is the shared place
         self.holds: dict[int, int] = {}  # the block whose base stands in a place
         self.fresh: set[int] = set()  # blocks whose adapters have been filled in since they moved
-        self.stream = _Stream(host, copies(), [])
+        slots = []
         if host.packing is not None:
             buffers = [like.new_empty(host.packing.num_bytes, dtype=torch.uint8) for _ in range(NUM_SLOTS)]
-            self.stream.slots += [Slot(buffer, host.packing.views(buffer)) for buffer in buffers]
+            slots = [Slot(buffer, host.packing.views(buffer)) for buffer in buffers]
+        self.stream = _Stream(host, copies(), slots, host.numbers)
 
     def adapters_moved(self) -> None:
         """Since the last pass they may have."""
@@ -145,7 +150,7 @@ class WeightStore:
         return matrices
 
     def _fill_base(self, block: Block, matrices: Matrices, is_streamed: bool) -> None:
-        own = [base.weight for group in block.groups for base in group.bases]
+        own = [linear.weight for linear in _linears(block)]
         weights = iter(self.stream.take(block.number) if is_streamed else own)
         for group, matrix in zip(block.groups, matrices, strict=True):
             group.fill_base(matrix, [next(weights) for _ in group.bases])
@@ -167,7 +172,7 @@ class WeightStore:
         A graph cannot look: what is in a slot was decided when it was recorded.
         """
         self.forget()
-        stream, numbers = self.stream, self.stream.host.numbers
+        stream, numbers = self.stream, self.stream.numbers
         stream.begin(numbers if forward else numbers[::-1])
         for slot in stream.slots:
             if slot.ready is not None:
@@ -176,7 +181,7 @@ class WeightStore:
 
     def after_replay(self, forward: bool) -> None:
         """The graph has left a pass's last blocks in the slots."""
-        numbers = self.stream.host.numbers
+        numbers = self.stream.numbers
         for number in numbers if forward else numbers[::-1]:
             self.stream.slot(number).block = number
 
@@ -197,8 +202,8 @@ class WeightStore:
 
     def _lend(self, number: int, *_: Any) -> None:
         stream = self.stream
-        if number == stream.host.numbers[0]:  # of a forward pass, also after one that raised
-            stream.begin(stream.host.numbers)
+        if number == stream.numbers[0]:  # of a forward pass, also after one that raised
+            stream.begin(stream.numbers)
         put(_linears(self.blocks[number]), stream.take(number))
 
     def _return(self, number: int, *_: Any) -> None:

@@ -57,6 +57,8 @@ CASES = {
     "bits 4": Case("8b", (*ROWS, *LITERAL, *SAME_BITS), 4, num_steps=1),
     "bits resident": Case("8b", (*ROWS, *LITERAL, *RESIDENT, *SAME_BITS), num_steps=1),
     "dropout 4": Case("8b", (*LLAMA, *ONE_ROW, "--lora.dropout", "0.05"), 4),
+    "long 4": Case("8b", ROWS, 4, 9000),
+    "longer 4": Case("8b", ROWS, 4, 13000),  # in tiles
     "small 4": Case("tinyllama", SMALL, 4, 512, 211),
     "small 2": Case("tinyllama", SMALL, 2, 512, 211),
     "short rows": Case("8b", BIG, 0, 512, 167),

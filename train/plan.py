@@ -21,6 +21,7 @@ LATENCY_TOKENS = 155  # more than a pass has are as long as it takes: short prod
 WORTH = 0.02  # of a step's time must be won by what uses host memory
 NUM_SLOTS = 2  # device buffers of blocks from the host: one is free again as soon as its block is dequantised
 INPUTS_IN_FLIGHT = 3  # block inputs on the device that are on their way to the host or back
+MLP_TILE = 1024  # tokens that go through an MLP together, where its activations must not all stand at once
 MOST_MERGED = 16384  # products are not faster beyond
 GRAPH_TOKENS = 4096  # passes of so many tokens at most run as CUDA graphs, where that is faster: their memory is theirs
 # Seconds in which a host launches the kernels of one block (measured: 272 ms for 32, with what is computed again)
@@ -88,6 +89,7 @@ class Plan:
     needs_host: bool = True  # nothing that leaves the host alone fits
     offloads_inputs: bool = False  # inputs of blocks that are computed again are in host memory
     uses_graphs: bool = False
+    mlp_tile: int = 0  # tokens that go through an MLP together; 0: all
     head_bytes: int = 0  # that the head works with, which recorded graphs must leave
     parts: tuple[tuple[str, int], ...] = ()  # predicted bytes on the device at the worst moment, by component
     host_bytes: int = 0  # page-locked
@@ -110,6 +112,7 @@ class Plan:
         elif self.parts:
             text += "; all weights are on the GPU, nothing is streamed"
         text += "; inputs of blocks in host memory" if self.offloads_inputs else ""
+        text += f"; MLPs in tiles of {self.mlp_tile:,} tokens" if self.mlp_tile else ""
         text += f"; predicted peak {self.peak_bytes / 2**30:.2f} GiB" if self.parts else ""
         return text + (f", {self.host_bytes / 2**30:.1f} GiB of host memory" if self.host_bytes else "")
 
@@ -124,6 +127,7 @@ class _Choice:
     num_streamed: int
     offloads: bool
     graphs: bool
+    tile: int = 0
     num_kept: int = 1
     num_cached: int = 0
 
@@ -150,11 +154,15 @@ class Planner:
         Where nothing fits, the smallest: its peak tells what is missing. A run that is resumed gives the
         `tokens_per_pass` that it was started with. Blocks that are in host memory already stay there.
         """
-        choices = [
-            self._filled(choice, self._room(budget, choice))
-            for choice in self._choices(budget is not None, saved_tokens, least_streamed)
-        ]
-        fitting = [choice for choice in choices if self._fits(choice, self._room(budget, choice))]
+        choices, fitting = [], []
+        for tile in (0, MLP_TILE):  # in tiles only where nothing fits without
+            choices = [
+                self._filled(replace(choice, tile=tile), self._room(budget, choice))
+                for choice in self._choices(budget is not None, saved_tokens, least_streamed)
+            ]
+            fitting = [choice for choice in choices if self._fits(choice, self._room(budget, choice))]
+            if fitting:
+                break
         if not fitting:
             return self._plan(min(choices, key=self.peak), budget is not None, needs_host=True)
         # streaming must be worth it: the model of time is not so exact
@@ -247,14 +255,20 @@ class Planner:
         recomputed = s.num_blocks - choice.num_kept
         wide, element = s.hidden + s.extra, s.element_bytes
         inputs = choice.num_kept + min(INPUTS_IN_FLIGHT, recomputed) if choice.offloads else s.num_blocks
-        activations = element * (2 * wide + s.heads + s.normed_heads + s.query + s.hidden + 2 * s.inner + 3 * s.extra)
+        is_tiled = 0 < choice.tile < tokens
+        gate_up, product = 2 * s.inner + s.extra, (1 + s.has_dropout) * s.inner
+        activations = element * (2 * wide + s.heads + s.normed_heads + s.query + s.hidden + 2 * s.extra)
+        activations += 0 if is_tiled else element * gate_up
         activations += 4 * (s.query + s.normed_heads) // 64 + 8  # attention's log sums and the norms' scales, fp32
         if not card_has_flash(self.card, element):  # keys and values of all heads, and each sample's output, are kept
             activations += element * 3 * s.query
-        # beside the gradients of the stack's output and of the block's: the MLP's product (with dropout twice), or of
-        # attention the gradients of its output, of its inputs, and of keys and values of all heads; its dQ is fp32
-        largest = max((1 + s.has_dropout) * s.inner, 3 * s.query + s.heads)
-        backward = tokens * (element * (wide + 2 * s.hidden + largest) + 4 * s.query)
+        # beside the gradients of the stack's output and of the block's: in the MLP that of its norm's output, and the
+        # product (with dropout twice); in attention, where what the MLP has kept is gone, the gradients of its output,
+        # of its inputs, and of keys and values of all heads; its dQ is fp32
+        in_mlp = tokens * s.hidden + (choice.tile * (gate_up + product) if is_tiled else tokens * product)
+        freed = wide + s.hidden + (0 if is_tiled else gate_up)
+        in_attention = tokens * (3 * s.query + s.heads + 4 * s.query // element - freed)
+        backward = element * (tokens * (wide + s.hidden) + max(in_mlp, in_attention))
         head = self._head_bytes(tokens)
         # what a graph uses, nothing else can
         working = head + backward if choice.graphs else max(head, backward)
@@ -333,6 +347,7 @@ class Planner:
             needs_host=needs_host,
             offloads_inputs=choice.offloads and recomputed > 0,
             uses_graphs=choice.graphs,
+            mlp_tile=choice.tile if choice.tile < choice.tokens else 0,
             head_bytes=self._head_bytes(choice.tokens),
             parts=tuple(self.parts(choice).items()) if has_limit else (),
             host_bytes=self.host_bytes(choice) if has_limit else 0,

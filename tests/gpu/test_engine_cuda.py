@@ -56,7 +56,7 @@ def dropout() -> list[torch.Tensor]:
     out, seed = random(77, 4160), torch.tensor(12345, device=GPU)
     operations.dropout(random(77, 4096), out[:, :4096], 0.05, seed, 3)
     first = out.clone()
-    operations.dropout(random(77, 4096), out[:, :4096], 0.3, seed, 4, add=True)
+    operations.dropout(random(77, 4096), out[:, :4096], 0.3, seed, 4, first=50, add=True)
     return [first, out]
 
 
@@ -170,6 +170,21 @@ def test_recorded_graphs_compute_what_launches_compute(config: Config, dropout: 
         assert (one - two).norm() < 0.05 * two.norm()
         if one.numel() > 1:
             assert torch.cosine_similarity(one, two, dim=0) > 0.999
+
+
+@pytest.mark.parametrize("uses_graphs", [False, True])
+def test_tiles_of_an_mlp_are_the_whole(config: Config, uses_graphs: bool) -> None:
+    """With dropout, by launches and as graphs: gradients of four steps, 48 tokens at a time or all."""
+    config = with_batch(replace(config, lora=LoraConfig(r=4, dropout=0.2)), 2, 4)
+    found = []
+    for tile in (0, 48):
+        training = build(config)
+        plan = replace(training.plan, num_kept=1, num_cached=0, uses_graphs=uses_graphs, mlp_tile=tile)
+        training.model.execute(plan)
+        found.append([gradient(training, step) for step in range(4)])
+    for one, two in zip(*found, strict=True):
+        assert one.norm() > 0
+        assert torch.cosine_similarity(one, two, dim=0) > 0.999
 
 
 def test_old_graphs_make_room(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -258,9 +258,12 @@ def reference(causal_lm: Any, batch: MicroBatch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("num_kept", "num_cached"), [(1, 0), (2, 1), (3, 3)])
-def test_every_family_of_models(family: str, num_kept: int, num_cached: int) -> None:
-    """Hidden states and every adapter's gradient are transformers' and PEFT's, kept or recomputed, cached or not."""
+@pytest.mark.parametrize(("num_kept", "num_cached", "tile"), [(1, 0, 0), (2, 1, 0), (3, 3, 0), (2, 0, 4)])
+def test_every_family_of_models(family: str, num_kept: int, num_cached: int, tile: int) -> None:
+    """Hidden states and every adapter's gradient are transformers' and PEFT's, kept or recomputed, cached or not.
+
+    Also where the 15 tokens go through each MLP in four tiles.
+    """
     adapted = adapted_model(*FAMILIES[family])
     causal_lm, batch = adapted.get_base_model(), packed()
     assert not reason_against(causal_lm)
@@ -270,7 +273,7 @@ def test_every_family_of_models(family: str, num_kept: int, num_cached: int) -> 
     upstream = torch.randn_like(wanted)
     wanted.backward(upstream)
     expected = gradients_of(adapted)
-    engine = Engine(causal_lm, plan(num_kept, num_cached), NOTHING)
+    engine = Engine(causal_lm, plan(num_kept, num_cached, tile), NOTHING)
     for _ in range(2):  # the second pass adds to the first
         found = engine(batch)
         close(found.detach(), wanted.detach())
@@ -280,14 +283,14 @@ def test_every_family_of_models(family: str, num_kept: int, num_cached: int) -> 
         close(gradient / 2, expected[name])
 
 
-def plan(num_kept: int, num_cached: int) -> Plan:
-    return Plan(is_fused=True, merges=True, tokens_per_pass=64, num_blocks=3, num_kept=num_kept, num_cached=num_cached)
+def plan(num_kept: int, num_cached: int, tile: int = 0) -> Plan:
+    return Plan(True, True, 64, num_blocks=3, num_kept=num_kept, num_cached=num_cached, mlp_tile=tile)
 
 
 def test_kept_and_recomputed_blocks_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """All, two and one of three blocks kept, with dropout: equal gradients; another pass's seed gives others.
 
-    Of three blocks none, one and two are computed twice.
+    Of three blocks none, one and two are computed twice. Tiles of an MLP draw the masks of the whole.
     """
     computed: list[int] = []
     forward = Block.forward
@@ -310,6 +313,10 @@ def test_kept_and_recomputed_blocks_give_the_same_bits(monkeypatch: pytest.Monke
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
     assert (found[0] - found[3]).norm() > 0.1 * found[0].norm()
+    for num_kept in (3, 1):
+        torch.manual_seed(5)
+        Engine(adapted.get_base_model(), plan(num_kept, 0, tile=4), NOTHING)(batch).backward(upstream)
+        close(torch.cat([gradient.flatten() for gradient in gradients_of(adapted).values()]), found[0])
 
 
 def test_dropout_differs_by_adapter_and_is_off_in_evaluation() -> None:

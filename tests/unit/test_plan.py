@@ -21,7 +21,7 @@ from train.engine.patch import Engine, model_sizes
 from train.exits import ExitWith
 from train.model import sketch
 from train.outlook import Outlook, fitted
-from train.plan import MARGIN, ModelSizes, Plan, Planner, Rows, reference_plan
+from train.plan import MARGIN, MLP_TILE, ModelSizes, Plan, Planner, Rows, reference_plan
 from train.step import optimizer_step
 
 GIB = 2**30
@@ -81,6 +81,17 @@ def test_8b_in_four_gib_is_streamed_and_in_three_its_inputs_leave_too() -> None:
     assert three.offloads_inputs
     assert three.peak_bytes <= MARGIN * 3 * GIB
     assert four.host_bytes > 2 * GIB
+
+
+def test_tiles_are_for_rows_that_do_not_fit_without() -> None:
+    """In 4 GiB 8,000 tokens go through the MLPs whole, 13,000 in tiles, and 20,000 not at all."""
+    for length, tile in ((8000, 0), (13_000, MLP_TILE)):
+        plan = planned(Rows((length,), length, 0, length), BatchConfig(1, 4), 4)
+        assert plan.mlp_tile == tile
+        assert plan.peak_bytes <= MARGIN * 4 * GIB
+    assert planned(Rows((20_000,), 20_000, 0, 20_000), BatchConfig(1, 4), 4).peak_bytes > 4 * GIB
+    short = planned(Rows((900,), 900, 0, 900), BatchConfig(1, 4), 1)  # does not fit either, and is one tile
+    assert short.mlp_tile == 0
 
 
 def test_a_small_model_is_not_streamed() -> None:
@@ -283,8 +294,9 @@ def storages(thing: Any, found: dict[int, int]) -> dict[int, int]:
     return found
 
 
+@pytest.mark.parametrize("tile", [0, 128])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_kept_activations_are_what_a_block_keeps(family: str) -> None:
+def test_kept_activations_are_what_a_block_keeps(family: str, tile: int) -> None:
     """Of each family of models, within 5 %: the tensors that the backward pass of a block reads."""
     shape, targets = FAMILIES[family]
     config: Any = type("Config", (), {"optim": OptimConfig()})
@@ -299,14 +311,14 @@ def test_kept_activations_are_what_a_block_keeps(family: str) -> None:
     hidden = causal_lm.base_model.embed_tokens(batch.input_ids[0]).detach()
     cos, sin = causal_lm.base_model.rotary_emb(hidden[None], batch.position_ids)
     with torch.no_grad():
-        stack.forward(hidden, Pass(cos[0], sin[0], engine.attend_for(batch), 0.0, torch.tensor(0)), kept)
+        stack.forward(hidden, Pass(cos[0], sin[0], engine.attend_for(batch), 0.0, torch.tensor(0), tile), kept)
     middle = storages(kept[1].activations, {})
     middle.pop(kept[1].activations.x.untyped_storage().data_ptr())  # counted among the inputs
     rows = Rows((500,), 500, 0, 500)
     card = replace(H200, has_graphs=False)
     planner = Planner(replace(sizes, element_bytes=4), rows, BatchConfig(1, 1), MemoryConfig(), card)
     choice = next(iter(planner._choices(True, 500, 0)))
-    predicted = planner.parts(replace(choice, num_kept=1))["kept activations"]
+    predicted = planner.parts(replace(choice, num_kept=1, tile=tile))["kept activations"]
     without_flash = 500 * 4 * 3 * sizes.query  # the plan counts with what fp32 on a GPU keeps more
     if targets == ALL:
         assert sum(middle.values()) == pytest.approx(predicted - without_flash, rel=0.05)
@@ -320,9 +332,9 @@ def test_a_resumed_run_on_a_smaller_card_goes_on_in_smaller_passes(config: Confi
     started = replace(ahead, budget=130 * GIB).first_plan()
     again = replace(ahead, budget=100 * GIB, saved_tokens=started.tokens_per_pass).first_plan()
     assert again.tokens_per_pass == started.tokens_per_pass > 4000
-    small = replace(ahead, budget=3 * GIB, saved_tokens=started.tokens_per_pass).first_plan()
+    small = replace(ahead, budget=int(2.6 * GIB), saved_tokens=started.tokens_per_pass).first_plan()
     assert small.tokens_per_pass < started.tokens_per_pass
-    assert small.peak_bytes <= 3 * GIB
+    assert small.peak_bytes <= int(2.6 * GIB)
 
 
 def test_dropout_and_old_cards_take_more() -> None:

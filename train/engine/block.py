@@ -21,10 +21,16 @@ class Pass:
     attend: Attend  # query [T, heads, D], key and value [T, groups, D] -> [T, heads, D]
     dropout: float
     seed: torch.Tensor  # int64 scalar on the device, so that a recorded graph can be given another
+    tile: int = 0  # tokens that go through an MLP together; 0: all
 
-    def drop(self, block: int, group: int) -> Dropout | None:
-        """The dropout of one group's adapters in this pass."""
-        return Dropout(self.dropout, self.seed, (block << 5) + (group << 3)) if self.dropout else None
+    def drop(self, block: int, group: int, rows: slice = slice(0, None)) -> Dropout | None:
+        """The dropout of one group's adapters in this pass, for these of its tokens."""
+        return Dropout(self.dropout, self.seed, (block << 5) + (group << 3), rows.start) if self.dropout else None
+
+    def tiles(self, num_tokens: int) -> list[slice]:
+        """The tokens of each tile in turn."""
+        size = self.tile or num_tokens
+        return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
 
 
 @dataclass
@@ -43,7 +49,7 @@ class Activations:
     middle: torch.Tensor  # [T, H]: the residual after attention
     middle_rstd: torch.Tensor
     middle_normed: torch.Tensor  # [T, H + R]
-    gate_up: torch.Tensor  # [T, 2 F + R]
+    gate_up: torch.Tensor | None  # [T, 2 F + R]; None where tiles of it are made when they are needed
 
 
 class Block:
@@ -69,9 +75,9 @@ class Block:
         return [parameter for group in self.groups for parameter in group.parameters]
 
     def forward(self, matrices: Matrices, x: torch.Tensor, shared: Pass) -> Activations:
-        """Everything up to the MLP's inner activations; `finish` makes the output of it."""
+        """Everything up to the MLP's inner activations, those too where one tile is all; `finish` makes the output."""
         num_tokens, width = x.shape
-        qkv, o, gate_up = matrices[:3]
+        qkv, o = matrices[:2]
         normed = x.new_empty(num_tokens, width + self.qkv.num_extra)
         rstd = rms_norm(x, self.norms[0].weight, self.norms[0].variance_epsilon, normed[:, :width])
         heads = x.new_empty(num_tokens, self.qkv.num_outputs + self.qkv.num_extra)
@@ -93,10 +99,7 @@ class Block:
         middle_normed = x.new_empty(num_tokens, width + self.gate_up.num_extra)
         weight, eps = self.norms[1].weight, self.norms[1].variance_epsilon
         middle_rstd = rms_norm(middle, weight, eps, middle_normed[:, :width])
-        inner = x.new_empty(num_tokens, self.gate_up.num_outputs + self.gate_up.num_extra)
-        read, out = middle_normed[:, :width], inner[:, : self.gate_up.num_outputs]
-        self.gate_up.forward(gate_up, read, middle_normed[:, width:], out, shared.drop(self.number, 2))
-        return Activations(
+        kept = Activations(
             x=x,
             rstd=rstd,
             normed=normed,
@@ -109,42 +112,47 @@ class Block:
             middle=middle,
             middle_rstd=middle_rstd,
             middle_normed=middle_normed,
-            gate_up=inner,
+            gate_up=None,
         )
+        tiles = shared.tiles(num_tokens)
+        if len(tiles) == 1:
+            kept.gate_up = self._gate_up(matrices, kept, tiles[0], shared)
+        return kept
+
+    def _gate_up(self, matrices: Matrices, kept: Activations, rows: slice, shared: Pass) -> torch.Tensor:
+        """[t, 2 F + R]: what goes into the MLP's silu(gate) up, of one tile."""
+        if kept.gate_up is not None:
+            return kept.gate_up
+        normed, width = kept.middle_normed[rows], kept.x.shape[1]
+        inner = normed.new_empty(normed.shape[0], self.gate_up.num_outputs + self.gate_up.num_extra)
+        out, drop = inner[:, : self.gate_up.num_outputs], shared.drop(self.number, 2, rows)
+        self.gate_up.forward(matrices[2], normed[:, :width], normed[:, width:], out, drop)
+        return inner
 
     def finish(self, matrices: Matrices, kept: Activations, shared: Pass) -> tuple[torch.Tensor, torch.Tensor]:
         """The block's output [T, H], the residual plus down_proj of silu(gate) up; and [T, R], that product's A^T."""
-        width = self.down.num_inputs
-        product = kept.x.new_empty(kept.x.shape[0], width + self.down.num_extra)
-        swiglu(kept.gate_up, product[:, :width])
-        out = torch.empty_like(kept.middle)
-        low = product[:, width:]
-        self.down.forward(matrices[3], product[:, :width], low, out, shared.drop(self.number, 3))
-        return out.add_(kept.middle), low.clone(memory_format=torch.contiguous_format)
+        width, out = self.down.num_inputs, torch.empty_like(kept.middle)
+        low = out.new_empty(out.shape[0], self.down.num_extra)
+        for rows in shared.tiles(out.shape[0]):
+            product = out.new_empty(out[rows].shape[0], width + self.down.num_extra)
+            swiglu(self._gate_up(matrices, kept, rows, shared), product[:, :width])
+            drop = shared.drop(self.number, 3, rows)
+            self.down.forward(matrices[3], product[:, :width], product[:, width:], out[rows], drop)
+            low[rows] = product[:, width:]
+        return out.add_(kept.middle), low
 
     def backward(
         self, matrices: Matrices, kept: Activations, low: torch.Tensor, grad: torch.Tensor, shared: Pass
     ) -> list[torch.Tensor]:
         """The adapters' gradients. grad [T, H + R] holds the output's gradient and is given the input's, in place.
 
-        Consumes `kept`: its buffers become gradients. The first block's input, the frozen embedding, has none.
+        Consumes `kept`: its buffers become gradients or are freed. The first block's input, the frozen embedding, has
+        none.
         """
-        qkv, o, gate_up, down = (shared.drop(self.number, group) for group in range(4))
+        mlp_gradients = self._backward_mlp(matrices, kept, low, grad, shared)
+        del kept.gate_up, kept.middle, kept.middle_normed  # attention's gradients need the room
+        qkv, o = shared.drop(self.number, 0), shared.drop(self.number, 1)
         width = kept.x.shape[1]
-        residual = grad[:, :width]
-
-        with_low = grad[:, : width + self.down.num_extra]
-        product = grad.new_empty(grad.shape[0], self.down.num_inputs)
-        self.down.input_gradient(matrices[3], with_low, down, product)
-        swiglu_backward(kept.gate_up, product)  # rebuilds the product in the place of its gradient
-        down_gradients = self.down.adapter_gradients(with_low, product, low, down)
-        del product
-
-        normed = kept.middle_normed
-        grad_normed = grad.new_empty(grad.shape[0], width)
-        self.gate_up.input_gradient(matrices[2], kept.gate_up, gate_up, grad_normed)
-        gate_up_gradients = self.gate_up.adapter_gradients(kept.gate_up, normed[:, :width], normed[:, width:], gate_up)
-        rms_norm_backward(grad_normed, kept.middle, self.norms[1].weight, kept.middle_rstd, residual, add=True)
 
         with_low = grad[:, : width + self.o.num_extra]
         grad_attended = grad.new_empty(kept.attended.shape)
@@ -152,12 +160,39 @@ class Block:
         o_gradients = self.o.adapter_gradients(with_low, kept.attended.detach().flatten(1), kept.low, o)
         self._backward_attention(kept, grad_attended, shared)
 
+        del grad_attended
+
         normed = kept.normed
-        self.qkv.input_gradient(matrices[0], kept.heads, qkv, grad_normed if self.number else None)
+        grad_normed = grad.new_empty(grad.shape[0], width) if self.number else None
+        self.qkv.input_gradient(matrices[0], kept.heads, qkv, grad_normed)
         qkv_gradients = self.qkv.adapter_gradients(kept.heads, normed[:, :width], normed[:, width:], qkv)
-        if self.number:
-            rms_norm_backward(grad_normed, kept.x, self.norms[0].weight, kept.rstd, residual, add=True)
-        return qkv_gradients + o_gradients + gate_up_gradients + down_gradients
+        if grad_normed is not None:
+            rms_norm_backward(grad_normed, kept.x, self.norms[0].weight, kept.rstd, grad[:, :width], add=True)
+        return qkv_gradients + o_gradients + mlp_gradients
+
+    def _backward_mlp(
+        self, matrices: Matrices, kept: Activations, low: torch.Tensor, grad: torch.Tensor, shared: Pass
+    ) -> list[torch.Tensor]:
+        """The gradients of the MLP's adapters; grad is given the residual's before the MLP, as in `backward`."""
+        width = kept.x.shape[1]
+        with_low, grad_normed = grad[:, : width + self.down.num_extra], grad.new_empty(grad.shape[0], width)
+        gradients: list[torch.Tensor] = []
+        for rows in shared.tiles(grad.shape[0]):
+            gate_up_drop, down_drop = (shared.drop(self.number, group, rows) for group in (2, 3))
+            gate_up, normed = self._gate_up(matrices, kept, rows, shared), kept.middle_normed[rows]
+            product = grad.new_empty(gate_up.shape[0], self.down.num_inputs)
+            self.down.input_gradient(matrices[3], with_low[rows], down_drop, product)
+            swiglu_backward(gate_up, product)  # rebuilds the product in the place of its gradient
+            of_down = self.down.adapter_gradients(with_low[rows], product, low[rows], down_drop)
+            del product
+            self.gate_up.input_gradient(matrices[2], gate_up, gate_up_drop, grad_normed[rows])
+            read = normed[:, :width], normed[:, width:]
+            found = self.gate_up.adapter_gradients(gate_up, *read, gate_up_drop) + of_down
+            if gradients:
+                torch._foreach_add_(gradients, found)
+            gradients = gradients or found
+        rms_norm_backward(grad_normed, kept.middle, self.norms[1].weight, kept.middle_rstd, grad[:, :width], add=True)
+        return gradients
 
     def _backward_attention(self, kept: Activations, grad_attended: torch.Tensor, shared: Pass) -> None:
         """kept.heads becomes the gradient of the projections' output."""

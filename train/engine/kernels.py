@@ -116,15 +116,15 @@ def swiglu_backward_kernel(gate_up, stride, grad, stride_grad, F, BLOCK: tl.cons
     tl.store(gate_place, (upstream * up * sigmoid * (1 + gate * (1 - sigmoid))).to(dtype), mask=inside)
 
 
-@triton.jit(do_not_specialize=["salt", "threshold"])
+@triton.jit(do_not_specialize=["first", "salt", "threshold"])
 def dropout_kernel(
-    x, stride_x, out, stride_out, K, seed, salt, threshold, scale, ADD: tl.constexpr, BLOCK: tl.constexpr
+    x, stride_x, out, stride_out, K, first, seed, salt, threshold, scale, ADD: tl.constexpr, BLOCK: tl.constexpr
 ):
     """out (+)= x scale where the element's hash is at least `threshold`, else 0; lowbias32 of (seed, place)."""
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < K
-    bits = (row * K + column).to(tl.uint32) ^ tl.load(seed).to(tl.uint32) ^ salt.to(tl.uint32)
+    bits = ((first + row) * K + column).to(tl.uint32) ^ tl.load(seed).to(tl.uint32) ^ salt.to(tl.uint32)
     bits = (bits ^ (bits >> 16)) * 0x7FEB352D
     bits = (bits ^ (bits >> 15)) * 0x846CA68B
     bits = bits ^ (bits >> 16)

@@ -22,11 +22,19 @@ from train.engine.operations import dropout, kernels_for
 
 @dataclass(frozen=True)
 class Dropout:
-    """The adapters' input dropout: `seed` tells the forward pass from all others, `place` the group in the model."""
+    """The adapters' input dropout: `seed` tells the forward pass from all others, `place` the group in the model.
+
+    `first` is the number that the first row, a token, has in the pass.
+    """
 
     p: float
     seed: torch.Tensor  # int64 scalar
     place: int
+    first: int = 0
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor, number: int, add: bool = False) -> None:
+        """operations.dropout for the adapter `number` of the group."""
+        dropout(x, out, self.p, self.seed, self.place + number, self.first, add)
 
 
 class LoraGroup:
@@ -108,7 +116,7 @@ class LoraGroup:
         dropped = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for number, columns in enumerate(self.columns):
             if columns is not None:
-                dropout(x, dropped, drop.p, drop.seed, drop.place + number)
+                drop(x, dropped, number)
                 torch.mm(dropped, down[columns].T, out=low[:, columns])
 
     def input_gradient(
@@ -128,7 +136,7 @@ class LoraGroup:
         for number, columns in enumerate(self.columns):
             if columns is not None:
                 spread = grad_low[:, columns] @ up[self.num_outputs :][columns]
-                dropout(spread, grad_x, drop.p, drop.seed, drop.place + number, add=True)
+                drop(spread, grad_x, number, add=True)
 
     def adapter_gradients(
         self, grad_out: torch.Tensor, x: torch.Tensor, low: torch.Tensor, drop: Dropout | None
@@ -143,7 +151,7 @@ class LoraGroup:
                 grad_a = together[columns]
                 if drop is not None:
                     read = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-                    dropout(x, read, drop.p, drop.seed, drop.place + number)
+                    drop(x, read, number)
                     grad_a = _wide_mm(grad_low[:, columns].T, read)
                 gradients += [grad_a, _wide_mm(grad_y[:, rows].T, low[:, columns]).mul_(scale)]
         return gradients

@@ -115,21 +115,24 @@ def swiglu_backward(gate_up: torch.Tensor, grad: torch.Tensor) -> None:
     gate_up[:, width : 2 * width] = grad_up
 
 
-def dropout(x: torch.Tensor, out: torch.Tensor, p: float, seed: torch.Tensor, place: int, add: bool = False) -> None:
+def dropout(
+    x: torch.Tensor, out: torch.Tensor, p: float, seed: torch.Tensor, place: int, first: int = 0, add: bool = False
+) -> None:
     """out [T, K] = (out +) x / (1 - p) where an element survives, else 0; the mask is a function of seed and place.
 
     So nothing is kept for the backward pass, and the gradient is the same function of the gradient. `seed` is an int64
-    scalar on the device, `place` tells the adapters of a model from one another.
+    scalar on the device, `place` tells the adapters of a model from one another. Rows are counted from `first`.
     """
     salt, threshold, scale = mixed(place), int(p * 2**32), 1 / (1 - p)
     kernels = kernels_for(x.device)
     if kernels is not None:
         grid = (x.shape[0], -(-x.shape[1] // 2048))
         kernels.dropout_kernel[grid](
-            x, x.stride(0), out, out.stride(0), x.shape[1], seed, salt, threshold, scale, add, 2048, num_warps=8
+            x, x.stride(0), out, out.stride(0), x.shape[1], first, seed, salt, threshold, scale, add, 2048, num_warps=8
         )
         return
-    bits = torch.arange(x.numel(), device=x.device).reshape(x.shape) ^ seed ^ salt  # the host need not know the seed
+    numbers = torch.arange(first * x.shape[1], (first + x.shape[0]) * x.shape[1], device=x.device)
+    bits = numbers.reshape(x.shape) ^ seed ^ salt  # the host need not know the seed
     bits = ((bits ^ (bits >> 16)) * HASH[0]) & 0xFFFFFFFF
     bits = ((bits ^ (bits >> 15)) * HASH[1]) & 0xFFFFFFFF
     bits ^= bits >> 16

@@ -76,6 +76,7 @@ class Engine:
         window = causal_lm.config.sliding_window if is_mistral else None
         self.sliding_window: int | None = getattr(decoder.layers[0].self_attn, "sliding_window", window)
         self.dropout = max(block.dropout for block in blocks)
+        self.mlp_tile = plan.mlp_tile
         # no method of this object, which would keep a replaced engine's graphs alive
         self.attend_for = partial(attend_packed, sliding_window=self.sliding_window, scale=blocks[0].scaling)
         self.graphs: Graphs | None = None
@@ -92,7 +93,8 @@ class Engine:
         dropout = self.dropout if self.decoder.training else 0.0
         # the seed of this forward pass, which runtime.seed_forward has set
         seed = torch.full((), mixed(torch.initial_seed()), device=hidden.device)
-        shared = Pass(cos[0].contiguous(), sin[0].contiguous(), self.attend_for(batch), dropout, seed)
+        rotary = cos[0].contiguous(), sin[0].contiguous()
+        shared = Pass(*rotary, self.attend_for(batch), dropout, seed, self.mlp_tile)
         return recorded(hidden, shared, batch) if recorded is not None else self.stack(hidden, shared)
 
     def release(self) -> None:

@@ -119,6 +119,7 @@ def _filled(base: Any, read: Read, device: torch.device, host: HostBlocks, embed
             head.weight = embedding.weight
         if module is embedding and embedding_on_host:
             offload_embedding(base)
+            torch.cuda.empty_cache()  # its place is the largest of all, and small weights would settle in it
         if module in ends:
             host.take(ends[module], layers[ends[module]])
     return base

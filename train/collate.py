@@ -6,6 +6,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 SHORTEST_EVEN = 512  # tokens from which on samples of one length have attention kernels of their own
 LENGTH_MULTIPLE = 128
@@ -57,6 +58,14 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> MicroBatch:
         target_rows=batch_index * width + position,
         targets=input_ids[:, 1:][is_target],
     )
+
+
+def with_borders(batch: MicroBatch, num_samples: int) -> MicroBatch:
+    """The packed micro-batch with so many samples at least: those that it lacks have no tokens and stand at the end."""
+    borders = batch.cu_seqlens
+    assert borders is not None
+    missing = max(0, num_samples + 1 - len(borders))
+    return replace(batch, cu_seqlens=F.pad(borders, (0, missing), value=batch.input_ids.numel()), even_length=0)
 
 
 def packed_tokens(lengths: Sequence[int]) -> int:

@@ -156,6 +156,11 @@ class TrainingData:
                     merged.append(samples)
         return merged
 
+    def most_samples(self) -> int:
+        """That one pass of this run can have."""
+        num_rows = self.layout.per_device * (self.layout.accumulation if self.most_tokens else 1)
+        return num_rows * max(map(len, self.rows))
+
     def rows_for_plan(self) -> tuple[tuple[int, ...], float, float, float]:
         """Most tokens of one, two, ... `per_device` rows; of a pass of them mean and deviation; a sample's mean.
 

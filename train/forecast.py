@@ -176,9 +176,11 @@ def probe(config: Config, mean_length: int, num_steps: int) -> dict[str, Any]:
     loaded = time.perf_counter() - start
     # where rows differ in length the first steps record their graphs
     num_first = FIRST_STEPS if mean_length == config.data.max_length else MORE_FIRST_STEPS
-    seconds, losses, norms, tokens = [], [], [], []
+    seconds, losses, norms, tokens, retries = [], [], [], [], 0
     for step in range(num_first + num_steps):
         torch.cuda.synchronize()
+        if step == num_first:
+            retries = torch.cuda.memory_stats()["num_alloc_retries"]
         start = time.perf_counter()
         result = optimizer_step(training, step)
         torch.cuda.synchronize()
@@ -200,6 +202,8 @@ def probe(config: Config, mean_length: int, num_steps: int) -> dict[str, Any]:
         "predicted_seconds": round(training.plan.seconds, 4),
         "seconds": round(median, 4),
         "tokens_per_second": round(num_tokens / median, 1),
+        # times that the allocator had to give all it held back to find room, which waits for the device
+        "alloc_retries": torch.cuda.memory_stats()["num_alloc_retries"] - retries,
         "load_seconds": round(loaded, 1),
         "host_gib": round(_process_bytes() / GIB, 2),
         "losses": losses,

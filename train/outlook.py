@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from train import hardware, runtime
 from train.cards import Card, host_card, present_card
-from train.collate import MicroBatch, collate, collate_packed, packed_tokens
+from train.collate import MicroBatch, collate, collate_packed, packed_tokens, with_borders
 from train.config import Config
 from train.data import TrainingData
 from train.engine.graphs import is_out_of_memory
@@ -264,7 +264,8 @@ def longest_pass(training: Training, plan: Plan) -> MicroBatch:
     rest = total - packed_tokens(lengths)
     if rest > 0 and packed_tokens([*lengths, rest]) <= total:
         lengths.append(rest)
-    return collate_packed([_sample(length) for length in lengths])
+    batch = collate_packed([_sample(length) for length in lengths])
+    return with_borders(batch, data.most_samples()) if plan.uses_graphs else batch
 
 
 def _sample(num_tokens: int) -> dict[str, list]:

@@ -90,7 +90,8 @@ class Plan:
     offloads_inputs: bool = False  # inputs of blocks that are computed again are in host memory
     uses_graphs: bool = False
     mlp_tile: int = 0  # tokens that go through an MLP together; 0: all
-    head_bytes: int = 0  # that the head works with, which recorded graphs must leave
+    pass_bytes: int = 0  # what a pass through the blocks takes, and a recorded graph keeps
+    head_bytes: int = 0  # what the head works with
     parts: tuple[tuple[str, int], ...] = ()  # predicted bytes on the device at the worst moment, by component
     host_bytes: int = 0  # page-locked
     seconds: float = 0.0  # predicted, of an optimizer step
@@ -333,7 +334,8 @@ class Planner:
         return choice.num_passes * (s.num_blocks * (one_way + other_way) * beside + head)
 
     def _plan(self, choice: _Choice, has_limit: bool, needs_host: bool) -> Plan:
-        s = self.sizes
+        s, parts, head_bytes = self.sizes, self.parts(choice), self._head_bytes(choice.tokens)
+        working = parts["working memory"] - (head_bytes if choice.graphs else 0)
         streamed = spread(choice.num_streamed, s.num_blocks)
         recomputed = s.num_blocks - choice.num_kept
         return Plan(
@@ -348,8 +350,9 @@ class Planner:
             offloads_inputs=choice.offloads and recomputed > 0,
             uses_graphs=choice.graphs,
             mlp_tile=choice.tile if choice.tile < choice.tokens else 0,
-            head_bytes=self._head_bytes(choice.tokens),
-            parts=tuple(self.parts(choice).items()) if has_limit else (),
+            pass_bytes=parts["inputs of blocks"] + parts["kept activations"] + working,
+            head_bytes=head_bytes,
+            parts=tuple(parts.items()) if has_limit else (),
             host_bytes=self.host_bytes(choice) if has_limit else 0,
             seconds=self.seconds(choice),
             traffic_bytes=(2 * len(streamed) - min(NUM_SLOTS, len(streamed))) * s.packed_bytes,

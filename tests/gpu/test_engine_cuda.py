@@ -16,6 +16,7 @@ from train.engine import attention, graphs, lora_linear, operations
 from train.engine.attention import attend_packed
 from train.engine.embedding import HostEmbedding
 from train.engine.lora_linear import dequantize
+from train.engine.operations import Dropout
 from train.runtime import seed_forward
 from train.step import Training, optimizer_step
 
@@ -54,9 +55,9 @@ def swiglu() -> list[torch.Tensor]:
 
 def dropout() -> list[torch.Tensor]:
     out, seed = random(77, 4160), torch.tensor(12345, device=GPU)
-    operations.dropout(random(77, 4096), out[:, :4096], 0.05, seed, 3)
+    operations.dropout(random(77, 4096), out[:, :4096], Dropout(0.05, seed, 3))
     first = out.clone()
-    operations.dropout(random(77, 4096), out[:, :4096], 0.3, seed, 4, first=50, add=True)
+    operations.dropout(random(77, 4096), out[:, :4096], Dropout(0.3, seed, 4, first=50), add=True)
     return [first, out]
 
 

@@ -26,7 +26,8 @@ from train.config import Config, EngineConfig
 from train.data import Layout
 from train.engine import operations
 from train.engine.block import Block, Pass
-from train.engine.lora_linear import Dropout, LoraGroup, dequantize
+from train.engine.lora_linear import LoraGroup, dequantize
+from train.engine.operations import Dropout
 from train.engine.packing import HostBlocks
 from train.engine.patch import Engine, reason_against
 from train.exits import ExitWith
@@ -121,11 +122,14 @@ def test_dropout_is_a_function_of_seed_and_place() -> None:
     masks = []
     for seed, place in ((1, 0), (1, 0), (2, 0), (1, 1)):
         out = torch.empty_like(x)
-        operations.dropout(x, out, 0.25, torch.tensor(operations.mixed(seed)), place)
+        operations.dropout(x, out, Dropout(0.25, torch.tensor(operations.mixed(seed)), place))
         assert set(out.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
         assert (out > 0).float().mean() == pytest.approx(0.75, abs=0.005)
         masks.append(out > 0)
     assert torch.equal(masks[0], masks[1])
+    rest = torch.empty(200, 400)
+    operations.dropout(x[300:], rest, Dropout(0.25, torch.tensor(operations.mixed(1)), 0, first=300))
+    assert torch.equal(rest > 0, masks[0][300:])
     for other in masks[2:]:  # independent: 0.75^2 + 0.25^2 agree
         assert (masks[0] == other).float().mean() == pytest.approx(0.625, abs=0.01)
 
@@ -187,7 +191,7 @@ def test_a_group_with_dropout_is_its_layers_with_the_same_masks() -> None:
     masks = []
     for number in range(3):
         mask = torch.empty(13, 64)
-        operations.dropout(torch.ones(13, 64), mask, drop.p, drop.seed, drop.place + number)
+        operations.dropout(torch.ones(13, 64), mask, drop, number)
         masks.append(mask)
     assert not torch.equal(masks[0], masks[1])
     x, upstream = torch.randn(13, 64, requires_grad=True), torch.randn(13, 96)
@@ -330,7 +334,7 @@ def test_dropout_differs_by_adapter_and_is_off_in_evaluation() -> None:
             assert drop is not None
             for number in range(3):
                 mask = torch.empty(8, 8)
-                operations.dropout(torch.ones(8, 8), mask, drop.p, drop.seed, drop.place + number)
+                operations.dropout(torch.ones(8, 8), mask, drop, number)
                 masks.append(tuple(mask.flatten().tolist()))
     assert len(set(masks)) == 36
     adapted, batch = adapted_model(LlamaConfig(**SIZES), ALL, dropout=0.5), packed()

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from train.engine.attention import Attend
-from train.engine.lora_linear import Dropout, LoraGroup
-from train.engine.operations import rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward
+from train.engine.lora_linear import LoraGroup
+from train.engine.operations import Dropout, rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward
 
 Matrices = list[torch.Tensor]  # M of each group, in the order of Block.groups
 

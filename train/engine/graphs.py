@@ -74,16 +74,18 @@ class _Graph:
 class Graphs:
     """The stack's training passes, recorded at a shape's first sight and replayed from then on."""
 
-    def __init__(self, stack: Stack, attend_for: AttendFor, most_tokens: int, reserved_bytes: int) -> None:
-        """For passes of `most_tokens`; recordings leave `reserved_bytes` to what runs between them."""
+    def __init__(
+        self, stack: Stack, attend_for: AttendFor, most_tokens: int, pass_bytes: int, reserved_bytes: int
+    ) -> None:
+        """For passes of `most_tokens`, which take `pass_bytes`; recordings leave `reserved_bytes` to the head."""
         self.stack = stack
+        self.pass_bytes = pass_bytes
         self.reserved_bytes = reserved_bytes
         self.attend_for = attend_for
         self.most_tokens = -(-most_tokens // STEP) * STEP
         self.graphs: dict[tuple[int, int], _Graph] = {}  # by tokens and borders
         self.places: _Places | None = None
         self.pool: Any = None
-        self.first_bytes = 0  # that the first recording needed
         self.is_full = False  # there is no memory for more recordings
 
     def release(self) -> None:
@@ -140,19 +142,18 @@ class Graphs:
     def _has_room(self) -> bool:
         """Whether a recording will not run out of memory, which would leave torch's allocator in disorder.
 
-        The first takes what the pass by launches took; raises OutOfMemoryError where that is not there. The others find
-        room in the first one's memory, but for what does not fit its gaps.
+        The first takes what the plan says; raises OutOfMemoryError where that is not there. The others find room in the
+        first one's memory, but for what does not fit its gaps.
         """
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what launches have used, the pool needs now
         free, total = torch.cuda.mem_get_info()
         cap = int(total * torch.cuda.get_per_process_memory_fraction())
         room = min(free, cap - torch.cuda.memory_reserved())
-        if not self.graphs:
-            self.first_bytes = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
-            if room < self.first_bytes:
-                raise torch.OutOfMemoryError(f"{room:,} bytes are left for a graph that needs {self.first_bytes:,}")
-        return room >= self.reserved_bytes + self.first_bytes // 8
+        needed = self.reserved_bytes + (self.pass_bytes // 8 if self.graphs else self.pass_bytes)
+        if room < needed and not self.graphs:
+            raise torch.OutOfMemoryError(f"{room:,} bytes are left for a graph and the head, which need {needed:,}")
+        return room >= needed
 
     def _record(self, places: _Places, num_borders: int, shared: Pass, batch: MicroBatch) -> _Graph:
         """Both directions; what lies between them stays in the pool, which all graphs share, one replay at a time."""

@@ -11,30 +11,12 @@ columns of a product instead of another pass over its output.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 
-from train.engine.operations import dropout, kernels_for
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """The adapters' input dropout: `seed` tells the forward pass from all others, `place` the group in the model.
-
-    `first` is the number that the first row, a token, has in the pass.
-    """
-
-    p: float
-    seed: torch.Tensor  # int64 scalar
-    place: int
-    first: int = 0
-
-    def __call__(self, x: torch.Tensor, out: torch.Tensor, number: int, add: bool = False) -> None:
-        """operations.dropout for the adapter `number` of the group."""
-        dropout(x, out, self.p, self.seed, self.place + number, self.first, add)
+from train.engine.operations import Dropout, dropout, kernels_for
 
 
 class LoraGroup:
@@ -116,7 +98,7 @@ class LoraGroup:
         dropped = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for number, columns in enumerate(self.columns):
             if columns is not None:
-                drop(x, dropped, number)
+                dropout(x, dropped, drop, number)
                 torch.mm(dropped, down[columns].T, out=low[:, columns])
 
     def input_gradient(
@@ -136,7 +118,7 @@ class LoraGroup:
         for number, columns in enumerate(self.columns):
             if columns is not None:
                 spread = grad_low[:, columns] @ up[self.num_outputs :][columns]
-                drop(spread, grad_x, number, add=True)
+                dropout(spread, grad_x, drop, number, add=True)
 
     def adapter_gradients(
         self, grad_out: torch.Tensor, x: torch.Tensor, low: torch.Tensor, drop: Dropout | None
@@ -151,7 +133,7 @@ class LoraGroup:
                 grad_a = together[columns]
                 if drop is not None:
                     read = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-                    drop(x, read, number)
+                    dropout(x, read, drop, number)
                     grad_a = _wide_mm(grad_low[:, columns].T, read)
                 gradients += [grad_a, _wide_mm(grad_y[:, rows].T, low[:, columns]).mul_(scale)]
         return gradients

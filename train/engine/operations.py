@@ -5,6 +5,7 @@ tests/gpu/test_engine_cuda.py).
 """
 
 import importlib.util
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -115,24 +116,34 @@ def swiglu_backward(gate_up: torch.Tensor, grad: torch.Tensor) -> None:
     gate_up[:, width : 2 * width] = grad_up
 
 
-def dropout(
-    x: torch.Tensor, out: torch.Tensor, p: float, seed: torch.Tensor, place: int, first: int = 0, add: bool = False
-) -> None:
-    """out [T, K] = (out +) x / (1 - p) where an element survives, else 0; the mask is a function of seed and place.
+@dataclass(frozen=True)
+class Dropout:
+    """The adapters' input dropout: which masks are drawn."""
 
-    So nothing is kept for the backward pass, and the gradient is the same function of the gradient. `seed` is an int64
-    scalar on the device, `place` tells the adapters of a model from one another. Rows are counted from `first`.
+    p: float
+    seed: torch.Tensor  # int64 scalar on the device; tells the forward pass from all others
+    place: int  # of a group of adapters in the model
+    first: int = 0  # the number that the first row, a token, has in the pass
+
+
+def dropout(x: torch.Tensor, out: torch.Tensor, drop: Dropout, number: int = 0, add: bool = False) -> None:
+    """out [T, K] = (out +) x / (1 - p) where an element survives, else 0, for adapter `number` of the group.
+
+    The mask is a function of seed, place and row: nothing is kept for the backward pass, and the gradient is the same
+    function of the gradient.
     """
-    salt, threshold, scale = mixed(place), int(p * 2**32), 1 / (1 - p)
+    salt, threshold, scale = mixed(drop.place + number), int(drop.p * 2**32), 1 / (1 - drop.p)
     kernels = kernels_for(x.device)
     if kernels is not None:
         grid = (x.shape[0], -(-x.shape[1] // 2048))
         kernels.dropout_kernel[grid](
-            x, x.stride(0), out, out.stride(0), x.shape[1], first, seed, salt, threshold, scale, add, 2048, num_warps=8
-        )
+            x, x.stride(0), out, out.stride(0), x.shape[1], drop.first, drop.seed, salt, threshold, scale, add, 2048,
+            num_warps=8,
+        )  # fmt: skip
         return
-    numbers = torch.arange(first * x.shape[1], (first + x.shape[0]) * x.shape[1], device=x.device)
-    bits = numbers.reshape(x.shape) ^ seed ^ salt  # the host need not know the seed
+    first, last = drop.first * x.shape[1], (drop.first + x.shape[0]) * x.shape[1]
+    bits = torch.arange(first, last, device=x.device).reshape(x.shape)
+    bits = bits ^ drop.seed ^ salt  # the host need not know the seed
     bits = ((bits ^ (bits >> 16)) * HASH[0]) & 0xFFFFFFFF
     bits = ((bits ^ (bits >> 15)) * HASH[1]) & 0xFFFFFFFF
     bits ^= bits >> 16

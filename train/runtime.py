@@ -79,8 +79,6 @@ def check(config: Config) -> None:
 
 def start(config: Config) -> Accelerator:
     """The one Accelerator: device, process group, determinism and memory cap; raises ExitWith(BAD_INPUT)."""
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # memory that is free in pieces can be used in one
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -197,7 +197,7 @@ def test_old_graphs_make_room(config: Config, monkeypatch: pytest.MonkeyPatch) -
     for step in range(6):
         optimizer_step(training, step)
     assert len(engine.graphs.graphs) == 2
-    engine.graphs.most_tokens = 8
+    engine.graphs.largest = (8, 1000)
     assert optimizer_step(training, 6).loss > 0
 
 
@@ -213,7 +213,7 @@ def test_without_room_a_larger_graph_serves(config: Config) -> None:
         for step in range(2):  # by launches, and recorded
             gradient(training, step)
         if is_recorded:
-            engine.graphs.is_full = True
+            engine.graphs.has_room = False
             first = next(iter(engine.graphs.graphs))
             engine.graphs.graphs = {first: engine.graphs.graphs[first]}
         found.append([gradient(training, step) for step in range(2, 6)])
@@ -223,6 +223,36 @@ def test_without_room_a_larger_graph_serves(config: Config) -> None:
         assert one.norm() > 0
         assert torch.isfinite(one).all()
         assert torch.cosine_similarity(one, two, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("is_any_left", [True, False])
+def test_a_recording_that_took_too_much_is_given_back(
+    config: Config, is_any_left: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest graph alone serves then; where not even that has room any more, launches do. Gradients stay."""
+    found, plenty = [], 2**40
+    for is_limited in (False, True):
+        rooms = {0: plenty, 1: plenty}  # by the graphs that there are
+        monkeypatch.setattr(graphs.Graphs, "_room", lambda self, rooms=rooms: rooms.get(len(self.graphs), plenty))
+        training = build(with_batch(config, 2, 4))
+        training.model.execute(replace(training.plan, num_kept=1, num_cached=0, uses_graphs=True))
+        engine: Any = training.model.engine
+        recorded = engine.graphs
+        for step in range(2):  # by launches, and recorded
+            gradient(training, step)
+        assert recorded.largest is not None
+        if is_limited:
+            recorded.graphs = {recorded.largest: recorded.graphs[recorded.largest]}
+            rooms |= {2: 0}
+            if not is_any_left:
+                recorded.graphs = {}
+                rooms |= {0: 0}
+        found.append(torch.cat([gradient(training, step) for step in range(2, 6)]))
+        if is_limited:
+            assert list(recorded.graphs) == [recorded.largest] * is_any_left
+        else:
+            assert len(recorded.graphs) > 1
+    assert torch.cosine_similarity(found[0], found[1], dim=0) > 0.99
 
 
 def test_samples_of_one_length_go_to_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:

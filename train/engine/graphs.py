@@ -86,7 +86,8 @@ class Graphs:
         self.graphs: dict[tuple[int, int], _Graph] = {}  # by tokens and borders
         self.places: _Places | None = None
         self.pool: Any = None
-        self.is_full = False  # there is no memory for more recordings
+        self.largest: tuple[int, int] | None = None  # the shape that was recorded first
+        self.has_room = True  # for more recordings
 
     def release(self) -> None:
         """Lets go of all graphs and their memory; passes are recorded anew."""
@@ -96,8 +97,6 @@ class Graphs:
     def __call__(self, hidden: torch.Tensor, shared: Pass, batch: MicroBatch) -> torch.Tensor:
         """As Stack, for a batch that `pad` has padded; what cannot be recorded is launched."""
         assert batch.cu_seqlens is not None
-        if self.is_full and not self.graphs:
-            return self.stack(hidden, shared)
         if self.places is None:  # the very first pass compiles kernels and makes the libraries' handles
             self.pool = torch.cuda.graph_pool_handle()
             like = (hidden, shared.cos, shared.sin, hidden, hidden)
@@ -118,46 +117,52 @@ class Graphs:
         return _Replay.apply(graph, self.stack, num_tokens, self.stack.anchor)
 
     def _graph_for(self, num_tokens: int, shared: Pass, batch: MicroBatch) -> "_Graph | None":
-        """The shape's graph, recorded at its first sight; where there is no memory for one, a larger one, or none."""
+        """The shape's graph, recorded at its first sight; where there is no memory for one, a larger one, or none.
+
+        The largest comes first: the others find room in its memory, and it serves where there is none.
+        """
         assert batch.cu_seqlens is not None
-        assert self.places is not None
-        num_borders = len(batch.cu_seqlens)
-        if num_tokens > self.most_tokens:
-            return None
-        # the largest first of all: the pool then has room for the others
-        for size in (num_tokens,) if self.graphs else (self.most_tokens, num_tokens):
-            if (size, num_borders) in self.graphs or self.is_full:
-                continue
-            if len(self.graphs) == MOST_GRAPHS:
-                del self.graphs[list(self.graphs)[1]]  # the oldest but the first, which serves where there is no room
-            self.is_full = not self._has_room()
-            if not self.is_full:
-                self.graphs[size, num_borders] = self._record(self.places.first(size), num_borders, shared, batch)
-        larger = [shape for shape in self.graphs if shape[0] >= num_tokens and shape[1] >= num_borders]
-        if not larger:
+        shape = (num_tokens, len(batch.cu_seqlens))
+        largest = self.largest or (self.most_tokens, shape[1])
+        if shape[0] > largest[0] or shape[1] > largest[1]:
             self.release()  # what it holds, launches need
             return None
-        return self.graphs[min(larger)]
+        if not self.graphs:
+            if self._room() < self.pass_bytes + self.reserved_bytes:
+                if self.largest is None:
+                    raise torch.OutOfMemoryError(f"a graph needs {self.pass_bytes:,} bytes, the head some more")
+                return None
+            self.graphs[largest] = self._record(largest, shared, batch)
+            self.largest = largest
+        if shape not in self.graphs and self.has_room:
+            if len(self.graphs) == MOST_GRAPHS:
+                del self.graphs[list(self.graphs)[1]]  # the oldest but the largest
+            self.has_room = self._room() >= self.pass_bytes // 8 + self.reserved_bytes
+            if self.has_room:
+                self.graphs[shape] = self._record(shape, shared, batch)
+                self.has_room = self._room() >= self.reserved_bytes
+                if not self.has_room:  # its gaps have taken what the head needs, and only a whole pool is given back
+                    self.graphs.clear()
+                    self.pool = torch.cuda.graph_pool_handle()
+                    return self._graph_for(num_tokens, shared, batch)
+        return self.graphs[min(each for each in self.graphs if each[0] >= shape[0] and each[1] >= shape[1])]
 
-    def _has_room(self) -> bool:
-        """Whether a recording will not run out of memory, which would leave torch's allocator in disorder.
+    def _room(self) -> int:
+        """Bytes that are left for recordings.
 
-        The first takes what the plan says; raises OutOfMemoryError where that is not there. The others find room in the
-        first one's memory, but for what does not fit its gaps.
+        It is asked for before each: one that runs out of memory leaves torch's allocator in disorder.
         """
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what launches have used, the pool needs now
         free, total = torch.cuda.mem_get_info()
         cap = int(total * torch.cuda.get_per_process_memory_fraction())
-        room = min(free, cap - torch.cuda.memory_reserved())
-        needed = self.reserved_bytes + (self.pass_bytes // 8 if self.graphs else self.pass_bytes)
-        if room < needed and not self.graphs:
-            raise torch.OutOfMemoryError(f"{room:,} bytes are left for a graph and the head, which need {needed:,}")
-        return room >= needed
+        return min(free, cap - torch.cuda.memory_reserved())
 
-    def _record(self, places: _Places, num_borders: int, shared: Pass, batch: MicroBatch) -> _Graph:
+    def _record(self, shape: tuple[int, int], shared: Pass, batch: MicroBatch) -> _Graph:
         """Both directions; what lies between them stays in the pool, which all graphs share, one replay at a time."""
         assert batch.cu_seqlens is not None
+        assert self.places is not None
+        places, num_borders = self.places.first(shape[0]), shape[1]
         store = self.stack.store
         store.before_replay(forward=True)
         torch.cuda.synchronize()

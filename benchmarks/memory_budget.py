@@ -109,7 +109,7 @@ def run(name: str, case: Case, shape: Path) -> dict[str, Any] | None:
         "off",
     ]
     words += ["--memory.budget", f"{case.budget_gib}GiB"] if case.budget_gib else []
-    start, left = time.perf_counter(), torch.cuda.memory_allocated()
+    start = time.perf_counter()
     try:
         measured = probe(parse(words), case.mean_length or case.max_length, case.num_steps)
     except (ExitWith, RuntimeError):
@@ -118,7 +118,7 @@ def run(name: str, case: Case, shape: Path) -> dict[str, Any] | None:
     finally:
         release()
     row = {"case": name, "shape": case.shape, "budget_gib": case.budget_gib, "settings": " ".join(case.words)}
-    row |= {"commit": commit(), "left_gib": round(left / 2**30, 3), **measured}
+    row |= {"commit": commit(), **measured}
     print(f"{name}: {line(row)} ({time.perf_counter() - start:.0f} s)", flush=True)
     return row
 
@@ -137,8 +137,8 @@ def line(row: dict[str, Any]) -> str:
         f"{row['tokens_per_second']:,.0f} tokens/s, {row['seconds']:.3f} s a step ({row['predicted_seconds']:.3f} "
         f"predicted), peak {row['peak_gib']:.2f} GiB ({row['predicted_peak_gib']:.2f} predicted, "
         f"{row['reserved_gib']:.2f} reserved), "
-        f"{row['alloc_retries']} retries, {row['left_gib']} GiB left before, host {row['host_gib']:.1f} GiB, "
-        f"{row['num_streamed']} streamed, passes of {row['tokens_per_pass']}"
+        f"host {row['host_gib']:.1f} GiB, {row['num_streamed']} streamed, passes of {row['tokens_per_pass']}"
+        + (f", {row['alloc_retries']} retries of the allocator" if row.get("alloc_retries") else "")
     )
 
 

@@ -70,6 +70,20 @@ class Rows:
         usual = merged * self.mean_pass + 3 * math.sqrt(merged) * self.deviation
         return max(self.longest[-1], min(merged * self.longest[-1], math.ceil(usual)))
 
+    def num_passes(self, accumulation: int, tokens: int) -> float:
+        """Passes of at most `tokens` that so many passes are put together into, on average.
+
+        What a step has is counted as normally distributed: the sum of the chances that it needs more than one pass,
+        more than two, and so on. All but a step's last have room for half of what comes next, where lengths differ.
+        """
+        mean, deviation = accumulation * self.mean_pass, math.sqrt(accumulation) * self.deviation
+        if not deviation:
+            return max(1.0, math.ceil(mean / tokens))
+        spare, total = min(self.mean_pass / 2, self.deviation), 1.0
+        for count in range(1, accumulation * len(self.longest)):
+            total += 0.5 * math.erfc((count * tokens - (count - 1) * spare - mean) / (deviation * math.sqrt(2)))
+        return total
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -206,18 +220,15 @@ class Planner:
 
     def _passes(self, saved_tokens: int) -> Iterator[tuple[int, float]]:
         """(tokens, passes in a step): as they are written, put together, or cut into fewer rows."""
-        accumulation, mean = self.batch.accumulation, self.batch.accumulation * self.rows.mean_pass
+        rows, accumulation = self.rows, self.batch.accumulation
         if saved_tokens:
-            yield saved_tokens, max(1.0, mean / saved_tokens)
-            return
-        yield self.rows.tokens(1), accumulation
-        if self.batch.merge == "off":
-            return
-        for merged in range(2, accumulation + 1):
-            if self.rows.tokens(merged) <= MOST_MERGED:
-                yield self.rows.tokens(merged), max(1.0, mean / self.rows.tokens(merged))
-        for count, tokens in enumerate(self.rows.longest[:-1], start=1):
-            yield tokens, accumulation * math.ceil(len(self.rows.longest) / count)
+            yield saved_tokens, rows.num_passes(accumulation, saved_tokens)
+        elif self.batch.merge == "off":
+            yield rows.tokens(1), accumulation
+        else:
+            merged = [rows.tokens(count) for count in range(2, accumulation + 1)]
+            sizes = {*rows.longest, rows.tokens(1), *(tokens for tokens in merged if tokens <= MOST_MERGED)}
+            yield from ((tokens, rows.num_passes(accumulation, tokens)) for tokens in sorted(sizes))
 
     def _filled(self, choice: _Choice, room: int | None) -> _Choice:
         """The choice with as many blocks kept, and weights cached, as there is room for."""

@@ -156,20 +156,18 @@ class TrainingData:
                     merged.append(samples)
         return merged
 
-    def most_samples(self) -> int:
-        """That one pass of this run can have."""
-        num_rows = self.layout.per_device * (self.layout.accumulation if self.most_tokens else 1)
-        return num_rows * max(map(len, self.rows))
-
-    def rows_for_plan(self) -> tuple[tuple[int, ...], float, float, float]:
-        """Most tokens of one, two, ... `per_device` rows; of a pass of them mean and deviation; a sample's mean.
+    def rows_for_plan(self) -> tuple[tuple[int, ...], float, float, float, float, int]:
+        """As plan.Rows: most tokens of one, two, ... `per_device` rows; of a pass of them mean and deviation; of a
+        sample mean and deviation; most samples of `per_device` rows.
 
         Rows count as they are filled up alone.
         """
         count, filled = self.layout.per_device, [packed_tokens([tokens]) for tokens in self.row_tokens]
         longest = tuple(accumulate(sorted(filled, reverse=True)[:count]))
-        num_samples = sum(map(len, self.rows))
-        return longest, count * fmean(filled), math.sqrt(count) * pstdev(filled), sum(self.row_tokens) / num_samples
+        lengths = [self.num_tokens[i] for row in self.rows for i in row]
+        most_samples = sum(sorted(map(len, self.rows), reverse=True)[:count])
+        of_pass = count * fmean(filled), math.sqrt(count) * pstdev(filled)
+        return longest, *of_pass, fmean(lengths), pstdev(lengths), most_samples
 
     def _order(self, epoch: int) -> list[int]:
         """The epoch's rows in order, made once an epoch: sorting a million lengths is no work for every step."""

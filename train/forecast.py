@@ -84,7 +84,9 @@ def _of_size(text: str) -> Card:
 def rows_of(config: Config, mean_length: int) -> Rows:
     """Rows of which any may be data.max_length tokens long."""
     count, longest = config.batch.per_device, config.data.max_length
-    return Rows(tuple(longest * n for n in range(1, count + 1)), count * mean_length, 0.0, mean_length)
+    in_row = longest // mean_length if config.data.packing else 1
+    mean_pass = count * (longest if config.data.packing else mean_length)
+    return Rows(tuple(longest * n for n in range(1, count + 1)), mean_pass, 0.0, mean_length, 0.0, count * in_row)
 
 
 def forecast(config: Config, card: Card, mean_length: int) -> Forecast:

@@ -35,7 +35,7 @@ from train.gate import judge, pass_gate
 from train.loop import train
 from train.model import Tokenizer, adapter_config, check_fits, load_tokenizer
 from train.outlook import assemble
-from train.resume import check_same_run, choose, identity, on_first_process, restore, tokens_per_pass
+from train.resume import check_same_run, choose, identity, on_first_process, restore, saved_passes
 from train.saving import Saver, check_disk
 from train.step import Training
 from train.trackers import Display, MetricsFile, Tracker, Trackers, WeightsAndBiases, wandb_mode
@@ -116,7 +116,7 @@ def run(config: Config, stop: StopRequest, closing: ExitStack) -> None:
         on_first_process(accelerator, lambda: audit_aloud(config, tokenizer, data, validation))
     runtime.go_on(config, accelerator, stop)
     runtime.say(accelerator, f"loading {config.model.name_or_path}")
-    training = assemble(config, accelerator, data, tokens_per_pass(checkpoint, data, config.batch.merge))
+    training = assemble(config, accelerator, data, saved_passes(checkpoint, data, config.batch.merge))
     if checkpoint is not None:
         restore(training, checkpoint)
     runtime.say(accelerator, banner(training, tokenizer.notes, prepared.statistics, checkpoint))

@@ -19,7 +19,7 @@ from train.engine.patch import model_sizes
 from train.exits import ExitCode, ExitWith
 from train.model import DTYPES, choose_engine, load_model, resolve_dtype, sketch
 from train.optim import FlatParameters, build_optimizer, build_scaler
-from train.plan import ModelSizes, Plan, Planner, Rows, reference_plan
+from train.plan import ModelSizes, Passes, Plan, Planner, Rows, reference_plan
 from train.step import Training
 
 GIB = 2**30
@@ -51,18 +51,16 @@ class Outlook:
     reason: str  # why it is not the fused one
     budget: int | None  # bytes; None is no limit
     num_blocks: int
-    saved_tokens: int  # of a run that is resumed
+    saved: Passes | None  # of a run that is resumed
 
     @classmethod
     def of(
-        cls, config: Config, device: torch.device, rows: Rows, budget: int | None, saved_tokens: int = 0
+        cls, config: Config, device: torch.device, rows: Rows, budget: int | None, saved: Passes | None = None
     ) -> "Outlook":
         """Of a run on `device`."""
         dtype = DTYPES[resolve_dtype(config.model, device)]
         card = present_card(device, dtype) if device.type == "cuda" else host_card()
-        return replace(
-            cls._by(config, rows, card, sketched_sizes(config, device, dtype), budget), saved_tokens=saved_tokens
-        )
+        return replace(cls._by(config, rows, card, sketched_sizes(config, device, dtype), budget), saved=saved)
 
     @classmethod
     def on_card(cls, config: Config, card: Card, rows: Rows, budget: int) -> "Outlook":
@@ -75,7 +73,7 @@ class Outlook:
     def _by(cls, config: Config, rows: Rows, card: Card, sketched: Sketched, budget: int | None) -> "Outlook":
         sizes, reason, num_blocks = sketched
         planner = Planner(sizes, rows, config.batch, config.memory, card) if sizes else None
-        return cls(config, rows, planner, reason, budget, num_blocks, saved_tokens=0)
+        return cls(config, rows, planner, reason, budget, num_blocks, saved=None)
 
     @property
     def num_tokens(self) -> float:
@@ -86,10 +84,10 @@ class Outlook:
         """The plan to begin with; raises ExitWith(BAD_INPUT) where the smallest is larger than the budget."""
         if self.planner is None:
             return reference_plan(self.num_blocks, self.config.memory)
-        plan = self.planner.best(self.budget, self.saved_tokens)
+        plan = self.planner.best(self.budget, self.saved)
         if self.budget is None or plan.peak_bytes <= self.budget:
             return plan
-        if self.saved_tokens:  # of a larger card, or budget: the samples of a step stay
+        if self.saved:  # of a larger card, or budget: the samples of a step stay
             plan = self.planner.best(self.budget)
         if plan.peak_bytes > self.budget:
             raise ExitWith(ExitCode.BAD_INPUT, self.what_would_fit(plan))
@@ -110,13 +108,13 @@ class Outlook:
         if self.planner is None:
             yield from self._smaller_reference_plans(plan)
             return
-        budget, saved_tokens = self.budget or 0, self.saved_tokens
+        budget, saved = self.budget or 0, self.saved
         for _ in range(MOST_TRIES):
             budget = int(min(budget, plan.peak_bytes or budget) * SMALLER)
-            smaller = self.planner.best(budget, saved_tokens, len(plan.streamed))
-            if smaller.peak_bytes >= plan.peak_bytes and saved_tokens:
-                saved_tokens = 0
-                smaller = self.planner.best(budget, 0, len(plan.streamed))
+            smaller = self.planner.best(budget, saved, len(plan.streamed))
+            if smaller.peak_bytes >= plan.peak_bytes and saved:
+                saved = None
+                smaller = self.planner.best(budget, None, len(plan.streamed))
             if smaller.peak_bytes >= plan.peak_bytes:
                 return
             plan = smaller
@@ -159,21 +157,21 @@ class Outlook:
         return f"What would fit: {', or '.join([*found, 'a smaller base'])}"
 
 
-def assemble(config: Config, accelerator: Accelerator, data: TrainingData, saved_tokens: int = 0) -> Training:
+def assemble(config: Config, accelerator: Accelerator, data: TrainingData, saved: Passes | None = None) -> Training:
     """Plan, model and optimizer on this process's device, beside the data; the longest pass has run there.
 
-    `saved_tokens` as Planner.best has it. Raises ExitWith(BAD_INPUT) where no plan fits.
+    `saved` as Planner.best has it. Raises ExitWith(BAD_INPUT) where no plan fits.
     """
     device = accelerator.device
     budget = runtime.free_bytes(config, accelerator)
-    outlook = Outlook.of(config, device, Rows(*data.rows_for_plan()), budget, saved_tokens)
+    outlook = Outlook.of(config, device, Rows(*data.rows_for_plan()), budget, saved)
     plan = outlook.first_plan()
     outlook.check_host(plan)
-    if saved_tokens and plan.tokens_per_pass != saved_tokens:
+    if saved and plan.passes != saved:
         runtime.say(
             accelerator,
-            f"memory    the run's passes of {saved_tokens:,} tokens do not fit here: {plan.tokens_per_pass:,} now, the "
-            "same samples a step; sums are rounded otherwise, and dropout draws other masks",
+            f"memory    the run's passes of {saved} do not fit here: {plan.passes} now, the same samples a step; sums "
+            "are rounded otherwise, and with other passes dropout draws other masks",
         )
     model = load_model(config, device, plan)
     parameters = model.trainable()
@@ -253,7 +251,10 @@ def _runs(training: Training, plan: Plan) -> bool:
 
 
 def longest_pass(training: Training, plan: Plan) -> MicroBatch:
-    """A pass as long as any of this run, every token of which is trained."""
+    """A pass as long as any of this run, every token of which is trained.
+
+    For graphs it has as many borders as memory was counted for: the graph of this pass serves all others.
+    """
     data = training.data
     longest = max(data.num_tokens)
     if not data.padding_free:
@@ -265,7 +266,7 @@ def longest_pass(training: Training, plan: Plan) -> MicroBatch:
     if rest > 0 and packed_tokens([*lengths, rest]) <= total:
         lengths.append(rest)
     batch = collate_packed([_sample(length) for length in lengths])
-    return with_borders(batch, data.most_samples()) if plan.uses_graphs else batch
+    return with_borders(batch, plan.num_samples) if plan.uses_graphs else batch
 
 
 def _sample(num_tokens: int) -> dict[str, list]:

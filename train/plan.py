@@ -64,6 +64,8 @@ class Rows:
     mean_pass: float  # of a pass of `per_device` rows
     deviation: float  # standard deviation of a pass's tokens
     mean_length: float  # of a sample
+    length_deviation: float = 0.0
+    most_samples: int = 1  # of a pass of `per_device` rows
 
     def tokens(self, merged: int) -> int:
         """Tokens that so many passes together seldom exceed (three deviations); where they do, they stay apart."""
@@ -74,15 +76,36 @@ class Rows:
         """Passes of at most `tokens` that so many passes are put together into, on average.
 
         What a step has is counted as normally distributed: the sum of the chances that it needs more than one pass,
-        more than two, and so on. All but a step's last have room for half of what comes next, where lengths differ.
+        more than two, and so on. All but a step's last have room for half of what comes next, where lengths differ. It
+        never needs more than its longest rows would, or where passes have to be taken apart.
         """
         mean, deviation = accumulation * self.mean_pass, math.sqrt(accumulation) * self.deviation
+        num_rows = accumulation * len(self.longest)
+        most = math.ceil(num_rows / max(1, tokens // self.longest[0]))
         if not deviation:
-            return max(1.0, math.ceil(mean / tokens))
-        spare, total = min(self.mean_pass / 2, self.deviation), 1.0
-        for count in range(1, accumulation * len(self.longest)):
+            return min(most, max(1.0, math.ceil(mean / tokens)))
+        unit = self.mean_pass / (len(self.longest) if tokens < self.longest[-1] else 1)
+        spare, total = min(unit / 2, self.deviation), 1.0
+        for count in range(1, most):
             total += 0.5 * math.erfc((count * tokens - (count - 1) * spare - mean) / (deviation * math.sqrt(2)))
         return total
+
+    def samples(self, accumulation: int, tokens: int) -> int:
+        """Samples that a pass of so many tokens seldom exceeds (three deviations)."""
+        usual = tokens / self.mean_length
+        usual += 3 * math.sqrt(usual) * self.length_deviation / self.mean_length
+        return min(accumulation * self.most_samples, max(self.most_samples, math.ceil(usual)))
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How a step's samples go through the model: what the bits of its result depend on, so a resumed run keeps it."""
+
+    tokens: int  # of one pass at most
+    mlp_tile: int = 0  # tokens that go through an MLP together; 0: all
+
+    def __str__(self) -> str:
+        return f"{self.tokens:,} tokens" + (f" in tiles of {self.mlp_tile:,}" if self.mlp_tile else "")
 
 
 @dataclass(frozen=True)
@@ -90,7 +113,7 @@ class Plan:
     """How the run is executed.
 
     What is computed stays the same, up to the order in which sums are rounded and, where there is dropout, which masks
-    are drawn for which pass. So a resumed run keeps its `tokens_per_pass`.
+    are drawn for which pass. So a resumed run keeps its `passes`.
     """
 
     is_fused: bool  # on our own engine
@@ -104,12 +127,18 @@ class Plan:
     offloads_inputs: bool = False  # inputs of blocks that are computed again are in host memory
     uses_graphs: bool = False
     mlp_tile: int = 0  # tokens that go through an MLP together; 0: all
-    pass_bytes: int = 0  # what a pass through the blocks takes, and a recorded graph keeps
-    head_bytes: int = 0  # what the head works with
+    num_samples: int = 1  # in a pass, that memory was counted for
+    graph_bytes: int = 0  # what recorded graphs keep
+    launch_bytes: int = 0  # what is launched beside them: the head, a validation
     parts: tuple[tuple[str, int], ...] = ()  # predicted bytes on the device at the worst moment, by component
     host_bytes: int = 0  # page-locked
     seconds: float = 0.0  # predicted, of an optimizer step
     traffic_bytes: int = 0  # of weights to the device, in a pass forward and backward
+
+    @property
+    def passes(self) -> Passes:
+        """How a step is cut."""
+        return Passes(self.tokens_per_pass, self.mlp_tile)
 
     @property
     def peak_bytes(self) -> int:
@@ -163,21 +192,25 @@ class Planner:
         self.memory = memory
         self.card = card
 
-    def best(self, budget: int | None, saved_tokens: int = 0, least_streamed: int = 0) -> Plan:
+    def best(self, budget: int | None, saved: Passes | None = None, least_streamed: int = 0) -> Plan:
         """The fastest plan whose peak fits into `budget` bytes (None: there is no limit, and nothing to stream for).
 
-        Where nothing fits, the smallest: its peak tells what is missing. A run that is resumed gives the
-        `tokens_per_pass` that it was started with. Blocks that are in host memory already stay there.
+        MLPs take their tokens in tiles only where nothing fits without. Where nothing fits at all, the smallest: its
+        peak tells what is missing. A run that is resumed gives the passes that it was started with. Blocks that are in
+        host memory already stay there.
         """
-        choices, fitting = [], []
-        for tile in (0, MLP_TILE):  # in tiles only where nothing fits without
-            choices = [
-                self._filled(replace(choice, tile=tile), self._room(budget, choice))
-                for choice in self._choices(budget is not None, saved_tokens, least_streamed)
-            ]
-            fitting = [choice for choice in choices if self._fits(choice, self._room(budget, choice))]
-            if fitting:
-                break
+
+        def filled(tile: int) -> list[_Choice]:
+            choices = self._choices(budget is not None, saved.tokens if saved else 0, least_streamed)
+            return [self._filled(replace(choice, tile=tile), self._room(budget, choice)) for choice in choices]
+
+        def fits(choice: _Choice) -> bool:
+            return self._fits(choice, self._room(budget, choice))
+
+        choices = filled(saved.mlp_tile if saved else 0)
+        if saved is None and not any(map(fits, choices)):
+            choices = filled(MLP_TILE)
+        fitting = [choice for choice in choices if fits(choice)]
         if not fitting:
             return self._plan(min(choices, key=self.peak), budget is not None, needs_host=True)
         # streaming must be worth it: the model of time is not so exact
@@ -221,10 +254,10 @@ class Planner:
     def _passes(self, saved_tokens: int) -> Iterator[tuple[int, float]]:
         """(tokens, passes in a step): as they are written, put together, or cut into fewer rows."""
         rows, accumulation = self.rows, self.batch.accumulation
-        if saved_tokens:
+        if self.batch.merge == "off":
+            yield saved_tokens or rows.tokens(1), accumulation
+        elif saved_tokens:
             yield saved_tokens, rows.num_passes(accumulation, saved_tokens)
-        elif self.batch.merge == "off":
-            yield rows.tokens(1), accumulation
         else:
             merged = [rows.tokens(count) for count in range(2, accumulation + 1)]
             sizes = {*rows.longest, rows.tokens(1), *(tokens for tokens in merged if tokens <= MOST_MERGED)}
@@ -276,14 +309,15 @@ class Planner:
             activations += element * 3 * s.query
         # beside the gradients of the stack's output and of the block's: in the MLP that of its norm's output, and the
         # product (with dropout twice); in attention, where what the MLP has kept is gone, the gradients of its output,
-        # of its inputs, and of keys and values of all heads; its dQ is fp32
+        # of its inputs, and of keys and values of all heads; its dQ is fp32, with 128 rows more for each sample
+        num_dq = tokens + 128 * self._num_samples(tokens)
         in_mlp = tokens * s.hidden + (choice.tile * (gate_up + product) if is_tiled else tokens * product)
         freed = wide + s.hidden + (0 if is_tiled else gate_up)
-        in_attention = tokens * (3 * s.query + s.heads + 4 * s.query // element - freed)
+        in_attention = tokens * (3 * s.query + s.heads - freed) + num_dq * s.query * 4 // element
         backward = element * (tokens * (wide + s.hidden) + max(in_mlp, in_attention))
-        head = self._head_bytes(tokens)
         # what a graph uses, nothing else can
-        working = head + backward if choice.graphs else max(head, backward)
+        launched = self._launched(tokens)
+        working = launched + backward if choice.graphs else max(self._head_bytes(tokens), backward)
         return {
             "packed weights": (s.num_blocks - choice.num_streamed) * s.packed_bytes + s.small_bytes,
             "slots for streamed weights": min(NUM_SLOTS, choice.num_streamed) * s.packed_bytes,
@@ -303,6 +337,15 @@ class Planner:
         if self.card.capability >= TRITON or not self.card.memory_bytes:
             return 0
         return s.element_bytes * s.hidden * s.inner + (4 * s.chunk_bytes if s.element_bytes == 2 else 0)
+
+    def _num_samples(self, tokens: int) -> int:
+        return self.rows.samples(1 if self.batch.merge == "off" else self.batch.accumulation, tokens)
+
+    def _launched(self, tokens: int) -> int:
+        """What is launched where passes are recorded: the head, and a block at a time of a validation."""
+        s = self.sizes
+        block = 4 * s.hidden + 4 * s.extra + s.heads + s.normed_heads + 2 * s.query + 3 * s.inner
+        return max(self._head_bytes(tokens), tokens * s.element_bytes * (2 * s.hidden + block))
 
     def _head_bytes(self, tokens: int) -> int:
         """What the head works with."""
@@ -332,6 +375,8 @@ class Planner:
         forward = (2 * weights + attention) / rate + memory
         backward = (2 * weights + 2.5 * attention) / rate + 2 * moved / card.bandwidth + memory
         again = (2 * (weights - s.hidden * s.inner) + attention) / rate + moved / card.bandwidth
+        if 0 < choice.tile < choice.tokens:  # kept blocks compute gate and up again
+            backward += choice.num_kept / s.num_blocks * 4 * s.hidden * s.inner / rate
         recomputed = (s.num_blocks - choice.num_kept) / s.num_blocks
         launches = (LAUNCH_FORWARD, LAUNCH_BACKWARD + LAUNCH_FORWARD * recomputed)
         if choice.graphs:
@@ -345,8 +390,8 @@ class Planner:
         return choice.num_passes * (s.num_blocks * (one_way + other_way) * beside + head)
 
     def _plan(self, choice: _Choice, has_limit: bool, needs_host: bool) -> Plan:
-        s, parts, head_bytes = self.sizes, self.parts(choice), self._head_bytes(choice.tokens)
-        working = parts["working memory"] - (head_bytes if choice.graphs else 0)
+        s, parts, launched = self.sizes, self.parts(choice), self._launched(choice.tokens)
+        in_pass = ("inputs of blocks", "kept activations", "working memory")
         streamed = spread(choice.num_streamed, s.num_blocks)
         recomputed = s.num_blocks - choice.num_kept
         return Plan(
@@ -361,8 +406,9 @@ class Planner:
             offloads_inputs=choice.offloads and recomputed > 0,
             uses_graphs=choice.graphs,
             mlp_tile=choice.tile if choice.tile < choice.tokens else 0,
-            pass_bytes=parts["inputs of blocks"] + parts["kept activations"] + working,
-            head_bytes=head_bytes,
+            num_samples=self._num_samples(choice.tokens),
+            graph_bytes=sum(parts[name] for name in in_pass) - launched if choice.graphs else 0,
+            launch_bytes=launched if choice.graphs else 0,
             parts=tuple(parts.items()) if has_limit else (),
             host_bytes=self.host_bytes(choice) if has_limit else 0,
             seconds=self.seconds(choice),

@@ -16,6 +16,7 @@ from train.exits import ExitCode, ExitWith
 from train.metrics import read
 from train.model import adapter_config, base_fingerprint, load_adapters, resolve_dtype
 from train.optim import load_optimizer_state, load_scaler_state, optimizer_state
+from train.plan import Passes
 from train.runtime import say, versions
 from train.step import Training
 
@@ -165,14 +166,15 @@ def save_state(
     on_first_process(training.accelerator, write)
 
 
-def tokens_per_pass(checkpoint: Checkpoint | None, data: TrainingData, merge: str) -> int:
-    """What the run's passes held, where it goes on in the same layout; 0 where it starts, or its passes are others."""
+def saved_passes(checkpoint: Checkpoint | None, data: TrainingData, merge: str) -> Passes | None:
+    """The run's passes, where it goes on in the same layout; None where it starts, or its passes are others."""
     saved: dict[str, Any] = checkpoint.state.layout if checkpoint else {}
     cut = data.layout
     same = (cut.per_device, cut.accumulation, cut.num_processes, merge)
     names = ("per_device", "accumulation", "processes")
     is_same = (*(saved.get(name) for name in names), saved.get("merge", merge)) == same
-    return int(saved.get("tokens in a pass", 0)) if is_same else 0
+    tokens = int(saved.get("tokens in a pass", 0))
+    return Passes(tokens, int(saved.get("tokens in a tile", 0))) if is_same and tokens else None
 
 
 def layout(training: Training) -> dict[str, object]:
@@ -184,7 +186,9 @@ def layout(training: Training) -> dict[str, object]:
         "processes": cut.num_processes,
         "merge": training.config.batch.merge,
     }
-    return passes | {"tokens in a pass": training.plan.tokens_per_pass, "engine": training.model.engine_name}
+    cut_up = training.plan.passes
+    passes |= {"tokens in a pass": cut_up.tokens, "tokens in a tile": cut_up.mlp_tile}
+    return passes | {"engine": training.model.engine_name}
 
 
 def _archive(run_dir: Path) -> None:

@@ -1,5 +1,6 @@
 """The fused engine computes what transformers and PEFT compute: each function, each family of models, whole steps."""
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -303,7 +304,16 @@ def test_kept_and_recomputed_blocks_give_the_same_bits(monkeypatch: pytest.Monke
         computed[-1] += 1
         return forward(self, *arguments)
 
+    tiles: set[int] = set()
+    gate_up = Block._gate_up
+
+    def measured(self: Block, *arguments: Any) -> torch.Tensor:
+        found = gate_up(self, *arguments)
+        tiles.add(len(found))
+        return found
+
     monkeypatch.setattr(Block, "forward", counted)
+    monkeypatch.setattr(Block, "_gate_up", measured)
     adapted, batch = adapted_model(LlamaConfig(**SIZES), ALL, dropout=0.3), packed()
     upstream = torch.randn(15, 64)
     found = []
@@ -317,10 +327,54 @@ def test_kept_and_recomputed_blocks_give_the_same_bits(monkeypatch: pytest.Monke
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
     assert (found[0] - found[3]).norm() > 0.1 * found[0].norm()
+    assert tiles == {15}
+    tiles.clear()
     for num_kept in (3, 1):
         torch.manual_seed(5)
         Engine(adapted.get_base_model(), plan(num_kept, 0, tile=4), NOTHING)(batch).backward(upstream)
         close(torch.cat([gradient.flatten() for gradient in gradients_of(adapted).values()]), found[0])
+    assert tiles == {4, 3}
+
+
+def test_what_an_mlp_has_kept_is_gone_before_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan counts with that room; and of tiles never two stand at once."""
+    mlp, attention, gate_up = Block._backward_mlp, Block._backward_attention, Block._gate_up
+    kept_by_mlp: list[weakref.ref] = []
+    tiles: list[weakref.ref] | None = None
+    checked = []
+
+    def backward_mlp(self: Block, matrices: Any, kept: Any, *rest: Any) -> Any:
+        nonlocal tiles
+        whole = [] if kept.gate_up is None else [kept.gate_up]
+        kept_by_mlp.extend(map(weakref.ref, [kept.middle, kept.middle_normed, *whole]))
+        del whole
+        tiles = []
+        found = mlp(self, matrices, kept, *rest)
+        checked.append(len(tiles))
+        tiles = None
+        return found
+
+    def one_tile(self: Block, matrices: Any, kept: Any, *rest: Any) -> torch.Tensor:
+        if tiles is None or kept.gate_up is not None:
+            return gate_up(self, matrices, kept, *rest)
+        assert all(each() is None for each in tiles)
+        found = gate_up(self, matrices, kept, *rest)
+        tiles.append(weakref.ref(found))
+        return found
+
+    def backward_attention(self: Block, *arguments: Any) -> None:
+        assert len(kept_by_mlp) >= 2
+        assert all(each() is None for each in kept_by_mlp)
+        kept_by_mlp.clear()
+        attention(self, *arguments)
+
+    monkeypatch.setattr(Block, "_backward_mlp", backward_mlp)
+    monkeypatch.setattr(Block, "_backward_attention", backward_attention)
+    monkeypatch.setattr(Block, "_gate_up", one_tile)
+    adapted, batch, upstream = adapted_model(LlamaConfig(**SIZES), ALL), packed(), torch.randn(15, 64)
+    for tile in (0, 4):
+        Engine(adapted.get_base_model(), plan(2, 0, tile), NOTHING)(batch).backward(upstream)
+    assert checked == [0, 0, 0, 4, 4, 4]
 
 
 def test_dropout_differs_by_adapter_and_is_off_in_evaluation() -> None:

@@ -146,8 +146,8 @@ class Block:
     ) -> list[torch.Tensor]:
         """The adapters' gradients. grad [T, H + R] holds the output's gradient and is given the input's, in place.
 
-        Consumes `kept`: its buffers become gradients or are freed. The first block's input, the frozen embedding, has
-        none.
+        Consumes `kept`: its buffers become gradients or are freed. The first block's input, the frozen embedding,
+        has none.
         """
         mlp_gradients = self._backward_mlp(matrices, kept, low, grad, shared)
         del kept.gate_up, kept.middle, kept.middle_normed  # attention's gradients need the room
@@ -159,7 +159,6 @@ class Block:
         self.o.input_gradient(matrices[1], with_low, o, grad_attended.flatten(1))
         o_gradients = self.o.adapter_gradients(with_low, kept.attended.detach().flatten(1), kept.low, o)
         self._backward_attention(kept, grad_attended, shared)
-
         del grad_attended
 
         normed = kept.normed
@@ -191,6 +190,7 @@ class Block:
             if gradients:
                 torch._foreach_add_(gradients, found)
             gradients = gradients or found
+            del gate_up  # or the next tile's would stand beside it
         rms_norm_backward(grad_normed, kept.middle, self.norms[1].weight, kept.middle_rstd, grad[:, :width], add=True)
         return gradients
 

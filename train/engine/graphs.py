@@ -75,24 +75,26 @@ class Graphs:
     """The stack's training passes, recorded at a shape's first sight and replayed from then on."""
 
     def __init__(
-        self, stack: Stack, attend_for: AttendFor, most_tokens: int, pass_bytes: int, reserved_bytes: int
+        self, stack: Stack, attend_for: AttendFor, most_tokens: int, graph_bytes: int, launch_bytes: int
     ) -> None:
-        """For passes of `most_tokens`, which take `pass_bytes`; recordings leave `reserved_bytes` to the head."""
+        """For passes of `most_tokens`, which take `graph_bytes`; `launch_bytes` are left to what is not recorded."""
         self.stack = stack
-        self.pass_bytes = pass_bytes
-        self.reserved_bytes = reserved_bytes
+        self.graph_bytes = graph_bytes
+        self.launch_bytes = launch_bytes
         self.attend_for = attend_for
         self.most_tokens = -(-most_tokens // STEP) * STEP
         self.graphs: dict[tuple[int, int], _Graph] = {}  # by tokens and borders
         self.places: _Places | None = None
         self.pool: Any = None
         self.largest: tuple[int, int] | None = None  # the shape that was recorded first
-        self.has_room = True  # for more recordings
+        self.has_room = True  # for more recordings than the largest
+        self.has_none = False  # no room for the largest either
 
     def release(self) -> None:
         """Lets go of all graphs and their memory; passes are recorded anew."""
         self.graphs.clear()
         self.places = self.pool = None
+        self.has_room, self.has_none = True, False
 
     def __call__(self, hidden: torch.Tensor, shared: Pass, batch: MicroBatch) -> torch.Tensor:
         """As Stack, for a batch that `pad` has padded; what cannot be recorded is launched."""
@@ -119,7 +121,8 @@ class Graphs:
     def _graph_for(self, num_tokens: int, shared: Pass, batch: MicroBatch) -> "_Graph | None":
         """The shape's graph, recorded at its first sight; where there is no memory for one, a larger one, or none.
 
-        The largest comes first: the others find room in its memory, and it serves where there is none.
+        The largest comes first: the others find room in its memory, and it serves where there is none. Raises
+        OutOfMemoryError where there is no room for the very first.
         """
         assert batch.cu_seqlens is not None
         shape = (num_tokens, len(batch.cu_seqlens))
@@ -128,20 +131,21 @@ class Graphs:
             self.release()  # what it holds, launches need
             return None
         if not self.graphs:
-            if self._room() < self.pass_bytes + self.reserved_bytes:
+            if self.has_none or self._room() < self.graph_bytes + self.launch_bytes:
                 if self.largest is None:
-                    raise torch.OutOfMemoryError(f"a graph needs {self.pass_bytes:,} bytes, the head some more")
+                    raise torch.OutOfMemoryError(f"{self.graph_bytes:,} bytes for a graph, and what runs beside it")
+                self.has_none = True
                 return None
             self.graphs[largest] = self._record(largest, shared, batch)
             self.largest = largest
         if shape not in self.graphs and self.has_room:
-            if len(self.graphs) == MOST_GRAPHS:
-                del self.graphs[list(self.graphs)[1]]  # the oldest but the largest
-            self.has_room = self._room() >= self.pass_bytes // 8 + self.reserved_bytes
+            self.has_room = self._room() >= self.graph_bytes // 4 + self.launch_bytes
             if self.has_room:
+                if len(self.graphs) == MOST_GRAPHS:
+                    del self.graphs[list(self.graphs)[1]]  # the oldest but the largest
                 self.graphs[shape] = self._record(shape, shared, batch)
-                self.has_room = self._room() >= self.reserved_bytes
-                if not self.has_room:  # its gaps have taken what the head needs, and only a whole pool is given back
+                self.has_room = self._room() >= self.launch_bytes
+                if not self.has_room:  # its gaps have taken what others need, and only a whole pool is given back
                     self.graphs.clear()
                     self.pool = torch.cuda.graph_pool_handle()
                     return self._graph_for(num_tokens, shared, batch)

@@ -81,7 +81,7 @@ class Engine:
         self.attend_for = partial(attend_packed, sliding_window=self.sliding_window, scale=blocks[0].scaling)
         self.graphs: Graphs | None = None
         if plan.uses_graphs:
-            self.graphs = Graphs(self.stack, self.attend_for, plan.tokens_per_pass, plan.pass_bytes, plan.head_bytes)
+            self.graphs = Graphs(self.stack, self.attend_for, plan.tokens_per_pass, plan.graph_bytes, plan.launch_bytes)
 
     def __call__(self, batch: MicroBatch) -> torch.Tensor:
         """What the head reads, [T or more, H], of a packed micro-batch; dropout while the model trains."""

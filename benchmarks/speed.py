@@ -258,7 +258,7 @@ def peer(work: Workload, run: Run, words: list[str], place: Path) -> dict[str, A
     (place / "job.json").write_text(json.dumps(job))
     command = [sys.executable, "-m", "benchmarks.peers", str(place / "job.json")]
     environment = {**os.environ, "PYTHONPATH": f"{PEERS_PATH}:{os.environ.get('PYTHONPATH', '')}".strip(":")}
-    environment.pop("PYTORCH_ALLOC_CONF", None)  # ours; a peer has its own
+    environment.pop("PYTORCH_ALLOC_CONF", None)  # train sets it; PYTORCH_CUDA_ALLOC_CONF would reach both
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         print(f"{run.system} ({run.note}) failed:\n" + (done.stdout + done.stderr)[-1500:], flush=True)

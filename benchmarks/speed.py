@@ -145,7 +145,7 @@ def against_limits(row: dict[str, Any], shape: Any, rate: float) -> dict[str, An
     """MFU by datasheet, and the tokens a second of nothing but products at the rate measured here."""
     flops = flops_per_token(linear_weights(shape), shape, row["mean_length"])
     peak = peak_flops(torch.device("cuda"))
-    recomputed = 2 * linear_weights(shape) if row["checkpointing"] else 0
+    recomputed = 2 * recomputed_weights(shape) if row["checkpointing"] else 0
     mfu = round(row["tokens_per_second"] * flops / peak, 4) if peak else None
     return {"mfu": mfu, "limit": round(rate / (flops + recomputed))}
 
@@ -316,6 +316,12 @@ def linear_weights(shape: Any) -> int:
     width, inner = shape.hidden_size, shape.intermediate_size
     key = width // shape.num_attention_heads * shape.num_key_value_heads
     return shape.num_hidden_layers * (2 * width * (width + key) + 3 * width * inner) + width * shape.vocab_size
+
+
+def recomputed_weights(shape: Any) -> int:
+    """Weights that a backward pass must read again where no activations are kept: all but down_proj and the head."""
+    kept = shape.num_hidden_layers * shape.hidden_size * shape.intermediate_size + shape.hidden_size * shape.vocab_size
+    return linear_weights(shape) - kept
 
 
 def matmul_rate(seconds: float = 2.0) -> float:

@@ -165,9 +165,10 @@ class TrainingData:
         count, filled = self.layout.per_device, [packed_tokens([tokens]) for tokens in self.row_tokens]
         longest = tuple(accumulate(sorted(filled, reverse=True)[:count]))
         lengths = [self.num_tokens[i] for row in self.rows for i in row]
+        deviation = math.inf if self.group_by_length else pstdev(lengths)
         most_samples = sum(sorted(map(len, self.rows), reverse=True)[:count])
         of_pass = count * fmean(filled), math.sqrt(count) * pstdev(filled)
-        return longest, *of_pass, fmean(lengths), pstdev(lengths), most_samples
+        return longest, *of_pass, fmean(lengths), deviation, most_samples
 
     def _order(self, epoch: int) -> list[int]:
         """The epoch's rows in order, made once an epoch: sorting a million lengths is no work for every step."""

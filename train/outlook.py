@@ -167,7 +167,7 @@ def assemble(config: Config, accelerator: Accelerator, data: TrainingData, saved
     outlook = Outlook.of(config, device, Rows(*data.rows_for_plan()), budget, saved)
     plan = outlook.first_plan()
     outlook.check_host(plan)
-    if saved and plan.passes != saved:
+    if saved and plan.is_fused and plan.passes != saved:
         runtime.say(
             accelerator,
             f"memory    the run's passes of {saved} do not fit here: {plan.passes} now, the same samples a step; sums "

@@ -24,6 +24,7 @@ INPUTS_IN_FLIGHT = 3  # block inputs on the device that are on their way to the 
 MLP_TILE = 1024  # tokens that go through an MLP together, where its activations must not all stand at once
 MOST_MERGED = 16384  # products are not faster beyond
 GRAPH_TOKENS = 4096  # passes of so many tokens at most run as CUDA graphs, where that is faster: their memory is theirs
+GRAPH_BORDERS = 8  # samples of no tokens that a recorded pass may have beside its own
 # Seconds in which a host launches the kernels of one block (measured: 272 ms for 32, with what is computed again)
 LAUNCH_FORWARD, LAUNCH_BACKWARD = 0.0024, 0.0037
 ELEMENTWISE = 9  # times a block's activations are read or written by what lies between its products
@@ -64,7 +65,7 @@ class Rows:
     mean_pass: float  # of a pass of `per_device` rows
     deviation: float  # standard deviation of a pass's tokens
     mean_length: float  # of a sample
-    length_deviation: float = 0.0
+    length_deviation: float = 0.0  # math.inf where samples of like lengths come together
     most_samples: int = 1  # of a pass of `per_device` rows
 
     def tokens(self, merged: int) -> int:
@@ -83,7 +84,7 @@ class Rows:
         num_rows = accumulation * len(self.longest)
         most = math.ceil(num_rows / max(1, tokens // self.longest[0]))
         if not deviation:
-            return min(most, max(1.0, math.ceil(mean / tokens)))
+            return min(most, math.ceil(num_rows / max(1, int(tokens * num_rows / mean))))
         unit = self.mean_pass / (len(self.longest) if tokens < self.longest[-1] else 1)
         spare, total = min(unit / 2, self.deviation), 1.0
         for count in range(1, most):
@@ -92,9 +93,9 @@ class Rows:
 
     def samples(self, accumulation: int, tokens: int) -> int:
         """Samples that a pass of so many tokens seldom exceeds (three deviations)."""
-        usual = tokens / self.mean_length
+        usual, most = tokens / self.mean_length, accumulation * self.most_samples
         usual += 3 * math.sqrt(usual) * self.length_deviation / self.mean_length
-        return min(accumulation * self.most_samples, max(self.most_samples, math.ceil(usual)))
+        return max(self.most_samples, math.ceil(min(usual, most)))
 
 
 @dataclass(frozen=True)
@@ -310,7 +311,7 @@ class Planner:
         # beside the gradients of the stack's output and of the block's: in the MLP that of its norm's output, and the
         # product (with dropout twice); in attention, where what the MLP has kept is gone, the gradients of its output,
         # of its inputs, and of keys and values of all heads; its dQ is fp32, with 128 rows more for each sample
-        num_dq = tokens + 128 * self._num_samples(tokens)
+        num_dq = tokens + 128 * (self._num_samples(tokens) + GRAPH_BORDERS * choice.graphs)
         in_mlp = tokens * s.hidden + (choice.tile * (gate_up + product) if is_tiled else tokens * product)
         freed = wide + s.hidden + (0 if is_tiled else gate_up)
         in_attention = tokens * (3 * s.query + s.heads - freed) + num_dq * s.query * 4 // element

@@ -136,11 +136,9 @@ def restore(training: Training, checkpoint: Checkpoint) -> None:
         load_scaler_state(training.scaler, checkpoint.state.scaler)
     except ValueError as error:
         raise ExitWith(ExitCode.FINGERPRINT_MISMATCH, f"{checkpoint.path}: {error}") from None
-    now = layout(training)
-    if checkpoint.state.layout != now:
-        say(
-            training.accelerator, f"another layout than before: {checkpoint.state.layout} -> {now}, same samples a step"
-        )
+    now, before = layout(training), {"tokens in a tile": 0} | checkpoint.state.layout
+    if before != now:
+        say(training.accelerator, f"another layout than before: {before} -> {now}, same samples a step")
 
 
 def save_state(

@@ -118,6 +118,7 @@ def window_gradient(training: Training, window: Window, completed: int) -> Gradi
         token_loss_sum = training.model(batch)
         scaler.scale(token_loss_sum / window.num_supervised_tokens).backward()
         loss_sum += token_loss_sum.detach()
+        del token_loss_sum  # and what autograd has beside it, before the next pass
     training.data.prepare(completed + 1)  # while a GPU still computes
 
     add_over_processes(accelerator, training.flat.leaves)

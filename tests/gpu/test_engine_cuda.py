@@ -235,7 +235,8 @@ def test_a_recording_that_took_too_much_is_given_back(
         rooms = {0: plenty, 1: plenty}  # by the graphs that there are
         monkeypatch.setattr(graphs.Graphs, "_room", lambda self, rooms=rooms: rooms.get(len(self.graphs), plenty))
         training = build(with_batch(config, 2, 4))
-        training.model.execute(replace(training.plan, num_kept=1, num_cached=0, uses_graphs=True))
+        plan = replace(training.plan, num_kept=1, num_cached=0, uses_graphs=True, graph_bytes=1, launch_bytes=1)
+        training.model.execute(plan)
         engine: Any = training.model.engine
         recorded = engine.graphs
         for step in range(2):  # by launches, and recorded

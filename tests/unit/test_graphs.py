@@ -1,8 +1,9 @@
 """Which passes are recorded and which graph serves them, by the memory that is left; recording itself needs a GPU."""
 
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -112,3 +113,20 @@ def test_the_oldest_makes_room_but_the_largest_stays(monkeypatch: pytest.MonkeyP
     left = LAUNCH
     assert book.serve(512) == (1024, 16)
     assert list(book.graphs) == [(1024, 16), (256, 16), (384, 16)]
+
+
+def test_a_loss_does_not_keep_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was given back is free, although the loss of the pass before is still there; and it is not there long."""
+    monkeypatch.setattr(graphs, "_replay", lambda *_, **__: None)
+    anchor = torch.nn.Parameter(torch.zeros(1))
+    places = SimpleNamespace(out=torch.zeros(8, 4), grad_out=torch.zeros(8, 4))
+    none: Any = None
+    graph = graphs._Graph(cast(Any, places), none, none, none, none)
+    loss = graphs._Replay.apply(graph, SimpleNamespace(store=None), 6, anchor).sum()
+    loss.backward()
+    assert places.grad_out[:6].eq(1).all()
+    assert not places.grad_out[6:].any()
+    kept = weakref.ref(graph)
+    del graph
+    assert kept() is None
+    assert loss == 0

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
-from statistics import fmean
+from statistics import fmean, pstdev
 from types import SimpleNamespace
 from typing import Any
 
@@ -390,6 +390,20 @@ def test_filling_counts_where_passes_are_put_together(config: Config) -> None:
         assert [len(members) for members in passes] == sizes
 
 
+@pytest.mark.parametrize("tokens", [2000, 800])
+def test_grouped_samples_are_counted_at_their_most(tokens: int, config: Config) -> None:
+    """A window of nothing but short samples has more of them in a pass than lengths drawn at random would have."""
+    lengths = torch.randint(20, 401, (3200,), generator=torch.Generator().manual_seed(0)).tolist()
+    grouped = replace(config, data=replace(config.data, group_by_length=True), batch=BatchConfig(1, 32))
+    data = training_of(grouped, Accelerator(cpu=True)).data
+    data.most_tokens, data.num_tokens, data.row_tokens = tokens, lengths, lengths
+    data.rows, data.steps_per_epoch = [[i] for i in range(3200)], 100
+    seen = [max(map(len, data.cut([[i] for i in data.row_ids(step)], lengths, False))) for step in range(100)]
+    most = Rows(*data.rows_for_plan()).samples(32, tokens)
+    assert max(seen) == most == 32
+    assert replace(Rows(*data.rows_for_plan()), length_deviation=pstdev(lengths)).samples(32, tokens) < 32
+
+
 @pytest.mark.parametrize("per_device", [1, 2])
 @pytest.mark.parametrize("tokens", [4300, 3700, 3400, 3000, 2000, 1300, 800])
 def test_passes_are_counted_as_they_are_cut(tokens: int, per_device: int, config: Config) -> None:
@@ -416,6 +430,7 @@ def test_passes_of_rows_of_one_length() -> None:
     """As many as it takes; rows that are seldom shorter need no more."""
     even = Rows((400,), 400, 0.0, 400)
     assert [even.num_passes(16, n) for n in (400, 800, 1600, 6400, 9000)] == [16, 8, 4, 1, 1]
+    assert Rows((2048,), 1500, 0.0, 1500).num_passes(4, 2048) == 4  # two of 1,500 never are one pass
     nearly = Rows((2048,), 2000, 120, 2000)
     assert nearly.num_passes(4, 8192) == 1
     assert nearly.num_passes(4, 4096) == pytest.approx(2, rel=0.02)

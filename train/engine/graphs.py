@@ -200,10 +200,11 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
-        place = ctx.graph.places.grad_out
+        graph, ctx.graph = ctx.graph, None  # the loss may outlive it: its memory would not be free
+        place = graph.places.grad_out
         place[: ctx.num_tokens].copy_(grad_outputs[0])
         place[ctx.num_tokens :].zero_()  # nobody learns from what a larger graph has too much
-        _replay(ctx.graph.backward, ctx.store, forward=False)
+        _replay(graph.backward, ctx.store, forward=False)
         return None, None, None, None
 
 

@@ -157,7 +157,7 @@ class TrainingData:
         return merged
 
     def rows_for_plan(self) -> tuple[tuple[int, ...], float, float, float, float, int]:
-        """As plan.Rows: most tokens of one, two, ... `per_device` rows; of a pass of them mean and deviation; of a
+        """As passes.Rows: most tokens of one, two, ... `per_device` rows; of a pass of them mean and deviation; of a
         sample mean and deviation; most samples of `per_device` rows.
 
         Rows count as they are filled up alone.

@@ -18,7 +18,8 @@ from train.exits import ExitCode, ExitWith
 from train.hardware import BF16
 from train.model import DTYPES, resolve_dtype
 from train.outlook import GIB, Outlook, assemble
-from train.plan import Plan, Rows
+from train.passes import Rows
+from train.plan import Plan
 from train.step import Training, optimizer_step
 
 FIRST_STEPS, MORE_FIRST_STEPS = 2, 16

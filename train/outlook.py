@@ -19,7 +19,8 @@ from train.engine.patch import model_sizes
 from train.exits import ExitCode, ExitWith
 from train.model import DTYPES, choose_engine, load_model, resolve_dtype, sketch
 from train.optim import FlatParameters, build_optimizer, build_scaler
-from train.plan import ModelSizes, Passes, Plan, Planner, Rows, reference_plan
+from train.passes import Passes, Rows
+from train.plan import ModelSizes, Plan, Planner, reference_plan
 from train.step import Training
 
 GIB = 2**30

@@ -16,7 +16,7 @@ from train.exits import ExitCode, ExitWith
 from train.metrics import read
 from train.model import adapter_config, base_fingerprint, load_adapters, resolve_dtype
 from train.optim import load_optimizer_state, load_scaler_state, optimizer_state
-from train.plan import Passes
+from train.passes import Passes
 from train.runtime import say, versions
 from train.step import Training
 

@@ -24,7 +24,8 @@ from train.engine.patch import Engine, model_sizes
 from train.exits import ExitWith
 from train.model import sketch
 from train.outlook import Outlook, fitted
-from train.plan import MARGIN, MLP_TILE, ModelSizes, Passes, Plan, Planner, Rows, reference_plan
+from train.passes import Passes, Rows
+from train.plan import MARGIN, MLP_TILE, ModelSizes, Plan, Planner, reference_plan
 from train.resume import layout, saved_passes
 from train.step import optimizer_step
 

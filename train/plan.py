@@ -24,7 +24,7 @@ INPUTS_IN_FLIGHT = 3  # block inputs on the device that are on their way to the 
 MLP_TILE = 1024  # tokens that go through an MLP together, where its activations must not all stand at once
 MOST_MERGED = 16384  # products are not faster beyond
 GRAPH_TOKENS = 4096  # passes of so many tokens at most run as CUDA graphs, where that is faster: their memory is theirs
-GRAPH_BORDERS = 8  # samples of no tokens that a recorded pass may have beside its own
+GRAPH_BORDERS = 8  # samples of no tokens that a recorded pass may have beside its own (engine.graphs.pad)
 # Seconds in which a host launches the kernels of one block (measured: 272 ms for 32, with what is computed again)
 LAUNCH_FORWARD, LAUNCH_BACKWARD = 0.0024, 0.0037
 ELEMENTWISE = 9  # times a block's activations are read or written by what lies between its products
@@ -129,6 +129,11 @@ class _Choice:
         """Whether anything goes to host memory and back in a pass."""
         return self.offloads or self.num_streamed > 0
 
+    @property
+    def is_tiled(self) -> bool:
+        """Whether the longest pass goes through an MLP in more than one tile."""
+        return 0 < self.tile < self.tokens
+
 
 class Planner:
     """Chooses for one model, data and card."""
@@ -151,15 +156,12 @@ class Planner:
 
         def filled(tile: int) -> list[_Choice]:
             choices = self._choices(budget is not None, saved.tokens if saved else 0, least_streamed)
-            return [self._filled(replace(choice, tile=tile), self._room(budget, choice)) for choice in choices]
-
-        def fits(choice: _Choice) -> bool:
-            return self._fits(choice, self._room(budget, choice))
+            return [self._filled(replace(choice, tile=tile), budget) for choice in choices]
 
         choices = filled(saved.mlp_tile if saved else 0)
-        if saved is None and not any(map(fits, choices)):
+        if saved is None and not any(self._fits(choice, budget) for choice in choices):
             choices = filled(MLP_TILE)
-        fitting = [choice for choice in choices if fits(choice)]
+        fitting = [choice for choice in choices if self._fits(choice, budget)]
         if not fitting:
             return self._plan(min(choices, key=self.peak), budget is not None, needs_host=True)
         # streaming must be worth it: the model of time is not so exact
@@ -171,7 +173,8 @@ class Planner:
         """What of the budget is planned with."""
         return None if budget is None else int(budget * (GRAPH_MARGIN if choice.graphs else MARGIN))
 
-    def _fits(self, choice: _Choice, room: int | None) -> bool:
+    def _fits(self, choice: _Choice, budget: int | None) -> bool:
+        room = self._room(budget, choice)
         if room is None:
             return True
         return self.peak(choice) <= room and self.host_bytes(choice) <= self.host_room
@@ -212,8 +215,9 @@ class Planner:
             sizes = {*rows.longest, rows.tokens(1), *(tokens for tokens in merged if tokens <= MOST_MERGED)}
             yield from ((tokens, rows.num_passes(accumulation, tokens)) for tokens in sorted(sizes))
 
-    def _filled(self, choice: _Choice, room: int | None) -> _Choice:
+    def _filled(self, choice: _Choice, budget: int | None) -> _Choice:
         """The choice with as many blocks kept, and weights cached, as there is room for."""
+        room = self._room(budget, choice)
         blocks, wanted = self.sizes.num_blocks, self.memory.checkpointing
         fixed = {"full": 1, "none": blocks}.get(str(wanted))
         if fixed is None and wanted != "auto":
@@ -249,10 +253,9 @@ class Planner:
         recomputed = s.num_blocks - choice.num_kept
         wide, element = s.hidden + s.extra, s.element_bytes
         inputs = choice.num_kept + min(INPUTS_IN_FLIGHT, recomputed) if choice.offloads else s.num_blocks
-        is_tiled = 0 < choice.tile < tokens
         gate_up, product = 2 * s.inner + s.extra, (1 + s.has_dropout) * s.inner
-        activations = element * (2 * wide + s.heads + s.normed_heads + s.query + s.hidden + 2 * s.extra)
-        activations += 0 if is_tiled else element * gate_up
+        whole = 0 if choice.is_tiled else gate_up  # what is kept of it
+        activations = element * (2 * wide + s.heads + s.normed_heads + s.query + s.hidden + 2 * s.extra + whole)
         activations += 4 * (s.query + s.normed_heads) // 64 + 8  # attention's log sums and the norms' scales, fp32
         if not card_has_flash(self.card, element):  # keys and values of all heads, and each sample's output, are kept
             activations += element * 3 * s.query
@@ -260,9 +263,8 @@ class Planner:
         # product (with dropout twice); in attention, where what the MLP has kept is gone, the gradients of its output,
         # of its inputs, and of keys and values of all heads; its dQ is fp32, with 128 rows more for each sample
         num_dq = tokens + 128 * (self._num_samples(tokens) + GRAPH_BORDERS * choice.graphs)
-        in_mlp = tokens * s.hidden + (choice.tile * (gate_up + product) if is_tiled else tokens * product)
-        freed = wide + s.hidden + (0 if is_tiled else gate_up)
-        in_attention = tokens * (3 * s.query + s.heads - freed) + num_dq * s.query * 4 // element
+        in_mlp = tokens * s.hidden + (choice.tile * (gate_up + product) if choice.is_tiled else tokens * product)
+        in_attention = tokens * (3 * s.query + s.heads - wide - s.hidden - whole) + num_dq * s.query * 4 // element
         backward = element * (tokens * (wide + s.hidden) + max(in_mlp, in_attention))
         # what a graph uses, nothing else can
         launched = self._launched(tokens)
@@ -324,7 +326,7 @@ class Planner:
         forward = (2 * weights + attention) / rate + memory
         backward = (2 * weights + 2.5 * attention) / rate + 2 * moved / card.bandwidth + memory
         again = (2 * (weights - s.hidden * s.inner) + attention) / rate + moved / card.bandwidth
-        if 0 < choice.tile < choice.tokens:  # kept blocks compute gate and up again
+        if choice.is_tiled:  # kept blocks compute gate and up again
             backward += choice.num_kept / s.num_blocks * 4 * s.hidden * s.inner / rate
         recomputed = (s.num_blocks - choice.num_kept) / s.num_blocks
         launches = (LAUNCH_FORWARD, LAUNCH_BACKWARD + LAUNCH_FORWARD * recomputed)
@@ -354,7 +356,7 @@ class Planner:
             needs_host=needs_host,
             offloads_inputs=choice.offloads and recomputed > 0,
             uses_graphs=choice.graphs,
-            mlp_tile=choice.tile if choice.tile < choice.tokens else 0,
+            mlp_tile=choice.tile if choice.is_tiled else 0,
             num_samples=self._num_samples(choice.tokens),
             graph_bytes=sum(parts[name] for name in in_pass) - launched if choice.graphs else 0,
             launch_bytes=launched if choice.graphs else 0,

@@ -177,16 +177,16 @@ def saved_passes(checkpoint: Checkpoint | None, data: TrainingData, merge: str) 
 
 def layout(training: Training) -> dict[str, object]:
     """How the global batch is cut; free to change while the product stays."""
-    cut = training.data.layout
-    passes: dict[str, object] = {
+    cut, passes = training.data.layout, training.plan.passes
+    return {
         "per_device": cut.per_device,
         "accumulation": cut.accumulation,
         "processes": cut.num_processes,
         "merge": training.config.batch.merge,
+        "tokens in a pass": passes.tokens,
+        "tokens in a tile": passes.mlp_tile,
+        "engine": training.model.engine_name,
     }
-    cut_up = training.plan.passes
-    passes |= {"tokens in a pass": cut_up.tokens, "tokens in a tile": cut_up.mlp_tile}
-    return passes | {"engine": training.model.engine_name}
 
 
 def _archive(run_dir: Path) -> None:

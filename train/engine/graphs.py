@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from train.collate import MicroBatch
+from train.collate import MicroBatch, with_borders
 from train.engine.attention import Attend
 from train.engine.block import Pass
 from train.engine.stack import Memory, Stack
@@ -35,14 +35,13 @@ def pad(batch: MicroBatch) -> MicroBatch:
     num_tokens = batch.input_ids.shape[1]
     width = -(-num_tokens // STEP) * STEP
     num_borders = -(-(len(borders) + 1) // 8) * 8
-    return replace(
+    wide = replace(
         batch,
         input_ids=F.pad(batch.input_ids, (0, width - num_tokens)),
         position_ids=F.pad(batch.position_ids, (0, width - num_tokens)),
-        cu_seqlens=F.pad(borders, (0, num_borders - len(borders)), value=width),
-        even_length=0,
         max_length=width,
     )
+    return with_borders(wide, num_borders - 1)
 
 
 @dataclass(frozen=True)

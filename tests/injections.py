@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.util import Finalize
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -185,6 +187,19 @@ class AtForward:
                 os.kill(os.getpid(), self.number)
 
         before_and_after(LanguageModel, "forward", act)
+
+
+@dataclass(frozen=True)
+class GroupAtEnd:
+    """Writes at the end of the process whether a process group is still open."""
+
+    path: Path
+
+    def __call__(self) -> None:
+        def look() -> None:
+            self.path.write_text("open" if torch.distributed.is_initialized() else "closed")
+
+        Finalize(None, look, exitpriority=0)
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,7 @@ def run(config: Config, stop: StopRequest, closing: ExitStack) -> None:
     prepared = prepare(prepare_settings(config, config.data.path), tokenizer.backend)
     samples, validation = hold_out(config, prepared, tokenizer.backend)
     accelerator = runtime.start(config)
+    closing.callback(runtime.close_group, together=False)
     data = TrainingData(samples, config, runtime.layout(config, accelerator), tokenizer.backend.pad_token_id)
     same_run = identity(config, prepared.fingerprint, data, accelerator.device)
     store = CheckpointStore(Path(config.run.dir), config.checkpoint.keep)
@@ -128,6 +129,7 @@ def run(config: Config, stop: StopRequest, closing: ExitStack) -> None:
     closing.callback(trackers.finish)
     saver = Saver.of(training, store, same_run, trackers, checkpoint)
     train(training, saver.saved, stop, trackers, saver, lambda: validate(training, validation) if validation else {})
+    runtime.close_group(together=True)
     if accelerator.is_main_process:
         deliver(training, tokenizer, prepared, trackers, stop)
 

@@ -156,6 +156,16 @@ def peer_failure(config: Config, error: RuntimeError) -> str:
     return f"another process died or hangs ({first_line})\nlast heard of: {heard or 'none has made a step'}"
 
 
+def close_group(together: bool) -> None:
+    """Closes the process group, if there is one.
+
+    An interpreter that ends before Gloo's threads may be aborted by them, whatever its exit code was to be. NCCL's
+    closing waits for the other processes, so that it is left to the end of the process where they do not all come here.
+    """
+    if torch.distributed.is_initialized() and (together or torch.distributed.get_backend() == "gloo"):
+        torch.distributed.destroy_process_group()
+
+
 def layout(config: Config, accelerator: Accelerator) -> Layout:
     """How this run cuts an optimizer step, and which part is this process's."""
     return Layout(

@@ -9,9 +9,10 @@ import pytest
 
 from tests.compare_runs import at, exit_record, finish, reference, result_of, start_processes
 from tests.conftest import Outcome, arguments, run_command, with_batch
-from tests.injections import AtForward, DiskError, Fault
+from tests.injections import AtForward, Both, DiskError, Fault, GroupAtEnd
 from tests.tally import Tally
 from train.config import CheckpointConfig, Config
+from train.exits import ExitCode
 from train.trackers import read_metrics
 
 
@@ -98,3 +99,23 @@ def test_a_first_process_that_cannot_save(config: Config, tmp_path: Path, tally:
     again = finish(arguments(at(with_batch(config, 2, 4), tmp_path / "always")))
     tally.check("starts fresh" in again.stdout, again.stdout[-300:])
     tally.check(json.loads((tmp_path / "always" / "exit.json").read_text())["code"] == 0, "exit.json")
+
+
+def test_processes_close_their_group(config: Config, tmp_path: Path) -> None:
+    """However a run ends, Gloo's threads are gone before the interpreter, which they would abort now and then."""
+    config = with_batch(replace(config, run=replace(config.run, timeout_minutes=0.5)), 2, 2)
+    must_resume = replace(config, run=replace(config.run, resume="must"))
+    stop, die = AtForward(5, signal.SIGTERM), AtForward(5)
+    ends: list = [
+        (config, None, ExitCode.FINISHED),
+        (config, stop, ExitCode.INTERRUPTED),
+        (config, die, ExitCode.PEER_FAILURE),
+        (must_resume, None, ExitCode.NO_VALID_CHECKPOINT),
+    ]
+    for case, fault, code in ends:
+        looks = [tmp_path / f"{code.name}-{rank}" for rank in (0, 1)]
+        faults = [Both(GroupAtEnd(looks[0]), fault) if fault else GroupAtEnd(looks[0]), GroupAtEnd(looks[1])]
+        both = together(case, tmp_path / code.name, faults)
+        for rank in (1,) if fault is die else (0, 1):
+            assert both[rank].returncode == code, both[rank].stderr
+            assert looks[rank].read_text() == "closed", (code.name, rank)

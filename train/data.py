@@ -134,18 +134,21 @@ class TrainingData:
             passes.append([i for row in row_ids[start : start + layout.per_device] for i in self.rows[row]])
         return passes
 
-    def cut(self, passes: Sequence[list[int]], num_tokens: Sequence[int], is_padded: bool) -> list[list[int]]:
-        """The samples of the passes put together, or taken apart, to hold `most_tokens` at most.
+    def cut(
+        self, passes: Sequence[list[int]], num_tokens: Sequence[int], is_padded: bool, most_tokens: int = 0
+    ) -> list[list[int]]:
+        """The samples of the passes put together, or taken apart, to hold `most_tokens` (0: the run's) at most.
 
         With what collating adds: padding to the longest, or filling. A sample that is longer is a pass of its own.
         """
-        if not self.most_tokens:
+        most_tokens = most_tokens or self.most_tokens
+        if not most_tokens:
             return list(passes)
 
         def fits(samples: list[int]) -> bool:
             lengths = [num_tokens[i] for i in samples]
             size = len(lengths) * max(lengths, default=0) if is_padded else packed_tokens(lengths)
-            return size <= self.most_tokens
+            return size <= most_tokens
 
         merged: list[list[int]] = []
         for whole in passes:

@@ -167,7 +167,8 @@ def show_known(others: Sequence[Forecast], console: Console) -> None:
 def probe(config: Config, mean_length: int, num_steps: int) -> dict[str, Any]:
     """Real steps on random weights of the real shape on the GPU that is here; raises ExitWith(BAD_INPUT) without one.
 
-    The memory is the allocator's peak from loading on, the time the median step after the first ones.
+    The memory is the allocator's peak from loading on, the time the median step after the first ones. With graphs it is
+    what the allocator holds: their memory counts as free once they are recorded.
     """
     config = replace(config, model=replace(config.model, random_init=True), run=replace(config.run, device="cuda"))
     runtime.check(config)
@@ -191,6 +192,7 @@ def probe(config: Config, mean_length: int, num_steps: int) -> dict[str, Any]:
         losses.append(result.loss.hex())
         norms.append(result.grad_norm.hex())
         tokens.append(result.num_tokens)
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     measured = sorted(zip(seconds[num_first:], tokens[num_first:], strict=True), key=lambda pair: pair[0] / pair[1])
     median, num_tokens = measured[num_steps // 2]
     return {
@@ -200,8 +202,8 @@ def probe(config: Config, mean_length: int, num_steps: int) -> dict[str, Any]:
         "num_streamed": len(training.plan.streamed),
         "traffic_gib": round(training.plan.traffic_bytes / GIB, 3),
         "predicted_peak_gib": round(training.plan.peak_bytes / GIB, 3),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
-        "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
+        "peak_gib": round((reserved if training.plan.uses_graphs else allocated) / GIB, 3),
+        "reserved_gib": round(reserved / GIB, 3),
         "predicted_seconds": round(training.plan.seconds, 4),
         "seconds": round(median, 4),
         "tokens_per_second": round(num_tokens / median, 1),

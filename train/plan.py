@@ -15,7 +15,8 @@ from train.engine.copies import host_bytes
 from train.hardware import FLASH, TRITON
 from train.passes import Passes, Rows
 
-MARGIN, GRAPH_MARGIN = 0.92, 0.90  # of the budget is planned with; the rest is the allocator's waste, and graphs'
+MARGIN = 0.92  # of the budget is planned with; the rest is the allocator's waste
+SMALL_TENSOR = 2**20  # bytes, up to which the allocator takes a tensor from segments for small ones
 CUBLAS_BYTES = 2**26  # workspaces of cuBLAS
 LATENCY_TOKENS = 155  # more than a pass has are as long as it takes: short products are less efficient (measured)
 WORTH = 0.02  # of a step's time must be won by what uses host memory
@@ -77,8 +78,10 @@ class Plan:
     uses_graphs: bool = False
     mlp_tile: int = 0  # tokens that go through an MLP together; 0: all
     num_samples: int = 1  # in a pass, that memory was counted for
-    graph_bytes: int = 0  # what recorded graphs keep
+    graph_bytes: int = 0  # what the largest recorded graph keeps
+    gap_bytes: int = 0  # what those of other lengths take beside it
     launch_bytes: int = 0  # what is launched beside them: the head, a validation
+    launched_tokens: int = 0  # in a pass of that validation; 0: as in any other
     parts: tuple[tuple[str, int], ...] = ()  # predicted bytes on the device at the worst moment, by component
     host_bytes: int = 0  # page-locked
     seconds: float = 0.0  # predicted, of an optimizer step
@@ -169,15 +172,10 @@ class Planner:
         needs_host = all(choice.uses_host for choice in fitting) and self.memory.offload == "auto"
         return self._plan(chosen, budget is not None, needs_host)
 
-    def _room(self, budget: int | None, choice: _Choice) -> int | None:
-        """What of the budget is planned with."""
-        return None if budget is None else int(budget * (GRAPH_MARGIN if choice.graphs else MARGIN))
-
     def _fits(self, choice: _Choice, budget: int | None) -> bool:
-        room = self._room(budget, choice)
-        if room is None:
+        if budget is None:
             return True
-        return self.peak(choice) <= room and self.host_bytes(choice) <= self.host_room
+        return self.peak(choice) <= budget * MARGIN and self.host_bytes(choice) <= self.host_room
 
     def longest_row(self, budget: int) -> int:
         """Tokens of the longest single row that could be trained in `budget` bytes, in steps of 64; 0 for none."""
@@ -217,7 +215,7 @@ class Planner:
 
     def _filled(self, choice: _Choice, budget: int | None) -> _Choice:
         """The choice with as many blocks kept, and weights cached, as there is room for."""
-        room = self._room(budget, choice)
+        room = None if budget is None else int(budget * MARGIN)
         blocks, wanted = self.sizes.num_blocks, self.memory.checkpointing
         fixed = {"full": 1, "none": blocks}.get(str(wanted))
         if fixed is None and wanted != "auto":
@@ -244,7 +242,22 @@ class Planner:
         return sum(self.parts(choice).values())
 
     def parts(self, choice: _Choice) -> dict[str, int]:
-        """The same by component, through the fused engine.
+        """The same by component."""
+        parts = self._largest_pass(choice)
+        gaps = self._gaps(choice, parts) if self.rows.length_deviation else 0
+        return {**parts, "gaps between graphs": gaps}
+
+    def _graph_bytes(self, choice: _Choice, parts: dict[str, int]) -> int:
+        in_pass = ("inputs of blocks", "kept activations", "working memory")
+        return sum(parts[name] for name in in_pass) - self._launched(choice.tokens) if choice.graphs else 0
+
+    def _gaps(self, choice: _Choice, parts: dict[str, int]) -> int:
+        """A shorter pass finds room in the largest one's memory, but for tensors that are small in it alone."""
+        small_tokens = SMALL_TENSOR // (self.sizes.hidden * self.sizes.element_bytes)
+        return self._graph_bytes(choice, parts) * min(small_tokens, choice.tokens) // choice.tokens
+
+    def _largest_pass(self, choice: _Choice) -> dict[str, int]:
+        """Bytes by component while the largest pass goes through the fused engine.
 
         The worst moment is the head, or the backward pass of the last block, while all that is kept stands. Terms
         follow engine.block.Activations and Block.backward.
@@ -294,9 +307,17 @@ class Planner:
 
     def _launched(self, tokens: int) -> int:
         """What is launched where passes are recorded: the head, and a block at a time of a validation."""
+        return max(self._head_bytes(tokens), self._launched_tokens(tokens) * self._validated_bytes())
+
+    def _launched_tokens(self, tokens: int) -> int:
+        """Of a validation's passes beside graphs: as many as the head's memory is enough for, or the longest row."""
+        return min(tokens, max(self.rows.longest[0], self._head_bytes(tokens) // self._validated_bytes()))
+
+    def _validated_bytes(self) -> int:
+        """What a token takes in a block of which nothing is kept."""
         s = self.sizes
         block = 4 * s.hidden + 4 * s.extra + s.heads + s.normed_heads + 2 * s.query + 3 * s.inner
-        return max(self._head_bytes(tokens), tokens * s.element_bytes * (2 * s.hidden + block))
+        return s.element_bytes * (2 * s.hidden + block)
 
     def _head_bytes(self, tokens: int) -> int:
         """What the head works with."""
@@ -341,8 +362,7 @@ class Planner:
         return choice.num_passes * (s.num_blocks * (one_way + other_way) * beside + head)
 
     def _plan(self, choice: _Choice, has_limit: bool, needs_host: bool) -> Plan:
-        s, parts, launched = self.sizes, self.parts(choice), self._launched(choice.tokens)
-        in_pass = ("inputs of blocks", "kept activations", "working memory")
+        s, parts = self.sizes, self.parts(choice)
         streamed = spread(choice.num_streamed, s.num_blocks)
         recomputed = s.num_blocks - choice.num_kept
         return Plan(
@@ -358,8 +378,10 @@ class Planner:
             uses_graphs=choice.graphs,
             mlp_tile=choice.tile if choice.is_tiled else 0,
             num_samples=self._num_samples(choice.tokens),
-            graph_bytes=sum(parts[name] for name in in_pass) - launched if choice.graphs else 0,
-            launch_bytes=launched if choice.graphs else 0,
+            graph_bytes=self._graph_bytes(choice, parts),
+            gap_bytes=self._gaps(choice, parts),
+            launch_bytes=self._launched(choice.tokens) if choice.graphs else 0,
+            launched_tokens=self._launched_tokens(choice.tokens) if choice.graphs else 0,
             parts=tuple(parts.items()) if has_limit else (),
             host_bytes=self.host_bytes(choice) if has_limit else 0,
             seconds=self.seconds(choice),

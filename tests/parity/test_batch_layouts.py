@@ -4,8 +4,10 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from tests.conftest import ROOT, arguments, training_of, with_batch
 from train.config import Config, EngineConfig
 from train.step import Training, optimizer_step
 from train.trackers import read_metrics
+from train.validation import validate
 
 LAYOUTS = [(8, 1), (4, 2), (2, 4), (1, 8)]
 
@@ -70,6 +73,27 @@ def test_the_partial_window_weighs_every_token_alike(unclipped: Config) -> None:
     result = optimizer_step(training, 2)
     assert result.num_supervised_tokens == count
     assert result.loss == pytest.approx(loss_sum / count, rel=1e-5)
+
+
+def test_a_validation_beside_graphs_takes_small_passes(config: Config) -> None:
+    """None has more tokens than there is room for, but for longer samples: those take the graphs' memory."""
+    training = build(replace(config, engine=EngineConfig(kind="fused")))
+    samples = training.data.samples
+    whole = validate(training, samples)
+    engine: Any = training.model.engine
+    engine.launched_tokens = most = 60
+    events: list[Any] = []
+    engine.graphs = SimpleNamespace(release=lambda: events.append("release"))
+    training.model.register_forward_pre_hook(lambda _, arguments: events.append(arguments[0].input_ids.numel()))
+    cut = validate(replace(training, plan=replace(training.plan, launched_tokens=most)), samples)
+    assert cut["eval/loss"] == pytest.approx(whole["eval/loss"], rel=1e-6)
+    longer = [length for length in samples["num_tokens"] if length > most]
+    assert [event for event in events if event != "release" and event > most] == longer
+    assert sum(event for event in events if event != "release") == sum(samples["num_tokens"])
+    followers = [after for before, after in pairwise([*events, 0]) if before != "release" and before > most]
+    assert followers == ["release"] * len(longer)
+    assert events.count("release") == len(longer) > 0
+    assert len(events) - len(longer) > len(longer) + 1  # several small passes
 
 
 def test_gradients_are_shared_once_a_step(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

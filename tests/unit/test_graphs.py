@@ -11,7 +11,7 @@ import torch
 from train.engine import graphs
 from train.engine.graphs import Graphs
 
-GRAPH, LAUNCH = 100, 50
+GRAPH, GAP, LAUNCH = 100, 25, 50
 PLENTY = 10**6
 Shape = tuple[int, int]
 
@@ -21,7 +21,7 @@ class Book(Graphs):
 
     def __init__(self, room: Callable[[list[Shape]], int]) -> None:
         stack: Any = None
-        super().__init__(stack, stack, 1000, GRAPH, LAUNCH)
+        super().__init__(stack, stack, 1000, GRAPH, GAP, LAUNCH)
         self.room, self.asked, self.recorded = room, 0, []
 
     def _room(self) -> int:
@@ -52,8 +52,8 @@ def test_the_largest_is_recorded_first_and_every_shape_has_its_own() -> None:
 
 
 def test_without_room_the_largest_serves() -> None:
-    """A recording wants a quarter of a graph beside what is launched."""
-    for left, served in ((LAUNCH + GRAPH // 4 - 1, (1024, 16)), (LAUNCH + GRAPH // 4, (256, 16))):
+    """A recording wants the room of gaps beside what is launched."""
+    for left, served in ((LAUNCH + GAP - 1, (1024, 16)), (LAUNCH + GAP, (256, 16))):
         book = Book(lambda there, left=left: left if there else PLENTY)
         assert book.serve(256) == served
 

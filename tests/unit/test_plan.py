@@ -164,6 +164,21 @@ def test_graphs_are_for_cards_that_wait_for_their_host() -> None:
         assert plan.graph_bytes + plan.launch_bytes < plan.peak_bytes
 
 
+def test_what_graphs_have_beside_them() -> None:
+    """Gaps are counted where lengths differ; a validation's longest row has room, and the head's is not exceeded."""
+    several = replace(SHORT, length_deviation=85.0)
+    for rows in (SHORT, several, replace(several, longest=(2000, 3000))):
+        planner = Planner(LLAMA_8B, rows, BatchConfig(2, 4), MemoryConfig(), H200)
+        plan = planner.best(24 * GIB)
+        assert plan.uses_graphs
+        assert 0 < plan.gap_bytes < plan.graph_bytes / 4
+        assert dict(plan.parts)["gaps between graphs"] == (plan.gap_bytes if rows.length_deviation else 0)
+        assert rows.longest[0] <= plan.launched_tokens <= plan.tokens_per_pass
+        needed, head = plan.launched_tokens * planner._validated_bytes(), planner._head_bytes(plan.tokens_per_pass)
+        assert plan.launch_bytes == max(head, needed)
+        assert (needed > head) == (rows.longest[0] == 2000)
+
+
 def test_against_measured_peaks() -> None:
     """Within 5 % of what an H200 needed: 8,192 tokens, nothing recomputed, in 37 GiB, three blocks cached."""
     plan = planned(PACKED, BatchConfig(4, 4), 37, MemoryConfig(checkpointing="none"))

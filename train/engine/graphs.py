@@ -74,11 +74,15 @@ class Graphs:
     """The stack's training passes, recorded at a shape's first sight and replayed from then on."""
 
     def __init__(
-        self, stack: Stack, attend_for: AttendFor, most_tokens: int, graph_bytes: int, launch_bytes: int
+        self, stack: Stack, attend_for: AttendFor, most_tokens: int, graph_bytes: int, gap_bytes: int, launch_bytes: int
     ) -> None:
-        """For passes of `most_tokens`, which take `graph_bytes`; `launch_bytes` are left to what is not recorded."""
+        """For passes of `most_tokens`, which take `graph_bytes`, and shorter ones, which take `gap_bytes` more.
+
+        `launch_bytes` are left to what is not recorded.
+        """
         self.stack = stack
         self.graph_bytes = graph_bytes
+        self.gap_bytes = gap_bytes
         self.launch_bytes = launch_bytes
         self.attend_for = attend_for
         self.most_tokens = -(-most_tokens // STEP) * STEP
@@ -138,7 +142,7 @@ class Graphs:
             self.graphs[largest] = self._record(largest, shared, batch)
             self.largest = largest
         if shape not in self.graphs and self.has_room:
-            self.has_room = self._room() >= self.graph_bytes // 4 + self.launch_bytes
+            self.has_room = self._room() >= self.gap_bytes + self.launch_bytes
             if self.has_room:
                 if len(self.graphs) == MOST_GRAPHS:
                     del self.graphs[list(self.graphs)[1]]  # the oldest but the largest

@@ -80,14 +80,18 @@ class Engine:
         # no method of this object, which would keep a replaced engine's graphs alive
         self.attend_for = partial(attend_packed, sliding_window=self.sliding_window, scale=blocks[0].scaling)
         self.graphs: Graphs | None = None
+        self.launched_tokens = plan.launched_tokens
         if plan.uses_graphs:
-            self.graphs = Graphs(self.stack, self.attend_for, plan.tokens_per_pass, plan.graph_bytes, plan.launch_bytes)
+            memory = plan.graph_bytes, plan.gap_bytes, plan.launch_bytes
+            self.graphs = Graphs(self.stack, self.attend_for, plan.tokens_per_pass, *memory)
 
     def __call__(self, batch: MicroBatch) -> torch.Tensor:
         """What the head reads, [T or more, H], of a packed micro-batch; dropout while the model trains."""
         recorded = self.graphs if torch.is_grad_enabled() else None
         if recorded is not None:
             batch = pad(batch)
+        elif self.graphs is not None and batch.input_ids.numel() > self.launched_tokens:
+            self.graphs.release()  # a validation's sample that is longer than any in training needs what they hold
         hidden = self.decoder.embed_tokens(batch.input_ids[0])  # [T, H]
         cos, sin = self.decoder.rotary_emb(hidden[None], batch.position_ids)  # [1, T, D]
         dropout = self.dropout if self.decoder.training else 0.0

@@ -126,6 +126,7 @@ def run(name: str, case: Case, shape: Path) -> dict[str, Any] | None:
 def release() -> None:
     """Nothing of a case is left for the next: no memory, no cap, no deterministic kernels."""
     gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()  # which the next plan counts as well
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1.0)
     torch.use_deterministic_algorithms(False)

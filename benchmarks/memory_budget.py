@@ -90,7 +90,8 @@ def main() -> None:
         if row is None:
             continue
         found["rows"] = [each for each in found["rows"] if each["case"] != name] + [row]
-        found |= {"device": torch.cuda.get_device_name(), "bus_gb_per_second": round(bus / 1e9, 1)}
+        row["bus_gb_per_second"] = round(bus / 1e9, 1)
+        found |= {"device": torch.cuda.get_device_name()}
         found |= {"versions": versions()}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -154,7 +155,7 @@ def table(found: dict[str, Any]) -> None:
         print(f"streamed and resident, deterministic: losses and gradient norms {'equal' if same else 'DIFFER'}")
     if {"literal 4", "literal resident"} <= rows.keys():
         streamed, resident = rows["literal 4"], rows["literal resident"]
-        moved = 4 * streamed["traffic_gib"] * 2**30 / (found["bus_gb_per_second"] * 1e9)
+        moved = 4 * streamed["traffic_gib"] * 2**30 / (streamed["bus_gb_per_second"] * 1e9)
         bound = max(resident["seconds"], moved)
         print(
             f"a step streamed {streamed['seconds']:.3f} s, resident {resident['seconds']:.3f} s, copies alone "

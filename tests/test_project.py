@@ -86,6 +86,7 @@ ALLOWED = {
         "data_tools.packing",
         "data_tools.prepare",
         "data_tools.records",
+        "train.passes",
     },
     "data_tools.readers": set(),
     "data_tools.formats": set(),

@@ -15,6 +15,7 @@ from data_tools.prepare import Prepared, PrepareSettings, prepare
 from data_tools.records import DataError
 from train.collate import MicroBatch, collate, collate_packed, packed_tokens
 from train.config import Config, TrainConfig
+from train.passes import Rows
 
 
 @dataclass(frozen=True)
@@ -159,19 +160,18 @@ class TrainingData:
                     merged.append(samples)
         return merged
 
-    def rows_for_plan(self) -> tuple[tuple[int, ...], float, float, float, float, int]:
-        """As passes.Rows: most tokens of one, two, ... `per_device` rows; of a pass of them mean and deviation; of a
-        sample mean and deviation; most samples of `per_device` rows.
-
-        Rows count as they are filled up alone.
-        """
+    def rows_for_plan(self) -> Rows:
+        """The lengths, each row filled up as it is alone."""
         count, filled = self.layout.per_device, [packed_tokens([tokens]) for tokens in self.row_tokens]
-        longest = tuple(accumulate(sorted(filled, reverse=True)[:count]))
         lengths = [self.num_tokens[i] for row in self.rows for i in row]
-        deviation = math.inf if self.group_by_length else pstdev(lengths)
-        most_samples = sum(sorted(map(len, self.rows), reverse=True)[:count])
-        of_pass = count * fmean(filled), math.sqrt(count) * pstdev(filled)
-        return longest, *of_pass, fmean(lengths), deviation, most_samples
+        return Rows(
+            longest=tuple(accumulate(sorted(filled, reverse=True)[:count])),
+            mean_pass=count * fmean(filled),
+            deviation=math.sqrt(count) * pstdev(filled),
+            mean_length=fmean(lengths),
+            length_deviation=math.inf if self.group_by_length else pstdev(lengths),
+            most_samples=sum(sorted(map(len, self.rows), reverse=True)[:count]),
+        )
 
     def _order(self, epoch: int) -> list[int]:
         """The epoch's rows in order, made once an epoch: sorting a million lengths is no work for every step."""

@@ -165,7 +165,7 @@ def assemble(config: Config, accelerator: Accelerator, data: TrainingData, saved
     """
     device = accelerator.device
     budget = runtime.free_bytes(config, accelerator)
-    outlook = Outlook.of(config, device, Rows(*data.rows_for_plan()), budget, saved)
+    outlook = Outlook.of(config, device, data.rows_for_plan(), budget, saved)
     plan = outlook.first_plan()
     outlook.check_host(plan)
     if saved and plan.is_fused and plan.passes != saved:
@@ -261,7 +261,7 @@ def longest_pass(training: Training, plan: Plan) -> MicroBatch:
     if not data.padding_free:
         count = data.layout.per_device if not plan.merges else plan.tokens_per_pass // longest
         return collate([_sample(longest)] * max(1, count), data.pad_token_id)
-    total = plan.tokens_per_pass or data.rows_for_plan()[0][-1]
+    total = plan.tokens_per_pass or data.rows_for_plan().longest[-1]
     lengths = [longest] * max(1, total // packed_tokens([longest]))
     rest = total - packed_tokens(lengths)
     if rest > 0 and packed_tokens([*lengths, rest]) <= total:

@@ -237,7 +237,7 @@ def test_out_of_memory_is_answered_by_smaller_plans(config: Config, monkeypatch:
     card = Card(failures=3)
     on_a_gpu(monkeypatch, card)
     monkeypatch.setattr(planning, "CUBLAS_BYTES", 0)  # more than the whole of so small a model
-    rows = Rows(*training.data.rows_for_plan())
+    rows = training.data.rows_for_plan()
     largest = Outlook.of(config, torch.device("cpu"), rows, 10**12).first_plan()
     ahead = Outlook.of(config, torch.device("cpu"), rows, largest.peak_bytes)
     found = fitted(replace(training, plan=ahead.first_plan()), ahead)
@@ -254,7 +254,7 @@ def test_the_reference_engine_is_cut_into_smaller_passes(config: Config, monkeyp
     training = training_of(config, Accelerator(cpu=True))
     card = Card(failures=2)
     on_a_gpu(monkeypatch, card)
-    ahead = Outlook.of(config, torch.device("cpu"), Rows(*training.data.rows_for_plan()), None)
+    ahead = Outlook.of(config, torch.device("cpu"), training.data.rows_for_plan(), None)
     found = fitted(training, ahead)
     assert [plan.num_kept for plan in card.tried] == [2, 0, 0]
     longest = max(found.data.num_tokens)
@@ -268,7 +268,7 @@ def test_when_nothing_smaller_is_left_that_is_said(config: Config, monkeypatch: 
     """A clear end before training instead of one at step 3,000."""
     training = training_of(config, Accelerator(cpu=True))
     on_a_gpu(monkeypatch, Card(failures=99))
-    ahead = Outlook.of(config, torch.device("cpu"), Rows(*training.data.rows_for_plan()), None)
+    ahead = Outlook.of(config, torch.device("cpu"), training.data.rows_for_plan(), None)
     with pytest.raises(ExitWith, match="out of memory at the longest pass"):
         fitted(training, ahead)
 
@@ -415,9 +415,9 @@ def test_grouped_samples_are_counted_at_their_most(tokens: int, config: Config) 
     data.most_tokens, data.num_tokens, data.row_tokens = tokens, lengths, lengths
     data.rows, data.steps_per_epoch = [[i] for i in range(3200)], 100
     seen = [max(map(len, data.cut([[i] for i in data.row_ids(step)], lengths, False))) for step in range(100)]
-    most = Rows(*data.rows_for_plan()).samples(32, tokens)
+    most = data.rows_for_plan().samples(32, tokens)
     assert max(seen) == most == 32
-    assert replace(Rows(*data.rows_for_plan()), length_deviation=pstdev(lengths)).samples(32, tokens) < 32
+    assert replace(data.rows_for_plan(), length_deviation=pstdev(lengths)).samples(32, tokens) < 32
 
 
 @pytest.mark.parametrize("per_device", [1, 2])
@@ -431,7 +431,7 @@ def test_passes_are_counted_as_they_are_cut(tokens: int, per_device: int, config
     lengths = torch.randint(20, 401, (3200,), generator=torch.Generator().manual_seed(0)).tolist()
     data.most_tokens, data.num_tokens, data.layout = tokens, lengths, Layout(per_device, 16 // per_device, 1, 0)
     data.rows, data.row_tokens = [[i] for i in range(3200)], lengths
-    rows = Rows(*data.rows_for_plan())
+    rows = data.rows_for_plan()
     steps = []
     for first in range(0, 3200, 16):
         passes = [list(range(start, start + per_device)) for start in range(first, first + 16, per_device)]

@@ -84,13 +84,14 @@ def main() -> None:
         return
     found = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
     bus = bus_rate()
+    release()
     for name in options.cases:
         case = CASES[name]
         row = run(name, case, options.big if case.shape == "8b" else options.small)
         if row is None:
             continue
-        found["rows"] = [each for each in found["rows"] if each["case"] != name] + [row]
         row["bus_gb_per_second"] = round(bus / 1e9, 1)
+        found["rows"] = [each for each in found["rows"] if each["case"] != name] + [row]
         found |= {"device": torch.cuda.get_device_name()}
         found |= {"versions": versions()}
         options.out.parent.mkdir(parents=True, exist_ok=True)

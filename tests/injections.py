@@ -191,14 +191,18 @@ class AtForward:
 
 @dataclass(frozen=True)
 class GroupAtEnd:
-    """Writes at the end of the process whether a process group is still open."""
+    """Writes at the end of the process, and before the adapter is delivered, whether a process group is still open."""
 
     path: Path
 
     def __call__(self) -> None:
         def look() -> None:
-            self.path.write_text("open" if torch.distributed.is_initialized() else "closed")
+            with self.path.open("a") as file:
+                file.write("open\n" if torch.distributed.is_initialized() else "closed\n")
 
+        import train.main
+
+        before_and_after(train.main, "deliver", lambda when: look() if when == "before" else None)
         Finalize(None, look, exitpriority=0)
 
 

@@ -105,7 +105,7 @@ class TrainingData:
         if self._ahead and self._ahead[0] == step:
             return self._ahead[1]
         row_ids = self.row_ids(step)
-        parts = self.cut(self._passes(row_ids), self.num_tokens, not self.padding_free)
+        parts = self.cut(self._passes(row_ids), self.num_tokens, not self.padding_free, self.most_tokens)
         micro_batches = []
         for part in parts:
             rows = [self.samples[i] for i in part]
@@ -136,13 +136,12 @@ class TrainingData:
         return passes
 
     def cut(
-        self, passes: Sequence[list[int]], num_tokens: Sequence[int], is_padded: bool, most_tokens: int = 0
+        self, passes: Sequence[list[int]], num_tokens: Sequence[int], is_padded: bool, most_tokens: int
     ) -> list[list[int]]:
-        """The samples of the passes put together, or taken apart, to hold `most_tokens` (0: the run's) at most.
+        """The samples of the passes put together, or taken apart, to hold `most_tokens` at most (0: as they are).
 
         With what collating adds: padding to the longest, or filling. A sample that is longer is a pass of its own.
         """
-        most_tokens = most_tokens or self.most_tokens
         if not most_tokens:
             return list(passes)
 

@@ -1,5 +1,6 @@
 """`handloop plan`: memory and speed of a run before a byte of weights is read, and tried on random weights."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -83,11 +84,22 @@ def _of_size(text: str) -> Card:
 
 
 def rows_of(config: Config, mean_length: int) -> Rows:
-    """Rows of which any may be data.max_length tokens long."""
+    """Rows of which any may be data.max_length tokens long; lengths are spread evenly around their mean, as a probe's."""
     count, longest = config.batch.per_device, config.data.max_length
-    in_row = longest // mean_length if config.data.packing else 1
-    mean_pass = count * (longest if config.data.packing else mean_length)
-    return Rows(tuple(longest * n for n in range(1, count + 1)), mean_pass, 0.0, mean_length, 0.0, count * in_row)
+    deviation = (longest - _shortest(longest, mean_length)) / math.sqrt(12)
+    return Rows(
+        longest=tuple(longest * n for n in range(1, count + 1)),
+        mean_pass=count * (longest if config.data.packing else mean_length),
+        deviation=0.0 if config.data.packing else math.sqrt(count) * deviation,
+        mean_length=mean_length,
+        length_deviation=deviation,
+        most_samples=count * (longest // mean_length if config.data.packing else 1),
+    )
+
+
+def _shortest(longest: int, mean_length: int) -> int:
+    """Where the longest and the mean are given; all have one length where those are equal."""
+    return max(2, 2 * mean_length - longest)
 
 
 def forecast(config: Config, card: Card, mean_length: int) -> Forecast:
@@ -222,7 +234,7 @@ def beside(measured: dict[str, Any]) -> str:
         f"{measured['gpu']}: {measured['plan']}",
         f"{'':22} predicted  measured",
         f"{'peak, GiB':22} {measured['predicted_peak_gib']:9.2f} {measured['peak_gib']:9.2f}"
-        f"  ({measured['reserved_gib']:.2f} with what the allocator holds beside it)",
+        f"  (the allocator held {measured['reserved_gib']:.2f})",
         f"{'seconds a step':22} {measured['predicted_seconds']:9.3f} {measured['seconds']:9.3f}",
         f"{'tokens a second':22} {'':9} {measured['tokens_per_second']:9,.0f}",
         f"{'host memory, GiB':22} {'':9} {measured['host_gib']:9.2f}",
@@ -237,8 +249,7 @@ def _random_rows(config: Config, mean_length: int) -> Any:
     """Enough rows for the steps of a probe: the first as long as any, the others around the mean length."""
     generator = torch.Generator().manual_seed(config.train.seed)
     longest, count = config.data.max_length, 16 * config.batch.per_device * config.batch.accumulation
-    shortest = max(2, 2 * mean_length - longest)
-    lengths = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
+    lengths = torch.randint(_shortest(longest, mean_length), longest + 1, (count,), generator=generator).tolist()
     lengths = [longest, *lengths[1:]] if mean_length < longest else [longest] * count
     ids = [torch.randint(2, 1000, (length,), generator=generator).tolist() for length in lengths]
     return Dataset.from_dict(

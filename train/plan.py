@@ -79,9 +79,9 @@ class Plan:
     mlp_tile: int = 0  # tokens that go through an MLP together; 0: all
     num_samples: int = 1  # in a pass, that memory was counted for
     graph_bytes: int = 0  # what the largest recorded graph keeps
-    gap_bytes: int = 0  # what those of other lengths take beside it
+    gap_bytes: int = 0  # what all of other lengths take beside it; recorded only where that is left
     launch_bytes: int = 0  # what is launched beside them: the head, a validation
-    launched_tokens: int = 0  # in a pass of that validation; 0: as in any other
+    launched_tokens: int = 0  # of a validation's pass beside graphs at most; 0: there are none
     parts: tuple[tuple[str, int], ...] = ()  # predicted bytes on the device at the worst moment, by component
     host_bytes: int = 0  # page-locked
     seconds: float = 0.0  # predicted, of an optimizer step
@@ -252,9 +252,14 @@ class Planner:
         return sum(parts[name] for name in in_pass) - self._launched(choice.tokens) if choice.graphs else 0
 
     def _gaps(self, choice: _Choice, parts: dict[str, int]) -> int:
-        """A shorter pass finds room in the largest one's memory, but for tensors that are small in it alone."""
+        """A shorter pass finds room in the largest one's memory, but for tensors that are small in it alone.
+
+        Counted as if all were as wide as a hidden state; some are twice as wide, so it is the upper end.
+        """
         small_tokens = SMALL_TENSOR // (self.sizes.hidden * self.sizes.element_bytes)
-        return self._graph_bytes(choice, parts) * min(small_tokens, choice.tokens) // choice.tokens
+        if choice.tokens <= small_tokens:
+            return 0
+        return self._graph_bytes(choice, parts) * small_tokens // choice.tokens
 
     def _largest_pass(self, choice: _Choice) -> dict[str, int]:
         """Bytes by component while the largest pass goes through the fused engine.

@@ -161,9 +161,14 @@ def close_group(together: bool) -> None:
 
     An interpreter that ends before Gloo's threads may be aborted by them, whatever its exit code was to be. NCCL's
     closing waits for the other processes, so that it is left to the end of the process where they do not all come here.
+    What is trained does not depend on it: a group that does not close is said.
     """
     if torch.distributed.is_initialized() and (together or torch.distributed.get_backend() == "gloo"):
-        torch.distributed.destroy_process_group()
+        try:
+            torch.distributed.destroy_process_group()
+        except RuntimeError as error:
+            with suppress(OSError):
+                print(f"handloop: the group of processes did not close: {error}", file=sys.stderr, flush=True)
 
 
 def layout(config: Config, accelerator: Accelerator) -> Layout:

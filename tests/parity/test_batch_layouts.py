@@ -80,12 +80,14 @@ def test_a_validation_beside_graphs_takes_small_passes(config: Config) -> None:
     training = build(replace(config, engine=EngineConfig(kind="fused")))
     samples = training.data.samples
     whole = validate(training, samples)
+    most = 60
+    plan = replace(training.plan, launched_tokens=most)
+    training.model.execute(plan)
     engine: Any = training.model.engine
-    engine.launched_tokens = most = 60
     events: list[Any] = []
     engine.graphs = SimpleNamespace(release=lambda: events.append("release"))
     training.model.register_forward_pre_hook(lambda _, arguments: events.append(arguments[0].input_ids.numel()))
-    cut = validate(replace(training, plan=replace(training.plan, launched_tokens=most)), samples)
+    cut = validate(replace(training, plan=plan), samples)
     assert cut["eval/loss"] == pytest.approx(whole["eval/loss"], rel=1e-6)
     longer = [length for length in samples["num_tokens"] if length > most]
     assert [event for event in events if event != "release" and event > most] == longer

@@ -52,10 +52,14 @@ def test_the_largest_is_recorded_first_and_every_shape_has_its_own() -> None:
 
 
 def test_without_room_the_largest_serves() -> None:
-    """A recording wants the room of gaps beside what is launched."""
+    """The first recording of another length wants the room of all gaps beside what is launched, later ones do not."""
     for left, served in ((LAUNCH + GAP - 1, (1024, 16)), (LAUNCH + GAP, (256, 16))):
         book = Book(lambda there, left=left: left if there else PLENTY)
         assert book.serve(256) == served
+    for left, served in ((LAUNCH, (512, 16)), (LAUNCH - 1, (1024, 16))):
+        book = Book(lambda there, left=left: left if len(there) > 1 else PLENTY)
+        book.serve(256)
+        assert book.serve(512) == served
 
 
 @pytest.mark.parametrize("left", [GRAPH + LAUNCH - 1, 0])
@@ -110,7 +114,7 @@ def test_the_oldest_makes_room_but_the_largest_stays(monkeypatch: pytest.MonkeyP
     for num_tokens in (128, 256, 384):
         book.serve(num_tokens)
     assert list(book.graphs) == [(1024, 16), (256, 16), (384, 16)]
-    left = LAUNCH
+    left = LAUNCH - 1
     assert book.serve(512) == (1024, 16)
     assert list(book.graphs) == [(1024, 16), (256, 16), (384, 16)]
 

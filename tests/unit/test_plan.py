@@ -171,12 +171,19 @@ def test_what_graphs_have_beside_them() -> None:
         planner = Planner(LLAMA_8B, rows, BatchConfig(2, 4), MemoryConfig(), H200)
         plan = planner.best(24 * GIB)
         assert plan.uses_graphs
-        assert 0 < plan.gap_bytes < plan.graph_bytes / 4
+        assert plan.gap_bytes == plan.graph_bytes * 128 // plan.tokens_per_pass  # so many hidden states are 1 MiB
         assert dict(plan.parts)["gaps between graphs"] == (plan.gap_bytes if rows.length_deviation else 0)
         assert rows.longest[0] <= plan.launched_tokens <= plan.tokens_per_pass
         needed, head = plan.launched_tokens * planner._validated_bytes(), planner._head_bytes(plan.tokens_per_pass)
         assert plan.launch_bytes == max(head, needed)
         assert (needed > head) == (rows.longest[0] == 2000)
+        assert needed > head - planner._validated_bytes()  # no token more would have room
+    one_length = Planner(
+        LLAMA_8B, replace(several, longest=(100,), mean_pass=100), BatchConfig(1, 1), MemoryConfig(), H200
+    )
+    plan = one_length.best(24 * GIB)
+    assert plan.uses_graphs
+    assert plan.gap_bytes == 0  # all that is small in a shorter pass is small in this one
 
 
 def test_against_measured_peaks() -> None:
@@ -402,7 +409,7 @@ def test_filling_counts_where_passes_are_put_together(config: Config) -> None:
     data.padding_free = True
     for most, sizes in ((6000, [5, 1]), (6144, [6])):
         data.most_tokens = most
-        passes = data.cut([[i] for i in range(6)], [1000] * 6, is_padded=False)
+        passes = data.cut([[i] for i in range(6)], [1000] * 6, is_padded=False, most_tokens=data.most_tokens)
         assert [len(members) for members in passes] == sizes
 
 
@@ -414,7 +421,10 @@ def test_grouped_samples_are_counted_at_their_most(tokens: int, config: Config) 
     data = training_of(grouped, Accelerator(cpu=True)).data
     data.most_tokens, data.num_tokens, data.row_tokens = tokens, lengths, lengths
     data.rows, data.steps_per_epoch = [[i] for i in range(3200)], 100
-    seen = [max(map(len, data.cut([[i] for i in data.row_ids(step)], lengths, False))) for step in range(100)]
+    seen = [
+        max(map(len, data.cut([[i] for i in data.row_ids(step)], lengths, False, data.most_tokens)))
+        for step in range(100)
+    ]
     most = data.rows_for_plan().samples(32, tokens)
     assert max(seen) == most == 32
     assert replace(data.rows_for_plan(), length_deviation=pstdev(lengths)).samples(32, tokens) < 32
@@ -435,7 +445,7 @@ def test_passes_are_counted_as_they_are_cut(tokens: int, per_device: int, config
     steps = []
     for first in range(0, 3200, 16):
         passes = [list(range(start, start + per_device)) for start in range(first, first + 16, per_device)]
-        steps.append(data.cut(passes, lengths, False))
+        steps.append(data.cut(passes, lengths, False, data.most_tokens))
     expected = rows.num_passes(16 // per_device, tokens)
     assert expected == pytest.approx(fmean(map(len, steps)), rel=0.1)
     most = rows.samples(16 // per_device, tokens)

@@ -76,7 +76,7 @@ class Graphs:
     def __init__(
         self, stack: Stack, attend_for: AttendFor, most_tokens: int, graph_bytes: int, gap_bytes: int, launch_bytes: int
     ) -> None:
-        """For passes of `most_tokens`, which take `graph_bytes`, and shorter ones, which take `gap_bytes` more.
+        """For passes of `most_tokens`, which take `graph_bytes`, and shorter ones, which take `gap_bytes` more together.
 
         `launch_bytes` are left to what is not recorded.
         """
@@ -142,7 +142,8 @@ class Graphs:
             self.graphs[largest] = self._record(largest, shared, batch)
             self.largest = largest
         if shape not in self.graphs and self.has_room:
-            self.has_room = self._room() >= self.gap_bytes + self.launch_bytes
+            gaps = self.gap_bytes if len(self.graphs) == 1 else 0  # what others have taken of them is theirs already
+            self.has_room = self._room() >= gaps + self.launch_bytes
             if self.has_room:
                 if len(self.graphs) == MOST_GRAPHS:
                     del self.graphs[list(self.graphs)[1]]  # the oldest but the largest

@@ -84,7 +84,7 @@ def _of_size(text: str) -> Card:
 
 
 def rows_of(config: Config, mean_length: int) -> Rows:
-    """Rows of which any may be data.max_length tokens long; lengths are spread evenly around their mean, as a probe's."""
+    """Rows of which any may be data.max_length tokens long, spread evenly around their mean as a probe's are."""
     count, longest = config.batch.per_device, config.data.max_length
     deviation = (longest - _shortest(longest, mean_length)) / math.sqrt(12)
     return Rows(

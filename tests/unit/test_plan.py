@@ -178,10 +178,8 @@ def test_what_graphs_have_beside_them() -> None:
         assert plan.launch_bytes == max(head, needed)
         assert (needed > head) == (rows.longest[0] == 2000)
         assert needed > head - planner._validated_bytes()  # no token more would have room
-    one_length = Planner(
-        LLAMA_8B, replace(several, longest=(100,), mean_pass=100), BatchConfig(1, 1), MemoryConfig(), H200
-    )
-    plan = one_length.best(24 * GIB)
+    short = replace(several, longest=(100,), mean_pass=100)
+    plan = planned(short, BatchConfig(1, 1), 24)
     assert plan.uses_graphs
     assert plan.gap_bytes == 0  # all that is small in a shorter pass is small in this one
 
@@ -421,10 +419,8 @@ def test_grouped_samples_are_counted_at_their_most(tokens: int, config: Config) 
     data = training_of(grouped, Accelerator(cpu=True)).data
     data.most_tokens, data.num_tokens, data.row_tokens = tokens, lengths, lengths
     data.rows, data.steps_per_epoch = [[i] for i in range(3200)], 100
-    seen = [
-        max(map(len, data.cut([[i] for i in data.row_ids(step)], lengths, False, data.most_tokens)))
-        for step in range(100)
-    ]
+    steps = [[[i] for i in data.row_ids(step)] for step in range(100)]
+    seen = [max(map(len, data.cut(passes, lengths, False, tokens))) for passes in steps]
     most = data.rows_for_plan().samples(32, tokens)
     assert max(seen) == most == 32
     assert replace(data.rows_for_plan(), length_deviation=pstdev(lengths)).samples(32, tokens) < 32

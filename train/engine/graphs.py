@@ -76,7 +76,7 @@ class Graphs:
     def __init__(
         self, stack: Stack, attend_for: AttendFor, most_tokens: int, graph_bytes: int, gap_bytes: int, launch_bytes: int
     ) -> None:
-        """For passes of `most_tokens`, which take `graph_bytes`, and shorter ones, which take `gap_bytes` more together.
+        """For passes of `most_tokens`, which take `graph_bytes`, and shorter ones, which take `gap_bytes` more in all.
 
         `launch_bytes` are left to what is not recorded.
         """

@@ -19,12 +19,19 @@ USAGE = "usage: accelerate launch train/main.py --profile NAME [--section.field 
 _PARSING = (tyro.conf.FlagConversionOff,)
 
 
-def parse(argv: Sequence[str]) -> Config:
+def parse(argv: Sequence[str], usage: str = USAGE) -> Config:
     """The configuration that `argv` asks for.
 
-    Raises ExitWith(BAD_INPUT) naming every unknown option, unreadable value and impossible value at once, and
-    SystemExit(0) after `--help` or `--print-config`.
+    Raises ExitWith(BAD_INPUT) naming every unknown option, unreadable value and impossible value at once, and the
+    usage; SystemExit(0) after `--help` or `--print-config`.
     """
+    try:
+        return _parse(argv)
+    except ExitWith as end:
+        raise ExitWith(end.code, f"{end.reason}\n{usage}") from None
+
+
+def _parse(argv: Sequence[str]) -> Config:
     words = [word for word in argv if word != "--print-config"]
     profile, words = _take_profile(words)
     if {"-h", "--help"} & set(words):
@@ -39,7 +46,7 @@ def parse(argv: Sequence[str]) -> Config:
     problems += config.problems()
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
-        raise ExitWith(ExitCode.BAD_INPUT, f"the configuration cannot be used:\n{lines}\n{USAGE}")
+        raise ExitWith(ExitCode.BAD_INPUT, f"the configuration cannot be used:\n{lines}")
     if "--print-config" in argv:
         print(json.dumps(dataclasses.asdict(config), indent=2))
         raise SystemExit(0)
@@ -55,12 +62,12 @@ def _take_profile(words: list[str]) -> tuple[Config, list[str]]:
         print(f"{USAGE}\nprofiles: {known}\nall options of one: --profile NAME --help")
         raise SystemExit(0)
     if len(names) != 1 or len(names[0]) != 1:
-        raise ExitWith(ExitCode.BAD_INPUT, f"name one profile: --profile NAME, with NAME one of {known}\n{USAGE}")
+        raise ExitWith(ExitCode.BAD_INPUT, f"name one profile: --profile NAME, with NAME one of {known}")
     name = names[0][0]
     if name not in PROFILES:
         near = difflib.get_close_matches(name, PROFILES, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ExitWith(ExitCode.BAD_INPUT, f"unknown profile {name!r}: {hint}known profiles: {known}\n{USAGE}")
+        raise ExitWith(ExitCode.BAD_INPUT, f"unknown profile {name!r}: {hint}known profiles: {known}")
     rest = [word for option, values in options if option != "profile" for word in (f"--{option}", *values)]
     return PROFILES[name](), rest
 
@@ -75,7 +82,7 @@ def _grouped(words: list[str]) -> list[tuple[str, list[str]]]:
         elif groups:
             groups[-1][1].append(word)
         else:
-            raise ExitWith(ExitCode.BAD_INPUT, f"{word!r} does not belong to any option\n{USAGE}")
+            raise ExitWith(ExitCode.BAD_INPUT, f"{word!r} does not belong to any option")
     return groups
 
 

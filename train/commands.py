@@ -79,7 +79,7 @@ def preview(words: list[str]) -> int:
     from train.data import Layout, TrainingData, prepare_settings
     from train.model import load_tokenizer
 
-    config = parse(rest)
+    config = parse(rest, own.format_usage().strip())
     tokenizer = load_tokenizer(config).backend
     samples = prepare(prepare_settings(config, config.data.path), tokenizer).dataset
     data = TrainingData(samples, config, Layout(1, 1, num_processes=1, rank=0), pad_token_id=0)
@@ -121,7 +121,7 @@ def audit(words: list[str]) -> int:
     from train.gate import judge
     from train.model import load_tokenizer
 
-    config = parse(rest)
+    config = parse(rest, own.format_usage().strip())
     tokenizer = load_tokenizer(config).backend
     prepared = prepare(prepare_settings(config, config.data.path), tokenizer)
     samples, validation = hold_out(config, prepared, tokenizer)
@@ -159,7 +159,7 @@ def plan(words: list[str]) -> int:
     from train.cli import parse
     from train.model import check_length
 
-    config = parse(rest)
+    config = parse(rest, own.format_usage().strip())
     check_length(config)
     mean_length = options.mean_length or config.data.max_length
     if mean_length > config.data.max_length:

@@ -117,7 +117,8 @@ def run(config: Config, stop: StopRequest, closing: ExitStack) -> None:
         on_first_process(accelerator, lambda: audit_aloud(config, tokenizer, data, validation))
     runtime.go_on(config, accelerator, stop)
     runtime.say(accelerator, f"loading {config.model.name_or_path}")
-    training = assemble(config, accelerator, data, saved_passes(checkpoint, data, config.batch.merge))
+    saved = saved_passes(checkpoint, data, config.batch.merge)
+    training = assemble(config, accelerator, data, saved, validation)
     if checkpoint is not None:
         restore(training, checkpoint)
     runtime.say(accelerator, banner(training, tokenizer.notes, prepared.statistics, checkpoint))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 
 from train import hardware, runtime
 from train.cards import Card, host_card, present_card
@@ -158,14 +159,22 @@ class Outlook:
         return f"What would fit: {', or '.join([*found, 'a smaller base'])}"
 
 
-def assemble(config: Config, accelerator: Accelerator, data: TrainingData, saved: Passes | None = None) -> Training:
+def assemble(
+    config: Config,
+    accelerator: Accelerator,
+    data: TrainingData,
+    saved: Passes | None = None,
+    validation: Dataset | None = None,
+) -> Training:
     """Plan, model and optimizer on this process's device, beside the data; the longest pass has run there.
 
-    `saved` as Planner.best has it. Raises ExitWith(BAD_INPUT) where no plan fits.
+    `saved` as Planner.best has it; of `validation` the longest sample counts. Raises ExitWith(BAD_INPUT) where no
+    plan fits.
     """
     device = accelerator.device
     budget = runtime.free_bytes(config, accelerator)
-    outlook = Outlook.of(config, device, data.rows_for_plan(), budget, saved)
+    rows = replace(data.rows_for_plan(), longest_validated=max(validation["num_tokens"]) if validation else 0)
+    outlook = Outlook.of(config, device, rows, budget, saved)
     plan = outlook.first_plan()
     outlook.check_host(plan)
     if saved and plan.is_fused and plan.passes != saved:
@@ -201,17 +210,18 @@ def fitted(training: Training, outlook: Outlook) -> Training:
     """
     first = plan = training.plan
     _follow(training, plan)
-    accelerator = training.accelerator
-    if not _is_gpu(training) or not any(runtime.agreed(accelerator, not _runs(training, plan))):
+    accelerator, longest_validated = training.accelerator, outlook.rows.longest_validated
+    if not _is_gpu(training) or not any(runtime.agreed(accelerator, not _runs(training, plan, longest_validated))):
         return training
     for plan in outlook.smaller_plans(first):
         runtime.say(accelerator, f"memory    the longest pass did not fit; trying: {plan}")
         _follow(training, plan)
-        if not any(runtime.agreed(accelerator, not _fits(training, plan))):
+        if not any(runtime.agreed(accelerator, not _fits(training, plan, longest_validated))):
             return replace(training, plan=plan)
+    longest = max(outlook.rows.longest[0], plan.tokens_per_pass, longest_validated)
     raise ExitWith(
         ExitCode.BAD_INPUT,
-        f"out of memory at the longest pass, {max(outlook.rows.longest[0], plan.tokens_per_pass):,} tokens, and no "
+        f"out of memory at the longest pass, {longest:,} tokens, and no "
         "smaller plan is left: lower --data.max_length or --batch.per_device, or leave --batch.merge at auto",
     )
 
@@ -226,20 +236,26 @@ def _follow(training: Training, plan: Plan) -> None:
     training.data.most_tokens = plan.tokens_per_pass if plan.merges else 0
 
 
-def _fits(training: Training, plan: Plan) -> bool:
+def _fits(training: Training, plan: Plan, longest_validated: int) -> bool:
     """Whether the model can be set up by the plan, and its longest pass runs."""
     try:
         training.model.execute(plan)
     except torch.OutOfMemoryError:
         return False
-    return _runs(training, plan)
+    return _runs(training, plan, longest_validated)
 
 
-def _runs(training: Training, plan: Plan) -> bool:
-    """Whether the longest pass goes through; what it leaves in the gradients is taken away."""
+def _runs(training: Training, plan: Plan, longest_validated: int) -> bool:
+    """Whether the longest pass goes through, and a validation's longer sample.
+
+    What it leaves in the gradients is taken away.
+    """
     try:
         for _ in range(2 if plan.uses_graphs else 1):  # the first pass of an engine with graphs is not recorded
             training.model(longest_pass(training, plan).to(training.accelerator.device)).backward()
+        if longest_validated > max(training.data.num_tokens):
+            with torch.no_grad():
+                training.model(_longest_validation(training, plan, longest_validated).to(training.accelerator.device))
         torch.cuda.synchronize()
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -268,6 +284,14 @@ def longest_pass(training: Training, plan: Plan) -> MicroBatch:
         lengths.append(rest)
     batch = collate_packed([_sample(length) for length in lengths])
     return with_borders(batch, plan.num_samples) if plan.uses_graphs else batch
+
+
+def _longest_validation(training: Training, plan: Plan, longest: int) -> MicroBatch:
+    """The pass of a validation whose samples are all as long as its longest, which is longer than any trained on."""
+    if training.data.padding_free:
+        return collate_packed([_sample(longest)])
+    count = plan.tokens_per_pass // longest if plan.merges else training.data.layout.per_device
+    return collate([_sample(longest)] * max(1, count), training.data.pad_token_id)
 
 
 def _sample(num_tokens: int) -> dict[str, list]:

@@ -14,6 +14,7 @@ class Rows:
     mean_length: float  # of a sample
     length_deviation: float = 0.0  # math.inf where samples of like lengths come together
     most_samples: int = 1  # of a pass of `per_device` rows
+    longest_validated: int = 0  # tokens of the longest sample of the validation
 
     def tokens(self, merged: int) -> int:
         """Tokens that so many passes together seldom exceed (three deviations); where they do, they stay apart."""

@@ -25,6 +25,7 @@ INPUTS_IN_FLIGHT = 3  # block inputs on the device that are on their way to the 
 MLP_TILE = 1024  # tokens that go through an MLP together, where its activations must not all stand at once
 MOST_MERGED = 16384  # products are not faster beyond
 GRAPH_TOKENS = 4096  # passes of so many tokens at most run as CUDA graphs, where that is faster: their memory is theirs
+GRAPH_STEP = 128  # recorded passes are padded to a multiple of so many tokens
 GRAPH_BORDERS = 8  # samples of no tokens that a recorded pass may have beside its own (engine.graphs.pad)
 # Seconds in which a host launches the kernels of one block (measured: 272 ms for 32, with what is computed again)
 LAUNCH_FORWARD, LAUNCH_BACKWARD = 0.0024, 0.0037
@@ -81,7 +82,7 @@ class Plan:
     graph_bytes: int = 0  # what the largest recorded graph keeps
     gap_bytes: int = 0  # what all of other lengths take beside it; recorded only where that is left
     launch_bytes: int = 0  # what is launched beside them: the head, a validation
-    launched_tokens: int = 0  # of a validation's pass beside graphs at most; 0: there are none
+    launched_tokens: int = 0  # of a validation's pass beside graphs at most; 0: there are no graphs
     parts: tuple[tuple[str, int], ...] = ()  # predicted bytes on the device at the worst moment, by component
     host_bytes: int = 0  # page-locked
     seconds: float = 0.0  # predicted, of an optimizer step
@@ -131,6 +132,11 @@ class _Choice:
     def uses_host(self) -> bool:
         """Whether anything goes to host memory and back in a pass."""
         return self.offloads or self.num_streamed > 0
+
+    @property
+    def width(self) -> int:
+        """Tokens that the longest pass has on the device."""
+        return -(-self.tokens // GRAPH_STEP) * GRAPH_STEP if self.graphs else self.tokens
 
     @property
     def is_tiled(self) -> bool:
@@ -249,7 +255,7 @@ class Planner:
 
     def _graph_bytes(self, choice: _Choice, parts: dict[str, int]) -> int:
         in_pass = ("inputs of blocks", "kept activations", "working memory")
-        return sum(parts[name] for name in in_pass) - self._launched(choice.tokens) if choice.graphs else 0
+        return sum(parts[name] for name in in_pass) - self._launched(choice.width) if choice.graphs else 0
 
     def _gaps(self, choice: _Choice, parts: dict[str, int]) -> int:
         """A shorter pass finds room in the largest one's memory, but for tensors that are small in it alone.
@@ -257,9 +263,9 @@ class Planner:
         Counted as if all were as wide as a hidden state; some are twice as wide, so it is the upper end.
         """
         small_tokens = SMALL_TENSOR // (self.sizes.hidden * self.sizes.element_bytes)
-        if choice.tokens <= small_tokens:
+        if choice.width <= small_tokens:
             return 0
-        return self._graph_bytes(choice, parts) * small_tokens // choice.tokens
+        return self._graph_bytes(choice, parts) * small_tokens // choice.width
 
     def _largest_pass(self, choice: _Choice) -> dict[str, int]:
         """Bytes by component while the largest pass goes through the fused engine.
@@ -267,7 +273,7 @@ class Planner:
         The worst moment is the head, or the backward pass of the last block, while all that is kept stands. Terms
         follow engine.block.Activations and Block.backward.
         """
-        s, tokens = self.sizes, choice.tokens
+        s, tokens = self.sizes, choice.width
         recomputed = s.num_blocks - choice.num_kept
         wide, element = s.hidden + s.extra, s.element_bytes
         inputs = choice.num_kept + min(INPUTS_IN_FLIGHT, recomputed) if choice.offloads else s.num_blocks
@@ -287,6 +293,10 @@ class Planner:
         # what a graph uses, nothing else can
         launched = self._launched(tokens)
         working = launched + backward if choice.graphs else max(self._head_bytes(tokens), backward)
+        # all that is kept is gone while a longer sample is validated
+        in_blocks = tokens * element * (inputs * s.hidden + s.num_blocks * s.extra)
+        kept = tokens * choice.num_kept * activations
+        validating = 0 if choice.graphs else self._validating(self.rows.longest_validated) - in_blocks - kept
         return {
             "packed weights": (s.num_blocks - choice.num_streamed) * s.packed_bytes + s.small_bytes,
             "slots for streamed weights": min(NUM_SLOTS, choice.num_streamed) * s.packed_bytes,
@@ -294,9 +304,9 @@ class Planner:
             "head": s.head_bytes,
             "embedding": 0 if s.embedding_on_host else s.embedding_bytes,
             "adapters, gradients, optimizer": s.adapter_bytes,
-            "inputs of blocks": tokens * element * (inputs * s.hidden + s.num_blocks * s.extra),
-            "kept activations": tokens * choice.num_kept * activations,
-            "working memory": working + CUBLAS_BYTES + self._without_triton(),
+            "inputs of blocks": in_blocks,
+            "kept activations": kept,
+            "working memory": max(working, validating) + CUBLAS_BYTES + self._without_triton(),
             "places of graphs": tokens * element * 4 * s.hidden if choice.graphs else 0,
         }
 
@@ -312,11 +322,16 @@ class Planner:
 
     def _launched(self, tokens: int) -> int:
         """What is launched where passes are recorded: the head, and a block at a time of a validation."""
-        return max(self._head_bytes(tokens), self._launched_tokens(tokens) * self._validated_bytes())
+        return max(self._head_bytes(tokens), self._validating(self._launched_tokens(tokens)))
 
     def _launched_tokens(self, tokens: int) -> int:
         """Of a validation's passes beside graphs: as many as the head's memory is enough for, or the longest row."""
-        return min(tokens, max(self.rows.longest[0], self._head_bytes(tokens) // self._validated_bytes()))
+        usual = min(tokens, max(self.rows.longest[0], self._head_bytes(tokens) // self._validated_bytes()))
+        return max(usual, self.rows.longest_validated)
+
+    def _validating(self, tokens: int) -> int:
+        """Bytes while so many are validated in one pass."""
+        return max(self._head_bytes(tokens), tokens * self._validated_bytes()) if tokens else 0
 
     def _validated_bytes(self) -> int:
         """What a token takes in a block of which nothing is kept."""
@@ -385,8 +400,8 @@ class Planner:
             num_samples=self._num_samples(choice.tokens),
             graph_bytes=self._graph_bytes(choice, parts),
             gap_bytes=self._gaps(choice, parts),
-            launch_bytes=self._launched(choice.tokens) if choice.graphs else 0,
-            launched_tokens=self._launched_tokens(choice.tokens) if choice.graphs else 0,
+            launch_bytes=self._launched(choice.width) if choice.graphs else 0,
+            launched_tokens=self._launched_tokens(choice.width) if choice.graphs else 0,
             parts=tuple(parts.items()) if has_limit else (),
             host_bytes=self.host_bytes(choice) if has_limit else 0,
             seconds=self.seconds(choice),

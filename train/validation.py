@@ -19,7 +19,7 @@ def validate(training: Training, samples: Dataset) -> dict[str, float]:
     mine = range(cut.rank, len(samples), cut.num_processes)
     passes = [list(mine[start : start + cut.per_device]) for start in range(0, len(mine), cut.per_device)]
     is_packed = training.model.engine is not None
-    lengths, most_tokens = samples["num_tokens"][:], training.plan.launched_tokens or training.data.most_tokens
+    lengths, most_tokens = samples["num_tokens"][:], training.plan.launched_tokens or training.plan.tokens_per_pass
     for members in training.data.cut(passes, lengths, not is_packed, most_tokens):
         rows = [samples[i] for i in members]
         micro_batch = collate_packed(rows) if is_packed else collate(rows, training.data.pad_token_id)

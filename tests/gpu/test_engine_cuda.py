@@ -8,6 +8,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 
 from tests.conftest import training_of, with_batch
 from train.collate import collate_packed
@@ -17,8 +18,10 @@ from train.engine.attention import attend_packed
 from train.engine.embedding import HostEmbedding
 from train.engine.lora_linear import dequantize
 from train.engine.operations import Dropout
+from train.outlook import assemble
 from train.runtime import seed_forward
 from train.step import Training, optimizer_step
+from train.validation import validate
 
 pytestmark = [
     pytest.mark.gpu,
@@ -173,6 +176,34 @@ def test_recorded_graphs_compute_what_launches_compute(config: Config, dropout: 
             assert torch.cosine_similarity(one, two, dim=0) > 0.999
 
 
+def test_a_validation_leaves_recorded_graphs_alone(config: Config) -> None:
+    """Also one with a sample that is longer than any in training, tried before the first step; its loss is the same."""
+    training = build(with_batch(config, 2, 4))
+    samples = training.data.samples
+    longest = {name: 2 * samples[0][name] for name in ("input_ids", "trained")}
+    while len(longest["input_ids"]) <= training.plan.tokens_per_pass:
+        longest = {name: 2 * value for name, value in longest.items()}
+    long_sample = {**samples[0], **longest, "num_tokens": len(longest["input_ids"])}
+    rows: list[Any] = [*samples, long_sample]
+    validation = Dataset.from_list(rows)
+    training = assemble(training.config, training.accelerator, training.data, None, validation)
+    assert training.plan.uses_graphs
+    assert training.plan.launched_tokens == long_sample["num_tokens"]
+    engine: Any = training.model.engine
+    for step in range(4):
+        optimizer_step(training, step)
+    own, recorded = engine.graphs, dict(engine.graphs.graphs)
+    found = validate(training, validation)["eval/loss"]
+    assert recorded
+    assert own.graphs == recorded
+    engine.graphs = None
+    one_by_one = replace(training, plan=replace(training.plan, launched_tokens=1))
+    assert validate(one_by_one, validation)["eval/loss"] == pytest.approx(found, rel=2e-3)
+    engine.graphs = own
+    assert optimizer_step(training, 4).loss > 0
+    assert recorded.items() <= own.graphs.items()
+
+
 @pytest.mark.parametrize("uses_graphs", [False, True])
 def test_tiles_of_an_mlp_are_the_whole(config: Config, uses_graphs: bool) -> None:
     """With dropout, by launches and as graphs: gradients of four steps, 48 tokens at a time or all."""
@@ -191,7 +222,7 @@ def test_tiles_of_an_mlp_are_the_whole(config: Config, uses_graphs: bool) -> Non
 def test_old_graphs_make_room(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for two graphs, more shapes than that are trained on, and a pass longer than all runs by launches."""
     monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
-    monkeypatch.setattr(graphs, "STEP", 8)
+    monkeypatch.setattr(graphs, "GRAPH_STEP", 8)
     training = build(with_batch(config, 2, 4))
     engine: Any = training.model.engine
     for step in range(6):

@@ -1,5 +1,6 @@
 """The plan fits what it is given, spends what is left, and is the one that a resumed run was started with."""
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 from statistics import fmean, pstdev
@@ -171,10 +172,11 @@ def test_what_graphs_have_beside_them() -> None:
         planner = Planner(LLAMA_8B, rows, BatchConfig(2, 4), MemoryConfig(), H200)
         plan = planner.best(24 * GIB)
         assert plan.uses_graphs
-        assert plan.gap_bytes == plan.graph_bytes * 128 // plan.tokens_per_pass  # so many hidden states are 1 MiB
+        width = math.ceil(plan.tokens_per_pass / 128) * 128
+        assert plan.gap_bytes == plan.graph_bytes * 128 // width  # so many hidden states are 1 MiB
         assert dict(plan.parts)["gaps between graphs"] == (plan.gap_bytes if rows.length_deviation else 0)
         assert rows.longest[0] <= plan.launched_tokens <= plan.tokens_per_pass
-        needed, head = plan.launched_tokens * planner._validated_bytes(), planner._head_bytes(plan.tokens_per_pass)
+        needed, head = plan.launched_tokens * planner._validated_bytes(), planner._head_bytes(width)
         assert plan.launch_bytes == max(head, needed)
         assert (needed > head) == (rows.longest[0] == 2000)
         assert needed > head - planner._validated_bytes()  # no token more would have room
@@ -182,6 +184,33 @@ def test_what_graphs_have_beside_them() -> None:
     plan = planned(short, BatchConfig(1, 1), 24)
     assert plan.uses_graphs
     assert plan.gap_bytes == 0  # all that is small in a shorter pass is small in this one
+
+
+def test_a_recorded_pass_is_counted_with_its_filling() -> None:
+    """As long as the next multiple of 128 tokens; one that is launched has none."""
+    planner = Planner(LLAMA_8B, replace(SHORT, longest=(1, 2)), BatchConfig(2, 4), MemoryConfig(), H200)
+    first = next(iter(planner._choices(True, 1281, 0)))
+    for graphs, tokens in ((True, 1408), (False, 1281)):
+        choice = replace(first, graphs=graphs, num_kept=32)
+        parts, longer = planner.parts(choice), planner.parts(replace(choice, tokens=tokens))
+        assert parts == longer
+        assert parts["kept activations"] < planner.parts(replace(choice, tokens=tokens + 1))["kept activations"]
+
+
+def test_a_validation_s_longer_sample_has_room() -> None:
+    """Beside graphs it is counted; where passes are launched only if it needs more than all that training keeps."""
+    for longest in (900, 6000):
+        rows = replace(SHORT, length_deviation=85.0, longest_validated=longest)
+        plan = Planner(LLAMA_8B, rows, BatchConfig(2, 4), MemoryConfig(), H200).best(24 * GIB)
+        assert plan.uses_graphs
+        assert (plan.launched_tokens == longest) == (longest == 6000)
+        assert plan.launch_bytes >= plan.launched_tokens * 2 * (2 * 4096 + 3 * 14336)
+    peaks = []
+    for longest in (0, 4096, 60_000):
+        planner = Planner(LLAMA_8B, replace(LONG, longest_validated=longest), BatchConfig(1, 4), MemoryConfig(), H200)
+        choice = replace(next(iter(planner._choices(True, 2048, 0))), graphs=False)
+        peaks.append(planner.peak(choice))
+    assert peaks[0] == peaks[1] < 60_000 * planner._validated_bytes() < peaks[2]
 
 
 def test_against_measured_peaks() -> None:
@@ -223,7 +252,7 @@ class Card:
         self.failures = failures
         self.tried: list[Plan] = []
 
-    def runs(self, training: Any, plan: Plan) -> bool:
+    def runs(self, training: Any, plan: Plan, longest_validated: int) -> bool:
         self.tried.append(plan)
         return len(self.tried) > self.failures
 
@@ -251,6 +280,39 @@ def test_out_of_memory_is_answered_by_smaller_plans(config: Config, monkeypatch:
     assert len(set(peaks)) == 4
     assert found.plan == card.tried[-1]
     assert [optimizer_step(found, 0).loss] == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["fused", "reference"])
+def test_a_validation_s_longer_sample_is_tried(kind: Any, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before training; where it does not fit, a smaller plan is taken, and where it is no longer none of it is run."""
+    config = replace(config, engine=EngineConfig(kind=kind), batch=BatchConfig(2, 2))
+    training = training_of(config, Accelerator(cpu=True))
+    longest = max(training.data.num_tokens)
+    monkeypatch.setattr(outlook, "_is_gpu", lambda training: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    tried: list[tuple[int, ...]] = []
+
+    def look(_: Any, arguments: Any) -> None:
+        shape = tuple(arguments[0].input_ids.shape)
+        if not torch.is_grad_enabled():
+            tried.append(shape)
+            if len(tried) == 1:
+                raise torch.OutOfMemoryError
+
+    training.model.register_forward_pre_hook(look)
+    rows = training.data.rows_for_plan()
+    monkeypatch.setattr(planning, "CUBLAS_BYTES", 0)  # more than the whole of so small a model
+    budget = Outlook.of(config, torch.device("cpu"), rows, 10**12).first_plan().peak_bytes
+    plain = Outlook.of(config, torch.device("cpu"), rows, budget)
+    training = replace(training, plan=plain.first_plan())
+    assert fitted(training, plain).plan == training.plan
+    assert tried == []
+    longer = replace(plain, rows=replace(rows, longest_validated=longest + 7))
+    found = fitted(training, longer)
+    assert len(tried) == 2
+    assert set(tried) == {(1 if kind == "fused" else 2, longest + 7)}
+    assert found.plan != training.plan
+    assert not any(leaf.grad is not None and leaf.grad.any() for leaf in training.flat.leaves)
 
 
 def test_the_reference_engine_is_cut_into_smaller_passes(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Small passes as CUDA graphs: launching 2,500 kernels takes the host longer than a GPU needs to run them.
 
 A step of 1,340 tokens of Llama-3.1-8B: 155 ms by launches, 84 to 88 ms as a graph (H200; docs/LOG.md). A graph holds
-one shape, so passes are padded to a multiple of STEP tokens, by a last sample of its own that nobody learns from.
+one shape, so passes are padded to a multiple of GRAPH_STEP tokens, by a last sample of its own that nobody learns from.
 """
 
 import gc
@@ -18,22 +18,22 @@ from train.engine.attention import Attend
 from train.engine.block import Pass
 from train.engine.stack import Memory, Stack
 from train.engine.weight_store import WeightStore
+from train.plan import GRAPH_STEP
 
-STEP = 128
-MOST_GRAPHS = 32  # one for each multiple of STEP; about 10 MB each
+MOST_GRAPHS = 32  # one for each multiple of GRAPH_STEP; about 10 MB each
 
 AttendFor = Callable[[MicroBatch], Attend]
 
 
 def pad(batch: MicroBatch) -> MicroBatch:
-    """The packed micro-batch with a multiple of STEP tokens and of eight borders; its longest sample may be all of it.
+    """The packed micro-batch with a multiple of GRAPH_STEP tokens and of eight borders.
 
-    What is added predicts nothing; samples of no tokens stand at its end.
+    Its longest sample may be all of it. What is added predicts nothing; samples of no tokens stand at its end.
     """
     borders = batch.cu_seqlens
     assert borders is not None
     num_tokens = batch.input_ids.shape[1]
-    width = -(-num_tokens // STEP) * STEP
+    width = -(-num_tokens // GRAPH_STEP) * GRAPH_STEP
     num_borders = -(-(len(borders) + 1) // 8) * 8
     wide = replace(
         batch,
@@ -85,7 +85,7 @@ class Graphs:
         self.gap_bytes = gap_bytes
         self.launch_bytes = launch_bytes
         self.attend_for = attend_for
-        self.most_tokens = -(-most_tokens // STEP) * STEP
+        self.most_tokens = -(-most_tokens // GRAPH_STEP) * GRAPH_STEP
         self.graphs: dict[tuple[int, int], _Graph] = {}  # by tokens and borders
         self.places: _Places | None = None
         self.pool: Any = None

@@ -15,7 +15,7 @@ from train.engine.attention import attend_packed
 from train.engine.block import Block, Pass
 from train.engine.copies import copies_for
 from train.engine.embedding import HostEmbedding
-from train.engine.graphs import STEP, Graphs, pad
+from train.engine.graphs import Graphs, pad
 from train.engine.hidden_store import DeviceInputs, HostInputs
 from train.engine.operations import mixed
 from train.engine.packing import HostBlocks, linear_layers, packed_bytes
@@ -23,7 +23,7 @@ from train.engine.stack import Stack
 from train.engine.weight_store import WeightStore
 from train.loss import CHUNK_BYTES
 from train.optim import state_bytes
-from train.plan import ModelSizes, Plan
+from train.plan import GRAPH_STEP, ModelSizes, Plan
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -68,7 +68,7 @@ class Engine:
         store = WeightStore(blocks, plan.num_cached, norm, host, copies)
         inputs = DeviceInputs()
         if plan.offloads_inputs:
-            num_tokens = -(-plan.tokens_per_pass // STEP) * STEP
+            num_tokens = -(-plan.tokens_per_pass // GRAPH_STEP) * GRAPH_STEP
             inputs = HostInputs(plan.num_blocks - plan.num_kept, num_tokens, norm, copies(), copies())
         self.stack = Stack(blocks, decoder.norm, store, plan.num_kept, inputs)
         # Qwen's attention knows its window, Mistral's reads the configuration, Llama has none whatever that says
@@ -80,7 +80,6 @@ class Engine:
         # no method of this object, which would keep a replaced engine's graphs alive
         self.attend_for = partial(attend_packed, sliding_window=self.sliding_window, scale=blocks[0].scaling)
         self.graphs: Graphs | None = None
-        self.launched_tokens = plan.launched_tokens
         if plan.uses_graphs:
             memory = plan.graph_bytes, plan.gap_bytes, plan.launch_bytes
             self.graphs = Graphs(self.stack, self.attend_for, plan.tokens_per_pass, *memory)
@@ -90,8 +89,6 @@ class Engine:
         recorded = self.graphs if torch.is_grad_enabled() else None
         if recorded is not None:
             batch = pad(batch)
-        elif self.graphs is not None and batch.input_ids.numel() > self.launched_tokens:
-            self.graphs.release()  # a validation's sample that is longer than any in training needs what they hold
         hidden = self.decoder.embed_tokens(batch.input_ids[0])  # [T, H]
         cos, sin = self.decoder.rotary_emb(hidden[None], batch.position_ids)  # [1, T, D]
         dropout = self.dropout if self.decoder.training else 0.0

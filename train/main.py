@@ -30,6 +30,7 @@ from train.config import Config
 from train.data import TrainingData, hold_out, prepare_settings
 from train.deliver.compare import as_rows, compare, show
 from train.deliver.final import publish_final
+from train.engine.copies import HostMemoryError
 from train.exits import ExitCode, ExitWith, write_atomically, write_exit
 from train.gate import judge, pass_gate
 from train.loop import train
@@ -83,9 +84,13 @@ def attempt(config: Config, stop: StopRequest, closing: ExitStack) -> tuple[Exit
         return end.code, end.reason
     except DataError as error:
         return ExitCode.BAD_INPUT, str(error)
-    except torch.OutOfMemoryError as error:
-        advice = "lower --batch.per_device (and raise --batch.accumulation), or --data.max_length"
-        reason = f"out of memory: {str(error).splitlines()[0]}\n{advice}"
+    except (torch.OutOfMemoryError, HostMemoryError) as error:
+        if isinstance(error, HostMemoryError):
+            advice = "free host memory, raise what the container or WSL may take, or give --memory.offload none"
+            reason = f"{error}\n{advice}"
+        else:
+            advice = "lower --batch.per_device (and raise --batch.accumulation), or --data.max_length"
+            reason = f"out of memory: {str(error).splitlines()[0]}\n{advice}"
         if not is_first_process():  # the first will only know that this one has gone
             print(f"handloop: process {os.environ['RANK']}: {reason}", file=sys.stderr, flush=True)
         return ExitCode.BAD_INPUT, reason

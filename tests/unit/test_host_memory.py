@@ -1,6 +1,8 @@
 """Host memory: how buffers share allocations, how much there is, and answers where a GPU has little left."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,12 +10,14 @@ import torch
 from accelerate import Accelerator
 
 from data_tools.prepare import first_conversations
-from tests.conftest import training_of
+from tests.conftest import arguments, training_of
 from train import cards, runtime
+from train import main as command
 from train.config import Config
 from train.data import prepare_settings
 from train.deliver import compare as comparing
-from train.engine.copies import host_buffers, host_bytes
+from train.engine.copies import HostMemoryError, host_buffers, host_bytes, page_locked
+from train.exits import ExitCode
 from train.model import load_tokenizer
 
 MIB = 2**20
@@ -48,6 +52,36 @@ def test_what_a_container_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cards.free_host_bytes() == int(0.9 * 6 * MIB)
     files["/sys/fs/cgroup/memory.max"] = "max\n"
     assert cards.free_host_bytes() == int(0.9 * 20 * MIB)
+
+
+def test_memory_that_cannot_be_page_locked(
+    config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused by the system's limit: how much it was, why, and what to do, with exit 78."""
+    empty = torch.empty
+
+    def refusing(*shape: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", refusing)
+    assert host_buffers([5], pin=False)[0].numel() == 5
+    for allocate in (lambda: host_buffers([3 * 2**29], pin=True), lambda: page_locked((3, 2**27), torch.float32)):
+        with pytest.raises(HostMemoryError, match=r"^1.50 GiB of host memory .* CUDA error: out of memory$"):
+            allocate()
+
+    def assembled(*_: Any) -> None:
+        host_buffers([2**30], pin=True)
+
+    monkeypatch.setattr(command, "assemble", assembled)
+    run_dir = tmp_path / "run"
+    words = arguments(replace(config, run=replace(config.run, dir=str(run_dir))))
+    assert command.main(words) == ExitCode.BAD_INPUT
+    told = capsys.readouterr().err
+    assert "handloop: 1.00 GiB of host memory could not be page-locked" in told
+    assert "--memory.offload none" in told
+    assert json.loads((run_dir / "exit.json").read_text())["code"] == 78
 
 
 @pytest.mark.parametrize("most", [1, 3])

@@ -5,6 +5,8 @@ streams never wait for one another: that would put all computation that has been
 (docs/LOG.md, streaming).
 """
 
+import math
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import Any, Protocol
@@ -81,11 +83,27 @@ def copies_for(device: torch.device) -> Copies:
     return StreamCopies(device) if device.type == "cuda" else ThreadCopies()
 
 
+class HostMemoryError(RuntimeError):
+    """Host memory that could not be page-locked."""
+
+
+def page_locked(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised tensor that a GPU copies from, or reads; raises HostMemoryError where it is refused."""
+    try:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    except RuntimeError as error:
+        size = math.prod(shape) * dtype.itemsize / 2**30
+        reason = str(error).partition("\n")[0]
+        raise HostMemoryError(f"{size:.2f} GiB of host memory could not be page-locked: {reason}") from error
+
+
 def host_buffers(sizes: list[int], pin: bool) -> list[torch.Tensor]:
     """Byte buffers of the sizes in host memory, page-locked where a GPU copies from them."""
     buffers: list[torch.Tensor] = []
     for shared in _allocations(sizes) if pin else [sizes]:
-        buffers += torch.empty(sum(shared), dtype=torch.uint8, pin_memory=pin).split(shared)
+        size = [sum(shared)]
+        whole = page_locked(size, torch.uint8) if pin else torch.empty(size, dtype=torch.uint8)
+        buffers += whole.split(shared)
     return buffers
 
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from train.engine.copies import page_locked
 from train.engine.operations import gather_rows
 
 
@@ -15,7 +16,7 @@ class HostEmbedding(torch.nn.Module):
         super().__init__()
         # transformers takes a model's type and device from its first parameter
         self.kind = torch.nn.Parameter(weight.new_zeros(1), requires_grad=False)
-        self.weight = torch.empty_like(weight, device="cpu", pin_memory=True).copy_(weight.detach())
+        self.weight = page_locked(weight.shape, weight.dtype).copy_(weight.detach())
 
     @property
     def num_embeddings(self) -> int:

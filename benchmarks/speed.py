@@ -77,6 +77,8 @@ WORKLOADS = {
         (*BIG, *FIELDS),
         (
             Run("handloop", 2, 4, False, note="defaults: one unpadded pass, graphs, bf16 copies of weights"),
+            Run("handloop", 2, 4, False, ("--memory.budget", "16GiB"), note="16 GiB"),
+            Run("handloop", 2, 4, False, ("--memory.budget", "6GiB"), note="6 GiB"),
             Run("unsloth", 2, 4, True, note="its defaults"),
             Run("unsloth", 8, 1, False, note="one padded batch, nothing recomputed"),
             Run("trl+liger", 8, 1, False, note="one padded batch, nothing recomputed"),
@@ -91,6 +93,7 @@ WORKLOADS = {
             Run("unsloth", 4, 4, False),
             Run("trl+liger", 4, 4, False),
             Run("handloop", 4, 4, True, ("--memory.checkpointing", "full", *NO_MERGE)),
+            Run("handloop", 4, 4, True, ("--memory.budget", "7.5GiB"), note="7.5 GiB"),
             Run("unsloth", 4, 4, True),
         ),
         peer_steps=5, our_steps=8, warmup=2, our_warmup=2,

@@ -200,24 +200,32 @@ class Planner:
         if self.memory.offload == "auto" and has_limit:
             counts = list(range(least_streamed, blocks + 1))
         can_offload = (False, True) if has_limit and self.memory.offload != "none" else (False,)
-        for (tokens, num_passes), count, offloads in product(self._passes(saved_tokens), counts, can_offload):
-            mean = self.batch.accumulation * self.rows.mean_pass / num_passes
-            base = _Choice(tokens, num_passes, mean, count, offloads, graphs=False)
-            yield base
-            if self.card.has_graphs and tokens <= GRAPH_TOKENS:
-                yield replace(base, graphs=True)
+        for tokens, graphs in self._sizes(saved_tokens):
+            accumulation = self.batch.accumulation
+            is_cut = self.batch.merge == "auto"
+            num_passes = self.rows.num_passes(accumulation, tokens) if is_cut else float(accumulation)
+            mean = accumulation * self.rows.mean_pass / num_passes
+            for count, offloads in product(counts, can_offload):
+                yield _Choice(tokens, num_passes, mean, count, offloads, graphs)
 
-    def _passes(self, saved_tokens: int) -> Iterator[tuple[int, float]]:
-        """(tokens, passes in a step): as they are written, put together, or cut into fewer rows."""
-        rows, accumulation = self.rows, self.batch.accumulation
-        if self.batch.merge == "off":
-            yield saved_tokens or rows.tokens(1), accumulation
-        elif saved_tokens:
-            yield saved_tokens, rows.num_passes(accumulation, saved_tokens)
-        else:
-            merged = [rows.tokens(count) for count in range(2, accumulation + 1)]
-            sizes = {*rows.longest, rows.tokens(1), *(tokens for tokens in merged if tokens <= MOST_MERGED)}
-            yield from ((tokens, rows.num_passes(accumulation, tokens)) for tokens in sorted(sizes))
+    def _sizes(self, saved_tokens: int) -> Iterator[tuple[int, bool]]:
+        """(tokens, whether recorded) of a pass: as it is written, several put together, or one cut into fewer rows.
+
+        A recorded one is padded, so it holds as many tokens as it then has, or a step fewer.
+        """
+        rows = self.rows
+        is_given = saved_tokens or self.batch.merge == "off"
+        sizes = {saved_tokens or rows.tokens(1)}
+        if not is_given:
+            merged = (rows.tokens(count) for count in range(2, self.batch.accumulation + 1))
+            sizes |= {*rows.longest, *(tokens for tokens in merged if tokens <= MOST_MERGED)}
+        yield from ((tokens, False) for tokens in sorted(sizes))
+        if self.card.has_graphs:
+            steps = {tokens // GRAPH_STEP + more for tokens in sizes for more in (0, 1)}
+            wide = (
+                sizes if is_given else {count * GRAPH_STEP for count in steps if count * GRAPH_STEP >= rows.longest[0]}
+            )
+            yield from ((tokens, True) for tokens in sorted(wide) if tokens <= GRAPH_TOKENS)
 
     def _filled(self, choice: _Choice, budget: int | None) -> _Choice:
         """The choice with as many blocks kept, and weights cached, as there is room for."""

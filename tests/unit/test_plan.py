@@ -197,6 +197,27 @@ def test_a_recorded_pass_is_counted_with_its_filling() -> None:
         assert parts["kept activations"] < planner.parts(replace(choice, tokens=tokens + 1))["kept activations"]
 
 
+def test_recorded_passes_are_as_long_as_they_are_padded() -> None:
+    """Room that padding takes holds samples; a step of padding fewer is tried too, where it holds the longest row."""
+    for longest, given in ((500, 0), (1250, 0), (500, 1281)):
+        rows = replace(SHORT, longest=(longest, longest + 400))
+        planner = Planner(LLAMA_8B, rows, BatchConfig(2, 4), MemoryConfig(), H200)
+        launched, recorded = (
+            [n for n, graphs in planner._sizes(given) if graphs == wanted] for wanted in (False, True)
+        )
+        if given:
+            assert launched == recorded == [given]
+            continue
+        assert len(launched) < len(recorded)
+        assert all(n % 128 == 0 and n >= longest for n in recorded)
+        for tokens in launched:
+            below = tokens // 128 * 128
+            assert below + 128 in recorded
+            assert (below in recorded) == (below >= longest)
+    as_written = Planner(LLAMA_8B, SHORT, BatchConfig(2, 4, merge="off"), MemoryConfig(), H200)
+    assert list(as_written._sizes(0)) == [(900, False), (900, True)]
+
+
 def test_a_validation_s_longer_sample_has_room() -> None:
     """Beside graphs it is counted; where passes are launched only if it needs more than all that training keeps."""
     for longest in (900, 6000):

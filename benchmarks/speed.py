@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -148,7 +149,7 @@ def against_limits(row: dict[str, Any], shape: Any, rate: float) -> dict[str, An
     """MFU by datasheet, and the tokens a second of nothing but products at the rate measured here."""
     flops = flops_per_token(linear_weights(shape), shape, row["mean_length"])
     peak = peak_flops(torch.device("cuda"))
-    recomputed = 2 * recomputed_weights(shape) if row["checkpointing"] else 0
+    recomputed = 2 * recomputed_weights(shape) * row["recomputed_share"]
     mfu = round(row["tokens_per_second"] * flops / peak, 4) if peak else None
     return {"mfu": mfu, "limit": round(rate / (flops + recomputed))}
 
@@ -179,7 +180,8 @@ def measure(work: Workload, systems: list[str], words: list[str], folder: Path) 
         yield {
             "system": run.system,
             "settings": f"{run.per_device} x {run.accumulation}" + (f"; {run.note}" if run.note else ""),
-            "checkpointing": result.get("checkpointing", run.checkpointing),
+            "checkpointing": result["recomputed_share"] > 0,
+            "recomputed_share": round(result["recomputed_share"], 4),
             "tokens_per_second": round(statistics.median(count / seconds for count, seconds in pairs)),
             "step_seconds": round(statistics.median(seconds for _, seconds in pairs), 4),
             "measured_steps": len(pairs),
@@ -227,9 +229,16 @@ def ours(work: Workload, run: Run, words: list[str], place: Path) -> dict[str, A
         # what the allocator holds, more than a peer's peak counts: what graphs use is not allocated any more
         "peak_gib": max(row["memory/peak_reserved_gib"] for row in rows),
         "mean_length": sum(r["data/tokens"] for r in rows) / sum(len(r["data/sample_ids"]) for r in rows),
-        "checkpointing": "recompute" in memory,
+        "recomputed_share": recomputed_share(memory),
         "seconds_to_first_step": round(first_step - loading, 1),
     }
+
+
+def recomputed_share(memory: str) -> float:
+    """Of all blocks, by the line in which a run says its plan."""
+    counts = re.search(r"of (\d+) blocks keep their activations(?:, (\d+) recompute)?", memory)
+    assert counts is not None
+    return int(counts[2] or 0) / int(counts[1])
 
 
 def peer(work: Workload, run: Run, words: list[str], place: Path) -> dict[str, Any] | None:
@@ -267,7 +276,7 @@ def peer(work: Workload, run: Run, words: list[str], place: Path) -> dict[str, A
     if done.returncode != 0:
         print(f"{run.system} ({run.note}) failed:\n" + (done.stdout + done.stderr)[-1500:], flush=True)
         return None
-    return json.loads((place / "result.json").read_text())
+    return {**json.loads((place / "result.json").read_text()), "recomputed_share": float(run.checkpointing)}
 
 
 def data_of(words: list[str], run: Run) -> tuple[Any, TrainingData, int]:

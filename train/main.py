@@ -84,22 +84,25 @@ def attempt(config: Config, stop: StopRequest, closing: ExitStack) -> tuple[Exit
         return end.code, end.reason
     except DataError as error:
         return ExitCode.BAD_INPUT, str(error)
-    except (torch.OutOfMemoryError, HostMemoryError) as error:
-        if isinstance(error, HostMemoryError):
-            advice = "free host memory, raise what the container or WSL may take, or give --memory.offload none"
-            reason = f"{error}\n{advice}"
-        else:
-            advice = "lower --batch.per_device (and raise --batch.accumulation), or --data.max_length"
-            reason = f"out of memory: {str(error).splitlines()[0]}\n{advice}"
-        if not is_first_process():  # the first will only know that this one has gone
-            print(f"handloop: process {os.environ['RANK']}: {reason}", file=sys.stderr, flush=True)
-        return ExitCode.BAD_INPUT, reason
+    except torch.OutOfMemoryError as error:
+        advice = "lower --batch.per_device (and raise --batch.accumulation), or --data.max_length"
+        return out_of_memory(f"out of memory: {str(error).splitlines()[0]}\n{advice}")
+    except HostMemoryError as error:
+        advice = "free host memory, raise what the container or WSL may take, or give --engine.kind reference"
+        return out_of_memory(f"{error}\n{advice}")
     except RuntimeError as error:
         silent = runtime.peer_failure(config, error)
         if not silent:
             raise
         return ExitCode.PEER_FAILURE, f"{silent}\nthe newest checkpoint stands: {runtime.advice_to_repeat(config)}"
     return ExitCode.FINISHED, "finished"
+
+
+def out_of_memory(reason: str) -> tuple[ExitCode, str]:
+    """Said by the process itself unless it is the first, which will only know that this one has gone."""
+    if not is_first_process():
+        print(f"handloop: process {os.environ['RANK']}: {reason}", file=sys.stderr, flush=True)
+    return ExitCode.BAD_INPUT, reason
 
 
 def run(config: Config, stop: StopRequest, closing: ExitStack) -> None:
@@ -123,7 +126,8 @@ def run(config: Config, stop: StopRequest, closing: ExitStack) -> None:
     runtime.go_on(config, accelerator, stop)
     runtime.say(accelerator, f"loading {config.model.name_or_path}")
     saved = saved_passes(checkpoint, data, config.batch.merge)
-    training = assemble(config, accelerator, data, saved, validation)
+    longest_validated = max(validation["num_tokens"][:]) if validation else 0
+    training = assemble(config, accelerator, data, saved, longest_validated)
     if checkpoint is not None:
         restore(training, checkpoint)
     runtime.say(accelerator, banner(training, tokenizer.notes, prepared.statistics, checkpoint))

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
 
 from train import hardware, runtime
 from train.cards import Card, host_card, present_card
@@ -137,10 +136,12 @@ class Outlook:
         """Says that the smallest plan is too large, where its memory goes, and what would fit."""
         assert self.planner is not None
         assert self.budget is not None
+        validated = self.rows.longest_validated
+        longest = f"\nthe longest sample of the validation has {validated:,} tokens" if validated else ""
         parts = "\n".join(f"  {num_bytes / GIB:7.2f} GiB  {name}" for name, num_bytes in plan.parts if num_bytes)
         return (
             f"{self.config.model.name_or_path} needs {plan.peak_bytes / GIB:.2f} GiB of GPU memory at least, and "
-            f"{self.budget / GIB:.2f} GiB may be used:\n{parts}\n{self.remedies(plan)}"
+            f"{self.budget / GIB:.2f} GiB may be used:\n{parts}{longest}\n{self.remedies(plan)}"
         )
 
     def remedies(self, plan: Plan) -> str:
@@ -164,16 +165,15 @@ def assemble(
     accelerator: Accelerator,
     data: TrainingData,
     saved: Passes | None = None,
-    validation: Dataset | None = None,
+    longest_validated: int = 0,
 ) -> Training:
     """Plan, model and optimizer on this process's device, beside the data; the longest pass has run there.
 
-    `saved` as Planner.best has it; of `validation` the longest sample counts. Raises ExitWith(BAD_INPUT) where no
-    plan fits.
+    `saved` as Planner.best has it, `longest_validated` in tokens. Raises ExitWith(BAD_INPUT) where no plan fits.
     """
     device = accelerator.device
     budget = runtime.free_bytes(config, accelerator)
-    rows = replace(data.rows_for_plan(), longest_validated=max(validation["num_tokens"]) if validation else 0)
+    rows = replace(data.rows_for_plan(), longest_validated=longest_validated)
     outlook = Outlook.of(config, device, rows, budget, saved)
     plan = outlook.first_plan()
     outlook.check_host(plan)
@@ -203,7 +203,7 @@ def assemble(
 
 
 def fitted(training: Training, outlook: Outlook) -> Training:
-    """The training with a plan whose longest pass has run here, forward and backward; nothing was updated.
+    """The training with a plan whose longest pass has run here, and a validation's longer one; nothing was updated.
 
     What runs out of memory is planned smaller, with the same samples in a step. Raises ExitWith(BAD_INPUT) where
     nothing is left to make smaller. A CPU tries nothing: it has no budget.
@@ -288,7 +288,7 @@ def longest_pass(training: Training, plan: Plan) -> MicroBatch:
 
 def _longest_validation(training: Training, plan: Plan, longest: int) -> MicroBatch:
     """The pass of a validation whose samples are all as long as its longest, which is longer than any trained on."""
-    if training.data.padding_free:
+    if training.model.engine is not None:
         return collate_packed([_sample(longest)])
     count = plan.tokens_per_pass // longest if plan.merges else training.data.layout.per_device
     return collate([_sample(longest)] * max(1, count), training.data.pad_token_id)

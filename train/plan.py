@@ -136,7 +136,7 @@ class _Choice:
     @property
     def width(self) -> int:
         """Tokens that the longest pass has on the device."""
-        return -(-self.tokens // GRAPH_STEP) * GRAPH_STEP if self.graphs else self.tokens
+        return _padded(self.tokens) if self.graphs else self.tokens
 
     @property
     def is_tiled(self) -> bool:
@@ -185,7 +185,7 @@ class Planner:
 
     def longest_row(self, budget: int) -> int:
         """Tokens of the longest single row that could be trained in `budget` bytes, in steps of 64; 0 for none."""
-        low, high = 0, (self.rows.longest[0] - 1) // 64
+        low, high = 0, (max(self.rows.longest[0], self.rows.longest_validated) - 1) // 64
         while low < high:
             middle = (low + high + 1) // 2
             shorter = Rows((64 * middle,), 64 * middle, 0.0, 64 * middle)
@@ -211,21 +211,20 @@ class Planner:
     def _sizes(self, saved_tokens: int) -> Iterator[tuple[int, bool]]:
         """(tokens, whether recorded) of a pass: as it is written, several put together, or one cut into fewer rows.
 
-        A recorded one is padded, so it holds as many tokens as it then has, or a step fewer.
+        A recorded one is padded, so it holds as many tokens as it then has, or a step of padding fewer.
         """
         rows = self.rows
-        is_given = saved_tokens or self.batch.merge == "off"
+        is_given = saved_tokens > 0 or self.batch.merge == "off"
         sizes = {saved_tokens or rows.tokens(1)}
         if not is_given:
             merged = (rows.tokens(count) for count in range(2, self.batch.accumulation + 1))
             sizes |= {*rows.longest, *(tokens for tokens in merged if tokens <= MOST_MERGED)}
         yield from ((tokens, False) for tokens in sorted(sizes))
         if self.card.has_graphs:
-            steps = {tokens // GRAPH_STEP + more for tokens in sizes for more in (0, 1)}
-            wide = (
-                sizes if is_given else {count * GRAPH_STEP for count in steps if count * GRAPH_STEP >= rows.longest[0]}
-            )
-            yield from ((tokens, True) for tokens in sorted(wide) if tokens <= GRAPH_TOKENS)
+            if not is_given:
+                padded = {_padded(tokens) - less for tokens in sizes for less in (0, GRAPH_STEP)}
+                sizes = {tokens for tokens in padded if tokens >= rows.longest[0]}
+            yield from ((tokens, True) for tokens in sorted(sizes) if tokens <= GRAPH_TOKENS)
 
     def _filled(self, choice: _Choice, budget: int | None) -> _Choice:
         """The choice with as many blocks kept, and weights cached, as there is room for."""
@@ -263,7 +262,7 @@ class Planner:
 
     def _graph_bytes(self, choice: _Choice, parts: dict[str, int]) -> int:
         in_pass = ("inputs of blocks", "kept activations", "working memory")
-        return sum(parts[name] for name in in_pass) - self._launched(choice.width) if choice.graphs else 0
+        return sum(parts[name] for name in in_pass) - self._launched(choice) if choice.graphs else 0
 
     def _gaps(self, choice: _Choice, parts: dict[str, int]) -> int:
         """A shorter pass finds room in the largest one's memory, but for tensors that are small in it alone.
@@ -278,8 +277,9 @@ class Planner:
     def _largest_pass(self, choice: _Choice) -> dict[str, int]:
         """Bytes by component while the largest pass goes through the fused engine.
 
-        The worst moment is the head, or the backward pass of the last block, while all that is kept stands. Terms
-        follow engine.block.Activations and Block.backward.
+        The worst moment is the head, or the backward pass of the last block, while all that is kept stands, or a
+        validation's sample that is much longer than what is trained on. Terms follow engine.block.Activations and
+        Block.backward.
         """
         s, tokens = self.sizes, choice.width
         recomputed = s.num_blocks - choice.num_kept
@@ -298,13 +298,13 @@ class Planner:
         in_mlp = tokens * s.hidden + (choice.tile * (gate_up + product) if choice.is_tiled else tokens * product)
         in_attention = tokens * (3 * s.query + s.heads - wide - s.hidden - whole) + num_dq * s.query * 4 // element
         backward = element * (tokens * (wide + s.hidden) + max(in_mlp, in_attention))
-        # what a graph uses, nothing else can
-        launched = self._launched(tokens)
-        working = launched + backward if choice.graphs else max(self._head_bytes(tokens), backward)
-        # all that is kept is gone while a longer sample is validated
         in_blocks = tokens * element * (inputs * s.hidden + s.num_blocks * s.extra)
         kept = tokens * choice.num_kept * activations
-        validating = 0 if choice.graphs else self._validating(self.rows.longest_validated) - in_blocks - kept
+        if choice.graphs:  # what a graph uses, nothing else can
+            working = self._launched(choice) + backward
+        else:  # all that is kept is gone while a sample is validated
+            validating = self._validating(self.rows.longest_validated, choice.tile) - in_blocks - kept
+            working = max(self._head_bytes(tokens), backward, validating)
         return {
             "packed weights": (s.num_blocks - choice.num_streamed) * s.packed_bytes + s.small_bytes,
             "slots for streamed weights": min(NUM_SLOTS, choice.num_streamed) * s.packed_bytes,
@@ -314,7 +314,7 @@ class Planner:
             "adapters, gradients, optimizer": s.adapter_bytes,
             "inputs of blocks": in_blocks,
             "kept activations": kept,
-            "working memory": max(working, validating) + CUBLAS_BYTES + self._without_triton(),
+            "working memory": working + CUBLAS_BYTES + self._without_triton(),
             "places of graphs": tokens * element * 4 * s.hidden if choice.graphs else 0,
         }
 
@@ -328,18 +328,19 @@ class Planner:
     def _num_samples(self, tokens: int) -> int:
         return self.rows.samples(1 if self.batch.merge == "off" else self.batch.accumulation, tokens)
 
-    def _launched(self, tokens: int) -> int:
+    def _launched(self, choice: _Choice) -> int:
         """What is launched where passes are recorded: the head, and a block at a time of a validation."""
-        return max(self._head_bytes(tokens), self._validating(self._launched_tokens(tokens)))
+        return max(self._head_bytes(choice.width), self._validating(self._launched_tokens(choice.width), choice.tile))
 
     def _launched_tokens(self, tokens: int) -> int:
-        """Of a validation's passes beside graphs: as many as the head's memory is enough for, or the longest row."""
+        """Of a validation's passes beside graphs: as many as the head's memory is enough for, or the longest sample."""
         usual = min(tokens, max(self.rows.longest[0], self._head_bytes(tokens) // self._validated_bytes()))
         return max(usual, self.rows.longest_validated)
 
-    def _validating(self, tokens: int) -> int:
-        """Bytes while so many are validated in one pass."""
-        return max(self._head_bytes(tokens), tokens * self._validated_bytes()) if tokens else 0
+    def _validating(self, tokens: int, tile: int) -> int:
+        """Bytes while so many are validated in one pass, `tile` of them at a time in an MLP (0: all)."""
+        spared = max(0, tokens - tile) * 3 * self.sizes.inner * self.sizes.element_bytes if tile else 0
+        return max(self._head_bytes(tokens), tokens * self._validated_bytes() - spared) if tokens else 0
 
     def _validated_bytes(self) -> int:
         """What a token takes in a block of which nothing is kept."""
@@ -360,7 +361,7 @@ class Planner:
         if s.embedding_on_host:
             total += host_bytes(s.embedding_bytes, 1)
         if choice.offloads:
-            total += host_bytes(choice.tokens * s.hidden * s.element_bytes, s.num_blocks - choice.num_kept)
+            total += host_bytes(_padded(choice.tokens) * s.hidden * s.element_bytes, s.num_blocks - choice.num_kept)
         return total
 
     def seconds(self, choice: _Choice) -> float:
@@ -404,17 +405,21 @@ class Planner:
             needs_host=needs_host,
             offloads_inputs=choice.offloads and recomputed > 0,
             uses_graphs=choice.graphs,
-            mlp_tile=choice.tile if choice.is_tiled else 0,
+            mlp_tile=choice.tile if choice.tile < max(choice.tokens, self.rows.longest_validated) else 0,
             num_samples=self._num_samples(choice.tokens),
             graph_bytes=self._graph_bytes(choice, parts),
             gap_bytes=self._gaps(choice, parts),
-            launch_bytes=self._launched(choice.width) if choice.graphs else 0,
+            launch_bytes=self._launched(choice) if choice.graphs else 0,
             launched_tokens=self._launched_tokens(choice.width) if choice.graphs else 0,
             parts=tuple(parts.items()) if has_limit else (),
             host_bytes=self.host_bytes(choice) if has_limit else 0,
             seconds=self.seconds(choice),
             traffic_bytes=(2 * len(streamed) - min(NUM_SLOTS, len(streamed))) * s.packed_bytes,
         )
+
+
+def _padded(tokens: int) -> int:
+    return -(-tokens // GRAPH_STEP) * GRAPH_STEP
 
 
 def card_has_flash(card: Card, element_bytes: int) -> bool:

@@ -186,7 +186,7 @@ def test_a_validation_leaves_recorded_graphs_alone(config: Config) -> None:
     long_sample = {**samples[0], **longest, "num_tokens": len(longest["input_ids"])}
     rows: list[Any] = [*samples, long_sample]
     validation = Dataset.from_list(rows)
-    training = assemble(training.config, training.accelerator, training.data, None, validation)
+    training = assemble(training.config, training.accelerator, training.data, None, long_sample["num_tokens"])
     assert training.plan.uses_graphs
     assert training.plan.launched_tokens == long_sample["num_tokens"]
     engine: Any = training.model.engine

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 from tests.conftest import ROOT, arguments, training_of, with_batch
-from train.config import Config, EngineConfig
+from train.config import BatchConfig, Config, EngineConfig
 from train.step import Training, optimizer_step
 from train.trackers import read_metrics
 from train.validation import validate
@@ -89,6 +89,19 @@ def test_a_validation_beside_graphs_takes_small_passes(config: Config) -> None:
     assert [tokens for tokens in passes if tokens > most] == longer
     assert sum(passes) == sum(samples["num_tokens"])
     assert len(passes) > len(longer) + 1  # several small ones
+
+
+def test_a_validation_takes_the_plan_s_passes_though_none_are_merged(config: Config) -> None:
+    """With merge off too, or two samples longer than any in training would be one pass that nobody has counted."""
+    config = replace(config, engine=EngineConfig(kind="fused"), batch=BatchConfig(2, 4, merge="off"))
+    training = build(config)
+    samples: Any = training.data.samples
+    longest = max(range(len(samples)), key=lambda i: samples[i]["num_tokens"])
+    most = samples[longest]["num_tokens"]
+    passes: list[int] = []
+    training.model.register_forward_pre_hook(lambda _, arguments: passes.append(arguments[0].input_ids.numel()))
+    validate(replace(training, plan=replace(training.plan, tokens_per_pass=most)), samples.select([longest] * 4))
+    assert passes == [most] * 4
 
 
 def test_gradients_are_shared_once_a_step(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

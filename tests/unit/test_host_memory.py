@@ -17,6 +17,7 @@ from train.config import Config
 from train.data import prepare_settings
 from train.deliver import compare as comparing
 from train.engine.copies import HostMemoryError, host_buffers, host_bytes, page_locked
+from train.engine.embedding import HostEmbedding
 from train.exits import ExitCode
 from train.model import load_tokenizer
 
@@ -71,6 +72,9 @@ def test_memory_that_cannot_be_page_locked(
         with pytest.raises(HostMemoryError, match=r"^1.50 GiB of host memory .* CUDA error: out of memory$"):
             allocate()
 
+    with pytest.raises(HostMemoryError):
+        HostEmbedding(torch.ones(3, 4))
+
     def assembled(*_: Any) -> None:
         host_buffers([2**30], pin=True)
 
@@ -80,7 +84,7 @@ def test_memory_that_cannot_be_page_locked(
     assert command.main(words) == ExitCode.BAD_INPUT
     told = capsys.readouterr().err
     assert "handloop: 1.00 GiB of host memory could not be page-locked" in told
-    assert "--memory.offload none" in told
+    assert "--engine.kind reference" in told
     assert json.loads((run_dir / "exit.json").read_text())["code"] == 78
 
 

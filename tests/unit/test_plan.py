@@ -11,19 +11,21 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from tests.conftest import SHARED, needs_shared, training_of
+from data_tools.prepare import prepare
+from tests.conftest import SHARED, arguments, needs_shared, training_of
 from tests.parity.test_engine import ALL, FAMILIES, adapted_model
+from train import main as command
 from train import outlook
 from train import plan as planning
 from train.cards import KNOWN, known
 from train.collate import collate_packed
 from train.config import BatchConfig, Config, EngineConfig, LoraConfig, MemoryConfig, ModelConfig, OptimConfig
-from train.data import Layout
+from train.data import Layout, hold_out, prepare_settings
 from train.engine.block import Pass
 from train.engine.packing import HostBlocks, Packing, linear_layers, packed_bytes
 from train.engine.patch import Engine, model_sizes
-from train.exits import ExitWith
-from train.model import sketch
+from train.exits import ExitCode, ExitWith
+from train.model import load_tokenizer, sketch
 from train.outlook import Outlook, fitted
 from train.passes import Passes, Rows
 from train.plan import MARGIN, MLP_TILE, ModelSizes, Plan, Planner, reference_plan
@@ -197,6 +199,17 @@ def test_a_recorded_pass_is_counted_with_its_filling() -> None:
         assert parts["kept activations"] < planner.parts(replace(choice, tokens=tokens + 1))["kept activations"]
 
 
+def test_all_that_a_graph_needs_is_counted_with_its_filling() -> None:
+    """Also of a run that is resumed, whose passes are no multiple of 128 tokens."""
+    several = replace(SHORT, longest=(1250, 1300), length_deviation=85.0)
+    planner = Planner(LLAMA_8B, several, BatchConfig(2, 4), MemoryConfig(checkpointing="none", offload="none"), H200)
+    short, filled = (planner.best(24 * GIB, Passes(tokens)) for tokens in (1281, 1408))
+    assert short.uses_graphs
+    assert (short.tokens_per_pass, filled.tokens_per_pass) == (1281, 1408)
+    for name in ("graph_bytes", "gap_bytes", "launch_bytes", "launched_tokens", "num_cached"):
+        assert getattr(short, name) == getattr(filled, name) > 0
+
+
 def test_recorded_passes_are_as_long_as_they_are_padded() -> None:
     """Room that padding takes holds samples; a step of padding fewer is tried too, where it holds the longest row."""
     for longest, given in ((500, 0), (1250, 0), (500, 1281)):
@@ -211,9 +224,9 @@ def test_recorded_passes_are_as_long_as_they_are_padded() -> None:
         assert len(launched) < len(recorded)
         assert all(n % 128 == 0 and n >= longest for n in recorded)
         for tokens in launched:
-            below = tokens // 128 * 128
-            assert below + 128 in recorded
-            assert (below in recorded) == (below >= longest)
+            padded = math.ceil(tokens / 128) * 128
+            assert (padded in recorded) == (padded <= 4096)
+            assert padded - 128 in recorded or padded - 128 < longest
     as_written = Planner(LLAMA_8B, SHORT, BatchConfig(2, 4, merge="off"), MemoryConfig(), H200)
     assert list(as_written._sizes(0)) == [(900, False), (900, True)]
 
@@ -232,6 +245,18 @@ def test_a_validation_s_longer_sample_has_room() -> None:
         choice = replace(next(iter(planner._choices(True, 2048, 0))), graphs=False)
         peaks.append(planner.peak(choice))
     assert peaks[0] == peaks[1] < 60_000 * planner._validated_bytes() < peaks[2]
+
+
+def test_a_validation_s_longer_sample_goes_in_tiles_where_it_must() -> None:
+    """A sample of 14,000 tokens can be validated in 4 GiB whatever is trained on; advice tells how many could be."""
+    rows = replace(LONG, longest=(512,), mean_pass=200, deviation=50, mean_length=200)
+    plans = [planned(replace(rows, longest_validated=n), BatchConfig(1, 4), 4) for n in (0, 2000, 14_000)]
+    assert [plan.mlp_tile for plan in plans] == [0, 0, 1024]
+    assert plans[2].peak_bytes <= 4 * GIB
+    assert plans[2].passes.mlp_tile == 1024  # which a resumed run is given
+    planner = Planner(LLAMA_8B, replace(rows, longest_validated=40_000), BatchConfig(1, 4), MemoryConfig(), H200)
+    assert planner.best(4 * GIB).peak_bytes > 4 * GIB
+    assert 14_000 < planner.longest_row(4 * GIB) < 20_000
 
 
 def test_against_measured_peaks() -> None:
@@ -301,6 +326,25 @@ def test_out_of_memory_is_answered_by_smaller_plans(config: Config, monkeypatch:
     assert len(set(peaks)) == 4
     assert found.plan == card.tried[-1]
     assert [optimizer_step(found, 0).loss] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_run_plans_for_the_longest_sample_of_its_validation(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """train/main.py looks it up in what is held out."""
+    config = replace(config, data=replace(config.data, validation_fraction=0.2))
+    tokenizer = load_tokenizer(config).backend
+    prepared = prepare(prepare_settings(config, config.data.path), tokenizer)
+    seen: list[Rows] = []
+
+    def look(_: Any, __: Any, rows: Rows, *___: Any) -> None:
+        seen.append(rows)
+        raise ExitWith(ExitCode.INTERRUPTED, "seen")
+
+    monkeypatch.setattr(outlook.Outlook, "of", look)
+    for each in (config, replace(config, data=replace(config.data, validation_fraction=0.0))):
+        assert command.main(arguments(each)) == ExitCode.INTERRUPTED
+    held_out = hold_out(config, prepared, tokenizer)[1]
+    assert held_out is not None
+    assert [rows.longest_validated for rows in seen] == [max(held_out["num_tokens"]), 0]
 
 
 @pytest.mark.parametrize("kind", ["fused", "reference"])

@@ -175,7 +175,9 @@ def test_mistakes_end_with_one_message(tmp_path: Path, capsys: pytest.CaptureFix
         (["preview", "--profile", "demo", "--rows", "0"], "'0' is not a number from 1 on"),
         (["preview", "--profile", "demo", "--json=yes"], "--json"),
         (["preview", "--profile", "demo", "--data.pat", "x"], "did you mean --data.path?"),
-        (["audit"], "--profile NAME"),
+        (["preview", "--profile", "demo", "--data.pat", "x"], "\nusage: handloop preview --profile NAME"),
+        (["audit"], "\nusage: handloop audit --profile NAME"),
+        (["plan", "--profile", "dem"], "\nusage: handloop plan --profile NAME"),
         (["audit", *WORDS, str(bad)], f"{bad}:1: not JSON"),
         (["preview", *WORDS, "absent.jsonl"], "absent.jsonl"),
     ):

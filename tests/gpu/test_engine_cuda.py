@@ -219,7 +219,7 @@ def test_tiles_of_an_mlp_are_the_whole(config: Config, uses_graphs: bool) -> Non
         assert torch.cosine_similarity(one, two, dim=0) > 0.999
 
 
-def test_old_graphs_make_room(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beyond_the_most_graphs_a_larger_one_serves(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for two graphs, more shapes than that are trained on, and a pass longer than all runs by launches."""
     monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
     monkeypatch.setattr(graphs, "GRAPH_STEP", 8)

@@ -106,17 +106,17 @@ def test_longer_passes_are_launched_in_the_graphs_memory() -> None:
         assert book.serve(256) == (256, 16)
 
 
-def test_the_oldest_makes_room_but_the_largest_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also, none is given up where there is no memory for another."""
+def test_when_there_are_enough_the_next_larger_one_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is recorded any more, and memory is not asked for."""
     monkeypatch.setattr(graphs, "MOST_GRAPHS", 3)
-    left = PLENTY
-    book = Book(lambda _: left)
-    for num_tokens in (128, 256, 384):
+    book = Book(lambda _: PLENTY)
+    for num_tokens in (128, 384):
         book.serve(num_tokens)
-    assert list(book.graphs) == [(1024, 16), (256, 16), (384, 16)]
-    left = LAUNCH - 1
-    assert book.serve(512) == (1024, 16)
-    assert list(book.graphs) == [(1024, 16), (256, 16), (384, 16)]
+    there, book.asked = list(book.graphs), 0
+    assert there == [(1024, 16), (128, 16), (384, 16)]
+    assert [book.serve(n) for n in (256, 512, 128)] == [(384, 16), (1024, 16), (128, 16)]
+    assert list(book.graphs) == there
+    assert book.asked == 0
 
 
 def test_a_loss_does_not_keep_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:

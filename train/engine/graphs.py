@@ -20,7 +20,7 @@ from train.engine.stack import Memory, Stack
 from train.engine.weight_store import WeightStore
 from train.plan import GRAPH_STEP
 
-MOST_GRAPHS = 32  # one for each multiple of GRAPH_STEP; about 10 MB each
+MOST_GRAPHS = 32  # about 10 MB each; what comes later goes through a larger one, since a recording costs several steps
 
 AttendFor = Callable[[MicroBatch], Attend]
 
@@ -122,7 +122,7 @@ class Graphs:
         return _Replay.apply(graph, self.stack, num_tokens, self.stack.anchor)
 
     def _graph_for(self, num_tokens: int, shared: Pass, batch: MicroBatch) -> "_Graph | None":
-        """The shape's graph, recorded at its first sight; where there is no memory for one, a larger one, or none.
+        """The shape's graph, recorded at its first sight; where there are enough, or no memory, a larger one, or none.
 
         The largest comes first: the others find room in its memory, and it serves where there is none. Raises
         OutOfMemoryError where there is no room for the very first.
@@ -141,12 +141,10 @@ class Graphs:
                 return None
             self.graphs[largest] = self._record(largest, shared, batch)
             self.largest = largest
-        if shape not in self.graphs and self.has_room:
+        if shape not in self.graphs and self.has_room and len(self.graphs) < MOST_GRAPHS:
             gaps = self.gap_bytes if len(self.graphs) == 1 else 0  # what others have taken of them is theirs already
             self.has_room = self._room() >= gaps + self.launch_bytes
             if self.has_room:
-                if len(self.graphs) == MOST_GRAPHS:
-                    del self.graphs[list(self.graphs)[1]]  # the oldest but the largest
                 self.graphs[shape] = self._record(shape, shared, batch)
                 self.has_room = self._room() >= self.launch_bytes
                 if not self.has_room:  # its gaps have taken what others need, and only a whole pool is given back

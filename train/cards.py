@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from train import hardware
-from train.engine.copies import page_locked
 
 CONTEXT_BYTES = int(0.45 * 2**30)  # of a card's memory are CUDA's own: 0.3 to 0.5 GiB
 
@@ -117,7 +116,7 @@ def free_host_bytes() -> int:
 def _rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float, float]:
     """(FLOP/s, bytes/s of memory, bytes/s of the bus): the best of five of each, and 0.85 of it."""
     a = torch.randn(2048, 2048, device=device).to(dtype)
-    host = page_locked([2**25], torch.uint8)
+    host = torch.empty(2**25, dtype=torch.uint8, pin_memory=True)
     near, far = (torch.empty(2**25, dtype=torch.uint8, device=device) for _ in "ab")
     product = _best(lambda: torch.mm(a, a))
     moved = _best(lambda: far.copy_(near))

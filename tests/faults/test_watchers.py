@@ -109,11 +109,12 @@ def test_weights_and_biases_cannot_reach_training(kind: str, config: Config, tmp
     """Exit 0, the bits and the rows of a run without it, at most 20 s more, no process left, one line that says it."""
     expected, seconds_alone = alone(config, tmp_path)
     cases = CASES[kind]
-    patience = 0.0 if tally.full else SHORT_PATIENCE
     for number, case in enumerate(cases[: tally.times(len(cases) - FULL_ONLY.get(kind, 0), len(cases))]):
         run_dir = tmp_path / f"run-{number}"
         run_dir.mkdir()
         case.block(run_dir)
+        # where an answer is expected, a busy machine may take longer for it
+        patience = SHORT_PATIENCE if case.said == NO_ANSWER and not tally.full else 0.0
         with case.server() as server:
             url = getattr(server, "url", server) or ""
             settings = environment(url) if url else environment("", key="")

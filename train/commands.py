@@ -17,6 +17,7 @@ from train.exits import ExitCode, ExitWith, write_atomically
 from train.scrub import scrub
 
 if TYPE_CHECKING:
+    from train.config import Config
     from train.data import TrainingData
 
 USAGE = """usage: handloop COMMAND [options]
@@ -75,11 +76,10 @@ def preview(words: list[str]) -> int:
     from data_tools.prepare import prepare
     from data_tools.preview import as_html, show
     from data_tools.preview import preview as rows_of
-    from train.cli import parse
     from train.data import Layout, TrainingData, prepare_settings
     from train.model import load_tokenizer
 
-    config = parse(rest, own.format_usage().strip())
+    config = own.config(rest)
     tokenizer = load_tokenizer(config).backend
     samples = prepare(prepare_settings(config, config.data.path), tokenizer).dataset
     data = TrainingData(samples, config, Layout(1, 1, num_processes=1, rank=0), pad_token_id=0)
@@ -116,12 +116,11 @@ def audit(words: list[str]) -> int:
     options, rest = own.parse_known_args(words)
     from data_tools.audit import failures, show
     from data_tools.prepare import prepare
-    from train.cli import parse
     from train.data import Layout, TrainingData, hold_out, prepare_settings
     from train.gate import judge
     from train.model import load_tokenizer
 
-    config = parse(rest, own.format_usage().strip())
+    config = own.config(rest)
     tokenizer = load_tokenizer(config).backend
     prepared = prepare(prepare_settings(config, config.data.path), tokenizer)
     samples, validation = hold_out(config, prepared, tokenizer)
@@ -156,10 +155,9 @@ def plan(words: list[str]) -> int:
     own.add_argument("--json", action="store_true", help="print one JSON object")
     options, rest = own.parse_known_args(words)
     from train import forecast
-    from train.cli import parse
     from train.model import check_length
 
-    config = parse(rest, own.format_usage().strip())
+    config = own.config(rest)
     check_length(config)
     mean_length = options.mean_length or config.data.max_length
     if mean_length > config.data.max_length:
@@ -200,6 +198,12 @@ class _Options(argparse.ArgumentParser):
             "python train/main.py --profile NAME --help tells all of them.",
             allow_abbrev=False,
         )
+
+    def config(self, words: list[str]) -> "Config":
+        """What train.cli makes of the others; raises ExitWith(BAD_INPUT) with this command's usage."""
+        from train.cli import parse
+
+        return parse(words, self.format_usage().strip())
 
     def error(self, message: str) -> NoReturn:
         raise ExitWith(ExitCode.BAD_INPUT, f"{message}\n{self.format_usage().strip()}")

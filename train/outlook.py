@@ -275,8 +275,7 @@ def longest_pass(training: Training, plan: Plan) -> MicroBatch:
     data = training.data
     longest = max(data.num_tokens)
     if not data.padding_free:
-        count = data.layout.per_device if not plan.merges else plan.tokens_per_pass // longest
-        return collate([_sample(longest)] * max(1, count), data.pad_token_id)
+        return _padded_rows(training, plan, longest)
     total = plan.tokens_per_pass or data.rows_for_plan().longest[-1]
     lengths = [longest] * max(1, total // packed_tokens([longest]))
     rest = total - packed_tokens(lengths)
@@ -290,6 +289,11 @@ def _longest_validation(training: Training, plan: Plan, longest: int) -> MicroBa
     """The pass of a validation whose samples are all as long as its longest, which is longer than any trained on."""
     if training.model.engine is not None:
         return collate_packed([_sample(longest)])
+    return _padded_rows(training, plan, longest)
+
+
+def _padded_rows(training: Training, plan: Plan, longest: int) -> MicroBatch:
+    """As many rows as the reference engine takes at a time, all of them as long as the longest."""
     count = plan.tokens_per_pass // longest if plan.merges else training.data.layout.per_device
     return collate([_sample(longest)] * max(1, count), training.data.pad_token_id)
 

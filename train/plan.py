@@ -136,7 +136,7 @@ class _Choice:
     @property
     def width(self) -> int:
         """Tokens that the longest pass has on the device."""
-        return _padded(self.tokens) if self.graphs else self.tokens
+        return padded(self.tokens) if self.graphs else self.tokens
 
     @property
     def is_tiled(self) -> bool:
@@ -200,9 +200,8 @@ class Planner:
         if self.memory.offload == "auto" and has_limit:
             counts = list(range(least_streamed, blocks + 1))
         can_offload = (False, True) if has_limit and self.memory.offload != "none" else (False,)
+        accumulation, is_cut = self.batch.accumulation, self.batch.merge == "auto"
         for tokens, graphs in self._sizes(saved_tokens):
-            accumulation = self.batch.accumulation
-            is_cut = self.batch.merge == "auto"
             num_passes = self.rows.num_passes(accumulation, tokens) if is_cut else float(accumulation)
             mean = accumulation * self.rows.mean_pass / num_passes
             for count, offloads in product(counts, can_offload):
@@ -222,8 +221,8 @@ class Planner:
         yield from ((tokens, False) for tokens in sorted(sizes))
         if self.card.has_graphs:
             if not is_given:
-                padded = {_padded(tokens) - less for tokens in sizes for less in (0, GRAPH_STEP)}
-                sizes = {tokens for tokens in padded if tokens >= rows.longest[0]}
+                wide = {padded(tokens) - less for tokens in sizes for less in (0, GRAPH_STEP)}
+                sizes = {tokens for tokens in wide if tokens >= rows.longest[0]}
             yield from ((tokens, True) for tokens in sorted(sizes) if tokens <= GRAPH_TOKENS)
 
     def _filled(self, choice: _Choice, budget: int | None) -> _Choice:
@@ -361,7 +360,7 @@ class Planner:
         if s.embedding_on_host:
             total += host_bytes(s.embedding_bytes, 1)
         if choice.offloads:
-            total += host_bytes(_padded(choice.tokens) * s.hidden * s.element_bytes, s.num_blocks - choice.num_kept)
+            total += host_bytes(padded(choice.tokens) * s.hidden * s.element_bytes, s.num_blocks - choice.num_kept)
         return total
 
     def seconds(self, choice: _Choice) -> float:
@@ -418,7 +417,8 @@ class Planner:
         )
 
 
-def _padded(tokens: int) -> int:
+def padded(tokens: int) -> int:
+    """Tokens that a recorded pass of so many has."""
     return -(-tokens // GRAPH_STEP) * GRAPH_STEP
 
 

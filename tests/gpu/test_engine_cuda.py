@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 
 from tests.conftest import training_of, with_batch
+from train import plan as planning
 from train.collate import collate_packed
 from train.config import Config, EngineConfig, LoraConfig
 from train.engine import attention, graphs, lora_linear, operations
@@ -222,7 +223,7 @@ def test_tiles_of_an_mlp_are_the_whole(config: Config, uses_graphs: bool) -> Non
 def test_beyond_the_most_graphs_a_larger_one_serves(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for two graphs, more shapes than that are trained on, and a pass longer than all runs by launches."""
     monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
-    monkeypatch.setattr(graphs, "GRAPH_STEP", 8)
+    monkeypatch.setattr(planning, "GRAPH_STEP", 8)
     training = build(with_batch(config, 2, 4))
     engine: Any = training.model.engine
     for step in range(6):

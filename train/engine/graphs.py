@@ -1,7 +1,8 @@
 """Small passes as CUDA graphs: launching 2,500 kernels takes the host longer than a GPU needs to run them.
 
 A step of 1,340 tokens of Llama-3.1-8B: 155 ms by launches, 84 to 88 ms as a graph (H200; docs/LOG.md). A graph holds
-one shape, so passes are padded to a multiple of GRAPH_STEP tokens, by a last sample of its own that nobody learns from.
+one shape, so passes are padded to a multiple of plan.GRAPH_STEP tokens, by a last sample of its own that nobody learns
+from.
 """
 
 import gc
@@ -18,7 +19,7 @@ from train.engine.attention import Attend
 from train.engine.block import Pass
 from train.engine.stack import Memory, Stack
 from train.engine.weight_store import WeightStore
-from train.plan import GRAPH_STEP
+from train.plan import padded
 
 MOST_GRAPHS = 32  # about 10 MB each; what comes later goes through a larger one, since a recording costs several steps
 
@@ -26,14 +27,14 @@ AttendFor = Callable[[MicroBatch], Attend]
 
 
 def pad(batch: MicroBatch) -> MicroBatch:
-    """The packed micro-batch with a multiple of GRAPH_STEP tokens and of eight borders.
+    """The packed micro-batch with a multiple of plan.GRAPH_STEP tokens and of eight borders.
 
     Its longest sample may be all of it. What is added predicts nothing; samples of no tokens stand at its end.
     """
     borders = batch.cu_seqlens
     assert borders is not None
     num_tokens = batch.input_ids.shape[1]
-    width = -(-num_tokens // GRAPH_STEP) * GRAPH_STEP
+    width = padded(num_tokens)
     num_borders = -(-(len(borders) + 1) // 8) * 8
     wide = replace(
         batch,
@@ -85,7 +86,7 @@ class Graphs:
         self.gap_bytes = gap_bytes
         self.launch_bytes = launch_bytes
         self.attend_for = attend_for
-        self.most_tokens = -(-most_tokens // GRAPH_STEP) * GRAPH_STEP
+        self.most_tokens = padded(most_tokens)
         self.graphs: dict[tuple[int, int], _Graph] = {}  # by tokens and borders
         self.places: _Places | None = None
         self.pool: Any = None

@@ -23,7 +23,7 @@ from train.engine.stack import Stack
 from train.engine.weight_store import WeightStore
 from train.loss import CHUNK_BYTES
 from train.optim import state_bytes
-from train.plan import GRAPH_STEP, ModelSizes, Plan
+from train.plan import ModelSizes, Plan, padded
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -68,7 +68,7 @@ class Engine:
         store = WeightStore(blocks, plan.num_cached, norm, host, copies)
         inputs = DeviceInputs()
         if plan.offloads_inputs:
-            num_tokens = -(-plan.tokens_per_pass // GRAPH_STEP) * GRAPH_STEP
+            num_tokens = padded(plan.tokens_per_pass)
             inputs = HostInputs(plan.num_blocks - plan.num_kept, num_tokens, norm, copies(), copies())
         self.stack = Stack(blocks, decoder.norm, store, plan.num_kept, inputs)
         # Qwen's attention knows its window, Mistral's reads the configuration, Llama has none whatever that says

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.interrupted_run import ROOT, commit
-from train.runtime import versions
+from train.run.versions import versions
 
 RESULTS = ROOT / "benchmarks" / "results" / "faults.json"
 PAGE = ROOT / "docs" / "RELIABILITY.md"

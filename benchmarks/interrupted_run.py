@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from train.exits import ExitCode
-from train.runtime import versions
-from train.trackers import read_metrics
+from train.run.exits import ExitCode
+from train.run.versions import versions
+from train.track.metrics_file import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from benchmarks.interrupted_run import ROOT, adapter, commit, start
-from train.runtime import versions
-from train.trackers import read_metrics
+from train.run.versions import versions
+from train.track.metrics_file import read_metrics
 
 
 def main() -> None:

@@ -21,9 +21,9 @@ import torch
 
 from benchmarks.interrupted_run import commit
 from train.cli import parse
-from train.exits import ExitWith
-from train.forecast import probe
-from train.runtime import versions
+from train.commands.probe import probe
+from train.run.exits import ExitWith
+from train.run.versions import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA = ("--profile", "a100", "--lora.r", "16", "--lora.alpha", "32")

@@ -25,7 +25,7 @@ from data_tools.packing import pack
 from data_tools.prepare import Prepared, PrepareSettings, prepare
 from data_tools.records import Conversation, Report, read_records
 from data_tools.render import PLAIN_TEMPLATE
-from train.runtime import versions
+from train.run.versions import versions
 
 MAX_LENGTH = 1024
 WORDS = (

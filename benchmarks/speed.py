@@ -33,9 +33,9 @@ from data_tools.prepare import prepare
 from train.cli import parse
 from train.data import Layout, TrainingData, prepare_settings
 from train.metrics import flops_per_token, peak_flops
-from train.model import load_tokenizer
-from train.runtime import versions
-from train.trackers import read_metrics
+from train.models.tokenizer import load_tokenizer
+from train.run.versions import versions
+from train.track.metrics_file import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 # Peers may want other versions of packages that we use too: a folder with theirs, first on their path and last on ours

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.conftest import Outcome, Run, arguments, losses, run_command
 from train.config import Config
-from train.trackers import read_metrics
+from train.track.metrics_file import read_metrics
 
 
 def at(config: Config, run_dir: Path) -> Config:

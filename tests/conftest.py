@@ -26,6 +26,7 @@ from accelerate import Accelerator  # noqa: E402
 from transformers import AutoTokenizer, LlamaConfig  # noqa: E402
 
 from data_tools.prepare import prepare  # noqa: E402
+from train.assemble import assemble  # noqa: E402
 from train.config import (  # noqa: E402
     BatchConfig,
     CompareConfig,
@@ -39,10 +40,12 @@ from train.config import (  # noqa: E402
     TrackConfig,
     TrainConfig,
 )
-from train.data import TrainingData, prepare_settings  # noqa: E402
-from train.model import load_tokenizer  # noqa: E402
-from train.outlook import assemble  # noqa: E402
-from train.runtime import layout  # noqa: E402
+from train.data import (  # noqa: E402
+    Layout,
+    TrainingData,
+    prepare_settings,
+)
+from train.models.tokenizer import load_tokenizer  # noqa: E402
 from train.step import Training  # noqa: E402
 
 torch.set_num_threads(1)
@@ -134,7 +137,12 @@ def training_of(config: Config, accelerator: Accelerator) -> Training:
     """What train/main.py assembles for `config`."""
     tokenizer = load_tokenizer(config).backend
     prepared = prepare(prepare_settings(config, config.data.path), tokenizer)
-    data = TrainingData(prepared.dataset, config, layout(config, accelerator), tokenizer.pad_token_id)
+    data = TrainingData(
+        prepared.dataset,
+        config,
+        Layout.of(config.batch, accelerator),
+        tokenizer.pad_token_id,
+    )
     return assemble(config, accelerator, data)
 
 

@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,17 +16,28 @@ from typing import Any
 import torch
 
 
-def before_and_after(holder: Any, name: str, act: Callable[[str], None]) -> None:
-    """Calls act("before") and act("after") around every call of `holder.name`."""
+def before_and_after(holder: Any, name: str, act: Callable[[str], None], caller: str = "") -> None:
+    """Calls act("before") and act("after") around every call of `holder.name`, or of those made by `caller`."""
     original = getattr(holder, name)
 
     def around(*arguments: Any, **options: Any) -> Any:
+        if caller and sys._getframe(1).f_code.co_name != caller:
+            return original(*arguments, **options)
         act("before")
         result = original(*arguments, **options)
         act("after")
         return result
 
     setattr(holder, name, around)
+
+
+def around_syncs(act: Callable[[str], None]) -> None:
+    """before_and_after of the syncs by which a checkpoint is published or set aside."""
+    import train.checkpoints.store
+    import train.run.durable
+
+    before_and_after(train.run.durable, "sync", act, caller="publish")
+    before_and_after(train.checkpoints.store, "sync", act)
 
 
 def die() -> None:
@@ -35,16 +47,16 @@ def die() -> None:
 
 @dataclass(frozen=True)
 class Fault:
-    """Kills the process before or after the n-th call of a function of train.checkpoint, or of os.rename."""
+    """Kills the process before or after the n-th call of a function of train.checkpoints.store, or of os.rename."""
 
-    function: str  # a name in train.checkpoint, `rename`, or `save`, which is CheckpointStore's
+    function: str  # a name in train.checkpoints.store, `rename`, or `save`, which is CheckpointStore's
     call: int
     when: str  # before | after
 
     def __call__(self) -> None:
-        import train.checkpoint
+        import train.checkpoints.store
 
-        holders: dict[str, Any] = {"rename": os, "save": train.checkpoint.CheckpointStore}
+        holders: dict[str, Any] = {"rename": os, "save": train.checkpoints.store.CheckpointStore}
         calls = 0
 
         def act(when: str) -> None:
@@ -53,7 +65,7 @@ class Fault:
             if calls == self.call and when == self.when:
                 die()
 
-        before_and_after(holders.get(self.function, train.checkpoint), self.function, act)
+        before_and_after(holders.get(self.function, train.checkpoints.store), self.function, act)
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,7 @@ class KillAtOperation:
     log: str = ""
 
     def __call__(self) -> None:
-        import train.checkpoint
+        import train.checkpoints.store
 
         moments = 0
 
@@ -81,8 +93,8 @@ class KillAtOperation:
             elif moments == self.moment:
                 die()
 
-        for holder, name in ((train.checkpoint, "_write"), (train.checkpoint, "sync")):
-            before_and_after(holder, name, lambda when, name=name: act(f"{when} {name}"))
+        before_and_after(train.checkpoints.store, "_write", lambda when: act(f"{when} _write"))
+        around_syncs(lambda when: act(f"{when} sync"))
         for holder, name in ((os, "rename"), (shutil, "rmtree")):
             before_and_after(holder, name, lambda when, name=name: act(f"{when} {name}"))
 
@@ -98,7 +110,7 @@ class DiskError:
     function: str = "_write"
 
     def __call__(self) -> None:
-        import train.checkpoint
+        import train.checkpoints.store
 
         calls = 0
 
@@ -110,7 +122,10 @@ class DiskError:
                     raise OSError(self.number, os.strerror(self.number))
                 time.sleep(self.seconds)
 
-        before_and_after(train.checkpoint, self.function, act)
+        if self.function == "sync":
+            around_syncs(act)
+        else:
+            before_and_after(train.checkpoints.store, self.function, act)
 
 
 @dataclass(frozen=True)
@@ -120,16 +135,16 @@ class LittleSpace:
     free: tuple[int, ...]
 
     def __call__(self) -> None:
-        import train.checkpoint
-        import train.saving
+        import train.checkpoints.saver
+        import train.checkpoints.store
 
         looks = list(self.free)
 
         def free_bytes(folder: object) -> int:
             return looks.pop(0) if looks else 10**12
 
-        train.checkpoint.free_bytes = free_bytes
-        train.saving.free_bytes = free_bytes
+        train.checkpoints.store.free_bytes = free_bytes
+        train.checkpoints.saver.free_bytes = free_bytes
 
 
 @dataclass(frozen=True)
@@ -141,7 +156,7 @@ class NotANumber:
     only_gradient: bool = False
 
     def __call__(self) -> None:
-        from train.model import LanguageModel
+        from train.models.language_model import LanguageModel
 
         original = LanguageModel.forward
         calls = 0
@@ -176,7 +191,7 @@ class AtForward:
     number: signal.Signals = signal.SIGKILL
 
     def __call__(self) -> None:
-        from train.model import LanguageModel
+        from train.models.language_model import LanguageModel
 
         calls = 0
 

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 from data_tools.prepare import Statistics
-from train import hardware
-from train.checkpoint import Checkpoint
+from train.checkpoints.store import Checkpoint
 from train.config import Config
 from train.profiles import GLOSSARY
-from train.runtime import device_name, versions
+from train.run import devices
+from train.run.devices import device_name
+from train.run.versions import versions
 from train.step import Training
 
 
@@ -20,13 +21,13 @@ def banner(
     trainable = sum(p.numel() for p in training.parameters.values())
     device = training.accelerator.device
     held_out = statistics.num_samples - len(data.samples)
-    dtype, reason = hardware.compute_type(config.model.dtype, device)
+    dtype, reason = devices.compute_type(config.model.dtype, device)
     start = f"continues after step {checkpoint.state.step}" if checkpoint else "starts fresh"
     lines = [
         f"profile   {config.profile}: {_base(config)}, compute in {dtype}{f' ({reason})' if reason else ''}",
         f"device    {device_name(device)}"
         + (f", capped at {config.memory.budget}" if config.memory.budget and device.type == "cuda" else ""),
-        *(f"kernels   {line}" for line in (hardware.substitutes(device) if training.model.engine else [])),
+        *(f"kernels   {line}" for line in (devices.substitutes(device) if training.model.engine else [])),
         f"adapters  LoRA r={config.lora.r} alpha={config.lora.alpha} dropout={config.lora.dropout} on "
         f"{', '.join(config.lora.target_modules)}: {trainable:,} trained parameters",
         f"data      {', '.join(config.data.path)}: {statistics.num_records:,} records "
@@ -78,7 +79,7 @@ def _base(config: Config) -> str:
 def _warnings(training: Training, statistics: Statistics) -> list[str]:
     """What a user would want to know before waiting for the result."""
     config, lines = training.config, []
-    if warning := hardware.int8_warning(config.model.quantization, training.accelerator.device):
+    if warning := devices.int8_warning(config.model.quantization, training.accelerator.device):
         lines.append(f"warning   {warning}")
     if config.data.path == (GLOSSARY,) and config.profile != "demo":
         lines.append("warning   no --data.path was given: this trains on the bundled glossary")

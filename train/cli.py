@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 import tyro
 
 from train.config import Config
-from train.exits import ExitCode, ExitWith
 from train.profiles import PROFILES
+from train.run.exits import ExitCode, ExitWith
 
 USAGE = "usage: accelerate launch train/main.py --profile NAME [--section.field VALUE ...] [--print-config] [--help]"
 # `--model.random_init true` instead of a pair of flags

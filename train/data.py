@@ -8,14 +8,15 @@ from statistics import fmean, pstdev
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 
 from data_tools.packing import pack
 from data_tools.prepare import Prepared, PrepareSettings, prepare
 from data_tools.records import DataError
+from train.batching import Rows
 from train.collate import MicroBatch, collate, collate_packed, packed_tokens
-from train.config import Config, TrainConfig
-from train.passes import Rows
+from train.config import BatchConfig, Config, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Layout:
     accumulation: int
     num_processes: int
     rank: int
+
+    @classmethod
+    def of(cls, batch: BatchConfig, accelerator: Accelerator) -> "Layout":
+        """Of this process's part of a run."""
+        return cls(batch.per_device, batch.accumulation, accelerator.num_processes, accelerator.process_index)
 
     @property
     def samples_per_step(self) -> int:

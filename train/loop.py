@@ -7,14 +7,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from train.exits import ExitCode, ExitWith, write_atomically
+from train.checkpoints.saver import Saver
 from train.metrics import Stopwatch, flops_per_token, num_matmul_weights, peak_flops
-from train.runtime import Heartbeat, advice_to_repeat, agreed
-from train.saving import Saver
-from train.signals import StopRequest
+from train.run.durable import write_atomically
+from train.run.exits import ExitCode, ExitWith
+from train.run.processes import Heartbeat, advice_to_repeat, agreed
+from train.run.signals import StopRequest
 from train.step import StepResult, Training, optimizer_step
-from train.trackers import Trackers
-from train.watch import LossWatch
+from train.track.loss_watch import LossWatch
+from train.track.trackers import Trackers
 
 Row = dict[str, Any]
 MAX_SKIPPED_IN_A_ROW = 3

@@ -2,8 +2,8 @@
 
 import sys
 
-from train.scrub import print_scrubbed, scrub
-from train.signals import StopRequest, follow_launcher
+from train.run.redact import print_scrubbed, scrub
+from train.run.signals import StopRequest, follow_launcher
 
 STOP = None
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -22,24 +22,31 @@ from rich.console import Console
 
 from data_tools.prepare import Prepared, first_conversations, prepare
 from data_tools.records import DataError
-from train import runtime
+from train.assemble import assemble
+from train.audit_gate import judge, pass_gate
 from train.banner import banner
-from train.checkpoint import Checkpoint, CheckpointStore
+from train.checkpoints.resume import check_same_run, choose, identity, restore, saved_passes
+from train.checkpoints.saver import Saver, check_disk
+from train.checkpoints.store import Checkpoint, CheckpointStore
 from train.cli import parse
 from train.config import Config
-from train.data import TrainingData, hold_out, prepare_settings
+from train.data import Layout, TrainingData, hold_out, prepare_settings
 from train.deliver.compare import as_rows, compare, show
 from train.deliver.final import publish_final
 from train.engine.copies import HostMemoryError
-from train.exits import ExitCode, ExitWith, write_atomically, write_exit
-from train.gate import judge, pass_gate
 from train.loop import train
-from train.model import Tokenizer, adapter_config, check_fits, load_tokenizer
-from train.outlook import assemble
-from train.resume import check_same_run, choose, identity, on_first_process, restore, saved_passes
-from train.saving import Saver, check_disk
+from train.models.language_model import adapter_config
+from train.models.tokenizer import Tokenizer, check_fits, load_tokenizer
+from train.run.accelerator import check_machine, close_group, start_accelerator
+from train.run.durable import write_atomically
+from train.run.exits import ExitCode, ExitWith
+from train.run.folder import locked, write_exit
+from train.run.processes import advice_to_repeat, go_on, on_first_process, peer_failure, say
 from train.step import Training
-from train.trackers import Display, MetricsFile, Tracker, Trackers, WeightsAndBiases, wandb_mode
+from train.track.display import Display
+from train.track.metrics_file import MetricsFile
+from train.track.trackers import Tracker, Trackers
+from train.track.weights_and_biases import WeightsAndBiases, wandb_mode
 from train.validation import validate
 
 
@@ -53,7 +60,7 @@ def main(argv: list[str], stop: StopRequest | None = None) -> ExitCode:
     stop = stop or StopRequest()
     try:
         config = parse(argv)
-        with runtime.locked(Path(config.run.dir)) if is_first_process() else nullcontext(), ExitStack() as closing:
+        with locked(Path(config.run.dir)) if is_first_process() else nullcontext(), ExitStack() as closing:
             code, reason = attempt(config, stop, closing)
             # before trackers are closed, which may take seconds that a killed job does not have
             if speaks(code, Path(config.run.dir) / "exit.json"):
@@ -91,10 +98,10 @@ def attempt(config: Config, stop: StopRequest, closing: ExitStack) -> tuple[Exit
         advice = "free host memory, raise what the container or WSL may take, or give --engine.kind reference"
         return out_of_memory(f"{error}\n{advice}")
     except RuntimeError as error:
-        silent = runtime.peer_failure(config, error)
+        silent = peer_failure(config, error)
         if not silent:
             raise
-        return ExitCode.PEER_FAILURE, f"{silent}\nthe newest checkpoint stands: {runtime.advice_to_repeat(config)}"
+        return ExitCode.PEER_FAILURE, f"{silent}\nthe newest checkpoint stands: {advice_to_repeat(config)}"
     return ExitCode.FINISHED, "finished"
 
 
@@ -107,15 +114,20 @@ def out_of_memory(reason: str) -> tuple[ExitCode, str]:
 
 def run(config: Config, stop: StopRequest, closing: ExitStack) -> None:
     """The job from files to final/; raises ExitWith or DataError where it ends early."""
-    runtime.check(config)
+    check_machine(config)
     wandb = wandb_mode(config)
     tokenizer = load_tokenizer(config)
     check_fits(config, tokenizer.backend)
     prepared = prepare(prepare_settings(config, config.data.path), tokenizer.backend)
     samples, validation = hold_out(config, prepared, tokenizer.backend)
-    closing.callback(runtime.close_group, together=False)
-    accelerator = runtime.start(config)
-    data = TrainingData(samples, config, runtime.layout(config, accelerator), tokenizer.backend.pad_token_id)
+    closing.callback(close_group, together=False)
+    accelerator = start_accelerator(config)
+    data = TrainingData(
+        samples,
+        config,
+        Layout.of(config.batch, accelerator),
+        tokenizer.backend.pad_token_id,
+    )
     same_run = identity(config, prepared.fingerprint, data, accelerator.device)
     store = CheckpointStore(Path(config.run.dir), config.checkpoint.keep)
     checkpoint = choose(store, config, accelerator)
@@ -123,23 +135,23 @@ def run(config: Config, stop: StopRequest, closing: ExitStack) -> None:
         check_same_run(checkpoint, same_run, accelerator)
     else:
         on_first_process(accelerator, lambda: audit_aloud(config, tokenizer, data, validation))
-    runtime.go_on(config, accelerator, stop)
-    runtime.say(accelerator, f"loading {config.model.name_or_path}")
+    go_on(config, accelerator, stop)
+    say(accelerator, f"loading {config.model.name_or_path}")
     saved = saved_passes(checkpoint, data, config.batch.merge)
     longest_validated = max(validation["num_tokens"][:]) if validation else 0
     training = assemble(config, accelerator, data, saved, longest_validated)
     if checkpoint is not None:
         restore(training, checkpoint)
-    runtime.say(accelerator, banner(training, tokenizer.notes, prepared.statistics, checkpoint))
+    say(accelerator, banner(training, tokenizer.notes, prepared.statistics, checkpoint))
 
     on_first_process(accelerator, lambda: check_disk(training, store))
-    runtime.go_on(config, accelerator, stop)
+    go_on(config, accelerator, stop)
 
     trackers = open_trackers(training, store, checkpoint, wandb)
     closing.callback(trackers.finish)
     saver = Saver.of(training, store, same_run, trackers, checkpoint)
     train(training, saver.saved, stop, trackers, saver, lambda: validate(training, validation) if validation else {})
-    runtime.close_group(together=True)
+    close_group(together=True)
     if accelerator.is_main_process:
         deliver(training, tokenizer, prepared, trackers, stop)
 

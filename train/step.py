@@ -8,11 +8,12 @@ from accelerate import Accelerator
 
 from train.config import Config
 from train.data import TrainingData, Window
+from train.engine.plan import Plan
 from train.metrics import read
-from train.model import LanguageModel
+from train.models.language_model import LanguageModel
 from train.optim import FlatParameters, learning_rate, set_learning_rate
-from train.plan import Plan
-from train.runtime import add_over_processes, seed_forward
+from train.run.processes import add_over_processes
+from train.seeds import seed_forward
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from data_tools.prepare import PrepareSettings, cache_root, prepare
 from data_tools.records import DataError
 from tests.conftest import BUNDLED_BASE, arguments, run_command, tokenizer_at, write_shape
 from tests.tally import Tally
-from train.checkpoint import (
+from train.checkpoints.store import (
     ADAPTER,
     ADAPTER_CONFIG,
     CONTENTS,
@@ -39,11 +39,13 @@ from train.checkpoint import (
     TrainerState,
     adapter_files,
 )
-from train.commands import main as command
+from train.commands.handloop import main as command
 from train.config import Config, MemoryConfig, ModelConfig
-from train.exits import ExitCode
-from train.model import base_fingerprint, load_model, load_tokenizer
-from train.plan import reference_plan
+from train.engine.plan import reference_plan
+from train.models.fingerprint import base_fingerprint
+from train.models.language_model import load_model
+from train.models.tokenizer import load_tokenizer
+from train.run.exits import ExitCode
 
 GOOD = '{"prompt": "What is AOG?", "response": "Aircraft on ground."}\n'
 TURNS = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n'

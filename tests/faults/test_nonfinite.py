@@ -14,7 +14,7 @@ from tests.conftest import arguments, run_command, with_batch
 from tests.injections import Both, Fault, NotANumber
 from tests.tally import Tally
 from train.config import CheckpointConfig, Config
-from train.trackers import read_metrics
+from train.track.metrics_file import read_metrics
 
 
 def all_finite(run_dir: Path) -> bool:

@@ -12,8 +12,8 @@ from tests.conftest import Outcome, arguments, run_command, with_batch
 from tests.injections import AtForward, Both, DiskError, Fault, GroupAtEnd
 from tests.tally import Tally
 from train.config import CheckpointConfig, Config
-from train.exits import ExitCode
-from train.trackers import read_metrics
+from train.run.exits import ExitCode
+from train.track.metrics_file import read_metrics
 
 
 def together(config: Config, run_dir: Path, faults: list) -> list[Outcome]:

@@ -122,10 +122,10 @@ class RaiseInRun:
     def __call__(self) -> None:
         import torch
 
-        import train.checkpoint
+        import train.checkpoints.store
         import train.main
         from data_tools.records import DataError
-        from train.exits import ExitCode, ExitWith
+        from train.run.exits import ExitCode, ExitWith
 
         errors: dict[str, Exception] = {
             "exit": ExitWith(ExitCode.BAD_INPUT, self.text),
@@ -137,7 +137,7 @@ class RaiseInRun:
         def fail(*arguments: object, **options: object) -> None:
             raise errors[self.kind]
 
-        holder, name = (train.checkpoint, "_write") if self.kind == "save" else (train.main, "prepare")
+        holder, name = (train.checkpoints.store, "_write") if self.kind == "save" else (train.main, "prepare")
         setattr(holder, name, fail)
 
 

@@ -18,7 +18,7 @@ import torch
 
 from tests.tally import Tally
 from tests.write_log import Event, Log, State, Tree, crash_states, materialise, recorded, tree_of
-from train.checkpoint import (
+from train.checkpoints.store import (
     ADAPTER,
     ADAPTER_CONFIG,
     CONTENTS,
@@ -30,10 +30,10 @@ from train.checkpoint import (
     CheckpointStore,
     TrainerState,
     adapter_files,
-    publish,
 )
-from train.exits import ExitCode, ExitWith, write_exit
-from train.runtime import locked
+from train.run.durable import publish
+from train.run.exits import ExitCode, ExitWith
+from train.run.folder import locked, write_exit
 
 KEEP = 2
 

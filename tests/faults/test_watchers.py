@@ -20,7 +20,8 @@ from tests.conftest import Run, arguments, losses
 from tests.fake_wandb import FakeServer, WatcherFault, blackhole, environment, recorded_rows, records, services_of
 from tests.tally import Tally
 from train.config import CheckpointConfig, Config, TrackConfig
-from train.trackers import WANDB_PATIENCE_SECONDS, read_metrics
+from train.track.metrics_file import read_metrics
+from train.track.weights_and_biases import WANDB_PATIENCE_SECONDS
 
 MODES = Literal["auto", "online", "offline", "off"]
 MAX_ADDED_SECONDS = 20.0

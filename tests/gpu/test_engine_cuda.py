@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 
 from tests.conftest import training_of, with_batch
-from train import plan as planning
+from train.assemble import assemble
 from train.collate import collate_packed
 from train.config import Config, EngineConfig, LoraConfig
 from train.engine import attention, graphs, lora_linear, operations
@@ -19,8 +19,8 @@ from train.engine.attention import attend_packed
 from train.engine.embedding import HostEmbedding
 from train.engine.lora_linear import dequantize
 from train.engine.operations import Dropout
-from train.outlook import assemble
-from train.runtime import seed_forward
+from train.memory import search as planning
+from train.seeds import seed_forward
 from train.step import Training, optimizer_step
 from train.validation import validate
 

@@ -11,11 +11,11 @@ from accelerate import Accelerator
 
 from tests.conftest import BUNDLED_BASE, training_of
 from tests.gpu import test_engine_cuda
-from train import hardware
 from train.config import Config
 from train.engine import attention, operations
 from train.engine.embedding import HostEmbedding
 from train.engine.lora_linear import dequantize
+from train.run import devices
 from train.step import StepResult, Training, optimizer_step
 
 GPU = torch.device("cuda", 0)
@@ -23,7 +23,7 @@ Choose = Callable[[tuple[int, int]], None]
 
 
 def has_bf16() -> bool:
-    return torch.cuda.is_available() and hardware.capability(GPU) >= hardware.BF16
+    return torch.cuda.is_available() and devices.capability(GPU) >= devices.BF16
 
 
 pytestmark = [
@@ -38,7 +38,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Choose]:
 
     def choose(number: tuple[int, int]) -> None:
         operations.kernels_for.cache_clear()
-        monkeypatch.setattr(hardware, "capability", lambda device: number)
+        monkeypatch.setattr(devices, "capability", lambda device: number)
         # a real one would have no such kernel
         monkeypatch.setattr(attention, "varlen_attn", lambda *_, **__: pytest.fail("flash kernels on an old card"))
 

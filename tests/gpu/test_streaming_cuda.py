@@ -12,8 +12,8 @@ from tests.conftest import BUNDLED_BASE, training_of, with_batch
 from train.config import Config, LoraConfig, ModelConfig
 from train.data import prepare_settings
 from train.deliver.compare import compare
-from train.engine.packing import linear_layers
-from train.model import load_tokenizer
+from train.engine.packed_weights import linear_layers
+from train.models.tokenizer import load_tokenizer
 from train.step import Training, optimizer_step
 
 pytestmark = [

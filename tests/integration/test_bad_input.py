@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import ROOT, arguments, run_command
 from train.config import Config
-from train.trackers import read_metrics
+from train.track.metrics_file import read_metrics
 
 CASES = {
     "missing file": (["--data.path", "gone.jsonl"], ["gone.jsonl: no such file or folder"]),

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 from tests.conftest import ROOT
-from train.trackers import read_metrics
+from train.track.metrics_file import read_metrics
 
 
 def test_the_demo_learns_every_answer_and_stops(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from tests.compare_runs import at, result_of, start_processes
 from tests.conftest import arguments, run_command, with_batch
 from tests.injections import Both, Fault, NotANumber, OtherScale
 from train.config import CheckpointConfig, Config, EngineConfig
-from train.trackers import read_metrics
+from train.track.metrics_file import read_metrics
 
 START = OtherScale(2.0**34, 2)  # too much for the tiny model, and back there two steps later
 

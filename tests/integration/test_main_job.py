@@ -26,8 +26,9 @@ from tests.conftest import (
 )
 from train.config import CompareConfig, Config, ModelConfig
 from train.data import prepare_settings
-from train.model import keep_one_cpu_kernel, load_adapters, load_tokenizer
-from train.trackers import read_metrics
+from train.models.language_model import keep_one_cpu_kernel, load_adapters
+from train.models.tokenizer import load_tokenizer
+from train.track.metrics_file import read_metrics
 
 
 def on_bundled_base(config: Config) -> Config:

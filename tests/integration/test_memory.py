@@ -10,10 +10,10 @@ import pytest
 
 from tests.compare_runs import at, reference, result_of
 from tests.conftest import Run, arguments, run_command
-from train.cards import KNOWN
-from train.commands import main as command
+from train.commands.handloop import main as command
+from train.commands.probe import beside
 from train.config import CheckpointConfig, CompareConfig, Config, EngineConfig, LoraConfig
-from train.forecast import beside
+from train.memory.gpus import KNOWN
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from tests.compare_runs import at, reference, result_of
 from tests.conftest import ROOT, Run, arguments, losses, run_command, with_batch
 from tests.injections import Fault
 from train.config import CheckpointConfig, Config, EngineConfig
-from train.trackers import read_metrics
+from train.track.metrics_file import read_metrics
 
 
 @pytest.fixture

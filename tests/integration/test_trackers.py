@@ -9,7 +9,8 @@ import pytest
 
 from tests.conftest import arguments, losses, run_command
 from train.config import Config, TrackConfig
-from train.trackers import MetricsFile, read_metrics, wandb_mode
+from train.track.metrics_file import MetricsFile, read_metrics
+from train.track.weights_and_biases import wandb_mode
 
 
 def watched(config: Config, run_dir: Path, mode: Literal["auto", "online", "offline", "off"] = "auto") -> Config:

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from tests.conftest import ROOT, arguments, training_of, with_batch
 from train.config import BatchConfig, Config, EngineConfig
 from train.step import Training, optimizer_step
-from train.trackers import read_metrics
+from train.track.metrics_file import read_metrics
 from train.validation import validate
 
 LAYOUTS = [(8, 1), (4, 2), (2, 4), (1, 8)]

@@ -27,13 +27,14 @@ from train.config import Config, EngineConfig
 from train.data import Layout
 from train.engine import operations
 from train.engine.block import Block, Pass
+from train.engine.decoder import Engine
+from train.engine.families import reason_against
 from train.engine.lora_linear import LoraGroup, dequantize
 from train.engine.operations import Dropout
-from train.engine.packing import HostBlocks
-from train.engine.patch import Engine, reason_against
-from train.exits import ExitWith
-from train.model import choose_engine, sketch
-from train.plan import Plan
+from train.engine.packed_weights import HostBlocks
+from train.engine.plan import Plan
+from train.models.language_model import choose_engine, sketch
+from train.run.exits import ExitWith
 from train.step import optimizer_step
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from tests.conftest import BUNDLED_BASE, training_of
 from tests.parity.test_engine import FAMILIES, NOTHING, adapted_model, gradients_of, packed, plan
 from train.config import Config, EngineConfig
 from train.engine import lora_linear
-from train.engine.patch import Engine
+from train.engine.decoder import Engine
 from train.loss import summed_cross_entropy
 from train.step import optimizer_step
 

@@ -20,13 +20,14 @@ from train.collate import MicroBatch
 from train.config import Config, EngineConfig, LoraConfig, MemoryConfig, ModelConfig
 from train.data import prepare_settings
 from train.deliver.compare import compare
-from train.engine import patch
+from train.engine import decoder
+from train.engine.block import Block
 from train.engine.copies import Copies, ThreadCopies
-from train.engine.packing import HostBlocks, linear_layers
-from train.engine.patch import Engine
+from train.engine.decoder import Engine
+from train.engine.packed_weights import HostBlocks, linear_layers
+from train.engine.plan import Plan, spread
 from train.engine.weight_store import WeightStore
-from train.model import load_tokenizer
-from train.plan import Plan, spread
+from train.models.tokenizer import load_tokenizer
 from train.step import optimizer_step
 
 NUM_BLOCKS = 5
@@ -152,8 +153,8 @@ def checked(monkeypatch: pytest.MonkeyPatch, queues: Queues, forget: tuple[str, 
         name = next(names)
         return CheckedCopies(queues, name, forget[1] if name == forget[0] else "")
 
-    monkeypatch.setattr(patch, "copies_for", copies_for)
-    fill, forward = WeightStore._fill_base, patch.Block.forward
+    monkeypatch.setattr(decoder, "copies_for", copies_for)
+    fill, forward = WeightStore._fill_base, Block.forward
 
     def watched_fill(self: Any, block: Any, matrices: Any, is_streamed: bool) -> None:
         if is_streamed:
@@ -169,7 +170,7 @@ def checked(monkeypatch: pytest.MonkeyPatch, queues: Queues, forget: tuple[str, 
         return forward(self, matrices, x, shared)
 
     monkeypatch.setattr(WeightStore, "_fill_base", watched_fill)
-    monkeypatch.setattr(patch.Block, "forward", watched_forward)
+    monkeypatch.setattr(Block, "forward", watched_forward)
 
 
 @pytest.mark.parametrize("numbers", [[0, 1, 2, 3, 4], [1, 3, 4], [2]])
@@ -333,17 +334,17 @@ def test_a_pass_that_raised_is_followed_by_a_right_one(
     batch = packed()
     torch.manual_seed(0)
     wanted = result(*streaming([]), batch, passes=1)
-    monkeypatch.setattr(patch, "copies_for", lambda _: Slow())
+    monkeypatch.setattr(decoder, "copies_for", lambda _: Slow())
     torch.manual_seed(0)
     adapted, plan, host = streaming([0, 1, 2, 3, 4], offloads_inputs=offloads_inputs)
-    real, failures = getattr(patch.Block, name), iter([False] * (at_call - 1) + [True])
+    real, failures = getattr(Block, name), iter([False] * (at_call - 1) + [True])
 
     def failing(*arguments: Any) -> Any:
         if next(failures, False):
             raise torch.OutOfMemoryError("no more")
         return real(*arguments)
 
-    monkeypatch.setattr(patch.Block, name, failing)
+    monkeypatch.setattr(Block, name, failing)
     engine = Engine(adapted.get_base_model(), plan, host)
     with pytest.raises(torch.OutOfMemoryError):
         engine(batch).sum().backward()
@@ -362,7 +363,7 @@ def test_a_slow_bus_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = packed()
     torch.manual_seed(0)
     wanted = result(*streaming([]), batch, passes=1)
-    monkeypatch.setattr(patch, "copies_for", lambda _: Slow())
+    monkeypatch.setattr(decoder, "copies_for", lambda _: Slow())
     torch.manual_seed(0)
     assert torch.equal(result(*streaming([0, 1, 2, 3, 4], offloads_inputs=True), batch, passes=1), wanted)
 

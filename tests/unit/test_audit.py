@@ -16,7 +16,7 @@ from data_tools.records import DataError
 from data_tools.scan import CONTROL, MOJIBAKE, role_problem
 from data_tools.similarity import NEAR_SIMILARITY, first_equal, first_near, normalise, sketch
 from tests.conftest import SHARED, needs_shared, tokenizer_at
-from train.commands import main
+from train.commands.handloop import main
 
 PLAN = Plan(2, 4, 1, "samples", units_per_epoch=20, steps_per_epoch=3, epochs=2, total_steps=6)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.checkpoint import ADAPTER, CONTENTS, MANIFEST, STATE, CheckpointStore, TrainerState, adapter_files
-from train.exits import ExitCode, ExitWith
+from train.checkpoints.store import ADAPTER, CONTENTS, MANIFEST, STATE, CheckpointStore, TrainerState, adapter_files
+from train.run.exits import ExitCode, ExitWith
 
 
 def write(store: CheckpointStore, step: int) -> Path:

@@ -10,8 +10,8 @@ import pytest
 from tests.conftest import ROOT
 from train.cli import parse
 from train.config import parse_bytes
-from train.exits import ExitCode, ExitWith
 from train.profiles import PROFILES
+from train.run.exits import ExitCode, ExitWith
 
 
 def refusal(*words: str) -> str:

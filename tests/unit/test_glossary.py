@@ -13,8 +13,8 @@ from data_tools.glossary import WORDINGS, Pairs, PairSettings, main, make_pairs,
 from data_tools.glossary_files import Term, read_terms
 from data_tools.records import DataError
 from tests.conftest import ROOT
-from train.commands import main as handloop
-from train.exits import ExitCode
+from train.commands.handloop import main as handloop
+from train.run.exits import ExitCode
 
 BUNDLED = ROOT / "demo" / "glossary.csv"
 # Without comparisons: their answers are two definitions long, and the bundled base learnt none of six.

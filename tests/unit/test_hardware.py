@@ -13,12 +13,13 @@ from accelerate import Accelerator
 import train.engine
 from data_tools.prepare import Statistics
 from tests.conftest import ROOT, training_of
-from train import hardware, runtime
 from train.banner import banner
 from train.config import Config, EngineConfig
 from train.engine import attention, operations
-from train.exits import ExitCode, ExitWith
-from train.model import resolve_dtype
+from train.run import devices
+from train.run.accelerator import check_machine
+from train.run.devices import resolve_dtype
+from train.run.exits import ExitCode, ExitWith
 
 STATISTICS = Statistics(19, 19, 900, 500, 0, 0, 0, [], [2], {}, ["prompt/response"])
 GPU = torch.device("cuda")
@@ -36,7 +37,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def choose(number: tuple[int, int]) -> None:
         operations.kernels_for.cache_clear()
-        monkeypatch.setattr(hardware, "capability", lambda device: [number][device.index or 0])  # there is one
+        monkeypatch.setattr(devices, "capability", lambda device: [number][device.index or 0])  # there is one
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old Card")
 
     yield choose
@@ -46,7 +47,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_one_function_asks_for_the_capability() -> None:
     """So that all of what follows is decided by what these tests patch."""
     callers = [path for path in (ROOT / "train").rglob("*.py") if "get_device_capability" in path.read_text()]
-    assert callers == [ROOT / "train" / "hardware.py"]
+    assert callers == [ROOT / "train" / "run" / "devices.py"]
 
 
 def test_the_compute_type_of_every_card(card: Choose) -> None:
@@ -54,13 +55,13 @@ def test_the_compute_type_of_every_card(card: Choose) -> None:
     chosen = {}
     for number in [*CARDS, (5, 0), (5, 3), (6, 2), (7, 2)]:
         card(number)
-        dtype, reason = hardware.compute_type("auto", GPU)
+        dtype, reason = devices.compute_type("auto", GPU)
         chosen[number] = dtype
         wanted = {"bf16": "", "fp16": "has no bf16", "fp32": "has no bf16 and no fast fp16"}[dtype]
         assert reason == (f"compute capability {number[0]}.{number[1]} {wanted}" if wanted else "")
     assert {number for number, dtype in chosen.items() if dtype == "bf16"} == {(8, 0), (8, 6), (9, 0), (12, 0)}
     assert {number for number, dtype in chosen.items() if dtype == "fp16"} == {(5, 3), (6, 0), (7, 0), (7, 2), (7, 5)}
-    assert hardware.compute_type("auto", CPU) == ("fp32", "")
+    assert devices.compute_type("auto", CPU) == ("fp32", "")
 
 
 def test_a_type_that_is_asked_for(card: Choose, config: Config) -> None:
@@ -70,10 +71,10 @@ def test_a_type_that_is_asked_for(card: Choose, config: Config) -> None:
         with pytest.raises(ExitWith, match=rf"--model\.dtype bf16: .*auto, which takes {instead}") as refusal:
             resolve_dtype(replace(config.model, dtype="bf16"), GPU)
         assert refusal.value.code == ExitCode.BAD_INPUT
-        assert hardware.compute_type("fp16", GPU) == ("fp16", "")
-        assert hardware.compute_type("bf16", CPU) == ("bf16", "")
+        assert devices.compute_type("fp16", GPU) == ("fp16", "")
+        assert devices.compute_type("bf16", CPU) == ("bf16", "")
     card((8, 0))
-    assert hardware.compute_type("bf16", GPU) == ("bf16", "")
+    assert devices.compute_type("bf16", GPU) == ("bf16", "")
 
 
 def test_attention_and_kernels_of_every_card(card: Choose, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,11 +88,11 @@ def test_attention_and_kernels_of_every_card(card: Choose, monkeypatch: pytest.M
         assert attention.has_flash(torch.float16, GPU) == (number >= (8, 0))
         assert not attention.has_flash(torch.float32, GPU)
         assert (operations.kernels_for(GPU) is None) == (number < (7, 0))
-        said = " ".join(hardware.substitutes(GPU))
+        said = " ".join(devices.substitutes(GPU))
         assert ("SDPA, one sample at a time" in said) == (number < (8, 0))
         assert ("instead of Triton" in said) == (number < (7, 0))
     assert operations.kernels_for(CPU) is None
-    assert hardware.substitutes(CPU) == []
+    assert devices.substitutes(CPU) == []
     monkeypatch.setattr(operations.importlib.util, "find_spec", lambda name: None)
     card((9, 0))
     assert operations.kernels_for(GPU) is None
@@ -101,9 +102,9 @@ def test_int8_on_every_card(card: Choose) -> None:
     """Below 7.5 a warning that names nf4; not for other types, and not on a CPU."""
     for number in CARDS:
         card(number)
-        assert ("nf4 is not" in hardware.int8_warning("int8", GPU)) == (number < (7, 5))
-        assert hardware.int8_warning("nf4", GPU) == ""
-        assert hardware.int8_warning("int8", CPU) == ""
+        assert ("nf4 is not" in devices.int8_warning("int8", GPU)) == (number < (7, 5))
+        assert devices.int8_warning("nf4", GPU) == ""
+        assert devices.int8_warning("int8", CPU) == ""
 
 
 @pytest.mark.parametrize(
@@ -126,10 +127,10 @@ def test_which_builds_serve_which_cards(
     for number in CARDS:
         card(number)
         if number in served:
-            hardware.check_build(GPU)
+            devices.check_build(GPU)
             continue
         with pytest.raises(ExitWith, match=rf"Old Card needs kernels for sm_{number[0]}{number[1]}\b") as refusal:
-            hardware.check_build(GPU)
+            devices.check_build(GPU)
         assert refusal.value.code == ExitCode.BAD_INPUT
         assert ", ".join(built) in refusal.value.reason
         assert ("CUDA 12.6 build (cu126)" in refusal.value.reason) == (number < (7, 5))
@@ -141,22 +142,22 @@ def test_a_card_that_no_build_serves(card: Choose, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: CU130)
     card((3, 5))
     with pytest.raises(ExitWith, match="no build of this torch has them"):
-        hardware.check_build(GPU)
+        devices.check_build(GPU)
 
 
 def test_what_bitsandbytes_does_not_run_on(card: Choose) -> None:
     """Below 6.0 its types and optimizers are refused with what works; a recipe without them is not."""
     for number in CARDS:
         card(number)
-        hardware.check_bitsandbytes("none", "adamw", GPU)
+        devices.check_bitsandbytes("none", "adamw", GPU)
         if number >= (6, 0):
-            hardware.check_bitsandbytes("nf4", "paged_adamw_8bit", GPU)
+            devices.check_bitsandbytes("nf4", "paged_adamw_8bit", GPU)
             continue
         with pytest.raises(ExitWith, match=r"quantization nf4 \(write none\)") as refusal:
-            hardware.check_bitsandbytes("nf4", "adamw", GPU)
+            devices.check_bitsandbytes("nf4", "adamw", GPU)
         assert "optim.name" not in refusal.value.reason
         with pytest.raises(ExitWith, match=r"optim\.name adamw_8bit \(write adamw\)"):
-            hardware.check_bitsandbytes("none", "adamw_8bit", GPU)
+            devices.check_bitsandbytes("none", "adamw_8bit", GPU)
 
 
 @pytest.fixture
@@ -175,18 +176,18 @@ def test_a_run_is_refused_before_it_reads_data(
     auto = replace(config, run=replace(config.run, device="auto"))
     monkeypatch.setenv("LOCAL_RANK", "3")  # more processes than cards: accelerate shares them
     with pytest.raises(ExitWith, match=r"CUDA 12\.6 build"):
-        runtime.check(auto)
-    runtime.check(config)  # run.device cpu
+        check_machine(auto)
+    check_machine(config)  # run.device cpu
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    runtime.check(auto)
+    check_machine(auto)
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: CU126)
-    runtime.check(auto)
+    check_machine(auto)
     with pytest.raises(ExitWith, match=r"--model\.dtype bf16"):
-        runtime.check(replace(auto, model=replace(auto.model, dtype="bf16")))
+        check_machine(replace(auto, model=replace(auto.model, dtype="bf16")))
     card((5, 2))
     with pytest.raises(ExitWith, match=r"bitsandbytes needs 6\.0"):
-        runtime.check(auto)
+        check_machine(auto)
 
 
 def test_the_banner_says_what_was_chosen(config: Config, card: Choose, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,15 +11,16 @@ from accelerate import Accelerator
 
 from data_tools.prepare import first_conversations
 from tests.conftest import arguments, training_of
-from train import cards, runtime
 from train import main as command
 from train.config import Config
 from train.data import prepare_settings
 from train.deliver import compare as comparing
 from train.engine.copies import HostMemoryError, host_buffers, host_bytes, page_locked
 from train.engine.embedding import HostEmbedding
-from train.exits import ExitCode
-from train.model import load_tokenizer
+from train.memory import gpus as cards
+from train.models.tokenizer import load_tokenizer
+from train.run.accelerator import free_gpu_bytes
+from train.run.exits import ExitCode
 
 MIB = 2**20
 
@@ -130,9 +131,9 @@ def test_processes_plan_with_the_least_memory_of_all(config: Config, monkeypatch
     real = torch.tensor
     monkeypatch.setattr(torch, "tensor", lambda value, device=None: real(value))
     accelerator: Any = Two()
-    assert runtime.free_bytes(config, accelerator) == 5 * 2**30
+    assert free_gpu_bytes(config, accelerator) == 5 * 2**30
     capped = replace(config, memory=replace(config.memory, budget="3GiB"))
-    assert runtime.free_bytes(capped, accelerator) == 3 * 2**30
+    assert free_gpu_bytes(capped, accelerator) == 3 * 2**30
 
 
 def test_local_processes_share_the_host(monkeypatch: pytest.MonkeyPatch) -> None:

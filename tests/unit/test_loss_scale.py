@@ -11,9 +11,9 @@ from accelerate import Accelerator
 
 from tests.conftest import training_of
 from tests.injections import NotANumber
-from train.checkpoint import TrainerState
+from train.checkpoints.store import TrainerState
 from train.config import Config, EngineConfig
-from train.model import LanguageModel
+from train.models.language_model import LanguageModel
 from train.optim import load_scaler_state
 from train.step import StepResult, Training, optimizer_step
 

@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import PhiConfig
 
 from tests.conftest import BUNDLED_BASE, tokenizer_at
-from train import runtime
 from train.config import Config, MemoryConfig, ModelConfig
-from train.exits import ExitWith
-from train.model import base_fingerprint, check_fits, load_model
-from train.plan import reference_plan
+from train.engine.plan import reference_plan
+from train.models.fingerprint import base_fingerprint
+from train.models.language_model import load_model
+from train.models.tokenizer import check_fits
+from train.run import accelerator as run_accelerator
+from train.run.exits import ExitWith
 
 
 def test_the_fingerprint_sees_other_weights_and_nothing_else(config: Config, tmp_path: Path) -> None:
@@ -79,6 +81,6 @@ def test_the_budget_is_set_for_the_current_device(config: Config, monkeypatch: p
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: calls.append(given))
     single = Accelerator(cpu=True)
     monkeypatch.setattr(type(single), "device", property(lambda self: torch.device("cuda")))
-    monkeypatch.setattr(runtime, "Accelerator", lambda **options: single)
-    runtime.start(replace(config, memory=MemoryConfig(budget="4GiB")))
+    monkeypatch.setattr(run_accelerator, "Accelerator", lambda **options: single)
+    run_accelerator.start_accelerator(replace(config, memory=MemoryConfig(budget="4GiB")))
     assert calls == [(0.25,)]

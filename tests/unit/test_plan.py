@@ -14,22 +14,27 @@ from accelerate import Accelerator
 from data_tools.prepare import prepare
 from tests.conftest import SHARED, arguments, needs_shared, training_of
 from tests.parity.test_engine import ALL, FAMILIES, adapted_model
+from train import assemble as assembling
 from train import main as command
-from train import outlook
-from train import plan as planning
-from train.cards import KNOWN, known
+from train.assemble import fitted
+from train.batching import Passes, Rows
+from train.checkpoints.resume import layout, saved_passes
 from train.collate import collate_packed
 from train.config import BatchConfig, Config, EngineConfig, LoraConfig, MemoryConfig, ModelConfig, OptimConfig
 from train.data import Layout, hold_out, prepare_settings
 from train.engine.block import Pass
-from train.engine.packing import HostBlocks, Packing, linear_layers, packed_bytes
-from train.engine.patch import Engine, model_sizes
-from train.exits import ExitCode, ExitWith
-from train.model import load_tokenizer, sketch
-from train.outlook import Outlook, fitted
-from train.passes import Passes, Rows
-from train.plan import MARGIN, MLP_TILE, ModelSizes, Plan, Planner, reference_plan
-from train.resume import layout, saved_passes
+from train.engine.decoder import Engine
+from train.engine.packed_weights import HostBlocks, Packing, linear_layers, packed_bytes
+from train.engine.plan import Plan, reference_plan
+from train.memory import outlook
+from train.memory import search as planning
+from train.memory.gpus import KNOWN, known
+from train.memory.outlook import Outlook
+from train.memory.search import MARGIN, MLP_TILE, Planner
+from train.memory.sizes import ModelSizes, model_sizes
+from train.models.language_model import sketch
+from train.models.tokenizer import load_tokenizer
+from train.run.exits import ExitCode, ExitWith
 from train.step import optimizer_step
 
 GIB = 2**30
@@ -305,8 +310,8 @@ class Card:
 
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, card: Card) -> None:
     """Makes `fitted` believe that there is one."""
-    monkeypatch.setattr(outlook, "_runs", card.runs)
-    monkeypatch.setattr(outlook, "_is_gpu", lambda training: True)
+    monkeypatch.setattr(assembling, "_runs", card.runs)
+    monkeypatch.setattr(assembling, "_is_gpu", lambda training: True)
 
 
 def test_out_of_memory_is_answered_by_smaller_plans(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,7 +358,7 @@ def test_a_validation_s_longer_sample_is_tried(kind: Any, config: Config, monkey
     config = replace(config, engine=EngineConfig(kind=kind), batch=BatchConfig(2, 2))
     training = training_of(config, Accelerator(cpu=True))
     longest = max(training.data.num_tokens)
-    monkeypatch.setattr(outlook, "_is_gpu", lambda training: True)
+    monkeypatch.setattr(assembling, "_is_gpu", lambda training: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     tried: list[tuple[int, ...]] = []
 
@@ -514,14 +519,14 @@ def test_the_longest_pass_is_the_longest(config: Config) -> None:
     """Of packed rows on the reference engine all rows of a pass count; filling makes it no longer than the plan."""
     packed = replace(config, data=replace(config.data, packing=True), batch=BatchConfig(4, 2))
     training = training_of(packed, Accelerator(cpu=True))
-    longest = outlook.longest_pass(training, training.plan)
+    longest = assembling.longest_pass(training, training.plan)
     windows = [training.data.window(step) for step in range(training.data.steps_per_epoch)]
     assert longest.input_ids.numel() >= max(b.input_ids.numel() for w in windows for b in w.micro_batches)
     data = training.data
     data.padding_free, data.num_tokens = True, [1000] * 6
     for total in (6000, 6144, 7000, 1000):
         plan = Plan(True, True, total, num_blocks=2, num_kept=2, uses_graphs=True, num_samples=40)
-        longest = outlook.longest_pass(training, plan)
+        longest = assembling.longest_pass(training, plan)
         assert longest.input_ids.numel() <= max(total, 1024)
         assert longest.cu_seqlens is not None
         assert len(longest.cu_seqlens) == 41

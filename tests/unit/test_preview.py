@@ -13,7 +13,7 @@ from rich.console import Console
 from data_tools.prepare import PrepareSettings, prepare
 from data_tools.preview import Row, as_html, as_plain, preview, show, visible
 from tests.conftest import BUNDLED_BASE, SHARED, needs_shared, tokenizer_at
-from train.commands import main
+from train.commands.handloop import main
 
 NASTY = "é ✓ 🎉 <script>alert('x')</script> & \x1b[31m\u202e\n\n\tnext  line \ufffd"
 WORDS = ["--profile", "demo", "--data.path"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from train.runtime import close_group
+from train.run.accelerator import close_group
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ import pytest
 from accelerate import Accelerator
 
 from tests.conftest import arguments, run_command, training_of
-from train import saving
-from train.checkpoint import CheckpointStore
+from train.checkpoints import saver as saving
+from train.checkpoints.saver import Saver, checkpoint_bytes
+from train.checkpoints.store import CheckpointStore
 from train.config import CheckpointConfig, Config, DataConfig, OptimConfig
-from train.saving import Saver, checkpoint_bytes
 from train.step import optimizer_step
-from train.trackers import MetricsFile, Trackers, read_metrics
+from train.track.metrics_file import MetricsFile, read_metrics
+from train.track.trackers import Trackers
 
 
 @pytest.fixture

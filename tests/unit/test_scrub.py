@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from train.scrub import REMOVED, VARIABLES, print_scrubbed, scrub
+from train.run.redact import REMOVED, VARIABLES, print_scrubbed, scrub
 
 TOKEN = "hf_" + "aB3dE6gH9jK2mN5pQ8sT"
 

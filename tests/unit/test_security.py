@@ -24,17 +24,19 @@ from data_tools.readers import HubData
 from data_tools.records import DataError, Report, find_sources, read_records
 from launch.lock import pins
 from tests.conftest import BUNDLED_BASE, ROOT, tokenizer_at, write_shape
-from train.base import model_shape
-from train.checkpoint import publish
 from train.cli import parse
-from train.commands import main as command
+from train.commands.handloop import main as command
 from train.config import Config, MemoryConfig, ModelConfig
 from train.deliver.compare import Answer
 from train.deliver.compare import show as show_answers
-from train.exits import ExitCode, ExitWith
-from train.model import base_fingerprint, load_model, load_tokenizer
-from train.plan import reference_plan
-from train.scrub import scrub
+from train.engine.plan import reference_plan
+from train.models.base import model_shape
+from train.models.fingerprint import base_fingerprint
+from train.models.language_model import load_model
+from train.models.tokenizer import load_tokenizer
+from train.run.durable import publish
+from train.run.exits import ExitCode, ExitWith
+from train.run.redact import scrub
 
 PLAN = reference_plan(1, MemoryConfig())
 SOURCES = sorted(p for folder in ("train", "data_tools", "benchmarks", "demo") for p in (ROOT / folder).rglob("*.py"))

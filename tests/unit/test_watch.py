@@ -3,7 +3,7 @@
 import math
 import random
 
-from train.watch import SPAN, LossWatch
+from train.track.loss_watch import SPAN, LossWatch
 
 
 def said(losses: list[float]) -> list[tuple[int, str]]:

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from data_tools.preview import printable
 from data_tools.records import Conversation
 from data_tools.render import render_prompt
-from train.model import LanguageModel
+from train.models.language_model import LanguageModel
 
 QUESTIONS_AT_A_TIME = 32
 ROWS_SHOWN = 6

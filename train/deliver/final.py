@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from train.checkpoint import adapter_files, publish
+from train.checkpoints.store import adapter_files
+from train.run.durable import publish
 
 
 def publish_final(

@@ -17,9 +17,9 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from train import hardware
 from train.collate import SHORTEST_EVEN, MicroBatch
 from train.config import Config
+from train.run import devices
 
 # torch 2.11 takes fewer key/value than query heads unasked, later versions want to be told
 GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -36,7 +36,7 @@ def attention_kind(config: Config, dtype: torch.dtype, device: torch.device) -> 
 
 def has_flash(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether varlen_attn has a kernel for the type on the device."""
-    return device.type == "cuda" and dtype != torch.float32 and hardware.capability(device) >= hardware.FLASH
+    return device.type == "cuda" and dtype != torch.float32 and devices.capability(device) >= devices.FLASH
 
 
 def varlen_attention(
@@ -97,7 +97,7 @@ def attend_packed(batch: MicroBatch, sliding_window: int | None, scale: float) -
         length >= SHORTEST_EVEN
         and (reach < 0 or reach >= length)
         and has_flash(torch.bfloat16, borders.device)
-        and hardware.capability(borders.device)[0] == 9
+        and devices.capability(borders.device)[0] == 9
         and not torch.are_deterministic_algorithms_enabled()
     )
 

@@ -1,5 +1,7 @@
 """The input embedding in host memory: a step reads a few thousand of its rows, and 1 GB of the GPU is free."""
 
+from typing import Any
+
 import torch
 
 from train.engine.copies import page_locked
@@ -26,3 +28,11 @@ class HostEmbedding(torch.nn.Module):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Rows [..., H] on the GPU of `input_ids` [...] there."""
         return gather_rows(self.weight, input_ids.flatten()).view(*input_ids.shape, -1)
+
+
+def offload_embedding(causal_lm: Any) -> None:
+    """Moves the input embedding to host memory, where the head does not share it."""
+    embedding = causal_lm.get_input_embeddings()
+    is_tied = embedding.weight is causal_lm.get_output_embeddings().weight
+    if embedding.weight.is_cuda and not is_tied:
+        causal_lm.set_input_embeddings(HostEmbedding(embedding.weight))

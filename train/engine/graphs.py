@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from train.collate import MicroBatch, with_borders
 from train.engine.attention import Attend
 from train.engine.block import Pass
+from train.engine.plan import padded
 from train.engine.stack import Memory, Stack
 from train.engine.weight_store import WeightStore
-from train.plan import padded
 
 MOST_GRAPHS = 32  # about 10 MB each; what comes later goes through a larger one, since a recording costs several steps
 

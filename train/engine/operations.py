@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from train import hardware
+from train.run import devices
 
 HASH = (0x7FEB352D, 0x846CA68B)  # lowbias32 (Wellons 2018), the same in kernels.py
 
@@ -22,7 +22,7 @@ def kernels_for(device: torch.device) -> Any:
     """The Triton kernels, or None where the device has none: a CPU, or a GPU older than compute capability 7.0."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
-    if hardware.capability(device) < hardware.TRITON:
+    if devices.capability(device) < devices.TRITON:
         return None
     from train.engine import kernels
 

@@ -11,8 +11,8 @@ import torch
 
 from train.engine.block import Block, Matrices
 from train.engine.copies import Copies, Event
-from train.engine.packing import HostBlocks, put
-from train.plan import NUM_SLOTS
+from train.engine.packed_weights import HostBlocks, put
+from train.engine.plan import NUM_SLOTS
 
 SHARED = -1  # the place of all blocks that have none of their own
 

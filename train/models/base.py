@@ -17,9 +17,9 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from train.config import ModelConfig
-from train.engine.packing import HostBlocks
-from train.engine.patch import offload_embedding
-from train.exits import ExitCode, ExitWith
+from train.engine.embedding import offload_embedding
+from train.engine.packed_weights import HostBlocks
+from train.run.exits import ExitCode, ExitWith
 
 Read = Callable[[str, torch.nn.Parameter], torch.Tensor]  # the values of a parameter, by its name
 

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from train.checkpoint import STEP_FOLDER, Checkpoint, CheckpointStore, TrainerState, adapter_files
+from train.batching import Passes
+from train.checkpoints.store import STEP_FOLDER, Checkpoint, CheckpointStore, TrainerState, adapter_files
 from train.config import Config
 from train.data import TrainingData
-from train.exits import ExitCode, ExitWith
-from train.metrics import read
-from train.model import adapter_config, base_fingerprint, load_adapters, resolve_dtype
+from train.models.fingerprint import base_fingerprint
+from train.models.language_model import adapter_config, load_adapters
 from train.optim import load_optimizer_state, load_scaler_state, optimizer_state
-from train.passes import Passes
-from train.runtime import say, versions
+from train.run.devices import resolve_dtype
+from train.run.exits import ExitCode, ExitWith
+from train.run.processes import on_first_process, say
+from train.run.versions import versions
 from train.step import Training
 
 IDENTITY_SECTIONS = ("lora", "optim")  # every field of these, and the single fields named in identity()
@@ -106,26 +108,6 @@ def choose(store: CheckpointStore, config: Config, accelerator: Accelerator) -> 
     if wanted not in ("auto", "must", "never"):
         return store.load(Path(wanted))
     return store.load(store.root / f"step-{step:010d}") if step else None
-
-
-def on_first_process(accelerator: Accelerator, action: Callable[[], int]) -> int:
-    """What `action` returns (0 or more) in the first process, told to all; its ExitWith or OSError ends all of them."""
-    error: ExitWith | None = None
-    value = 0
-    if accelerator.is_main_process:
-        try:
-            value = action()
-        except ExitWith as end:
-            error = end
-        except OSError as failure:
-            error = ExitWith(ExitCode.SAVE_FAILED, f"{failure}; what was saved before still stands")
-        if error is not None:
-            value = -int(error.code)
-    total = accelerator.reduce(torch.tensor(float(value), device=accelerator.device), reduction="sum")
-    agreed = int(read(total)[0])
-    if agreed < 0:
-        raise error or ExitWith(ExitCode(-agreed), "ended by the first process")
-    return agreed
 
 
 def restore(training: Training, checkpoint: Checkpoint) -> None:

@@ -9,109 +9,29 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from train.cards import Card
+from train.batching import Passes, Rows
 from train.config import BatchConfig, MemoryConfig
 from train.engine.copies import host_bytes
-from train.hardware import FLASH, TRITON
-from train.passes import Passes, Rows
+from train.engine.plan import GRAPH_STEP, NUM_SLOTS, Plan, padded, spread
+from train.memory.gpus import Card
+from train.memory.sizes import ModelSizes
+from train.run.devices import FLASH, TRITON
 
 MARGIN = 0.92  # of the budget is planned with; the rest is the allocator's waste
 SMALL_TENSOR = 2**20  # bytes, up to which the allocator takes a tensor from segments for small ones
 CUBLAS_BYTES = 2**26  # workspaces of cuBLAS
 LATENCY_TOKENS = 155  # more than a pass has are as long as it takes: short products are less efficient (measured)
 WORTH = 0.02  # of a step's time must be won by what uses host memory
-NUM_SLOTS = 2  # device buffers of blocks from the host: one is free again as soon as its block is dequantised
 INPUTS_IN_FLIGHT = 3  # block inputs on the device that are on their way to the host or back
 MLP_TILE = 1024  # tokens that go through an MLP together, where its activations must not all stand at once
 MOST_MERGED = 16384  # products are not faster beyond
 GRAPH_TOKENS = 4096  # passes of so many tokens at most run as CUDA graphs, where that is faster: their memory is theirs
-GRAPH_STEP = 128  # recorded passes are padded to a multiple of so many tokens
 GRAPH_BORDERS = 8  # samples of no tokens that a recorded pass may have beside its own (engine.graphs.pad)
 # Seconds in which a host launches the kernels of one block (measured: 272 ms for 32, with what is computed again)
 LAUNCH_FORWARD, LAUNCH_BACKWARD = 0.0024, 0.0037
 ELEMENTWISE = 9  # times a block's activations are read or written by what lies between its products
 STREAMING, OFFLOADING = 0.02, 0.01  # copies beside the computation slow it (measured: 1.9 % with all blocks)
 SMALL_KERNELS = 0.0004  # seconds a block and pass in which a recorded graph's kernels are too small for the card
-
-
-@dataclass(frozen=True)
-class ModelSizes:
-    """Widths of one decoder block in elements, and bytes of what stands on the device or may stand on the host."""
-
-    num_blocks: int
-    hidden: int
-    heads: int  # outputs of q_proj, k_proj and v_proj together
-    query: int  # inputs of o_proj
-    inner: int  # inputs of down_proj
-    extra: int  # columns that the adapters add to a product, at most
-    normed_heads: int  # of `heads`, those that are kept before their norms too (Qwen3)
-    has_dropout: bool
-    element_bytes: int  # of the compute type
-    matrix_bytes: int  # one block's weights in the compute type, with the adapters' columns
-    packed_bytes: int  # one block's frozen linear weights as they are stored
-    small_bytes: int  # norms and biases of all blocks, and the last norm
-    embedding_bytes: int  # 0 where the head shares it
-    embedding_on_host: bool
-    head_bytes: int
-    chunk_bytes: int  # logits of one chunk of the head, with what is computed of them
-    vocabulary: int
-    adapter_bytes: int  # fp32 adapters and their gradients, and what of the optimizer's state is not paged
-    paged_bytes: int  # the optimizer's state where it is: in host memory when the card is full
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the run is executed.
-
-    What is computed stays the same, up to the order in which sums are rounded and, where there is dropout, which masks
-    are drawn for which pass. So a resumed run keeps its `passes`.
-    """
-
-    is_fused: bool  # on our own engine
-    merges: bool  # passes are put together, or cut, to hold `tokens_per_pass` at most
-    tokens_per_pass: int  # what memory was counted for; 0: padded passes
-    num_blocks: int
-    num_kept: int  # blocks whose activations are kept, the last ones
-    num_cached: int = 0  # blocks whose dequantised weights are kept, the first ones
-    streamed: tuple[int, ...] = ()  # blocks whose weights are in host memory
-    needs_host: bool = True  # nothing that leaves the host alone fits
-    offloads_inputs: bool = False  # inputs of blocks that are computed again are in host memory
-    uses_graphs: bool = False
-    mlp_tile: int = 0  # tokens that go through an MLP together; 0: all
-    num_samples: int = 1  # in a pass, that memory was counted for
-    graph_bytes: int = 0  # what the largest recorded graph keeps
-    gap_bytes: int = 0  # what all of other lengths take beside it; recorded only where that is left
-    launch_bytes: int = 0  # what is launched beside them: the head, a validation
-    launched_tokens: int = 0  # of a validation's pass beside graphs at most; 0: there are no graphs
-    parts: tuple[tuple[str, int], ...] = ()  # predicted bytes on the device at the worst moment, by component
-    host_bytes: int = 0  # page-locked
-    seconds: float = 0.0  # predicted, of an optimizer step
-    traffic_bytes: int = 0  # of weights to the device, in a pass forward and backward
-
-    @property
-    def passes(self) -> Passes:
-        """How a step is cut."""
-        return Passes(self.tokens_per_pass, self.mlp_tile)
-
-    @property
-    def peak_bytes(self) -> int:
-        """Predicted; 0 where no memory is counted (CPU, reference engine)."""
-        return sum(num_bytes for _, num_bytes in self.parts)
-
-    def __str__(self) -> str:
-        recomputed = self.num_blocks - self.num_kept
-        text = f"{self.num_kept} of {self.num_blocks} blocks keep their activations"
-        text += f", {recomputed} recompute them" if recomputed else ""
-        text += f"; {self.num_cached} keep dequantised weights" if self.num_cached else ""
-        if self.streamed:
-            text += f"; {len(self.streamed)} blocks' weights are streamed from host memory"
-            text += "" if self.needs_host else ", which is faster (it would fit without)"
-        elif self.parts:
-            text += "; all weights are on the GPU, nothing is streamed"
-        text += "; inputs of blocks in host memory" if self.offloads_inputs else ""
-        text += f"; MLPs in tiles of {self.mlp_tile:,} tokens" if self.mlp_tile else ""
-        text += f"; predicted peak {self.peak_bytes / 2**30:.2f} GiB" if self.parts else ""
-        return text + (f", {self.host_bytes / 2**30:.1f} GiB of host memory" if self.host_bytes else "")
 
 
 @dataclass(frozen=True)
@@ -417,27 +337,6 @@ class Planner:
         )
 
 
-def padded(tokens: int) -> int:
-    """Tokens that a recorded pass of so many has."""
-    return -(-tokens // GRAPH_STEP) * GRAPH_STEP
-
-
 def card_has_flash(card: Card, element_bytes: int) -> bool:
     """Whether attention takes grouped heads as they are and keeps nothing but its output."""
     return card.capability >= FLASH and element_bytes == 2
-
-
-def spread(count: int, total: int) -> tuple[int, ...]:
-    """So many of `total` blocks, about evenly: the bus then has the time of the others as well.
-
-    Those of a smaller count are among those of a larger one: a plan that needs less memory moves some more.
-    """
-    width = max(1, (total - 1).bit_length())
-    order = sorted(range(total), key=lambda i: int(f"{total - 1 - i:0{width}b}"[::-1], 2))
-    return tuple(sorted(order[:count]))
-
-
-def reference_plan(num_blocks: int, memory: MemoryConfig) -> Plan:
-    """transformers merges no passes, and its blocks recompute all or nothing."""
-    kept = num_blocks if memory.checkpointing in ("none", 0) else 0
-    return Plan(is_fused=False, merges=False, tokens_per_pass=0, num_blocks=num_blocks, num_kept=kept)

@@ -1,46 +1,27 @@
 """Base, adapters and tokenizer, and how the loss is made of them; base.py loads the first."""
 
-import hashlib
-import json
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import peft
 import torch
 import transformers
-from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from data_tools.render import PLAIN_TEMPLATE
-from train import hardware
-from train.base import load_base, model_shape, not_found, skeleton, where
 from train.collate import MicroBatch
-from train.config import Config, ModelConfig
+from train.config import Config
 from train.engine.attention import attention_kind
-from train.engine.packing import HostBlocks
-from train.engine.patch import Engine, reason_against
-from train.exits import ExitCode, ExitWith
+from train.engine.decoder import Engine
+from train.engine.families import reason_against
+from train.engine.packed_weights import HostBlocks
+from train.engine.plan import Plan
 from train.loss import summed_cross_entropy
-from train.plan import Plan
-
-# Tokens that models ship for padding; the first that the vocabulary holds is used where pad is unset or equals eos.
-PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<unk>")
-LONGEST_HEADER_BYTES = 100_000_000  # as the safetensors library has it
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """A tokenizer that is ready for training, and what was decided about it, to be said once."""
-
-    backend: PreTrainedTokenizerBase
-    notes: tuple[str, ...]
+from train.models.base import load_base, skeleton
+from train.run.devices import DTYPES, resolve_dtype
+from train.run.exits import ExitCode, ExitWith
 
 
 class LanguageModel(torch.nn.Module):
@@ -117,43 +98,6 @@ class LanguageModel(torch.nn.Module):
         """The adapters' parameters, by the names that PEFT gives them in adapter_model.safetensors."""
         named = self.adapted.named_parameters()
         return {name.replace(".default", ""): p for name, p in named if p.requires_grad}
-
-
-def load_tokenizer(config: Config) -> Tokenizer:
-    """The base's tokenizer with a chat template and a pad token that is not the end token, where it can have one.
-
-    Raises ExitWith(BAD_INPUT) where it cannot be found.
-    """
-    notes = []
-    source = where(config.model)
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, StrictDataclassError, HfHubHTTPError) as error:
-        raise not_found(config.model, "a tokenizer", error) from None
-    if config.data.chat_template:
-        try:
-            tokenizer.chat_template = Path(config.data.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ExitWith(ExitCode.BAD_INPUT, f"--data.chat_template {config.data.chat_template}: {error}") from None
-        notes.append(f"chat template: {config.data.chat_template}")
-    elif tokenizer.chat_template is None:
-        tokenizer.chat_template = PLAIN_TEMPLATE
-        notes.append("chat template: the tokenizer has none; '### User: / ### Assistant:' is used and saved with it")
-    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
-        vocabulary = tokenizer.get_vocab()
-        candidate = next((token for token in PAD_CANDIDATES if token in vocabulary), None)
-        if candidate is not None:
-            tokenizer.pad_token = candidate
-            notes.append(f"pad token: {candidate} (the tokenizer had none of its own)")
-        else:
-            tokenizer.pad_token = tokenizer.eos_token
-            notes.append(f"pad token: {tokenizer.eos_token}, the end token; harmless, padding is masked by position")
-    return Tokenizer(tokenizer, tuple(notes))
-
-
-def resolve_dtype(config: ModelConfig, device: torch.device) -> str:
-    """`bf16`, `fp16` or `fp32`; raises ExitWith(BAD_INPUT) where the device does not have what is asked for."""
-    return hardware.compute_type(config.dtype, device)[0]
 
 
 def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageModel:
@@ -248,63 +192,6 @@ def _with_adapters(base: Any, config: Config, low_cpu_mem_usage: bool = False) -
         raise ExitWith(ExitCode.BAD_INPUT, f"--lora.target_modules: {error}") from None
     assert isinstance(adapted, peft.PeftModel)
     return adapted
-
-
-def check_fits(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ExitWith(BAD_INPUT) where samples would hold positions or tokens that the model has no place for."""
-    check_length(config)
-    shape = model_shape(config.model)
-    if len(tokenizer) > shape.vocab_size:
-        raise ExitWith(
-            ExitCode.BAD_INPUT,
-            f"{config.model.name_or_path}: the tokenizer has {len(tokenizer)} tokens and the model embeds "
-            f"{shape.vocab_size}; use the tokenizer that belongs to it",
-        )
-
-
-def check_length(config: Config) -> None:
-    """Raises ExitWith(BAD_INPUT) where samples may be longer than the model was made for, or it cannot be found."""
-    longest = getattr(model_shape(config.model), "max_position_embeddings", None)
-    if longest is not None and config.data.max_length > longest:
-        reason = (
-            f"--data.max_length {config.data.max_length}: {config.model.name_or_path} was made for {longest} at most"
-        )
-        raise ExitWith(ExitCode.BAD_INPUT, reason)
-
-
-def base_fingerprint(config: Config) -> str:
-    """sha256 that tells one base from another without reading all its weights.
-
-    Over config.json and, for each weight file, its header (names, types, shapes) and the first 4 KiB of every tensor;
-    for random weights the seed; for a hub model the commit that was resolved.
-    """
-    shape = model_shape(config.model)
-    settings = {key: value for key, value in shape.to_diff_dict().items() if key != "transformers_version"}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    if config.model.random_init:
-        digest.update(f"random {config.train.seed}".encode())
-    elif Path(config.model.name_or_path).is_dir():
-        for file in sorted(Path(config.model.name_or_path).glob("*.safetensors")):
-            try:
-                digest.update(file.name.encode() + _sampled_bytes(file))
-            except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-                raise not_found(config.model, f"safetensors weights in {file.name}", error) from None
-    else:
-        digest.update(str(getattr(shape, "_commit_hash", None)).encode())
-    return digest.hexdigest()
-
-
-def _sampled_bytes(file: Path) -> bytes:
-    """The header of a safetensors file and the beginning of each tensor in it."""
-    with file.open("rb") as stream:
-        header = stream.read(min(int.from_bytes(stream.read(8), "little"), LONGEST_HEADER_BYTES))
-        samples = [header]
-        for name, entry in sorted(json.loads(header).items()):
-            if name != "__metadata__":
-                start, end = entry["data_offsets"]
-                stream.seek(8 + len(header) + start)
-                samples.append(stream.read(min(4096, end - start)))
-    return b"".join(samples)
 
 
 def adapter_config(model: LanguageModel) -> dict[str, object]:

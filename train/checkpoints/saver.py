@@ -3,14 +3,14 @@
 import time
 from dataclasses import dataclass, field
 
-from train.checkpoint import DISK_RESERVE, Checkpoint, CheckpointStore, free_bytes
-from train.exits import ExitCode, ExitWith
+from train.checkpoints.resume import save_state
+from train.checkpoints.store import DISK_RESERVE, Checkpoint, CheckpointStore, free_bytes
 from train.optim import state_bytes
-from train.resume import save_state
-from train.runtime import say
-from train.scrub import scrub
+from train.run.exits import ExitCode, ExitWith
+from train.run.processes import say
+from train.run.redact import scrub
 from train.step import Training
-from train.trackers import Trackers
+from train.track.trackers import Trackers
 
 MAX_FAILED_SAVES = 3  # in a row; the next one ends the run
 

@@ -50,7 +50,7 @@ class StopRequest:
 
 
 def follow_launcher() -> None:
-    """Tells our launcher (train/launcher.py) that this process trains; stops it when accelerate or torchrun dies.
+    """Tells our launcher (train/run/launcher.py) that this process trains; stops it when accelerate or torchrun dies.
 
     accelerate's single-process launcher dies of SIGTERM without passing it on; the kernel then sends it to us.
     """

@@ -8,7 +8,7 @@ from datasets import Dataset
 from data_tools.audit import Audit, Data, Plan, audit, failures, warnings
 from train.config import Config
 from train.data import TrainingData, prepare_settings
-from train.exits import ExitCode, ExitWith
+from train.run.exits import ExitCode, ExitWith
 
 
 def judge(config: Config, tokenizer: Any, data: TrainingData, validation: Dataset | None) -> Audit:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from train import hardware
+from train.run import devices
 
 CONTEXT_BYTES = int(0.45 * 2**30)  # of a card's memory are CUDA's own: 0.3 to 0.5 GiB
 
@@ -39,7 +39,7 @@ class Card:
 
         A run that is resumed launches its first pass where the other replays: no graphs for who wants the same bits.
         """
-        has_graphs = self.capability >= hardware.FLASH and not is_fp32 and not is_deterministic
+        has_graphs = self.capability >= devices.FLASH and not is_fp32 and not is_deterministic
         return replace(self, flops=self.fp32_flops if is_fp32 else self.flops, has_graphs=has_graphs)
 
 
@@ -86,7 +86,7 @@ def known(name: str) -> Card | None:
 def present_card(device: torch.device, dtype: torch.dtype) -> Card:
     """The GPU of this process, measured for some 50 ms where it is none of the known ones."""
     properties = torch.cuda.get_device_properties(device)
-    capability = hardware.capability(device)
+    capability = devices.capability(device)
     total = properties.total_memory
     card = known(properties.name)
     if card is None:

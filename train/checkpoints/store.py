@@ -14,8 +14,8 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from train.exits import ExitCode, ExitWith, make_folder, sync, write_atomically
+from train.run.durable import aside_name, make_folder, publish, sync, write_atomically
+from train.run.exits import ExitCode, ExitWith
 
 FORMAT_VERSION = 1
 STEP_FOLDER = re.compile(r"step-(\d{10})")
@@ -60,38 +61,6 @@ class Checkpoint:
     adapters: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
     state: TrainerState
-
-
-@contextmanager
-def publish(target: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `target` at once and durably, or not at all.
-
-    Files are synced, then the folder, then it is renamed, then the parent is synced. An older `target` is moved aside
-    first and removed last. Whatever goes wrong, the temporary folder is removed.
-    """
-    make_folder(target.parent)
-    temporary = target.parent / f".tmp-{target.name}-{uuid.uuid4().hex[:8]}"
-    temporary.mkdir(mode=0o700)
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            sync(file)
-        sync(temporary)
-        replaced = _aside(target, "trash") if target.exists() else None
-        try:
-            if replaced is not None:
-                os.rename(target, replaced)
-                sync(target.parent)
-            os.rename(temporary, target)
-        except OSError:
-            if replaced is not None and replaced.exists():
-                os.rename(replaced, target)
-            raise
-        sync(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def adapter_files(adapters: Mapping[str, torch.Tensor], config: Mapping[str, object]) -> dict[str, bytes]:
@@ -355,12 +324,7 @@ def _write(path: Path, content: bytes) -> None:
 
 def _set_aside(folder: Path, kind: str) -> Path:
     """Renames `folder`, durably, to a name that is no checkpoint's: hidden for trash, plain for quarantine."""
-    aside = _aside(folder, kind)
+    aside = aside_name(folder, kind)
     os.rename(folder, aside)
     sync(folder.parent)
     return aside
-
-
-def _aside(folder: Path, kind: str) -> Path:
-    dot = "." if kind == "trash" else ""
-    return folder.with_name(f"{dot}{kind}-{folder.name}-{uuid.uuid4().hex[:8]}")

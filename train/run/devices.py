@@ -3,11 +3,13 @@
 bf16 and flash kernels begin at 8.0, fast int8 at 7.5, Triton at 7.0, bitsandbytes at 6.0 (its README: "SM60+ minimum").
 """
 
+import platform
 import re
 
 import torch
 
-from train.exits import ExitCode, ExitWith
+from train.config import ModelConfig
+from train.run.exits import ExitCode, ExitWith
 
 BF16 = FLASH = (8, 0)
 FAST_INT8 = (7, 5)
@@ -114,3 +116,19 @@ def check_bitsandbytes(quantization: str, optimizer: str, device: torch.device) 
             f"{torch.cuda.get_device_name(device)} has compute capability {card[0]}.{card[1]}, and bitsandbytes needs "
             f"6.0 at least: {', '.join(needed)}",
         )
+
+
+def device_name(device: torch.device) -> str:
+    """The device as a person calls it."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def resolve_dtype(config: ModelConfig, device: torch.device) -> str:
+    """`bf16`, `fp16` or `fp32`; raises ExitWith(BAD_INPUT) where the device does not have what is asked for."""
+    return compute_type(config.dtype, device)[0]

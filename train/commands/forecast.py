@@ -1,29 +1,22 @@
-"""`handloop plan`: memory and speed of a run before a byte of weights is read, and tried on random weights."""
+"""What `handloop plan` predicts of a run on one GPU or on every known one, before a byte of weights is read."""
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
-from train import runtime
-from train.cards import CONTEXT_BYTES, KNOWN, Card, known, present_card
+from train.batching import Rows
 from train.config import Config, parse_bytes
-from train.data import TrainingData
-from train.exits import ExitCode, ExitWith
-from train.hardware import BF16
-from train.model import DTYPES, resolve_dtype
-from train.outlook import GIB, Outlook, assemble
-from train.passes import Rows
-from train.plan import Plan
-from train.step import Training, optimizer_step
+from train.engine.plan import Plan
+from train.memory.gpus import CONTEXT_BYTES, KNOWN, Card, known, present_card
+from train.memory.outlook import GIB, Outlook
+from train.run.devices import BF16, DTYPES, resolve_dtype
+from train.run.exits import ExitCode, ExitWith
 
-FIRST_STEPS, MORE_FIRST_STEPS = 2, 16
 CPU_BYTES = int(2.5 * GIB)  # of a process with torch, transformers and CUDA in it
 # of a small card, where only a size is given
 UNKNOWN_RATES = {"flops": 12e12, "fp32_flops": 4e12, "bandwidth": 160e9, "bus": 12e9}
@@ -86,7 +79,7 @@ def _of_size(text: str) -> Card:
 def rows_of(config: Config, mean_length: int) -> Rows:
     """Rows of which any may be data.max_length tokens long, spread evenly around their mean as a probe's are."""
     count, longest = config.batch.per_device, config.data.max_length
-    deviation = (longest - _shortest(longest, mean_length)) / math.sqrt(12)
+    deviation = (longest - shortest_row(longest, mean_length)) / math.sqrt(12)
     return Rows(
         longest=tuple(longest * n for n in range(1, count + 1)),
         mean_pass=count * (longest if config.data.packing else mean_length),
@@ -97,7 +90,7 @@ def rows_of(config: Config, mean_length: int) -> Rows:
     )
 
 
-def _shortest(longest: int, mean_length: int) -> int:
+def shortest_row(longest: int, mean_length: int) -> int:
     """Where the longest and the mean are given; all have one length where those are equal."""
     return max(2, 2 * mean_length - longest)
 
@@ -174,97 +167,3 @@ def show_known(others: Sequence[Forecast], console: Console) -> None:
             cells = (str(each.plan.num_kept), str(len(each.plan.streamed)), f"{each.tokens_per_second:,.0f}")
         overview.add_row(each.card.name, f"{each.budget / GIB:.1f}", f"{each.plan.peak_bytes / GIB:.2f}", *cells)
     console.print(overview)
-
-
-def probe(config: Config, mean_length: int, num_steps: int) -> dict[str, Any]:
-    """Real steps on random weights of the real shape on the GPU that is here; raises ExitWith(BAD_INPUT) without one.
-
-    The memory is the allocator's peak from loading on, the time the median step after the first ones. With graphs it is
-    what the allocator holds: their memory counts as free once they are recorded.
-    """
-    config = replace(config, model=replace(config.model, random_init=True), run=replace(config.run, device="cuda"))
-    runtime.check(config)
-    accelerator = runtime.start(config)
-    data = TrainingData(_random_rows(config, mean_length), config, runtime.layout(config, accelerator), 0)
-    torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    training: Training = assemble(config, accelerator, data)
-    loaded = time.perf_counter() - start
-    # where rows differ in length the first steps record their graphs
-    num_first = FIRST_STEPS if mean_length == config.data.max_length else MORE_FIRST_STEPS
-    seconds, losses, norms, tokens, retries = [], [], [], [], 0
-    for step in range(num_first + num_steps):
-        torch.cuda.synchronize()
-        if step == num_first:
-            retries = torch.cuda.memory_stats()["num_alloc_retries"]
-        start = time.perf_counter()
-        result = optimizer_step(training, step)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-        losses.append(result.loss.hex())
-        norms.append(result.grad_norm.hex())
-        tokens.append(result.num_tokens)
-    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    measured = sorted(zip(seconds[num_first:], tokens[num_first:], strict=True), key=lambda pair: pair[0] / pair[1])
-    median, num_tokens = measured[num_steps // 2]
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "plan": str(training.plan),
-        "tokens_per_pass": training.plan.tokens_per_pass,
-        "num_streamed": len(training.plan.streamed),
-        "traffic_gib": round(training.plan.traffic_bytes / GIB, 3),
-        "predicted_peak_gib": round(training.plan.peak_bytes / GIB, 3),
-        "peak_gib": round((reserved if training.plan.uses_graphs else allocated) / GIB, 3),
-        "reserved_gib": round(reserved / GIB, 3),
-        "predicted_seconds": round(training.plan.seconds, 4),
-        "seconds": round(median, 4),
-        "tokens_per_second": round(num_tokens / median, 1),
-        # times that the allocator had to give all it held back to find room, which waits for the device
-        "alloc_retries": torch.cuda.memory_stats()["num_alloc_retries"] - retries,
-        "load_seconds": round(loaded, 1),
-        "host_gib": round(_process_bytes() / GIB, 2),
-        "losses": losses,
-        "grad_norms": norms,
-    }
-
-
-def beside(measured: dict[str, Any]) -> str:
-    """What a probe has found, predicted beside measured."""
-    lines = [
-        f"{measured['gpu']}: {measured['plan']}",
-        f"{'':22} predicted  measured",
-        f"{'peak, GiB':22} {measured['predicted_peak_gib']:9.2f} {measured['peak_gib']:9.2f}"
-        f"  (the allocator held {measured['reserved_gib']:.2f})",
-        f"{'seconds a step':22} {measured['predicted_seconds']:9.3f} {measured['seconds']:9.3f}",
-        f"{'tokens a second':22} {'':9} {measured['tokens_per_second']:9,.0f}",
-        f"{'host memory, GiB':22} {'':9} {measured['host_gib']:9.2f}",
-        f"{'seconds to load':22} {'':9} {measured['load_seconds']:9.1f}",
-    ]
-    if not measured["predicted_peak_gib"]:
-        lines.append("nothing is predicted of the reference engine")
-    return "\n".join(lines)
-
-
-def _random_rows(config: Config, mean_length: int) -> Any:
-    """Enough rows for the steps of a probe: the first as long as any, the others around the mean length."""
-    generator = torch.Generator().manual_seed(config.train.seed)
-    longest, count = config.data.max_length, 16 * config.batch.per_device * config.batch.accumulation
-    lengths = torch.randint(_shortest(longest, mean_length), longest + 1, (count,), generator=generator).tolist()
-    lengths = [longest, *lengths[1:]] if mean_length < longest else [longest] * count
-    ids = [torch.randint(2, 1000, (length,), generator=generator).tolist() for length in lengths]
-    return Dataset.from_dict(
-        {
-            "input_ids": ids,
-            "trained": [[False] + [True] * (length - 1) for length in lengths],
-            "num_tokens": lengths,
-            "num_supervised_tokens": [length - 1 for length in lengths],
-            "path_number": [0] * count,
-        }
-    )
-
-
-def _process_bytes() -> int:
-    """Memory that this process has of its own now (not files that are mapped)."""
-    with open("/proc/self/status", encoding="ascii") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))

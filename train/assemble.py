@@ -1,0 +1,163 @@
+"""Plan, model and optimizer put together, and the longest micro-batch tried before the first step."""
+
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+
+from train.batching import Passes
+from train.collate import MicroBatch, collate, collate_packed, packed_tokens, with_borders
+from train.config import Config
+from train.data import TrainingData
+from train.engine.graphs import is_out_of_memory
+from train.engine.plan import Plan
+from train.memory.outlook import Outlook
+from train.models.language_model import load_model
+from train.optim import FlatParameters, build_optimizer, build_scaler
+from train.run.accelerator import free_gpu_bytes
+from train.run.devices import resolve_dtype
+from train.run.exits import ExitCode, ExitWith
+from train.run.processes import agreed, say
+from train.step import Training
+
+
+def assemble(
+    config: Config,
+    accelerator: Accelerator,
+    data: TrainingData,
+    saved: Passes | None = None,
+    longest_validated: int = 0,
+) -> Training:
+    """Plan, model and optimizer on this process's device, beside the data; the longest pass has run there.
+
+    `saved` as Planner.best has it, `longest_validated` in tokens. Raises ExitWith(BAD_INPUT) where no plan fits.
+    """
+    device = accelerator.device
+    budget = free_gpu_bytes(config, accelerator)
+    rows = replace(data.rows_for_plan(), longest_validated=longest_validated)
+    outlook = Outlook.of(config, device, rows, budget, saved)
+    plan = outlook.first_plan()
+    outlook.check_host(plan)
+    if saved and plan.is_fused and plan.passes != saved:
+        say(
+            accelerator,
+            f"memory    the run's passes of {saved} do not fit here: {plan.passes} now, the same samples a step; sums "
+            "are rounded otherwise, and with other passes dropout draws other masks",
+        )
+    model = load_model(config, device, plan)
+    parameters = model.trainable()
+    flat = FlatParameters(parameters)
+    say(accelerator, f"engine    {'fused' if plan.is_fused else f'reference: {outlook.reason}'}")
+    training = Training(
+        config=config,
+        accelerator=accelerator,
+        model=model,
+        parameters=parameters,
+        flat=flat,
+        optimizer=build_optimizer(flat, config.optim),
+        scaler=build_scaler(resolve_dtype(config.model, device), device),
+        plan=plan,
+        data=data,
+        total_steps=data.total_steps(config.train),
+    )
+    return fitted(training, outlook)
+
+
+def fitted(training: Training, outlook: Outlook) -> Training:
+    """The training with a plan whose longest pass has run here, and a validation's longer one; nothing was updated.
+
+    What runs out of memory is planned smaller, with the same samples in a step. Raises ExitWith(BAD_INPUT) where
+    nothing is left to make smaller. A CPU tries nothing: it has no budget.
+    """
+    first = plan = training.plan
+    _follow(training, plan)
+    accelerator, longest_validated = training.accelerator, outlook.rows.longest_validated
+    if not _is_gpu(training) or not any(agreed(accelerator, not _runs(training, plan, longest_validated))):
+        return training
+    for plan in outlook.smaller_plans(first):
+        say(accelerator, f"memory    the longest pass did not fit; trying: {plan}")
+        _follow(training, plan)
+        if not any(agreed(accelerator, not _fits(training, plan, longest_validated))):
+            return replace(training, plan=plan)
+    longest = max(outlook.rows.longest[0], plan.tokens_per_pass, longest_validated)
+    raise ExitWith(
+        ExitCode.BAD_INPUT,
+        f"out of memory at the longest pass, {longest:,} tokens, and no "
+        "smaller plan is left: lower --data.max_length or --batch.per_device, or leave --batch.merge at auto",
+    )
+
+
+def _is_gpu(training: Training) -> bool:
+    return training.accelerator.device.type == "cuda"
+
+
+def _follow(training: Training, plan: Plan) -> None:
+    """The data is cut as the plan says."""
+    training.data.padding_free |= plan.is_fused
+    training.data.most_tokens = plan.tokens_per_pass if plan.merges else 0
+
+
+def _fits(training: Training, plan: Plan, longest_validated: int) -> bool:
+    """Whether the model can be set up by the plan, and its longest pass runs."""
+    try:
+        training.model.execute(plan)
+    except torch.OutOfMemoryError:
+        return False
+    return _runs(training, plan, longest_validated)
+
+
+def _runs(training: Training, plan: Plan, longest_validated: int) -> bool:
+    """Whether the longest pass goes through, and a validation's longer sample.
+
+    What it leaves in the gradients is taken away.
+    """
+    try:
+        for _ in range(2 if plan.uses_graphs else 1):  # the first pass of an engine with graphs is not recorded
+            training.model(longest_pass(training, plan).to(training.accelerator.device)).backward()
+        if longest_validated > max(training.data.num_tokens):
+            with torch.no_grad():
+                training.model(_longest_validation(training, plan, longest_validated).to(training.accelerator.device))
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        training.flat.zero_grad()
+        torch.cuda.empty_cache()
+    return True
+
+
+def longest_pass(training: Training, plan: Plan) -> MicroBatch:
+    """A pass as long as any of this run, every token of which is trained.
+
+    For graphs it has as many borders as memory was counted for: the graph of this pass serves all others.
+    """
+    data = training.data
+    longest = max(data.num_tokens)
+    if not data.padding_free:
+        return _padded_rows(training, plan, longest)
+    total = plan.tokens_per_pass or data.rows_for_plan().longest[-1]
+    lengths = [longest] * max(1, total // packed_tokens([longest]))
+    rest = total - packed_tokens(lengths)
+    if rest > 0 and packed_tokens([*lengths, rest]) <= total:
+        lengths.append(rest)
+    batch = collate_packed([_sample(length) for length in lengths])
+    return with_borders(batch, plan.num_samples) if plan.uses_graphs else batch
+
+
+def _longest_validation(training: Training, plan: Plan, longest: int) -> MicroBatch:
+    """The pass of a validation whose samples are all as long as its longest, which is longer than any trained on."""
+    if training.model.engine is not None:
+        return collate_packed([_sample(longest)])
+    return _padded_rows(training, plan, longest)
+
+
+def _padded_rows(training: Training, plan: Plan, longest: int) -> MicroBatch:
+    """As many rows as the reference engine takes at a time, all of them as long as the longest."""
+    count = plan.tokens_per_pass // longest if plan.merges else training.data.layout.per_device
+    return collate([_sample(longest)] * max(1, count), training.data.pad_token_id)
+
+
+def _sample(num_tokens: int) -> dict[str, list]:
+    return {"input_ids": [0] * num_tokens, "trained": [True] * num_tokens}

@@ -1,0 +1,56 @@
+"""`handloop preview`."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from train.run.durable import write_atomically
+
+if TYPE_CHECKING:
+    from train.data import TrainingData
+from train.commands.options import Options, positive_number
+
+
+def main(words: list[str]) -> int:
+    """Shows the first samples token by token."""
+    own = Options("preview", "Shows, token by token, what is trained on.")
+    own.add_argument("--rows", type=positive_number, default=5, metavar="K", help="how many samples (default 5)")
+    own.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page instead")
+    own.add_argument("--json", action="store_true", help="print one JSON object a sample")
+    options, rest = own.parse_known_args(words)
+    # these take seconds to import, which --help and the other commands need not wait for
+    from data_tools.prepare import prepare
+    from data_tools.preview import as_html, show
+    from data_tools.preview import preview as rows_of
+    from train.data import Layout, TrainingData, prepare_settings
+    from train.models.tokenizer import load_tokenizer
+
+    config = own.config(rest)
+    tokenizer = load_tokenizer(config).backend
+    samples = prepare(prepare_settings(config, config.data.path), tokenizer).dataset
+    data = TrainingData(samples, config, Layout(1, 1, num_processes=1, rank=0), pad_token_id=0)
+    rows = list(rows_of(_first_rows(data, options.rows), tokenizer))
+    if options.json:
+        for row in rows:
+            print(json.dumps(row.as_json(), ensure_ascii=False))
+    if options.html:
+        subtitle = f"{len(rows):,} of {len(samples):,} samples of {', '.join(config.data.path)}, tokenised for "
+        write_atomically(options.html, as_html(rows, f"{subtitle}{config.model.name_or_path}"))
+        print(f"written to {options.html}", file=sys.stderr)
+    if not (options.json or options.html):
+        show(rows, Console())
+    return 0
+
+
+def _first_rows(data: "TrainingData", count: int) -> Iterator[dict[str, Any]]:
+    """The samples of the first rows, which with packing hold several, each with its place."""
+    for number, members in enumerate(data.rows[:count], start=1):
+        start = 0
+        for i in members:
+            place = {"packed_row": number, "packed_start": start} if data.packed else {}
+            yield {**data.samples[i], **place}
+            start += data.num_tokens[i]

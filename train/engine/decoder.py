@@ -1,0 +1,81 @@
+"""Which models the engine executes, and how it takes the place of their decoder."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from train.collate import MicroBatch
+from train.engine.attention import attend_packed
+from train.engine.block import Pass
+from train.engine.copies import copies_for
+from train.engine.families import _blocks
+from train.engine.graphs import Graphs, pad
+from train.engine.hidden_store import DeviceInputs, HostInputs
+from train.engine.operations import mixed
+from train.engine.packed_weights import HostBlocks
+from train.engine.plan import Plan, padded
+from train.engine.stack import Stack
+from train.engine.weight_store import WeightStore
+
+
+class Engine:
+    """The decoder of `causal_lm` (with PEFT's adapters in it), run block by block by our own code."""
+
+    def __init__(self, causal_lm: Any, plan: Plan, host: HostBlocks) -> None:
+        decoder = causal_lm.base_model
+        self.decoder = decoder
+        blocks = _blocks(causal_lm)
+        norm: torch.Tensor = decoder.norm.weight
+        copies = partial(copies_for, norm.device)
+        store = WeightStore(blocks, plan.num_cached, norm, host, copies)
+        inputs = DeviceInputs()
+        if plan.offloads_inputs:
+            num_tokens = padded(plan.tokens_per_pass)
+            inputs = HostInputs(plan.num_blocks - plan.num_kept, num_tokens, norm, copies(), copies())
+        self.stack = Stack(blocks, decoder.norm, store, plan.num_kept, inputs)
+        # Qwen's attention knows its window, Mistral's reads the configuration, Llama has none whatever that says
+        is_mistral = type(causal_lm).__name__ == "MistralForCausalLM"
+        window = causal_lm.config.sliding_window if is_mistral else None
+        self.sliding_window: int | None = getattr(decoder.layers[0].self_attn, "sliding_window", window)
+        self.dropout = max(block.dropout for block in blocks)
+        self.mlp_tile = plan.mlp_tile
+        # no method of this object, which would keep a replaced engine's graphs alive
+        self.attend_for = partial(attend_packed, sliding_window=self.sliding_window, scale=blocks[0].scaling)
+        self.graphs: Graphs | None = None
+        if plan.uses_graphs:
+            memory = plan.graph_bytes, plan.gap_bytes, plan.launch_bytes
+            self.graphs = Graphs(self.stack, self.attend_for, plan.tokens_per_pass, *memory)
+
+    def __call__(self, batch: MicroBatch) -> torch.Tensor:
+        """What the head reads, [T or more, H], of a packed micro-batch; dropout while the model trains."""
+        recorded = self.graphs if torch.is_grad_enabled() else None
+        if recorded is not None:
+            batch = pad(batch)
+        hidden = self.decoder.embed_tokens(batch.input_ids[0])  # [T, H]
+        cos, sin = self.decoder.rotary_emb(hidden[None], batch.position_ids)  # [1, T, D]
+        dropout = self.dropout if self.decoder.training else 0.0
+        # the seed of this forward pass, which runtime.seed_forward has set
+        seed = torch.full((), mixed(torch.initial_seed()), device=hidden.device)
+        rotary = cos[0].contiguous(), sin[0].contiguous()
+        shared = Pass(*rotary, self.attend_for(batch), dropout, seed, self.mlp_tile)
+        return recorded(hidden, shared, batch) if recorded is not None else self.stack(hidden, shared)
+
+    def release(self) -> None:
+        """Lets go of graphs and dequantised weights, which are made again when they are asked for."""
+        if self.stack.store.like.is_cuda:
+            torch.cuda.synchronize()  # copies of a pass that raised may still be under way
+        if self.graphs is not None:
+            self.graphs.release()
+        self.stack.store.release()
+        if self.stack.store.like.is_cuda:
+            torch.cuda.empty_cache()
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """While it is entered, transformers can run the decoder: its memory is free, streamed weights come by layer."""
+        self.release()
+        with self.stack.store.lent(self.decoder.layers):
+            yield

@@ -1,0 +1,1 @@
+"""The frozen base, its tokenizer, and the two with adapters as one module."""

@@ -1,0 +1,78 @@
+"""The base's tokenizer, made ready for training."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from data_tools.render import PLAIN_TEMPLATE
+from train.config import Config
+from train.models.base import model_shape, not_found, where
+from train.run.exits import ExitCode, ExitWith
+
+# Tokens that models ship for padding; the first that the vocabulary holds is used where pad is unset or equals eos.
+PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<unk>")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer that is ready for training, and what was decided about it, to be said once."""
+
+    backend: PreTrainedTokenizerBase
+    notes: tuple[str, ...]
+
+
+def load_tokenizer(config: Config) -> Tokenizer:
+    """The base's tokenizer with a chat template and a pad token that is not the end token, where it can have one.
+
+    Raises ExitWith(BAD_INPUT) where it cannot be found.
+    """
+    notes = []
+    source = where(config.model)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, StrictDataclassError, HfHubHTTPError) as error:
+        raise not_found(config.model, "a tokenizer", error) from None
+    if config.data.chat_template:
+        try:
+            tokenizer.chat_template = Path(config.data.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ExitWith(ExitCode.BAD_INPUT, f"--data.chat_template {config.data.chat_template}: {error}") from None
+        notes.append(f"chat template: {config.data.chat_template}")
+    elif tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+        notes.append("chat template: the tokenizer has none; '### User: / ### Assistant:' is used and saved with it")
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+        vocabulary = tokenizer.get_vocab()
+        candidate = next((token for token in PAD_CANDIDATES if token in vocabulary), None)
+        if candidate is not None:
+            tokenizer.pad_token = candidate
+            notes.append(f"pad token: {candidate} (the tokenizer had none of its own)")
+        else:
+            tokenizer.pad_token = tokenizer.eos_token
+            notes.append(f"pad token: {tokenizer.eos_token}, the end token; harmless, padding is masked by position")
+    return Tokenizer(tokenizer, tuple(notes))
+
+
+def check_fits(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ExitWith(BAD_INPUT) where samples would hold positions or tokens that the model has no place for."""
+    check_length(config)
+    shape = model_shape(config.model)
+    if len(tokenizer) > shape.vocab_size:
+        raise ExitWith(
+            ExitCode.BAD_INPUT,
+            f"{config.model.name_or_path}: the tokenizer has {len(tokenizer)} tokens and the model embeds "
+            f"{shape.vocab_size}; use the tokenizer that belongs to it",
+        )
+
+
+def check_length(config: Config) -> None:
+    """Raises ExitWith(BAD_INPUT) where samples may be longer than the model was made for, or it cannot be found."""
+    longest = getattr(model_shape(config.model), "max_position_embeddings", None)
+    if longest is not None and config.data.max_length > longest:
+        reason = (
+            f"--data.max_length {config.data.max_length}: {config.model.name_or_path} was made for {longest} at most"
+        )
+        raise ExitWith(ExitCode.BAD_INPUT, reason)

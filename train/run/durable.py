@@ -1,0 +1,74 @@
+"""Writes that a crash or a power cut leaves whole or undone."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces `path` by `text` so that a reader, or a crash, sees the old or the new file and nothing between."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Makes `path` and what is missing above it, each durably: a folder's entry is in the one that holds it."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Makes a file's content, or a folder's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def publish(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` at once and durably, or not at all.
+
+    Files are synced, then the folder, then it is renamed, then the parent is synced. An older `target` is moved aside
+    first and removed last. Whatever goes wrong, the temporary folder is removed.
+    """
+    make_folder(target.parent)
+    temporary = target.parent / f".tmp-{target.name}-{uuid.uuid4().hex[:8]}"
+    temporary.mkdir(mode=0o700)
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            sync(file)
+        sync(temporary)
+        replaced = aside_name(target, "trash") if target.exists() else None
+        try:
+            if replaced is not None:
+                os.rename(target, replaced)
+                sync(target.parent)
+            os.rename(temporary, target)
+        except OSError:
+            if replaced is not None and replaced.exists():
+                os.rename(replaced, target)
+            raise
+        sync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def aside_name(folder: Path, kind: str) -> Path:
+    """A name beside `folder` that no checkpoint has: hidden for trash, which is removed, plain for others."""
+    dot = "." if kind == "trash" else ""
+    return folder.with_name(f"{dot}{kind}-{folder.name}-{uuid.uuid4().hex[:8]}")

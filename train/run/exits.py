@@ -1,0 +1,25 @@
+"""How a run ends: exit codes, the exception that carries one, and `exit.json`."""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Process exit codes; 75 to 78 keep their sysexits.h meaning (temporary failure, ..., bad configuration)."""
+
+    FINISHED = 0
+    INTERRUPTED = 75  # a checkpoint is durable: run the same command again
+    SAVE_FAILED = 76  # the last save failed; older checkpoints, if there are any, stand
+    FINGERPRINT_MISMATCH = 77  # the checkpoint belongs to another model, recipe or data set
+    BAD_INPUT = 78  # configuration or data
+    NON_FINITE = 79  # loss or gradient is not a finite number
+    NO_VALID_CHECKPOINT = 80  # checkpoints exist, none verifies
+    PEER_FAILURE = 81  # another process died or hangs
+
+
+class ExitWith(Exception):
+    """Ends the run with `code`; `reason` is shown to the user as it stands."""
+
+    def __init__(self, code: ExitCode, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason

@@ -1,0 +1,67 @@
+"""metrics.jsonl, the truth about a run: one JSON object a step."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class MetricsFile:
+    """metrics.jsonl, the truth: one JSON object a step. What a full disk refuses is kept and written later."""
+
+    def __init__(self, run_dir: Path, keep_bytes: int) -> None:
+        """Goes on after `keep_bytes`, the file's length at the checkpoint; what a lost attempt wrote behind is cut."""
+        self.path = run_dir / "metrics.jsonl"
+        self.path.touch()
+        self.last_step_seen = max((row["step"] for row in read_metrics(self.path)), default=0)
+        size = self.path.stat().st_size
+        if size < keep_bytes:
+            print(f"{self.path} is shorter than at the checkpoint: rows of earlier steps are lost", flush=True)
+        os.truncate(self.path, min(keep_bytes, size))
+        self.descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        self.unwritten = b""
+        self.is_refused = False
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Appends the row."""
+        self.unwritten += json.dumps(row).encode() + b"\n"
+        try:
+            self._write()
+            self.is_refused = False
+        except OSError as error:
+            if not self.is_refused:
+                with contextlib.suppress(OSError):  # the terminal may be a file on the same disk
+                    print(f"{self.path}: {error}; rows are kept until it can be written", file=sys.stderr, flush=True)
+            self.is_refused = True
+
+    def _write(self) -> None:
+        while self.unwritten:
+            self.unwritten = self.unwritten[os.write(self.descriptor, self.unwritten) :]
+
+    def durable_bytes(self) -> int:
+        """The file's length, after making sure that all rows are on disk; raises OSError where they cannot be."""
+        self._write()
+        os.fsync(self.descriptor)
+        return self.path.stat().st_size
+
+    def answers(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """They have a file of their own."""
+
+    def finish(self) -> None:
+        """Closes the file; raises OSError where rows are lost with it."""
+        try:
+            self._write()
+        finally:
+            os.close(self.descriptor)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that a killed process left unfinished is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows

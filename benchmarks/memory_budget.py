@@ -141,7 +141,7 @@ def line(row: dict[str, Any]) -> str:
         f"{row['tokens_per_second']:,.0f} tokens/s, {row['seconds']:.3f} s a step ({row['predicted_seconds']:.3f} "
         f"predicted), peak {row['peak_gib']:.2f} GiB ({row['predicted_peak_gib']:.2f} predicted, "
         f"{row['reserved_gib']:.2f} reserved), "
-        f"host {row['host_gib']:.1f} GiB, {row['num_streamed']} streamed, passes of {row['tokens_per_pass']}"
+        f"host {row['host_gib']:.1f} GiB, {row['num_streamed']} streamed, passes of {row['micro_batch_tokens']}"
         + (f", {row['alloc_retries']} retries of the allocator" if row.get("alloc_retries") else "")
     )
 

@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.interrupted_run import commit
 from data_tools.prepare import prepare
 from train.cli import parse
-from train.data import Layout, TrainingData, prepare_settings
+from train.data import BatchLayout, TrainingData, prepare_settings
 from train.metrics import flops_per_token, peak_flops
 from train.models.tokenizer import load_tokenizer
 from train.run.versions import versions
@@ -285,7 +285,7 @@ def data_of(words: list[str], run: Run) -> tuple[Any, TrainingData, int]:
     config = parse([*words, *cut])
     tokenizer = load_tokenizer(config).backend
     prepared = prepare(prepare_settings(config, config.data.path), tokenizer)
-    layout = Layout(run.per_device, run.accumulation, 1, 0)
+    layout = BatchLayout(run.per_device, run.accumulation, 1, 0)
     return config, TrainingData(prepared.dataset, config, layout, tokenizer.pad_token_id), tokenizer.pad_token_id
 
 

@@ -41,7 +41,7 @@ from train.config import (  # noqa: E402
     TrainConfig,
 )
 from train.data import (  # noqa: E402
-    Layout,
+    BatchLayout,
     TrainingData,
     prepare_settings,
 )
@@ -140,7 +140,7 @@ def training_of(config: Config, accelerator: Accelerator) -> Training:
     data = TrainingData(
         prepared.dataset,
         config,
-        Layout.of(config.batch, accelerator),
+        BatchLayout.of(config.batch, accelerator),
         tokenizer.pad_token_id,
     )
     return assemble(config, accelerator, data)

@@ -34,7 +34,7 @@ LIBRARIES_WITH_ONE_OWNER = {
 ALLOWED = {
     "train": set(),
     "data_tools": set(),
-    "train.batching": set(),
+    "train.batching": {"collate"},
     "train.collate": set(),
     "train.config": set(),
     "train.metrics": set(),
@@ -49,7 +49,7 @@ ALLOWED = {
     "train.models": {"collate", "config", "data_tools", "engine", "loss", "run"},
     "train.memory": {"batching", "config", "engine", "loss", "models", "optim", "run"},
     "train.step": {"config", "data", "engine", "metrics", "models", "optim", "run", "seeds"},
-    "train.validation": {"collate", "metrics", "step"},
+    "train.validation": {"batching", "collate", "metrics", "step"},
     "train.track": {"config", "run"},
     "train.cli": {"config", "profiles", "run"},
     "train.audit_gate": {"config", "data", "data_tools", "run"},

@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 from accelerate import Accelerator
 
-from train.batching import Passes
-from train.collate import MicroBatch, collate, collate_packed, packed_tokens, with_borders
+from train.batching import MicroBatchShape
+from train.collate import MicroBatch, collate, collate_packed, packed_tokens, with_empty_samples
 from train.config import Config
 from train.data import TrainingData
 from train.engine.graphs import is_out_of_memory
@@ -17,7 +17,7 @@ from train.optim import FlatParameters, build_optimizer, build_scaler
 from train.run.accelerator import free_gpu_bytes
 from train.run.devices import resolve_dtype
 from train.run.exits import ExitCode, ExitWith
-from train.run.processes import agreed, say
+from train.run.processes import any_process, say
 from train.step import Training
 
 
@@ -25,24 +25,24 @@ def assemble(
     config: Config,
     accelerator: Accelerator,
     data: TrainingData,
-    saved: Passes | None = None,
-    longest_validated: int = 0,
+    saved: MicroBatchShape | None = None,
+    longest_validation: int = 0,
 ) -> Training:
     """Plan, model and optimizer on this process's device, beside the data; the longest pass has run there.
 
-    `saved` as Planner.best has it, `longest_validated` in tokens. Raises ExitWith(BAD_INPUT) where no plan fits.
+    `saved` as Planner.best has it, `longest_validation` in tokens. Raises ExitWith(BAD_INPUT) where no plan fits.
     """
     device = accelerator.device
     budget = free_gpu_bytes(config, accelerator)
-    rows = replace(data.rows_for_plan(), longest_validated=longest_validated)
+    rows = replace(data.length_statistics(), longest_validation=longest_validation)
     outlook = Outlook.of(config, device, rows, budget, saved)
     plan = outlook.first_plan()
     outlook.check_host(plan)
-    if saved and plan.is_fused and plan.passes != saved:
+    if saved and plan.is_fused and plan.micro_batch_shape != saved:
         say(
             accelerator,
-            f"memory    the run's passes of {saved} do not fit here: {plan.passes} now, the same samples a step; sums "
-            "are rounded otherwise, and with other passes dropout draws other masks",
+            f"memory    the run's micro-batches of {saved} do not fit here: {plan.micro_batch_shape} now, with the same samples "
+            "a step; sums are rounded otherwise, and with other micro-batches dropout draws other masks",
         )
     model = load_model(config, device, plan)
     parameters = model.trainable()
@@ -70,16 +70,14 @@ def fitted(training: Training, outlook: Outlook) -> Training:
     nothing is left to make smaller. A CPU tries nothing: it has no budget.
     """
     first = plan = training.plan
-    _follow(training, plan)
-    accelerator, longest_validated = training.accelerator, outlook.rows.longest_validated
-    if not _is_gpu(training) or not any(agreed(accelerator, not _runs(training, plan, longest_validated))):
+    accelerator, longest_validation = training.accelerator, outlook.rows.longest_validation
+    if not _is_gpu(training) or not any(any_process(accelerator, not _runs(training, plan, longest_validation))):
         return training
     for plan in outlook.smaller_plans(first):
         say(accelerator, f"memory    the longest pass did not fit; trying: {plan}")
-        _follow(training, plan)
-        if not any(agreed(accelerator, not _fits(training, plan, longest_validated))):
+        if not any(any_process(accelerator, not _fits(training, plan, longest_validation))):
             return replace(training, plan=plan)
-    longest = max(outlook.rows.longest[0], plan.tokens_per_pass, longest_validated)
+    longest = max(outlook.rows.longest[0], plan.micro_batch_tokens, longest_validation)
     raise ExitWith(
         ExitCode.BAD_INPUT,
         f"out of memory at the longest pass, {longest:,} tokens, and no "
@@ -91,22 +89,16 @@ def _is_gpu(training: Training) -> bool:
     return training.accelerator.device.type == "cuda"
 
 
-def _follow(training: Training, plan: Plan) -> None:
-    """The data is cut as the plan says."""
-    training.data.padding_free |= plan.is_fused
-    training.data.most_tokens = plan.tokens_per_pass if plan.merges else 0
-
-
-def _fits(training: Training, plan: Plan, longest_validated: int) -> bool:
+def _fits(training: Training, plan: Plan, longest_validation: int) -> bool:
     """Whether the model can be set up by the plan, and its longest pass runs."""
     try:
         training.model.execute(plan)
     except torch.OutOfMemoryError:
         return False
-    return _runs(training, plan, longest_validated)
+    return _runs(training, plan, longest_validation)
 
 
-def _runs(training: Training, plan: Plan, longest_validated: int) -> bool:
+def _runs(training: Training, plan: Plan, longest_validation: int) -> bool:
     """Whether the longest pass goes through, and a validation's longer sample.
 
     What it leaves in the gradients is taken away.
@@ -114,9 +106,9 @@ def _runs(training: Training, plan: Plan, longest_validated: int) -> bool:
     try:
         for _ in range(2 if plan.uses_graphs else 1):  # the first pass of an engine with graphs is not recorded
             training.model(longest_pass(training, plan).to(training.accelerator.device)).backward()
-        if longest_validated > max(training.data.num_tokens):
+        if longest_validation > max(training.data.num_tokens):
             with torch.no_grad():
-                training.model(_longest_validation(training, plan, longest_validated).to(training.accelerator.device))
+                training.model(_longest_validation(training, plan, longest_validation).to(training.accelerator.device))
         torch.cuda.synchronize()
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -135,27 +127,27 @@ def longest_pass(training: Training, plan: Plan) -> MicroBatch:
     """
     data = training.data
     longest = max(data.num_tokens)
-    if not data.padding_free:
+    if not data.is_packed(plan):
         return _padded_rows(training, plan, longest)
-    total = plan.tokens_per_pass or data.rows_for_plan().longest[-1]
+    total = plan.micro_batch_tokens or data.length_statistics().longest[-1]
     lengths = [longest] * max(1, total // packed_tokens([longest]))
     rest = total - packed_tokens(lengths)
     if rest > 0 and packed_tokens([*lengths, rest]) <= total:
         lengths.append(rest)
     batch = collate_packed([_sample(length) for length in lengths])
-    return with_borders(batch, plan.num_samples) if plan.uses_graphs else batch
+    return with_empty_samples(batch, plan.num_samples) if plan.uses_graphs else batch
 
 
 def _longest_validation(training: Training, plan: Plan, longest: int) -> MicroBatch:
     """The pass of a validation whose samples are all as long as its longest, which is longer than any trained on."""
-    if training.model.engine is not None:
+    if plan.is_fused:
         return collate_packed([_sample(longest)])
     return _padded_rows(training, plan, longest)
 
 
 def _padded_rows(training: Training, plan: Plan, longest: int) -> MicroBatch:
     """As many rows as the reference engine takes at a time, all of them as long as the longest."""
-    count = plan.tokens_per_pass // longest if plan.merges else training.data.layout.per_device
+    count = plan.micro_batch_tokens // longest if plan.merges else training.data.layout.per_device
     return collate([_sample(longest)] * max(1, count), training.data.pad_token_id)
 
 

@@ -11,7 +11,7 @@ from train.data import TrainingData, prepare_settings
 from train.run.exits import ExitCode, ExitWith
 
 
-def judge(config: Config, tokenizer: Any, data: TrainingData, validation: Dataset | None) -> Audit:
+def run_audit(config: Config, tokenizer: Any, data: TrainingData, validation: Dataset | None) -> Audit:
     """What the training data is like, and what of it stands in the validation data too."""
     settings = prepare_settings(config, config.data.path)
     other = prepare_settings(config, config.data.validation_path) if config.data.validation_path else settings
@@ -30,7 +30,7 @@ def judge(config: Config, tokenizer: Any, data: TrainingData, validation: Datase
     return audit(Data(settings, data.samples), held_out, tokenizer, plan)
 
 
-def pass_gate(config: Config, found: Audit) -> Sequence[str]:
+def enforce_gate(config: Config, found: Audit) -> Sequence[str]:
     """The warnings to show; raises ExitWith(BAD_INPUT) with every reason not to train, unless data.gate is warn."""
     refused = failures(found)
     if refused and config.data.gate == "stop":

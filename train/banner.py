@@ -27,7 +27,7 @@ def banner(
         f"profile   {config.profile}: {_base(config)}, compute in {dtype}{f' ({reason})' if reason else ''}",
         f"device    {device_name(device)}"
         + (f", capped at {config.memory.budget}" if config.memory.budget and device.type == "cuda" else ""),
-        *(f"kernels   {line}" for line in (devices.substitutes(device) if training.model.engine else [])),
+        *(f"kernels   {line}" for line in (devices.substitutes(device) if training.plan.is_fused else [])),
         f"adapters  LoRA r={config.lora.r} alpha={config.lora.alpha} dropout={config.lora.dropout} on "
         f"{', '.join(config.lora.target_modules)}: {trainable:,} trained parameters",
         f"data      {', '.join(config.data.path)}: {statistics.num_records:,} records "
@@ -63,9 +63,9 @@ def _packing(training: Training) -> list[str]:
 
 def _executed(training: Training) -> str:
     """How the first window of this process is really run, where that is not as it is written."""
-    if training.model.engine is None:
+    if not training.plan.is_fused:
         return ""
-    sizes = [batch.input_ids.numel() for batch in training.data.window(0).micro_batches]
+    sizes = [batch.input_ids.numel() for batch in training.data.batch(0, training.plan).micro_batches]
     passes = f"1 pass of {sizes[0]:,} tokens" if len(sizes) == 1 else f"{len(sizes)} passes of {max(sizes):,} tokens"
     return f", executed without padding: the first step as {passes}"
 

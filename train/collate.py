@@ -28,7 +28,7 @@ class MicroBatch:
     targets: torch.Tensor  # int64 [N]: that token
     cu_seqlens: torch.Tensor | None = None  # int32 [S + 1], packed rows only: where samples begin, and T
     max_length: int = 0  # packed rows only: tokens of the longest sample
-    even_length: int = 0  # packed rows only: tokens of every sample, where all have as many
+    uniform_length: int = 0  # packed rows only: tokens of every sample, where all have as many
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on `device`, copied without waiting: from page-locked memory, where that is a GPU."""
@@ -60,26 +60,26 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> MicroBatch:
     )
 
 
-def with_borders(batch: MicroBatch, num_samples: int) -> MicroBatch:
+def with_empty_samples(batch: MicroBatch, num_samples: int) -> MicroBatch:
     """The packed micro-batch with so many samples at least: those that it lacks have no tokens and stand at the end."""
     borders = batch.cu_seqlens
     assert borders is not None
     missing = max(0, num_samples + 1 - len(borders))
-    return replace(batch, cu_seqlens=F.pad(borders, (0, missing), value=batch.input_ids.numel()), even_length=0)
+    return replace(batch, cu_seqlens=F.pad(borders, (0, missing), value=batch.input_ids.numel()), uniform_length=0)
 
 
 def packed_tokens(lengths: Sequence[int]) -> int:
     """Tokens of the row that collate_packed makes of samples of these lengths."""
-    even_length = _even_length(lengths) if lengths else 0
-    return len(lengths) * even_length if even_length else sum(lengths)
+    uniform_length = _even_length(lengths) if lengths else 0
+    return len(lengths) * uniform_length if uniform_length else sum(lengths)
 
 
 def _even_length(lengths: Sequence[int]) -> int:
     """What every sample is filled up to, or has, or 0 where they stay of several lengths."""
-    even_length = -(-max(lengths) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-    if max(lengths) < SHORTEST_EVEN or len(lengths) * even_length > (1 + MOST_FILLING) * sum(lengths):
+    uniform_length = -(-max(lengths) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    if max(lengths) < SHORTEST_EVEN or len(lengths) * uniform_length > (1 + MOST_FILLING) * sum(lengths):
         return lengths[0] if len(set(lengths)) == 1 else 0
-    return even_length
+    return uniform_length
 
 
 def collate_packed(rows: Sequence[Mapping[str, Any]]) -> MicroBatch:
@@ -89,8 +89,8 @@ def collate_packed(rows: Sequence[Mapping[str, Any]]) -> MicroBatch:
     adds 3 % of tokens at most: attention's kernels for them take half the time. Nothing sees the filling.
     """
     lengths = [len(row["input_ids"]) for row in rows]
-    even_length = _even_length(lengths)
-    widths = [even_length or length for length in lengths]
+    uniform_length = _even_length(lengths)
+    widths = [uniform_length or length for length in lengths]
     starts = list(accumulate(widths, initial=0))
     input_ids = torch.zeros(starts[-1], dtype=torch.int64)
     trained = torch.zeros(starts[-1], dtype=torch.bool)
@@ -105,5 +105,5 @@ def collate_packed(rows: Sequence[Mapping[str, Any]]) -> MicroBatch:
         targets=input_ids[positions],
         cu_seqlens=torch.tensor(starts, dtype=torch.int32),
         max_length=max(widths),
-        even_length=even_length,
+        uniform_length=uniform_length,
     )

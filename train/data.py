@@ -14,13 +14,13 @@ from datasets import Dataset
 from data_tools.packing import pack
 from data_tools.prepare import Prepared, PrepareSettings, prepare
 from data_tools.records import DataError
-from train.batching import Rows
+from train.batching import LengthStatistics, StepPlan, regroup
 from train.collate import MicroBatch, collate, collate_packed, packed_tokens
 from train.config import BatchConfig, Config, TrainConfig
 
 
 @dataclass(frozen=True)
-class Window:
+class StepBatch:
     """The micro-batches of one process in one optimizer step, and what the step is over all processes."""
 
     micro_batches: list[MicroBatch]
@@ -30,7 +30,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BatchLayout:
     """How one optimizer step is cut over processes and forward passes."""
 
     per_device: int
@@ -39,7 +39,7 @@ class Layout:
     rank: int
 
     @classmethod
-    def of(cls, batch: BatchConfig, accelerator: Accelerator) -> "Layout":
+    def of(cls, batch: BatchConfig, accelerator: Accelerator) -> "BatchLayout":
         """Of this process's part of a run."""
         return cls(batch.per_device, batch.accumulation, accelerator.num_processes, accelerator.process_index)
 
@@ -56,14 +56,12 @@ class TrainingData:
     Epoch e visits every row once, in the permutation of (seed, e); its last window may be smaller than the others.
     """
 
-    def __init__(self, samples: Dataset, config: Config, layout: Layout, pad_token_id: int) -> None:
+    def __init__(self, samples: Dataset, config: Config, layout: BatchLayout, pad_token_id: int) -> None:
         self.samples = samples
         self.seed = config.train.seed
         self.layout = layout
         self.pad_token_id = pad_token_id
         self.packed = config.data.packing
-        self.padding_free = config.data.packing  # the engine wants it of other rows too
-        self.most_tokens = 0  # passes are put together or cut to hold so many tokens at most; 0: they stay as they are
         self.group_by_length = config.data.group_by_length
         self.num_tokens: list[int] = samples["num_tokens"][:]
         self.num_supervised_tokens: list[int] = samples["num_supervised_tokens"][:]
@@ -75,7 +73,7 @@ class TrainingData:
             self.rows = [[flat[position] for position in members] for members in bins]
         self.row_tokens = [sum(self.num_tokens[i] for i in row) for row in self.rows]
         self._epoch_order: tuple[int, list[int]] = (-1, [])
-        self._ahead: tuple[int, Window] | None = None
+        self._prefetched: tuple[int, StepPlan, StepBatch] | None = None
         self.steps_per_epoch = math.ceil(len(self.rows) / layout.samples_per_step)
 
     def total_steps(self, train: TrainConfig) -> int:
@@ -101,81 +99,62 @@ class TrainingData:
         """The samples of optimizer step `step` over all processes, in order."""
         return [i for row in self.row_ids(step) for i in self.rows[row]]
 
-    def window(self, step: int) -> Window:
+    def batch(self, step: int, plan: StepPlan) -> StepBatch:
         """What this process computes in optimizer step `step`.
 
-        Forward pass a of process r takes the per_device rows from (a * num_processes + r) * per_device on. In an
-        epoch's last window there may be none left for it: it then repeats one without any target, so that every
-        process takes part in every collective and the sum of the losses stays what it was.
+        As configured, micro-batch a of process r takes the per_device rows from (a * num_processes + r) * per_device
+        on; `plan` may merge or split them. In an epoch's last batch there may be none left for a process: it then
+        repeats a sample without any target, so that every process takes part in every collective and the sum of the
+        losses stays what it was.
         """
-        if self._ahead and self._ahead[0] == step:
-            return self._ahead[1]
-        row_ids = self.row_ids(step)
-        parts = self.cut(self._passes(row_ids), self.num_tokens, not self.padding_free, self.most_tokens)
+        if self._prefetched and self._prefetched[:2] == (step, plan):
+            return self._prefetched[2]
+        row_ids, is_packed = self.row_ids(step), self.is_packed(plan)
+        max_tokens = plan.micro_batch_tokens if plan.merges else 0
         micro_batches = []
-        for part in parts:
-            rows = [self.samples[i] for i in part]
+        for members in regroup(self._as_configured(row_ids), self.num_tokens, not is_packed, max_tokens):
+            rows = [self.samples[i] for i in members]
             if not rows:
                 first = self.rows[row_ids[0]][0]
                 rows = [{**self.samples[first], "trained": [False] * self.num_tokens[first]}]
-            micro_batches.append(collate_packed(rows) if self.padding_free else collate(rows, self.pad_token_id))
+            micro_batches.append(collate_packed(rows) if is_packed else collate(rows, self.pad_token_id))
         ids = [i for row in row_ids for i in self.rows[row]]
-        return Window(
+        return StepBatch(
             micro_batches,
             num_supervised_tokens=sum(self.num_supervised_tokens[i] for i in ids),
             num_tokens=sum(self.num_tokens[i] for i in ids),
             sample_ids=ids,
         )
 
-    def prepare(self, step: int) -> None:
-        """Makes the window of `step` now, while the device is busy, so that asking for it costs nothing."""
-        self._ahead = (step, self.window(step))
+    def prefetch(self, step: int, plan: StepPlan) -> None:
+        """Makes the batch of `step` now, while the device is busy, so that asking for it costs nothing."""
+        self._prefetched = (step, plan, self.batch(step, plan))
 
-    def _passes(self, row_ids: Sequence[int]) -> list[list[int]]:
-        """The samples of each forward pass of this process in a step with these rows."""
+    def is_packed(self, plan: StepPlan) -> bool:
+        """Whether a micro-batch's samples stand behind one another in one row, without padding."""
+        return self.packed or plan.is_fused
+
+    def _as_configured(self, row_ids: Sequence[int]) -> list[list[int]]:
+        """The samples of each of this process's micro-batches in a step with these rows, as per_device says."""
         layout = self.layout
-        num_passes = math.ceil(len(row_ids) / (layout.per_device * layout.num_processes))
-        passes = []
-        for number in range(num_passes):
+        count = math.ceil(len(row_ids) / (layout.per_device * layout.num_processes))
+        micro_batches = []
+        for number in range(count):
             start = (number * layout.num_processes + layout.rank) * layout.per_device
-            passes.append([i for row in row_ids[start : start + layout.per_device] for i in self.rows[row]])
-        return passes
+            micro_batches.append([i for row in row_ids[start : start + layout.per_device] for i in self.rows[row]])
+        return micro_batches
 
-    def cut(
-        self, passes: Sequence[list[int]], num_tokens: Sequence[int], is_padded: bool, most_tokens: int
-    ) -> list[list[int]]:
-        """The samples of the passes put together, or taken apart, to hold `most_tokens` at most (0: as they are).
-
-        With what collating adds: padding to the longest, or filling. A sample that is longer is a pass of its own.
-        """
-        if not most_tokens:
-            return list(passes)
-
-        def fits(samples: list[int]) -> bool:
-            lengths = [num_tokens[i] for i in samples]
-            size = len(lengths) * max(lengths, default=0) if is_padded else packed_tokens(lengths)
-            return size <= most_tokens
-
-        merged: list[list[int]] = []
-        for whole in passes:
-            for samples in [whole] if fits(whole) else [[i] for i in whole]:
-                if merged and fits(merged[-1] + samples):
-                    merged[-1] = merged[-1] + samples
-                else:
-                    merged.append(samples)
-        return merged
-
-    def rows_for_plan(self) -> Rows:
+    def length_statistics(self) -> LengthStatistics:
         """The lengths, each row filled up as it is alone."""
         count, filled = self.layout.per_device, [packed_tokens([tokens]) for tokens in self.row_tokens]
         lengths = [self.num_tokens[i] for row in self.rows for i in row]
-        return Rows(
+        return LengthStatistics(
             longest=tuple(accumulate(sorted(filled, reverse=True)[:count])),
-            mean_pass=count * fmean(filled),
+            mean_micro_batch=count * fmean(filled),
             deviation=math.sqrt(count) * pstdev(filled),
             mean_length=fmean(lengths),
             length_deviation=math.inf if self.group_by_length else pstdev(lengths),
-            most_samples=sum(sorted(map(len, self.rows), reverse=True)[:count]),
+            max_samples=sum(sorted(map(len, self.rows), reverse=True)[:count]),
         )
 
     def _order(self, epoch: int) -> list[int]:

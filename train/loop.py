@@ -11,7 +11,7 @@ from train.checkpoints.saver import Saver
 from train.metrics import Stopwatch, flops_per_token, num_matmul_weights, peak_flops
 from train.run.durable import write_atomically
 from train.run.exits import ExitCode, ExitWith
-from train.run.processes import Heartbeat, advice_to_repeat, agreed
+from train.run.processes import Heartbeat, advice_to_repeat, any_process
 from train.run.signals import StopRequest
 from train.step import StepResult, Training, optimizer_step
 from train.track.loss_watch import LossWatch
@@ -55,7 +55,7 @@ def train(
             if not math.isfinite(row.get("eval/loss", 0.0)):
                 row["warning"] = f"the validation loss is {row.pop('eval/loss')}; the step does not count as validated"
                 row.pop("eval/perplexity")
-        if warning := watch.judge(result.loss):
+        if warning := watch.check(result.loss):
             row["warning"] = warning
         if result.is_skipped:
             row["warning"] = leave_out(training, saver.skipped, result)
@@ -63,7 +63,7 @@ def train(
         validation_loss = row.get("eval/loss")
         is_first = training.accelerator.is_main_process  # whose clock and disk count
         is_wanted = is_first and (saver.is_time() or saver.is_due(result.step, validation_loss))
-        must_stop, must_save = agreed(training.accelerator, stop.is_received(), is_wanted)
+        must_stop, must_save = any_process(training.accelerator, stop.is_received(), is_wanted)
         if must_stop or must_save:
             stopwatch.restart()
             saver.save(result.step, validation_loss, must_stop)

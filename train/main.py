@@ -2,12 +2,12 @@
 
 import sys
 
-from train.run.redact import print_scrubbed, scrub
+from train.run.redact import print_redacted, redact
 from train.run.signals import StopRequest, follow_launcher
 
 STOP = None
 if __name__ == "__main__":  # before the imports below, which take seconds
-    sys.excepthook = print_scrubbed
+    sys.excepthook = print_redacted
     STOP = StopRequest()
     follow_launcher()
 
@@ -23,14 +23,14 @@ from rich.console import Console
 from data_tools.prepare import Prepared, first_conversations, prepare
 from data_tools.records import DataError
 from train.assemble import assemble
-from train.audit_gate import judge, pass_gate
+from train.audit_gate import enforce_gate, run_audit
 from train.banner import banner
-from train.checkpoints.resume import check_same_run, choose, identity, restore, saved_passes
+from train.checkpoints.resume import check_same_run, choose, identity, restore, saved_shape
 from train.checkpoints.saver import Saver, check_disk
 from train.checkpoints.store import Checkpoint, CheckpointStore
 from train.cli import parse
 from train.config import Config
-from train.data import Layout, TrainingData, hold_out, prepare_settings
+from train.data import BatchLayout, TrainingData, hold_out, prepare_settings
 from train.deliver.compare import as_rows, compare, show
 from train.deliver.final import publish_final
 from train.engine.copies import HostMemoryError
@@ -41,7 +41,7 @@ from train.run.accelerator import check_machine, close_group, start_accelerator
 from train.run.durable import write_atomically
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import locked, write_exit
-from train.run.processes import advice_to_repeat, go_on, on_first_process, peer_failure, say
+from train.run.processes import advice_to_repeat, on_first_process, peer_failure, raise_if_stopped, say
 from train.step import Training
 from train.track.display import Display
 from train.track.metrics_file import MetricsFile
@@ -65,7 +65,7 @@ def main(argv: list[str], stop: StopRequest | None = None) -> ExitCode:
             # before trackers are closed, which may take seconds that a killed job does not have
             if speaks(code, Path(config.run.dir) / "exit.json"):
                 with suppress(OSError):  # a disk so full that not even this fits
-                    write_exit(Path(config.run.dir), code, scrub(reason))
+                    write_exit(Path(config.run.dir), code, redact(reason))
     except ExitWith as end:  # the configuration cannot be used, or another job has the run folder
         code, reason = end.code, end.reason
     launcher = os.environ.get("HANDLOOP_LAUNCHER")
@@ -74,7 +74,7 @@ def main(argv: list[str], stop: StopRequest | None = None) -> ExitCode:
             (Path(launcher) / "exit").write_text(f"{int(code)}\n")
     if code != ExitCode.FINISHED and (is_first_process() or code == ExitCode.PEER_FAILURE):
         with suppress(OSError):  # a terminal that is gone
-            print(f"\nhandloop: {scrub(reason)}", file=sys.stderr, flush=True)
+            print(f"\nhandloop: {redact(reason)}", file=sys.stderr, flush=True)
     return code
 
 
@@ -125,7 +125,7 @@ def run(config: Config, stop: StopRequest, closing: ExitStack) -> None:
     data = TrainingData(
         samples,
         config,
-        Layout.of(config.batch, accelerator),
+        BatchLayout.of(config.batch, accelerator),
         tokenizer.backend.pad_token_id,
     )
     same_run = identity(config, prepared.fingerprint, data, accelerator.device)
@@ -134,18 +134,18 @@ def run(config: Config, stop: StopRequest, closing: ExitStack) -> None:
     if checkpoint is not None:
         check_same_run(checkpoint, same_run, accelerator)
     else:
-        on_first_process(accelerator, lambda: audit_aloud(config, tokenizer, data, validation))
-    go_on(config, accelerator, stop)
+        on_first_process(accelerator, lambda: report_audit(config, tokenizer, data, validation))
+    raise_if_stopped(config, accelerator, stop)
     say(accelerator, f"loading {config.model.name_or_path}")
-    saved = saved_passes(checkpoint, data, config.batch.merge)
-    longest_validated = max(validation["num_tokens"][:]) if validation else 0
-    training = assemble(config, accelerator, data, saved, longest_validated)
+    saved = saved_shape(checkpoint, data, config.batch.merge)
+    longest_validation = max(validation["num_tokens"][:]) if validation else 0
+    training = assemble(config, accelerator, data, saved, longest_validation)
     if checkpoint is not None:
         restore(training, checkpoint)
     say(accelerator, banner(training, tokenizer.notes, prepared.statistics, checkpoint))
 
     on_first_process(accelerator, lambda: check_disk(training, store))
-    go_on(config, accelerator, stop)
+    raise_if_stopped(config, accelerator, stop)
 
     trackers = open_trackers(training, store, checkpoint, wandb)
     closing.callback(trackers.finish)
@@ -156,9 +156,9 @@ def run(config: Config, stop: StopRequest, closing: ExitStack) -> None:
         deliver(training, tokenizer, prepared, trackers, stop)
 
 
-def audit_aloud(config: Config, tokenizer: Tokenizer, data: TrainingData, validation: Dataset | None) -> int:
+def report_audit(config: Config, tokenizer: Tokenizer, data: TrainingData, validation: Dataset | None) -> int:
     """Says what the audit warns of; raises ExitWith(BAD_INPUT) where the data must not be trained on."""
-    for line in pass_gate(config, judge(config, tokenizer.backend, data, validation)):
+    for line in enforce_gate(config, run_audit(config, tokenizer.backend, data, validation)):
         print(f"data      {line}", flush=True)
     return 0
 

@@ -20,7 +20,7 @@ PEAK_TFLOPS = {
 }
 
 
-def read(*scalars: torch.Tensor) -> list[float]:
+def to_host(*scalars: torch.Tensor) -> list[float]:
     """The values of device scalars, in one transfer."""
     return torch.stack([scalar.detach().double() for scalar in scalars]).tolist()
 

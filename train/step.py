@@ -7,9 +7,9 @@ import torch
 from accelerate import Accelerator
 
 from train.config import Config
-from train.data import TrainingData, Window
+from train.data import StepBatch, TrainingData
 from train.engine.plan import Plan
-from train.metrics import read
+from train.metrics import to_host
 from train.models.language_model import LanguageModel
 from train.optim import FlatParameters, learning_rate, set_learning_rate
 from train.run.processes import add_over_processes
@@ -41,7 +41,7 @@ class StepResult:
     loss: float  # mean over the step's supervised tokens, of all processes
     grad_norm: float  # before clipping
     loss_scale: float  # 1 unless the base computes in fp16
-    num_overflows: int  # times that the window was computed again, each with half the scale
+    num_overflows: int  # times that the batch was computed again, each with half the scale
     learning_rate: float
     num_tokens: int
     num_supervised_tokens: int
@@ -68,19 +68,19 @@ class Gradient:
 
 
 def optimizer_step(training: Training, completed: int) -> StepResult:
-    """One update from the gradient of one window; `completed` steps came before.
+    """One update from the gradient of one batch; `completed` steps came before.
 
     A loss or gradient that is not finite in one process is so in all of them after the reductions, and all of them
-    leave the update out. A gradient that fp16 could not hold at this loss scale is no such loss: the same window is
+    leave the update out. A gradient that fp16 could not hold at this loss scale is no such loss: the same batch is
     computed again with half the scale, so samples, learning rate and steps are those of any other type.
     """
-    config, window = training.config, training.data.window(completed)
-    gradient, num_overflows, last_scale = window_gradient(training, window, completed), 0, math.inf
+    config, batch = training.config, training.data.batch(completed, training.plan)
+    gradient, num_overflows, last_scale = step_gradient(training, batch, completed), 0, math.inf
     first_scale = gradient.scale
     while gradient.is_overflow and gradient.scale < last_scale:
         last_scale, num_overflows = gradient.scale, num_overflows + 1
         training.scaler.update()  # halves it, unless each element is finite and only their norm is not
-        gradient = window_gradient(training, window, completed)
+        gradient = step_gradient(training, batch, completed)
     rate = learning_rate(completed, training.total_steps, config.optim)
     set_learning_rate(training.optimizer, rate)
     if gradient.is_finite:
@@ -91,19 +91,19 @@ def optimizer_step(training: Training, completed: int) -> StepResult:
     return StepResult(
         step=completed + 1,
         is_skipped=not gradient.is_finite,
-        loss=gradient.loss_sum / window.num_supervised_tokens,
+        loss=gradient.loss_sum / batch.num_supervised_tokens,
         grad_norm=gradient.norm,
         loss_scale=gradient.scale,
         num_overflows=num_overflows,
         learning_rate=rate,
-        num_tokens=window.num_tokens,
-        num_supervised_tokens=window.num_supervised_tokens,
-        sample_ids=window.sample_ids,
+        num_tokens=batch.num_tokens,
+        num_supervised_tokens=batch.num_supervised_tokens,
+        sample_ids=batch.sample_ids,
     )
 
 
-def window_gradient(training: Training, window: Window, completed: int) -> Gradient:
-    """Forward and backward over the window: leaves the clipped gradient in the flat parameters.
+def step_gradient(training: Training, batch: StepBatch, completed: int) -> Gradient:
+    """Forward and backward over the batch: leaves the clipped gradient in the flat parameters.
 
     The loss of every token is divided by the number of supervised tokens in the whole step, over all micro-batches
     and processes, which is known before the first forward. So 8x1, 4x2, 2x4, 1x8 and several processes give the same
@@ -113,17 +113,17 @@ def window_gradient(training: Training, window: Window, completed: int) -> Gradi
     training.flat.zero_grad()
     scale = scaler.scale(torch.ones((), device=accelerator.device))
     loss_sum = torch.zeros((), device=accelerator.device)
-    for number, micro_batch in enumerate(window.micro_batches):
-        batch = micro_batch.to(accelerator.device)
+    for number, micro_batch in enumerate(batch.micro_batches):
+        on_device = micro_batch.to(accelerator.device)
         seed_forward(config.train.seed, completed, accelerator.process_index, number)
-        token_loss_sum = training.model(batch)
-        scaler.scale(token_loss_sum / window.num_supervised_tokens).backward()
+        token_loss_sum = training.model(on_device)
+        scaler.scale(token_loss_sum / batch.num_supervised_tokens).backward()
         loss_sum += token_loss_sum.detach()
         del token_loss_sum  # and what autograd has beside it, before the next pass
-    training.data.prepare(completed + 1)  # while a GPU still computes
+    training.data.prefetch(completed + 1, training.plan)  # while a GPU still computes
 
     add_over_processes(accelerator, training.flat.leaves)
     scaler.unscale_(training.optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(training.flat.leaves, config.optim.max_grad_norm)
     total = accelerator.reduce(loss_sum, reduction="sum")
-    return Gradient(*read(total, grad_norm, scale))
+    return Gradient(*to_host(total, grad_norm, scale))

@@ -5,8 +5,9 @@ import math
 import torch
 from datasets import Dataset
 
+from train.batching import regroup
 from train.collate import collate, collate_packed
-from train.metrics import read
+from train.metrics import to_host
 from train.step import Training
 
 
@@ -17,16 +18,16 @@ def validate(training: Training, samples: Dataset) -> dict[str, float]:
     training.model.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # summed loss, number of tokens
     mine = range(cut.rank, len(samples), cut.num_processes)
-    passes = [list(mine[start : start + cut.per_device]) for start in range(0, len(mine), cut.per_device)]
-    is_packed = training.model.engine is not None
-    lengths, most_tokens = samples["num_tokens"][:], training.plan.launched_tokens or training.plan.tokens_per_pass
-    for members in training.data.cut(passes, lengths, not is_packed, most_tokens):
+    configured = [list(mine[start : start + cut.per_device]) for start in range(0, len(mine), cut.per_device)]
+    is_packed = training.plan.is_fused
+    lengths, max_tokens = samples["num_tokens"][:], training.plan.validation_tokens or training.plan.micro_batch_tokens
+    for members in regroup(configured, lengths, not is_packed, max_tokens):
         rows = [samples[i] for i in members]
         micro_batch = collate_packed(rows) if is_packed else collate(rows, training.data.pad_token_id)
         batch = micro_batch.to(accelerator.device)
         totals[0] += training.model(batch)
         totals[1] += len(batch.targets)
     training.model.train()
-    loss_sum, num_tokens = read(*accelerator.reduce(totals, reduction="sum"))
+    loss_sum, num_tokens = to_host(*accelerator.reduce(totals, reduction="sum"))
     loss = loss_sum / num_tokens
     return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}

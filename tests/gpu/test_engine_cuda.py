@@ -182,14 +182,14 @@ def test_a_validation_leaves_recorded_graphs_alone(config: Config) -> None:
     training = build(with_batch(config, 2, 4))
     samples = training.data.samples
     longest = {name: 2 * samples[0][name] for name in ("input_ids", "trained")}
-    while len(longest["input_ids"]) <= training.plan.tokens_per_pass:
+    while len(longest["input_ids"]) <= training.plan.micro_batch_tokens:
         longest = {name: 2 * value for name, value in longest.items()}
     long_sample = {**samples[0], **longest, "num_tokens": len(longest["input_ids"])}
     rows: list[Any] = [*samples, long_sample]
     validation = Dataset.from_list(rows)
     training = assemble(training.config, training.accelerator, training.data, None, long_sample["num_tokens"])
     assert training.plan.uses_graphs
-    assert training.plan.launched_tokens == long_sample["num_tokens"]
+    assert training.plan.validation_tokens == long_sample["num_tokens"]
     engine: Any = training.model.engine
     for step in range(4):
         optimizer_step(training, step)
@@ -198,7 +198,7 @@ def test_a_validation_leaves_recorded_graphs_alone(config: Config) -> None:
     assert recorded
     assert own.graphs == recorded
     engine.graphs = None
-    one_by_one = replace(training, plan=replace(training.plan, launched_tokens=1))
+    one_by_one = replace(training, plan=replace(training.plan, validation_tokens=1))
     assert validate(one_by_one, validation)["eval/loss"] == pytest.approx(found, rel=2e-3)
     engine.graphs = own
     assert optimizer_step(training, 4).loss > 0
@@ -267,7 +267,7 @@ def test_a_recording_that_took_too_much_is_given_back(
         rooms = {0: plenty, 1: plenty}  # by the graphs that there are
         monkeypatch.setattr(graphs.Graphs, "_room", lambda self, rooms=rooms: rooms.get(len(self.graphs), plenty))
         training = build(with_batch(config, 2, 4))
-        plan = replace(training.plan, num_kept=1, num_cached=0, uses_graphs=True, graph_bytes=1, launch_bytes=1)
+        plan = replace(training.plan, num_kept=1, num_cached=0, uses_graphs=True, graph_bytes=1, eager_bytes=1)
         training.model.execute(plan)
         engine: Any = training.model.engine
         recorded = engine.graphs
@@ -300,7 +300,7 @@ def test_samples_of_one_length_go_to_cudnn(monkeypatch: pytest.MonkeyPatch) -> N
     real: Any = attention.varlen_attn
     monkeypatch.setattr(attention, "varlen_attn", lambda *a, **k: called.append(1) or real(*a, **k))
     results = []
-    for each in (batch, replace(batch, even_length=0)):
+    for each in (batch, replace(batch, uniform_length=0)):
         out = attend_packed(each, None, 128**-0.5)(inputs[0], inputs[1], inputs[2])
         results.append([out, *torch.autograd.grad(out, inputs, upstream)])
         assert len(called) == len(results) - 1

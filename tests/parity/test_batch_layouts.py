@@ -79,7 +79,7 @@ def test_a_validation_beside_graphs_takes_small_passes(config: Config) -> None:
     samples = training.data.samples
     whole = validate(training, samples)
     most = 60
-    plan = replace(training.plan, launched_tokens=most)
+    plan = replace(training.plan, validation_tokens=most)
     passes: list[int] = []
     training.model.register_forward_pre_hook(lambda _, arguments: passes.append(arguments[0].input_ids.numel()))
     cut = validate(replace(training, plan=plan), samples)
@@ -100,7 +100,7 @@ def test_a_validation_takes_the_plan_s_passes_though_none_are_merged(config: Con
     most = samples[longest]["num_tokens"]
     passes: list[int] = []
     training.model.register_forward_pre_hook(lambda _, arguments: passes.append(arguments[0].input_ids.numel()))
-    validate(replace(training, plan=replace(training.plan, tokens_per_pass=most)), samples.select([longest] * 4))
+    validate(replace(training, plan=replace(training.plan, micro_batch_tokens=most)), samples.select([longest] * 4))
     assert passes == [most] * 4
 
 

@@ -24,11 +24,11 @@ from transformers import (
 from tests.conftest import training_of, with_batch
 from train.collate import MicroBatch, collate_packed
 from train.config import Config, EngineConfig
-from train.data import Layout
+from train.data import BatchLayout
 from train.engine import operations
 from train.engine.block import Block, Pass
 from train.engine.decoder import Engine
-from train.engine.families import reason_against
+from train.engine.families import unsupported_reason
 from train.engine.lora_linear import LoraGroup, dequantize
 from train.engine.operations import Dropout
 from train.engine.packed_weights import HostBlocks
@@ -168,13 +168,13 @@ def test_a_group_is_its_layers(
     group.fill_base(matrix, [base.weight for base in group.bases])
     for place, parameter, factor in group.adapter_places(matrix):
         place.copy_(parameter.detach() * factor)
-    wide = torch.zeros(num_tokens, 64 + group.num_extra)
+    wide = torch.zeros(num_tokens, 64 + group.padded_rank)
     wide[:, :64] = x.detach()
-    for read, low in ((wide[:, :64], wide[:, 64:]), (x.detach(), torch.empty(num_tokens, group.num_extra))):
+    for read, low in ((wide[:, :64], wide[:, 64:]), (x.detach(), torch.empty(num_tokens, group.padded_rank))):
         out, grad_x = torch.empty(num_tokens, 96), torch.empty(num_tokens, 64)
         group.forward(matrix, read, low, out, None)
         close(out, wanted.detach())
-        grad_out = torch.cat([upstream, torch.full((num_tokens, group.num_extra), torch.nan)], dim=1)
+        grad_out = torch.cat([upstream, torch.full((num_tokens, group.padded_rank), torch.nan)], dim=1)
         group.input_gradient(matrix, grad_out, None, grad_x)
         gradients = group.adapter_gradients(grad_out, read, low, None)
         assert x.grad is not None
@@ -209,7 +209,7 @@ def test_a_group_with_dropout_is_its_layers_with_the_same_masks() -> None:
     for place, parameter, factor in group.adapter_places(matrix):
         place.copy_(parameter.detach() * factor)
     group.forward(matrix, x.detach(), low, out, drop)
-    grad_out = torch.cat([upstream, torch.empty(13, group.num_extra)], dim=1)
+    grad_out = torch.cat([upstream, torch.empty(13, group.padded_rank)], dim=1)
     group.input_gradient(matrix, grad_out, drop, grad_x)
     close(out, wanted.detach())
     assert x.grad is not None
@@ -272,7 +272,7 @@ def test_every_family_of_models(family: str, num_kept: int, num_cached: int, til
     """
     adapted = adapted_model(*FAMILIES[family])
     causal_lm, batch = adapted.get_base_model(), packed()
-    assert not reason_against(causal_lm)
+    assert not unsupported_reason(causal_lm)
     wanted = causal_lm.base_model(batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state[
         0
     ]
@@ -429,8 +429,10 @@ def test_without_merging_every_pass_is_run(config: Config) -> None:
     """1 x 8 with merge off are eight passes of one sample, also where two would fit."""
     config = fused(with_batch(config, 1, 8))
     literal = training_of(replace(config, batch=replace(config.batch, merge="off")), Accelerator(cpu=True))
-    assert [(batch.position_ids == 0).sum() for batch in literal.data.window(0).micro_batches] == [1] * 8
-    assert len(training_of(config, Accelerator(cpu=True)).data.window(0).micro_batches) == 1
+    batch = literal.data.batch(0, literal.plan)
+    assert [(micro_batch.position_ids == 0).sum() for micro_batch in batch.micro_batches] == [1] * 8
+    merged = training_of(config, Accelerator(cpu=True))
+    assert len(merged.data.batch(0, merged.plan).micro_batches) == 1
 
 
 def test_an_idle_process_learns_nothing(config: Config) -> None:
@@ -438,8 +440,8 @@ def test_an_idle_process_learns_nothing(config: Config) -> None:
     training = training_of(fused(with_batch(config, 1, 2)), Accelerator(cpu=True))
     data = training.data
     data.rows, data.steps_per_epoch = data.rows[:5], 2
-    data.layout = Layout(1, 2, 2, rank=1)
-    (batch,) = data.window(1).micro_batches
+    data.layout = BatchLayout(1, 2, 2, rank=1)
+    (batch,) = data.batch(1, training.plan).micro_batches
     assert len(batch.targets) == 0
     training.model(batch).backward()
     assert all(leaf.grad is not None and not leaf.grad.any() for leaf in training.flat.leaves)
@@ -451,8 +453,8 @@ def test_merged_passes_are_the_same_step(config: Config) -> None:
     literal = training_of(replace(config, batch=replace(config.batch, merge="off")), Accelerator(cpu=True))
     merged = training_of(config, Accelerator(cpu=True))
     for step, passes in ((0, 4), (2, 2)):
-        assert len(literal.data.window(step).micro_batches) == passes
-        assert len(merged.data.window(step).micro_batches) == 1
+        assert len(literal.data.batch(step, literal.plan).micro_batches) == passes
+        assert len(merged.data.batch(step, merged.plan).micro_batches) == 1
         one, other = (optimizer_step(run, step) for run in (literal, merged))
         assert one.sample_ids == other.sample_ids
         assert other.loss == pytest.approx(one.loss, rel=1e-5)
@@ -463,11 +465,11 @@ def test_what_the_engine_cannot_run_is_said(config: Config) -> None:
     """auto falls back with a reason, fused ends with it."""
     sizes = {**SIZES, "num_key_value_heads": None}
     neox = AutoModelForCausalLM.from_config(GPTNeoXConfig(**{k: v for k, v in sizes.items() if v is not None}))
-    assert "GPTNeoXForCausalLM is not one of" in reason_against(neox)
+    assert "GPTNeoXForCausalLM is not one of" in unsupported_reason(neox)
     gelu = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, hidden_act="gelu"))
-    assert "computes gelu" in reason_against(gelu)
+    assert "computes gelu" in unsupported_reason(gelu)
     uneven = adapted_model(LlamaConfig(**SIZES), ["1.mlp.up_proj"]).get_base_model()
-    assert reason_against(uneven) == "its blocks do not all have the same adapters"
+    assert unsupported_reason(uneven) == "its blocks do not all have the same adapters"
     int8 = replace(config, model=replace(config.model, quantization="int8"))
     sketched = sketch(int8, torch.float32)
     assert choose_engine(sketched, int8, CPU) == (False, "int8 layers round their inputs, which only bitsandbytes does")
@@ -484,10 +486,10 @@ def test_long_samples_of_one_length_are_filled_up() -> None:
     """Rows of 2,041 and 2,048 tokens become 2,048 each, targets stay; rows that differ more stay as they are."""
     rows = [{"input_ids": list(range(1, n + 1)), "trained": [True] * n} for n in (2041, 2048)]
     batch = collate_packed(rows)
-    assert (batch.even_length, batch.max_length, batch.input_ids.shape[1]) == (2048, 2048, 4096)
+    assert (batch.uniform_length, batch.max_length, batch.input_ids.shape[1]) == (2048, 2048, 4096)
     assert batch.targets.tolist() == [*range(2, 2042), *range(2, 2049)]
     assert torch.equal(batch.input_ids[0, batch.target_rows] + 1, batch.targets)
     assert batch.cu_seqlens is not None
     assert batch.cu_seqlens.tolist() == [0, 2048, 4096]
     shorter = collate_packed([rows[0], {"input_ids": list(range(1900)), "trained": [True] * 1900}])
-    assert (shorter.even_length, shorter.input_ids.shape[1]) == (0, 3941)
+    assert (shorter.uniform_length, shorter.input_ids.shape[1]) == (0, 3941)

@@ -113,7 +113,9 @@ def streaming(numbers: list[int], **changes: Any) -> tuple[Any, Plan, HostBlocks
     host = HostBlocks(numbers, pin=False)
     for number in range(NUM_BLOCKS):
         host.take(number, adapted.get_base_model().base_model.layers[number])
-    plan = Plan(is_fused=True, merges=True, tokens_per_pass=64, num_blocks=NUM_BLOCKS, num_kept=1, streamed=(*numbers,))
+    plan = Plan(
+        is_fused=True, merges=True, micro_batch_tokens=64, num_blocks=NUM_BLOCKS, num_kept=1, streamed=(*numbers,)
+    )
     return adapted, replace(plan, **changes), host
 
 

@@ -12,7 +12,8 @@ from datasets import Dataset
 from data_tools.prepare import PrepareSettings, prepare
 from data_tools.records import DataError
 from tests.conftest import BUNDLED_BASE, tokenizer_at
-from train.data import Layout, TrainingData, split_validation
+from train.data import BatchLayout, TrainingData, split_validation
+from train.engine.plan import Plan
 from train.profiles import demo
 
 SAMPLES = Dataset.from_dict(
@@ -24,10 +25,11 @@ SAMPLES = Dataset.from_dict(
         "num_supervised_tokens": [2] * 13,
     }
 )
+AS_CONFIGURED = Plan(is_fused=False, merges=False, micro_batch_tokens=0, num_blocks=1, num_kept=1)
 LAYOUTS = [(4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 1, 4), (1, 2, 2)]
 
 
-def ordered(seed: int, layout: Layout, samples: Dataset = SAMPLES, **data: Any) -> TrainingData:
+def ordered(seed: int, layout: BatchLayout, samples: Dataset = SAMPLES, **data: Any) -> TrainingData:
     """The samples in the order that demo's recipe gives them with this seed."""
     recipe = demo()
     chosen: dict[str, Any] = {"group_by_length": False} | data
@@ -38,15 +40,15 @@ def ordered(seed: int, layout: Layout, samples: Dataset = SAMPLES, **data: Any) 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_epoch_visits_every_sample_once(layout: tuple[int, int, int]) -> None:
     """13 samples, 4 a step: four steps an epoch, the last of one sample; another order each epoch; seed decides it."""
-    data = ordered(7, Layout(*layout, rank=0))
+    data = ordered(7, BatchLayout(*layout, rank=0))
     assert data.steps_per_epoch == 4
     epochs = [[i for step in range(4 * e, 4 * e + 4) for i in data.sample_ids(step)] for e in range(3)]
     assert all(sorted(epoch) == list(range(13)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert [len(data.sample_ids(step)) for step in range(4)] == [4, 4, 4, 1]
-    reference = ordered(7, Layout(4, 1, 1, rank=0))
+    reference = ordered(7, BatchLayout(4, 1, 1, rank=0))
     assert [data.sample_ids(step) for step in range(12)] == [reference.sample_ids(step) for step in range(12)]
-    other = ordered(8, Layout(*layout, rank=0))
+    other = ordered(8, BatchLayout(*layout, rank=0))
     assert [other.sample_ids(step) for step in range(4)] != [data.sample_ids(step) for step in range(4)]
 
 
@@ -54,11 +56,11 @@ def test_every_epoch_visits_every_sample_once(layout: tuple[int, int, int]) -> N
 def test_the_processes_share_a_window_without_loss_or_repetition(layout: tuple[int, int, int]) -> None:
     """All targets of the window, over all processes, are those of its samples; all run as many forward passes."""
     for step in (0, 3):  # a whole window, and one of a single sample
-        windows = [ordered(7, Layout(*layout, rank=r)).window(step) for r in range(layout[2])]
-        assert len({len(window.micro_batches) for window in windows}) == 1
-        targets = Counter(t for w in windows for batch in w.micro_batches for t in batch.targets.tolist())
-        assert targets == Counter({i: 2 for i in windows[0].sample_ids})
-        assert all(window.num_supervised_tokens == targets.total() for window in windows)
+        parts = [ordered(7, BatchLayout(*layout, rank=r)).batch(step, AS_CONFIGURED) for r in range(layout[2])]
+        assert len({len(part.micro_batches) for part in parts}) == 1
+        targets = Counter(t for part in parts for batch in part.micro_batches for t in batch.targets.tolist())
+        assert targets == Counter({i: 2 for i in parts[0].sample_ids})
+        assert all(part.num_supervised_tokens == targets.total() for part in parts)
 
 
 def test_validation_holds_out_whole_records(tmp_path: Path) -> None:
@@ -99,8 +101,8 @@ LENGTHS = Dataset.from_dict(
 
 def test_grouping_by_length_saves_padding_and_stays_shuffled() -> None:
     """Every sample once an epoch, most padding gone, windows not sorted by length, another order each epoch."""
-    plain = ordered(1, Layout(8, 1, 1, 0), LENGTHS)
-    grouped = ordered(1, Layout(8, 1, 1, 0), LENGTHS, group_by_length=True)
+    plain = ordered(1, BatchLayout(8, 1, 1, 0), LENGTHS)
+    grouped = ordered(1, BatchLayout(8, 1, 1, 0), LENGTHS, group_by_length=True)
 
     def padding(data: TrainingData) -> int:
         windows = [[data.num_tokens[i] for i in data.sample_ids(step)] for step in range(data.steps_per_epoch)]
@@ -117,21 +119,21 @@ def test_grouping_by_length_saves_padding_and_stays_shuffled() -> None:
 
 def test_weights_repeat_and_leave_out() -> None:
     """Path 0 two and a half times, path 1 half: counts follow, the same samples every time."""
-    data = ordered(1, Layout(8, 1, 1, 0), LENGTHS, path=("a", "b"), weights=(2.5, 0.5))
+    data = ordered(1, BatchLayout(8, 1, 1, 0), LENGTHS, path=("a", "b"), weights=(2.5, 0.5))
     times = Counter(i for step in range(data.steps_per_epoch) for i in data.sample_ids(step))
     assert {times[i] for i in range(60)} == {2, 3}
     assert {times[i] for i in range(60, 100)} == {0, 1}
     assert 135 < sum(times[i] for i in range(60)) < 165
     assert 10 < sum(times[i] for i in range(60, 100)) < 30
-    again = ordered(1, Layout(8, 1, 1, 0), LENGTHS, path=("a", "b"), weights=(2.5, 0.5))
+    again = ordered(1, BatchLayout(8, 1, 1, 0), LENGTHS, path=("a", "b"), weights=(2.5, 0.5))
     assert [again.sample_ids(step) for step in range(9)] == [data.sample_ids(step) for step in range(9)]
     with pytest.raises(DataError, match="leave no sample"):
-        ordered(1, Layout(8, 1, 1, 0), LENGTHS, path=("a", "b"), weights=(1e-9, 1e-9))
+        ordered(1, BatchLayout(8, 1, 1, 0), LENGTHS, path=("a", "b"), weights=(1e-9, 1e-9))
 
 
 def test_packed_rows_are_what_is_counted() -> None:
     """With packing a step holds rows: fewer steps, every sample once an epoch, the fill rate said."""
-    data = ordered(1, Layout(2, 2, 1, 0), LENGTHS, packing=True, max_length=128)
+    data = ordered(1, BatchLayout(2, 2, 1, 0), LENGTHS, packing=True, max_length=128)
     assert sorted(i for step in range(data.steps_per_epoch) for i in data.sample_ids(step)) == list(range(100))
     assert data.steps_per_epoch == -(-len(data.rows) // 4) < 12
     assert data.fill_rate(128) > 0.95

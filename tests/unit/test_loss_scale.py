@@ -107,7 +107,7 @@ def test_a_loss_that_is_no_number_is_a_skipped_step(
     before = {name: parameter.detach().clone() for name, parameter in training.parameters.items()}
     result, given = step_with_gradient(training, 0)
     assert (result.is_skipped, result.num_overflows, given) == (True, 0, [])
-    assert len(passes) == len(training.data.window(0).micro_batches)
+    assert len(passes) == len(training.data.batch(0, training.plan).micro_batches)
     assert all(torch.equal(parameter, before[name]) for name, parameter in training.parameters.items())
     assert training.scaler.get_scale() == 2.0**12
     after, given = step_with_gradient(training, 1)
@@ -121,7 +121,7 @@ def test_a_gradient_that_no_scale_makes_finite_is_a_skipped_step(
     """Tried down to a scale of 1, then left out; the scale, which was not to blame, is what it was."""
     training = build(config, 2.0**5)
     injected(NotANumber(tuple(range(1, 7)), only_gradient=True))
-    assert len(training.data.window(0).micro_batches) == 1
+    assert len(training.data.batch(0, training.plan).micro_batches) == 1
     result, given = step_with_gradient(training, 0)
     assert (result.is_skipped, result.num_overflows, result.loss_scale, given) == (True, 5, 1.0, [])
     assert training.scaler.get_scale() == 2.0**5

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from train.metrics import flops_per_token, num_matmul_weights, read
+from train.metrics import flops_per_token, num_matmul_weights, to_host
 
 
 def test_llama_8b_costs_what_the_literature_says() -> None:
@@ -21,4 +21,4 @@ def test_llama_8b_costs_what_the_literature_says() -> None:
 
 def test_read_keeps_double_precision() -> None:
     """Token counts beyond 2^24 survive."""
-    assert read(torch.tensor(2.0**30 + 1, dtype=torch.float64), torch.tensor(0.5)) == [2.0**30 + 1, 0.5]
+    assert to_host(torch.tensor(2.0**30 + 1, dtype=torch.float64), torch.tensor(0.5)) == [2.0**30 + 1, 0.5]

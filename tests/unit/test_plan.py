@@ -17,18 +17,18 @@ from tests.parity.test_engine import ALL, FAMILIES, adapted_model
 from train import assemble as assembling
 from train import main as command
 from train.assemble import fitted
-from train.batching import Passes, Rows
-from train.checkpoints.resume import layout, saved_passes
+from train.batching import LengthStatistics, MicroBatchShape, regroup
+from train.checkpoints.resume import layout, saved_shape
 from train.collate import collate_packed
 from train.config import BatchConfig, Config, EngineConfig, LoraConfig, MemoryConfig, ModelConfig, OptimConfig
-from train.data import Layout, hold_out, prepare_settings
+from train.data import BatchLayout, hold_out, prepare_settings
 from train.engine.block import Pass
 from train.engine.decoder import Engine
 from train.engine.packed_weights import HostBlocks, Packing, linear_layers, packed_bytes
 from train.engine.plan import Plan, reference_plan
 from train.memory import outlook
 from train.memory import search as planning
-from train.memory.gpus import KNOWN, known
+from train.memory.gpus import KNOWN, known_gpu
 from train.memory.outlook import Outlook
 from train.memory.search import MARGIN, MLP_TILE, Planner
 from train.memory.sizes import ModelSizes, model_sizes
@@ -38,7 +38,7 @@ from train.run.exits import ExitCode, ExitWith
 from train.step import optimizer_step
 
 GIB = 2**30
-H200: Any = replace(known("H200"), has_graphs=True)  # type: ignore[type-var]
+H200: Any = replace(known_gpu("H200"), has_graphs=True)  # type: ignore[type-var]
 LLAMA_8B = ModelSizes(
     num_blocks=32,
     hidden=4096,
@@ -46,12 +46,12 @@ LLAMA_8B = ModelSizes(
     query=4096,
     inner=14336,
     extra=64,
-    normed_heads=0,
+    normed_qk=0,
     has_dropout=False,
     element_bytes=2,
     matrix_bytes=2 * 225_000_000,
     packed_bytes=112_500_000,
-    small_bytes=32 * 16384,
+    norm_bytes=32 * 16384,
     embedding_bytes=1_050_673_152,
     embedding_on_host=True,
     head_bytes=1_050_673_152,
@@ -60,12 +60,12 @@ LLAMA_8B = ModelSizes(
     adapter_bytes=8 * 41_943_040,
     paged_bytes=2 * 41_943_040,
 )
-SHORT = Rows(longest=(500, 900), mean_pass=334, deviation=120, mean_length=167)
-PACKED = Rows(longest=(2048, 4096, 6144, 8192), mean_pass=8000, deviation=50, mean_length=2000)
-LONG = Rows(longest=(2048,), mean_pass=2000, deviation=50, mean_length=2000)
+SHORT = LengthStatistics(longest=(500, 900), mean_micro_batch=334, deviation=120, mean_length=167)
+PACKED = LengthStatistics(longest=(2048, 4096, 6144, 8192), mean_micro_batch=8000, deviation=50, mean_length=2000)
+LONG = LengthStatistics(longest=(2048,), mean_micro_batch=2000, deviation=50, mean_length=2000)
 
 
-def planned(rows: Rows, batch: BatchConfig, gib: float | None, memory: MemoryConfig | None = None) -> Plan:
+def planned(rows: LengthStatistics, batch: BatchConfig, gib: float | None, memory: MemoryConfig | None = None) -> Plan:
     planner = Planner(LLAMA_8B, rows, batch, memory or MemoryConfig(), H200)
     return planner.best(None if gib is None else int(gib * GIB))
 
@@ -88,7 +88,7 @@ def test_8b_in_four_gib_is_streamed_and_in_three_its_inputs_leave_too() -> None:
     """2,048 tokens a pass: in 4 GiB most blocks come from the host, in less all, and block inputs go there."""
     four = planned(LONG, BatchConfig(1, 4, merge="off"), 4)
     assert 16 <= len(four.streamed) <= 32
-    assert four.tokens_per_pass == 2048
+    assert four.micro_batch_tokens == 2048
     three = planned(LONG, BatchConfig(1, 4, merge="off"), 3)
     assert len(three.streamed) >= 28
     assert three.offloads_inputs
@@ -99,16 +99,16 @@ def test_8b_in_four_gib_is_streamed_and_in_three_its_inputs_leave_too() -> None:
 def test_tiles_are_for_rows_that_do_not_fit_without() -> None:
     """In 4 GiB 8,000 tokens go through the MLPs whole, 13,000 in tiles, and 20,000 not at all."""
     for length, tile in ((8000, 0), (13_000, MLP_TILE)):
-        plan = planned(Rows((length,), length, 0, length), BatchConfig(1, 4), 4)
+        plan = planned(LengthStatistics((length,), length, 0, length), BatchConfig(1, 4), 4)
         assert plan.mlp_tile == tile
         assert plan.peak_bytes <= MARGIN * 4 * GIB
-    assert planned(Rows((20_000,), 20_000, 0, 20_000), BatchConfig(1, 4), 4).peak_bytes > 4 * GIB
+    assert planned(LengthStatistics((20_000,), 20_000, 0, 20_000), BatchConfig(1, 4), 4).peak_bytes > 4 * GIB
     planner = Planner(replace(LLAMA_8B, chunk_bytes=2**20), LONG, BatchConfig(1, 4), MemoryConfig(), H200)
     whole, wide, narrow = (replace(next(iter(planner._choices(True, 2000, 0))), tile=tile) for tile in (0, 1024, 128))
     assert planner.peak(whole) > planner.peak(wide) > planner.peak(narrow)
     one, other = (planner.seconds(replace(choice, graphs=True)) for choice in (whole, wide))
     assert one < other  # what is kept computes gate and up again
-    short = planned(Rows((900,), 900, 0, 900), BatchConfig(1, 4), 1)  # does not fit either, and is one tile
+    short = planned(LengthStatistics((900,), 900, 0, 900), BatchConfig(1, 4), 1)  # does not fit either, and is one tile
     assert short.mlp_tile == 0
 
 
@@ -124,17 +124,17 @@ def test_a_window_of_short_samples_is_one_pass() -> None:
     """2 x 4 short samples are merged where memory allows, never when that is off, and never beyond what helps."""
     roomy = planned(SHORT, BatchConfig(2, 4), 100)
     assert roomy.merges
-    assert 4 * 334 < roomy.tokens_per_pass <= 4 * 900
+    assert 4 * 334 < roomy.micro_batch_tokens <= 4 * 900
     literal = planned(SHORT, BatchConfig(2, 4, merge="off"), 100)
     assert not literal.merges
-    assert literal.tokens_per_pass == 900
-    assert planned(PACKED, BatchConfig(4, 16), None).tokens_per_pass <= 16384
+    assert literal.micro_batch_tokens == 900
+    assert planned(PACKED, BatchConfig(4, 16), None).micro_batch_tokens <= 16384
 
 
 def test_a_pass_that_is_too_large_is_cut() -> None:
     """Four rows of 2,048 tokens at once do not fit in 3 GiB; fewer do, unless merging is off."""
     plan = planned(PACKED, BatchConfig(4, 4), 3)
-    assert plan.tokens_per_pass < 8192
+    assert plan.micro_batch_tokens < 8192
     assert plan.peak_bytes <= MARGIN * 3 * GIB
     assert planned(PACKED, BatchConfig(4, 4, merge="off"), 3).peak_bytes > 3 * GIB
 
@@ -158,8 +158,8 @@ def test_streaming_can_be_forbidden_and_demanded(offload: Any, streamed: int) ->
 def test_a_resumed_run_keeps_its_passes() -> None:
     """Whatever is free now, passes hold what they held: other sums would be rounded otherwise."""
     for gib in (3, 20, 130):
-        plan = Planner(LLAMA_8B, SHORT, BatchConfig(2, 4), MemoryConfig(), H200).best(gib * GIB, Passes(1234))
-        assert (plan.tokens_per_pass, plan.merges) == (1234, True)
+        plan = Planner(LLAMA_8B, SHORT, BatchConfig(2, 4), MemoryConfig(), H200).best(gib * GIB, MicroBatchShape(1234))
+        assert (plan.micro_batch_tokens, plan.merges) == (1234, True)
 
 
 def test_graphs_are_for_cards_that_wait_for_their_host() -> None:
@@ -168,8 +168,8 @@ def test_graphs_are_for_cards_that_wait_for_their_host() -> None:
     for card, graphs in ((H200, True), (slow, False)):
         plan = Planner(LLAMA_8B, SHORT, BatchConfig(2, 4), MemoryConfig(), card).best(24 * GIB)
         assert plan.uses_graphs == graphs
-        assert (plan.graph_bytes > 0) == (plan.launch_bytes > 0) == graphs
-        assert plan.graph_bytes + plan.launch_bytes < plan.peak_bytes
+        assert (plan.graph_bytes > 0) == (plan.eager_bytes > 0) == graphs
+        assert plan.graph_bytes + plan.eager_bytes < plan.peak_bytes
 
 
 def test_what_graphs_have_beside_them() -> None:
@@ -179,18 +179,18 @@ def test_what_graphs_have_beside_them() -> None:
         planner = Planner(LLAMA_8B, rows, BatchConfig(2, 4), MemoryConfig(), H200)
         plan = planner.best(24 * GIB)
         assert plan.uses_graphs
-        width = math.ceil(plan.tokens_per_pass / 128) * 128
-        assert plan.gap_bytes == plan.graph_bytes * 128 // width  # so many hidden states are 1 MiB
-        assert dict(plan.parts)["gaps between graphs"] == (plan.gap_bytes if rows.length_deviation else 0)
-        assert rows.longest[0] <= plan.launched_tokens <= plan.tokens_per_pass
-        needed, head = plan.launched_tokens * planner._validated_bytes(), planner._head_bytes(width)
-        assert plan.launch_bytes == max(head, needed)
+        width = math.ceil(plan.micro_batch_tokens / 128) * 128
+        assert plan.fragmentation_bytes == plan.graph_bytes * 128 // width  # so many hidden states are 1 MiB
+        assert dict(plan.parts)["gaps between graphs"] == (plan.fragmentation_bytes if rows.length_deviation else 0)
+        assert rows.longest[0] <= plan.validation_tokens <= plan.micro_batch_tokens
+        needed, head = plan.validation_tokens * planner._validated_bytes(), planner._head_bytes(width)
+        assert plan.eager_bytes == max(head, needed)
         assert (needed > head) == (rows.longest[0] == 2000)
         assert needed > head - planner._validated_bytes()  # no token more would have room
-    short = replace(several, longest=(100,), mean_pass=100)
+    short = replace(several, longest=(100,), mean_micro_batch=100)
     plan = planned(short, BatchConfig(1, 1), 24)
     assert plan.uses_graphs
-    assert plan.gap_bytes == 0  # all that is small in a shorter pass is small in this one
+    assert plan.fragmentation_bytes == 0  # all that is small in a shorter pass is small in this one
 
 
 def test_a_recorded_pass_is_counted_with_its_filling() -> None:
@@ -208,10 +208,10 @@ def test_all_that_a_graph_needs_is_counted_with_its_filling() -> None:
     """Also of a run that is resumed, whose passes are no multiple of 128 tokens."""
     several = replace(SHORT, longest=(1250, 1300), length_deviation=85.0)
     planner = Planner(LLAMA_8B, several, BatchConfig(2, 4), MemoryConfig(checkpointing="none", offload="none"), H200)
-    short, filled = (planner.best(24 * GIB, Passes(tokens)) for tokens in (1281, 1408))
+    short, filled = (planner.best(24 * GIB, MicroBatchShape(tokens)) for tokens in (1281, 1408))
     assert short.uses_graphs
-    assert (short.tokens_per_pass, filled.tokens_per_pass) == (1281, 1408)
-    for name in ("graph_bytes", "gap_bytes", "launch_bytes", "launched_tokens", "num_cached"):
+    assert (short.micro_batch_tokens, filled.micro_batch_tokens) == (1281, 1408)
+    for name in ("graph_bytes", "fragmentation_bytes", "eager_bytes", "validation_tokens", "num_cached"):
         assert getattr(short, name) == getattr(filled, name) > 0
 
 
@@ -239,14 +239,14 @@ def test_recorded_passes_are_as_long_as_they_are_padded() -> None:
 def test_a_validation_s_longer_sample_has_room() -> None:
     """Beside graphs it is counted; where passes are launched only if it needs more than all that training keeps."""
     for longest in (900, 6000):
-        rows = replace(SHORT, length_deviation=85.0, longest_validated=longest)
+        rows = replace(SHORT, length_deviation=85.0, longest_validation=longest)
         plan = Planner(LLAMA_8B, rows, BatchConfig(2, 4), MemoryConfig(), H200).best(24 * GIB)
         assert plan.uses_graphs
-        assert (plan.launched_tokens == longest) == (longest == 6000)
-        assert plan.launch_bytes >= plan.launched_tokens * 2 * (2 * 4096 + 3 * 14336)
+        assert (plan.validation_tokens == longest) == (longest == 6000)
+        assert plan.eager_bytes >= plan.validation_tokens * 2 * (2 * 4096 + 3 * 14336)
     peaks = []
     for longest in (0, 4096, 60_000):
-        planner = Planner(LLAMA_8B, replace(LONG, longest_validated=longest), BatchConfig(1, 4), MemoryConfig(), H200)
+        planner = Planner(LLAMA_8B, replace(LONG, longest_validation=longest), BatchConfig(1, 4), MemoryConfig(), H200)
         choice = replace(next(iter(planner._choices(True, 2048, 0))), graphs=False)
         peaks.append(planner.peak(choice))
     assert peaks[0] == peaks[1] < 60_000 * planner._validated_bytes() < peaks[2]
@@ -254,12 +254,12 @@ def test_a_validation_s_longer_sample_has_room() -> None:
 
 def test_a_validation_s_longer_sample_goes_in_tiles_where_it_must() -> None:
     """A sample of 14,000 tokens can be validated in 4 GiB whatever is trained on; advice tells how many could be."""
-    rows = replace(LONG, longest=(512,), mean_pass=200, deviation=50, mean_length=200)
-    plans = [planned(replace(rows, longest_validated=n), BatchConfig(1, 4), 4) for n in (0, 2000, 14_000)]
+    rows = replace(LONG, longest=(512,), mean_micro_batch=200, deviation=50, mean_length=200)
+    plans = [planned(replace(rows, longest_validation=n), BatchConfig(1, 4), 4) for n in (0, 2000, 14_000)]
     assert [plan.mlp_tile for plan in plans] == [0, 0, 1024]
     assert plans[2].peak_bytes <= 4 * GIB
-    assert plans[2].passes.mlp_tile == 1024  # which a resumed run is given
-    planner = Planner(LLAMA_8B, replace(rows, longest_validated=40_000), BatchConfig(1, 4), MemoryConfig(), H200)
+    assert plans[2].micro_batch_shape.mlp_tile == 1024  # which a resumed run is given
+    planner = Planner(LLAMA_8B, replace(rows, longest_validation=40_000), BatchConfig(1, 4), MemoryConfig(), H200)
     assert planner.best(4 * GIB).peak_bytes > 4 * GIB
     assert 14_000 < planner.longest_row(4 * GIB) < 20_000
 
@@ -287,7 +287,7 @@ def test_sizes_are_those_of_the_loaded_model(quantization: Any, config: Config) 
     trained = sum(p.numel() for p in training.parameters.values())
     assert 16 * trained <= sizes.adapter_bytes <= 16 * trained + 4 * len(training.parameters)
     norms = [p for name, p in causal_lm.named_parameters() if "norm" in name]
-    assert sizes.small_bytes == sum(p.nbytes for p in norms)
+    assert sizes.norm_bytes == sum(p.nbytes for p in norms)
 
 
 def test_transformers_recomputes_all_or_nothing() -> None:
@@ -296,19 +296,19 @@ def test_transformers_recomputes_all_or_nothing() -> None:
     assert kept == {"auto": 0, "full": 0, "none": 32}
 
 
-class Card:
+class Gpu:
     """Stands for a GPU that is out of memory the first `failures` times that a longest pass is tried."""
 
     def __init__(self, failures: int) -> None:
         self.failures = failures
         self.tried: list[Plan] = []
 
-    def runs(self, training: Any, plan: Plan, longest_validated: int) -> bool:
+    def runs(self, training: Any, plan: Plan, longest_validation: int) -> bool:
         self.tried.append(plan)
         return len(self.tried) > self.failures
 
 
-def on_a_gpu(monkeypatch: pytest.MonkeyPatch, card: Card) -> None:
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, card: Gpu) -> None:
     """Makes `fitted` believe that there is one."""
     monkeypatch.setattr(assembling, "_runs", card.runs)
     monkeypatch.setattr(assembling, "_is_gpu", lambda training: True)
@@ -319,10 +319,10 @@ def test_out_of_memory_is_answered_by_smaller_plans(config: Config, monkeypatch:
     config = replace(config, engine=EngineConfig(kind="fused"), lora=LoraConfig(r=4, alpha=8))
     wanted = [optimizer_step(training_of(config, Accelerator(cpu=True)), 0).loss]
     training = training_of(config, Accelerator(cpu=True))
-    card = Card(failures=3)
+    card = Gpu(failures=3)
     on_a_gpu(monkeypatch, card)
     monkeypatch.setattr(planning, "CUBLAS_BYTES", 0)  # more than the whole of so small a model
-    rows = training.data.rows_for_plan()
+    rows = training.data.length_statistics()
     largest = Outlook.of(config, torch.device("cpu"), rows, 10**12).first_plan()
     ahead = Outlook.of(config, torch.device("cpu"), rows, largest.peak_bytes)
     found = fitted(replace(training, plan=ahead.first_plan()), ahead)
@@ -338,9 +338,9 @@ def test_a_run_plans_for_the_longest_sample_of_its_validation(config: Config, mo
     config = replace(config, data=replace(config.data, validation_fraction=0.2))
     tokenizer = load_tokenizer(config).backend
     prepared = prepare(prepare_settings(config, config.data.path), tokenizer)
-    seen: list[Rows] = []
+    seen: list[LengthStatistics] = []
 
-    def look(_: Any, __: Any, rows: Rows, *___: Any) -> None:
+    def look(_: Any, __: Any, rows: LengthStatistics, *___: Any) -> None:
         seen.append(rows)
         raise ExitWith(ExitCode.INTERRUPTED, "seen")
 
@@ -349,7 +349,7 @@ def test_a_run_plans_for_the_longest_sample_of_its_validation(config: Config, mo
         assert command.main(arguments(each)) == ExitCode.INTERRUPTED
     held_out = hold_out(config, prepared, tokenizer)[1]
     assert held_out is not None
-    assert [rows.longest_validated for rows in seen] == [max(held_out["num_tokens"]), 0]
+    assert [rows.longest_validation for rows in seen] == [max(held_out["num_tokens"]), 0]
 
 
 @pytest.mark.parametrize("kind", ["fused", "reference"])
@@ -370,14 +370,14 @@ def test_a_validation_s_longer_sample_is_tried(kind: Any, config: Config, monkey
                 raise torch.OutOfMemoryError
 
     training.model.register_forward_pre_hook(look)
-    rows = training.data.rows_for_plan()
+    rows = training.data.length_statistics()
     monkeypatch.setattr(planning, "CUBLAS_BYTES", 0)  # more than the whole of so small a model
     budget = Outlook.of(config, torch.device("cpu"), rows, 10**12).first_plan().peak_bytes
     plain = Outlook.of(config, torch.device("cpu"), rows, budget)
     training = replace(training, plan=plain.first_plan())
     assert fitted(training, plain).plan == training.plan
     assert tried == []
-    longer = replace(plain, rows=replace(rows, longest_validated=longest + 7))
+    longer = replace(plain, rows=replace(rows, longest_validation=longest + 7))
     found = fitted(training, longer)
     assert len(tried) == 2
     assert set(tried) == {(1 if kind == "fused" else 2, longest + 7)}
@@ -389,13 +389,13 @@ def test_the_reference_engine_is_cut_into_smaller_passes(config: Config, monkeyp
     """It recomputes first, then takes fewer rows at a time; the step's loss stays."""
     wanted = optimizer_step(training_of(config, Accelerator(cpu=True)), 0).loss
     training = training_of(config, Accelerator(cpu=True))
-    card = Card(failures=2)
+    card = Gpu(failures=2)
     on_a_gpu(monkeypatch, card)
-    ahead = Outlook.of(config, torch.device("cpu"), training.data.rows_for_plan(), None)
+    ahead = Outlook.of(config, torch.device("cpu"), training.data.length_statistics(), None)
     found = fitted(training, ahead)
     assert [plan.num_kept for plan in card.tried] == [2, 0, 0]
     longest = max(found.data.num_tokens)
-    sizes = [batch.input_ids.numel() for batch in found.data.window(0).micro_batches]
+    sizes = [batch.input_ids.numel() for batch in found.data.batch(0, found.plan).micro_batches]
     assert len(sizes) > 4
     assert max(sizes) <= longest
     assert optimizer_step(found, 0).loss == pytest.approx(wanted, rel=1e-5)
@@ -404,8 +404,8 @@ def test_the_reference_engine_is_cut_into_smaller_passes(config: Config, monkeyp
 def test_when_nothing_smaller_is_left_that_is_said(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clear end before training instead of one at step 3,000."""
     training = training_of(config, Accelerator(cpu=True))
-    on_a_gpu(monkeypatch, Card(failures=99))
-    ahead = Outlook.of(config, torch.device("cpu"), training.data.rows_for_plan(), None)
+    on_a_gpu(monkeypatch, Gpu(failures=99))
+    ahead = Outlook.of(config, torch.device("cpu"), training.data.length_statistics(), None)
     with pytest.raises(ExitWith, match="out of memory at the longest pass"):
         fitted(training, ahead)
 
@@ -414,12 +414,12 @@ def test_when_nothing_smaller_is_left_that_is_said(config: Config, monkeypatch: 
 def test_what_would_fit_instead(config: Config) -> None:
     """An 8B with rows of 100,000 tokens in 4 GiB: refused before a weight is read, with a length that would fit."""
     config = replace(config, model=ModelConfig(str(SHARED / "llama31_8b"), dtype="bf16"), memory=MemoryConfig())
-    rows = Rows((100_000,), 100_000, 0, 100_000)
+    rows = LengthStatistics((100_000,), 100_000, 0, 100_000)
     ahead = Outlook.on_card(config, H200, rows, 4 * GIB)
     with pytest.raises(ExitWith, match=r"What would fit: --data\.max_length \d+") as error:
         ahead.first_plan()
     length = int(str(error.value.reason).split("--data.max_length ")[1].split(",")[0])
-    fits = Outlook.on_card(config, H200, Rows((length,), length, 0, length), 4 * GIB)
+    fits = Outlook.on_card(config, H200, LengthStatistics((length,), length, 0, length), 4 * GIB)
     assert fits.first_plan().peak_bytes <= 4 * GIB
     assert length > 2048
 
@@ -438,10 +438,10 @@ def test_cards_are_known_by_their_names() -> None:
         "gtx-1050-ti": "GTX-1050-Ti",
     }
     for written, name in names.items():
-        card = known(written)
+        card = known_gpu(written)
         assert card is not None
         assert card.name == name
-    assert known("NVIDIA L40") is None
+    assert known_gpu("NVIDIA L40") is None
     assert len({card.name for card in KNOWN}) == len(KNOWN)
 
 
@@ -479,7 +479,7 @@ def test_kept_activations_are_what_a_block_keeps(family: str, tile: int) -> None
         stack.forward(hidden, Pass(cos[0], sin[0], engine.attend_for(batch), 0.0, torch.tensor(0), tile), kept)
     middle = storages(kept[1].activations, {})
     middle.pop(kept[1].activations.x.untyped_storage().data_ptr())  # counted among the inputs
-    rows = Rows((500,), 500, 0, 500)
+    rows = LengthStatistics((500,), 500, 0, 500)
     card = replace(H200, has_graphs=False)
     planner = Planner(replace(sizes, element_bytes=4), rows, BatchConfig(1, 1), MemoryConfig(), card)
     choice = next(iter(planner._choices(True, 500, 0)))
@@ -496,10 +496,10 @@ def test_a_resumed_run_on_a_smaller_card_goes_on_in_smaller_passes(config: Confi
     planner = Planner(LLAMA_8B, SHORT, BatchConfig(2, 16), MemoryConfig(), H200)
     ahead = Outlook(config, SHORT, planner, "", None, 32, None)
     started = replace(ahead, budget=130 * GIB).first_plan()
-    again = replace(ahead, budget=100 * GIB, saved=started.passes).first_plan()
-    assert again.tokens_per_pass == started.tokens_per_pass > 4000
-    small = replace(ahead, budget=int(2.6 * GIB), saved=started.passes).first_plan()
-    assert small.tokens_per_pass < started.tokens_per_pass
+    again = replace(ahead, budget=100 * GIB, saved=started.micro_batch_shape).first_plan()
+    assert again.micro_batch_tokens == started.micro_batch_tokens > 4000
+    small = replace(ahead, budget=int(2.6 * GIB), saved=started.micro_batch_shape).first_plan()
+    assert small.micro_batch_tokens < started.micro_batch_tokens
     assert small.peak_bytes <= int(2.6 * GIB)
 
 
@@ -508,7 +508,7 @@ def test_dropout_and_old_cards_take_more() -> None:
     plain = Planner(LLAMA_8B, LONG, BatchConfig(1, 4), MemoryConfig(), H200)
     choice = replace(next(iter(plain._choices(True, 2048, 0))), num_kept=4)
     wide = replace(LLAMA_8B, inner=40_000)
-    for less, more in ((wide, replace(wide, has_dropout=True)), (LLAMA_8B, replace(LLAMA_8B, normed_heads=5120))):
+    for less, more in ((wide, replace(wide, has_dropout=True)), (LLAMA_8B, replace(LLAMA_8B, normed_qk=5120))):
         peaks = [Planner(s, LONG, BatchConfig(1, 4), MemoryConfig(), H200).peak(choice) for s in (less, more)]
         assert peaks[0] < peaks[1]
     old: Any = replace(H200, capability=(6, 1))
@@ -520,10 +520,10 @@ def test_the_longest_pass_is_the_longest(config: Config) -> None:
     packed = replace(config, data=replace(config.data, packing=True), batch=BatchConfig(4, 2))
     training = training_of(packed, Accelerator(cpu=True))
     longest = assembling.longest_pass(training, training.plan)
-    windows = [training.data.window(step) for step in range(training.data.steps_per_epoch)]
+    windows = [training.data.batch(step, training.plan) for step in range(training.data.steps_per_epoch)]
     assert longest.input_ids.numel() >= max(b.input_ids.numel() for w in windows for b in w.micro_batches)
     data = training.data
-    data.padding_free, data.num_tokens = True, [1000] * 6
+    data.num_tokens = [1000] * 6
     for total in (6000, 6144, 7000, 1000):
         plan = Plan(True, True, total, num_blocks=2, num_kept=2, uses_graphs=True, num_samples=40)
         longest = assembling.longest_pass(training, plan)
@@ -533,14 +533,11 @@ def test_the_longest_pass_is_the_longest(config: Config) -> None:
         assert longest.cu_seqlens[-1] == longest.input_ids.numel()
 
 
-def test_filling_counts_where_passes_are_put_together(config: Config) -> None:
-    """Six samples of 1,000 tokens, which are filled up to 1,024: five are a pass of 6,000 tokens, six one of 6,144."""
-    data = training_of(config, Accelerator(cpu=True)).data
-    data.padding_free = True
-    for most, sizes in ((6000, [5, 1]), (6144, [6])):
-        data.most_tokens = most
-        passes = data.cut([[i] for i in range(6)], [1000] * 6, is_padded=False, most_tokens=data.most_tokens)
-        assert [len(members) for members in passes] == sizes
+def test_padding_counts_where_micro_batches_are_merged() -> None:
+    """Six samples of 1,000 tokens, each padded to 1,024: five are a micro-batch of 6,000 tokens, six one of 6,144."""
+    for max_tokens, sizes in ((6000, [5, 1]), (6144, [6])):
+        micro_batches = regroup([[i] for i in range(6)], [1000] * 6, is_padded=False, max_tokens=max_tokens)
+        assert [len(members) for members in micro_batches] == sizes
 
 
 @pytest.mark.parametrize("tokens", [2000, 800])
@@ -549,13 +546,13 @@ def test_grouped_samples_are_counted_at_their_most(tokens: int, config: Config) 
     lengths = torch.randint(20, 401, (3200,), generator=torch.Generator().manual_seed(0)).tolist()
     grouped = replace(config, data=replace(config.data, group_by_length=True), batch=BatchConfig(1, 32))
     data = training_of(grouped, Accelerator(cpu=True)).data
-    data.most_tokens, data.num_tokens, data.row_tokens = tokens, lengths, lengths
+    data.num_tokens, data.row_tokens = lengths, lengths
     data.rows, data.steps_per_epoch = [[i] for i in range(3200)], 100
     steps = [[[i] for i in data.row_ids(step)] for step in range(100)]
-    seen = [max(map(len, data.cut(passes, lengths, False, tokens))) for passes in steps]
-    most = data.rows_for_plan().samples(32, tokens)
+    seen = [max(map(len, regroup(passes, lengths, False, tokens))) for passes in steps]
+    most = data.length_statistics().samples(32, tokens)
     assert max(seen) == most == 32
-    assert replace(data.rows_for_plan(), length_deviation=pstdev(lengths)).samples(32, tokens) < 32
+    assert replace(data.length_statistics(), length_deviation=pstdev(lengths)).samples(32, tokens) < 32
 
 
 @pytest.mark.parametrize("per_device", [1, 2])
@@ -567,14 +564,14 @@ def test_passes_are_counted_as_they_are_cut(tokens: int, per_device: int, config
     """
     data = training_of(config, Accelerator(cpu=True)).data
     lengths = torch.randint(20, 401, (3200,), generator=torch.Generator().manual_seed(0)).tolist()
-    data.most_tokens, data.num_tokens, data.layout = tokens, lengths, Layout(per_device, 16 // per_device, 1, 0)
+    data.num_tokens, data.layout = lengths, BatchLayout(per_device, 16 // per_device, 1, 0)
     data.rows, data.row_tokens = [[i] for i in range(3200)], lengths
-    rows = data.rows_for_plan()
+    rows = data.length_statistics()
     steps = []
     for first in range(0, 3200, 16):
         passes = [list(range(start, start + per_device)) for start in range(first, first + 16, per_device)]
-        steps.append(data.cut(passes, lengths, False, data.most_tokens))
-    expected = rows.num_passes(16 // per_device, tokens)
+        steps.append(regroup(passes, lengths, False, tokens))
+    expected = rows.num_micro_batches(16 // per_device, tokens)
     assert expected == pytest.approx(fmean(map(len, steps)), rel=0.1)
     most = rows.samples(16 // per_device, tokens)
     assert 0.4 * most <= max(len(members) for step in steps for members in step) <= most
@@ -582,18 +579,18 @@ def test_passes_are_counted_as_they_are_cut(tokens: int, per_device: int, config
 
 def test_passes_of_rows_of_one_length() -> None:
     """As many as it takes; rows that are seldom shorter need no more."""
-    even = Rows((400,), 400, 0.0, 400)
-    assert [even.num_passes(16, n) for n in (400, 800, 1600, 6400, 9000)] == [16, 8, 4, 1, 1]
-    assert Rows((2048,), 1500, 0.0, 1500).num_passes(4, 2048) == 4  # two of 1,500 never are one pass
-    nearly = Rows((2048,), 2000, 120, 2000)
-    assert nearly.num_passes(4, 8192) == 1
-    assert nearly.num_passes(4, 4096) == pytest.approx(2, rel=0.02)
+    even = LengthStatistics((400,), 400, 0.0, 400)
+    assert [even.num_micro_batches(16, n) for n in (400, 800, 1600, 6400, 9000)] == [16, 8, 4, 1, 1]
+    assert LengthStatistics((2048,), 1500, 0.0, 1500).num_micro_batches(4, 2048) == 4  # two of 1,500 never are one pass
+    nearly = LengthStatistics((2048,), 2000, 120, 2000)
+    assert nearly.num_micro_batches(4, 8192) == 1
+    assert nearly.num_micro_batches(4, 4096) == pytest.approx(2, rel=0.02)
 
 
 def test_many_short_samples_take_memory() -> None:
     """Attention's backward pass keeps 128 rows of fp32 more for each: rows of 100 samples are planned with it."""
     sizes = replace(LLAMA_8B, inner=1000, chunk_bytes=2**20)  # so that attention is the worst moment
-    few, many = PACKED, replace(PACKED, mean_length=20, most_samples=400)
+    few, many = PACKED, replace(PACKED, mean_length=20, max_samples=400)
     planners = [Planner(sizes, rows, BatchConfig(4, 4), MemoryConfig(), H200) for rows in (few, many)]
     choice = next(iter(planners[0]._choices(True, 8192, 0)))
     assert (few.samples(4, 8192), many.samples(4, 8192)) == (4, 410)
@@ -603,17 +600,17 @@ def test_many_short_samples_take_memory() -> None:
 def test_a_resumed_run_keeps_its_tiles(config: Config) -> None:
     """What a checkpoint says of a step's passes; other layouts, or nothing saved, begin anew."""
     planner = Planner(LLAMA_8B, LONG, BatchConfig(1, 4), MemoryConfig(), H200)
-    for saved in (Passes(2048, 1024), Passes(2048)):
-        assert planner.best(100 * GIB, saved).passes == saved
+    for saved in (MicroBatchShape(2048, 1024), MicroBatchShape(2048)):
+        assert planner.best(100 * GIB, saved).micro_batch_shape == saved
     training = training_of(config, Accelerator(cpu=True))
-    tiled = replace(training, plan=replace(training.plan, tokens_per_pass=96, mlp_tile=32))
+    tiled = replace(training, plan=replace(training.plan, micro_batch_tokens=96, mlp_tile=32))
     checkpoint: Any = SimpleNamespace(state=SimpleNamespace(layout=layout(tiled)))
-    assert saved_passes(checkpoint, training.data, config.batch.merge) == Passes(96, 32)
-    assert saved_passes(None, training.data, config.batch.merge) is None
+    assert saved_shape(checkpoint, training.data, config.batch.merge) == MicroBatchShape(96, 32)
+    assert saved_shape(None, training.data, config.batch.merge) is None
     del checkpoint.state.layout["tokens in a tile"]  # an older checkpoint
-    assert saved_passes(checkpoint, training.data, config.batch.merge) == Passes(96)
+    assert saved_shape(checkpoint, training.data, config.batch.merge) == MicroBatchShape(96)
     checkpoint.state.layout["processes"] = 2
-    assert saved_passes(checkpoint, training.data, config.batch.merge) is None
+    assert saved_shape(checkpoint, training.data, config.batch.merge) is None
 
 
 def test_host_memory_is_planned_too() -> None:

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from train.run.redact import REMOVED, VARIABLES, print_scrubbed, scrub
+from train.run.redact import REMOVED, VARIABLES, print_redacted, redact
 
 TOKEN = "hf_" + "aB3dE6gH9jK2mN5pQ8sT"
 
@@ -25,19 +25,19 @@ TOKEN = "hf_" + "aB3dE6gH9jK2mN5pQ8sT"
 )
 def test_a_secret_is_taken_out(text: str, secret: str) -> None:
     """Each known form, in the middle of a text."""
-    clean = scrub(text)
+    clean = redact(text)
     assert secret not in clean
     assert REMOVED in clean
-    assert scrub(clean) == clean
+    assert redact(clean) == clean
 
 
 @pytest.mark.parametrize("name", VARIABLES)
 def test_values_of_the_environment_are_taken_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A key without a form of its own is known by the variable that holds it."""
     key = "0123456789abcdef0123456789abcdef01234567"
-    assert scrub(f"bad key {key}") == f"bad key {key}"
+    assert redact(f"bad key {key}") == f"bad key {key}"
     monkeypatch.setenv(name, key)
-    assert scrub(f"bad key {key}") == f"bad key {REMOVED}"
+    assert redact(f"bad key {key}") == f"bad key {REMOVED}"
 
 
 @pytest.mark.parametrize(
@@ -53,13 +53,13 @@ def test_values_of_the_environment_are_taken_out(name: str, monkeypatch: pytest.
 )
 def test_ordinary_text_stays(text: str) -> None:
     """Commits, addresses without a password, and words."""
-    assert scrub(text) == text
+    assert redact(text) == text
 
 
 def test_a_short_value_takes_no_words_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """HF_TOKEN=data must not eat every `data`."""
     monkeypatch.setenv("HF_TOKEN", "data")
-    assert scrub("the data") == "the data"
+    assert redact("the data") == "the data"
 
 
 def test_a_traceback_is_printed_without_secrets(capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,7 +70,7 @@ def test_a_traceback_is_printed_without_secrets(capsys: pytest.CaptureFixture[st
         kind, error, trace = sys.exc_info()
         assert kind is not None
         assert error is not None
-        print_scrubbed(kind, error, trace)
+        print_redacted(kind, error, trace)
     printed = capsys.readouterr().err
     assert "test_scrub.py" in printed
     assert f"OSError: no access with {REMOVED}" in printed

@@ -36,7 +36,7 @@ from train.models.language_model import load_model
 from train.models.tokenizer import load_tokenizer
 from train.run.durable import publish
 from train.run.exits import ExitCode, ExitWith
-from train.run.redact import scrub
+from train.run.redact import redact
 
 PLAN = reference_plan(1, MemoryConfig())
 SOURCES = sorted(p for folder in ("train", "data_tools", "benchmarks", "demo") for p in (ROOT / folder).rglob("*.py"))
@@ -438,7 +438,7 @@ def test_answers_are_shown_as_they_are() -> None:
     said = written.getvalue()
     assert said.count("see [/etc/hosts] [bold]list[0] ") == 3
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", said)
-    assert scrub(f"one\ntwo {TITLE}") == "one\ntwo \\x1b]0;owned\\x07"
+    assert redact(f"one\ntwo {TITLE}") == "one\ntwo \\x1b]0;owned\\x07"
 
 
 def locked(name: str) -> dict[str, list[str]]:

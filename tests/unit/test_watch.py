@@ -9,7 +9,7 @@ from train.track.loss_watch import SPAN, LossWatch
 def said(losses: list[float]) -> list[tuple[int, str]]:
     """(position, warning) of every warning."""
     watch = LossWatch()
-    return [(i, warning) for i, loss in enumerate(losses) if (warning := watch.judge(loss))]
+    return [(i, warning) for i, loss in enumerate(losses) if (warning := watch.check(loss))]
 
 
 def noisy(start: float, end: float, steps: int, noise: float = 0.05) -> list[float]:

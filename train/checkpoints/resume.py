@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from train.batching import Passes
+from train.batching import MicroBatchShape
 from train.checkpoints.store import STEP_FOLDER, Checkpoint, CheckpointStore, TrainerState, adapter_files
 from train.config import Config
 from train.data import TrainingData
@@ -146,7 +146,7 @@ def save_state(
     on_first_process(training.accelerator, write)
 
 
-def saved_passes(checkpoint: Checkpoint | None, data: TrainingData, merge: str) -> Passes | None:
+def saved_shape(checkpoint: Checkpoint | None, data: TrainingData, merge: str) -> MicroBatchShape | None:
     """The run's passes, where it goes on in the same layout; None where it starts, or its passes are others."""
     saved: dict[str, Any] = checkpoint.state.layout if checkpoint else {}
     cut = data.layout
@@ -154,12 +154,12 @@ def saved_passes(checkpoint: Checkpoint | None, data: TrainingData, merge: str) 
     names = ("per_device", "accumulation", "processes")
     is_same = (*(saved.get(name) for name in names), saved.get("merge", merge)) == same
     tokens = int(saved.get("tokens in a pass", 0))
-    return Passes(tokens, int(saved.get("tokens in a tile", 0))) if is_same and tokens else None
+    return MicroBatchShape(tokens, int(saved.get("tokens in a tile", 0))) if is_same and tokens else None
 
 
 def layout(training: Training) -> dict[str, object]:
     """How the global batch is cut; free to change while the product stays."""
-    cut, passes = training.data.layout, training.plan.passes
+    cut, passes = training.data.layout, training.plan.micro_batch_shape
     return {
         "per_device": cut.per_device,
         "accumulation": cut.accumulation,

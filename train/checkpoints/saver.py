@@ -8,7 +8,7 @@ from train.checkpoints.store import DISK_RESERVE, Checkpoint, CheckpointStore, f
 from train.optim import state_bytes
 from train.run.exits import ExitCode, ExitWith
 from train.run.processes import say
-from train.run.redact import scrub
+from train.run.redact import redact
 from train.step import Training
 from train.track.trackers import Trackers
 
@@ -75,7 +75,7 @@ class Saver:
             goes_on = "training goes on"
             if step == self.training.total_steps:
                 goes_on = "training is over, final/ is written; repeating the command would train the last steps again"
-            say(self.training.accelerator, f"\n{scrub(end.reason)}\n{goes_on}, {stands}; {count}")
+            say(self.training.accelerator, f"\n{redact(end.reason)}\n{goes_on}, {stands}; {count}")
             return
         self.saved, self.failures = step, 0
         if validation_loss is not None:

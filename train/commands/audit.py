@@ -18,8 +18,8 @@ def main(words: list[str]) -> int:
     options, rest = own.parse_known_args(words)
     from data_tools.audit import failures, show
     from data_tools.prepare import prepare
-    from train.audit_gate import judge
-    from train.data import Layout, TrainingData, hold_out, prepare_settings
+    from train.audit_gate import run_audit
+    from train.data import BatchLayout, TrainingData, hold_out, prepare_settings
     from train.models.tokenizer import load_tokenizer
 
     config = own.config(rest)
@@ -27,8 +27,8 @@ def main(words: list[str]) -> int:
     prepared = prepare(prepare_settings(config, config.data.path), tokenizer)
     samples, validation = hold_out(config, prepared, tokenizer)
     # one process: how many there will be is only known to accelerate launch
-    cut = Layout(config.batch.per_device, config.batch.accumulation, num_processes=1, rank=0)
-    found = judge(config, tokenizer, TrainingData(samples, config, cut, pad_token_id=0), validation)
+    cut = BatchLayout(config.batch.per_device, config.batch.accumulation, num_processes=1, rank=0)
+    found = run_audit(config, tokenizer, TrainingData(samples, config, cut, pad_token_id=0), validation)
     refused = failures(found)
     if options.json:
         print(json.dumps(found.as_json(), indent=2, ensure_ascii=False))

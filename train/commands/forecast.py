@@ -9,10 +9,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from train.batching import Rows
+from train.batching import LengthStatistics
 from train.config import Config, parse_bytes
 from train.engine.plan import Plan
-from train.memory.gpus import CONTEXT_BYTES, KNOWN, Card, known, present_card
+from train.memory.gpus import CONTEXT_BYTES, KNOWN, Gpu, detect_gpu, known_gpu
 from train.memory.outlook import GIB, Outlook
 from train.run.devices import BF16, DTYPES, resolve_dtype
 from train.run.exits import ExitCode, ExitWith
@@ -26,7 +26,7 @@ UNKNOWN_RATES = {"flops": 12e12, "fp32_flops": 4e12, "bandwidth": 160e9, "bus": 
 class Forecast:
     """What a run would need and do on one card."""
 
-    card: Card
+    card: Gpu
     budget: int
     plan: Plan
     tokens_per_second: float | None  # None where it does not fit, or the card is none that is known
@@ -49,10 +49,10 @@ class Forecast:
         }
 
 
-def card_of(text: str) -> Card:
+def card_of(text: str) -> Gpu:
     """The card that `--gpu` names: a known one, or a size such as 4GiB; raises ExitWith(BAD_INPUT) for others."""
     try:
-        card = known(text) or _of_size(text)
+        card = known_gpu(text) or _of_size(text)
     except ValueError:
         names = ", ".join(card.name for card in KNOWN)
         raise ExitWith(ExitCode.BAD_INPUT, f"--gpu {text}: write a size such as 4GiB, or one of {names}") from None
@@ -61,32 +61,32 @@ def card_of(text: str) -> Card:
     return card
 
 
-def default_card(config: Config) -> Card | None:
+def default_card(config: Config) -> Gpu | None:
     """The GPU that is here; without one, a card of memory.budget's size; without that none."""
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-        return present_card(device, DTYPES[resolve_dtype(config.model, device)])
+        return detect_gpu(device, DTYPES[resolve_dtype(config.model, device)])
     if not config.memory.budget:
         return None
     card = _of_size(config.memory.budget)
     return replace(card, memory_bytes=card.memory_bytes + CONTEXT_BYTES)  # the budget is what is left beside it
 
 
-def _of_size(text: str) -> Card:
-    return Card(text, parse_bytes(text), (8, 0), **UNKNOWN_RATES)  # rates decide what is given up first
+def _of_size(text: str) -> Gpu:
+    return Gpu(text, parse_bytes(text), (8, 0), **UNKNOWN_RATES)  # rates decide what is given up first
 
 
-def rows_of(config: Config, mean_length: int) -> Rows:
+def rows_of(config: Config, mean_length: int) -> LengthStatistics:
     """Rows of which any may be data.max_length tokens long, spread evenly around their mean as a probe's are."""
     count, longest = config.batch.per_device, config.data.max_length
     deviation = (longest - shortest_row(longest, mean_length)) / math.sqrt(12)
-    return Rows(
+    return LengthStatistics(
         longest=tuple(longest * n for n in range(1, count + 1)),
-        mean_pass=count * (longest if config.data.packing else mean_length),
+        mean_micro_batch=count * (longest if config.data.packing else mean_length),
         deviation=0.0 if config.data.packing else math.sqrt(count) * deviation,
         mean_length=mean_length,
         length_deviation=deviation,
-        most_samples=count * (longest // mean_length if config.data.packing else 1),
+        max_samples=count * (longest // mean_length if config.data.packing else 1),
     )
 
 
@@ -95,7 +95,7 @@ def shortest_row(longest: int, mean_length: int) -> int:
     return max(2, 2 * mean_length - longest)
 
 
-def forecast(config: Config, card: Card, mean_length: int) -> Forecast:
+def forecast(config: Config, card: Gpu, mean_length: int) -> Forecast:
     """What the run would need on the card; raises ExitWith(BAD_INPUT) where the engine that predicts cannot run it."""
     budget = card.usable_bytes
     if config.memory.budget:
@@ -140,7 +140,7 @@ def show(found: Forecast, console: Console) -> None:
     plan = found.plan
     lines = [
         f"plan      {plan}",
-        f"pass      {plan.tokens_per_pass:,} tokens at most" + (", as a CUDA graph" if plan.uses_graphs else ""),
+        f"pass      {plan.micro_batch_tokens:,} tokens at most" + (", as a CUDA graph" if plan.uses_graphs else ""),
         f"host      {plan.host_bytes / GIB:.2f} GiB page-locked beside about {CPU_BYTES / GIB:.1f} GiB of the process"
         + (f"; {found.paged_bytes / GIB:.2f} GiB of optimizer state may be paged" if found.paged_bytes else ""),
     ]

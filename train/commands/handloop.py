@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from data_tools.records import DataError
 from train.run.exits import ExitCode, ExitWith
-from train.run.redact import scrub
+from train.run.redact import redact
 
 # Each is the module of that name beside this one, whose `main` takes the words behind it and returns the exit code.
 COMMANDS = {
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         code, reason = ExitCode.BAD_INPUT, str(error)
-    print(f"\nhandloop: {scrub(reason)}", file=sys.stderr, flush=True)
+    print(f"\nhandloop: {redact(reason)}", file=sys.stderr, flush=True)
     return int(code)
 
 

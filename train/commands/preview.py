@@ -26,13 +26,13 @@ def main(words: list[str]) -> int:
     from data_tools.prepare import prepare
     from data_tools.preview import as_html, show
     from data_tools.preview import preview as rows_of
-    from train.data import Layout, TrainingData, prepare_settings
+    from train.data import BatchLayout, TrainingData, prepare_settings
     from train.models.tokenizer import load_tokenizer
 
     config = own.config(rest)
     tokenizer = load_tokenizer(config).backend
     samples = prepare(prepare_settings(config, config.data.path), tokenizer).dataset
-    data = TrainingData(samples, config, Layout(1, 1, num_processes=1, rank=0), pad_token_id=0)
+    data = TrainingData(samples, config, BatchLayout(1, 1, num_processes=1, rank=0), pad_token_id=0)
     rows = list(rows_of(_first_rows(data, options.rows), tokenizer))
     if options.json:
         for row in rows:

@@ -10,7 +10,7 @@ from datasets import Dataset
 from train.assemble import assemble
 from train.commands.forecast import shortest_row
 from train.config import Config
-from train.data import Layout, TrainingData
+from train.data import BatchLayout, TrainingData
 from train.memory.outlook import GIB
 from train.run.accelerator import check_machine, start_accelerator
 from train.step import Training, optimizer_step
@@ -28,7 +28,7 @@ def probe(config: Config, mean_length: int, num_steps: int) -> dict[str, Any]:
     data = TrainingData(
         _random_rows(config, mean_length),
         config,
-        Layout.of(config.batch, accelerator),
+        BatchLayout.of(config.batch, accelerator),
         0,
     )
     torch.cuda.reset_peak_memory_stats()
@@ -55,7 +55,7 @@ def probe(config: Config, mean_length: int, num_steps: int) -> dict[str, Any]:
     return {
         "gpu": torch.cuda.get_device_name(),
         "plan": str(training.plan),
-        "tokens_per_pass": training.plan.tokens_per_pass,
+        "micro_batch_tokens": training.plan.micro_batch_tokens,
         "num_streamed": len(training.plan.streamed),
         "traffic_gib": round(training.plan.traffic_bytes / GIB, 3),
         "predicted_peak_gib": round(training.plan.peak_bytes / GIB, 3),

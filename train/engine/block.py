@@ -78,9 +78,9 @@ class Block:
         """Everything up to the MLP's inner activations, those too where one tile is all; `finish` makes the output."""
         num_tokens, width = x.shape
         qkv, o = matrices[:2]
-        normed = x.new_empty(num_tokens, width + self.qkv.num_extra)
+        normed = x.new_empty(num_tokens, width + self.qkv.padded_rank)
         rstd = rms_norm(x, self.norms[0].weight, self.norms[0].variance_epsilon, normed[:, :width])
-        heads = x.new_empty(num_tokens, self.qkv.num_outputs + self.qkv.num_extra)
+        heads = x.new_empty(num_tokens, self.qkv.num_outputs + self.qkv.padded_rank)
         low = normed[:, width:]
         self.qkv.forward(qkv, normed[:, :width], low, heads[:, : self.qkv.num_outputs], shared.drop(self.number, 0))
         raw_heads, raw_rstds = self._norm_heads(heads)
@@ -92,11 +92,11 @@ class Block:
             attended = shared.attend(*inputs)
 
         flat = attended.detach().flatten(1)
-        low = x.new_empty(num_tokens, self.o.num_extra)
+        low = x.new_empty(num_tokens, self.o.padded_rank)
         middle = torch.empty_like(x, memory_format=torch.contiguous_format)
         self.o.forward(o, flat, low, middle, shared.drop(self.number, 1))
         middle += x
-        middle_normed = x.new_empty(num_tokens, width + self.gate_up.num_extra)
+        middle_normed = x.new_empty(num_tokens, width + self.gate_up.padded_rank)
         weight, eps = self.norms[1].weight, self.norms[1].variance_epsilon
         middle_rstd = rms_norm(middle, weight, eps, middle_normed[:, :width])
         kept = Activations(
@@ -124,7 +124,7 @@ class Block:
         if kept.gate_up is not None:
             return kept.gate_up
         normed, width = kept.middle_normed[rows], kept.x.shape[1]
-        inner = normed.new_empty(normed.shape[0], self.gate_up.num_outputs + self.gate_up.num_extra)
+        inner = normed.new_empty(normed.shape[0], self.gate_up.num_outputs + self.gate_up.padded_rank)
         out, drop = inner[:, : self.gate_up.num_outputs], shared.drop(self.number, 2, rows)
         self.gate_up.forward(matrices[2], normed[:, :width], normed[:, width:], out, drop)
         return inner
@@ -132,9 +132,9 @@ class Block:
     def finish(self, matrices: Matrices, kept: Activations, shared: Pass) -> tuple[torch.Tensor, torch.Tensor]:
         """The block's output [T, H], the residual plus down_proj of silu(gate) up; and [T, R], that product's A^T."""
         width, out = self.down.num_inputs, torch.empty_like(kept.middle)
-        low = out.new_empty(out.shape[0], self.down.num_extra)
+        low = out.new_empty(out.shape[0], self.down.padded_rank)
         for rows in shared.tiles(out.shape[0]):
-            product = out.new_empty(out[rows].shape[0], width + self.down.num_extra)
+            product = out.new_empty(out[rows].shape[0], width + self.down.padded_rank)
             swiglu(self._gate_up(matrices, kept, rows, shared), product[:, :width])
             drop = shared.drop(self.number, 3, rows)
             self.down.forward(matrices[3], product[:, :width], product[:, width:], out[rows], drop)
@@ -154,7 +154,7 @@ class Block:
         qkv, o = shared.drop(self.number, 0), shared.drop(self.number, 1)
         width = kept.x.shape[1]
 
-        with_low = grad[:, : width + self.o.num_extra]
+        with_low = grad[:, : width + self.o.padded_rank]
         grad_attended = grad.new_empty(kept.attended.shape)
         self.o.input_gradient(matrices[1], with_low, o, grad_attended.flatten(1))
         o_gradients = self.o.adapter_gradients(with_low, kept.attended.detach().flatten(1), kept.low, o)
@@ -174,7 +174,7 @@ class Block:
     ) -> list[torch.Tensor]:
         """The gradients of the MLP's adapters; grad is given the residual's before the MLP, as in `backward`."""
         width = kept.x.shape[1]
-        with_low, grad_normed = grad[:, : width + self.down.num_extra], grad.new_empty(grad.shape[0], width)
+        with_low, grad_normed = grad[:, : width + self.down.padded_rank], grad.new_empty(grad.shape[0], width)
         gradients: list[torch.Tensor] = []
         for rows in shared.tiles(grad.shape[0]):
             gate_up_drop, down_drop = (shared.drop(self.number, group, rows) for group in (2, 3))

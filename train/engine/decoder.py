@@ -33,7 +33,7 @@ class Engine:
         store = WeightStore(blocks, plan.num_cached, norm, host, copies)
         inputs = DeviceInputs()
         if plan.offloads_inputs:
-            num_tokens = padded(plan.tokens_per_pass)
+            num_tokens = padded(plan.micro_batch_tokens)
             inputs = HostInputs(plan.num_blocks - plan.num_kept, num_tokens, norm, copies(), copies())
         self.stack = Stack(blocks, decoder.norm, store, plan.num_kept, inputs)
         # Qwen's attention knows its window, Mistral's reads the configuration, Llama has none whatever that says
@@ -46,8 +46,8 @@ class Engine:
         self.attend_for = partial(attend_packed, sliding_window=self.sliding_window, scale=blocks[0].scaling)
         self.graphs: Graphs | None = None
         if plan.uses_graphs:
-            memory = plan.graph_bytes, plan.gap_bytes, plan.launch_bytes
-            self.graphs = Graphs(self.stack, self.attend_for, plan.tokens_per_pass, *memory)
+            memory = plan.graph_bytes, plan.fragmentation_bytes, plan.eager_bytes
+            self.graphs = Graphs(self.stack, self.attend_for, plan.micro_batch_tokens, *memory)
 
     def __call__(self, batch: MicroBatch) -> torch.Tensor:
         """What the head reads, [T or more, H], of a packed micro-batch; dropout while the model trains."""

@@ -9,7 +9,7 @@ from train.engine.block import Block
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
-def reason_against(causal_lm: Any) -> str:
+def unsupported_reason(causal_lm: Any) -> str:
     """Why the blocks of `causal_lm` (with PEFT's adapters in it) cannot run fused; nothing where they can."""
     name, shape = type(causal_lm).__name__, causal_lm.config
     if name not in FAMILIES:

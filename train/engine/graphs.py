@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from train.collate import MicroBatch, with_borders
+from train.collate import MicroBatch, with_empty_samples
 from train.engine.attention import Attend
 from train.engine.block import Pass
 from train.engine.plan import padded
@@ -42,7 +42,7 @@ def pad(batch: MicroBatch) -> MicroBatch:
         position_ids=F.pad(batch.position_ids, (0, width - num_tokens)),
         max_length=width,
     )
-    return with_borders(wide, num_borders - 1)
+    return with_empty_samples(wide, num_borders - 1)
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,22 @@ class Graphs:
     """The stack's training passes, recorded at a shape's first sight and replayed from then on."""
 
     def __init__(
-        self, stack: Stack, attend_for: AttendFor, most_tokens: int, graph_bytes: int, gap_bytes: int, launch_bytes: int
+        self,
+        stack: Stack,
+        attend_for: AttendFor,
+        most_tokens: int,
+        graph_bytes: int,
+        fragmentation_bytes: int,
+        eager_bytes: int,
     ) -> None:
-        """For passes of `most_tokens`, which take `graph_bytes`, and shorter ones, which take `gap_bytes` more in all.
+        """For `most_tokens`, whose graph takes `graph_bytes`, and shorter ones that take `fragmentation_bytes` more.
 
-        `launch_bytes` are left to what is not recorded.
+        `eager_bytes` are left to what is not recorded.
         """
         self.stack = stack
         self.graph_bytes = graph_bytes
-        self.gap_bytes = gap_bytes
-        self.launch_bytes = launch_bytes
+        self.fragmentation_bytes = fragmentation_bytes
+        self.eager_bytes = eager_bytes
         self.attend_for = attend_for
         self.most_tokens = padded(most_tokens)
         self.graphs: dict[tuple[int, int], _Graph] = {}  # by tokens and borders
@@ -135,7 +141,7 @@ class Graphs:
             self.release()  # what it holds, launches need
             return None
         if not self.graphs:
-            if self.has_none or self._room() < self.graph_bytes + self.launch_bytes:
+            if self.has_none or self._room() < self.graph_bytes + self.eager_bytes:
                 if self.largest is None:
                     raise torch.OutOfMemoryError(f"{self.graph_bytes:,} bytes for a graph, and what runs beside it")
                 self.has_none = True
@@ -143,11 +149,13 @@ class Graphs:
             self.graphs[largest] = self._record(largest, shared, batch)
             self.largest = largest
         if shape not in self.graphs and self.has_room and len(self.graphs) < MOST_GRAPHS:
-            gaps = self.gap_bytes if len(self.graphs) == 1 else 0  # what others have taken of them is theirs already
-            self.has_room = self._room() >= gaps + self.launch_bytes
+            gaps = (
+                self.fragmentation_bytes if len(self.graphs) == 1 else 0
+            )  # what others have taken of them is theirs already
+            self.has_room = self._room() >= gaps + self.eager_bytes
             if self.has_room:
                 self.graphs[shape] = self._record(shape, shared, batch)
-                self.has_room = self._room() >= self.launch_bytes
+                self.has_room = self._room() >= self.eager_bytes
                 if not self.has_room:  # its gaps have taken what others need, and only a whole pool is given back
                     self.graphs.clear()
                     self.pool = torch.cuda.graph_pool_handle()
@@ -180,7 +188,7 @@ class Graphs:
         own = replace(shared, cos=places.cos, sin=places.sin, seed=seed, attend=attend)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         kept: Memory = []
-        store.adapters_moved()
+        store.invalidate_adapters()
         with torch.no_grad(), _no_collection():
             with torch.cuda.graph(forward, pool=self.pool):
                 out = self.stack.forward(places.hidden, own, kept)

@@ -43,7 +43,7 @@ class LoraGroup:
         drops = [layer.lora_dropout["default"] for layer in adapted if layer]
         self.dropout: float = max((getattr(drop, "p", 0.0) for drop in drops), default=0.0)
         self.num_outputs = rows
-        self.num_extra = -(-columns // 64) * 64  # rows stay aligned to 128 bytes: products are 1 to 4 % faster
+        self.padded_rank = -(-columns // 64) * 64  # rows stay aligned to 128 bytes: products are 1 to 4 % faster
         biases = [base.bias for base in self.bases]
         self.bias: torch.Tensor | None = None
         if any(bias is not None for bias in biases):
@@ -54,7 +54,7 @@ class LoraGroup:
     @property
     def shape(self) -> tuple[int, int]:
         """Of M."""
-        return self.num_outputs + self.num_extra, self.num_inputs + self.num_extra
+        return self.num_outputs + self.padded_rank, self.num_inputs + self.padded_rank
 
     def fill_base(self, matrix: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
         """Dequantises the frozen weights of the layers, which need not be where the layers have them, into M."""
@@ -78,9 +78,9 @@ class LoraGroup:
     ) -> None:
         """out [T, N] = Y for x [T, K]; low [T, R] becomes X A^T, where it stands directly behind x in memory or not."""
         weight = matrix[: self.num_outputs]
-        if self.num_extra:
+        if self.padded_rank:
             self._project(matrix, x, low, drop)
-        if x.stride(0) == self.num_inputs + self.num_extra:
+        if x.stride(0) == self.num_inputs + self.padded_rank:
             wide = x.as_strided((x.shape[0], x.stride(0)), x.stride())  # [X, X A^T]
             torch.mm(wide, weight.T, out=out)
         else:
@@ -106,7 +106,7 @@ class LoraGroup:
     ) -> None:
         """grad_x [T, K] = dX, unless it is None; grad_out [T, N + R] holds dY and is given dY s B behind it."""
         grad_y, grad_low = grad_out[:, : self.num_outputs], grad_out[:, self.num_outputs :]
-        if self.num_extra:
+        if self.padded_rank:
             torch.mm(grad_y, matrix[: self.num_outputs, self.num_inputs :], out=grad_low)
         if grad_x is None:
             return
@@ -126,7 +126,7 @@ class LoraGroup:
         """dA [r, K] and dB [n, r] of each adapter in the order of `parameters`, fp32, after input_gradient."""
         grad_y, grad_low = grad_out[:, : self.num_outputs], grad_out[:, self.num_outputs :]
         # without dropout the adapters read the same input: one product, which reads it once
-        together = _wide_mm(grad_low.T, x) if drop is None and self.num_extra else x
+        together = _wide_mm(grad_low.T, x) if drop is None and self.padded_rank else x
         gradients = []
         for number, (rows, columns, scale) in enumerate(zip(self.rows, self.columns, self.scales, strict=True)):
             if columns is not None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from train.batching import Passes
+from train.batching import MicroBatchShape
 from train.config import MemoryConfig
 
 
@@ -11,12 +11,12 @@ class Plan:
     """How the run is executed.
 
     What is computed stays the same, up to the order in which sums are rounded and, where there is dropout, which masks
-    are drawn for which pass. So a resumed run keeps its `passes`.
+    are drawn for which pass. So a resumed run keeps its `micro_batch_shape`.
     """
 
     is_fused: bool  # on our own engine
-    merges: bool  # passes are put together, or cut, to hold `tokens_per_pass` at most
-    tokens_per_pass: int  # what memory was counted for; 0: padded passes
+    merges: bool  # passes are put together, or cut, to hold `micro_batch_tokens` at most
+    micro_batch_tokens: int  # what memory was counted for; 0: padded passes
     num_blocks: int
     num_kept: int  # blocks whose activations are kept, the last ones
     num_cached: int = 0  # blocks whose dequantised weights are kept, the first ones
@@ -27,18 +27,18 @@ class Plan:
     mlp_tile: int = 0  # tokens that go through an MLP together; 0: all
     num_samples: int = 1  # in a pass, that memory was counted for
     graph_bytes: int = 0  # what the largest recorded graph keeps
-    gap_bytes: int = 0  # what all of other lengths take beside it; recorded only where that is left
-    launch_bytes: int = 0  # what is launched beside them: the head, a validation
-    launched_tokens: int = 0  # of a validation's pass beside graphs at most; 0: there are no graphs
+    fragmentation_bytes: int = 0  # what all of other lengths take beside it; recorded only where that is left
+    eager_bytes: int = 0  # what is launched beside them: the head, a validation
+    validation_tokens: int = 0  # of a validation's pass beside graphs at most; 0: there are no graphs
     parts: tuple[tuple[str, int], ...] = ()  # predicted bytes on the device at the worst moment, by component
     host_bytes: int = 0  # page-locked
     seconds: float = 0.0  # predicted, of an optimizer step
     traffic_bytes: int = 0  # of weights to the device, in a pass forward and backward
 
     @property
-    def passes(self) -> Passes:
+    def micro_batch_shape(self) -> MicroBatchShape:
         """How a step is cut."""
-        return Passes(self.tokens_per_pass, self.mlp_tile)
+        return MicroBatchShape(self.micro_batch_tokens, self.mlp_tile)
 
     @property
     def peak_bytes(self) -> int:
@@ -74,7 +74,7 @@ NUM_SLOTS = 2  # device buffers of blocks from the host: one is free again as so
 def reference_plan(num_blocks: int, memory: MemoryConfig) -> Plan:
     """transformers merges no passes, and its blocks recompute all or nothing."""
     kept = num_blocks if memory.checkpointing in ("none", 0) else 0
-    return Plan(is_fused=False, merges=False, tokens_per_pass=0, num_blocks=num_blocks, num_kept=kept)
+    return Plan(is_fused=False, merges=False, micro_batch_tokens=0, num_blocks=num_blocks, num_kept=kept)
 
 
 def spread(count: int, total: int) -> tuple[int, ...]:

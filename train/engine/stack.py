@@ -47,11 +47,11 @@ class Stack:
         self.num_kept = max(1, num_kept)
         self.inputs = inputs
         self.anchor = next(parameter for block in blocks for parameter in block.parameters)
-        self.num_extra = max(max(block.o.num_extra, block.down.num_extra) for block in blocks)
+        self.padded_rank = max(max(block.o.padded_rank, block.down.padded_rank) for block in blocks)
 
     def __call__(self, hidden: torch.Tensor, shared: Pass) -> torch.Tensor:
         """Embedded tokens [T, H] -> what the head reads [T, H]."""
-        self.store.adapters_moved()
+        self.store.invalidate_adapters()
         if torch.is_grad_enabled():
             return _Stack.apply(hidden, self, shared, self.anchor)
         return self.forward(hidden, shared, None)
@@ -83,7 +83,7 @@ class Stack:
         width = grad_out.shape[1]
         last = kept.pop()
         assert isinstance(last, Last)
-        grad = grad_out.new_empty(grad_out.shape[0], width + self.num_extra)
+        grad = grad_out.new_empty(grad_out.shape[0], width + self.padded_rank)
         rms_norm_backward(grad_out, last.hidden, self.norm.weight, last.rstd, grad[:, :width], add=False)
         del last
         self.store.begin(range(len(self.blocks) - 1, -1, -1))

@@ -113,7 +113,7 @@ class WeightStore:
             slots = [Slot(buffer, host.packing.views(buffer)) for buffer in buffers]
         self.stream = _Stream(host, copies(), slots, host.numbers)
 
-    def adapters_moved(self) -> None:
+    def invalidate_adapters(self) -> None:
         """Since the last pass they may have."""
         self.fresh.clear()
 

@@ -16,7 +16,7 @@ CONTEXT_BYTES = int(0.45 * 2**30)  # of a card's memory are CUDA's own: 0.3 to 0
 
 
 @dataclass(frozen=True)
-class Card:
+class Gpu:
     """Rates are what long runs sustain, not the datasheet's."""
 
     name: str
@@ -34,7 +34,7 @@ class Card:
         """What a program can allocate where nothing else runs."""
         return self.memory_bytes - CONTEXT_BYTES
 
-    def computing(self, is_fp32: bool, is_deterministic: bool) -> "Card":
+    def computing(self, is_fp32: bool, is_deterministic: bool) -> "Gpu":
         """The card as a run uses it: its rate in that type, and whether passes are recorded.
 
         A run that is resumed launches its first pass where the other replays: no graphs for who wants the same bits.
@@ -43,9 +43,9 @@ class Card:
         return replace(self, flops=self.fp32_flops if is_fp32 else self.flops, has_graphs=has_graphs)
 
 
-def _card(name: str, gib: float, capability: tuple[int, int], rates: tuple[float, float, float, float]) -> Card:
+def _card(name: str, gib: float, capability: tuple[int, int], rates: tuple[float, float, float, float]) -> Gpu:
     tflops, fp32_tflops, bandwidth, bus = rates
-    return Card(name, int(gib * 2**30), capability, tflops * 1e12, fp32_tflops * 1e12, bandwidth * 1e9, bus * 1e9)
+    return Gpu(name, int(gib * 2**30), capability, tflops * 1e12, fp32_tflops * 1e12, bandwidth * 1e9, bus * 1e9)
 
 
 # GiB, compute capability; TFLOP/s in 16 bits and in fp32, GB/s of memory, GB/s of the bus. H200 and H100 are measured
@@ -68,7 +68,7 @@ KNOWN = [
 ]
 
 
-def known(name: str) -> Card | None:
+def known_gpu(name: str) -> Gpu | None:
     """The card of this name, however it is written (`a100-80`, `NVIDIA A100-SXM4-80GB`); None for others.
 
     Parts of a card, and those of laptops, are others.
@@ -83,22 +83,22 @@ def known(name: str) -> Card | None:
     return None
 
 
-def present_card(device: torch.device, dtype: torch.dtype) -> Card:
+def detect_gpu(device: torch.device, dtype: torch.dtype) -> Gpu:
     """The GPU of this process, measured for some 50 ms where it is none of the known ones."""
     properties = torch.cuda.get_device_properties(device)
     capability = devices.capability(device)
     total = properties.total_memory
-    card = known(properties.name)
+    card = known_gpu(properties.name)
     if card is None:
         product, memory, bus = _rates(device, dtype)
-        card = Card(properties.name, total, capability, product, product, memory, bus)
+        card = Gpu(properties.name, total, capability, product, product, memory, bus)
     card = replace(card, memory_bytes=total, capability=capability, host_bytes=free_host_bytes())
     return card.computing(dtype == torch.float32, torch.are_deterministic_algorithms_enabled())
 
 
-def host_card() -> Card:
+def cpu_rates() -> Gpu:
     """A CPU: nothing is capped and nothing recorded, so its rates decide nothing."""
-    return Card("CPU", 0, (0, 0), 1e11, 1e11, 1e10, 1e10)
+    return Gpu("CPU", 0, (0, 0), 1e11, 1e11, 1e10, 1e10)
 
 
 def free_host_bytes() -> int:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from train.batching import Passes, Rows
+from train.batching import LengthStatistics, MicroBatchShape
 from train.config import Config
 from train.engine.plan import Plan, reference_plan
-from train.memory.gpus import Card, host_card, present_card
+from train.memory.gpus import Gpu, cpu_rates, detect_gpu
 from train.memory.search import Planner
 from train.memory.sizes import ModelSizes, model_sizes
 from train.models.language_model import choose_engine, sketch
@@ -43,31 +43,38 @@ class Outlook:
     """What is known of a run before its weights are read."""
 
     config: Config
-    rows: Rows
+    rows: LengthStatistics
     planner: Planner | None  # None: the reference engine, whose memory is not predicted
     reason: str  # why it is not the fused one
     budget: int | None  # bytes; None is no limit
     num_blocks: int
-    saved: Passes | None  # of a run that is resumed
+    saved: MicroBatchShape | None  # of a run that is resumed
 
     @classmethod
     def of(
-        cls, config: Config, device: torch.device, rows: Rows, budget: int | None, saved: Passes | None = None
+        cls,
+        config: Config,
+        device: torch.device,
+        rows: LengthStatistics,
+        budget: int | None,
+        saved: MicroBatchShape | None = None,
     ) -> "Outlook":
         """Of a run on `device`."""
         dtype = DTYPES[resolve_dtype(config.model, device)]
-        card = present_card(device, dtype) if device.type == "cuda" else host_card()
+        card = detect_gpu(device, dtype) if device.type == "cuda" else cpu_rates()
         return replace(cls._by(config, rows, card, sketched_sizes(config, device, dtype), budget), saved=saved)
 
     @classmethod
-    def on_card(cls, config: Config, card: Card, rows: Rows, budget: int) -> "Outlook":
+    def on_card(cls, config: Config, card: Gpu, rows: LengthStatistics, budget: int) -> "Outlook":
         """Of a run on a GPU that need not be here; raises ExitWith(BAD_INPUT) where it lacks the type asked for."""
         dtype = devices.type_on(config.model.dtype, card.capability)[0]
         card = card.computing(dtype == "fp32", config.run.deterministic)
         return cls._by(config, rows, card, sketched_sizes(config, torch.device("cuda"), DTYPES[dtype]), budget)
 
     @classmethod
-    def _by(cls, config: Config, rows: Rows, card: Card, sketched: Sketched, budget: int | None) -> "Outlook":
+    def _by(
+        cls, config: Config, rows: LengthStatistics, card: Gpu, sketched: Sketched, budget: int | None
+    ) -> "Outlook":
         sizes, reason, num_blocks = sketched
         planner = Planner(sizes, rows, config.batch, config.memory, card) if sizes else None
         return cls(config, rows, planner, reason, budget, num_blocks, saved=None)
@@ -75,7 +82,7 @@ class Outlook:
     @property
     def num_tokens(self) -> float:
         """Of an optimizer step, on average."""
-        return self.config.batch.accumulation * self.rows.mean_pass
+        return self.config.batch.accumulation * self.rows.mean_micro_batch
 
     def first_plan(self) -> Plan:
         """The plan to begin with; raises ExitWith(BAD_INPUT) where the smallest is larger than the budget."""
@@ -126,13 +133,13 @@ class Outlook:
         rows, longest = len(self.rows.longest), self.rows.longest[0]
         while rows > 1:
             rows = math.ceil(rows / 2)
-            yield replace(plan, merges=True, tokens_per_pass=rows * longest)
+            yield replace(plan, merges=True, micro_batch_tokens=rows * longest)
 
     def what_would_fit(self, plan: Plan) -> str:
         """Says that the smallest plan is too large, where its memory goes, and what would fit."""
         assert self.planner is not None
         assert self.budget is not None
-        validated = self.rows.longest_validated
+        validated = self.rows.longest_validation
         longest = f"\nthe longest sample of the validation has {validated:,} tokens" if validated else ""
         parts = "\n".join(f"  {num_bytes / GIB:7.2f} GiB  {name}" for name, num_bytes in plan.parts if num_bytes)
         return (

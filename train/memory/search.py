@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from train.batching import Passes, Rows
+from train.batching import LengthStatistics, MicroBatchShape
 from train.config import BatchConfig, MemoryConfig
 from train.engine.copies import host_bytes
 from train.engine.plan import GRAPH_STEP, NUM_SLOTS, Plan, padded, spread
-from train.memory.gpus import Card
+from train.memory.gpus import Gpu
 from train.memory.sizes import ModelSizes
 from train.run.devices import FLASH, TRITON
 
@@ -39,7 +39,7 @@ class _Choice:
     """One combination of what can be chosen."""
 
     tokens: int
-    num_passes: float
+    num_micro_batches: float
     mean_tokens: float
     num_streamed: int
     offloads: bool
@@ -67,7 +67,9 @@ class _Choice:
 class Planner:
     """Chooses for one model, data and card."""
 
-    def __init__(self, sizes: ModelSizes, rows: Rows, batch: BatchConfig, memory: MemoryConfig, card: Card) -> None:
+    def __init__(
+        self, sizes: ModelSizes, rows: LengthStatistics, batch: BatchConfig, memory: MemoryConfig, card: Gpu
+    ) -> None:
         self.host_room = card.host_bytes
         self.sizes = sizes
         self.rows = rows
@@ -75,7 +77,7 @@ class Planner:
         self.memory = memory
         self.card = card
 
-    def best(self, budget: int | None, saved: Passes | None = None, least_streamed: int = 0) -> Plan:
+    def best(self, budget: int | None, saved: MicroBatchShape | None = None, least_streamed: int = 0) -> Plan:
         """The fastest plan whose peak fits into `budget` bytes (None: there is no limit, and nothing to stream for).
 
         MLPs take their tokens in tiles only where nothing fits without. Where nothing fits at all, the smallest: its
@@ -105,10 +107,10 @@ class Planner:
 
     def longest_row(self, budget: int) -> int:
         """Tokens of the longest single row that could be trained in `budget` bytes, in steps of 64; 0 for none."""
-        low, high = 0, (max(self.rows.longest[0], self.rows.longest_validated) - 1) // 64
+        low, high = 0, (max(self.rows.longest[0], self.rows.longest_validation) - 1) // 64
         while low < high:
             middle = (low + high + 1) // 2
-            shorter = Rows((64 * middle,), 64 * middle, 0.0, 64 * middle)
+            shorter = LengthStatistics((64 * middle,), 64 * middle, 0.0, 64 * middle)
             planner = Planner(self.sizes, shorter, replace(self.batch, per_device=1), self.memory, self.card)
             fits = planner.best(budget).peak_bytes <= budget
             low, high = (middle, high) if fits else (low, middle - 1)
@@ -122,10 +124,10 @@ class Planner:
         can_offload = (False, True) if has_limit and self.memory.offload != "none" else (False,)
         accumulation, is_cut = self.batch.accumulation, self.batch.merge == "auto"
         for tokens, graphs in self._sizes(saved_tokens):
-            num_passes = self.rows.num_passes(accumulation, tokens) if is_cut else float(accumulation)
-            mean = accumulation * self.rows.mean_pass / num_passes
+            num_micro_batches = self.rows.num_micro_batches(accumulation, tokens) if is_cut else float(accumulation)
+            mean = accumulation * self.rows.mean_micro_batch / num_micro_batches
             for count, offloads in product(counts, can_offload):
-                yield _Choice(tokens, num_passes, mean, count, offloads, graphs)
+                yield _Choice(tokens, num_micro_batches, mean, count, offloads, graphs)
 
     def _sizes(self, saved_tokens: int) -> Iterator[tuple[int, bool]]:
         """(tokens, whether recorded) of a pass: as it is written, several put together, or one cut into fewer rows.
@@ -206,9 +208,9 @@ class Planner:
         inputs = choice.num_kept + min(INPUTS_IN_FLIGHT, recomputed) if choice.offloads else s.num_blocks
         gate_up, product = 2 * s.inner + s.extra, (1 + s.has_dropout) * s.inner
         whole = 0 if choice.is_tiled else gate_up  # what is kept of it
-        activations = element * (2 * wide + s.heads + s.normed_heads + s.query + s.hidden + 2 * s.extra + whole)
-        activations += 4 * (s.query + s.normed_heads) // 64 + 8  # attention's log sums and the norms' scales, fp32
-        if not card_has_flash(self.card, element):  # keys and values of all heads, and each sample's output, are kept
+        activations = element * (2 * wide + s.heads + s.normed_qk + s.query + s.hidden + 2 * s.extra + whole)
+        activations += 4 * (s.query + s.normed_qk) // 64 + 8  # attention's log sums and the norms' scales, fp32
+        if not gpu_has_flash(self.card, element):  # keys and values of all heads, and each sample's output, are kept
             activations += element * 3 * s.query
         # beside the gradients of the stack's output and of the block's: in the MLP that of its norm's output, and the
         # product (with dropout twice); in attention, where what the MLP has kept is gone, the gradients of its output,
@@ -222,10 +224,10 @@ class Planner:
         if choice.graphs:  # what a graph uses, nothing else can
             working = self._launched(choice) + backward
         else:  # all that is kept is gone while a sample is validated
-            validating = self._validating(self.rows.longest_validated, choice.tile) - in_blocks - kept
+            validating = self._validating(self.rows.longest_validation, choice.tile) - in_blocks - kept
             working = max(self._head_bytes(tokens), backward, validating)
         return {
-            "packed weights": (s.num_blocks - choice.num_streamed) * s.packed_bytes + s.small_bytes,
+            "packed weights": (s.num_blocks - choice.num_streamed) * s.packed_bytes + s.norm_bytes,
             "slots for streamed weights": min(NUM_SLOTS, choice.num_streamed) * s.packed_bytes,
             "dequantised weights": min(choice.num_cached + 1, s.num_blocks) * s.matrix_bytes,
             "head": s.head_bytes,
@@ -254,7 +256,7 @@ class Planner:
     def _launched_tokens(self, tokens: int) -> int:
         """Of a validation's passes beside graphs: as many as the head's memory is enough for, or the longest sample."""
         usual = min(tokens, max(self.rows.longest[0], self._head_bytes(tokens) // self._validated_bytes()))
-        return max(usual, self.rows.longest_validated)
+        return max(usual, self.rows.longest_validation)
 
     def _validating(self, tokens: int, tile: int) -> int:
         """Bytes while so many are validated in one pass, `tile` of them at a time in an MLP (0: all)."""
@@ -264,7 +266,7 @@ class Planner:
     def _validated_bytes(self) -> int:
         """What a token takes in a block of which nothing is kept."""
         s = self.sizes
-        block = 4 * s.hidden + 4 * s.extra + s.heads + s.normed_heads + 2 * s.query + 3 * s.inner
+        block = 4 * s.hidden + 4 * s.extra + s.heads + s.normed_qk + 2 * s.query + 3 * s.inner
         return s.element_bytes * (2 * s.hidden + block)
 
     def _head_bytes(self, tokens: int) -> int:
@@ -307,7 +309,7 @@ class Planner:
         other_way = max(backward + recomputed * again, launches[1], bus + block_input)
         head = 4 * s.head_bytes / s.element_bytes / rate
         beside = 1 + STREAMING * choice.num_streamed / s.num_blocks + OFFLOADING * choice.offloads
-        return choice.num_passes * (s.num_blocks * (one_way + other_way) * beside + head)
+        return choice.num_micro_batches * (s.num_blocks * (one_way + other_way) * beside + head)
 
     def _plan(self, choice: _Choice, has_limit: bool, needs_host: bool) -> Plan:
         s, parts = self.sizes, self.parts(choice)
@@ -316,7 +318,7 @@ class Planner:
         return Plan(
             is_fused=True,
             merges=self.batch.merge == "auto",
-            tokens_per_pass=choice.tokens,
+            micro_batch_tokens=choice.tokens,
             num_blocks=s.num_blocks,
             num_kept=choice.num_kept,
             num_cached=choice.num_cached,
@@ -324,12 +326,12 @@ class Planner:
             needs_host=needs_host,
             offloads_inputs=choice.offloads and recomputed > 0,
             uses_graphs=choice.graphs,
-            mlp_tile=choice.tile if choice.tile < max(choice.tokens, self.rows.longest_validated) else 0,
+            mlp_tile=choice.tile if choice.tile < max(choice.tokens, self.rows.longest_validation) else 0,
             num_samples=self._num_samples(choice.tokens),
             graph_bytes=self._graph_bytes(choice, parts),
-            gap_bytes=self._gaps(choice, parts),
-            launch_bytes=self._launched(choice) if choice.graphs else 0,
-            launched_tokens=self._launched_tokens(choice.width) if choice.graphs else 0,
+            fragmentation_bytes=self._gaps(choice, parts),
+            eager_bytes=self._launched(choice) if choice.graphs else 0,
+            validation_tokens=self._launched_tokens(choice.width) if choice.graphs else 0,
             parts=tuple(parts.items()) if has_limit else (),
             host_bytes=self.host_bytes(choice) if has_limit else 0,
             seconds=self.seconds(choice),
@@ -337,6 +339,6 @@ class Planner:
         )
 
 
-def card_has_flash(card: Card, element_bytes: int) -> bool:
+def gpu_has_flash(card: Gpu, element_bytes: int) -> bool:
     """Whether attention takes grouped heads as they are and keeps nothing but its output."""
     return card.capability >= FLASH and element_bytes == 2

@@ -21,12 +21,12 @@ class ModelSizes:
     query: int  # inputs of o_proj
     inner: int  # inputs of down_proj
     extra: int  # columns that the adapters add to a product, at most
-    normed_heads: int  # of `heads`, those that are kept before their norms too (Qwen3)
+    normed_qk: int  # of `heads`, those that are kept before their norms too (Qwen3)
     has_dropout: bool
     element_bytes: int  # of the compute type
     matrix_bytes: int  # one block's weights in the compute type, with the adapters' columns
     packed_bytes: int  # one block's frozen linear weights as they are stored
-    small_bytes: int  # norms and biases of all blocks, and the last norm
+    norm_bytes: int  # norms and biases of all blocks, and the last norm
     embedding_bytes: int  # 0 where the head shares it
     embedding_on_host: bool
     head_bytes: int
@@ -54,13 +54,13 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
         heads=block.qkv.num_outputs,
         query=block.o.num_inputs,
         inner=block.down.num_inputs,
-        extra=max(group.num_extra for group in block.groups),
-        normed_heads=block.qkv.rows[1].stop if block.head_norms else 0,
+        extra=max(group.padded_rank for group in block.groups),
+        normed_qk=block.qkv.rows[1].stop if block.head_norms else 0,
         has_dropout=block.dropout > 0,
         element_bytes=element,
         matrix_bytes=element * sum(math.prod(group.shape) for group in block.groups),
         packed_bytes=sum(packed_bytes(layer) for layer in linear_layers(causal_lm.base_model.layers[0])),
-        small_bytes=small,
+        norm_bytes=small,
         embedding_bytes=0 if is_tied else embedding.numel() * element,
         embedding_on_host=on_gpu and not is_tied,
         head_bytes=head.numel() * element,

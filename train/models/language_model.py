@@ -15,7 +15,7 @@ from train.collate import MicroBatch
 from train.config import Config
 from train.engine.attention import attention_kind
 from train.engine.decoder import Engine
-from train.engine.families import reason_against
+from train.engine.families import unsupported_reason
 from train.engine.packed_weights import HostBlocks
 from train.engine.plan import Plan
 from train.loss import summed_cross_entropy
@@ -135,7 +135,7 @@ def choose_engine(sketched: peft.PeftModel, config: Config, device: torch.device
     """Whether training passes run on our own engine, and why not; raises ExitWith(BAD_INPUT) where it was demanded."""
     if config.engine.kind == "reference":
         return False, "engine.kind reference"
-    reason = reason_against(sketched.get_base_model())
+    reason = unsupported_reason(sketched.get_base_model())
     if reason and config.engine.kind == "fused":
         raise ExitWith(ExitCode.BAD_INPUT, f"--engine.kind fused: {reason}; use auto or reference")
     wants_it = config.memory.offload == "stream"

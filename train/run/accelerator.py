@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, parse_flag_from_env
 
 from train.config import Config, parse_bytes
-from train.metrics import read
+from train.metrics import to_host
 from train.run import devices
 from train.run.exits import ExitCode, ExitWith
 
@@ -82,7 +82,7 @@ def free_gpu_bytes(config: Config, accelerator: Accelerator) -> int | None:
     if config.memory.budget:
         free = min(free, parse_bytes(config.memory.budget) - torch.cuda.memory_allocated())
     everyone: Any = accelerator.gather(torch.tensor([free], device=accelerator.device))
-    return int(read(everyone.min())[0])
+    return int(to_host(everyone.min())[0])
 
 
 def close_group(together: bool) -> None:

@@ -12,17 +12,17 @@ import torch
 from accelerate import Accelerator
 
 from train.config import Config
-from train.metrics import read
+from train.metrics import to_host
 from train.run.exits import ExitCode, ExitWith
 from train.run.signals import StopRequest
 
 
-def agreed(accelerator: Accelerator, *flags: bool) -> list[bool]:
+def any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
     """For each flag whether any process has raised it: the same answers in all of them."""
     if accelerator.num_processes == 1:
         return list(flags)
     raised = torch.tensor([float(flag) for flag in flags], device=accelerator.device)
-    return [value > 0 for value in read(*accelerator.reduce(raised, reduction="sum"))]
+    return [value > 0 for value in to_host(*accelerator.reduce(raised, reduction="sum"))]
 
 
 def add_over_processes(accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -34,9 +34,9 @@ def add_over_processes(accelerator: Accelerator, parameters: Iterable[torch.nn.P
         parameter.grad.copy_(accelerator.reduce(parameter.grad, reduction="sum"))
 
 
-def go_on(config: Config, accelerator: Accelerator, stop: StopRequest) -> None:
+def raise_if_stopped(config: Config, accelerator: Accelerator, stop: StopRequest) -> None:
     """Raises ExitWith(INTERRUPTED), in all processes, where one was asked to stop and nothing is trained yet."""
-    if any(agreed(accelerator, stop.is_received())):
+    if any(any_process(accelerator, stop.is_received())):
         reason = f"stopped by {stop.received or 'another process'} before a step was made, so there is nothing to save"
         raise ExitWith(ExitCode.INTERRUPTED, f"{reason}; {advice_to_repeat(config)}")
 
@@ -103,7 +103,7 @@ def on_first_process(accelerator: Accelerator, action: Callable[[], int]) -> int
         if error is not None:
             value = -int(error.code)
     total = accelerator.reduce(torch.tensor(float(value), device=accelerator.device), reduction="sum")
-    agreed = int(read(total)[0])
-    if agreed < 0:
-        raise error or ExitWith(ExitCode(-agreed), "ended by the first process")
-    return agreed
+    any_process = int(to_host(total)[0])
+    if any_process < 0:
+        raise error or ExitWith(ExitCode(-any_process), "ended by the first process")
+    return any_process

@@ -21,7 +21,7 @@ PATTERNS = (
 )
 
 
-def scrub(text: str) -> str:
+def redact(text: str) -> str:
     """`text` without tokens of known forms, passwords in URLs, and the values of this process's secret variables.
 
     A bare key of 40 hexadecimal digits looks like a commit and goes only where a variable holds it.
@@ -37,6 +37,6 @@ def scrub(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
-def print_scrubbed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """A sys.excepthook: what the interpreter says of an error that nobody foresaw, without secrets."""
-    print(scrub("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True)
+    print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ class LossWatch:
         self.seen = 0
         self.recent: deque[float] = deque(maxlen=2 * SPAN)
 
-    def judge(self, loss: float) -> str:
+    def check(self, loss: float) -> str:
         """A warning about the step with this loss, or nothing; losses that are not finite are not its matter."""
         if not math.isfinite(loss):
             return ""

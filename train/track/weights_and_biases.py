@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from train.config import Config
 from train.run.exits import ExitCode, ExitWith
-from train.run.redact import scrub
+from train.run.redact import redact
 from train.track.metrics_file import read_metrics
 
 WANDB_PATIENCE_SECONDS = 15.0  # all that a run waits for Weights & Biases, once, at its end
@@ -96,7 +96,7 @@ class WeightsAndBiases:
                     run.log({f"samples/{name}": wandb.Table(columns, [[row[c] for c in columns] for row in rows])})
             run.finish()
         except BaseException as error:  # whatever it is, it must not reach training
-            lines = scrub(str(error)).strip().splitlines() or ["its service process is gone"]
+            lines = redact(str(error)).strip().splitlines() or ["its service process is gone"]
             self.failure = self.failure or f"stopped recording ({type(error).__name__}: {lines[0]})"
 
     def _set_aside_older_records(self) -> None:
@@ -122,7 +122,7 @@ class WeightsAndBiases:
         )
         wandb.setup(settings=settings)  # silent from here on, not only from the run's start
         run = wandb.init(
-            project=scrub(config.track.project),
+            project=redact(config.track.project),
             name=f"{config.profile}-{record['run_uid'][:6]}",
             id=record["wandb_id"],
             resume="allow",

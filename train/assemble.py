@@ -41,8 +41,8 @@ def assemble(
     if saved and plan.is_fused and plan.micro_batch_shape != saved:
         say(
             accelerator,
-            f"memory    the run's micro-batches of {saved} do not fit here: {plan.micro_batch_shape} now, the same samples a "
-            "step; sums are rounded otherwise, and with other micro-batches dropout draws other masks",
+            f"memory    the run's micro-batches of {saved} do not fit here: {plan.micro_batch_shape} now, the same "
+            "samples a step; sums are rounded otherwise, and with other micro-batches dropout draws other masks",
         )
     model = load_model(config, device, plan)
     parameters = model.trainable()

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.text import Text
 
 from data_tools.prepare import PrepareSettings
-from data_tools.preview import printable
 from data_tools.scan import CUT, MASKED, NUM_PLACES, TRAINED, Finding, RecordScan, column, read_samples
 from data_tools.similarity import first_equal, first_near
+from data_tools.terminal import printable
 
 NUM_LONGEST = 5
 MAX_BINS = 12

@@ -1,7 +1,6 @@
 """What is trained on, token by token: on a terminal in colour, as plain text, as JSON lines, as one HTML page."""
 
 import html
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +9,8 @@ from rich.console import Console
 from rich.text import Text
 
 from data_tools.render import special_ids
+from data_tools.terminal import printable, visible
 
-# Joiners shape letters and emoji; every other invisible character is shown by its number.
-JOINERS = "\u200c\u200d"
 REPLACEMENT = "\ufffd"
 LONGEST_CHARACTER_TOKENS = 8  # a UTF-8 character has at most 4 bytes, and a token at least one of them
 CONTINUATION = "…"  # stands for a token that only goes on with the bytes of the character before it
@@ -105,29 +103,6 @@ def token_texts(tokenizer: Any, ids: Sequence[int], special: Sequence[bool]) -> 
             piece = decode(ids[start:end])
         texts += [piece, *[""] * (end - start - 1)]
     return texts
-
-
-def visible(text: str, breaks: str = "↵") -> str:
-    """`text` with a mark for everything that is not seen or that would steer a terminal; `breaks` for a newline."""
-    return "".join(_visible_character(character, breaks) for character in text)
-
-
-def printable(text: str) -> str:
-    """`text` on one line, safe for a terminal, with its spaces as they are."""
-    return " ".join(visible(part) for part in text.split(" "))
-
-
-def _visible_character(character: str, breaks: str) -> str:
-    if character == "\n":
-        return breaks
-    if character == "\t":
-        return "⇥"
-    if character == " ":
-        return "·"
-    if ord(character) < 32:
-        return chr(0x2400 + ord(character))  # ␀ to ␟
-    is_hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zs", "Zl", "Zp")
-    return f"<U+{ord(character):04X}>" if is_hidden and character not in JOINERS else character
 
 
 def show(rows: Iterable[Row], console: Console) -> None:

@@ -192,11 +192,6 @@ def parse_json(text: str) -> Any:
         raise ValueError(_json_reason(error)) from None
 
 
-def shown(text: str) -> str:
-    """`text` on one line, with what is not to be seen, or would steer a terminal, as an escape such as \\x1b."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def _json_reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_tools.formats import Format, Message, detect
-from data_tools.readers import READERS, HubData, RowFile, shown
+from data_tools.readers import READERS, HubData, RowFile
+from data_tools.terminal import escaped
 
 TEXT_ENDINGS = (".txt", ".md")
 KNOWN_ENDINGS = (*TEXT_ENDINGS, *READERS)
@@ -55,7 +56,7 @@ class Report:
         """Notes one problem; file names and reasons may come from others, so what would steer a terminal is escaped."""
         self.total += 1
         if len(self.lines) < self.limit:
-            self.lines.append(shown(f"{where}: {reason}"))
+            self.lines.append(escaped(f"{where}: {reason}"))
 
     def raise_if_any(self) -> None:
         """Raises DataError with everything noted."""

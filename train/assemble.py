@@ -15,7 +15,7 @@ from train.memory.outlook import Outlook
 from train.models.language_model import load_model
 from train.optim import FlatParameters, build_optimizer, build_scaler
 from train.run.accelerator import free_gpu_bytes
-from train.run.devices import resolve_dtype
+from train.run.devices import compute_type
 from train.run.exits import ExitCode, ExitWith
 from train.run.processes import any_process, say
 from train.step import Training
@@ -55,7 +55,7 @@ def assemble(
         parameters=parameters,
         flat=flat,
         optimizer=build_optimizer(flat, config.optim),
-        scaler=build_scaler(resolve_dtype(config.model, device), device),
+        scaler=build_scaler(compute_type(config.model.dtype, device).name, device),
         plan=plan,
         data=data,
         total_steps=data.total_steps(config.train),

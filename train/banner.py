@@ -21,10 +21,11 @@ def banner(
     trainable = sum(p.numel() for p in training.parameters.values())
     device = training.accelerator.device
     held_out = statistics.num_samples - len(data.samples)
-    dtype, reason = devices.compute_type(config.model.dtype, device)
+    compute = devices.compute_type(config.model.dtype, device)
     start = f"continues after step {checkpoint.state.step}" if checkpoint else "starts fresh"
     lines = [
-        f"profile   {config.profile}: {_base(config)}, compute in {dtype}{f' ({reason})' if reason else ''}",
+        f"profile   {config.profile}: {_base(config)}, compute in {compute.name}"
+        + (f" ({compute.reason})" if compute.reason else ""),
         f"device    {device_name(device)}"
         + (f", capped at {config.memory.budget}" if config.memory.budget and device.type == "cuda" else ""),
         *(f"kernels   {line}" for line in (devices.substitutes(device) if training.plan.is_fused else [])),

@@ -1,4 +1,4 @@
-"""The order in which samples are trained, as a pure function of seed and step, and the windows cut from it."""
+"""The order in which samples are trained, as a pure function of seed and step, and the batches cut from it."""
 
 import math
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from data_tools.records import DataError
 from train.batching import LengthStatistics, StepPlan, regroup
 from train.collate import MicroBatch, collate, collate_packed, packed_tokens
 from train.config import BatchConfig, Config, TrainConfig
+from train.seeds import derived_seed
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class TrainingData:
     """The training samples in stateless order: step `s` always holds the same samples, whatever was done before.
 
     What is ordered are rows: single samples, or with packing bins of samples that share a row of max_length tokens.
-    Epoch e visits every row once, in the permutation of (seed, e); its last window may be smaller than the others.
+    Epoch e visits every row once, in the permutation of (seed, e); its last batch may be smaller than the others.
     """
 
     def __init__(self, samples: Dataset, config: Config, layout: BatchLayout, pad_token_id: int) -> None:
@@ -91,8 +92,8 @@ class TrainingData:
 
     def row_ids(self, step: int) -> list[int]:
         """The rows of optimizer step `step` (counted from 0) over all processes, in order."""
-        epoch, window = divmod(step, self.steps_per_epoch)
-        start = window * self.layout.samples_per_step
+        epoch, number = divmod(step, self.steps_per_epoch)
+        start = number * self.layout.samples_per_step
         return self._order(epoch)[start : start + self.layout.samples_per_step]
 
     def sample_ids(self, step: int) -> list[int]:
@@ -163,34 +164,34 @@ class TrainingData:
             if self.group_by_length:
                 order = _grouped_order(self.row_tokens, self.seed, epoch, self.layout.samples_per_step)
             else:
-                order = _permutation(self.seed, epoch, len(self.rows))
+                order = _permutation(derived_seed(self.seed, "sample order", epoch), len(self.rows))
             self._epoch_order = (epoch, order)
         return self._epoch_order[1]
 
 
-def _permutation(seed: int, epoch: int, size: int) -> list[int]:
-    generator = torch.Generator().manual_seed((seed << 20) + epoch)
-    return torch.randperm(size, generator=generator).tolist()
+def _permutation(derived: int, size: int) -> list[int]:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(derived)).tolist()
 
 
-def _grouped_order(lengths: Sequence[int], seed: int, epoch: int, window: int) -> list[int]:
-    """The epoch's permutation, sorted by length within pools of fifty windows; equal lengths stay in its order.
+def _grouped_order(lengths: Sequence[int], seed: int, epoch: int, batch_size: int) -> list[int]:
+    """The epoch's permutation, sorted by length within pools of fifty batches; equal lengths stay in its order.
 
-    The windows are shuffled afterwards, or the loss would show the lengths as a sawtooth (artidoro/qlora#84); a
-    partial window stays last.
+    The batches are shuffled afterwards, or the loss would show the lengths as a sawtooth (artidoro/qlora#84); a
+    partial batch stays last.
     """
-    order = _permutation(seed, epoch, len(lengths))
-    pools = [order[start : start + 50 * window] for start in range(0, len(order), 50 * window)]
+    order = _permutation(derived_seed(seed, "sample order", epoch), len(lengths))
+    pools = [order[start : start + 50 * batch_size] for start in range(0, len(order), 50 * batch_size)]
     ordered = [i for pool in pools for i in sorted(pool, key=lambda i: lengths[i])]
-    windows = [ordered[start : start + window] for start in range(0, len(ordered), window)]
-    num_whole = len(ordered) // window
-    shuffled = [windows[i] for i in _permutation(seed + 1, epoch, num_whole)] + windows[num_whole:]
-    return [i for members in shuffled for i in members]
+    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    num_whole = len(ordered) // batch_size
+    shuffled = [batches[i] for i in _permutation(derived_seed(seed, "batch order", epoch), num_whole)]
+    return [i for members in (*shuffled, *batches[num_whole:]) for i in members]
 
 
 def weighted(path_numbers: Sequence[int], weights: Sequence[float], seed: int) -> list[int]:
     """Sample numbers, each as often as its path's weight says; of a fractional part the seed chooses who is in it."""
-    draws = torch.rand(len(path_numbers), generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator().manual_seed(derived_seed(seed, "path weights"))
+    draws = torch.rand(len(path_numbers), generator=generator).tolist()
     chosen: list[int] = []
     for i, (path_number, draw) in enumerate(zip(path_numbers, draws, strict=True)):
         whole = int(weights[path_number])
@@ -230,7 +231,7 @@ def split_validation(prepared: Prepared, fraction: float, seed: int) -> tuple[Da
             f"--data.validation_fraction {fraction}: of {num_records} records {num_held} would be held out; "
             "both sides need at least one"
         )
-    held = set(_permutation(seed, 2**19, num_records)[:num_held])
+    held = set(_permutation(derived_seed(seed, "held out"), num_records)[:num_held])
     records: list[int] = prepared.dataset["record"][:]
     train = [i for i, record in enumerate(records) if record not in held]
     validation = [i for i, record in enumerate(records) if record in held]

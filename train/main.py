@@ -33,6 +33,7 @@ from train.config import Config
 from train.data import BatchLayout, TrainingData, hold_out, prepare_settings
 from train.deliver.compare import as_rows, compare, show
 from train.deliver.final import publish_final
+from train.deliver.generation import Generator
 from train.engine.copies import HostMemoryError
 from train.loop import train
 from train.models.language_model import adapter_config
@@ -190,6 +191,7 @@ def deliver(
     except OSError as error:
         raise ExitWith(ExitCode.SAVE_FAILED, f"{run_dir / 'final'} could not be written: {error}") from None
     console = Console()
+    generator = Generator(training.model, tokenizer.backend, end_token_ids, config.compare.max_new_tokens)
     asked = (("trained", config.data.path, "answers"), ("held out", config.data.validation_path, "answers_held_out"))
     for kind, paths, name in asked:
         conversations = first_conversations(prepare_settings(config, paths), config.compare.num_questions)
@@ -197,8 +199,7 @@ def deliver(
             console.print(
                 f"asking {len(conversations)} {kind} questions, without and with the adapters", highlight=False
             )
-            limit = config.compare.max_new_tokens
-            answers = compare(training.model, tokenizer.backend, conversations, end_token_ids, limit, stop.is_received)
+            answers = compare(generator, conversations, stop.is_received)
             if stop.is_received():
                 reason = f"stopped by {stop.received}; {run_dir / 'final'} is whole, run the same command to ask on"
                 raise ExitWith(ExitCode.INTERRUPTED, reason)

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import bitsandbytes as bnb
@@ -11,6 +11,28 @@ from bitsandbytes.optim.optimizer import Optimizer8bit
 
 from train.config import OptimConfig
 
+BLOCK = 256  # elements that share a scale of bitsandbytes' 8-bit state
+MIN_8BIT_SIZE = 4096  # elements: bitsandbytes keeps the state of smaller tensors in fp32
+
+
+@dataclass(frozen=True)
+class OptimizerKind:
+    """One value of optim.name."""
+
+    build: Callable[..., torch.optim.Optimizer]
+    is_8bit: bool  # bitsandbytes' blockwise 8-bit state
+    is_paged: bool = False  # its state moves to host memory when the GPU is full
+
+
+def _torch_adamw(leaves: list[torch.nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(leaves, fused=leaves[0].is_cuda, lr=lr, weight_decay=weight_decay)
+
+
+OPTIMIZERS = {
+    "paged_adamw_8bit": OptimizerKind(bnb.optim.PagedAdamW8bit, is_8bit=True, is_paged=True),
+    "adamw_8bit": OptimizerKind(bnb.optim.AdamW8bit, is_8bit=True),
+    "adamw": OptimizerKind(_torch_adamw, is_8bit=False),
+}
 NamedParameters = Mapping[str, torch.nn.Parameter]
 
 
@@ -43,18 +65,15 @@ class FlatParameters:
     its 8-bit state, and those too small for 8-bit state stay alone: so the update is the same, bit for bit.
     """
 
-    BLOCK = 256
-    SMALLEST = 4096  # bitsandbytes' min_8bit_size: below it state is fp32
-
     def __init__(self, named: NamedParameters) -> None:
         self.named = dict(named)
         self.leaves: list[torch.nn.Parameter] = []
         self.places: dict[str, Place] = {}
         size = 0
         for name, parameter in named.items():
-            if parameter.numel() >= self.SMALLEST:
+            if parameter.numel() >= MIN_8BIT_SIZE:
                 self.places[name] = Place(0, size, size + parameter.numel())
-                size += -(-parameter.numel() // self.BLOCK) * self.BLOCK
+                size += -(-parameter.numel() // BLOCK) * BLOCK
         if size:
             first = next(iter(named.values()))
             self.leaves.append(torch.nn.Parameter(torch.zeros(size, dtype=first.dtype, device=first.device)))
@@ -88,14 +107,9 @@ class FlatParameters:
 
 def build_optimizer(flat: FlatParameters, config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW over the flat parameters; the rate is set before every step."""
-    options = {"lr": config.lr, "weight_decay": config.weight_decay}
-    if config.name == "paged_adamw_8bit":
-        # without a GPU there is nothing to page from; bitsandbytes says so once for each run
-        warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
-        return bnb.optim.PagedAdamW8bit(flat.leaves, **options)
-    if config.name == "adamw_8bit":
-        return bnb.optim.AdamW8bit(flat.leaves, **options)
-    return torch.optim.AdamW(flat.leaves, fused=flat.leaves[0].is_cuda, **options)
+    # without a GPU there is nothing to page from; bitsandbytes says so once for each run
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+    return OPTIMIZERS[config.name].build(flat.leaves, lr=config.lr, weight_decay=config.weight_decay)
 
 
 def build_scaler(dtype: str, device: torch.device) -> torch.amp.GradScaler:
@@ -131,7 +145,7 @@ def _parts(state: Mapping, place: Place, shape: torch.Size) -> dict:
     parts = {}
     for key, value in state.items():
         if key.startswith("absmax"):
-            parts[key] = value[place.start // FlatParameters.BLOCK : -(-place.stop // FlatParameters.BLOCK)]
+            parts[key] = value[place.start // BLOCK : -(-place.stop // BLOCK)]
         elif key == "step":
             parts[key] = value
         elif not key.startswith("qmap"):
@@ -142,17 +156,13 @@ def _parts(state: Mapping, place: Place, shape: torch.Size) -> dict:
 def state_bytes(parameters: Iterable[torch.nn.Parameter], config: OptimConfig) -> int:
     """Bytes of the tensors that optimizer_state will return after the first step.
 
-    bitsandbytes keeps matrices of fewer than 4,096 elements in fp32, others in two bytes an element and two fp32 scales
-    a block of 256 (Optimizer2State.init_state).
+    bitsandbytes keeps tensors of fewer than MIN_8BIT_SIZE elements in fp32, others in two bytes an element and two fp32
+    scales a BLOCK (Optimizer2State.init_state).
     """
-    total = 0
-    for parameter in parameters:
-        size = parameter.numel()
-        if config.name == "adamw":
-            total += 8 * size + 4
-        else:
-            total += 8 + (8 * size if size < 4096 else 2 * size + 8 * math.ceil(size / 256))
-    return total
+    sizes = [parameter.numel() for parameter in parameters]
+    if not OPTIMIZERS[config.name].is_8bit:
+        return sum(8 * size + 4 for size in sizes)
+    return sum(8 + (8 * size if size < MIN_8BIT_SIZE else 2 * size + 8 * math.ceil(size / BLOCK)) for size in sizes)
 
 
 def load_optimizer_state(

@@ -12,6 +12,7 @@ from tests.conftest import BUNDLED_BASE, training_of, with_batch
 from train.config import Config, LoraConfig, ModelConfig
 from train.data import prepare_settings
 from train.deliver.compare import compare
+from train.deliver.generation import Generator
 from train.engine.packed_weights import linear_layers
 from train.models.tokenizer import load_tokenizer
 from train.step import Training, optimizer_step
@@ -79,7 +80,7 @@ def test_a_streamed_model_answers(deep: Config) -> None:
         training = build(replace(deep, memory=memory))
         causal_lm: Any = training.model.adapted.get_base_model()
         for _ in range(2):
-            answers.append(compare(training.model, tokenizer, asked, [0], 12, lambda: False))
+            answers.append(compare(Generator(training.model, tokenizer, [0], 12), asked, lambda: False))
             weights = [linear.weight for layer in causal_lm.base_model.layers for linear in linear_layers(layer)]
             assert {weight.device.type for weight in weights} == {place}
             assert optimizer_step(training, 0).loss > 0

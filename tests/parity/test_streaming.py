@@ -20,6 +20,7 @@ from train.collate import MicroBatch
 from train.config import Config, EngineConfig, LoraConfig, MemoryConfig, ModelConfig
 from train.data import prepare_settings
 from train.deliver.compare import compare
+from train.deliver.generation import Generator
 from train.engine import decoder
 from train.engine.block import Block
 from train.engine.copies import Copies, ThreadCopies
@@ -430,7 +431,7 @@ def test_a_model_that_is_streamed_answers(config: Config) -> None:
         training = training_of(each, Accelerator(cpu=True))
         for step in range(3):
             optimizer_step(training, step)
-        answers.append([compare(training.model, tokenizer, asked, [0], 12, lambda: False) for _ in range(2)])
+        answers.append([compare(Generator(training.model, tokenizer, [0], 12), asked, lambda: False) for _ in range(2)])
         assert optimizer_step(training, 3).loss > 0  # the engine takes its memory again
     assert answers[0] == answers[1]
     assert answers[0][0][0].after
@@ -443,7 +444,7 @@ def test_questions_are_asked_again_where_memory_ends_within_a_pass(
     tokenizer = load_tokenizer(config).backend
     asked = first_conversations(prepare_settings(config, config.data.path), 4)
     training = training_of(streamed(config), Accelerator(cpu=True))
-    wanted = compare(training.model, tokenizer, asked, [0], 6, lambda: False)
+    wanted = compare(Generator(training.model, tokenizer, [0], 6), asked, lambda: False)
     causal_lm: Any = training.model.adapted.get_base_model()
     mlp, failures = causal_lm.base_model.layers[1].mlp, iter([False, True])
     real = mlp.forward
@@ -454,7 +455,7 @@ def test_questions_are_asked_again_where_memory_ends_within_a_pass(
         return real(x)
 
     monkeypatch.setattr(mlp, "forward", failing)
-    assert compare(training.model, tokenizer, asked, [0], 6, lambda: False) == wanted
+    assert compare(Generator(training.model, tokenizer, [0], 6), asked, lambda: False) == wanted
     for number, layer in enumerate(causal_lm.base_model.layers):
         for linear, weight in zip(linear_layers(layer), training.model.host.weights[number], strict=True):
             assert linear.weight is weight

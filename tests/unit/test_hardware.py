@@ -17,8 +17,8 @@ from train.banner import banner
 from train.config import Config, EngineConfig
 from train.engine import attention, operations
 from train.run import devices
-from train.run.accelerator import check_machine
-from train.run.devices import resolve_dtype
+from train.run.accelerator import bitsandbytes_options, check_machine
+from train.run.devices import ComputeType
 from train.run.exits import ExitCode, ExitWith
 
 STATISTICS = Statistics(19, 19, 900, 500, 0, 0, 0, [], [2], {}, ["prompt/response"])
@@ -55,26 +55,26 @@ def test_the_compute_type_of_every_card(card: Choose) -> None:
     chosen = {}
     for number in [*CARDS, (5, 0), (5, 3), (6, 2), (7, 2)]:
         card(number)
-        dtype, reason = devices.compute_type("auto", GPU)
-        chosen[number] = dtype
-        wanted = {"bf16": "", "fp16": "has no bf16", "fp32": "has no bf16 and no fast fp16"}[dtype]
-        assert reason == (f"compute capability {number[0]}.{number[1]} {wanted}" if wanted else "")
+        found = devices.compute_type("auto", GPU)
+        chosen[number] = found.name
+        wanted = {"bf16": "", "fp16": "has no bf16", "fp32": "has no bf16 and no fast fp16"}[found.name]
+        assert found.reason == (f"compute capability {number[0]}.{number[1]} {wanted}" if wanted else "")
     assert {number for number, dtype in chosen.items() if dtype == "bf16"} == {(8, 0), (8, 6), (9, 0), (12, 0)}
     assert {number for number, dtype in chosen.items() if dtype == "fp16"} == {(5, 3), (6, 0), (7, 0), (7, 2), (7, 5)}
-    assert devices.compute_type("auto", CPU) == ("fp32", "")
+    assert devices.compute_type("auto", CPU) == ComputeType("fp32")
 
 
-def test_a_type_that_is_asked_for(card: Choose, config: Config) -> None:
+def test_a_type_that_is_asked_for(card: Choose) -> None:
     """bf16 below 8.0 is refused with what works; anything else is taken as it is said, and needs no reason."""
     for number, instead in (((7, 5), "fp16"), ((6, 1), "fp32")):
         card(number)
         with pytest.raises(ExitWith, match=rf"--model\.dtype bf16: .*auto, which takes {instead}") as refusal:
-            resolve_dtype(replace(config.model, dtype="bf16"), GPU)
+            devices.compute_type("bf16", GPU)
         assert refusal.value.code == ExitCode.BAD_INPUT
-        assert devices.compute_type("fp16", GPU) == ("fp16", "")
-        assert devices.compute_type("bf16", CPU) == ("bf16", "")
+        assert devices.compute_type("fp16", GPU) == ComputeType("fp16")
+        assert devices.compute_type("bf16", CPU) == ComputeType("bf16")
     card((8, 0))
-    assert devices.compute_type("bf16", GPU) == ("bf16", "")
+    assert devices.compute_type("bf16", GPU) == ComputeType("bf16")
 
 
 def test_attention_and_kernels_of_every_card(card: Choose, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,19 +145,24 @@ def test_a_card_that_no_build_serves(card: Choose, monkeypatch: pytest.MonkeyPat
         devices.check_build(GPU)
 
 
-def test_what_bitsandbytes_does_not_run_on(card: Choose) -> None:
+def test_what_bitsandbytes_does_not_run_on(card: Choose, config: Config) -> None:
     """Below 6.0 its types and optimizers are refused with what works; a recipe without them is not."""
+
+    def check(quantization: Any, optimizer: Any) -> None:
+        model, optim = replace(config.model, quantization=quantization), replace(config.optim, name=optimizer)
+        devices.check_bitsandbytes(bitsandbytes_options(replace(config, model=model, optim=optim)), GPU)
+
     for number in CARDS:
         card(number)
-        devices.check_bitsandbytes("none", "adamw", GPU)
+        check("none", "adamw")
         if number >= (6, 0):
-            devices.check_bitsandbytes("nf4", "paged_adamw_8bit", GPU)
+            check("nf4", "paged_adamw_8bit")
             continue
         with pytest.raises(ExitWith, match=r"quantization nf4 \(write none\)") as refusal:
-            devices.check_bitsandbytes("nf4", "adamw", GPU)
+            check("nf4", "adamw")
         assert "optim.name" not in refusal.value.reason
         with pytest.raises(ExitWith, match=r"optim\.name adamw_8bit \(write adamw\)"):
-            devices.check_bitsandbytes("none", "adamw_8bit", GPU)
+            check("none", "adamw_8bit")
 
 
 @pytest.fixture
@@ -210,9 +215,9 @@ def test_the_banner_says_what_was_chosen(config: Config, card: Choose, monkeypat
     assert [key for key, text in texts.items() if "warning   model.quantization int8 is slow" in text] == [
         ((6, 1), True)
     ]
-    training.model.engine = None
     card((6, 1))
-    assert "kernels   " not in banner(training, (), STATISTICS, None)
+    reference = replace(training, plan=replace(training.plan, is_fused=False))
+    assert "kernels   " not in banner(reference, (), STATISTICS, None)
 
 
 def test_rows_of_the_embedding_without_triton() -> None:

@@ -14,7 +14,8 @@ from tests.conftest import arguments, training_of
 from train import main as command
 from train.config import Config
 from train.data import prepare_settings
-from train.deliver import compare as comparing
+from train.deliver.compare import compare
+from train.deliver.generation import Generator
 from train.engine.copies import HostMemoryError, host_buffers, host_bytes, page_locked
 from train.engine.embedding import HostEmbedding
 from train.memory import gpus as cards
@@ -97,21 +98,21 @@ def test_questions_are_asked_in_smaller_batches_where_memory_ends(
     tokenizer = load_tokenizer(config).backend
     asked = first_conversations(prepare_settings(config, config.data.path), 7)
     model = training_of(config, Accelerator(cpu=True)).model
-    wanted = comparing.compare(model, tokenizer, asked, [0], 6, lambda: False)
-    generate, sizes = comparing._generate, []
+    wanted = compare(Generator(model, tokenizer, [0], 6), asked, lambda: False)
+    generate, sizes = Generator.__call__, []
 
-    def small(model: Any, tokenizer: Any, prompts: Any, *rest: Any) -> Any:
+    def small(self: Generator, prompts: Any) -> Any:
         sizes.append(len(prompts))
         if len(prompts) > most:
             raise torch.OutOfMemoryError("no more")
-        return generate(model, tokenizer, prompts, *rest)
+        return generate(self, prompts)
 
-    monkeypatch.setattr(comparing, "_generate", small)
-    assert comparing.compare(model, tokenizer, asked, [0], 6, lambda: False) == wanted
+    monkeypatch.setattr(Generator, "__call__", small)
+    assert compare(Generator(model, tokenizer, [0], 6), asked, lambda: False) == wanted
     assert max(sizes) == 7
     most = 0
     with pytest.raises(torch.OutOfMemoryError):
-        comparing.compare(model, tokenizer, asked, [0], 6, lambda: False)
+        compare(Generator(model, tokenizer, [0], 6), asked, lambda: False)
 
 
 def test_processes_plan_with_the_least_memory_of_all(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,15 @@
 """Learning rate at every step; optimizer state that comes back to the bit."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import pytest
 import torch
+from bitsandbytes.optim.optimizer import Optimizer8bit
 
 from train.config import OptimConfig
 from train.optim import (
+    OPTIMIZERS,
     FlatParameters,
     build_optimizer,
     learning_rate,
@@ -112,3 +114,14 @@ def test_flat_parameters_move_as_single_ones(name: Literal["paged_adamw_8bit", "
     for key in shapes:
         assert not torch.equal(flat.named[key], start[key])
         assert torch.equal(flat.named[key], alone[key].named[key]), key
+
+
+def test_every_optimizer_of_the_configuration_is_in_the_table() -> None:
+    """One row a value of optim.name, and each says of its state what its class does."""
+    annotation = get_type_hints(OptimConfig)["name"]
+    assert set(get_args(annotation)) == set(OPTIMIZERS)
+    leaf = torch.nn.Parameter(torch.zeros(64, 64))
+    for name, kind in OPTIMIZERS.items():
+        built = kind.build([leaf], lr=1.0, weight_decay=0.0)
+        assert isinstance(built, Optimizer8bit) == kind.is_8bit, name
+        assert bool(getattr(built, "is_paged", False)) == kind.is_paged, name

@@ -16,7 +16,7 @@ from train.data import TrainingData
 from train.models.fingerprint import base_fingerprint
 from train.models.language_model import adapter_config, load_adapters
 from train.optim import load_optimizer_state, load_scaler_state, optimizer_state
-from train.run.devices import resolve_dtype
+from train.run.devices import compute_type
 from train.run.exits import ExitCode, ExitWith
 from train.run.processes import on_first_process, say
 from train.run.versions import versions
@@ -41,7 +41,7 @@ def identity(config: Config, data_fingerprint: str, data: TrainingData, device: 
     values: dict[str, object] = {
         "model.base": base_fingerprint(config),
         "model.quantization": config.model.quantization,
-        "model.dtype": resolve_dtype(config.model, device),
+        "model.dtype": compute_type(config.model.dtype, device).name,
         "data": data_fingerprint,
         "data.validation_fraction": config.data.validation_fraction,
         "data.weights": list(config.data.weights),

@@ -14,7 +14,7 @@ from train.config import Config, parse_bytes
 from train.engine.plan import Plan
 from train.memory.gpus import CONTEXT_BYTES, KNOWN, Gpu, detect_gpu, known_gpu
 from train.memory.outlook import GIB, Outlook
-from train.run.devices import BF16, DTYPES, resolve_dtype
+from train.run.devices import BF16, compute_type
 from train.run.exits import ExitCode, ExitWith
 
 CPU_BYTES = int(2.5 * GIB)  # of a process with torch, transformers and CUDA in it
@@ -65,7 +65,7 @@ def default_card(config: Config) -> Gpu | None:
     """The GPU that is here; without one, a card of memory.budget's size; without that none."""
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-        return detect_gpu(device, DTYPES[resolve_dtype(config.model, device)])
+        return detect_gpu(device, compute_type(config.model.dtype, device).dtype)
     if not config.memory.budget:
         return None
     card = _of_size(config.memory.budget)

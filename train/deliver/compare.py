@@ -4,18 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from data_tools.preview import printable
 from data_tools.records import Conversation
 from data_tools.render import render_prompt
-from train.models.language_model import LanguageModel
+from data_tools.terminal import printable
+from train.deliver.generation import Completion, Generator, in_batches
 
-QUESTIONS_AT_A_TIME = 32
 ROWS_SHOWN = 6
 
 
@@ -33,67 +30,35 @@ class Answer:
     before_stopped: bool
 
 
-def compare(
-    model: LanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Conversation],
-    end_token_ids: Sequence[int],
-    max_new_tokens: int,
-    must_stop: Callable[[], bool],
-) -> list[Answer]:
-    """Greedy answers to each conversation's last question, with the adapters off and on, until `must_stop` says so."""
+def compare(generator: Generator, conversations: Sequence[Conversation], must_stop: Callable[[], bool]) -> list[Answer]:
+    """Answers to each conversation's last question, with the adapters off and on, until `must_stop` says so."""
+    model, tokenizer = generator.model, generator.tokenizer
+
+    def both(batch: Sequence[Conversation]) -> tuple[list[Completion], list[Completion]]:
+        prompts = [render_prompt(tokenizer, conversation.messages[:-1]) for conversation in batch]
+        with model.adapted.disable_adapter():
+            before = generator(prompts)
+        return before, generator(prompts)
+
     answers: list[Answer] = []
-    count = QUESTIONS_AT_A_TIME
     with model.generating():
-        while len(answers) < len(conversations) and not must_stop():
-            batch = conversations[len(answers) : len(answers) + count]
-            prompts = [render_prompt(tokenizer, conversation.messages[:-1]) for conversation in batch]
-            try:
-                with model.adapted.disable_adapter():
-                    before = _generate(model, tokenizer, prompts, end_token_ids, max_new_tokens)
-                after = _generate(model, tokenizer, prompts, end_token_ids, max_new_tokens)
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise
-                count = len(batch) // 2  # keys and values of 32 answers of an 8B are more than a small card has left
-                continue
-            for conversation, (old, old_stopped), (new, stopped) in zip(batch, before, after, strict=True):
-                question, reference = conversation.messages[-2].content, conversation.messages[-1].content.strip()
-                exact, was_exact = new == reference, old == reference
-                answers.append(Answer(question, reference, old, new, exact, stopped, was_exact, old_stopped))
+        for batch, completions in in_batches(conversations, both, must_stop):
+            answers += [_answer(*each) for each in zip(batch, *completions, strict=True)]
     return answers
 
 
-@torch.no_grad()
-def _generate(
-    model: LanguageModel,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    end_token_ids: Sequence[int],
-    max_new_tokens: int,
-) -> list[tuple[str, bool]]:
-    """(text, whether an end token closed it) for each prompt, decoded greedily."""
-    causal_lm: Any = model.adapted
-    inputs = tokenizer(
-        list(prompts), add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
-    ).to(causal_lm.device)
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=list(end_token_ids),
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=True,
+def _answer(conversation: Conversation, before: Completion, after: Completion) -> Answer:
+    question, reference = conversation.messages[-2].content, conversation.messages[-1].content.strip()
+    return Answer(
+        question=question,
+        reference=reference,
+        before=before.text,
+        after=after.text,
+        exact=after.text == reference,
+        stopped=after.is_stopped,
+        before_exact=before.text == reference,
+        before_stopped=before.is_stopped,
     )
-    generated = causal_lm.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        generation_config=settings,
-    )
-    results = []
-    for tokens in generated[:, inputs["input_ids"].shape[1] :].tolist():
-        end = next((i for i, token in enumerate(tokens) if token in end_token_ids), None)
-        results.append((tokenizer.decode(tokens[:end]).strip(), end is not None))
-    return results
 
 
 def as_rows(answers: Sequence[Answer]) -> list[dict[str, Any]]:

@@ -15,8 +15,7 @@ from train.memory.gpus import Gpu, cpu_rates, detect_gpu
 from train.memory.search import Planner
 from train.memory.sizes import ModelSizes, model_sizes
 from train.models.language_model import choose_engine, sketch
-from train.run import devices
-from train.run.devices import DTYPES, resolve_dtype
+from train.run.devices import compute_type, compute_type_at
 from train.run.exits import ExitCode, ExitWith
 
 GIB = 2**30
@@ -60,16 +59,16 @@ class Outlook:
         saved: MicroBatchShape | None = None,
     ) -> "Outlook":
         """Of a run on `device`."""
-        dtype = DTYPES[resolve_dtype(config.model, device)]
+        dtype = compute_type(config.model.dtype, device).dtype
         card = detect_gpu(device, dtype) if device.type == "cuda" else cpu_rates()
         return replace(cls._by(config, rows, card, sketched_sizes(config, device, dtype), budget), saved=saved)
 
     @classmethod
     def on_card(cls, config: Config, card: Gpu, rows: LengthStatistics, budget: int) -> "Outlook":
         """Of a run on a GPU that need not be here; raises ExitWith(BAD_INPUT) where it lacks the type asked for."""
-        dtype = devices.type_on(config.model.dtype, card.capability)[0]
-        card = card.computing(dtype == "fp32", config.run.deterministic)
-        return cls._by(config, rows, card, sketched_sizes(config, torch.device("cuda"), DTYPES[dtype]), budget)
+        compute = compute_type_at(config.model.dtype, card.capability)
+        card = card.computing(compute.name == "fp32", config.run.deterministic)
+        return cls._by(config, rows, card, sketched_sizes(config, torch.device("cuda"), compute.dtype), budget)
 
     @classmethod
     def _by(

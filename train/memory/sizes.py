@@ -8,7 +8,7 @@ from train.config import Config
 from train.engine.block import Block
 from train.engine.packed_weights import linear_layers, packed_bytes
 from train.loss import CHUNK_BYTES
-from train.optim import state_bytes
+from train.optim import OPTIMIZERS, state_bytes
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
     small = sum(p.numel() * p.element_size() for p in causal_lm.parameters() if id(p) not in others)
     element = head.element_size()
     state = state_bytes(trained, config.optim)
-    is_paged = config.optim.name.startswith("paged")
+    is_paged = OPTIMIZERS[config.optim.name].is_paged
     is_tied = head is embedding
     return ModelSizes(
         num_blocks=len(causal_lm.base_model.layers),

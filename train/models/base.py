@@ -20,6 +20,7 @@ from train.config import ModelConfig
 from train.engine.embedding import offload_embedding
 from train.engine.packed_weights import HostBlocks
 from train.run.exits import ExitCode, ExitWith
+from train.seeds import derived_seed
 
 Read = Callable[[str, torch.nn.Parameter], torch.Tensor]  # the values of a parameter, by its name
 
@@ -33,7 +34,7 @@ def load_base(
     """
     shape = model_shape(config)  # refuses what must not be loaded
     if config.random_init:
-        draw = _drawn(shape, dtype, torch.Generator(device).manual_seed(seed))
+        draw = _drawn(shape, dtype, torch.Generator(device).manual_seed(derived_seed(seed, "random base")))
         return _filled(skeleton(config, dtype), draw, device, host, embedding_on_host)
     indexed = _indexed_files(config)
     try:

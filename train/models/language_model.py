@@ -20,8 +20,9 @@ from train.engine.packed_weights import HostBlocks
 from train.engine.plan import Plan
 from train.loss import summed_cross_entropy
 from train.models.base import load_base, skeleton
-from train.run.devices import DTYPES, resolve_dtype
+from train.run.devices import compute_type
 from train.run.exits import ExitCode, ExitWith
+from train.seeds import derived_seed
 
 
 class LanguageModel(torch.nn.Module):
@@ -109,14 +110,14 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
     """
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    dtype = DTYPES[resolve_dtype(config.model, device)]
+    dtype = compute_type(config.model.dtype, device).dtype
     host = HostBlocks(plan.streamed, pin=device.type == "cuda")
     base = load_base(config.model, dtype, device, host, config.train.seed, plan.is_fused)
     base.set_attn_implementation(attention_kind(config, dtype, device))
     keep_one_cpu_kernel(base)
     base.requires_grad_(False)
     base.config.use_cache = False
-    torch.manual_seed(config.train.seed)
+    torch.manual_seed(derived_seed(config.train.seed, "adapters"))
     model = LanguageModel(_with_adapters(base, config), host)
     for parameter in model.trainable().values():
         parameter.data = parameter.data.to(device)  # PEFT puts them where the layer's weights are

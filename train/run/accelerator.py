@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, parse_flag
 
 from train.config import Config, parse_bytes
 from train.metrics import to_host
+from train.optim import OPTIMIZERS
 from train.run import devices
 from train.run.exits import ExitCode, ExitWith
 
@@ -31,7 +32,7 @@ def check_machine(config: Config) -> None:
         # the card that accelerate will give to this process
         card = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         devices.check_build(card)
-        devices.check_bitsandbytes(config.model.quantization, config.optim.name, card)
+        devices.check_bitsandbytes(bitsandbytes_options(config), card)
         devices.compute_type(config.model.dtype, card)
     configured = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if configured not in ("1", str(config.batch.accumulation)):
@@ -46,6 +47,16 @@ def check_machine(config: Config) -> None:
             ExitCode.BAD_INPUT,
             f"the accelerate configuration says mixed_precision {precision}; set it to 'no', --model.dtype owns it",
         )
+
+
+def bitsandbytes_options(config: Config) -> list[str]:
+    """The options that need bitsandbytes, and what to write instead."""
+    options = []
+    if config.model.quantization != "none":
+        options.append(f"--model.quantization {config.model.quantization} (write none)")
+    if OPTIMIZERS[config.optim.name].is_8bit:
+        options.append(f"--optim.name {config.optim.name} (write adamw)")
+    return options
 
 
 def start_accelerator(config: Config) -> Accelerator:

@@ -5,12 +5,15 @@ bf16 and flash kernels begin at 8.0, fast int8 at 7.5, Triton at 7.0, bitsandbyt
 
 import platform
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from train.config import ModelConfig
 from train.run.exits import ExitCode, ExitWith
 
+Wanted = Literal["auto", "bf16", "fp16", "fp32"]
 BF16 = FLASH = (8, 0)
 FAST_INT8 = (7, 5)
 TRITON = FAST_FP16 = (7, 0)
@@ -25,32 +28,46 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def compute_type(wanted: str, device: torch.device) -> tuple[str, str]:
-    """(`bf16`, `fp16` or `fp32`; why, where auto could not take bf16 on a GPU, else nothing) for `model.dtype`.
+@dataclass(frozen=True)
+class ComputeType:
+    """The type that the base computes in."""
 
-    By capability, since is_bf16_supported() is true on cards that only emulate it (pytorch#148322). Raises
-    ExitWith(BAD_INPUT) where bf16 is asked for on such a card.
+    name: Literal["bf16", "fp16", "fp32"]
+    reason: str = ""  # why auto could not take bf16 on a GPU
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As torch has it."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.name]
+
+
+def compute_type(wanted: Wanted, device: torch.device) -> ComputeType:
+    """What `model.dtype` means on the device.
+
+    By compute capability, since is_bf16_supported() is true on GPUs that only emulate it (pytorch#148322). Raises
+    ExitWith(BAD_INPUT) where bf16 is asked for on such a GPU.
     """
     if device.type != "cuda":
-        return ("fp32" if wanted == "auto" else wanted), ""
-    return type_on(wanted, capability(device))
+        return ComputeType("fp32" if wanted == "auto" else wanted)
+    return compute_type_at(wanted, capability(device))
 
 
-def type_on(wanted: str, card: tuple[int, int]) -> tuple[str, str]:
-    """As compute_type, for a GPU of this capability."""
-    best, reason = _best_type(card)
-    if wanted == "bf16" and card < BF16:
-        raise ExitWith(ExitCode.BAD_INPUT, f"--model.dtype bf16: {reason}; write auto, which takes {best} here")
-    return (best, reason) if wanted == "auto" else (wanted, "")
+def compute_type_at(wanted: Wanted, compute_capability: tuple[int, int]) -> ComputeType:
+    """As compute_type, for a GPU of this compute capability, which need not be here."""
+    best = _best_type(compute_capability)
+    if wanted == "bf16" and compute_capability < BF16:
+        reason = f"--model.dtype bf16: {best.reason}; write auto, which takes {best.name} here"
+        raise ExitWith(ExitCode.BAD_INPUT, reason)
+    return best if wanted == "auto" else ComputeType(wanted)
 
 
-def _best_type(card: tuple[int, int]) -> tuple[str, str]:
-    number = f"compute capability {card[0]}.{card[1]}"
-    if card >= BF16:
-        return "bf16", ""
-    if card >= FAST_FP16 or card in ALSO_FAST_FP16:
-        return "fp16", f"{number} has no bf16"
-    return "fp32", f"{number} has no bf16 and no fast fp16"  # 6.1: 1/64 of fp32's rate
+def _best_type(compute_capability: tuple[int, int]) -> ComputeType:
+    number = "compute capability {}.{}".format(*compute_capability)
+    if compute_capability >= BF16:
+        return ComputeType("bf16")
+    if compute_capability >= FAST_FP16 or compute_capability in ALSO_FAST_FP16:
+        return ComputeType("fp16", f"{number} has no bf16")
+    return ComputeType("fp32", f"{number} has no bf16 and no fast fp16")  # 6.1: 1/64 of fp32's rate
 
 
 def substitutes(device: torch.device) -> list[str]:
@@ -102,19 +119,14 @@ def _serves(target: re.Match[str], card: tuple[int, int]) -> bool:
     return card >= made_for and (target[1] == "compute" or card[0] == made_for[0])
 
 
-def check_bitsandbytes(quantization: str, optimizer: str, device: torch.device) -> None:
-    """Raises ExitWith(BAD_INPUT) where the CUDA device is too old for bitsandbytes and the recipe needs it."""
+def check_bitsandbytes(options: Sequence[str], device: torch.device) -> None:
+    """Raises ExitWith(BAD_INPUT) where the CUDA device is too old for bitsandbytes, which these options need."""
     card = capability(device)
-    needed = []
-    if quantization != "none":
-        needed.append(f"--model.quantization {quantization} (write none)")
-    if optimizer.endswith("8bit"):
-        needed.append(f"--optim.name {optimizer} (write adamw)")
-    if card < BITSANDBYTES and needed:
+    if card < BITSANDBYTES and options:
         raise ExitWith(
             ExitCode.BAD_INPUT,
             f"{torch.cuda.get_device_name(device)} has compute capability {card[0]}.{card[1]}, and bitsandbytes needs "
-            f"6.0 at least: {', '.join(needed)}",
+            f"6.0 at least: {', '.join(options)}",
         )
 
 
@@ -124,11 +136,3 @@ def device_name(device: torch.device) -> str:
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
     return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def resolve_dtype(config: ModelConfig, device: torch.device) -> str:
-    """`bf16`, `fp16` or `fp32`; raises ExitWith(BAD_INPUT) where the device does not have what is asked for."""
-    return compute_type(config.dtype, device)[0]

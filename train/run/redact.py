@@ -6,6 +6,8 @@ import sys
 import traceback
 from types import TracebackType
 
+from data_tools.terminal import escaped
+
 REMOVED = "[secret]"
 # environment variables whose values are secrets whatever they look like
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN")
@@ -32,9 +34,7 @@ def redact(text: str) -> str:
             text = text.replace(value, REMOVED)
     for pattern, replacement in PATTERNS:
         text = pattern.sub(replacement, text)
-    # what others wrote may also hold sequences that steer a terminal; `shown` in data_tools.readers does the same for
-    # one line, but takes a second to import
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return escaped(text, keep="\n")  # what others wrote may also steer a terminal
 
 
 def print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -1,0 +1,37 @@
+"""Text that others wrote, made safe to print: what would steer a terminal, or hides, becomes visible.
+
+Imports nothing heavy: train/main.py needs it before torch.
+"""
+
+import unicodedata
+
+# Joiners shape letters and emoji; every other invisible character is shown by its number.
+JOINERS = "\u200c\u200d"
+
+
+def escaped(text: str, keep: str = "") -> str:
+    """`text` with escapes such as \\x1b for all that is not printable but for the characters in `keep`."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def visible(text: str, breaks: str = "↵") -> str:
+    """`text` with a mark for everything that is not seen or that would steer a terminal; `breaks` for a newline."""
+    return "".join(_visible_character(character, breaks) for character in text)
+
+
+def printable(text: str) -> str:
+    """`text` on one line, safe for a terminal, with its spaces as they are."""
+    return " ".join(visible(part) for part in text.split(" "))
+
+
+def _visible_character(character: str, breaks: str) -> str:
+    if character == "\n":
+        return breaks
+    if character == "\t":
+        return "⇥"
+    if character == " ":
+        return "·"
+    if ord(character) < 32:
+        return chr(0x2400 + ord(character))  # ␀ to ␟
+    is_hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zs", "Zl", "Zp")
+    return f"<U+{ord(character):04X}>" if is_hidden and character not in JOINERS else character

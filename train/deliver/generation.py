@@ -1,0 +1,81 @@
+"""Text from a model: batched greedy decoding by transformers, for whoever asks, compares or samples."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from train.models.language_model import LanguageModel
+
+MAX_BATCH_SIZE = 32  # prompts decoded together
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote after one prompt."""
+
+    text: str
+    is_stopped: bool  # by an end token of its own, not by the limit
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Decodes greedily with the model as it stands: adapters on, or off inside `model.adapted.disable_adapter()`."""
+
+    model: LanguageModel
+    tokenizer: PreTrainedTokenizerBase
+    end_token_ids: Sequence[int]
+    max_new_tokens: int
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> list[Completion]:
+        """A completion of each prompt, which is rendered text; to be called inside `model.generating()`."""
+        causal_lm: Any = self.model.adapted
+        tokenizer: Any = self.tokenizer
+        inputs = tokenizer(
+            list(prompts), add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+        ).to(causal_lm.device)
+        settings = GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            eos_token_id=list(self.end_token_ids),
+            pad_token_id=tokenizer.pad_token_id,
+            use_cache=True,
+        )
+        generated = causal_lm.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            generation_config=settings,
+        )
+        return [self._completion(tokens) for tokens in generated[:, inputs["input_ids"].shape[1] :].tolist()]
+
+    def _completion(self, tokens: list[int]) -> Completion:
+        end = next((i for i, token in enumerate(tokens) if token in self.end_token_ids), None)
+        return Completion(str(self.tokenizer.decode(tokens[:end])).strip(), is_stopped=end is not None)
+
+
+def in_batches(
+    items: Sequence[Item], generate: Callable[[Sequence[Item]], Result], must_stop: Callable[[], bool]
+) -> Iterator[tuple[Sequence[Item], Result]]:
+    """(items, what `generate` made of them) batch by batch, until `must_stop` says so.
+
+    A batch that runs out of memory is halved, and those after it are as small: keys and values of 32 answers of an 8B
+    are more than a small GPU has left. Raises OutOfMemoryError where a single item does not fit.
+    """
+    done, size = 0, MAX_BATCH_SIZE
+    while done < len(items) and not must_stop():
+        batch = items[done : done + size]
+        try:
+            result = generate(batch)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            size = len(batch) // 2
+            continue
+        done += len(batch)
+        yield batch, result

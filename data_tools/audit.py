@@ -67,7 +67,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """The arithmetic of the run, from the trainer: a step has per_device x accumulation x num_processes `unit`s."""
 
     per_device: int
@@ -100,7 +100,7 @@ class Audit:
     findings: Mapping[str, Finding]
     length_histogram: tuple[tuple[int, int, int], ...]  # (tokens from, through, samples)
     longest: tuple[tuple[str, int], ...]  # (source, tokens)
-    plan: Plan
+    schedule: Schedule
 
     def share(self, name: str) -> float:
         """The share of rows that a rule limits."""
@@ -123,14 +123,14 @@ class Audit:
             ],
             "longest": [{"source": source, "tokens": tokens} for source, tokens in self.longest],
             "places": {name: finding.places for name, finding in self.findings.items() if finding.count},
-            **asdict(self.plan),
-            "units_per_step": self.plan.units_per_step,
+            **asdict(self.schedule),
+            "units_per_step": self.schedule.units_per_step,
             "failures": failures(self),
             "warnings": warnings(self),
         }
 
 
-def audit(training: Data, validation: Data | None, tokenizer: Any, plan: Plan) -> Audit:
+def audit(training: Data, validation: Data | None, tokenizer: Any, schedule: Schedule) -> Audit:
     """Reads all samples and records once; keeps about 200 bytes a record and none of the text.
 
     `validation` has other files, or records held out of the training files: then both settings are equal.
@@ -164,7 +164,7 @@ def audit(training: Data, validation: Data | None, tokenizer: Any, plan: Plan) -
         findings={name: findings.get(name, Finding()) for name in RULES},
         length_histogram=_histogram(lengths),
         longest=tuple((training.samples[i]["source"], int(lengths[i])) for i in longest),
-        plan=plan,
+        schedule=schedule,
     )
 
 
@@ -241,9 +241,9 @@ def _sentence(audit: Audit, name: str) -> str:
     return f"{finding.count:,} {rule.says} ({share:.1%}{limit}): {places}; {rule.remedy}"
 
 
-def show(audit: Audit, console: Console) -> None:
+def show_audit(audit: Audit, console: Console) -> None:
     """Prints the audit: counts, a histogram of the lengths, the longest samples, findings and verdict."""
-    plan, refused = audit.plan, failures(audit)
+    schedule, refused = audit.schedule, failures(audit)
     held_out = f", {audit.validation_rows:,} more for validation" if audit.validation_rows else ""
     of_them = audit.supervised_tokens / max(audit.tokens, 1)
     lines = [
@@ -252,10 +252,10 @@ def show(audit: Audit, console: Console) -> None:
         f"tokens    {audit.tokens:,}, {audit.supervised_tokens:,} of them trained ({of_them:.0%})",
         f"end token trained in {audit.end_token_trained_fraction:.1%} of the rows, present but masked in "
         f"{audit.end_token_masked_fraction:.1%}, cut in {audit.end_token_cut_fraction:.1%}",
-        f"batch     {plan.per_device} a device x {plan.accumulation} accumulated x {plan.num_processes} "
-        f"process{'es' if plan.num_processes > 1 else ''} = {plan.units_per_step} {plan.unit} a step",
-        f"steps     {plan.units_per_epoch:,} {plan.unit} an epoch = {plan.steps_per_epoch:,} steps; "
-        f"{plan.epochs} epoch{'s' if plan.epochs > 1 else ''}, {plan.total_steps:,} steps in all",
+        f"batch     {schedule.per_device} a device x {schedule.accumulation} accumulated x {schedule.num_processes} "
+        f"process{'es' if schedule.num_processes > 1 else ''} = {schedule.units_per_step} {schedule.unit} a step",
+        f"steps     {schedule.units_per_epoch:,} {schedule.unit} an epoch = {schedule.steps_per_epoch:,} steps; "
+        f"{schedule.epochs} epoch{'s' if schedule.epochs > 1 else ''}, {schedule.total_steps:,} steps in all",
         "lengths   samples by number of tokens",
         *_bars(audit.length_histogram),
         "longest   " + ", ".join(f"{printable(source)} ({tokens:,} tokens)" for source, tokens in audit.longest),

@@ -38,7 +38,7 @@ from data_tools.render import (
     render_document,
     tokenizer_identity,
 )
-from data_tools.truncation import Fitted, fit
+from data_tools.truncation import Fitted, Policy, fit
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # records are shared between processes, not inside a call
 MOST_WORKERS = 16
@@ -67,7 +67,7 @@ class PrepareSettings:
     format: str = "auto"
     max_length: int = 1024  # tokens
     text_overlap: int = 128  # tokens
-    truncation: str = "drop"
+    truncation: Policy = "drop"
     fields: tuple[str, ...] = ()
     on_error: str = "stop"
 

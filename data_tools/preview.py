@@ -20,7 +20,7 @@ TITLE = "What is trained on"
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenView:
     """One sample as it is trained; the four lists have an item a token, and `tokens` joined are the text."""
 
     source: str
@@ -64,7 +64,7 @@ class Row:
         }
 
 
-def preview(samples: Iterable[Any], tokenizer: Any) -> Iterator[Row]:
+def preview(samples: Iterable[Any], tokenizer: Any) -> Iterator[TokenView]:
     """The samples of a prepared data set with the text of each token; packed ones come with their place."""
     special = special_ids(tokenizer)
     for sample in samples:
@@ -72,7 +72,7 @@ def preview(samples: Iterable[Any], tokenizer: Any) -> Iterator[Row]:
         flags = [number in special for number in ids]
         texts = token_texts(tokenizer, ids, flags)
         place = sample.get("packed_row"), sample.get("packed_start", 0)
-        yield Row(sample["source"], ids, sample["trained"], texts, flags, *place)
+        yield TokenView(sample["source"], ids, sample["trained"], texts, flags, *place)
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int], special: Sequence[bool]) -> list[str]:
@@ -105,7 +105,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int], special: Sequence[bool]) -> 
     return texts
 
 
-def show(rows: Iterable[Row], console: Console) -> None:
+def show_samples(rows: Iterable[TokenView], console: Console) -> None:
     """Prints the rows: in colour on a terminal, else with marks that need none."""
     coloured = console.is_terminal and not console.no_color
     legend = _coloured_legend() if coloured else Text(f"⟦ ⟧ trained   │ between tokens   {MARKS}")
@@ -116,7 +116,7 @@ def show(rows: Iterable[Row], console: Console) -> None:
         console.print(body, soft_wrap=True)
 
 
-def as_plain(row: Row) -> str:
+def as_plain(row: TokenView) -> str:
     """The tokens without colour: ⟦ and ⟧ around what is trained, elsewhere a bar or a new line between any two."""
     text = ""
     for token, trained, before, after in zip(
@@ -133,7 +133,7 @@ def _shown(token: str) -> str:
     return visible(token, breaks="↵\n") or CONTINUATION
 
 
-def _coloured(row: Row) -> Text:
+def _coloured(row: TokenView) -> Text:
     """Neighbouring tokens differ by underlining, special ones are reversed."""
     text = Text()
     for i, (token, trained, special) in enumerate(zip(row.tokens, row.trained, row.special, strict=True)):
@@ -211,13 +211,13 @@ i {{ font-style: normal; opacity: .65; }}
 """
 
 
-def as_html(rows: Iterable[Row], subtitle: str) -> str:
+def as_html(rows: Iterable[TokenView], subtitle: str) -> str:
     """One page that needs nothing from elsewhere; everything that comes from the data is escaped."""
     articles = "\n".join(_article(row) for row in rows)
     return _PAGE.format(title=TITLE, subtitle=html.escape(printable(subtitle)), rows=articles)
 
 
-def _article(row: Row) -> str:
+def _article(row: TokenView) -> str:
     spans = [
         f'<span class="{"t" if trained else "m"}{" s" if special else ""}{" b" if i % 2 else ""}" '
         f'title="{"trained" if trained else "masked"}, id {number}">{_html_token(token)}</span>'

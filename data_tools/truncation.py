@@ -1,11 +1,12 @@
-"""What becomes of a conversation that is longer than the model may see."""
+"""What becomes of a conversation that is longer than data.max_length."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from data_tools.render import Sample
 
-POLICIES = ("drop", "left", "right", "split")
+Policy = Literal["drop", "left", "right", "split"]
 
 
 @dataclass(frozen=True)
@@ -16,29 +17,32 @@ class Fitted:
     cut_answer: bool = False
 
 
-def fit(sample: Sample, max_length: int, policy: str, begin: Sequence[int]) -> Fitted:
-    """At most `max_length` tokens a sample; an answer that stays trained keeps its end token, or the row is dropped.
+def fit(sample: Sample, max_length: int, policy: Policy, begin: Sequence[int]) -> Fitted:
+    """Samples of at most `max_length` tokens; a trained answer keeps its end token, or the row is dropped.
 
-    drop: none. left: the beginning goes (behind the begin token), so prompts are cut first. right: the end goes, back
-    to the end of the last whole answer. split: pieces that follow one another, each behind the begin token; only the
-    last piece of an answer holds its end token.
+    drop: no sample. left: the beginning is cut (behind the begin token), so prompts go first. right: the end is cut,
+    back to the end of the last whole answer. split: pieces in order, each behind the begin token; only the last piece
+    of an answer holds its end token. Raises ValueError for another policy.
     """
     if len(sample.input_ids) <= max_length:
         return Fitted([sample])
     begin_length = len(begin) if sample.input_ids[: len(begin)] == list(begin) else 0
-    if policy == "left":
-        return _keep_end(sample, max_length, begin_length)
-    if policy == "right":
-        return _keep_beginning(sample, max_length)
-    if policy == "split":
-        return _split(sample, max_length, begin_length)
-    return Fitted([])
+    match policy:
+        case "drop":
+            return Fitted([])
+        case "left":
+            return _keep_end(sample, max_length, begin_length)
+        case "right":
+            return _keep_beginning(sample, max_length)
+        case "split":
+            return _split(sample, max_length, begin_length)
+    raise ValueError(f"data.truncation {policy!r}: write drop, left, right or split")
 
 
 def _keep_end(sample: Sample, max_length: int, begin_length: int) -> Fitted:
     start = len(sample.input_ids) - (max_length - begin_length)
     kept = _part(sample, start, len(sample.input_ids), begin_length)
-    # the last answer may itself begin before the cut; whole earlier answers that go are not cut but gone
+    # only the answer that the cut falls into loses tokens; answers before it are gone whole
     cut = sample.trained[start] and sample.trained[start - 1]
     return Fitted([kept] if kept.num_supervised_tokens else [], cut)
 

@@ -1,11 +1,11 @@
-"""The audit at the start of a run: the same verdict that `handloop audit` gives."""
+"""The audit at the start of a run, the same as `handloop audit`, and what the run does with its verdict."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
 
-from data_tools.audit import Audit, Data, Plan, audit, failures, warnings
+from data_tools.audit import Audit, Data, Schedule, audit, failures, warnings
 from train.config import Config
 from train.data import TrainingData, prepare_settings
 from train.run.exits import ExitCode, ExitWith
@@ -16,7 +16,7 @@ def run_audit(config: Config, tokenizer: Any, data: TrainingData, validation: Da
     settings = prepare_settings(config, config.data.path)
     other = prepare_settings(config, config.data.validation_path) if config.data.validation_path else settings
     cut = data.layout
-    plan = Plan(
+    schedule = Schedule(
         per_device=cut.per_device,
         accumulation=cut.accumulation,
         num_processes=cut.num_processes,
@@ -27,7 +27,7 @@ def run_audit(config: Config, tokenizer: Any, data: TrainingData, validation: Da
         total_steps=data.total_steps(config.train),
     )
     held_out = Data(other, validation) if validation is not None else None
-    return audit(Data(settings, data.samples), held_out, tokenizer, plan)
+    return audit(Data(settings, data.samples), held_out, tokenizer, schedule)
 
 
 def enforce_gate(config: Config, found: Audit) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""The order in which samples are trained, as a pure function of seed and step, and the batches cut from it."""
+"""Which samples each optimizer step trains on, as a pure function of seed and step, and its micro-batches."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from train.seeds import derived_seed
 
 @dataclass(frozen=True)
 class StepBatch:
-    """The micro-batches of one process in one optimizer step, and what the step is over all processes."""
+    """One process's micro-batches of one optimizer step, and the step's counts over all processes."""
 
     micro_batches: list[MicroBatch]
     num_supervised_tokens: int  # over the whole step and all processes: the one divisor of the loss
@@ -32,7 +32,7 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How one optimizer step is cut over processes and forward passes."""
+    """How one optimizer step's samples are divided among processes and micro-batches."""
 
     per_device: int
     accumulation: int
@@ -51,9 +51,9 @@ class BatchLayout:
 
 
 class TrainingData:
-    """The training samples in stateless order: step `s` always holds the same samples, whatever was done before.
+    """The training samples in a stateless order: step `s` holds the same samples whatever ran before.
 
-    What is ordered are rows: single samples, or with packing bins of samples that share a row of max_length tokens.
+    Rows are what is ordered: single samples or, with packing, the samples that share a row of max_length tokens.
     Epoch e visits every row once, in the permutation of (seed, e); its last batch may be smaller than the others.
     """
 
@@ -87,7 +87,7 @@ class TrainingData:
         return sum(self.num_supervised_tokens[i] for row in self.rows for i in row)
 
     def fill_rate(self, max_length: int) -> float:
-        """Share of the packed rows' tokens that are samples' tokens."""
+        """Share of the packed rows that holds samples; the rest is empty."""
         return sum(self.row_tokens) / (len(self.rows) * max_length)
 
     def row_ids(self, step: int) -> list[int]:
@@ -146,7 +146,7 @@ class TrainingData:
         return micro_batches
 
     def length_statistics(self) -> LengthStatistics:
-        """The lengths, each row filled up as it is alone."""
+        """The lengths that the plan counts with, each row padded as it would be alone."""
         count, filled = self.layout.per_device, [packed_tokens([tokens]) for tokens in self.row_tokens]
         lengths = [self.num_tokens[i] for row in self.rows for i in row]
         return LengthStatistics(
@@ -159,7 +159,7 @@ class TrainingData:
         )
 
     def _order(self, epoch: int) -> list[int]:
-        """The epoch's rows in order, made once an epoch: sorting a million lengths is no work for every step."""
+        """The epoch's rows in order, sorted once an epoch: a million lengths take too long for every step."""
         if self._epoch_order[0] != epoch:
             if self.group_by_length:
                 order = _grouped_order(self.row_tokens, self.seed, epoch, self.layout.samples_per_step)
@@ -189,7 +189,7 @@ def _grouped_order(lengths: Sequence[int], seed: int, epoch: int, batch_size: in
 
 
 def weighted(path_numbers: Sequence[int], weights: Sequence[float], seed: int) -> list[int]:
-    """Sample numbers, each as often as its path's weight says; of a fractional part the seed chooses who is in it."""
+    """Sample numbers, repeated by their path's weight; of a fractional weight the seed chooses which samples."""
     generator = torch.Generator().manual_seed(derived_seed(seed, "path weights"))
     draws = torch.rand(len(path_numbers), generator=generator).tolist()
     chosen: list[int] = []

@@ -1,4 +1,4 @@
-"""The loop: a generator of completed steps, and what hangs off their boundaries."""
+"""The training loop: a generator of completed steps, and what happens at the boundary after each."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def training_steps(training: Training, completed: int) -> Iterator[StepResult]:
         yield result
 
 
-def train(
+def training_loop(
     training: Training,
     completed: int,
     stop: StopRequest,
@@ -40,12 +40,12 @@ def train(
     """Trains to the end; the boundary after a step is the only place where anything else happens.
 
     Raises ExitWith(INTERRUPTED) after a checkpoint when a process was asked to stop, ExitWith(NON_FINITE) when too many
-    steps had to be left out.
+    steps were skipped.
     """
     stopwatch = Stopwatch(training.accelerator.device)
     num_weights = num_matmul_weights(training.model)
     watch, heartbeat = LossWatch(), Heartbeat(training.config, training.accelerator)
-    since_last: Row = {}  # what happened between two steps, for the next row
+    since_last: Row = {}  # what the last boundary took; it goes into the next row
     for result in training_steps(training, completed):
         heartbeat.beat(result.step)
         row = _row(training, result, stopwatch, num_weights) | since_last
@@ -58,10 +58,10 @@ def train(
         if warning := watch.check(result.loss):
             row["warning"] = warning
         if result.is_skipped:
-            row["warning"] = leave_out(training, saver.skipped, result)
+            row["warning"] = report_skipped(training, saver.skipped, result)
         trackers.log(row)
         validation_loss = row.get("eval/loss")
-        is_first = training.accelerator.is_main_process  # whose clock and disk count
+        is_first = training.accelerator.is_main_process  # its clock and its disk decide
         is_wanted = is_first and (saver.is_time() or saver.is_due(result.step, validation_loss))
         must_stop, must_save = any_process(training.accelerator, stop.is_received(), is_wanted)
         if must_stop or must_save:
@@ -75,8 +75,8 @@ def train(
         stopwatch.restart()
 
 
-def leave_out(training: Training, skipped: list[int], result: StepResult) -> str:
-    """Writes down a step that was left out, and says it; raises ExitWith(NON_FINITE) where it is one too many."""
+def report_skipped(training: Training, skipped: list[int], result: StepResult) -> str:
+    """Records a skipped step and returns a warning; raises ExitWith(NON_FINITE) when it is one too many."""
     skipped.append(result.step)
     limit = training.config.train.max_skipped_steps
     in_a_row = sum(step > result.step - MAX_SKIPPED_IN_A_ROW - 1 for step in skipped)
@@ -91,11 +91,11 @@ def leave_out(training: Training, skipped: list[int], result: StepResult) -> str
     if len(skipped) > limit or in_a_row > MAX_SKIPPED_IN_A_ROW:
         raise ExitWith(
             ExitCode.NON_FINITE,
-            f"{text}.\nSteps left out so far: {', '.join(map(str, skipped))} (train.max_skipped_steps {limit}, "
+            f"{text}.\nSkipped steps so far: {', '.join(map(str, skipped))} (train.max_skipped_steps {limit}, "
             f"{MAX_SKIPPED_IN_A_ROW} in a row)\nThe step's samples: {', '.join(sources)}\n"
             "Lower --optim.lr, or look at these samples; no checkpoint holds a weight that is not finite",
         )
-    return f"{text}, the step is left out ({len(skipped)} of at most {limit}); its samples: {', '.join(sources)}"
+    return f"{text}, the step is skipped ({len(skipped)} of at most {limit}); its samples: {', '.join(sources)}"
 
 
 def _row(training: Training, result: StepResult, stopwatch: Stopwatch, num_weights: int) -> Row:

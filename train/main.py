@@ -31,11 +31,11 @@ from train.checkpoints.store import Checkpoint, CheckpointStore
 from train.cli import parse
 from train.config import Config
 from train.data import BatchLayout, TrainingData, hold_out, prepare_settings
-from train.deliver.compare import as_rows, compare, show
+from train.deliver.compare import as_rows, compare, show_answers
 from train.deliver.final import publish_final
 from train.deliver.generation import Generator
 from train.engine.copies import HostMemoryError
-from train.loop import train
+from train.loop import training_loop
 from train.models.language_model import adapter_config
 from train.models.tokenizer import Tokenizer, check_fits, load_tokenizer
 from train.run.accelerator import check_machine, close_group, start_accelerator
@@ -57,20 +57,20 @@ def is_first_process() -> bool:
 
 
 def main(argv: list[str], stop: StopRequest | None = None) -> ExitCode:
-    """Runs the job that `argv` describes; whatever ends it is said in one message and in exit.json."""
+    """Runs the job that `argv` describes; how it ended is told in one message and in exit.json."""
     stop = stop or StopRequest()
     try:
         config = parse(argv)
         with locked(Path(config.run.dir)) if is_first_process() else nullcontext(), ExitStack() as closing:
             code, reason = attempt(config, stop, closing)
             # before trackers are closed, which may take seconds that a killed job does not have
-            if speaks(code, Path(config.run.dir) / "exit.json"):
+            if is_recorder(code, Path(config.run.dir) / "exit.json"):
                 with suppress(OSError):  # a disk so full that not even this fits
                     write_exit(Path(config.run.dir), code, redact(reason))
     except ExitWith as end:  # the configuration cannot be used, or another job has the run folder
         code, reason = end.code, end.reason
     launcher = os.environ.get("HANDLOOP_LAUNCHER")
-    if launcher and speaks(code, Path(launcher) / "exit"):
+    if launcher and is_recorder(code, Path(launcher) / "exit"):
         with suppress(OSError):
             (Path(launcher) / "exit").write_text(f"{int(code)}\n")
     if code != ExitCode.FINISHED and (is_first_process() or code == ExitCode.PEER_FAILURE):
@@ -79,13 +79,13 @@ def main(argv: list[str], stop: StopRequest | None = None) -> ExitCode:
     return code
 
 
-def speaks(code: ExitCode, record: Path) -> bool:
-    """Whether this process records how the run ended: the first, or where that one may be dead, who is left."""
+def is_recorder(code: ExitCode, record: Path) -> bool:
+    """Whether this process records how the run ended: the first, or one that is left when the first may be dead."""
     return is_first_process() or (code == ExitCode.PEER_FAILURE and not record.exists())
 
 
 def attempt(config: Config, stop: StopRequest, closing: ExitStack) -> tuple[ExitCode, str]:
-    """How the run ended and why, for every end that was foreseen."""
+    """Runs the job; returns the exit code and the reason of every end that is foreseen."""
     try:
         run(config, stop, closing)
     except ExitWith as end:
@@ -107,14 +107,14 @@ def attempt(config: Config, stop: StopRequest, closing: ExitStack) -> tuple[Exit
 
 
 def out_of_memory(reason: str) -> tuple[ExitCode, str]:
-    """Said by the process itself unless it is the first, which will only know that this one has gone."""
+    """Prints the reason in a process other than the first, which would only notice that this one has gone."""
     if not is_first_process():
         print(f"handloop: process {os.environ['RANK']}: {reason}", file=sys.stderr, flush=True)
     return ExitCode.BAD_INPUT, reason
 
 
 def run(config: Config, stop: StopRequest, closing: ExitStack) -> None:
-    """The job from files to final/; raises ExitWith or DataError where it ends early."""
+    """The job from data files to final/; raises ExitWith or DataError when it ends early."""
     check_machine(config)
     wandb = wandb_mode(config)
     tokenizer = load_tokenizer(config)
@@ -151,21 +151,22 @@ def run(config: Config, stop: StopRequest, closing: ExitStack) -> None:
     trackers = open_trackers(training, store, checkpoint, wandb)
     closing.callback(trackers.finish)
     saver = Saver.of(training, store, same_run, trackers, checkpoint)
-    train(training, saver.saved, stop, trackers, saver, lambda: validate(training, validation) if validation else {})
+    validation_loss = lambda: validate(training, validation) if validation else {}  # noqa: E731
+    training_loop(training, saver.saved, stop, trackers, saver, validation_loss)
     close_group(together=True)
     if accelerator.is_main_process:
         deliver(training, tokenizer, prepared, trackers, stop)
 
 
 def report_audit(config: Config, tokenizer: Tokenizer, data: TrainingData, validation: Dataset | None) -> int:
-    """Says what the audit warns of; raises ExitWith(BAD_INPUT) where the data must not be trained on."""
+    """Prints the audit's warnings; raises ExitWith(BAD_INPUT) where the data must not be trained on."""
     for line in enforce_gate(config, run_audit(config, tokenizer.backend, data, validation)):
         print(f"data      {line}", flush=True)
     return 0
 
 
 def open_trackers(training: Training, store: CheckpointStore, checkpoint: Checkpoint | None, wandb: str) -> Trackers:
-    """Everyone who is told about the run; only the first process tells."""
+    """The metrics file and the listeners; processes other than the first have none."""
     if not training.accelerator.is_main_process:
         return Trackers([])
     config = training.config
@@ -182,7 +183,7 @@ def open_trackers(training: Training, store: CheckpointStore, checkpoint: Checkp
 def deliver(
     training: Training, tokenizer: Tokenizer, prepared: Prepared, trackers: Trackers, stop: StopRequest
 ) -> None:
-    """Publishes final/ and answers the questions of the data, without and with the adapters."""
+    """Publishes final/, then answers questions of the data without and with the adapters."""
     config, end_token_ids = training.config, prepared.statistics.end_token_ids
     run_dir = Path(config.run.dir)
     try:
@@ -206,7 +207,7 @@ def deliver(
             rows = as_rows(answers)
             write_atomically(run_dir / f"{name}.json", json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
             trackers.answers(name, rows)
-            show(console, f"{kind} questions", answers)
+            show_answers(console, f"{kind} questions", answers)
     console.print(f"the adapter is in {run_dir / 'final'}", highlight=False, soft_wrap=True)
 
 

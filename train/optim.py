@@ -37,7 +37,7 @@ NamedParameters = Mapping[str, torch.nn.Parameter]
 
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
-    """The rate of optimizer step `step`, counted from 0: linear warmup to `lr`, then the schedule's decay towards 0."""
+    """The rate of optimizer step `step`, counted from 0: a linear warmup to `lr`, then the schedule's decay."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     if config.schedule == "constant":
@@ -50,7 +50,7 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter lies in the flat one that the optimizer sees."""
+    """Where a parameter lies in the flat one that the optimizer updates."""
 
     leaf: int
     start: int
@@ -58,9 +58,9 @@ class Place:
 
 
 class FlatParameters:
-    """The adapters behind one another in one fp32 parameter, so that a step is one kernel and one reduction.
+    """The adapters concatenated in one fp32 parameter, so that an update is one kernel and a reduction one call.
 
-    448 adapters of an 8B model cost an optimizer step 25 to 90 ms of launches, and 0.5 ms as one. The named parameters
+    The 448 adapter matrices of an 8B model cost 25 to 90 ms of launches a step, as one 0.5 ms. The named parameters
     become views, their gradients too. Each begins at a multiple of BLOCK elements, where bitsandbytes begins a block of
     its 8-bit state, and those too small for 8-bit state stay alone: so the update is the same, bit for bit.
     """
@@ -113,25 +113,25 @@ def build_optimizer(flat: FlatParameters, config: OptimConfig) -> torch.optim.Op
 
 
 def build_scaler(dtype: str, device: torch.device) -> torch.amp.GradScaler:
-    """The loss scale of fp16, whose gradients would be rounded to zero without one; for other types it does nothing."""
+    """The loss scaler of fp16, whose small gradients would be rounded to zero; disabled for other types."""
     return torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
 
 
 def load_scaler_state(scaler: torch.amp.GradScaler, state: Mapping[str, float]) -> None:
-    """Goes on with a saved scale; raises ValueError where `state` is not this scaler's (it is empty without fp16)."""
+    """Restores a saved loss scale; raises ValueError where `state` is not this scaler's (it is empty but for fp16)."""
     if set(state) != set(scaler.state_dict()):
         raise ValueError(f"the loss scaler's state is {dict(state)}")
     scaler.load_state_dict(dict(state))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Makes `rate` the one that the next step uses."""
+    """Sets the learning rate of the next update."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, flat: FlatParameters) -> dict[str, torch.Tensor]:
-    """The optimizer's tensors on the CPU as `name/key`, without bitsandbytes' constant quantisation maps."""
+    """The optimizer's tensors on the CPU, named `parameter/key`, without bitsandbytes' constant quantisation maps."""
     state = {}
     for name, parameter in flat.named.items():
         for key, value in _parts(optimizer.state[flat.leaf(name)], flat.places[name], parameter.shape).items():

@@ -37,11 +37,11 @@ class StepResult:
     """A completed optimizer step; `step` is how many are complete now."""
 
     step: int
-    is_skipped: bool  # loss or gradient was not finite, in any process: nothing was updated
+    is_skipped: bool  # nothing was updated: the loss or gradient was not finite
     loss: float  # mean over the step's supervised tokens, of all processes
     grad_norm: float  # before clipping
     loss_scale: float  # 1 unless the base computes in fp16
-    num_overflows: int  # times that the batch was computed again, each with half the scale
+    num_overflows: int  # times that the batch was computed again, each time at half the loss scale
     learning_rate: float
     num_tokens: int
     num_supervised_tokens: int
@@ -50,36 +50,36 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Gradient:
-    """What is known of the gradient that stands in the flat parameters; the same in all processes."""
+    """The gradient in the flat parameters, in numbers; the same in all processes."""
 
     loss_sum: float
     norm: float  # before clipping
-    scale: float  # that the loss was multiplied by; the gradient is divided by it again
+    scale: float  # the loss scale; the gradient is already divided by it
 
     @property
     def is_finite(self) -> bool:
-        """Whether it may move the adapters."""
+        """Whether the optimizer may use it."""
         return math.isfinite(self.loss_sum) and math.isfinite(self.norm)
 
     @property
     def is_overflow(self) -> bool:
-        """Whether a lower scale may help: that changes the backward pass alone, and is not for less than 1."""
+        """Whether a lower loss scale may help: the loss is finite, its gradient is not, and there is scale to lower."""
         return math.isfinite(self.loss_sum) and not math.isfinite(self.norm) and self.scale > 1
 
 
 def optimizer_step(training: Training, completed: int) -> StepResult:
     """One update from the gradient of one batch; `completed` steps came before.
 
-    A loss or gradient that is not finite in one process is so in all of them after the reductions, and all of them
-    leave the update out. A gradient that fp16 could not hold at this loss scale is no such loss: the same batch is
-    computed again with half the scale, so samples, learning rate and steps are those of any other type.
+    A loss or gradient that is not finite in one process is not finite in any after the reductions, so all of them
+    skip the update. A gradient that only overflowed fp16 at this loss scale does not skip: the same batch is computed
+    again at half the scale, so samples, learning rate and step numbers do not depend on the compute type.
     """
     config, batch = training.config, training.data.batch(completed, training.plan)
     gradient, num_overflows, last_scale = step_gradient(training, batch, completed), 0, math.inf
     first_scale = gradient.scale
     while gradient.is_overflow and gradient.scale < last_scale:
         last_scale, num_overflows = gradient.scale, num_overflows + 1
-        training.scaler.update()  # halves it, unless each element is finite and only their norm is not
+        training.scaler.update()  # halves the scale; not where only the norm of finite elements overflowed
         gradient = step_gradient(training, batch, completed)
     rate = learning_rate(completed, training.total_steps, config.optim)
     set_learning_rate(training.optimizer, rate)
@@ -87,7 +87,7 @@ def optimizer_step(training: Training, completed: int) -> StepResult:
         training.scaler.step(training.optimizer)
         training.scaler.update()
     else:
-        training.scaler.update(first_scale)  # which was not to blame
+        training.scaler.update(first_scale)  # the scale was not the cause
     return StepResult(
         step=completed + 1,
         is_skipped=not gradient.is_finite,
@@ -103,7 +103,7 @@ def optimizer_step(training: Training, completed: int) -> StepResult:
 
 
 def step_gradient(training: Training, batch: StepBatch, completed: int) -> Gradient:
-    """Forward and backward over the batch: leaves the clipped gradient in the flat parameters.
+    """Runs forward and backward over the batch; leaves the clipped gradient in the flat parameters.
 
     The loss of every token is divided by the number of supervised tokens in the whole step, over all micro-batches
     and processes, which is known before the first forward. So 8x1, 4x2, 2x4, 1x8 and several processes give the same
@@ -119,8 +119,8 @@ def step_gradient(training: Training, batch: StepBatch, completed: int) -> Gradi
         token_loss_sum = training.model(on_device)
         scaler.scale(token_loss_sum / batch.num_supervised_tokens).backward()
         loss_sum += token_loss_sum.detach()
-        del token_loss_sum  # and what autograd has beside it, before the next pass
-    training.data.prefetch(completed + 1, training.plan)  # while a GPU still computes
+        del token_loss_sum  # and its autograd graph, before the next forward pass
+    training.data.prefetch(completed + 1, training.plan)  # while the GPU still computes
 
     add_over_processes(accelerator, training.flat.leaves)
     scaler.unscale_(training.optimizer)

@@ -13,7 +13,7 @@ from train.step import Training
 
 @torch.no_grad()
 def validate(training: Training, samples: Dataset) -> dict[str, float]:
-    """Mean loss per supervised token and its exponential; the processes share the samples, none is counted twice."""
+    """Mean loss per supervised token, and its exponential; the processes share the samples, none counts twice."""
     accelerator, cut = training.accelerator, training.data.layout
     training.model.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # summed loss, number of tokens

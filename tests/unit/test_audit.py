@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from data_tools.audit import RULES, Audit, Data, Plan, audit, failures, warnings
+from data_tools.audit import RULES, Audit, Data, Schedule, audit, failures, warnings
 from data_tools.prepare import FEATURES, PrepareSettings, prepare
 from data_tools.records import DataError
 from data_tools.scan import CONTROL, MOJIBAKE, role_problem
@@ -18,7 +18,7 @@ from data_tools.similarity import NEAR_SIMILARITY, first_equal, first_near, norm
 from tests.conftest import SHARED, needs_shared, tokenizer_at
 from train.commands.handloop import main
 
-PLAN = Plan(2, 4, 1, "samples", units_per_epoch=20, steps_per_epoch=3, epochs=2, total_steps=6)
+PLAN = Schedule(2, 4, 1, "samples", units_per_epoch=20, steps_per_epoch=3, epochs=2, total_steps=6)
 
 
 def numbered(count: int, start: int = 0) -> list[dict[str, str]]:

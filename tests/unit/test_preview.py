@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from data_tools.prepare import PrepareSettings, prepare
-from data_tools.preview import Row, as_html, as_plain, preview, show, visible
+from data_tools.preview import TokenView, as_html, as_plain, preview, show_samples, visible
 from tests.conftest import BUNDLED_BASE, SHARED, needs_shared, tokenizer_at
 from train.commands.handloop import main
 
@@ -27,14 +27,14 @@ def nasty(tmp_path: Path) -> Path:
     return path
 
 
-def rows_of(path: Path, folder: Path = BUNDLED_BASE) -> list[Row]:
+def rows_of(path: Path, folder: Path = BUNDLED_BASE) -> list[TokenView]:
     tokenizer = tokenizer_at(folder)
     return list(preview(prepare(PrepareSettings((str(path),)), tokenizer).dataset, tokenizer))
 
 
-def shown(rows: list[Row], **options: Any) -> str:
+def shown(rows: list[TokenView], **options: Any) -> str:
     stream = io.StringIO()
-    show(rows, Console(file=stream, width=60, **options))
+    show_samples(rows, Console(file=stream, width=60, **options))
     return stream.getvalue()
 
 
@@ -107,7 +107,7 @@ def test_a_terminal_gets_colours_and_the_same_text(nasty: Path) -> None:
 
 def test_plain_text_separates_every_two_tokens() -> None:
     """Boundaries are bars, brackets or breaks; a trained newline keeps its bracket on its line."""
-    row = Row("x:1", [1, 2, 3, 4, 5], [False, True, True, False, True], ["a", "b", "\n", "c", " d"], [False] * 5)
+    row = TokenView("x:1", [1, 2, 3, 4, 5], [False, True, True, False, True], ["a", "b", "\n", "c", " d"], [False] * 5)
     assert as_plain(row) == "a⟦b│↵⟧\nc⟦·d⟧"
 
 
@@ -131,7 +131,7 @@ class Page(HTMLParser):
 
 def test_the_page_is_self_contained_and_escaped(nasty: Path) -> None:
     """Data, file names and subtitle cannot add a tag; nothing is loaded; one span a token, of the right class."""
-    one_token = Row("x:1", [1, 2], [True, False], ["<script>", "</code><b>"], [False, False])
+    one_token = TokenView("x:1", [1, 2], [True, False], ["<script>", "</code><b>"], [False, False])
     rows = [*rows_of(nasty), one_token]
     text = as_html(rows, "<script>of</script>")
     page = Page(text)

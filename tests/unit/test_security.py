@@ -27,8 +27,7 @@ from tests.conftest import BUNDLED_BASE, ROOT, tokenizer_at, write_shape
 from train.cli import parse
 from train.commands.handloop import main as command
 from train.config import Config, MemoryConfig, ModelConfig
-from train.deliver.compare import Answer
-from train.deliver.compare import show as show_answers
+from train.deliver.compare import Answer, show_answers
 from train.engine.plan import reference_plan
 from train.models.base import model_shape
 from train.models.fingerprint import base_fingerprint

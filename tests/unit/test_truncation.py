@@ -1,9 +1,12 @@
 """A conversation that is too long: what each policy keeps, counted token by token."""
 
+from typing import Any, get_args, get_type_hints
+
 import pytest
 
 from data_tools.render import Sample
-from data_tools.truncation import fit
+from data_tools.truncation import Policy, fit
+from train.config import DataConfig
 
 # begin, two prompt tokens, answer 3 4 with end 5, two prompt tokens, answer 8 9 10 with end 11
 IDS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
@@ -26,7 +29,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("policy", "max_length", "kept", "cut"), CASES, ids=lambda value: str(value)[:12])
-def test_what_each_policy_keeps(policy: str, max_length: int, kept: list, cut: bool) -> None:
+def test_what_each_policy_keeps(policy: Policy, max_length: int, kept: list, cut: bool) -> None:
     """Ids, masks, and whether an answer lost tokens; the begin token stays in front."""
     fitted = fit(SAMPLE, max_length, policy, begin=[0])
     assert [(sample.input_ids, sample.trained) for sample in fitted.samples] == kept
@@ -34,7 +37,7 @@ def test_what_each_policy_keeps(policy: str, max_length: int, kept: list, cut: b
 
 
 @pytest.mark.parametrize("policy", ["drop", "left", "right", "split"])
-def test_nothing_is_longer_than_allowed_and_an_end_survives(policy: str) -> None:
+def test_nothing_is_longer_than_allowed_and_an_end_survives(policy: Policy) -> None:
     """For every length: within the limit, and an answer that is trained to its end keeps the end token."""
     for max_length in range(2, 14):
         for sample in fit(SAMPLE, max_length, policy, begin=[0]).samples:
@@ -43,3 +46,11 @@ def test_nothing_is_longer_than_allowed_and_an_end_survives(policy: str) -> None
             if policy != "split":
                 last_trained = max(i for i, on in enumerate(sample.trained) if on)
                 assert sample.input_ids[last_trained] in (5, 11)
+
+
+def test_an_unknown_policy_is_an_error() -> None:
+    """It was once taken for drop; the configuration offers exactly the policies that exist."""
+    wrong: Any = "middle"
+    with pytest.raises(ValueError, match=r"data\.truncation 'middle': write drop, left, right or split"):
+        fit(SAMPLE, 5, wrong, begin=[0])
+    assert get_args(get_type_hints(DataConfig)["truncation"]) == get_args(Policy)

@@ -16,7 +16,7 @@ def main(words: list[str]) -> int:
     )
     own.add_argument("--json", action="store_true", help="print everything as one JSON object")
     options, rest = own.parse_known_args(words)
-    from data_tools.audit import failures, show
+    from data_tools.audit import failures, show_audit
     from data_tools.prepare import prepare
     from train.audit_gate import run_audit
     from train.data import BatchLayout, TrainingData, hold_out, prepare_settings
@@ -33,7 +33,7 @@ def main(words: list[str]) -> int:
     if options.json:
         print(json.dumps(found.as_json(), indent=2, ensure_ascii=False))
     else:
-        show(found, Console())
+        show_audit(found, Console())
     if refused:
         reasons = "a reason" if len(refused) == 1 else f"{len(refused)} reasons"
         raise ExitWith(ExitCode.BAD_INPUT, f"the audit found {reasons} not to train on this data")

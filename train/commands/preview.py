@@ -24,7 +24,7 @@ def main(words: list[str]) -> int:
     options, rest = own.parse_known_args(words)
     # these take seconds to import, which --help and the other commands need not wait for
     from data_tools.prepare import prepare
-    from data_tools.preview import as_html, show
+    from data_tools.preview import as_html, show_samples
     from data_tools.preview import preview as rows_of
     from train.data import BatchLayout, TrainingData, prepare_settings
     from train.models.tokenizer import load_tokenizer
@@ -42,7 +42,7 @@ def main(words: list[str]) -> int:
         write_atomically(options.html, as_html(rows, f"{subtitle}{config.model.name_or_path}"))
         print(f"written to {options.html}", file=sys.stderr)
     if not (options.json or options.html):
-        show(rows, Console())
+        show_samples(rows, Console())
     return 0
 
 

@@ -66,7 +66,7 @@ def as_rows(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     return [asdict(answer) for answer in answers]
 
 
-def show(console: Console, title: str, answers: Sequence[Answer]) -> None:
+def show_answers(console: Console, title: str, answers: Sequence[Answer]) -> None:
     """A table of the first few answers, and the counts over all of them."""
     table = Table(title=f"the first {min(ROWS_SHOWN, len(answers))} {title}, before and after", show_lines=True)
     table.add_column("question", ratio=2)

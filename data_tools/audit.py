@@ -116,7 +116,7 @@ class Audit:
     def as_json(self) -> dict[str, Any]:
         """Everything, and the verdict; counts stand under the findings' names."""
         return {
-            **{name: value for name, value in vars(self).items() if name not in ("findings", "plan")},
+            **{name: value for name, value in vars(self).items() if name not in ("findings", "schedule")},
             **{name: finding.count for name, finding in self.findings.items()},
             "length_histogram": [
                 {"from": low, "through": high, "samples": count} for low, high, count in self.length_histogram

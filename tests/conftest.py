@@ -209,7 +209,7 @@ def run_command(words: Sequence[str], fault: Callable[[], None] | None = None, *
 
 
 def losses(run_dir: Path) -> list[tuple[int, str, str]]:
-    """(step, loss bits, gradient norm bits) of every step in metrics.jsonl; nan where a step was left out."""
+    """(step, loss bits, gradient norm bits) of every step in metrics.jsonl; nan where a step was skipped."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [(row["step"], _bits(row, "train/loss"), _bits(row, "train/grad_norm")) for row in rows]
 

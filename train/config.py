@@ -124,7 +124,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of the sample order, the adapters' start and dropout."""
     max_skipped_steps: int = 10
-    """Steps that may be left out because their loss or gradient was not finite, three of them in a row at most; one
+    """Steps that may be skipped because their loss or gradient was not finite, three of them in a row at most; one
     more ends the run. 0 ends it at the first."""
 
 

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not a number: left out, written down, counted, and never published."""
+"""A loss or gradient that is not a number: skipped, written down, counted, and never published."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def test_a_step_is_left_out(config: Config, tmp_path: Path, tally: Tally) -> Non
         run_dir, step = tmp_path / f"case-{number}", 1 if fault.passes == (1,) else 2
         outcome = run_command(arguments(at(config, run_dir)), fault)
         tally.check(outcome.returncode == 0, f"{fault}: {outcome.stderr[-300:]}")
-        tally.check(f"step {step}: loss" in outcome.stdout and "left out" in outcome.stdout, f"{fault}: not said")
+        tally.check(f"step {step}: loss" in outcome.stdout and "skipped" in outcome.stdout, f"{fault}: not said")
         rows = read_metrics(run_dir / "metrics.jsonl")
         tally.check([row["step"] for row in rows if "train/skipped" in row] == [step], f"{fault}: rows")
         note = json.loads((run_dir / f"nonfinite-step-{step}.json").read_text())
@@ -50,7 +50,7 @@ def test_nothing_moves_in_a_step_that_is_left_out(config: Config, tmp_path: Path
     folder = tmp_path / "run" / "checkpoints"
     for name in ("adapter_model.safetensors", "optimizer.safetensors"):
         one, two, three = ((folder / f"step-{step:010d}" / name).read_bytes() for step in (1, 2, 3))
-        tally.check(one == two, f"{name} changed in the step that was left out")
+        tally.check(one == two, f"{name} changed in the skipped step")
         tally.check(two != three, f"{name} did not change in the next")
 
 
@@ -84,7 +84,7 @@ def test_the_count_survives_a_kill(config: Config, tmp_path: Path, tally: Tally)
     killed = run_command(words, Both(NotANumber((5,)), Fault("save", 2, "after")))
     tally.check(killed.returncode == -signal.SIGKILL, f"{killed.returncode}")
     outcome = run_command(words, NotANumber((1,)))  # the first step after the resume
-    tally.check(outcome.returncode == 79 and "left out so far: 2, 3" in outcome.stderr, outcome.stderr[-400:])
+    tally.check(outcome.returncode == 79 and "Skipped steps so far: 2, 3" in outcome.stderr, outcome.stderr[-400:])
     finish(words)
     tally.check(len(result_of(tmp_path / "run")) == 5, "result")
 

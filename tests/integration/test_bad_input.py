@@ -80,7 +80,7 @@ def test_accumulation_in_the_accelerate_configuration_is_refused(config: Config)
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(config: Config, tmp_path: Path) -> None:
-    """A learning rate that blows up: three steps are left out, then exit 79 with the samples, and no broken weights."""
+    """A learning rate that blows up: three steps are skipped, then exit 79 with the samples, and no broken weights."""
     words = [*arguments(config), "--checkpoint.every", "1"]
     position = words.index("--optim.lr")
     words[position + 1] = "1e30"

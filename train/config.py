@@ -61,7 +61,7 @@ class DataConfig:
     fields: tuple[str, ...] = ()
     """Names of the columns of a prompt/response data set: prompt=COLUMN response=COLUMN."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What a bad record does: end the run before it starts, or be left out, counted and named."""
+    """What a bad record does: end the run before it starts, or be skipped, counted and named."""
     gate: Literal["stop", "warn"] = "stop"
     """What the audit at the start does when it finds a reason not to train on the data (see handloop audit)."""
     validation_path: tuple[str, ...] = ()
@@ -73,11 +73,12 @@ class DataConfig:
     max_length: int = 1024
     """Tokens in a sample at most. Text is cut into such pieces; for longer conversations see truncation."""
     truncation: Literal["drop", "left", "right", "split"] = "drop"
-    """A conversation longer than max_length: dropped; its beginning cut; cut after its last whole answer; in pieces."""
+    """A conversation longer than max_length is dropped, loses its beginning, ends after its last whole answer, or is
+    split into pieces."""
     packing: bool = False
-    """Put several samples into one row of max_length tokens; none sees another. The batch then counts rows."""
+    """Pack several samples into one row of max_length tokens; none sees another. batch.per_device then counts rows."""
     group_by_length: bool = False
-    """Put samples of like length into one step, so that less is padded; the steps stay shuffled."""
+    """Put samples of similar length into one step, so that less is padding; the steps stay shuffled."""
     text_overlap: float = 0.125
     """Share of a piece of text that repeats the piece before it, as context that is not trained again."""
 
@@ -87,17 +88,17 @@ class BatchConfig:
     """Samples in one optimizer step = per_device x accumulation x processes."""
 
     per_device: int = 2
-    """Samples in one forward pass of one process."""
+    """Samples in one micro-batch of one process."""
     accumulation: int = 4
-    """Forward/backward passes in one optimizer step."""
+    """Micro-batches in one optimizer step (gradient accumulation)."""
     merge: Literal["auto", "off"] = "auto"
-    """auto: a step's samples run as fewer, larger passes without padding where memory allows and the engine is fused;
-    off: literally per_device x accumulation."""
+    """auto: a step's samples run as fewer, larger micro-batches without padding where memory allows and the engine is
+    fused; off: literally per_device x accumulation."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """How the adapters move."""
+    """The optimizer of the adapters, and its learning rate."""
 
     name: Literal["paged_adamw_8bit", "adamw_8bit", "adamw"] = "paged_adamw_8bit"
     """bitsandbytes' 8-bit AdamW with or without paging, or torch's fp32 AdamW."""
@@ -130,21 +131,22 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """What the device may hold."""
+    """What is kept on the device."""
 
     checkpointing: Literal["auto", "full", "none"] | int = "auto"
-    """Decoder blocks whose activations are recomputed in the backward pass: all, none, or so many; auto: as few as
-    memory needs. The reference engine knows all and none, and takes anything else for all."""
+    """Decoder blocks whose activations are recomputed in the backward pass: all (full), none, or this many; auto: as
+    few as memory needs. The reference engine recomputes all or none; a number, or auto, is all."""
     budget: str = ""
     """Hard cap on the device memory that the allocator may take, such as 4GiB; empty is all that is free. What is kept,
-    computed again, streamed and cut is decided by it (handloop plan)."""
+    recomputed, streamed and split follows from it (handloop plan)."""
     offload: Literal["auto", "none", "stream"] = "auto"
-    """Decoder blocks' weights in host memory: as many as memory needs; none; or all of them. The fused engine only."""
+    """Decoder blocks whose weights are streamed from host memory: as many as memory needs, none, or all. The fused
+    engine only."""
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Who executes the decoder blocks."""
+    """What runs the decoder blocks."""
 
     kind: Literal["auto", "fused", "reference"] = "auto"
     """fused: our own forward and backward of Llama-family blocks; reference: transformers and PEFT. auto: fused on a
@@ -153,12 +155,12 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the state of training is made durable."""
+    """When checkpoints are written, and which stay."""
 
     every: Literal["epoch"] | int = "epoch"
-    """At each epoch's end, or every so many optimizer steps (and at the end)."""
+    """At each epoch's end, or every N optimizer steps; always at the end."""
     minutes: float = 0.0
-    """Also when so many minutes have passed since the last one; 0 does not look at the clock."""
+    """Also this many minutes after the last one; 0: never by the clock."""
     keep: int = 2
     """Newest verified checkpoints that stay; at least 2, so that one always stands while another is written. The one
     with the lowest validation loss stays beside them."""
@@ -193,12 +195,12 @@ class TrackConfig:
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Questions answered at the end, without and with the adapter (prompt/response data only)."""
+    """Questions answered at the end, without and with the adapters (conversations only)."""
 
     num_questions: int = 8
-    """The first so many rows of data.path, and of data.validation_path, are asked; 0 asks none."""
+    """Ask the first N rows of data.path, and of data.validation_path; 0 asks none."""
     max_new_tokens: int = 128
-    """An answer that has not stopped by then is cut and counted as not stopped."""
+    """An answer ends here at the latest, and then counts as not stopped."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How a step's samples go through the model: in how many passes, of how many tokens and samples, by lengths alone."""
+"""How a step's samples are grouped into micro-batches: how many, of how many tokens and samples, by lengths alone."""
 
 import math
 from collections.abc import Sequence
@@ -10,52 +10,57 @@ from train.collate import packed_tokens
 
 @dataclass(frozen=True)
 class LengthStatistics:
-    """The samples' lengths, as far as the plan needs them."""
+    """The samples' lengths in tokens, as far as the plan needs them.
 
-    longest: tuple[int, ...]  # tokens of one, two, ... `per_device` rows at most
-    mean_micro_batch: float  # of a pass of `per_device` rows
-    deviation: float  # standard deviation of a pass's tokens
-    mean_length: float  # of a sample
-    length_deviation: float = 0.0  # math.inf where samples of like lengths come together
-    max_samples: int = 1  # of a pass of `per_device` rows
-    longest_validation: int = 0  # tokens of the longest sample of the validation
+    A micro-batch as configured holds `batch.per_device` rows; a row is one sample, or with packing several.
+    """
 
-    def tokens(self, merged: int) -> int:
-        """Tokens that so many passes together seldom exceed (three deviations); where they do, they stay apart."""
-        usual = merged * self.mean_micro_batch + 3 * math.sqrt(merged) * self.deviation
-        return max(self.longest[-1], min(merged * self.longest[-1], math.ceil(usual)))
+    longest: tuple[int, ...]  # tokens of the longest row, of the two longest together, ... up to `per_device` rows
+    mean_micro_batch: float  # mean tokens of a micro-batch as configured
+    deviation: float  # standard deviation of a micro-batch's tokens
+    mean_length: float  # mean tokens of a sample
+    length_deviation: float = (
+        0.0  # standard deviation of a sample's tokens; math.inf where samples are grouped by length
+    )
+    max_samples: int = 1  # samples in a micro-batch as configured
+    longest_validation: int = 0  # tokens of the longest validation sample; 0 without validation
+
+    def merged_tokens(self, count: int) -> int:
+        """Three-sigma bound on the tokens of `count` merged micro-batches; longer ones stay apart."""
+        bound = count * self.mean_micro_batch + 3 * math.sqrt(count) * self.deviation
+        return max(self.longest[-1], min(count * self.longest[-1], math.ceil(bound)))
 
     def num_micro_batches(self, accumulation: int, tokens: int) -> float:
-        """Passes of at most `tokens` that so many passes are put together into, on average.
+        """Expected forward passes of a step, when micro-batches are merged or split to hold at most `tokens` tokens.
 
-        What a step has is counted as normally distributed: the sum of the chances that it needs more than one pass,
-        more than two, and so on. All but a step's last have room for half of what comes next, where lengths differ. It
-        never needs more than its longest rows would, or where passes have to be taken apart.
+        The tokens of a step count as normally distributed, so this is the sum over k of the probability that the step
+        has more tokens than k micro-batches hold. All but the last micro-batch leave room for half of the next row (or
+        micro-batch), where lengths differ. The upper bound is a step of nothing but longest rows.
         """
         mean, deviation = accumulation * self.mean_micro_batch, math.sqrt(accumulation) * self.deviation
         num_rows = accumulation * len(self.longest)
-        most = math.ceil(num_rows / max(1, tokens // self.longest[0]))
+        upper = math.ceil(num_rows / max(1, tokens // self.longest[0]))
         if not deviation:
-            return min(most, math.ceil(num_rows / max(1, int(tokens * num_rows / mean))))
+            return min(upper, math.ceil(num_rows / max(1, int(tokens * num_rows / mean))))
         unit = self.mean_micro_batch / (len(self.longest) if tokens < self.longest[-1] else 1)
-        spare, total = min(unit / 2, self.deviation), 1.0
-        for count in range(1, most):
-            total += 0.5 * math.erfc((count * tokens - (count - 1) * spare - mean) / (deviation * math.sqrt(2)))
+        unused, total = min(unit / 2, self.deviation), 1.0
+        for count in range(1, upper):
+            total += 0.5 * math.erfc((count * tokens - (count - 1) * unused - mean) / (deviation * math.sqrt(2)))
         return total
 
-    def samples(self, accumulation: int, tokens: int) -> int:
-        """Samples that a pass of so many tokens seldom exceeds (three deviations)."""
-        usual, most = tokens / self.mean_length, accumulation * self.max_samples
-        usual += 3 * math.sqrt(usual) * self.length_deviation / self.mean_length
-        return max(self.max_samples, math.ceil(min(usual, most)))
+    def num_samples(self, accumulation: int, tokens: int) -> int:
+        """Three-sigma bound on the samples in a micro-batch of `tokens` tokens."""
+        mean, upper = tokens / self.mean_length, accumulation * self.max_samples
+        bound = mean + 3 * math.sqrt(mean) * self.length_deviation / self.mean_length
+        return max(self.max_samples, math.ceil(min(bound, upper)))
 
 
 @dataclass(frozen=True)
 class MicroBatchShape:
-    """How a step's samples go through the model: what the bits of its result depend on, so a resumed run keeps it."""
+    """What the bits of a step's result depend on beside its samples; a resumed run keeps it."""
 
-    tokens: int  # of one pass at most
-    mlp_tile: int = 0  # tokens that go through an MLP together; 0: all
+    tokens: int  # a micro-batch holds at most so many
+    mlp_tile: int = 0  # tokens that go through an MLP at once; 0: all
 
     def __str__(self) -> str:
         return f"{self.tokens:,} tokens" + (f" in tiles of {self.mlp_tile:,}" if self.mlp_tile else "")
@@ -71,7 +76,7 @@ class StepPlan(Protocol):
 
     @property
     def merges(self) -> bool:
-        """Whether micro-batches are merged or split to hold `micro_batch_tokens` at most."""
+        """Whether micro-batches are merged or split to hold at most `micro_batch_tokens`."""
         ...
 
     @property
@@ -83,9 +88,10 @@ class StepPlan(Protocol):
 def regroup(
     micro_batches: Sequence[list[int]], num_tokens: Sequence[int], is_padded: bool, max_tokens: int
 ) -> list[list[int]]:
-    """The samples of micro-batches merged, or split, so that each holds `max_tokens` at most (0: as they are).
+    """The sample numbers of each micro-batch, merged or split so that each holds at most `max_tokens` (0: unchanged).
 
-    Counted as collated: with padding to the longest, or packed. A sample that is longer is a micro-batch of its own.
+    Tokens count as collated: padded to the longest sample, or packed. A sample longer than `max_tokens` is a
+    micro-batch of its own.
     """
     if not max_tokens:
         return list(micro_batches)

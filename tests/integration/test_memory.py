@@ -11,9 +11,9 @@ import pytest
 from tests.compare_runs import at, reference, result_of
 from tests.conftest import Run, arguments, run_command
 from train.commands.handloop import main as command
-from train.commands.probe import beside
+from train.commands.probe import format_probe
 from train.config import CheckpointConfig, CompareConfig, Config, EngineConfig, LoraConfig
-from train.memory.gpus import KNOWN
+from train.memory.gpus import KNOWN_GPUS
 
 
 @pytest.fixture
@@ -59,10 +59,10 @@ def plan(config: Config, *words: str) -> list[str]:
 
 
 def test_the_plan_of_a_run_is_told(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    """By component, or without a card a line for each known one; exit 0 where it fits."""
+    """By component, or without a GPU a line for each known one; exit 0 where it fits."""
     assert command(plan(config, "--gpu", "4GiB")) == 0
     told = capsys.readouterr().out
-    for part in ("packed weights", "working memory", "predicted peak", "nothing is streamed", "speed     not known"):
+    for part in ("packed weights", "working memory", "predicted peak", "nothing is streamed", "speed     unknown"):
         assert part in told
     assert "GTX-1050-Ti" not in told
     assert command(plan(config)) == 0
@@ -73,7 +73,7 @@ def test_the_plan_of_a_run_is_told(config: Config, capsys: pytest.CaptureFixture
     assert found["fits"]
     assert found["predicted_tokens_per_second"] > 0
     assert sum(found["parts_gib"].values()) == pytest.approx(found["predicted_peak_gib"], abs=1e-3)
-    assert [each["gpu"] for each in found["cards"]] == [card.name for card in KNOWN]
+    assert [each["gpu"] for each in found["gpus"]] == [gpu.name for gpu in KNOWN_GPUS]
 
 
 def test_what_does_not_fit_is_78(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,13 +88,13 @@ def test_what_does_not_fit_is_78(config: Config, capsys: pytest.CaptureFixture[s
     ("words", "message"),
     [
         (("--gpu", "huge"), "write a size such as 4GiB, or one of H200"),
-        (("--gpu", "0GiB"), "CUDA itself takes 0.45 GiB of a card"),
+        (("--gpu", "0GiB"), "CUDA itself takes 0.45 GiB of a GPU"),
         (("--gpu", "T4", "--model.dtype", "bf16"), "compute capability 7.5 has no bf16"),
         (("--gpu", "T4", "--probe"), "a probe runs on the GPU that is here"),
-        (("--steps", "3"), "only --probe makes steps"),
+        (("--steps", "3"), "only --probe runs steps"),
         (("--data.max_length", "513"), "was made for 512 at most"),
-        (("--mean-length", "129"), "rows hold data.max_length at most"),
-        (("--model.quantization", "int8"), "this run has another: int8 layers round their inputs"),
+        (("--mean-length", "129"), "rows hold at most data.max_length"),
+        (("--model.quantization", "int8"), "this run uses the reference engine: int8 layers round their inputs"),
         (("--memory.offload", "stream", "--engine.kind", "reference"), "only the fused engine streams"),
         (("--probe",), "wants a CUDA GPU"),
         (("--steps", "0"), "'0' is not a number from 1 on"),
@@ -122,9 +122,9 @@ def test_a_probe_is_told_beside_its_prediction() -> None:
         "host_gib": 6.2,
         "load_seconds": 2.8,
     }
-    told = beside(measured)
+    told = format_probe(measured)
     assert "     3.50      3.33" in told
     assert "    0.765     0.753" in told
     assert "10,885" in told
-    assert "nothing is predicted" not in told
-    assert "nothing is predicted" in beside(measured | {"predicted_peak_gib": 0.0})
+    assert "not predicted" not in told
+    assert "not predicted" in format_probe(measured | {"predicted_peak_gib": 0.0})

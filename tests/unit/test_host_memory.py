@@ -1,4 +1,4 @@
-"""Host memory: how buffers share allocations, how much there is, and answers where a GPU has little left."""
+"""Host memory: how buffers share allocations, refused memory, and answers where a GPU has little left."""
 
 import json
 from dataclasses import replace
@@ -18,7 +18,6 @@ from train.deliver.compare import compare
 from train.deliver.generation import Generator
 from train.engine.copies import HostMemoryError, host_buffers, host_bytes, page_locked
 from train.engine.embedding import HostEmbedding
-from train.memory import gpus as cards
 from train.models.tokenizer import load_tokenizer
 from train.run.accelerator import free_gpu_bytes
 from train.run.exits import ExitCode
@@ -42,19 +41,6 @@ def test_buffers_have_their_sizes_and_do_not_overlap() -> None:
     for number, buffer in enumerate(buffers):
         buffer.fill_(number)
     assert [set(buffer.tolist()) for buffer in buffers] == [{0}, {1}, {2}, {3}]
-
-
-def test_what_a_container_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The smaller of the machine's memory and the container's limit, less a tenth; no limit is the machine's."""
-    files = {
-        "/proc/meminfo": "MemTotal: 64 kB\nMemAvailable:   20480 kB\n",
-        "/sys/fs/cgroup/memory.max": str(10 * MIB),
-        "/sys/fs/cgroup/memory.current": str(4 * MIB),
-    }
-    monkeypatch.setattr(cards.Path, "read_text", lambda self, **_: files[str(self)])
-    assert cards.free_host_bytes() == int(0.9 * 6 * MIB)
-    files["/sys/fs/cgroup/memory.max"] = "max\n"
-    assert cards.free_host_bytes() == int(0.9 * 20 * MIB)
 
 
 def test_memory_that_cannot_be_page_locked(
@@ -135,10 +121,3 @@ def test_processes_plan_with_the_least_memory_of_all(config: Config, monkeypatch
     assert free_gpu_bytes(config, accelerator) == 5 * 2**30
     capped = replace(config, memory=replace(config.memory, budget="3GiB"))
     assert free_gpu_bytes(capped, accelerator) == 3 * 2**30
-
-
-def test_local_processes_share_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four processes of a machine may take a quarter each."""
-    alone = cards.free_host_bytes()
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert cards.free_host_bytes() == pytest.approx(alone / 4, rel=0.2)

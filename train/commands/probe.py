@@ -1,105 +1,115 @@
-"""`handloop plan --probe`: real steps on random weights, beside what was predicted."""
+"""`handloop plan --probe`: real steps on random weights, printed beside what was predicted."""
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from datasets import Dataset
 
 from train.assemble import assemble
-from train.commands.forecast import shortest_row
+from train.commands.forecast import min_length
 from train.config import Config
 from train.data import BatchLayout, TrainingData
 from train.memory.outlook import GIB
 from train.run.accelerator import check_machine, start_accelerator
 from train.step import Training, optimizer_step
 
+# Steps before the measured ones: warm-up, and where lengths differ most CUDA graphs are captured in them
+FIRST_STEPS, FIRST_STEPS_OF_SEVERAL_LENGTHS = 2, 16
+
 
 def probe(config: Config, mean_length: int, num_steps: int) -> dict[str, Any]:
     """Real steps on random weights of the real shape on the GPU that is here; raises ExitWith(BAD_INPUT) without one.
 
-    The memory is the allocator's peak from loading on, the time the median step after the first ones. With graphs it is
-    what the allocator holds: their memory counts as free once they are recorded.
+    The time is the median of `num_steps` steps after the first ones. The peak counts from loading on: what is
+    allocated, or with CUDA graphs what is reserved, since the memory of a captured graph counts as free.
     """
     config = replace(config, model=replace(config.model, random_init=True), run=replace(config.run, device="cuda"))
     check_machine(config)
     accelerator = start_accelerator(config)
-    data = TrainingData(
-        _random_rows(config, mean_length),
-        config,
-        BatchLayout.of(config.batch, accelerator),
-        0,
-    )
+    rows = _random_rows(config, mean_length)
+    data = TrainingData(rows, config, BatchLayout.of(config.batch, accelerator), pad_token_id=0)
     torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     training: Training = assemble(config, accelerator, data)
     loaded = time.perf_counter() - start
-    # where rows differ in length the first steps record their graphs
-    num_first = FIRST_STEPS if mean_length == config.data.max_length else MORE_FIRST_STEPS
-    seconds, losses, norms, tokens, retries = [], [], [], [], 0
-    for step in range(num_first + num_steps):
+    num_first = FIRST_STEPS if mean_length == config.data.max_length else FIRST_STEPS_OF_SEVERAL_LENGTHS
+    steps = _run_steps(training, num_first, num_steps)
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    measured = list(zip(steps.seconds[num_first:], steps.tokens[num_first:], strict=True))
+    median, num_tokens = sorted(measured, key=lambda pair: pair[0] / pair[1])[num_steps // 2]
+    plan = training.plan
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "plan": str(plan),
+        "micro_batch_tokens": plan.micro_batch_tokens,
+        "num_streamed": len(plan.streamed),
+        "traffic_gib": round(plan.traffic_bytes / GIB, 3),
+        "predicted_peak_gib": round(plan.peak_bytes / GIB, 3),
+        "peak_gib": round((reserved if plan.uses_graphs else allocated) / GIB, 3),
+        "reserved_gib": round(reserved / GIB, 3),
+        "predicted_seconds": round(plan.seconds, 4),
+        "seconds": round(median, 4),
+        "tokens_per_second": round(num_tokens / median, 1),
+        "alloc_retries": steps.alloc_retries,
+        "load_seconds": round(loaded, 1),
+        "host_gib": round(_process_bytes() / GIB, 2),
+        "losses": steps.losses,
+        "grad_norms": steps.grad_norms,
+    }
+
+
+@dataclass
+class _Steps:
+    """What each step was, in order."""
+
+    seconds: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    losses: list[str] = field(default_factory=list)  # hexadecimal, so that runs can be compared to the bit
+    grad_norms: list[str] = field(default_factory=list)
+    alloc_retries: int = 0  # in measured steps: the allocator freed all that it held back, which waits for the device
+
+
+def _run_steps(training: Training, num_first: int, num_measured: int) -> _Steps:
+    steps, retries = _Steps(), 0
+    for step in range(num_first + num_measured):
         torch.cuda.synchronize()
         if step == num_first:
             retries = torch.cuda.memory_stats()["num_alloc_retries"]
         start = time.perf_counter()
         result = optimizer_step(training, step)
         torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-        losses.append(result.loss.hex())
-        norms.append(result.grad_norm.hex())
-        tokens.append(result.num_tokens)
-    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    measured = sorted(zip(seconds[num_first:], tokens[num_first:], strict=True), key=lambda pair: pair[0] / pair[1])
-    median, num_tokens = measured[num_steps // 2]
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "plan": str(training.plan),
-        "micro_batch_tokens": training.plan.micro_batch_tokens,
-        "num_streamed": len(training.plan.streamed),
-        "traffic_gib": round(training.plan.traffic_bytes / GIB, 3),
-        "predicted_peak_gib": round(training.plan.peak_bytes / GIB, 3),
-        "peak_gib": round((reserved if training.plan.uses_graphs else allocated) / GIB, 3),
-        "reserved_gib": round(reserved / GIB, 3),
-        "predicted_seconds": round(training.plan.seconds, 4),
-        "seconds": round(median, 4),
-        "tokens_per_second": round(num_tokens / median, 1),
-        # times that the allocator had to give all it held back to find room, which waits for the device
-        "alloc_retries": torch.cuda.memory_stats()["num_alloc_retries"] - retries,
-        "load_seconds": round(loaded, 1),
-        "host_gib": round(_process_bytes() / GIB, 2),
-        "losses": losses,
-        "grad_norms": norms,
-    }
+        steps.seconds.append(time.perf_counter() - start)
+        steps.losses.append(result.loss.hex())
+        steps.grad_norms.append(result.grad_norm.hex())
+        steps.tokens.append(result.num_tokens)
+    steps.alloc_retries = torch.cuda.memory_stats()["num_alloc_retries"] - retries
+    return steps
 
 
-FIRST_STEPS, MORE_FIRST_STEPS = 2, 16
-
-FIRST_STEPS, MORE_FIRST_STEPS = 2, 16
-
-
-def beside(measured: dict[str, Any]) -> str:
-    """What a probe has found, predicted beside measured."""
+def format_probe(measured: dict[str, Any]) -> str:
+    """A probe's table, predicted beside measured."""
     lines = [
         f"{measured['gpu']}: {measured['plan']}",
         f"{'':22} predicted  measured",
         f"{'peak, GiB':22} {measured['predicted_peak_gib']:9.2f} {measured['peak_gib']:9.2f}"
-        f"  (the allocator held {measured['reserved_gib']:.2f})",
+        f"  (the allocator reserved {measured['reserved_gib']:.2f})",
         f"{'seconds a step':22} {measured['predicted_seconds']:9.3f} {measured['seconds']:9.3f}",
         f"{'tokens a second':22} {'':9} {measured['tokens_per_second']:9,.0f}",
         f"{'host memory, GiB':22} {'':9} {measured['host_gib']:9.2f}",
         f"{'seconds to load':22} {'':9} {measured['load_seconds']:9.1f}",
     ]
     if not measured["predicted_peak_gib"]:
-        lines.append("nothing is predicted of the reference engine")
+        lines.append("the reference engine's memory and speed are not predicted")
     return "\n".join(lines)
 
 
 def _random_rows(config: Config, mean_length: int) -> Any:
-    """Enough rows for the steps of a probe: the first as long as any, the others around the mean length."""
+    """Rows for the steps of a probe: the first has data.max_length tokens, the others are spread around the mean."""
     generator = torch.Generator().manual_seed(config.train.seed)
     longest, count = config.data.max_length, 16 * config.batch.per_device * config.batch.accumulation
-    lengths = torch.randint(shortest_row(longest, mean_length), longest + 1, (count,), generator=generator).tolist()
+    lengths = torch.randint(min_length(longest, mean_length), longest + 1, (count,), generator=generator).tolist()
     lengths = [longest, *lengths[1:]] if mean_length < longest else [longest] * count
     ids = [torch.randint(2, 1000, (length,), generator=generator).tolist() for length in lengths]
     return Dataset.from_dict(
@@ -114,7 +124,7 @@ def _random_rows(config: Config, mean_length: int) -> Any:
 
 
 def _process_bytes() -> int:
-    """Memory that this process has of its own now (not files that are mapped)."""
+    """Host memory of this process now, without mapped files."""
     with open("/proc/self/status", encoding="ascii") as file:
         fields = dict(line.split(":", 1) for line in file)
     return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))

@@ -1,4 +1,4 @@
-"""GPUs as the plan sees them: how fast they compute, read their memory and are read from the host."""
+"""The GPUs that we know, and what the plan and MFU need of any: memory, capability and rates. Their only owner."""
 
 import math
 import os
@@ -12,97 +12,124 @@ import torch
 
 from train.run import devices
 
-CONTEXT_BYTES = int(0.45 * 2**30)  # of a card's memory are CUDA's own: 0.3 to 0.5 GiB
+CONTEXT_BYTES = int(0.45 * 2**30)  # bytes of GPU memory that CUDA's context takes: 0.3 to 0.5 GiB
+MEASURED_SHARE = 0.85  # of the best of five short measurements, as what a long run sustains
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates are what long runs sustain, not the datasheet's."""
+    """A GPU as a run uses it. Rates are what long runs sustain; only `peak_flops` is the datasheet's."""
 
     name: str
     memory_bytes: int
-    capability: tuple[int, int]
-    flops: float  # a second, of products in 16 bits, or in the type that `computing` was told
-    fp32_flops: float
-    bandwidth: float  # bytes a second, read and written
-    bus: float  # bytes a second from page-locked host memory, each way
-    has_graphs: bool = False  # passes may be recorded
-    host_bytes: int = 2**62  # that may be page-locked
+    capability: tuple[int, int]  # CUDA compute capability
+    flops: float  # FLOP/s of matrix products in 16 bits, or in the type that `computing` was given
+    fp32_flops: float  # FLOP/s of matrix products in fp32
+    bandwidth: float  # bytes/s of GPU memory, reads and writes together
+    bus: float  # bytes/s between pinned host memory and the GPU, in each direction
+    peak_flops: float | None = None  # dense FLOP/s by datasheet, which MFU is a share of; None: unknown
+    has_graphs: bool = False  # training passes may run as CUDA graphs
+    max_host_bytes: int = 2**62  # host memory that may be pinned
 
     @property
     def usable_bytes(self) -> int:
-        """What a program can allocate where nothing else runs."""
+        """GPU memory that a process can allocate where nothing else runs."""
         return self.memory_bytes - CONTEXT_BYTES
 
     def computing(self, is_fp32: bool, is_deterministic: bool) -> "Gpu":
-        """The card as a run uses it: its rate in that type, and whether passes are recorded.
+        """The GPU as a run of this type uses it: its rate of products, and whether it uses graphs.
 
-        A run that is resumed launches its first pass where the other replays: no graphs for who wants the same bits.
+        A deterministic run uses none: a resumed run executes its first micro-batch eagerly where the uninterrupted one
+        replays a graph, and the two may round differently.
         """
         has_graphs = self.capability >= devices.FLASH and not is_fp32 and not is_deterministic
         return replace(self, flops=self.fp32_flops if is_fp32 else self.flops, has_graphs=has_graphs)
 
 
-def _card(name: str, gib: float, capability: tuple[int, int], rates: tuple[float, float, float, float]) -> Gpu:
+def _gpu(
+    name: str, gib: float, capability: tuple[int, int], peak_tflops: float, rates: tuple[float, float, float, float]
+) -> Gpu:
     tflops, fp32_tflops, bandwidth, bus = rates
-    return Gpu(name, int(gib * 2**30), capability, tflops * 1e12, fp32_tflops * 1e12, bandwidth * 1e9, bus * 1e9)
+    return Gpu(
+        name=name,
+        memory_bytes=int(gib * 2**30),
+        capability=capability,
+        flops=tflops * 1e12,
+        fp32_flops=fp32_tflops * 1e12,
+        bandwidth=bandwidth * 1e9,
+        bus=bus * 1e9,
+        peak_flops=peak_tflops * 1e12,
+    )
 
 
-# GiB, compute capability; TFLOP/s in 16 bits and in fp32, GB/s of memory, GB/s of the bus. H200 and H100 are measured
-# in 16 bits (docs/LOG.md), others the datasheet's dense rate for sums in fp32, times 0.7, and 0.85 of its bandwidth.
-KNOWN = [
-    _card("H200", 140.0, (9, 0), (735, 47, 4300, 54)),
-    _card("H100", 79.2, (9, 0), (725, 47, 3000, 54)),
-    _card("A100-80", 79.2, (8, 0), (218, 13.6, 1730, 24)),
-    _card("A100-40", 39.4, (8, 0), (218, 13.6, 1320, 24)),
-    _card("L40S", 44.4, (8, 9), (250, 64, 730, 24)),
-    _card("L4", 22.0, (8, 9), (60, 21, 255, 24)),
-    _card("A10", 22.0, (8, 6), (87, 22, 510, 24)),
-    _card("RTX-4090", 23.6, (8, 9), (115, 58, 857, 24)),
-    _card("RTX-3090", 23.6, (8, 6), (50, 25, 795, 24)),
-    _card("RTX-3060", 11.8, (8, 6), (18, 9, 306, 24)),
-    _card("RTX-3050-4GB", 3.8, (8, 6), (12, 4, 163, 12)),
-    _card("T4", 14.6, (7, 5), (25, 5.7, 272, 12)),
-    _card("GTX-1650", 3.8, (7, 5), (4, 2, 109, 12)),
-    _card("GTX-1050-Ti", 3.9, (6, 1), (1.5, 1.5, 95, 12)),
+# Columns: memory in GiB; compute capability; the datasheet's dense TFLOP/s with sums in fp32, in bf16, or in fp16 where
+# there is no bf16, or in fp32 where fp16 is slow; then what long runs sustain: TFLOP/s in 16 bits and in fp32, GB/s of
+# memory, GB/s of the bus. H200's and H100's 16-bit rates are measured (docs/LOG.md); the others are 0.7 of the
+# datasheet's products (less on L4 and T4, whose power limit is low) and 0.85 of its bandwidth. A name that holds
+# another's words comes before it.
+KNOWN_GPUS = [
+    _gpu("H200", 140.0, (9, 0), 989, (735, 47, 4300, 54)),
+    _gpu("H100-PCIe", 79.2, (9, 0), 756, (725, 47, 3000, 54)),  # not measured: planned as an H100
+    _gpu("H100", 79.2, (9, 0), 989, (725, 47, 3000, 54)),
+    _gpu("A100-80", 79.2, (8, 0), 312, (218, 13.6, 1730, 24)),
+    _gpu("A100-40", 39.4, (8, 0), 312, (218, 13.6, 1320, 24)),
+    _gpu("L40S", 44.4, (8, 9), 362, (250, 64, 730, 24)),
+    _gpu("L4", 22.0, (8, 9), 121, (60, 21, 255, 24)),
+    _gpu("A10", 22.0, (8, 6), 125, (87, 22, 510, 24)),
+    _gpu("RTX-4090", 23.6, (8, 9), 165, (115, 58, 857, 24)),
+    _gpu("RTX-3090", 23.6, (8, 6), 71, (50, 25, 795, 24)),
+    _gpu("RTX-3060", 11.8, (8, 6), 25.5, (18, 9, 306, 24)),
+    _gpu("RTX-3050-4GB", 3.8, (8, 6), 17, (12, 4, 163, 12)),
+    _gpu("T4", 14.6, (7, 5), 65, (25, 5.7, 272, 12)),
+    _gpu("GTX-1650", 3.8, (7, 5), 6, (4, 2, 109, 12)),
+    _gpu("GTX-1050-Ti", 3.9, (6, 1), 2.1, (1.5, 1.5, 95, 12)),
 ]
 
 
 def known_gpu(name: str) -> Gpu | None:
-    """The card of this name, however it is written (`a100-80`, `NVIDIA A100-SXM4-80GB`); None for others.
+    """The GPU of this name, as people write it (`a100-80`) or the driver does (`NVIDIA A100-SXM4-80GB`), or None.
 
-    Parts of a card, and those of laptops, are others.
+    MIG slices of a GPU and laptop GPUs are not known: they are slower than their names say.
     """
     words = name.upper().replace("-", " ").replace("_", " ").split()
     if {"MIG", "LAPTOP", "MAX", "MOBILE"} & set(words):
         return None
-    for card in KNOWN:
-        parts = card.name.upper().split("-")
+    for gpu in KNOWN_GPUS:
+        parts = gpu.name.upper().split("-")
         if all(any(part == word or (part.isdigit() and word == f"{part}GB") for word in words) for part in parts):
-            return card
+            return gpu
     return None
 
 
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense FLOP/s by datasheet, which MFU is a share of; None for a CPU and for unknown GPUs."""
+    gpu = known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return gpu.peak_flops if gpu else None
+
+
 def detect_gpu(device: torch.device, dtype: torch.dtype) -> Gpu:
-    """The GPU of this process, measured for some 50 ms where it is none of the known ones."""
+    """The GPU of this process, as a run of this type uses it; one that is not known is measured for some 50 ms."""
     properties = torch.cuda.get_device_properties(device)
     capability = devices.capability(device)
     total = properties.total_memory
-    card = known_gpu(properties.name)
-    if card is None:
-        product, memory, bus = _rates(device, dtype)
-        card = Gpu(properties.name, total, capability, product, product, memory, bus)
-    card = replace(card, memory_bytes=total, capability=capability, host_bytes=free_host_bytes())
-    return card.computing(dtype == torch.float32, torch.are_deterministic_algorithms_enabled())
+    gpu = known_gpu(properties.name)
+    if gpu is None:
+        products, bandwidth, bus = _measured_rates(device, dtype)
+        gpu = Gpu(properties.name, total, capability, products, products, bandwidth, bus)
+    gpu = replace(gpu, memory_bytes=total, capability=capability, max_host_bytes=free_host_bytes())
+    return gpu.computing(dtype == torch.float32, torch.are_deterministic_algorithms_enabled())
 
 
 def cpu_rates() -> Gpu:
-    """A CPU: nothing is capped and nothing recorded, so its rates decide nothing."""
+    """A CPU in place of a GPU: it has no memory limit and no graphs, so its rates decide nothing."""
     return Gpu("CPU", 0, (0, 0), 1e11, 1e11, 1e10, 1e10)
 
 
 def free_host_bytes() -> int:
-    """Host memory that this process may still take, less a tenth: its share of the machine's, or of its container's."""
+    """Host memory that this process may pin: its share of 0.9 of what is free on the machine, or in its container.
+
+    Local processes have equal shares. Unlimited where neither can be read.
+    """
     free = []
     with suppress(OSError, ValueError):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -113,18 +140,22 @@ def free_host_bytes() -> int:
     return int(0.9 * min(free)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if free else 2**62
 
 
-def _rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float, float]:
-    """(FLOP/s, bytes/s of memory, bytes/s of the bus): the best of five of each, and 0.85 of it."""
+def _measured_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float, float]:
+    """(FLOP/s, bytes/s of memory, bytes/s of the bus), each MEASURED_SHARE of the best of five tries."""
     a = torch.randn(2048, 2048, device=device).to(dtype)
     host = torch.empty(2**25, dtype=torch.uint8, pin_memory=True)
     near, far = (torch.empty(2**25, dtype=torch.uint8, device=device) for _ in "ab")
-    product = _best(lambda: torch.mm(a, a))
-    moved = _best(lambda: far.copy_(near))
-    fetched = _best(lambda: near.copy_(host, non_blocking=True))
-    return 0.85 * 2 * 2048**3 / product, 0.85 * 2 * 2**25 / moved, 0.85 * 2**25 / fetched
+    product = _best_seconds(lambda: torch.mm(a, a))
+    moved = _best_seconds(lambda: far.copy_(near))
+    fetched = _best_seconds(lambda: near.copy_(host, non_blocking=True))
+    return (
+        MEASURED_SHARE * 2 * 2048**3 / product,
+        MEASURED_SHARE * 2 * 2**25 / moved,
+        MEASURED_SHARE * 2**25 / fetched,
+    )
 
 
-def _best(action: Callable[[], torch.Tensor]) -> float:
+def _best_seconds(action: Callable[[], torch.Tensor]) -> float:
     best = math.inf
     for _ in range(5):
         torch.cuda.synchronize()

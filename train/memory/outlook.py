@@ -1,4 +1,7 @@
-"""From a configuration to a training that runs: planned before weights are read, and tried before the first step."""
+"""A plan for a configuration, before weights are read; smaller ones if it runs out of memory; what to say if none fits.
+
+engine/plan.py is the plan itself, search.py how one is chosen, commands/forecast.py what `handloop plan` prints of it.
+"""
 
 import math
 from collections.abc import Iterator
@@ -11,6 +14,8 @@ import torch
 from train.batching import LengthStatistics, MicroBatchShape
 from train.config import Config
 from train.engine.plan import Plan, reference_plan
+from train.memory import cost
+from train.memory.candidate import Job
 from train.memory.gpus import Gpu, cpu_rates, detect_gpu
 from train.memory.search import Planner
 from train.memory.sizes import ModelSizes, model_sizes
@@ -19,35 +24,40 @@ from train.run.devices import compute_type, compute_type_at
 from train.run.exits import ExitCode, ExitWith
 
 GIB = 2**30
-SMALLER = 0.93  # of the last budget is planned with when a plan has run out of memory
-MOST_TRIES = 8
+SMALLER = 0.93  # share of the last plan's budget that the next is planned with, when a plan ran out of memory
+MAX_TRIES = 8  # smaller plans
 
 
-# sizes, or None and why the fused engine cannot run it; number of blocks
-Sketched = tuple[ModelSizes | None, str, int]
+@dataclass(frozen=True)
+class Sketched:
+    """What is known of a model without its weights."""
+
+    sizes: ModelSizes | None  # None: the fused engine cannot run it
+    reason: str  # why not; empty where it can
+    num_blocks: int
 
 
 @lru_cache(maxsize=4)
 def sketched_sizes(config: Config, device: torch.device, dtype: torch.dtype) -> Sketched:
-    """What is known of the model without its weights."""
+    """Sketches the model on the meta device; asked once for each of all GPUs, so the last few are remembered."""
     sketched = sketch(config, dtype)
     causal_lm: Any = sketched.get_base_model()
-    fused, reason = choose_engine(sketched, config, device)
-    sizes = model_sizes(causal_lm, config, on_gpu=device.type == "cuda") if fused else None
-    return sizes, reason, causal_lm.config.num_hidden_layers
+    is_fused, reason = choose_engine(sketched, config, device)
+    sizes = model_sizes(causal_lm, config, on_gpu=device.type == "cuda") if is_fused else None
+    return Sketched(sizes, reason, causal_lm.config.num_hidden_layers)
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """What is known of a run before its weights are read."""
+    """What is known of a run before its weights are read, and the plans that follow from it."""
 
     config: Config
     rows: LengthStatistics
     planner: Planner | None  # None: the reference engine, whose memory is not predicted
-    reason: str  # why it is not the fused one
-    budget: int | None  # bytes; None is no limit
+    reason: str  # why it is the reference engine; empty where it is not
+    budget: int | None  # bytes of GPU memory; None: no limit
     num_blocks: int
-    saved: MicroBatchShape | None  # of a run that is resumed
+    saved: MicroBatchShape | None  # the shape that a resumed run was started with
 
     @classmethod
     def of(
@@ -58,61 +68,61 @@ class Outlook:
         budget: int | None,
         saved: MicroBatchShape | None = None,
     ) -> "Outlook":
-        """Of a run on `device`."""
+        """For a run on `device`."""
         dtype = compute_type(config.model.dtype, device).dtype
-        card = detect_gpu(device, dtype) if device.type == "cuda" else cpu_rates()
-        return replace(cls._by(config, rows, card, sketched_sizes(config, device, dtype), budget), saved=saved)
+        gpu = detect_gpu(device, dtype) if device.type == "cuda" else cpu_rates()
+        return replace(cls._by(config, rows, gpu, sketched_sizes(config, device, dtype), budget), saved=saved)
 
     @classmethod
-    def on_card(cls, config: Config, card: Gpu, rows: LengthStatistics, budget: int) -> "Outlook":
-        """Of a run on a GPU that need not be here; raises ExitWith(BAD_INPUT) where it lacks the type asked for."""
-        compute = compute_type_at(config.model.dtype, card.capability)
-        card = card.computing(compute.name == "fp32", config.run.deterministic)
-        return cls._by(config, rows, card, sketched_sizes(config, torch.device("cuda"), compute.dtype), budget)
+    def on_gpu(cls, config: Config, gpu: Gpu, rows: LengthStatistics, budget: int) -> "Outlook":
+        """For a run on a GPU that need not be here; raises ExitWith(BAD_INPUT) where it lacks the type asked for."""
+        compute = compute_type_at(config.model.dtype, gpu.capability)
+        gpu = gpu.computing(compute.name == "fp32", config.run.deterministic)
+        return cls._by(config, rows, gpu, sketched_sizes(config, torch.device("cuda"), compute.dtype), budget)
 
     @classmethod
-    def _by(
-        cls, config: Config, rows: LengthStatistics, card: Gpu, sketched: Sketched, budget: int | None
-    ) -> "Outlook":
-        sizes, reason, num_blocks = sketched
-        planner = Planner(sizes, rows, config.batch, config.memory, card) if sizes else None
-        return cls(config, rows, planner, reason, budget, num_blocks, saved=None)
+    def _by(cls, config: Config, rows: LengthStatistics, gpu: Gpu, sketched: Sketched, budget: int | None) -> "Outlook":
+        sizes, planner = sketched.sizes, None
+        if sizes is not None:
+            planner = Planner(Job(sizes, rows, config.batch, gpu), config.memory)
+        return cls(config, rows, planner, sketched.reason, budget, sketched.num_blocks, saved=None)
 
     @property
     def num_tokens(self) -> float:
-        """Of an optimizer step, on average."""
+        """Mean tokens of an optimizer step."""
         return self.config.batch.accumulation * self.rows.mean_micro_batch
 
     def first_plan(self) -> Plan:
-        """The plan to begin with; raises ExitWith(BAD_INPUT) where the smallest is larger than the budget."""
+        """The plan to begin with; raises ExitWith(BAD_INPUT) where the smallest exceeds the budget."""
         if self.planner is None:
             return reference_plan(self.num_blocks, self.config.memory)
         plan = self.planner.best(self.budget, self.saved)
         if self.budget is None or plan.peak_bytes <= self.budget:
             return plan
-        if self.saved:  # of a larger card, or budget: the samples of a step stay
+        if self.saved:  # made for a larger GPU or budget: smaller micro-batches, with the same samples a step
             plan = self.planner.best(self.budget)
         if plan.peak_bytes > self.budget:
             raise ExitWith(ExitCode.BAD_INPUT, self.what_would_fit(plan))
         return plan
 
     def check_host(self, plan: Plan) -> None:
-        """Raises ExitWith(BAD_INPUT) where the plan would page-lock more memory than the host has."""
-        if self.planner is not None and plan.host_bytes > self.planner.host_room:
-            raise ExitWith(
-                ExitCode.BAD_INPUT,
-                f"the smallest plan page-locks {plan.host_bytes / GIB:.1f} GiB of host memory and "
-                f"{self.planner.host_room / GIB:.1f} GiB may be taken: {plan}\n"
-                "Free host memory, give --memory.budget more, or take a smaller base",
-            )
+        """Raises ExitWith(BAD_INPUT) where the plan would pin more host memory than is free."""
+        if self.planner is None or plan.host_bytes <= self.planner.job.gpu.max_host_bytes:
+            return
+        raise ExitWith(
+            ExitCode.BAD_INPUT,
+            f"the smallest plan pins {plan.host_bytes / GIB:.1f} GiB of host memory, and "
+            f"{self.planner.job.gpu.max_host_bytes / GIB:.1f} GiB may be pinned: {plan}\n"
+            "Free host memory, raise --memory.budget, or take a smaller base",
+        )
 
     def smaller_plans(self, plan: Plan) -> Iterator[Plan]:
-        """Plans that need less and less, when one has run out of memory."""
+        """Plans that need less and less memory, for when `plan` ran out of it."""
         if self.planner is None:
             yield from self._smaller_reference_plans(plan)
             return
         budget, saved = self.budget or 0, self.saved
-        for _ in range(MOST_TRIES):
+        for _ in range(MAX_TRIES):
             budget = int(min(budget, plan.peak_bytes or budget) * SMALLER)
             smaller = self.planner.best(budget, saved, len(plan.streamed))
             if smaller.peak_bytes >= plan.peak_bytes and saved:
@@ -135,14 +145,14 @@ class Outlook:
             yield replace(plan, merges=True, micro_batch_tokens=rows * longest)
 
     def what_would_fit(self, plan: Plan) -> str:
-        """Says that the smallest plan is too large, where its memory goes, and what would fit."""
+        """Tells that the smallest plan is too large, where its memory goes, and what would fit."""
         assert self.planner is not None
         assert self.budget is not None
         validated = self.rows.longest_validation
-        longest = f"\nthe longest sample of the validation has {validated:,} tokens" if validated else ""
+        longest = f"\nthe longest validation sample has {validated:,} tokens" if validated else ""
         parts = "\n".join(f"  {num_bytes / GIB:7.2f} GiB  {name}" for name, num_bytes in plan.parts if num_bytes)
         return (
-            f"{self.config.model.name_or_path} needs {plan.peak_bytes / GIB:.2f} GiB of GPU memory at least, and "
+            f"{self.config.model.name_or_path} needs at least {plan.peak_bytes / GIB:.2f} GiB of GPU memory, and "
             f"{self.budget / GIB:.2f} GiB may be used:\n{parts}{longest}\n{self.remedies(plan)}"
         )
 
@@ -150,7 +160,7 @@ class Outlook:
         """What would fit, where the smallest plan does not."""
         assert self.planner is not None
         assert self.budget is not None
-        found, adapters = [], dict(plan.parts)["adapters, gradients, optimizer"]
+        found, adapters = [], dict(plan.parts)[cost.ADAPTERS]
         if self.config.memory.offload == "none":
             found.append("--memory.offload auto, which streams weights")
         if length := self.planner.longest_row(self.budget):

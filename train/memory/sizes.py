@@ -1,4 +1,4 @@
-"""What a model takes, from its shape alone."""
+"""What a model takes, from its shape alone: the widths of a block and the bytes of weights, adapters and optimizer."""
 
 import math
 from dataclasses import dataclass
@@ -13,59 +13,63 @@ from train.optim import OPTIMIZERS, state_bytes
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Widths of one decoder block in elements, and bytes of what stands on the device or may stand on the host."""
+    """Widths of one decoder block in elements, and bytes of what is kept on the device or the host for a whole run."""
 
     num_blocks: int
-    hidden: int
-    heads: int  # outputs of q_proj, k_proj and v_proj together
-    query: int  # inputs of o_proj
-    inner: int  # inputs of down_proj
-    extra: int  # columns that the adapters add to a product, at most
-    normed_qk: int  # of `heads`, those that are kept before their norms too (Qwen3)
+    hidden: int  # width of the residual stream
+    qkv: int  # outputs of q_proj, k_proj and v_proj together
+    query: int  # outputs of q_proj, inputs of o_proj
+    intermediate: int  # width of the MLP: inputs of down_proj
+    padded_rank: int  # columns that adapters add to a product: the largest of a block's four groups
+    normed_qk: int  # the part of `qkv` that is also kept before its norms (Qwen3's queries and keys); 0 elsewhere
     has_dropout: bool
     element_bytes: int  # of the compute type
-    matrix_bytes: int  # one block's weights in the compute type, with the adapters' columns
+    matrix_bytes: int  # one block's dequantised weights, with the adapters' columns
     packed_bytes: int  # one block's frozen linear weights as they are stored
     norm_bytes: int  # norms and biases of all blocks, and the last norm
     embedding_bytes: int  # 0 where the head shares it
     embedding_on_host: bool
     head_bytes: int
-    chunk_bytes: int  # logits of one chunk of the head, with what is computed of them
+    chunk_bytes: int  # logits of one chunk of the head
     vocabulary: int
-    adapter_bytes: int  # fp32 adapters and their gradients, and what of the optimizer's state is not paged
-    paged_bytes: int  # the optimizer's state where it is: in host memory when the card is full
+    adapter_bytes: int  # fp32 adapters and their gradients, and optimizer state that is not paged
+    paged_bytes: int  # optimizer state that moves to host memory when the GPU is full
 
 
 def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
-    """What train.plan counts with, of a model that need have no weights; raises AttributeError for other families."""
-    block = Block(causal_lm.base_model.layers[0], 0)
+    """The sizes of a model with adapters, which may be on the meta device: no weights are read.
+
+    Raises AttributeError for families that the fused engine does not know.
+    """
+    layers = causal_lm.base_model.layers
+    block = Block(layers[0], 0)
     embedding, head = causal_lm.get_input_embeddings().weight, causal_lm.get_output_embeddings().weight
-    trained = [p for p in causal_lm.parameters() if p.requires_grad]
-    linears = {id(layer.weight) for one in causal_lm.base_model.layers for layer in linear_layers(one)}
+    trained = [parameter for parameter in causal_lm.parameters() if parameter.requires_grad]
+    linears = {id(linear.weight) for layer in layers for linear in linear_layers(layer)}
     others = {id(embedding), id(head), *linears, *map(id, trained)}
-    small = sum(p.numel() * p.element_size() for p in causal_lm.parameters() if id(p) not in others)
-    element = head.element_size()
+    norms = [parameter for parameter in causal_lm.parameters() if id(parameter) not in others]
+    element_bytes = head.element_size()
+    is_tied = head is embedding
     state = state_bytes(trained, config.optim)
     is_paged = OPTIMIZERS[config.optim.name].is_paged
-    is_tied = head is embedding
     return ModelSizes(
-        num_blocks=len(causal_lm.base_model.layers),
+        num_blocks=len(layers),
         hidden=block.qkv.num_inputs,
-        heads=block.qkv.num_outputs,
+        qkv=block.qkv.num_outputs,
         query=block.o.num_inputs,
-        inner=block.down.num_inputs,
-        extra=max(group.padded_rank for group in block.groups),
+        intermediate=block.down.num_inputs,
+        padded_rank=max(group.padded_rank for group in block.groups),
         normed_qk=block.qkv.rows[1].stop if block.head_norms else 0,
         has_dropout=block.dropout > 0,
-        element_bytes=element,
-        matrix_bytes=element * sum(math.prod(group.shape) for group in block.groups),
-        packed_bytes=sum(packed_bytes(layer) for layer in linear_layers(causal_lm.base_model.layers[0])),
-        norm_bytes=small,
-        embedding_bytes=0 if is_tied else embedding.numel() * element,
+        element_bytes=element_bytes,
+        matrix_bytes=element_bytes * sum(math.prod(group.shape) for group in block.groups),
+        packed_bytes=sum(packed_bytes(linear) for linear in linear_layers(layers[0])),
+        norm_bytes=sum(parameter.numel() * parameter.element_size() for parameter in norms),
+        embedding_bytes=0 if is_tied else embedding.numel() * element_bytes,
         embedding_on_host=on_gpu and not is_tied,
-        head_bytes=head.numel() * element,
+        head_bytes=head.numel() * element_bytes,
         chunk_bytes=CHUNK_BYTES,
         vocabulary=head.shape[0],
-        adapter_bytes=8 * sum(p.numel() for p in trained) + (0 if is_paged else state),
+        adapter_bytes=8 * sum(parameter.numel() for parameter in trained) + (0 if is_paged else state),
         paged_bytes=state if is_paged else 0,
     )

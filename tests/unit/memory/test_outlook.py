@@ -1,0 +1,93 @@
+"""What is said, and planned next, when a configuration does not fit."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from tests.unit.memory.examples import GIB, H200, LONG, SHORT, planner_for
+from train.batching import LengthStatistics
+from train.config import BatchConfig, Config, LoraConfig, MemoryConfig, ModelConfig
+from train.memory.outlook import Outlook
+from train.run.exits import ExitWith
+
+
+@pytest.fixture(scope="session")
+def llama_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the shape of Llama-3.1-8B."""
+    folder = tmp_path_factory.mktemp("llama_8b")
+    LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131_072,
+        tie_word_embeddings=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_what_would_fit_instead(config: Config, llama_8b: Path) -> None:
+    """An 8B with rows of 100,000 tokens in 4 GiB: refused before a weight is read, with a length that would fit."""
+    config = replace(config, model=ModelConfig(str(llama_8b), dtype="bf16"), memory=MemoryConfig())
+    rows = LengthStatistics((100_000,), 100_000, 0, 100_000)
+    ahead = Outlook.on_gpu(config, H200, rows, 4 * GIB)
+    with pytest.raises(ExitWith, match=r"What would fit: --data\.max_length \d+") as error:
+        ahead.first_plan()
+    length = int(str(error.value.reason).split("--data.max_length ")[1].split(",")[0])
+    fits = Outlook.on_gpu(config, H200, LengthStatistics((length,), length, 0, length), 4 * GIB)
+    assert fits.first_plan().peak_bytes <= 4 * GIB
+    assert length > 2048
+
+
+@pytest.mark.parametrize(
+    ("offload", "gib", "r", "remedies"),
+    [
+        ("none", 2, 8, {"--memory.offload auto"}),
+        ("auto", 2, 8, set()),
+        ("auto", 3, 128, {"a lower --lora.r"}),
+    ],
+)
+def test_remedies_are_those_that_help(
+    offload: Any, gib: int, r: int, remedies: set[str], config: Config, llama_8b: Path
+) -> None:
+    """Streaming where it was forbidden, a lower rank where adapters are the matter, a budget where one was set."""
+    memory = MemoryConfig(offload=offload, budget=f"{gib}GiB")
+    asked = replace(config, model=ModelConfig(str(llama_8b), dtype="bf16"), memory=memory)
+    ahead = Outlook.on_gpu(replace(asked, lora=LoraConfig(r=r)), H200, LONG, gib * GIB)
+    with pytest.raises(ExitWith, match="What would fit") as error:
+        ahead.first_plan()
+    told = {each for each in ("--memory.offload auto", "a lower --lora.r") if each in error.value.reason}
+    assert told == remedies
+    assert "a larger --memory.budget" in error.value.reason
+
+
+def test_a_resumed_run_on_a_smaller_gpu_takes_smaller_micro_batches(config: Config) -> None:
+    """Micro-batches are kept where they fit and given up where not; nobody is told to change the data."""
+    planner = planner_for(SHORT, BatchConfig(2, 16))
+    ahead = Outlook(config, SHORT, planner, "", None, 32, None)
+    started = replace(ahead, budget=130 * GIB).first_plan()
+    again = replace(ahead, budget=100 * GIB, saved=started.micro_batch_shape).first_plan()
+    assert again.micro_batch_tokens == started.micro_batch_tokens > 4000
+    small = replace(ahead, budget=int(2.6 * GIB), saved=started.micro_batch_shape).first_plan()
+    assert small.micro_batch_tokens < started.micro_batch_tokens
+    assert small.peak_bytes <= int(2.6 * GIB)
+
+
+def test_host_memory_is_planned_too() -> None:
+    """A host with little memory streams fewer blocks; one that has too little for any plan is told before loading."""
+    gpu: Any = replace(H200, max_host_bytes=2 * GIB)
+    rich_planner, planner = (planner_for(LONG, BatchConfig(1, 4, merge="off"), gpu=each) for each in (H200, gpu))
+    rich = rich_planner.best(6 * GIB)
+    assert len(rich.streamed) > 8
+    poor = planner.best(6 * GIB)
+    assert poor.host_bytes <= 2 * GIB < rich.host_bytes
+    assert poor.peak_bytes <= 6 * GIB
+    config: Any = None  # not looked at
+    ahead = Outlook(config, LONG, planner, "", 3 * GIB, 32, None)
+    with pytest.raises(ExitWith, match=r"GiB of host memory, and 2\.0 GiB may be pinned"):
+        ahead.check_host(ahead.first_plan())

@@ -1,0 +1,179 @@
+"""The plan fits the budget, spends what is left, and keeps the micro-batches that a resumed run was started with."""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+
+from tests.conftest import training_of
+from tests.unit.memory.examples import GIB, H200, LLAMA_8B, LONG, PACKED, SHORT, first_candidate, planned, planner_for
+from train.batching import LengthStatistics, MicroBatchShape
+from train.checkpoints.resume import layout, saved_shape
+from train.config import BatchConfig, Config, MemoryConfig
+from train.memory.cost import peak
+from train.memory.search import MARGIN, MLP_TILE
+from train.memory.time import step_seconds
+
+
+def test_more_memory_is_never_slower() -> None:
+    """From 4 to 130 GiB the predicted time of a step does not rise, and every plan fits."""
+    plans = [planned(PACKED, BatchConfig(4, 4), gib) for gib in range(4, 131, 3)]
+    for gib, plan in zip(range(4, 131, 3), plans, strict=True):
+        assert plan.peak_bytes <= MARGIN * gib * GIB
+    for less, more in pairwise(plans):
+        assert more.seconds <= less.seconds
+    assert plans[0].streamed
+    assert not plans[-1].streamed
+    assert plans[-1].num_kept == plans[-1].num_cached == 32
+    assert any(0 < plan.num_cached < 32 for plan in plans)
+    assert any(1 < plan.num_kept < 32 for plan in plans)
+
+
+def test_8b_in_four_gib_is_streamed_and_in_three_its_inputs_leave_too() -> None:
+    """2,048 tokens at a time: in 4 GiB most blocks are streamed, in less almost all, and block inputs are offloaded."""
+    four = planned(LONG, BatchConfig(1, 4, merge="off"), 4)
+    assert 16 <= len(four.streamed) <= 32
+    assert four.micro_batch_tokens == 2048
+    three = planned(LONG, BatchConfig(1, 4, merge="off"), 3)
+    assert len(three.streamed) >= 28
+    assert three.offloads_inputs
+    assert three.peak_bytes <= MARGIN * 3 * GIB
+    assert four.host_bytes > 2 * GIB
+
+
+def test_tiles_are_for_rows_that_do_not_fit_without() -> None:
+    """In 4 GiB 8,000 tokens go through the MLPs at once, 13,000 in tiles, and 20,000 do not fit."""
+    for length, tile in ((8000, 0), (13_000, MLP_TILE)):
+        plan = planned(LengthStatistics((length,), length, 0, length), BatchConfig(1, 4), 4)
+        assert plan.mlp_tile == tile
+        assert plan.peak_bytes <= MARGIN * 4 * GIB
+    assert planned(LengthStatistics((20_000,), 20_000, 0, 20_000), BatchConfig(1, 4), 4).peak_bytes > 4 * GIB
+    planner = planner_for(LONG, BatchConfig(1, 4), sizes=replace(LLAMA_8B, chunk_bytes=2**20))
+    whole, wide, narrow = (first_candidate(planner, 2000, mlp_tile=tile) for tile in (0, 1024, 128))
+    assert peak(planner.job, whole) > peak(planner.job, wide) > peak(planner.job, narrow)
+    one, other = (step_seconds(planner.job, replace(each, uses_graphs=True)) for each in (whole, wide))
+    assert one < other  # kept blocks compute gate and up again
+    short = planned(LengthStatistics((900,), 900, 0, 900), BatchConfig(1, 4), 1)  # does not fit either, and is one tile
+    assert short.mlp_tile == 0
+
+
+def test_a_small_model_is_not_streamed() -> None:
+    """A sixteenth of the weights in 4 GiB: nothing is streamed, and that is said."""
+    small = replace(LLAMA_8B, packed_bytes=7_000_000, matrix_bytes=28_000_000, head_bytes=131_072_000, hidden=2048)
+    plan = planner_for(LONG, BatchConfig(1, 16), sizes=small).best(4 * GIB)
+    assert plan.streamed == ()
+    assert "all weights are on the GPU, nothing is streamed" in str(plan)
+
+
+def test_a_step_of_short_samples_is_one_micro_batch() -> None:
+    """2 x 4 short samples are merged where memory allows, never when that is off, and never beyond what helps."""
+    roomy = planned(SHORT, BatchConfig(2, 4), 100)
+    assert roomy.merges
+    assert 4 * 334 < roomy.micro_batch_tokens <= 4 * 900
+    literal = planned(SHORT, BatchConfig(2, 4, merge="off"), 100)
+    assert not literal.merges
+    assert literal.micro_batch_tokens == 900
+    assert planned(PACKED, BatchConfig(4, 16), None).micro_batch_tokens <= 16384
+
+
+def test_a_micro_batch_that_is_too_large_is_split() -> None:
+    """Four rows of 2,048 tokens at once do not fit in 3 GiB; fewer do, unless merging is off."""
+    plan = planned(PACKED, BatchConfig(4, 4), 3)
+    assert plan.micro_batch_tokens < 8192
+    assert plan.peak_bytes <= MARGIN * 3 * GIB
+    assert planned(PACKED, BatchConfig(4, 4, merge="off"), 3).peak_bytes > 3 * GIB
+
+
+@pytest.mark.parametrize(("checkpointing", "kept"), [("full", 1), ("none", 32), (0, 32), (8, 24), (31, 1), (99, 1)])
+def test_what_is_asked_for_is_done(checkpointing: Any, kept: int) -> None:
+    """full, none and a number of blocks hold whatever memory there is; the last block is always kept."""
+    for gib in (6, 130):
+        assert planned(PACKED, BatchConfig(4, 4), gib, MemoryConfig(checkpointing=checkpointing)).num_kept == kept
+
+
+@pytest.mark.parametrize(("offload", "streamed"), [("none", 0), ("stream", 32)])
+def test_streaming_can_be_forbidden_and_demanded(offload: Any, streamed: int) -> None:
+    """Whatever memory there is; without it nothing goes to the host, not even inputs."""
+    for gib in (3, 130):
+        plan = planned(LONG, BatchConfig(1, 4), gib, MemoryConfig(offload=offload))
+        assert len(plan.streamed) == streamed
+        assert offload == "stream" or not plan.offloads_inputs
+
+
+def test_a_resumed_run_keeps_its_micro_batches() -> None:
+    """Whatever is free now, micro-batches hold what they held: sums would be rounded in another order otherwise."""
+    for gib in (3, 20, 130):
+        plan = planner_for(SHORT, BatchConfig(2, 4)).best(gib * GIB, MicroBatchShape(1234))
+        assert (plan.micro_batch_tokens, plan.merges) == (1234, True)
+
+
+def test_a_resumed_run_keeps_its_tiles(config: Config) -> None:
+    """What a checkpoint says of a step's micro-batches; other layouts, or nothing saved, begin anew."""
+    planner = planner_for(LONG, BatchConfig(1, 4))
+    for saved in (MicroBatchShape(2048, 1024), MicroBatchShape(2048)):
+        assert planner.best(100 * GIB, saved).micro_batch_shape == saved
+    training = training_of(config, Accelerator(cpu=True))
+    tiled = replace(training, plan=replace(training.plan, micro_batch_tokens=96, mlp_tile=32))
+    checkpoint: Any = SimpleNamespace(state=SimpleNamespace(layout=layout(tiled)))
+    assert saved_shape(checkpoint, training.data, config.batch.merge) == MicroBatchShape(96, 32)
+    assert saved_shape(None, training.data, config.batch.merge) is None
+    del checkpoint.state.layout["tokens in a tile"]  # an older checkpoint
+    assert saved_shape(checkpoint, training.data, config.batch.merge) == MicroBatchShape(96)
+    checkpoint.state.layout["processes"] = 2
+    assert saved_shape(checkpoint, training.data, config.batch.merge) is None
+
+
+def test_graphs_are_for_gpus_that_wait_for_their_host() -> None:
+    """A short micro-batch is captured on an H200, not on a GPU that computes longer than the host launches."""
+    slow: Any = replace(H200, flops=1e13, bandwidth=2e11)
+    for gpu, graphs in ((H200, True), (slow, False)):
+        plan = planner_for(SHORT, BatchConfig(2, 4), gpu=gpu).best(24 * GIB)
+        assert plan.uses_graphs == graphs
+        assert (plan.graph_bytes > 0) == (plan.eager_bytes > 0) == graphs
+        assert plan.graph_bytes + plan.eager_bytes < plan.peak_bytes
+
+
+def test_captured_micro_batches_are_as_long_as_they_are_padded() -> None:
+    """The room of padding holds samples; a step of padding fewer is tried too, where it holds the longest row."""
+    for longest, given in ((500, 0), (1250, 0), (500, 1281)):
+        rows = replace(SHORT, longest=(longest, longest + 400))
+        planner = planner_for(rows, BatchConfig(2, 4))
+        eager, captured = (
+            [n for n, graphs in planner._micro_batches(given) if graphs == wanted] for wanted in (False, True)
+        )
+        if given:
+            assert eager == captured == [given]
+            continue
+        assert len(eager) < len(captured)
+        assert all(n % 128 == 0 and n >= longest for n in captured)
+        for tokens in eager:
+            padded = math.ceil(tokens / 128) * 128
+            assert (padded in captured) == (padded <= 4096)
+            assert padded - 128 in captured or padded - 128 < longest
+    as_configured = planner_for(SHORT, BatchConfig(2, 4, merge="off"))
+    assert list(as_configured._micro_batches(0)) == [(900, False), (900, True)]
+
+
+def test_a_validation_s_longer_sample_goes_in_tiles_where_it_must() -> None:
+    """A sample of 14,000 tokens can be validated in 4 GiB whatever is trained on; beyond, the longest is told."""
+    rows = replace(LONG, longest=(512,), mean_micro_batch=200, deviation=50, mean_length=200)
+    plans = [planned(replace(rows, longest_validation=n), BatchConfig(1, 4), 4) for n in (0, 2000, 14_000)]
+    assert [plan.mlp_tile for plan in plans] == [0, 0, 1024]
+    assert plans[2].peak_bytes <= 4 * GIB
+    assert plans[2].micro_batch_shape.mlp_tile == 1024  # which a resumed run keeps
+    planner = planner_for(replace(rows, longest_validation=40_000), BatchConfig(1, 4))
+    assert planner.best(4 * GIB).peak_bytes > 4 * GIB
+    assert 14_000 < planner.longest_row(4 * GIB) < 20_000
+
+
+def test_streaming_that_is_not_needed_is_called_so() -> None:
+    """In 12 GiB an 8B would fit without, in 4 it would not."""
+    for gib, is_needed in ((4, True), (12, False)):
+        plan = planned(LONG, BatchConfig(1, 4), gib)
+        assert plan.streamed
+        assert plan.needs_host == is_needed
+        assert ("it would fit without" in str(plan)) != is_needed

@@ -1,0 +1,155 @@
+"""The longest micro-batch is tried before the first step, and what runs out of memory is planned smaller."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from data_tools.prepare import prepare
+from tests.conftest import arguments, training_of
+from train import assemble as assembling
+from train import main as command
+from train.assemble import fitted
+from train.batching import LengthStatistics
+from train.config import BatchConfig, Config, EngineConfig, LoraConfig
+from train.data import hold_out, prepare_settings
+from train.engine.plan import Plan
+from train.memory import cost, outlook
+from train.memory.outlook import Outlook
+from train.models.tokenizer import load_tokenizer
+from train.run.exits import ExitCode, ExitWith
+from train.step import optimizer_step
+
+
+class FailingGpu:
+    """Stands for a GPU that is out of memory the first `failures` times that the longest micro-batch is tried."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures = failures
+        self.tried: list[Plan] = []
+
+    def runs(self, training: Any, plan: Plan, longest_validation: int) -> bool:
+        self.tried.append(plan)
+        return len(self.tried) > self.failures
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, gpu: FailingGpu) -> None:
+    """Makes `fitted` believe that there is one."""
+    monkeypatch.setattr(assembling, "_runs", gpu.runs)
+    monkeypatch.setattr(assembling, "_is_gpu", lambda training: True)
+
+
+def test_out_of_memory_is_answered_by_smaller_plans(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three failures: each next plan needs less, blocks move to the host, and the step is the same as without."""
+    config = replace(config, engine=EngineConfig(kind="fused"), lora=LoraConfig(r=4, alpha=8))
+    wanted = [optimizer_step(training_of(config, Accelerator(cpu=True)), 0).loss]
+    training = training_of(config, Accelerator(cpu=True))
+    gpu = FailingGpu(failures=3)
+    on_a_gpu(monkeypatch, gpu)
+    monkeypatch.setattr(cost, "CUBLAS_BYTES", 0)  # more than the whole of so small a model
+    rows = training.data.length_statistics()
+    largest = Outlook.of(config, torch.device("cpu"), rows, 10**12).first_plan()
+    ahead = Outlook.of(config, torch.device("cpu"), rows, largest.peak_bytes)
+    found = fitted(replace(training, plan=ahead.first_plan()), ahead)
+    peaks = [plan.peak_bytes for plan in gpu.tried]
+    assert peaks == sorted(peaks, reverse=True)
+    assert len(set(peaks)) == 4
+    assert found.plan == gpu.tried[-1]
+    assert [optimizer_step(found, 0).loss] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_run_plans_for_the_longest_sample_of_its_validation(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """train/main.py looks it up in what is held out."""
+    config = replace(config, data=replace(config.data, validation_fraction=0.2))
+    tokenizer = load_tokenizer(config).backend
+    prepared = prepare(prepare_settings(config, config.data.path), tokenizer)
+    seen: list[LengthStatistics] = []
+
+    def look(_: Any, __: Any, rows: LengthStatistics, *___: Any) -> None:
+        seen.append(rows)
+        raise ExitWith(ExitCode.INTERRUPTED, "seen")
+
+    monkeypatch.setattr(outlook.Outlook, "of", look)
+    for each in (config, replace(config, data=replace(config.data, validation_fraction=0.0))):
+        assert command.main(arguments(each)) == ExitCode.INTERRUPTED
+    held_out = hold_out(config, prepared, tokenizer)[1]
+    assert held_out is not None
+    assert [rows.longest_validation for rows in seen] == [max(held_out["num_tokens"]), 0]
+
+
+@pytest.mark.parametrize("kind", ["fused", "reference"])
+def test_a_validation_s_longer_sample_is_tried(kind: Any, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before training, where it is longer than any trained on; where it does not fit, a smaller plan is taken."""
+    config = replace(config, engine=EngineConfig(kind=kind), batch=BatchConfig(2, 2))
+    training = training_of(config, Accelerator(cpu=True))
+    longest = max(training.data.num_tokens)
+    monkeypatch.setattr(assembling, "_is_gpu", lambda training: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    tried: list[tuple[int, ...]] = []
+
+    def look(_: Any, arguments: Any) -> None:
+        shape = tuple(arguments[0].input_ids.shape)
+        if not torch.is_grad_enabled():
+            tried.append(shape)
+            if len(tried) == 1:
+                raise torch.OutOfMemoryError
+
+    training.model.register_forward_pre_hook(look)
+    rows = training.data.length_statistics()
+    monkeypatch.setattr(cost, "CUBLAS_BYTES", 0)  # more than the whole of so small a model
+    budget = Outlook.of(config, torch.device("cpu"), rows, 10**12).first_plan().peak_bytes
+    plain = Outlook.of(config, torch.device("cpu"), rows, budget)
+    training = replace(training, plan=plain.first_plan())
+    assert fitted(training, plain).plan == training.plan
+    assert tried == []
+    longer = replace(plain, rows=replace(rows, longest_validation=longest + 7))
+    found = fitted(training, longer)
+    assert len(tried) == 2
+    assert set(tried) == {(1 if kind == "fused" else 2, longest + 7)}
+    assert found.plan != training.plan
+    assert not any(leaf.grad is not None and leaf.grad.any() for leaf in training.flat.leaves)
+
+
+def test_the_reference_engine_takes_smaller_micro_batches(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It recomputes first, then takes fewer rows at a time; the step's loss stays."""
+    wanted = optimizer_step(training_of(config, Accelerator(cpu=True)), 0).loss
+    training = training_of(config, Accelerator(cpu=True))
+    gpu = FailingGpu(failures=2)
+    on_a_gpu(monkeypatch, gpu)
+    ahead = Outlook.of(config, torch.device("cpu"), training.data.length_statistics(), None)
+    found = fitted(training, ahead)
+    assert [plan.num_kept for plan in gpu.tried] == [2, 0, 0]
+    longest = max(found.data.num_tokens)
+    sizes = [batch.input_ids.numel() for batch in found.data.batch(0, found.plan).micro_batches]
+    assert len(sizes) > 4
+    assert max(sizes) <= longest
+    assert optimizer_step(found, 0).loss == pytest.approx(wanted, rel=1e-5)
+
+
+def test_when_nothing_smaller_is_left_that_is_said(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clear end before training instead of one at step 3,000."""
+    training = training_of(config, Accelerator(cpu=True))
+    on_a_gpu(monkeypatch, FailingGpu(failures=99))
+    ahead = Outlook.of(config, torch.device("cpu"), training.data.length_statistics(), None)
+    with pytest.raises(ExitWith, match="out of memory at the longest pass"):
+        fitted(training, ahead)
+
+
+def test_the_longest_micro_batch_is_the_longest(config: Config) -> None:
+    """Of packed rows on the reference engine all rows count; padding makes it no longer than the plan."""
+    packed = replace(config, data=replace(config.data, packing=True), batch=BatchConfig(4, 2))
+    training = training_of(packed, Accelerator(cpu=True))
+    longest = assembling.longest_pass(training, training.plan)
+    steps = [training.data.batch(step, training.plan) for step in range(training.data.steps_per_epoch)]
+    assert longest.input_ids.numel() >= max(each.input_ids.numel() for step in steps for each in step.micro_batches)
+    data = training.data
+    data.num_tokens = [1000] * 6
+    for total in (6000, 6144, 7000, 1000):
+        plan = Plan(True, True, total, num_blocks=2, num_kept=2, uses_graphs=True, num_samples=40)
+        longest = assembling.longest_pass(training, plan)
+        assert longest.input_ids.numel() <= max(total, 1024)
+        assert longest.cu_seqlens is not None
+        assert len(longest.cu_seqlens) == 41
+        assert longest.cu_seqlens[-1] == longest.input_ids.numel()

@@ -1,0 +1,64 @@
+"""What a plan is searched for, and one combination of what can be chosen."""
+
+from dataclasses import dataclass
+
+from train.batching import LengthStatistics
+from train.config import BatchConfig
+from train.engine.plan import padded
+from train.memory.gpus import Gpu
+from train.memory.sizes import ModelSizes
+from train.run.devices import FLASH, TRITON
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is given: a model, the lengths of its data, how the step is configured, and the GPU."""
+
+    sizes: ModelSizes
+    rows: LengthStatistics
+    batch: BatchConfig
+    gpu: Gpu
+
+    @property
+    def has_flash(self) -> bool:
+        """Whether attention takes grouped heads as they are and keeps nothing but its output."""
+        return self.gpu.capability >= FLASH and self.sizes.element_bytes == 2
+
+    @property
+    def has_triton(self) -> bool:
+        """Whether our kernels run; a CPU counts as if, since its memory is not planned."""
+        return self.gpu.capability >= TRITON or not self.gpu.memory_bytes
+
+    def num_samples(self, tokens: int) -> int:
+        """Samples in a micro-batch of `tokens` that memory is counted for."""
+        return self.rows.num_samples(1 if self.batch.merge == "off" else self.batch.accumulation, tokens)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is chosen: one way to execute the job, whose memory (cost.py) and time (time.py) are predicted."""
+
+    tokens: int  # the largest micro-batch
+    num_micro_batches: float  # expected, of a step
+    mean_tokens: float  # of a micro-batch
+    num_streamed: int  # blocks whose packed weights come from pinned host memory
+    offloads: bool  # inputs of recomputed blocks wait in pinned host memory
+    uses_graphs: bool
+    mlp_tile: int = 0  # tokens that go through an MLP at once; 0: all
+    num_kept: int = 1  # blocks that keep their activations, the last ones
+    num_cached: int = 0  # blocks that keep their dequantised weights, the first ones
+
+    @property
+    def uses_host(self) -> bool:
+        """Whether each micro-batch copies something to or from pinned host memory."""
+        return self.offloads or self.num_streamed > 0
+
+    @property
+    def width(self) -> int:
+        """Tokens of the largest micro-batch as it runs: graphs pad it."""
+        return padded(self.tokens) if self.uses_graphs else self.tokens
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether the largest micro-batch goes through an MLP in more than one tile."""
+        return 0 < self.mlp_tile < self.tokens

@@ -1,0 +1,244 @@
+"""Bytes of a candidate: one function a term of the GPU's peak, and the pinned host memory.
+
+T is the tokens of the largest micro-batch as it runs (`Candidate.width`), H, N, Q, F, R are `hidden`, `qkv`, `query`,
+`intermediate`, `padded_rank` of a block, e is `element_bytes`. Tensors are those of engine/block.py (Activations,
+Block.backward) and engine/stack.py. The peak is the head, or the backward pass of the last block, while everything that
+is kept for the backward pass is there; or a validation sample much longer than what is trained on.
+"""
+
+from train.engine.copies import host_bytes as pinned_bytes
+from train.engine.plan import NUM_SLOTS, padded
+from train.memory.candidate import Candidate, Job
+from train.memory.sizes import ModelSizes
+
+CUBLAS_BYTES = 2**26  # bytes of cuBLAS's workspaces (measured: 32 to 100 MiB)
+FP32_BYTES = 4
+MIN_HEAD_SIZE = 64  # elements of an attention head, at least
+SMALL_TENSOR_BYTES = 2**20  # up to this size torch's allocator takes a tensor from segments of their own
+DQ_ROWS = 128  # rows of fp32 dQ that the flash backward kernels add for each sample
+EMPTY_SAMPLES = 8  # samples without tokens that a graph may have beside its own, at most (engine.graphs.pad)
+INPUTS_IN_FLIGHT = 3  # block inputs on the GPU while they are copied to the host or back, at most (hidden_store.py)
+
+
+def packed_weights(job: Job, c: Candidate) -> int:
+    """Frozen weights of the blocks that are not streamed, as they are stored, and all norms."""
+    return (job.sizes.num_blocks - c.num_streamed) * job.sizes.packed_bytes + job.sizes.norm_bytes
+
+
+def streaming_slots(job: Job, c: Candidate) -> int:
+    """A slot holds the packed weights of one streamed block."""
+    return min(NUM_SLOTS, c.num_streamed) * job.sizes.packed_bytes
+
+
+def dequantised_weights(job: Job, c: Candidate) -> int:
+    """One block's matrices for each cached block, and one set that the other blocks share."""
+    return min(c.num_cached + 1, job.sizes.num_blocks) * job.sizes.matrix_bytes
+
+
+def head_weights(job: Job, c: Candidate) -> int:
+    """The head is not quantised."""
+    return job.sizes.head_bytes
+
+
+def embedding(job: Job, c: Candidate) -> int:
+    """The embedding, where the GPU does not read it from pinned host memory."""
+    return 0 if job.sizes.embedding_on_host else job.sizes.embedding_bytes
+
+
+def adapters(job: Job, c: Candidate) -> int:
+    """fp32 adapters, gradients, and optimizer state that is not paged."""
+    return job.sizes.adapter_bytes
+
+
+def block_inputs(job: Job, c: Candidate) -> int:
+    """x [T, H] of every block, or of kept blocks and those in flight; and down_proj's X A^T [T, R] of every block."""
+    s = job.sizes
+    num_inputs = s.num_blocks
+    if c.offloads:
+        num_inputs = c.num_kept + min(INPUTS_IN_FLIGHT, s.num_blocks - c.num_kept)
+    return c.width * s.element_bytes * (num_inputs * s.hidden + s.num_blocks * s.padded_rank)
+
+
+def kept_activations(job: Job, c: Candidate) -> int:
+    """What the backward pass of every kept block reads, beside its input."""
+    return c.width * c.num_kept * _kept_per_token(job, c)
+
+
+def _kept_per_token(job: Job, c: Candidate) -> int:
+    s = job.sizes
+    width = s.hidden + s.padded_rank  # `normed`
+    width += s.qkv + s.padded_rank + s.normed_qk  # `heads`, `raw_heads`
+    width += s.query + s.padded_rank  # `attended`, `low`
+    width += s.hidden  # `middle`
+    width += s.hidden + s.padded_rank  # `middle_normed`
+    width += _gate_up_kept(job, c)
+    if not job.has_flash:
+        width += 3 * s.query  # keys and values repeated for all heads, and the outputs of single samples
+    # fp32: attention's log-sum-exp a head, the norms' rstd a head (Qwen3) and two a token
+    scales = FP32_BYTES * (s.query + s.normed_qk) // MIN_HEAD_SIZE + 2 * FP32_BYTES
+    return s.element_bytes * width + scales
+
+
+def _gate_up(s: ModelSizes) -> int:
+    """`gate_up` [T, 2 F + R], elements a token."""
+    return 2 * s.intermediate + s.padded_rank
+
+
+def _gate_up_kept(job: Job, c: Candidate) -> int:
+    """As `_gate_up`; a tiled MLP keeps none of it and computes it again."""
+    return 0 if c.is_tiled else _gate_up(job.sizes)
+
+
+def working_memory(job: Job, c: Candidate) -> int:
+    """What is there for moments: head, backward pass of a block, validation; and what libraries take."""
+    fixed = CUBLAS_BYTES + without_triton(job)
+    if c.uses_graphs:  # nothing else can use a graph's memory
+        return eager_bytes(job, c) + block_backward(job, c) + fixed
+    # a validation runs when everything that training keeps is gone
+    validation = validation_bytes(job, job.rows.longest_validation, c.mlp_tile)
+    validation -= block_inputs(job, c) + kept_activations(job, c)
+    return max(head_bytes(job, c.width), block_backward(job, c), validation) + fixed
+
+
+def head_bytes(job: Job, tokens: int) -> int:
+    """The stack's output, its supervised rows and their gradient [T, H] each, and a chunk of logits."""
+    s = job.sizes
+    chunk = min(s.chunk_bytes, tokens * s.vocabulary * s.element_bytes)
+    return tokens * s.element_bytes * 3 * s.hidden + chunk
+
+
+def block_backward(job: Job, c: Candidate) -> int:
+    """Gradients of the stack's output [T, H] and of the block's output [T, H + R], and what MLP or attention adds."""
+    s = job.sizes
+    gradients = c.width * s.element_bytes * (s.hidden + s.hidden + s.padded_rank)
+    return gradients + max(mlp_backward(job, c), attention_backward(job, c))
+
+
+def mlp_backward(job: Job, c: Candidate) -> int:
+    """Gradient of the norm's output [T, H]; silu(gate) up [t, F] of a tile, with dropout twice; a tile's gate_up."""
+    s = job.sizes
+    product = (2 if s.has_dropout else 1) * s.intermediate
+    elements = c.width * s.hidden
+    elements += c.mlp_tile * (_gate_up(s) + product) if c.is_tiled else c.width * product
+    return s.element_bytes * elements
+
+
+def attention_backward(job: Job, c: Candidate) -> int:
+    """Gradients of attention's output [T, Q], of q, k, v [T, N], of repeated k and v [T, 2 Q], and fp32 dQ.
+
+    Less what the MLP had kept and has freed: `middle` [T, H], `middle_normed` [T, H + R], `gate_up`.
+    """
+    s = job.sizes
+    freed = s.hidden + s.hidden + s.padded_rank + _gate_up_kept(job, c)
+    num_samples = job.num_samples(c.width) + (EMPTY_SAMPLES if c.uses_graphs else 0)
+    dq = (c.width + DQ_ROWS * num_samples) * s.query * FP32_BYTES
+    return c.width * s.element_bytes * (3 * s.query + s.qkv - freed) + dq
+
+
+def without_triton(job: Job) -> int:
+    """What torch's operations take where our kernels take nothing: one whole weight [H, F], and logits in fp32."""
+    if job.has_triton:
+        return 0
+    s = job.sizes
+    return s.element_bytes * s.hidden * s.intermediate + (4 * s.chunk_bytes if s.element_bytes == 2 else 0)
+
+
+def validation_bytes(job: Job, tokens: int, mlp_tile: int) -> int:
+    """A validation micro-batch of `tokens`: its head, or a block's forward pass of which nothing is kept."""
+    if not tokens:
+        return 0
+    s = job.sizes
+    tiled_tokens = max(0, tokens - mlp_tile) if mlp_tile else 0
+    block = tokens * validation_per_token(s) - tiled_tokens * 3 * s.intermediate * s.element_bytes
+    return max(head_bytes(job, tokens), block)
+
+
+def validation_per_token(s: ModelSizes) -> int:
+    """Bytes a token in a block's forward pass: embedded tokens and block input [2 H]; what the block makes.
+
+    `normed`, `middle`, `middle_normed`, output [4 H]; `qkv` [N] and before its norms; attention's output twice [2 Q];
+    gate, up and their product [3 F]; the adapters' X A^T of four groups [4 R].
+    """
+    made = 4 * s.hidden + s.qkv + s.normed_qk + 2 * s.query + 3 * s.intermediate + 4 * s.padded_rank
+    return s.element_bytes * (2 * s.hidden + made)
+
+
+def static_buffers(job: Job, c: Candidate) -> int:
+    """What graphs read and write: hidden, output and its gradient [T, H]; cos and sin, together one more at most."""
+    return 4 * c.width * job.sizes.hidden * job.sizes.element_bytes if c.uses_graphs else 0
+
+
+def eager_bytes(job: Job, c: Candidate) -> int:
+    """What runs eagerly beside graphs, whose memory it cannot use: the head, and a block at a time of a validation."""
+    if not c.uses_graphs:
+        return 0
+    return max(head_bytes(job, c.width), validation_bytes(job, validation_tokens(job, c), c.mlp_tile))
+
+
+def validation_tokens(job: Job, c: Candidate) -> int:
+    """Tokens of a validation micro-batch beside graphs: what the head's memory holds, or the longest sample."""
+    if not c.uses_graphs:
+        return 0
+    in_head = head_bytes(job, c.width) // validation_per_token(job.sizes)
+    usual = min(c.width, max(job.rows.longest[0], in_head))
+    return max(usual, job.rows.longest_validation)
+
+
+def graph_bytes(job: Job, c: Candidate) -> int:
+    """The memory pool of the largest graph: what its forward pass keeps, and what its backward pass works with."""
+    if not c.uses_graphs:
+        return 0
+    working = block_backward(job, c) + CUBLAS_BYTES + without_triton(job)
+    return block_inputs(job, c) + kept_activations(job, c) + working
+
+
+def fragmentation_bytes(job: Job, c: Candidate) -> int:
+    """What the graphs of shorter micro-batches add to the largest one's pool.
+
+    They reuse it, but for tensors that are small only in them: torch takes those from segments for small tensors. That
+    is the share of tokens whose [tokens, H] is small; some tensors are twice as wide, so it is an upper bound.
+    """
+    small_tokens = SMALL_TENSOR_BYTES // (job.sizes.hidden * job.sizes.element_bytes)
+    return graph_bytes(job, c) * small_tokens // c.width if c.width > small_tokens else 0
+
+
+def counted_fragmentation(job: Job, c: Candidate) -> int:
+    """Nothing where all samples have one length: there are no other graphs."""
+    return fragmentation_bytes(job, c) if job.rows.length_deviation else 0
+
+
+ADAPTERS = "adapters, gradients, optimizer"
+TERMS = {
+    "packed weights": packed_weights,
+    "slots for streamed weights": streaming_slots,
+    "dequantised weights": dequantised_weights,
+    "head": head_weights,
+    "embedding": embedding,
+    ADAPTERS: adapters,
+    "block inputs": block_inputs,
+    "kept activations": kept_activations,
+    "working memory": working_memory,
+    "static buffers of graphs": static_buffers,
+    "fragmentation between graphs": counted_fragmentation,
+}
+
+
+def parts(job: Job, c: Candidate) -> dict[str, int]:
+    """Bytes on the GPU at the peak, by component."""
+    return {name: term(job, c) for name, term in TERMS.items()}
+
+
+def peak(job: Job, c: Candidate) -> int:
+    """Bytes on the GPU at the worst moment."""
+    return sum(term(job, c) for term in TERMS.values())
+
+
+def host_bytes(job: Job, c: Candidate) -> int:
+    """Pinned host memory: streamed blocks, the embedding, and the inputs of recomputed blocks."""
+    s = job.sizes
+    total = pinned_bytes(s.packed_bytes, c.num_streamed)
+    if s.embedding_on_host:
+        total += pinned_bytes(s.embedding_bytes, 1)
+    if c.offloads:
+        total += pinned_bytes(padded(c.tokens) * s.hidden * s.element_bytes, s.num_blocks - c.num_kept)
+    return total

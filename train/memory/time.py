@@ -1,0 +1,128 @@
+"""Seconds of a candidate's optimizer step: one function a term.
+
+Of one block and a micro-batch of mean length, in each direction, the slowest decides: the GPU that computes, the host
+that launches its kernels, or the bus that brings weights and block inputs. Rates are the GPU's sustained ones.
+"""
+
+from train.memory.candidate import Candidate, Job
+
+# Tokens. Short products are less efficient: n tokens take as long as n + 155 at the full rate (fitted to six steps)
+LATENCY_TOKENS = 155
+# How often a block's activations are read or written between its products, forward (or recomputing) and backward, and
+# the seconds a block and direction in which kernels are too small to fill the GPU. Neither was measured alone: with
+# both, steps of an 8B are within 10 % of the prediction; small models take 10 to 29 % longer (docs/LOG.md)
+ELEMENTWISE_FORWARD, ELEMENTWISE_BACKWARD = 3, 9
+SMALL_KERNEL_SECONDS = 0.0002
+# Seconds in which the host launches the kernels of one block (measured: 272 ms for 32 blocks that all recompute)
+LAUNCH_FORWARD, LAUNCH_BACKWARD = 0.0024, 0.0037
+# Copies beside the computation slow it by these shares (measured: 1.9 % with all blocks streamed)
+STREAMING_SLOWDOWN, OFFLOADING_SLOWDOWN = 0.02, 0.01
+
+
+def step_seconds(job: Job, c: Candidate) -> float:
+    """All micro-batches of a step: every block forward and backward, and the head."""
+    one_way = max(forward(job, c), forward_launches(c), weights_bus(job, c), inputs_bus(job, c))
+    recomputing = recomputed_share(job, c) * recomputation(job, c)
+    # to the host and from it the bus moves at full rate each; weights and inputs that come back share one direction
+    other_way = max(backward(job, c) + recomputing, backward_launches(job, c), weights_bus(job, c) + inputs_bus(job, c))
+    blocks = job.sizes.num_blocks * (one_way + other_way) * slowdown(job, c)
+    return c.num_micro_batches * (blocks + head(job, c))
+
+
+def recomputed_share(job: Job, c: Candidate) -> float:
+    """The share of blocks that recompute their activations."""
+    return (job.sizes.num_blocks - c.num_kept) / job.sizes.num_blocks
+
+
+def streamed_share(job: Job, c: Candidate) -> float:
+    """The share of blocks whose weights are streamed."""
+    return c.num_streamed / job.sizes.num_blocks
+
+
+def products(job: Job, c: Candidate, flops_per_token: float) -> float:
+    """Matrix products, and attention's."""
+    return flops_per_token / (job.gpu.flops / (c.mean_tokens + LATENCY_TOKENS))
+
+
+def num_weights(job: Job) -> float:
+    """Weights of a block, with the adapters' columns; 2 FLOP a token each."""
+    return job.sizes.matrix_bytes / job.sizes.element_bytes
+
+
+def attention_flops(job: Job) -> float:
+    """Causal attention forward, a token: two products of 2 Q FLOP with half of the sample's tokens on average."""
+    return 2 * job.sizes.query * job.rows.mean_length
+
+
+def elementwise(job: Job, c: Candidate, times: int) -> float:
+    """Norms, rotation, SwiGLU and residuals read or write the block's activations `times` times."""
+    s = job.sizes
+    width = 3 * s.hidden + s.qkv + s.query + 2 * s.intermediate
+    return times * s.element_bytes * width * c.mean_tokens / job.gpu.bandwidth
+
+
+def dequantisation(job: Job, c: Candidate) -> float:
+    """Packed weights are read and matrices written, of blocks that are not cached."""
+    s = job.sizes
+    return (s.matrix_bytes + s.packed_bytes) * (1 - c.num_cached / s.num_blocks) / job.gpu.bandwidth
+
+
+def forward(job: Job, c: Candidate) -> float:
+    """A block's forward pass on the GPU: 2 FLOP a weight and token."""
+    computing = products(job, c, 2 * num_weights(job) + attention_flops(job))
+    moving = elementwise(job, c, ELEMENTWISE_FORWARD) + dequantisation(job, c)
+    return computing + moving + SMALL_KERNEL_SECONDS
+
+
+def backward(job: Job, c: Candidate) -> float:
+    """A block's backward pass on the GPU: input gradients alone, 2 FLOP a weight; attention 2.5 times its forward.
+
+    A tiled MLP computes gate and up (2 F weights a hidden element) again, also in kept blocks.
+    """
+    s = job.sizes
+    computing = products(job, c, 2 * num_weights(job) + 2.5 * attention_flops(job))
+    moving = elementwise(job, c, ELEMENTWISE_BACKWARD) + dequantisation(job, c)
+    seconds = computing + moving + SMALL_KERNEL_SECONDS
+    if c.is_tiled:
+        seconds += c.num_kept / s.num_blocks * products(job, c, 4 * s.hidden * s.intermediate)
+    return seconds
+
+
+def recomputation(job: Job, c: Candidate) -> float:
+    """A block's second forward pass, without down_proj (H F weights): nothing in the backward pass reads its output."""
+    s = job.sizes
+    weights = num_weights(job) - s.hidden * s.intermediate
+    return products(job, c, 2 * weights + attention_flops(job)) + elementwise(job, c, ELEMENTWISE_FORWARD)
+
+
+def forward_launches(c: Candidate) -> float:
+    """The host launches a block's kernels, unless a graph replays them."""
+    return 0.0 if c.uses_graphs else LAUNCH_FORWARD
+
+
+def backward_launches(job: Job, c: Candidate) -> float:
+    """The same backward, with the kernels of blocks that are recomputed."""
+    return 0.0 if c.uses_graphs else LAUNCH_BACKWARD + LAUNCH_FORWARD * recomputed_share(job, c)
+
+
+def weights_bus(job: Job, c: Candidate) -> float:
+    """Streamed weights come to the GPU, in either direction of the pass."""
+    return streamed_share(job, c) * job.sizes.packed_bytes / job.gpu.bus
+
+
+def inputs_bus(job: Job, c: Candidate) -> float:
+    """Offloaded block inputs [T, H] go to the host in the forward pass and come back in the backward pass."""
+    if not c.offloads:
+        return 0.0
+    s = job.sizes
+    return recomputed_share(job, c) * c.mean_tokens * s.element_bytes * s.hidden / job.gpu.bus
+
+
+def slowdown(job: Job, c: Candidate) -> float:
+    """Copies take memory bandwidth from the computation."""
+    return 1 + STREAMING_SLOWDOWN * streamed_share(job, c) + OFFLOADING_SLOWDOWN * c.offloads
+
+
+def head(job: Job, c: Candidate) -> float:
+    """Logits and the gradient of their input: 2 FLOP a weight each."""
+    return products(job, c, 4 * job.sizes.head_bytes / job.sizes.element_bytes)

@@ -32,7 +32,8 @@ from benchmarks.interrupted_run import commit
 from data_tools.prepare import prepare
 from train.cli import parse
 from train.data import BatchLayout, TrainingData, prepare_settings
-from train.metrics import flops_per_token, peak_flops
+from train.memory.gpus import peak_flops
+from train.metrics import flops_per_token
 from train.models.tokenizer import load_tokenizer
 from train.run.versions import versions
 from train.track.metrics_file import read_metrics

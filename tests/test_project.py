@@ -67,7 +67,7 @@ ALLOWED = {
     },
     "train.checkpoints": {"batching", "config", "data", "models", "optim", "run", "step", "track"},
     "train.deliver": {"checkpoints", "data_tools", "models", "run"},
-    "train.loop": {"checkpoints", "metrics", "run", "step", "track"},
+    "train.loop": {"checkpoints", "memory", "metrics", "run", "step", "track"},
     "train.banner": {"checkpoints", "config", "data_tools", "profiles", "run", "step"},
     "train.commands": {
         "assemble",

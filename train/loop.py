@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from train.checkpoints.saver import Saver
-from train.metrics import Stopwatch, flops_per_token, num_matmul_weights, peak_flops
+from train.memory.gpus import peak_flops
+from train.metrics import Stopwatch, flops_per_token, mfu, num_matmul_weights
 from train.run.durable import write_atomically
 from train.run.exits import ExitCode, ExitWith
 from train.run.processes import Heartbeat, advice_to_repeat, any_process
@@ -120,5 +121,5 @@ def _row(training: Training, result: StepResult, stopwatch: Stopwatch, num_weigh
         shape = training.model.adapted.get_base_model().config
         mean_length = result.num_tokens / len(result.sample_ids)
         flops = flops_per_token(num_weights, shape, mean_length) * result.num_tokens
-        row["perf/mfu"] = round(flops / seconds / peak / training.accelerator.num_processes, 4)
+        row["perf/mfu"] = round(mfu(flops, seconds, peak, training.accelerator.num_processes), 4)
     return row

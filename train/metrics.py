@@ -1,23 +1,9 @@
 """Numbers about a run; the only place where a value is fetched from the device."""
 
-import re
 import time
 from typing import Any
 
 import torch
-
-# Dense bf16 TFLOP/s by datasheet, for devices whose name holds all these words.
-PEAK_TFLOPS = {
-    "H200": 989,
-    "H100 PCIe": 756,
-    "H100": 989,
-    "A100": 312,
-    "L40S": 362,
-    "L4": 121,
-    "RTX 4090": 165,
-    "RTX 3090": 71,
-    "A10": 125,
-}
 
 
 def to_host(*scalars: torch.Tensor) -> list[float]:
@@ -37,18 +23,15 @@ def num_matmul_weights(model: torch.nn.Module) -> int:
 def flops_per_token(num_weights: int, shape: Any, mean_length: float) -> float:
     """FLOPs that training one token costs when the base is frozen: forward and input gradient, nothing recomputed.
 
-    2 a weight in each of the two passes, plus causal attention's two products (2 x hidden x length forward in a layer,
-    2.5 times that backward).
+    2 a weight in the forward and in the backward pass, plus causal attention's two products (2 x hidden x length
+    forward in a layer, 2.5 times that backward).
     """
     return 4 * num_weights + 3.5 * shape.num_hidden_layers * 2 * shape.hidden_size * mean_length
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 FLOP/s where its datasheet is known here, else None."""
-    if device.type != "cuda":
-        return None
-    words = set(re.split(r"[\s-]+", torch.cuda.get_device_name(device)))
-    return next((tflops * 1e12 for name, tflops in PEAK_TFLOPS.items() if set(name.split()) <= words), None)
+def mfu(flops: float, seconds: float, peak_flops: float, num_processes: int) -> float:
+    """Model FLOPs utilisation: the share of what all GPUs, one a process, could compute by their datasheet."""
+    return flops / seconds / peak_flops / num_processes
 
 
 class Stopwatch:

@@ -1,10 +1,19 @@
-"""The FLOP count behind MFU is the textbook's."""
+"""The FLOP count behind MFU is the textbook's, and MFU is of all GPUs."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from train.metrics import flops_per_token, num_matmul_weights, to_host
+from tests.conftest import training_of
+from train import loop
+from train.config import Config
+from train.metrics import flops_per_token, mfu, num_matmul_weights, to_host
+from train.step import optimizer_step
 
 
 def test_llama_8b_costs_what_the_literature_says() -> None:
@@ -22,3 +31,24 @@ def test_llama_8b_costs_what_the_literature_says() -> None:
 def test_read_keeps_double_precision() -> None:
     """Token counts beyond 2^24 survive."""
     assert to_host(torch.tensor(2.0**30 + 1, dtype=torch.float64), torch.tensor(0.5)) == [2.0**30 + 1, 0.5]
+
+
+def test_mfu_is_the_share_of_all_gpus() -> None:
+    """990 TFLOP in 2 s on four GPUs of 247.5 TFLOP/s are one half."""
+    assert mfu(990e12, 2.0, 247.5e12, 4) == pytest.approx(0.5)
+
+
+def test_the_mfu_of_a_run_is_divided_by_its_processes(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step's tokens are those of all processes, and so are its GPUs; no MFU where the peak is unknown."""
+    training = training_of(config, Accelerator(cpu=True))
+    result = optimizer_step(training, 0)
+    num_weights = num_matmul_weights(training.model)
+    stopwatch: Any = SimpleNamespace(lap=lambda: 0.5, peak_gib=dict)
+    assert "perf/mfu" not in loop._row(training, result, stopwatch, num_weights)
+    shape = training.model.adapted.get_base_model().config
+    flops = flops_per_token(num_weights, shape, result.num_tokens / len(result.sample_ids)) * result.num_tokens
+    monkeypatch.setattr(loop, "peak_flops", lambda device: flops)  # so that 0.5 s are an MFU of 2 on one GPU
+    for num_processes in (1, 4):
+        accelerator: Any = SimpleNamespace(device=torch.device("cpu"), num_processes=num_processes)
+        row = loop._row(replace(training, accelerator=accelerator), result, stopwatch, num_weights)
+        assert row["perf/mfu"] == pytest.approx(2 / num_processes, abs=1e-4)

@@ -1,22 +1,29 @@
 """The predicted bytes are those of the tensors that the engine makes, term by term, and of measured peaks."""
 
 import math
-from dataclasses import replace
+import weakref
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.parity.test_engine import ALL, FAMILIES, adapted_model
 from tests.unit.memory.examples import GIB, H200, LLAMA_8B, LONG, PACKED, SHORT, first_candidate, planned, planner_for
+from train import loss
 from train.batching import LengthStatistics, MicroBatchShape
 from train.collate import collate_packed
 from train.config import BatchConfig, MemoryConfig, OptimConfig
+from train.engine import block, lora_linear
 from train.engine.block import Pass
 from train.engine.decoder import Engine
 from train.engine.packed_weights import HostBlocks
 from train.engine.plan import Plan
+from train.engine.stack import Stack
 from train.memory import cost
+from train.memory.search import Planner
 from train.memory.sizes import model_sizes
 
 
@@ -40,34 +47,137 @@ def storages(thing: Any, found: dict[int, int]) -> dict[int, int]:
     return found
 
 
-@pytest.mark.parametrize("tile", [0, 128])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_kept_activations_are_what_a_block_keeps(family: str, tile: int) -> None:
-    """Of each family of models, within 5 %: the tensors that the backward pass of a block reads."""
+@dataclass
+class Forward:
+    """A forward pass of a small model, and the planner of a job with its sizes."""
+
+    planner: Planner
+    stack: Stack
+    shared: Pass
+    kept: list[Any]
+
+
+def forward(family: str, num_tokens: int = 500, tile: int = 0, num_kept: int = 3, dropout: float = 0.0) -> Forward:
+    """Of one of the parity tests' families, in fp32, all samples one."""
     shape, targets = FAMILIES[family]
     config: Any = type("Config", (), {"optim": OptimConfig()})
     # with flash kernels attention keeps no more than on this CPU, where no heads are repeated
     shape = type(shape)(**shape.to_dict() | {"num_key_value_heads": 4})
     causal_lm = adapted_model(shape, targets).get_base_model()
-    sizes = model_sizes(causal_lm, config, on_gpu=False)
-    batch = collate_packed([{"input_ids": [1] * 500, "trained": [True] * 500}])
-    engine = Engine(causal_lm, Plan(True, True, 500, 3, 3), HostBlocks([], pin=False))
+    sizes = replace(model_sizes(causal_lm, config, on_gpu=False), element_bytes=4, has_dropout=dropout > 0)
+    batch = collate_packed([{"input_ids": [1] * num_tokens, "trained": [True] * num_tokens}])
+    engine = Engine(causal_lm, Plan(True, True, num_tokens, 3, num_kept), HostBlocks([], pin=False))
     kept: Any = []
-    stack = engine.stack
     hidden = causal_lm.base_model.embed_tokens(batch.input_ids[0]).detach()
     cos, sin = causal_lm.base_model.rotary_emb(hidden[None], batch.position_ids)
+    shared = Pass(cos[0], sin[0], engine.attend_for(batch), dropout, torch.tensor(0), tile)
     with torch.no_grad():
-        stack.forward(hidden, Pass(cos[0], sin[0], engine.attend_for(batch), 0.0, torch.tensor(0), tile), kept)
-    middle = storages(kept[1].activations, {})
-    middle.pop(kept[1].activations.x.untyped_storage().data_ptr())  # counted among the inputs
-    rows = LengthStatistics((500,), 500, 0, 500)
-    planner = planner_for(rows, BatchConfig(1, 1), sizes=replace(sizes, element_bytes=4))
-    predicted = cost.kept_activations(planner.job, first_candidate(planner, 500, mlp_tile=tile))
-    without_flash = 500 * 4 * 3 * sizes.query  # what the plan adds for fp32 on a GPU, which has no flash kernels
-    if targets == ALL:
+        engine.stack.forward(hidden, shared, kept)
+    rows = LengthStatistics((num_tokens,), num_tokens, 0, num_tokens)
+    return Forward(planner_for(rows, BatchConfig(1, 1), sizes=sizes), engine.stack, shared, kept)
+
+
+@pytest.mark.parametrize("tile", [0, 128])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_activations_are_what_a_block_keeps(family: str, tile: int) -> None:
+    """Of each family of models, within 5 %: the tensors that the backward pass of a block reads."""
+    done = forward(family, tile=tile)
+    activations = done.kept[1].activations
+    middle = storages(activations, {})
+    middle.pop(activations.x.untyped_storage().data_ptr())  # counted among the inputs
+    job = done.planner.job
+    predicted = cost.kept_activations(job, first_candidate(done.planner, 500, mlp_tile=tile))
+    without_flash = 500 * 4 * 3 * job.sizes.query  # what the plan adds for fp32 on a GPU, which has no flash kernels
+    if FAMILIES[family][1] == ALL:
         assert sum(middle.values()) == pytest.approx(predicted - without_flash, rel=0.05)
     else:  # adapters of all layers are counted
         assert sum(middle.values()) <= predicted - without_flash
+
+
+@pytest.mark.parametrize("num_kept", [1, 2, 3])
+def test_block_inputs_are_what_a_stack_keeps_of_every_block(num_kept: int) -> None:
+    """Each block's input once, whether the block recomputes or not, and down_proj's X A^T."""
+    done = forward("llama", num_kept=num_kept)
+    inputs: Any = done.stack.inputs
+    assert len(inputs.stack) == 3 - num_kept
+    found = storages(inputs.stack, {})
+    for kept in done.kept[:3]:
+        storages([kept.low, *([kept.activations.x] if kept.activations else [])], found)
+    candidate = first_candidate(done.planner, 500, num_kept=num_kept)
+    assert sum(found.values()) == cost.block_inputs(done.planner.job, candidate)
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes that tensors made while it is entered have at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}  # by address
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {tensor.untyped_storage().data_ptr() for tensor in tensors((args, kwargs))}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tensors(out):
+            storage = tensor.untyped_storage()
+            address = storage.data_ptr()
+            if address not in given and address not in self.live:
+                self.live[address] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, address)
+        self.peak = max(self.peak, sum(self.live.values()))
+        return out
+
+
+def tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("tile", [0, 512])
+def test_the_mlp_s_backward_pass_takes_what_is_counted(
+    tile: int, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient of the norm's output and the product, of a tile at a time; beside them the adapters' gradients."""
+    done = forward("llama", 4096, tile=tile, dropout=dropout)
+    number, job = 1, done.planner.job
+    activations, low = done.kept[number].activations, done.kept[number].low
+    assert (activations.gate_up is None) == bool(tile)
+    matrices = done.stack.store.matrices(number)
+    grad = activations.x.new_zeros(4096, job.sizes.hidden + done.stack.padded_rank)
+    # where our kernels run, these take no memory
+    for module, name in ((block, "swiglu_backward"), (block, "swiglu"), (block, "rms_norm_backward")):
+        monkeypatch.setattr(module, name, lambda *_, **__: None)
+    monkeypatch.setattr(lora_linear, "dropout", lambda *_, **__: None)
+    with torch.no_grad(), PeakBytes() as found:
+        gradients = done.stack.blocks[number]._backward_mlp(matrices, activations, low, grad, done.shared)
+    assert len(gradients) == 6
+    adapters = sum(storages(gradients, {}).values())
+    predicted = cost.mlp_backward(job, first_candidate(done.planner, 4096, mlp_tile=tile))
+    assert predicted <= found.peak <= predicted + 3 * adapters  # two tiles' gradients, and products on the way to them
+
+
+def test_the_head_takes_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the stack's output and its supervised rows, which are given: their gradient and one chunk of logits."""
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 2**20)
+    monkeypatch.setattr(loss, "cross_entropy", lambda logits, targets: logits.new_zeros(len(targets)))  # as our kernel
+    hidden, weight = torch.randn(1000, 64, requires_grad=True), torch.randn(2048, 64)
+    with PeakBytes() as found:
+        loss.summed_cross_entropy(hidden, weight, torch.zeros(1000, dtype=torch.int64))
+    sizes = replace(LLAMA_8B, hidden=64, vocabulary=2048, element_bytes=4, chunk_bytes=2**20)
+    planner = planner_for(LONG, BatchConfig(1, 4), sizes=sizes)
+    given = 2 * hidden.nbytes
+    assert found.peak == pytest.approx(cost.head_bytes(planner.job, 1000) - given, rel=0.01)
+
+
+def test_offloaded_inputs_leave_the_gpu() -> None:
+    """Kept blocks' inputs stay, three of the others are on their way; pinned memory holds the others, padded."""
+    planner = planner_for(LONG, BatchConfig(1, 4))
+    stay, leave = (first_candidate(planner, 2000, num_kept=4, offloads=offloads) for offloads in (False, True))
+    one = 2000 * 4096 * 2
+    assert cost.block_inputs(planner.job, stay) - cost.block_inputs(planner.job, leave) == (28 - 3) * one
+    pinned = cost.host_bytes(planner.job, leave) - cost.host_bytes(planner.job, stay)
+    assert 28 * 2048 * 4096 * 2 <= pinned < 1.1 * 28 * 2048 * 4096 * 2
+    assert cost.block_inputs(planner.job, replace(leave, num_kept=32)) == cost.block_inputs(planner.job, stay)
 
 
 def test_what_graphs_have_beside_them() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from train.memory import gpus
 from train.memory.gpus import KNOWN_GPUS, detect_gpu, known_gpu, peak_flops
-from train.run.devices import type_on
+from train.run.devices import compute_type_at
 
 MIB = 2**20
 # As the driver has them, and as people write them; and the peak by datasheet, TFLOP/s
@@ -69,7 +69,7 @@ def test_every_row_is_found_by_its_own_name() -> None:
 def test_rates_are_below_the_datasheet() -> None:
     """What long runs sustain is less than the peak, of the type that auto computes in."""
     for gpu in KNOWN_GPUS:
-        rate = gpu.computing(type_on("auto", gpu.capability)[0] == "fp32", is_deterministic=False).flops
+        rate = gpu.computing(compute_type_at("auto", gpu.capability).name == "fp32", is_deterministic=False).flops
         assert gpu.peak_flops is not None
         assert 0.3 * gpu.peak_flops < rate < gpu.peak_flops, gpu.name
 

@@ -68,6 +68,7 @@ ALLOWED = {
     "train.checkpoints": {"batching", "config", "data", "models", "optim", "run", "step", "track"},
     "train.deliver": {"checkpoints", "data_tools", "models", "run"},
     "train.loop": {"checkpoints", "memory", "metrics", "run", "step", "track"},
+    "train.attempt_record": {"checkpoints", "data_tools", "run", "step"},
     "train.banner": {"checkpoints", "config", "data_tools", "profiles", "run", "step"},
     "train.commands": {
         "assemble",
@@ -88,6 +89,15 @@ ALLOWED = {
 ALLOWED_MODULES = {
     "train.run.exits": set(),
     "train.run.durable": set(),
+    "train.run.json_lines": {"train.run.durable"},
+    "train.run.folder": {"train.config", "train.run.durable", "train.run.exits"},
+    "train.run.attempts": {
+        "train.run.durable",
+        "train.run.exits",
+        "train.run.folder",
+        "train.run.json_lines",
+        "train.run.redact",
+    },
     "train.run.redact": {"data_tools.terminal"},
     "train.run.signals": set(),
     "train.run.versions": set(),
@@ -104,7 +114,13 @@ ALLOWED_MODULES = {
     "train.engine.packed_weights": {"train.engine.copies"},
     "train.engine.hidden_store": {"train.engine.copies"},
     "train.engine.embedding": {"train.engine.copies", "train.engine.operations"},
-    "train.checkpoints.store": {"train.run.durable", "train.run.exits"},
+    "train.checkpoints.contents": {"train.run.exits"},
+    "train.checkpoints.store": {
+        "train.checkpoints.contents",
+        "train.run.durable",
+        "train.run.exits",
+        "train.run.folder",
+    },
     "data_tools.readers": set(),
     "data_tools.terminal": set(),
     "data_tools.formats": set(),

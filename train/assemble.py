@@ -59,6 +59,7 @@ def assemble(
         plan=plan,
         data=data,
         total_steps=data.total_steps(config.train),
+        reference_reason=outlook.reason,
     )
     return fitted(training, outlook)
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from data_tools.prepare import Statistics
-from train.checkpoints.store import Checkpoint
+from train.checkpoints.contents import Checkpoint
 from train.config import Config
 from train.profiles import GLOSSARY
 from train.run import devices

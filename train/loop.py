@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from train.checkpoints.saver import Saver
@@ -12,6 +11,7 @@ from train.memory.gpus import peak_flops
 from train.metrics import Stopwatch, flops_per_token, mfu, num_matmul_weights
 from train.run.durable import write_atomically
 from train.run.exits import ExitCode, ExitWith
+from train.run.folder import RunFolder
 from train.run.processes import Heartbeat, advice_to_repeat, any_process
 from train.run.signals import StopRequest
 from train.step import StepResult, Training, optimizer_step
@@ -86,7 +86,7 @@ def report_skipped(training: Training, skipped: list[int], result: StepResult) -
     if training.accelerator.is_main_process:
         record = {"step": result.step, "loss": str(result.loss), "grad_norm": str(result.grad_norm)}
         record |= {"sample_ids": result.sample_ids, "sources": sources}
-        path = Path(training.config.run.dir) / f"nonfinite-step-{result.step}.json"
+        path = RunFolder.of(training.config).nonfinite(result.step)
         with suppress(OSError):  # a full disk must not turn a skipped step into a dead run
             write_atomically(path, json.dumps(record, indent=2) + "\n")
     if len(skipped) > limit or in_a_row > MAX_SKIPPED_IN_A_ROW:

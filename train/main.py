@@ -15,6 +15,7 @@ import json
 import os
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from datasets import Dataset
@@ -23,11 +24,13 @@ from rich.console import Console
 from data_tools.prepare import Prepared, first_conversations, prepare
 from data_tools.records import DataError
 from train.assemble import assemble
+from train.attempt_record import record_start
 from train.audit_gate import enforce_gate, run_audit
 from train.banner import banner
+from train.checkpoints.contents import Checkpoint
 from train.checkpoints.resume import check_same_run, choose, identity, restore, saved_shape
 from train.checkpoints.saver import Saver, check_disk
-from train.checkpoints.store import Checkpoint, CheckpointStore
+from train.checkpoints.store import CheckpointStore
 from train.cli import parse
 from train.config import Config
 from train.data import BatchLayout, TrainingData, hold_out, prepare_settings
@@ -39,13 +42,14 @@ from train.loop import training_loop
 from train.models.language_model import adapter_config
 from train.models.tokenizer import Tokenizer, check_fits, load_tokenizer
 from train.run.accelerator import check_machine, close_group, start_accelerator
+from train.run.attempts import AttemptLog
 from train.run.durable import write_atomically
 from train.run.exits import ExitCode, ExitWith
-from train.run.folder import locked, write_exit
+from train.run.folder import RunFolder
 from train.run.processes import advice_to_repeat, on_first_process, peer_failure, raise_if_stopped, say
 from train.step import Training
 from train.track.display import Display
-from train.track.metrics_file import MetricsFile
+from train.track.metrics_file import MetricsFile, last_step
 from train.track.trackers import Tracker, Trackers
 from train.track.weights_and_biases import WeightsAndBiases, wandb_mode
 from train.validation import validate
@@ -61,12 +65,15 @@ def main(argv: list[str], stop: StopRequest | None = None) -> ExitCode:
     stop = stop or StopRequest()
     try:
         config = parse(argv)
-        with locked(Path(config.run.dir)) if is_first_process() else nullcontext(), ExitStack() as closing:
-            code, reason = attempt(config, stop, closing)
+        folder = RunFolder.of(config)
+        with folder.locked() if is_first_process() else nullcontext(), ExitStack() as closing:
+            log = AttemptLog(folder)
+            code, reason = attempt(config, stop, closing, log)
             # before trackers are closed, which may take seconds that a killed job does not have
-            if is_recorder(code, Path(config.run.dir) / "exit.json"):
+            if is_recorder(code, folder.exit):
                 with suppress(OSError):  # a disk so full that not even this fits
-                    write_exit(Path(config.run.dir), code, redact(reason))
+                    folder.write_exit(code, redact(reason))
+                log.end(code, reason, last_step(folder.metrics))
     except ExitWith as end:  # the configuration cannot be used, or another job has the run folder
         code, reason = end.code, end.reason
     launcher = os.environ.get("HANDLOOP_LAUNCHER")
@@ -84,10 +91,10 @@ def is_recorder(code: ExitCode, record: Path) -> bool:
     return is_first_process() or (code == ExitCode.PEER_FAILURE and not record.exists())
 
 
-def attempt(config: Config, stop: StopRequest, closing: ExitStack) -> tuple[ExitCode, str]:
+def attempt(config: Config, stop: StopRequest, closing: ExitStack, log: AttemptLog) -> tuple[ExitCode, str]:
     """Runs the job; returns the exit code and the reason of every end that is foreseen."""
     try:
-        run(config, stop, closing)
+        run(config, stop, closing, log)
     except ExitWith as end:
         return end.code, end.reason
     except DataError as error:
@@ -113,7 +120,7 @@ def out_of_memory(reason: str) -> tuple[ExitCode, str]:
     return ExitCode.BAD_INPUT, reason
 
 
-def run(config: Config, stop: StopRequest, closing: ExitStack) -> None:
+def run(config: Config, stop: StopRequest, closing: ExitStack, log: AttemptLog) -> None:
     """The job from data files to final/; raises ExitWith or DataError when it ends early."""
     check_machine(config)
     wandb = wandb_mode(config)
@@ -130,7 +137,7 @@ def run(config: Config, stop: StopRequest, closing: ExitStack) -> None:
         tokenizer.backend.pad_token_id,
     )
     same_run = identity(config, prepared.fingerprint, data, accelerator.device)
-    store = CheckpointStore(Path(config.run.dir), config.checkpoint.keep)
+    store = CheckpointStore(RunFolder.of(config), config.checkpoint.keep)
     checkpoint = choose(store, config, accelerator)
     if checkpoint is not None:
         check_same_run(checkpoint, same_run, accelerator)
@@ -146,6 +153,8 @@ def run(config: Config, stop: StopRequest, closing: ExitStack) -> None:
     say(accelerator, banner(training, tokenizer.notes, prepared.statistics, checkpoint))
 
     on_first_process(accelerator, lambda: check_disk(training, store))
+    if accelerator.is_main_process:
+        record_start(log, training, prepared, checkpoint)
     raise_if_stopped(config, accelerator, stop)
 
     trackers = open_trackers(training, store, checkpoint, wandb)
@@ -171,11 +180,13 @@ def open_trackers(training: Training, store: CheckpointStore, checkpoint: Checkp
         return Trackers([])
     config = training.config
     is_own = checkpoint is not None and checkpoint.path.resolve().parent == store.root.resolve()
-    metrics = MetricsFile(store.run_dir, checkpoint.state.metrics_bytes if checkpoint and is_own else 0)
+    metrics = MetricsFile(store.folder.metrics, checkpoint.state.metrics_bytes if checkpoint and is_own else 0)
     completed = checkpoint.state.step if checkpoint else 0
     members: list[Tracker] = [metrics]
     if wandb != "off":
-        members.append(WeightsAndBiases(config, store.run_record(), wandb, metrics.last_step_seen))
+        folder = store.folder
+        record = {"run_uid": store.run_uid(), "wandb_id": folder.identifier("wandb_id", lambda: uuid4().hex[:8])}
+        members.append(WeightsAndBiases(config, record, wandb, metrics.last_step_seen))
     members.append(Display(Console(), completed, training.total_steps, training.data.steps_per_epoch))
     return Trackers(members)
 
@@ -185,16 +196,19 @@ def deliver(
 ) -> None:
     """Publishes final/, then answers questions of the data without and with the adapters."""
     config, end_token_ids = training.config, prepared.statistics.end_token_ids
-    run_dir = Path(config.run.dir)
+    folder = RunFolder.of(config)
     try:
         files = (training.parameters, adapter_config(training.model), tokenizer.backend, end_token_ids)
-        publish_final(run_dir / "final", *files)
+        publish_final(folder.final, *files)
     except OSError as error:
-        raise ExitWith(ExitCode.SAVE_FAILED, f"{run_dir / 'final'} could not be written: {error}") from None
+        raise ExitWith(ExitCode.SAVE_FAILED, f"{folder.final} could not be written: {error}") from None
     console = Console()
     generator = Generator(training.model, tokenizer.backend, end_token_ids, config.compare.max_new_tokens)
-    asked = (("trained", config.data.path, "answers"), ("held out", config.data.validation_path, "answers_held_out"))
-    for kind, paths, name in asked:
+    asked = (
+        ("trained", config.data.path, folder.answers),
+        ("held out", config.data.validation_path, folder.held_out_answers),
+    )
+    for kind, paths, path in asked:
         conversations = first_conversations(prepare_settings(config, paths), config.compare.num_questions)
         if conversations:
             console.print(
@@ -202,13 +216,13 @@ def deliver(
             )
             answers = compare(generator, conversations, stop.is_received)
             if stop.is_received():
-                reason = f"stopped by {stop.received}; {run_dir / 'final'} is whole, run the same command to ask on"
+                reason = f"stopped by {stop.received}; {folder.final} is whole, run the same command to ask on"
                 raise ExitWith(ExitCode.INTERRUPTED, reason)
             rows = as_rows(answers)
-            write_atomically(run_dir / f"{name}.json", json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
-            trackers.answers(name, rows)
+            write_atomically(path, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+            trackers.answers(path.stem, rows)
             show_answers(console, f"{kind} questions", answers)
-    console.print(f"the adapter is in {run_dir / 'final'}", highlight=False, soft_wrap=True)
+    console.print(f"the adapter is in {folder.final}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ class Training:
     plan: Plan
     data: TrainingData
     total_steps: int
+    reference_reason: str = ""  # why the engine is not the fused one, if it is not
 
 
 @dataclass(frozen=True)

@@ -28,17 +28,17 @@ from data_tools.prepare import PrepareSettings, cache_root, prepare
 from data_tools.records import DataError
 from tests.conftest import BUNDLED_BASE, arguments, run_command, tokenizer_at, write_shape
 from tests.tally import Tally
-from train.checkpoints.store import (
+from train.checkpoints.contents import (
     ADAPTER,
     ADAPTER_CONFIG,
     CONTENTS,
     MANIFEST,
     OPTIMIZER,
     STATE,
-    CheckpointStore,
     TrainerState,
     adapter_files,
 )
+from train.checkpoints.store import CheckpointStore
 from train.commands.handloop import main as command
 from train.config import Config, MemoryConfig, ModelConfig
 from train.engine.plan import reference_plan
@@ -46,6 +46,7 @@ from train.models.fingerprint import base_fingerprint
 from train.models.language_model import load_model
 from train.models.tokenizer import load_tokenizer
 from train.run.exits import ExitCode
+from train.run.folder import RunFolder
 
 GOOD = '{"prompt": "What is AOG?", "response": "Aircraft on ground."}\n'
 TURNS = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n'
@@ -419,7 +420,7 @@ def test_pickles_in_a_checkpoint(tally: Tally, slot: Slot, tmp_path: Path) -> No
     for kind, content in slot.contents.items():
         for name in names:
             for fits in (False, True) if name in CONTENTS else (False,):
-                store = CheckpointStore(tmp_path / f"{kind}-{name}-{fits}", keep=2)
+                store = CheckpointStore(RunFolder(tmp_path / f"{kind}-{name}-{fits}"), keep=2)
                 files = adapter_files({"a.weight": torch.zeros(2)}, {"peft_type": "LORA"})
                 folder = store.save(files, {"a/state1": torch.zeros(2)}, TrainerState(1, 0, {}, {}, {}))
                 (folder / name).write_bytes(content)

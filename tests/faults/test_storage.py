@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -18,22 +19,21 @@ import torch
 
 from tests.tally import Tally
 from tests.write_log import Event, Log, State, Tree, crash_states, materialise, recorded, tree_of
-from train.checkpoints.store import (
+from train.checkpoints.contents import (
     ADAPTER,
     ADAPTER_CONFIG,
     CONTENTS,
     MANIFEST,
     OPTIMIZER,
-    OTHER_RUN,
     STATE,
     Checkpoint,
-    CheckpointStore,
     TrainerState,
     adapter_files,
 )
+from train.checkpoints.store import OTHER_RUN, CheckpointStore
 from train.run.durable import publish
 from train.run.exits import ExitCode, ExitWith
-from train.run.folder import locked, write_exit
+from train.run.folder import RunFolder
 
 KEEP = 2
 
@@ -52,6 +52,11 @@ def save(store: CheckpointStore, step: int) -> Path:
     return store.save(adapter_files(adapters, {"r": 4}), optimizer, state)
 
 
+def identity(store: CheckpointStore) -> list[str]:
+    """The ids in run.json of a run with W&B, made where there are none."""
+    return [store.run_uid(), store.folder.identifier("wandb_id", lambda: uuid.uuid4().hex)]
+
+
 def is_what_was_saved(found: Checkpoint) -> bool:
     """Whether every tensor and every field is that of its step."""
     adapters, optimizer, state = expected(found.state.step)
@@ -65,8 +70,8 @@ def is_what_was_saved(found: Checkpoint) -> bool:
 
 def record_saves(log: Log, root: Path) -> None:
     """A run with W&B: its identity first, then five saves; two of them push one out, but not the best one."""
-    store = CheckpointStore(root / "run", KEEP)
-    log.mark("record", store.run_record())
+    store = CheckpointStore(RunFolder(root / "run"), KEEP)
+    log.mark("record", identity(store))
     for step in (1, 2, 3, 4, 5):
         save(store, step)
         log.mark("step", step)
@@ -74,17 +79,17 @@ def record_saves(log: Log, root: Path) -> None:
 
 def record_first_save(log: Log, root: Path) -> None:
     """A run without W&B: the identity is made inside the first save."""
-    store = CheckpointStore(root / "run", KEEP)
+    store = CheckpointStore(RunFolder(root / "run"), KEEP)
     for step in (1, 2):
         save(store, step)
         log.mark("step", step)
-    log.mark("record", store.run_record())
+    log.mark("record", identity(store))
 
 
 def record_recovery(log: Log, root: Path) -> None:
     """A start that finds leftovers of a killed one and a damaged newest checkpoint, and goes on from the older."""
-    store = CheckpointStore(root / "run", KEEP)
-    log.mark("record", store.run_record())
+    store = CheckpointStore(RunFolder(root / "run"), KEEP)
+    log.mark("record", identity(store))
     for step in (1, 2):
         newest = save(store, step)
     os.truncate(newest / OPTIMIZER, 20)
@@ -93,7 +98,7 @@ def record_recovery(log: Log, root: Path) -> None:
     log.mark("damaged", newest.name)
     log.mark("step", 1)
     log.settle()
-    found = CheckpointStore(root / "run", KEEP).latest()
+    found = CheckpointStore(RunFolder(root / "run"), KEEP).latest()
     assert found is not None
     assert found.state.step == 1
     for step in (2, 3):
@@ -104,12 +109,12 @@ def record_recovery(log: Log, root: Path) -> None:
 
 def check_run(root: Path, marks: dict[str, Any]) -> str:
     """What a fresh start on this disk does wrong, or nothing."""
-    store, had_record = CheckpointStore(root / "run", KEEP), (root / "run" / "run.json").exists()
+    store, had_record = CheckpointStore(RunFolder(root / "run"), KEEP), (root / "run" / "run.json").exists()
     present = sorted(store.root.glob("step-*"))
     if marks.get("step", 0) and (not present or present[0].name != "step-0000000001"):
         return "the best checkpoint is lost"
     for folder in present:  # seen by another run, so that this one's start finds the disk as it was
-        reason = CheckpointStore(root / "another", KEEP).defect(folder)
+        reason = CheckpointStore(RunFolder(root / "another"), KEEP).defect(folder)
         if reason not in ("", OTHER_RUN) and folder.name != marks.get("damaged"):
             return f"{folder.name} is neither whole nor absent: {reason}"
     try:
@@ -119,12 +124,12 @@ def check_run(root: Path, marks: dict[str, Any]) -> str:
             return f"step {marks['step']} was promised, step {step} is found"
         if found is not None and not is_what_was_saved(found):
             return f"{found.path.name} is not what was saved"
-        if "record" in marks and (not had_record or store.run_record() != marks["record"]):
+        if "record" in marks and (not had_record or identity(store) != marks["record"]):
             return "run.json is not what it was"
         if left := [path.name for path in store.root.glob(".*")]:
             return f"{left[0]} is left"
         save(store, step + 1)
-        after = CheckpointStore(root / "run", KEEP).latest()
+        after = CheckpointStore(RunFolder(root / "run"), KEEP).latest()
         return "" if after and after.state.step == step + 1 else "the next save is not found"
     except Exception as error:  # whatever it is, a start has failed
         return f"{type(error).__name__}: {error}"
@@ -158,7 +163,7 @@ def record_exits(log: Log, root: Path) -> None:
     """exit.json, written three times."""
     for code in (ExitCode.INTERRUPTED, ExitCode.SAVE_FAILED, ExitCode.FINISHED):
         log.mark("written", code.name.lower())
-        write_exit(root / "run", code, "a reason")
+        RunFolder(root / "run").write_exit(code, "a reason")
         log.mark("ended", code.name.lower())
 
 
@@ -279,14 +284,14 @@ def test_without_any_one_fsync_a_power_cut_costs_something(logs: dict, tally: Ta
 def test_a_new_run_folder_survives_a_power_cut(tmp_path: Path, tally: Tally) -> None:
     """Where the run folder itself is new, its entry and those of new folders above it are synced before a promise."""
     with recorded(tmp_path) as log:
-        with locked(tmp_path / "runs" / "new"):
-            save(CheckpointStore(tmp_path / "runs" / "new", KEEP), 1)
+        with RunFolder(tmp_path / "runs" / "new").locked():
+            save(CheckpointStore(RunFolder(tmp_path / "runs" / "new"), KEEP), 1)
         log.mark("step", 1)
     for number, state in enumerate(crash_states(log.events).values()):
         if "step" in state.marks:
             folder = tmp_path / f"disk-{number}"
             materialise(state.tree, folder)
-            found = CheckpointStore(folder / "runs" / "new", KEEP).latest()
+            found = CheckpointStore(RunFolder(folder / "runs" / "new"), KEEP).latest()
             tally.check(found is not None, state.label)
 
 
@@ -297,8 +302,8 @@ def test_a_new_run_folder_survives_a_power_cut(tmp_path: Path, tally: Tally) -> 
 def two(tmp_path_factory: pytest.TempPathFactory) -> Tree:
     """A run folder with the checkpoints of steps 1 and 2."""
     root = tmp_path_factory.mktemp("two") / "run"
-    store = CheckpointStore(root, KEEP)
-    store.run_record()
+    store = CheckpointStore(RunFolder(root), KEEP)
+    identity(store)
     for step in (1, 2):
         save(store, step)
     return tree_of(root)
@@ -319,7 +324,7 @@ def fall_back(root: Path, said: str) -> str:
     newest, before = max((root / "checkpoints").glob("step-*")), inventory(root)
     output = io.StringIO()
     with redirect_stdout(output):
-        found = CheckpointStore(root, KEEP).latest()
+        found = CheckpointStore(RunFolder(root), KEEP).latest()
     after, aside = inventory(root), list(newest.parent.glob(f"quarantine-{newest.name}-*"))
     stays = newest.exists()
     shutil.rmtree(root)
@@ -348,7 +353,7 @@ def test_every_truncation_is_found(two: Tree, tally: Tally, tmp_path: Path) -> N
             materialise({**two, path: content[:length]}, tmp_path / "run")
             label = f"{path} cut at {length} of {len(content)}, seed {seed}"
             if path == "run.json":  # what is lost with it stands in the checkpoints
-                found = CheckpointStore(tmp_path / "run", KEEP).latest()
+                found = CheckpointStore(RunFolder(tmp_path / "run"), KEEP).latest()
                 tally.check(found and found.state.step == 2 and is_what_was_saved(found), label)
                 shutil.rmtree(tmp_path / "run")
                 continue
@@ -533,7 +538,7 @@ def test_nothing_is_read_of_a_bad_older_checkpoint(
         replace(older / STATE, os.mkfifo)
     else:
         TAMPERINGS[name][0](older)
-    store = CheckpointStore(root, KEEP)
+    store = CheckpointStore(RunFolder(root), KEEP)
     found = store.latest()
     save(store, 3)
     tally.check(found is not None and found.state.step == 2, f"{found}")
@@ -573,7 +578,7 @@ def test_where_all_are_bad_every_start_ends_with_80(two: Tree, has_record: bool,
         codes, before = [], set(inventory(root))
         for _ in range(3):
             with pytest.raises(ExitWith) as caught:
-                CheckpointStore(root, KEEP).latest()
+                CheckpointStore(RunFolder(root), KEEP).latest()
             codes.append(caught.value.code)
         tally.check(codes == [ExitCode.NO_VALID_CHECKPOINT] * 3, f"{name}: {codes}")
         tally.check(before <= set(inventory(root)), f"{name}: something is gone")

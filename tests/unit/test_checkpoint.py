@@ -7,9 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
-from train.checkpoints.store import ADAPTER, CONTENTS, MANIFEST, STATE, CheckpointStore, TrainerState, adapter_files
+from tests.conftest import training_of
+from train.checkpoints.contents import (
+    ADAPTER,
+    CONTENTS,
+    MANIFEST,
+    STATE,
+    Checkpoint,
+    TrainerState,
+    adapter_files,
+)
+from train.checkpoints.resume import checkpoint_layout, restore
+from train.checkpoints.store import CheckpointStore
+from train.config import Config
+from train.optim import optimizer_state
 from train.run.exits import ExitCode, ExitWith
+from train.run.folder import RunFolder
+from train.step import optimizer_step
 
 
 def write(store: CheckpointStore, step: int) -> Path:
@@ -20,7 +36,7 @@ def write(store: CheckpointStore, step: int) -> Path:
 
 @pytest.fixture
 def store(tmp_path: Path) -> CheckpointStore:
-    return CheckpointStore(tmp_path / "run", keep=2)
+    return CheckpointStore(RunFolder(tmp_path / "run"), keep=2)
 
 
 def test_round_trip_and_retention(store: CheckpointStore) -> None:
@@ -122,3 +138,23 @@ def test_no_weight_that_is_not_a_number_is_published() -> None:
         with pytest.raises(ExitWith) as caught:
             adapter_files({"w": torch.tensor([1.0, value])}, {})
         assert caught.value.code == ExitCode.NON_FINITE
+
+
+def test_an_old_checkpoint_names_its_layout_otherwise(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The names of before mean the same layout: nothing is said at a resume, and another layout is."""
+    training = training_of(config, Accelerator(cpu=True))
+    optimizer_step(training, 0)
+    layout = checkpoint_layout(training)
+    assert layout.keys() >= {"micro_batch_tokens", "mlp_tile_tokens"}
+    old_names = {"micro_batch_tokens": "tokens in a pass", "mlp_tile_tokens": "tokens in a tile"}
+    old = {old_names.get(name, name): value for name, value in layout.items()}
+    older = {name: value for name, value in old.items() if name != "tokens in a tile"}
+    adapters = {name: parameter.detach() for name, parameter in training.parameters.items()}
+    optimizer = optimizer_state(training.optimizer, training.flat)
+    for saved in (layout, old, older, older | {"processes": 2}):
+        state = TrainerState(1, 0, {}, saved, {})
+        restore(training, Checkpoint(tmp_path, adapters, optimizer, state))
+        said = "another layout than before" in capsys.readouterr().out
+        assert said == (saved.get("processes") == 2)

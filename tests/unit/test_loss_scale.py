@@ -11,7 +11,9 @@ from accelerate import Accelerator
 
 from tests.conftest import training_of
 from tests.injections import NotANumber
-from train.checkpoints.store import TrainerState
+from train.checkpoints.contents import (
+    TrainerState,
+)
 from train.config import Config, EngineConfig
 from train.models.language_model import LanguageModel
 from train.optim import load_scaler_state

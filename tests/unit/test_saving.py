@@ -13,6 +13,7 @@ from train.checkpoints import saver as saving
 from train.checkpoints.saver import Saver, checkpoint_bytes
 from train.checkpoints.store import CheckpointStore
 from train.config import CheckpointConfig, Config, DataConfig, OptimConfig
+from train.run.folder import RunFolder
 from train.step import optimizer_step
 from train.track.metrics_file import MetricsFile, read_metrics
 from train.track.trackers import Trackers
@@ -22,7 +23,7 @@ from train.track.trackers import Trackers
 def saver(config: Config, tmp_path: Path) -> Callable[[CheckpointConfig], Saver]:
     def make(checkpoint: CheckpointConfig) -> Saver:
         training = training_of(replace(config, checkpoint=checkpoint), Accelerator(cpu=True))
-        store = CheckpointStore(tmp_path / "run", checkpoint.keep)
+        store = CheckpointStore(RunFolder(tmp_path / "run"), checkpoint.keep)
         return Saver.of(training, store, {}, Trackers([]), None)
 
     return make
@@ -81,8 +82,8 @@ def test_metrics_that_cannot_be_synced_are_a_failed_save(
 ) -> None:
     """An I/O error of metrics.jsonl at a checkpoint: said, counted, training goes on, the next save is whole."""
     made = saver(CheckpointConfig(every=1))
-    made.store.run_record()
-    file = MetricsFile(made.store.run_dir, 0)
+    made.store.run_uid()
+    file = MetricsFile(made.store.folder.metrics, 0)
     made.trackers = Trackers([file])
     file.log({"step": 1})
     with monkeypatch.context() as broken:
@@ -99,7 +100,7 @@ def test_metrics_that_cannot_be_synced_are_a_failed_save(
 
 def test_half_a_row_is_completed_before_a_checkpoint_counts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The length that a checkpoint stores ends behind a whole row, also where a full disk had cut one."""
-    file = MetricsFile(tmp_path, 0)
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
     real, allowed = os.write, [7]
 
     def write(descriptor: int, content: bytes) -> int:
@@ -124,7 +125,7 @@ def test_the_size_is_known_before_the_first_step(name: str, rank: int, config: C
     training = training_of(replace(config, optim=OptimConfig(name=name), lora=lora), Accelerator(cpu=True))  # type: ignore[arg-type]
     predicted = checkpoint_bytes(training)
     optimizer_step(training, 0)
-    made = Saver.of(training, CheckpointStore(tmp_path / "run", 2), {}, Trackers([]), None)
+    made = Saver.of(training, CheckpointStore(RunFolder(tmp_path / "run"), 2), {}, Trackers([]), None)
     made.save(1, None, must_stop=False)
     real = sum(file.stat().st_size for file in (made.store.root / "step-0000000001").iterdir())
     assert real <= predicted <= 1.01 * real + 25_000
@@ -138,7 +139,7 @@ def test_minutes_and_best_through_the_command(config: Config, pairs: Path, tmp_p
     assert outcome.returncode == 0, outcome.stderr
     run_dir = Path(config.run.dir)
     assert sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").iterdir()) == [1, 2, 3, 4]
-    best = CheckpointStore(run_dir, 2).best()
+    best = CheckpointStore(RunFolder(run_dir), 2).best()
     assert best is not None
     assert best[1] in [row["eval/loss"] for row in read_metrics(run_dir / "metrics.jsonl") if "eval/loss" in row]
 
@@ -147,7 +148,7 @@ def test_rows_that_a_full_disk_refuses_are_written_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A write that fails, and one that writes half a row: nothing is lost or doubled, and it is said once."""
-    file = MetricsFile(tmp_path, 0)
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
     real, answers = os.write, [3, OSError(28, "No space left on device"), OSError(28, "No space left on device")]
 
     def write(descriptor: int, content: bytes) -> int:

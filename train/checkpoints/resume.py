@@ -1,6 +1,5 @@
 """From checkpoint to running state and back: what is saved, what must be equal, and which checkpoint is taken."""
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,8 @@ import torch
 from accelerate import Accelerator
 
 from train.batching import MicroBatchShape
-from train.checkpoints.store import STEP_FOLDER, Checkpoint, CheckpointStore, TrainerState, adapter_files
+from train.checkpoints.contents import Checkpoint, TrainerState, adapter_files
+from train.checkpoints.store import CheckpointStore
 from train.config import Config
 from train.data import TrainingData
 from train.models.fingerprint import base_fingerprint
@@ -23,17 +23,8 @@ from train.run.versions import versions
 from train.step import Training
 
 IDENTITY_SECTIONS = ("lora", "optim")  # every field of these, and the single fields named in identity()
-RUN_FILES = (
-    "run.json",
-    "metrics.jsonl",
-    "exit.json",
-    "answers.json",
-    "answers_held_out.json",
-    "checkpoints",
-    "final",
-    "wandb",
-    ".heartbeats",
-)
+# names that earlier versions gave to entries of a checkpoint's layout
+OLD_LAYOUT_NAMES = {"tokens in a pass": "micro_batch_tokens", "tokens in a tile": "mlp_tile_tokens"}
 
 
 def identity(config: Config, data_fingerprint: str, data: TrainingData, device: torch.device) -> dict[str, object]:
@@ -94,7 +85,7 @@ def choose(store: CheckpointStore, config: Config, accelerator: Accelerator) -> 
     def decide() -> int:
         nonlocal found
         if wanted == "never":
-            _archive(Path(config.run.dir))
+            store.folder.archive(_inputs(config))
             return 0
         found = store.latest() if wanted in ("auto", "must") else store.chosen(Path(wanted))
         if found is None and wanted == "must":
@@ -107,7 +98,7 @@ def choose(store: CheckpointStore, config: Config, accelerator: Accelerator) -> 
         return found
     if wanted not in ("auto", "must", "never"):
         return store.load(Path(wanted))
-    return store.load(store.root / f"step-{step:010d}") if step else None
+    return store.load(store.path_of(step)) if step else None
 
 
 def restore(training: Training, checkpoint: Checkpoint) -> None:
@@ -118,7 +109,7 @@ def restore(training: Training, checkpoint: Checkpoint) -> None:
         load_scaler_state(training.scaler, checkpoint.state.scaler)
     except ValueError as error:
         raise ExitWith(ExitCode.FINGERPRINT_MISMATCH, f"{checkpoint.path}: {error}") from None
-    now, before = layout(training), {"tokens in a tile": 0} | checkpoint.state.layout
+    now, before = checkpoint_layout(training), _saved_layout(checkpoint)
     if before != now:
         say(training.accelerator, f"another layout than before: {before} -> {now}, same samples a step")
 
@@ -134,7 +125,7 @@ def save_state(
     def write() -> int:
         state = TrainerState(
             identity=same_run,
-            layout=layout(training),
+            layout=checkpoint_layout(training),
             versions=versions(),
             scaler=training.scaler.state_dict(),
             **moment(),
@@ -147,40 +138,35 @@ def save_state(
 
 
 def saved_shape(checkpoint: Checkpoint | None, data: TrainingData, merge: str) -> MicroBatchShape | None:
-    """The run's passes, where it goes on in the same layout; None where it starts, or its passes are others."""
-    saved: dict[str, Any] = checkpoint.state.layout if checkpoint else {}
-    cut = data.layout
-    same = (cut.per_device, cut.accumulation, cut.num_processes, merge)
-    names = ("per_device", "accumulation", "processes")
-    is_same = (*(saved.get(name) for name in names), saved.get("merge", merge)) == same
-    tokens = int(saved.get("tokens in a pass", 0))
-    return MicroBatchShape(tokens, int(saved.get("tokens in a tile", 0))) if is_same and tokens else None
+    """The micro-batches of the run that goes on, which it keeps; None where it starts, or its layout has changed."""
+    saved = _saved_layout(checkpoint) if checkpoint else {}
+    layout = data.layout
+    now = {"per_device": layout.per_device, "accumulation": layout.accumulation, "processes": layout.num_processes}
+    is_same = {name: saved.get(name) for name in now} == now and saved.get("merge", merge) == merge
+    tokens = int(saved.get("micro_batch_tokens", 0))
+    return MicroBatchShape(tokens, int(saved["mlp_tile_tokens"])) if is_same and tokens else None
 
 
-def layout(training: Training) -> dict[str, object]:
-    """How the global batch is cut; free to change while the product stays."""
-    cut, passes = training.data.layout, training.plan.micro_batch_shape
+def checkpoint_layout(training: Training) -> dict[str, object]:
+    """How the global batch is split, as a checkpoint keeps it; free to change while the product stays."""
+    layout, shape = training.data.layout, training.plan.micro_batch_shape
     return {
-        "per_device": cut.per_device,
-        "accumulation": cut.accumulation,
-        "processes": cut.num_processes,
+        "per_device": layout.per_device,
+        "accumulation": layout.accumulation,
+        "processes": layout.num_processes,
         "merge": training.config.batch.merge,
-        "tokens in a pass": passes.tokens,
-        "tokens in a tile": passes.mlp_tile,
+        "micro_batch_tokens": shape.tokens,
+        "mlp_tile_tokens": shape.mlp_tile,
         "engine": training.model.engine_name,
     }
 
 
-def _archive(run_dir: Path) -> None:
-    """Moves what an earlier run left in `run_dir` to its previous-N folder; nothing is deleted."""
-    present = [run_dir / name for name in RUN_FILES if (run_dir / name).exists()]
-    present += run_dir.glob("nonfinite-step-*.json")
-    if not any(STEP_FOLDER.fullmatch(path.name) for path in (run_dir / "checkpoints").glob("*")) and len(present) < 2:
-        return
-    taken = [path.name.removeprefix("previous-") for path in run_dir.glob("previous-*")]
-    number = 1 + max((int(name) for name in taken if name.isdigit()), default=0)
-    target = run_dir / f"previous-{number}"
-    target.mkdir()
-    for path in present:
-        os.rename(path, target / path.name)
-    print(f"the earlier run is kept in {target}", flush=True)
+def _saved_layout(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The checkpoint's layout by today's names; before there were tiles an MLP took all tokens together (0)."""
+    saved = {OLD_LAYOUT_NAMES.get(name, name): value for name, value in checkpoint.state.layout.items()}
+    return {"mlp_tile_tokens": 0, **saved}
+
+
+def _inputs(config: Config) -> list[str]:
+    """What the configuration reads by path: files, folders, globs, and hub ids, which are no paths."""
+    return [*config.data.path, *config.data.validation_path, config.data.chat_template, config.model.name_or_path]

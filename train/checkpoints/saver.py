@@ -3,8 +3,9 @@
 import time
 from dataclasses import dataclass, field
 
+from train.checkpoints.contents import Checkpoint
 from train.checkpoints.resume import save_state
-from train.checkpoints.store import DISK_RESERVE, Checkpoint, CheckpointStore, free_bytes
+from train.checkpoints.store import DISK_RESERVE, CheckpointStore, free_bytes
 from train.optim import state_bytes
 from train.run.exits import ExitCode, ExitWith
 from train.run.processes import say
@@ -100,8 +101,8 @@ def checkpoint_bytes(training: Training) -> int:
 
 def check_disk(training: Training, store: CheckpointStore) -> int:
     """Says how large checkpoints will be and how much is free; raises ExitWith(BAD_INPUT) where not even one fits."""
-    size, free = checkpoint_bytes(training), free_bytes(store.run_dir)
-    line = f"checkpoints of {size / 2**20:,.1f} MiB, {free / 2**30:,.1f} GiB free in {store.run_dir}"
+    size, free = checkpoint_bytes(training), free_bytes(store.folder.path)
+    line = f"checkpoints of {size / 2**20:,.1f} MiB, {free / 2**30:,.1f} GiB free in {store.folder.path}"
     if free < size * DISK_RESERVE:
         raise ExitWith(ExitCode.BAD_INPUT, f"{line}: not enough for one; make room, or choose another --run.dir")
     stay = store.keep + 2  # the best, and the one being written

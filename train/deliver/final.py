@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from train.checkpoints.store import adapter_files
+from train.checkpoints.contents import adapter_files
 from train.run.durable import publish
 
 

@@ -1,38 +1,176 @@
-"""The run folder."""
+"""The run folder: every name in it, the lock on it, and what `--run.resume never` moves aside.
+
+No other module spells one of these names: they ask a RunFolder for the path.
+"""
 
 import fcntl
 import json
+import os
+import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
-from train.run.durable import make_folder, write_atomically
+from train.config import Config
+from train.run.durable import make_folder, sync, write_atomically
 from train.run.exits import ExitCode, ExitWith
 
-
-def write_exit(run_dir: Path, code: ExitCode, reason: str) -> None:
-    """Records how the run ended: launchers flatten exit codes (accelerate and torchrun return 1 for all of them)."""
-    make_folder(run_dir)
-    record = {"code": int(code), "name": code.name.lower(), "reason": reason}
-    write_atomically(run_dir / "exit.json", json.dumps(record, indent=2) + "\n")
+IDENTITY, LOCK = "run.json", ".lock"
 
 
-@contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Holds the run folder for this job, or until the process dies; raises ExitWith(BAD_INPUT) when another has it."""
-    try:
-        make_folder(run_dir)
-        file = (run_dir / ".lock").open("w")
-    except OSError as error:
-        raise ExitWith(ExitCode.BAD_INPUT, f"--run.dir {run_dir}: {error}; choose another") from None
-    with file:
+class Entry:
+    """A name in the run folder; read from a RunFolder it is the whole path."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, folder: "RunFolder", owner: type) -> Path:
+        return folder.path / self.name
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run; `path` need not exist yet."""
+
+    path: Path
+
+    identity = Entry(IDENTITY)  # the run's id, and the ids of its records at trackers
+    config = Entry("config.json")  # what the last attempt ran with
+    plan = Entry("plan.json")  # how the last attempt is executed
+    attempts = Entry("attempts.jsonl")  # a line at each attempt's start and end
+    metrics = Entry("metrics.jsonl")  # a line a step
+    exit = Entry("exit.json")  # how the last attempt ended; absent while one runs, or where it was killed
+    answers = Entry("answers.json")
+    held_out_answers = Entry("answers_held_out.json")
+    checkpoints = Entry("checkpoints")
+    final = Entry("final")
+    wandb = Entry("wandb")  # Weights & Biases makes it, in the folder that it is given
+    heartbeats = Entry(".heartbeats")  # a file a process: the last step that it completed
+    lock = Entry(LOCK)
+
+    @classmethod
+    def of(cls, config: Config) -> "RunFolder":
+        """The folder that `run.dir` names."""
+        return cls(Path(config.run.dir))
+
+    def nonfinite(self, step: int) -> Path:
+        """The note about a step that was left out because its loss or gradient was not finite."""
+        return self.path / f"nonfinite-step-{step}.json"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder for this job until it ends or dies; raises ExitWith(BAD_INPUT) when another job has it."""
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            reason = f"{run_dir} is in use by another job; wait for it or choose another --run.dir"
-            raise ExitWith(ExitCode.BAD_INPUT, reason) from None
-        # of an earlier attempt: without exit.json the run lives, or was killed
-        (run_dir / "exit.json").unlink(missing_ok=True)
-        shutil.rmtree(run_dir / ".heartbeats", ignore_errors=True)
-        yield
+            make_folder(self.path)
+            file = self.lock.open("w")
+        except OSError as error:
+            raise ExitWith(ExitCode.BAD_INPUT, f"--run.dir {self.path}: {error}; choose another") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                reason = f"{self.path} is in use by another job; wait for it or choose another --run.dir"
+                raise ExitWith(ExitCode.BAD_INPUT, reason) from None
+            self.exit.unlink(missing_ok=True)  # an earlier attempt's
+            shutil.rmtree(self.heartbeats, ignore_errors=True)
+            yield
+
+    def write_exit(self, code: ExitCode, reason: str) -> None:
+        """Records how the run ended: launchers flatten exit codes (accelerate and torchrun return 1 for all)."""
+        make_folder(self.path)
+        record = {"code": int(code), "name": code.name.lower(), "reason": reason}
+        write_atomically(self.exit, json.dumps(record, indent=2) + "\n")
+
+    def identifier(self, name: str, make: Callable[[], str]) -> str:
+        """The id that run.json keeps as `name`; where it is missing or damaged `make` gives one, which is kept.
+
+        Each id stands for itself: a lost one never costs another. Raises OSError where a new one cannot be written.
+        """
+        with _IDENTIFIERS:
+            known = read_object(self.identity)
+            found = known.get(name)
+            if isinstance(found, str) and found:
+                return found
+            made = make()
+            make_folder(self.path)
+            write_atomically(self.identity, json.dumps({**known, name: made}) + "\n")
+            return made
+
+    def archive(self, inputs: Sequence[str] = ()) -> None:
+        """Moves the earlier run to the next previous-N and says so; nothing is deleted. Raises OSError.
+
+        Everything in the folder moves, so that a new run never finds what an old one left, listed here or not. Only
+        these stay: the lock, earlier previous-N, the file that this process prints to, and what the configuration
+        reads (`inputs`, paths or globs) unless a run wrote it. What moves and no run of ours writes is named.
+        Where there is no run, nothing moves.
+        """
+        entries = sorted(self.path.iterdir())
+        if not any(_holds_a_run(entry) for entry in entries):
+            return
+        read = [part for text in inputs if (part := self._part(text))]
+        moving = [entry for entry in entries if not _stays(entry, read)]
+        taken = [int(entry.name.rpartition("-")[2]) for entry in entries if PREVIOUS.fullmatch(entry.name)]
+        target = self.path / f"previous-{1 + max(taken, default=0)}"
+        target.mkdir()
+        for entry in moving:
+            os.rename(entry, target / entry.name)
+        sync(target)
+        sync(self.path)
+        foreign = [entry.name for entry in moving if not _is_ours(entry.name)]
+        beside = f", with other files that were in {self.path}: {', '.join(foreign)}" if foreign else ""
+        print(f"the earlier run is kept in {target}{beside}", flush=True)
+
+    def _part(self, path: str) -> str:
+        """The name in this folder, perhaps a glob, that a path is or lies below; nothing for a path elsewhere."""
+        for absolute in (os.path.abspath, os.path.realpath):
+            inner, outer = Path(absolute(path)), Path(absolute(self.path))
+            if outer in inner.parents:
+                return inner.relative_to(outer).parts[0]
+        return ""
+
+
+OURS = {entry.name for entry in vars(RunFolder).values() if isinstance(entry, Entry)}
+# notes on steps, and what a killed process was writing
+OURS_TOO = re.compile(r"nonfinite-step-\d+\.json|\.(tmp|trash)-.*|\..*\.tmp-\d+")
+PREVIOUS = re.compile(r"previous-\d+")
+_IDENTIFIERS = threading.Lock()  # trackers ask for their ids in threads of their own
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none, or no whole one."""
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _is_ours(name: str) -> bool:
+    return name in OURS or OURS_TOO.fullmatch(name) is not None
+
+
+def _holds_a_run(entry: Path) -> bool:
+    """Whether this is left of a run: an identity alone is not, nor an empty folder."""
+    if entry.name not in OURS - {IDENTITY, LOCK}:
+        return False
+    return not entry.is_dir() or any(entry.iterdir())
+
+
+def _stays(entry: Path, read: Sequence[str]) -> bool:
+    """Whether `entry` is not moved aside; `read` are names, perhaps globs, of what the configuration reads."""
+    if PREVIOUS.fullmatch(entry.name) or entry.name == LOCK:
+        return True
+    if _is_ours(entry.name):
+        return False
+    return any(entry.name == part or fnmatch(entry.name, part) for part in read) or _is_printed_to(entry)
+
+
+def _is_printed_to(entry: Path) -> bool:
+    """Whether this process's output goes to this file."""
+    with suppress(OSError):
+        return any(os.path.samestat(os.fstat(number), entry.stat()) for number in (1, 2))
+    return False

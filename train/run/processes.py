@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from train.config import Config
 from train.metrics import to_host
 from train.run.exits import ExitCode, ExitWith
+from train.run.folder import RunFolder
 from train.run.signals import StopRequest
 
 
@@ -47,7 +48,7 @@ class Heartbeat:
     def __init__(self, config: Config, accelerator: Accelerator) -> None:
         self.path: Path | None = None
         if accelerator.num_processes > 1:
-            self.path = Path(config.run.dir) / ".heartbeats" / str(accelerator.process_index)
+            self.path = RunFolder.of(config).heartbeats / str(accelerator.process_index)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.beat(0)
 
@@ -66,7 +67,7 @@ def peer_failure(config: Config, error: RuntimeError) -> str:
     now = time.time()
     beats = []
     own = os.environ.get("RANK")
-    for path in sorted((Path(config.run.dir) / ".heartbeats").glob("*")):
+    for path in sorted(RunFolder.of(config).heartbeats.glob("*")):
         if path.name == own:  # alive: it says this
             continue
         with suppress(OSError, ValueError):

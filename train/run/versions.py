@@ -1,11 +1,33 @@
 """What a run was made with."""
 
+import os
 import platform
-from importlib.metadata import version
+import subprocess
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 PACKAGES = ("torch", "accelerate", "transformers", "peft", "bitsandbytes", "datasets", "safetensors")
+ROOT = Path(__file__).resolve().parents[2]
+MAX_GIT_SECONDS = 10.0  # a network file system may hang
 
 
 def versions() -> dict[str, str]:
     """What the run was made with."""
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def code_version() -> str:
+    """This program's git commit, with -dirty where files differ from it; elsewhere the installed package's version."""
+    if (ROOT / ".git").exists():
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        with suppress(OSError, subprocess.SubprocessError):
+            # without the lock git leaves the index alone, which another git may be writing
+            environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=MAX_GIT_SECONDS, check=True
+            )
+            return done.stdout.strip()
+    with suppress(PackageNotFoundError):
+        return version("handloop")
+    return "unknown"

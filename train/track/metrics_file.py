@@ -4,17 +4,20 @@ import contextlib
 import json
 import os
 import sys
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from train.run.json_lines import read_lines
 
 
 class MetricsFile:
     """metrics.jsonl, the truth: one JSON object a step. What a full disk refuses is kept and written later."""
 
-    def __init__(self, run_dir: Path, keep_bytes: int) -> None:
+    def __init__(self, path: Path, keep_bytes: int) -> None:
         """Goes on after `keep_bytes`, the file's length at the checkpoint; what a lost attempt wrote behind is cut."""
-        self.path = run_dir / "metrics.jsonl"
+        self.path = path
         self.path.touch()
         self.last_step_seen = max((row["step"] for row in read_metrics(self.path)), default=0)
         size = self.path.stat().st_size
@@ -59,9 +62,14 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that a killed process left unfinished is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
+    """The rows of a metrics.jsonl; a last line that a killed process left unfinished is left out. Raises OSError."""
+    return read_lines(path)
+
+
+def last_step(path: Path) -> int:
+    """The last step in a metrics.jsonl, without reading all of it as JSON; 0 where there is none."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        for line in reversed(deque(file, maxlen=2)):  # the last of all may be half a line
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                return int(json.loads(line)["step"])
+    return 0

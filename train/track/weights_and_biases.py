@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from train.config import Config
 from train.run.exits import ExitCode, ExitWith
+from train.run.folder import RunFolder
 from train.run.redact import redact
 from train.track.metrics_file import read_metrics
 
@@ -30,10 +31,10 @@ class WeightsAndBiases:
 
     def __init__(self, config: Config, record: Mapping[str, str], mode: str, last_step_seen: int) -> None:
         """Continues the run that `record` (run.json) names; `last_step_seen` is 0 where nothing was logged before."""
-        self.run_dir = Path(config.run.dir)
+        self.folder = RunFolder.of(config)
         self.mode = mode
         self.is_first_attempt = last_step_seen == 0
-        self.record = self.run_dir / "wandb"  # from the start on, this attempt's folder in it
+        self.record = self.folder.wandb  # from the start on, this attempt's folder in it
         self.failure = ""
         self.is_failure_told = False
         self.messages: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=10_000)
@@ -64,8 +65,7 @@ class WeightsAndBiases:
     def _tell_failure(self) -> None:
         if self.failure and not self.is_failure_told:
             self.is_failure_told = True
-            metrics = self.run_dir / "metrics.jsonl"
-            print(f"Weights & Biases: {self.failure}; all metrics are in {metrics}", flush=True)
+            print(f"Weights & Biases: {self.failure}; all metrics are in {self.folder.metrics}", flush=True)
 
     def _put(self, kind: str, content: Any) -> None:
         if self.failure:
@@ -79,7 +79,7 @@ class WeightsAndBiases:
         try:
             run = self._init(config, record)
             sent = max(run.summary.get("step") or 0, run.starting_step)  # of the server; 0 offline
-            for row in [] if self.is_first_attempt else read_metrics(self.run_dir / "metrics.jsonl"):
+            for row in [] if self.is_first_attempt else read_metrics(self.folder.metrics):
                 sent = _send(run, row, sent)
             self.record = Path(run.dir).parent
             self._set_aside_older_records()
@@ -101,9 +101,9 @@ class WeightsAndBiases:
 
     def _set_aside_older_records(self) -> None:
         """Moves earlier attempts' offline records out of the way of `wandb sync`: this one holds their steps too."""
-        for old in (self.run_dir / "wandb").glob("offline-run-*"):
+        for old in self.folder.wandb.glob("offline-run-*"):
             if old.resolve() != self.record.resolve():
-                target = self.run_dir / "wandb" / "superseded"
+                target = self.folder.wandb / "superseded"
                 target.mkdir(exist_ok=True)
                 os.rename(old, target / old.name)
 
@@ -127,7 +127,7 @@ class WeightsAndBiases:
             id=record["wandb_id"],
             resume="allow",
             mode=mode,
-            dir=str(self.run_dir),
+            dir=str(self.folder.path),
             config={name: vars(getattr(config, name)) for name in SHARED_SECTIONS},
             settings=settings,
         )

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from tests.conftest import training_of
 from tests.unit.memory.examples import GIB, H200, LLAMA_8B, LONG, PACKED, SHORT, first_candidate, planned, planner_for
 from train.batching import LengthStatistics, MicroBatchShape
-from train.checkpoints.resume import layout, saved_shape
+from train.checkpoints.resume import checkpoint_layout, saved_shape
 from train.config import BatchConfig, Config, MemoryConfig
 from train.memory.cost import peak
 from train.memory.search import MARGIN, MLP_TILE
@@ -118,10 +118,13 @@ def test_a_resumed_run_keeps_its_tiles(config: Config) -> None:
         assert planner.best(100 * GIB, saved).micro_batch_shape == saved
     training = training_of(config, Accelerator(cpu=True))
     tiled = replace(training, plan=replace(training.plan, micro_batch_tokens=96, mlp_tile=32))
-    checkpoint: Any = SimpleNamespace(state=SimpleNamespace(layout=layout(tiled)))
+    checkpoint: Any = SimpleNamespace(state=SimpleNamespace(layout=checkpoint_layout(tiled)))
     assert saved_shape(checkpoint, training.data, config.batch.merge) == MicroBatchShape(96, 32)
     assert saved_shape(None, training.data, config.batch.merge) is None
-    del checkpoint.state.layout["tokens in a tile"]  # an older checkpoint
+    old_names = {"micro_batch_tokens": "tokens in a pass", "mlp_tile_tokens": "tokens in a tile"}
+    checkpoint.state.layout = {old_names.get(name, name): value for name, value in checkpoint.state.layout.items()}
+    assert saved_shape(checkpoint, training.data, config.batch.merge) == MicroBatchShape(96, 32)
+    del checkpoint.state.layout["tokens in a tile"]  # older still
     assert saved_shape(checkpoint, training.data, config.batch.merge) == MicroBatchShape(96)
     checkpoint.state.layout["processes"] = 2
     assert saved_shape(checkpoint, training.data, config.batch.merge) is None

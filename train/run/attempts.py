@@ -1,0 +1,93 @@
+"""What the run folder keeps of each attempt, and how it is read again.
+
+config.json and plan.json are the last attempt's; attempts.jsonl has a line at each attempt's start and one at its end,
+which is missing where the attempt was killed. Nothing here can end a run: what a full disk refuses is said once.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from train.run.durable import write_atomically
+from train.run.exits import ExitCode
+from train.run.folder import RunFolder
+from train.run.json_lines import append_line, read_lines
+from train.run.redact import redact
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a run, as attempts.jsonl has it."""
+
+    number: int  # from 1
+    start: dict[str, Any]  # time, code, versions, device, num_processes, engine, plan, data, from_step
+    end: dict[str, Any] | None  # time, code, name, reason, last_step; None: it was killed, or it is still running
+
+
+class AttemptLog:
+    """Records one attempt, from the moment when it is known what it will do; the first process alone begins one."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.number = 0  # not begun
+        self.is_refused = False
+
+    def begin(self, config: Mapping[str, Any], plan: Mapping[str, Any], start: Mapping[str, Any]) -> None:
+        """Writes config.json and plan.json, and the line of the start."""
+        self._try(lambda: write_atomically(self.folder.config, _document(config)))
+        self._try(lambda: write_atomically(self.folder.plan, _document(plan)))
+        self.number = 1 + max((attempt.number for attempt in read_attempts(self.folder)), default=0)
+        self._append("start", start)
+
+    def end(self, code: ExitCode, reason: str, last_step: int) -> None:
+        """Writes the line of the end, if this attempt was begun; `last_step` is the last in metrics.jsonl."""
+        if self.number:
+            end = {"code": int(code), "name": code.name.lower(), "reason": reason, "last_step": last_step}
+            self._append("end", end)
+
+    def _append(self, event: str, fields: Mapping[str, Any]) -> None:
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        row = {"attempt": self.number, "event": event, "time": now, **plain(fields)}
+        self._try(lambda: append_line(self.folder.attempts, row))
+
+    def _try(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            if not self.is_refused:
+                with suppress(OSError):  # the terminal may be a file on the same disk
+                    text = f"{self.folder.path}: {error}; the run goes on without a full record of this attempt"
+                    print(redact(text), file=sys.stderr, flush=True)
+            self.is_refused = True
+
+
+def read_attempts(folder: RunFolder) -> list[Attempt]:
+    """The attempts in order; lines that a killed process left unfinished are left out."""
+    found: dict[int, dict[str, dict[str, Any]]] = {}
+    with suppress(OSError):
+        for row in read_lines(folder.attempts):
+            number, event = row.pop("attempt", None), row.pop("event", None)
+            if isinstance(number, int) and event in ("start", "end"):
+                found.setdefault(number, {})[event] = row
+    return [Attempt(number, lines.get("start", {}), lines.get("end")) for number, lines in sorted(found.items())]
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON has it: secrets redacted, tuples as lists, paths as text, inf and nan as their names."""
+    if isinstance(value, Mapping):
+        return {redact(str(name)): plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return redact(str(value)) if isinstance(value, str | Path) else value
+
+
+def _document(content: Mapping[str, Any]) -> str:
+    return json.dumps(plain(content), indent=2, ensure_ascii=False) + "\n"

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from train.run.exits import ExitCode
+from train.run.folder import RunFolder
 from train.run.versions import versions
 from train.track.metrics_file import read_metrics
 
@@ -37,14 +38,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         whole, broken = Path(scratch) / "whole", Path(scratch) / "broken"
         seconds = {"whole": start([*options.words, "--run.dir", str(whole)])}
-        reference = read_metrics(whole / "metrics.jsonl")
+        reference = read_metrics(RunFolder(whole).metrics)
         epoch_steps = sum(row["epoch"] <= 1 for row in reference)
         kill_after = (options.kill_in_epoch - 1) * epoch_steps + max(1, epoch_steps // 2)
         words = [*options.words, "--run.dir", str(broken)]
         start(words, kill_after=kill_after)
-        lost = read_metrics(broken / "metrics.jsonl")
+        lost = read_metrics(RunFolder(broken).metrics)
         seconds["resumed"] = start(words)
-        resumed = read_metrics(broken / "metrics.jsonl")
+        resumed = read_metrics(RunFolder(broken).metrics)
         same_adapter = adapter(whole) == adapter(broken)
     report = summarise(reference, lost, resumed, epoch_steps) | {
         "command": " ".join(["train/main.py", *options.words]),
@@ -73,7 +74,7 @@ def start(words: list[str], kill_after: int = 0) -> float:
     """Seconds of one whole run of the command, or of its life until SIGKILL after so many steps."""
     began = time.monotonic()
     process = subprocess.Popen([sys.executable, str(ROOT / "train" / "main.py"), *words], cwd=ROOT)
-    metrics = Path(words[-1]) / "metrics.jsonl"
+    metrics = RunFolder(Path(words[-1])).metrics
     while kill_after and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= kill_after):
         if process.poll() is not None:
             raise SystemExit(f"the run ended with {process.returncode} before step {kill_after}")
@@ -112,7 +113,7 @@ def summarise(reference: list[Any], lost: list[Any], resumed: list[Any], epoch_s
 
 def adapter(run_dir: Path) -> bytes:
     """The bytes of the final weights."""
-    return (run_dir / "final" / "adapter_model.safetensors").read_bytes()
+    return (RunFolder(run_dir).final / "adapter_model.safetensors").read_bytes()
 
 
 def commit() -> str:

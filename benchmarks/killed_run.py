@@ -22,7 +22,9 @@ from typing import Any
 import torch
 
 from benchmarks.interrupted_run import ROOT, adapter, commit, start
+from train.run.folder import RunFolder
 from train.run.versions import versions
+from train.track.metrics_file import last_step as last_metrics_step
 from train.track.metrics_file import read_metrics
 
 
@@ -39,12 +41,12 @@ def main() -> None:
         whole, broken = Path(scratch) / "whole", Path(scratch) / "broken"
         exact = [*options.words, "--run.deterministic", "true"]
         seconds = start([*exact, "--run.dir", str(whole)])
-        reference = read_metrics(whole / "metrics.jsonl")
+        reference = read_metrics(RunFolder(whole).metrics)
         training = sum(column(reference, "perf/step_seconds")) + sum(column(reference, "perf/save_seconds"))
         loading = seconds - training
         moments = (0.7 * loading, loading + 2 * training / max(1, options.kills))
         kills = kill_until_done([*exact, "--run.dir", str(broken)], broken, options, moments)
-        found = read_metrics(broken / "metrics.jsonl")
+        found = read_metrics(RunFolder(broken).metrics)
         report: dict[str, Any] = {
             "command": " ".join(["train/main.py", *options.words]),
             "seed": options.seed,
@@ -107,13 +109,13 @@ def apart(words: list[str], scratch: Path) -> float:
     rows = []
     for name in ("one", "two"):
         start([*words, "--run.dir", str(scratch / name)])
-        rows.append(losses(read_metrics(scratch / name / "metrics.jsonl")))
+        rows.append(losses(read_metrics(RunFolder(scratch / name).metrics)))
     return max(abs(a - b) for a, b in zip(*rows, strict=True))
 
 
 def wrote_after(run_dir: Path, step: int, began: float) -> bool:
     """Whether this start has completed a step: metrics.jsonl was written since, and goes beyond its checkpoint."""
-    metrics = run_dir / "metrics.jsonl"
+    metrics = RunFolder(run_dir).metrics
     if not metrics.exists():
         return False
     since = time.time() - (time.monotonic() - began)
@@ -127,13 +129,12 @@ def newest(run_dir: Path) -> int:
 
 def checkpoints(run_dir: Path) -> list[str]:
     """Names of the checkpoint folders."""
-    return sorted(path.name for path in (run_dir / "checkpoints").glob("step-*"))
+    return sorted(path.name for path in RunFolder(run_dir).checkpoints.glob("step-*"))
 
 
 def last_step(run_dir: Path) -> int:
     """The last step in metrics.jsonl."""
-    metrics = run_dir / "metrics.jsonl"
-    return max((row["step"] for row in read_metrics(metrics)), default=0) if metrics.exists() else 0
+    return last_metrics_step(RunFolder(run_dir).metrics)
 
 
 def losses(rows: list[Any]) -> list[float]:

@@ -13,7 +13,6 @@ import argparse
 import importlib.util
 import json
 import os
-import re
 import shutil
 import statistics
 import subprocess
@@ -35,6 +34,7 @@ from train.data import BatchLayout, TrainingData, prepare_settings
 from train.memory.gpus import peak_flops
 from train.metrics import flops_per_token
 from train.models.tokenizer import load_tokenizer
+from train.run.folder import RunFolder, read_object
 from train.run.versions import versions
 from train.track.metrics_file import read_metrics
 
@@ -220,9 +220,9 @@ def ours(work: Workload, run: Run, words: list[str], place: Path) -> dict[str, A
     if process.wait() != 0:
         print("".join(lines[-15:]), flush=True)
         return None
-    rows = read_metrics(place / "metrics.jsonl")
-    memory = next(line for line in lines if line.startswith("memory"))
-    print(memory, flush=True)
+    folder = RunFolder(place)
+    rows, plan = read_metrics(folder.metrics), read_object(folder.plan)
+    print(plan["summary"], flush=True)
     return {
         "seconds": [row["perf/step_seconds"] for row in rows],
         "tokens": [row["data/tokens"] for row in rows],
@@ -230,16 +230,9 @@ def ours(work: Workload, run: Run, words: list[str], place: Path) -> dict[str, A
         # what the allocator holds, more than a peer's peak counts: what graphs use is not allocated any more
         "peak_gib": max(row["memory/peak_reserved_gib"] for row in rows),
         "mean_length": sum(r["data/tokens"] for r in rows) / sum(len(r["data/sample_ids"]) for r in rows),
-        "recomputed_share": recomputed_share(memory),
+        "recomputed_share": (plan["num_blocks"] - plan["num_kept"]) / plan["num_blocks"],
         "seconds_to_first_step": round(first_step - loading, 1),
     }
-
-
-def recomputed_share(memory: str) -> float:
-    """Of all blocks, by the line in which a run says its plan."""
-    counts = re.search(r"of (\d+) blocks keep their activations(?:, (\d+) recompute)?", memory)
-    assert counts is not None
-    return int(counts[2] or 0) / int(counts[1])
 
 
 def peer(work: Workload, run: Run, words: list[str], place: Path) -> dict[str, Any] | None:

@@ -29,9 +29,9 @@ from train.engine import operations
 from train.engine.block import Block, Pass
 from train.engine.decoder import Engine
 from train.engine.families import unsupported_reason
+from train.engine.host_stream import HostBlocks
 from train.engine.lora_linear import LoraGroup, dequantize
 from train.engine.operations import Dropout
-from train.engine.packed_weights import HostBlocks
 from train.engine.plan import Plan
 from train.models.language_model import choose_engine, sketch
 from train.run.exits import ExitWith

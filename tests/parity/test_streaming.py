@@ -25,7 +25,9 @@ from train.engine import decoder
 from train.engine.block import Block
 from train.engine.copies import Copies, ThreadCopies
 from train.engine.decoder import Engine
-from train.engine.packed_weights import HostBlocks, linear_layers
+from train.engine.host_stream import HostBlocks, HostStream
+from train.engine.packed_source import packed_source
+from train.engine.packed_weights import linear_layers
 from train.engine.plan import Plan, spread
 from train.engine.weight_store import WeightStore
 from train.models.tokenizer import load_tokenizer
@@ -113,7 +115,7 @@ def streaming(numbers: list[int], **changes: Any) -> tuple[Any, Plan, HostBlocks
     adapted = adapted_model(LlamaConfig(**SIZES | {"num_hidden_layers": NUM_BLOCKS}), ALL, dropout=0.2)
     host = HostBlocks(numbers, pin=False)
     for number in range(NUM_BLOCKS):
-        host.take(number, adapted.get_base_model().base_model.layers[number])
+        host.offload(number, adapted.get_base_model().base_model.layers[number])
     plan = Plan(
         is_fused=True, merges=True, micro_batch_tokens=64, num_blocks=NUM_BLOCKS, num_kept=1, streamed=(*numbers,)
     )
@@ -157,22 +159,17 @@ def checked(monkeypatch: pytest.MonkeyPatch, queues: Queues, forget: tuple[str, 
         return CheckedCopies(queues, name, forget[1] if name == forget[0] else "")
 
     monkeypatch.setattr(decoder, "copies_for", copies_for)
-    fill, forward = WeightStore._fill_base, Block.forward
+    give, forward = HostStream.give, Block.forward
 
-    def watched_fill(self: Any, block: Any, matrices: Any, is_streamed: bool) -> None:
-        if is_streamed:
-            stream, give = self.stream, self.stream.give
-            stream.give = lambda number: (queues.act("compute", [stream.slot(number).buffer], []), give(number))
-            fill(self, block, matrices, is_streamed)
-            stream.give = give
-        else:
-            fill(self, block, matrices, is_streamed)
+    def watched_give(self: HostStream, number: int) -> None:
+        queues.act("compute", [self.slot_of[number].buffer], [])  # what was launched since `take` has read it
+        give(self, number)
 
     def watched_forward(self: Any, matrices: Any, x: torch.Tensor, shared: Any) -> Any:
         queues.act("compute", [x], [])
         return forward(self, matrices, x, shared)
 
-    monkeypatch.setattr(WeightStore, "_fill_base", watched_fill)
+    monkeypatch.setattr(HostStream, "give", watched_give)
     monkeypatch.setattr(Block, "forward", watched_forward)
 
 
@@ -249,30 +246,34 @@ class Recorded:
         adapted, plan, self.host = streaming(numbers)
         self.causal_lm: Any = adapted.get_base_model()
         blocks = Engine(self.causal_lm, plan, self.host).stack.blocks
-        self.store = WeightStore(blocks, 0, self.causal_lm.base_model.norm.weight, self.host, lambda: self.tape)
+        layers, like = self.causal_lm.base_model.layers, self.causal_lm.base_model.norm.weight
+        self.source = packed_source(layers, self.host, like.device, lambda: self.tape)
+        self.store = WeightStore(blocks, 0, like, self.source)
         self.store._fill_base = self.fill  # type: ignore[method-assign]
+        self.layers = layers
         self.made: list[int] = []
         self.tapes: list[list[Any]] = [[], []]
-        self.store.before_replay(forward=True)
+        self.orders = (range(NUM_BLOCKS), range(NUM_BLOCKS - 1, -1, -1))
+        self.store.before_replay(self.orders[0])
         for recording, ask in zip(self.tapes, (self.validate, self.back), strict=True):
             self.tape.recording = recording
             ask()
         self.tape.recording = None
-        self.store.forget()
+        self.store.forget_shared()
 
-    def fill(self, block: Any, matrices: Any, is_streamed: bool) -> None:
+    def fill(self, block: Any, matrices: Any) -> None:
         """Stands for WeightStore._fill_base: when it happens, the block's weights must be its own."""
-        stream, number = self.store.stream, block.number
-        weights = stream.take(number) if is_streamed else []
+        number = block.number
+        weights = self.source.take(number)
+        wanted = self.host.weights.get(number) or [linear.weight for linear in linear_layers(self.layers[number])]
 
         def check() -> None:
             self.made.append(number)
-            for weight, own in zip(weights, self.host.weights.get(number, []), strict=True):
+            for weight, own in zip(weights, wanted, strict=True):
                 assert torch.equal(weight, own)
 
         self.tape.do(check)
-        if is_streamed:
-            stream.give(number)
+        self.source.give(number)
 
     def ask(self, order: range) -> None:
         self.store.begin(order)
@@ -290,15 +291,15 @@ class Recorded:
         self.back()
 
     def replay(self) -> None:
-        for recording, is_forward in zip(self.tapes, (True, False), strict=True):
-            self.store.before_replay(is_forward)
+        for recording, order in zip(self.tapes, self.orders, strict=True):
+            self.store.before_replay(order)
             for action in recording:
                 action()
-            self.store.after_replay(is_forward)
+            self.store.after_replay(order)
 
     def answer(self) -> None:
         decoder, batch = self.causal_lm.base_model, packed()
-        with self.store.lent(decoder.layers), torch.no_grad():
+        with self.source.lent(), torch.no_grad():
             decoder(batch.input_ids, position_ids=batch.position_ids, use_cache=False)
 
 

@@ -126,7 +126,9 @@ def test_a_loss_does_not_keep_its_graph(monkeypatch: pytest.MonkeyPatch) -> None
     places = SimpleNamespace(out=torch.zeros(8, 4), grad_out=torch.zeros(8, 4))
     none: Any = None
     graph = graphs._Graph(cast(Any, places), none, none, none, none)
-    loss = graphs._Replay.apply(graph, SimpleNamespace(store=None), 6, anchor).sum()
+    loss = graphs._Replay.apply(
+        graph, SimpleNamespace(store=None, forward_order=(), backward_order=()), 6, anchor
+    ).sum()
     loss.backward()
     assert places.grad_out[:6].eq(1).all()
     assert not places.grad_out[6:].any()

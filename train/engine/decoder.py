@@ -14,8 +14,9 @@ from train.engine.copies import copies_for
 from train.engine.families import _blocks
 from train.engine.graphs import Graphs, pad
 from train.engine.hidden_store import DeviceInputs, HostInputs
+from train.engine.host_stream import HostBlocks
 from train.engine.operations import mixed
-from train.engine.packed_weights import HostBlocks
+from train.engine.packed_source import packed_source
 from train.engine.plan import Plan, padded
 from train.engine.stack import Stack
 from train.engine.weight_store import WeightStore
@@ -30,7 +31,8 @@ class Engine:
         blocks = _blocks(causal_lm)
         norm: torch.Tensor = decoder.norm.weight
         copies = partial(copies_for, norm.device)
-        store = WeightStore(blocks, plan.num_cached, norm, host, copies)
+        self.source = packed_source(decoder.layers, host, norm.device, copies)
+        store = WeightStore(blocks, plan.num_cached, norm, self.source)
         inputs = DeviceInputs()
         if plan.offloads_inputs:
             num_tokens = padded(plan.micro_batch_tokens)
@@ -77,5 +79,5 @@ class Engine:
     def lent(self) -> Iterator[None]:
         """While it is entered, transformers can run the decoder: its memory is free, streamed weights come by layer."""
         self.release()
-        with self.stack.store.lent(self.decoder.layers):
+        with self.source.lent():
             yield

@@ -6,7 +6,7 @@ from.
 """
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -179,7 +179,7 @@ class Graphs:
         assert self.places is not None
         places, num_borders = self.places.first(shape[0]), shape[1]
         store = self.stack.store
-        store.before_replay(forward=True)
+        store.before_replay(self.stack.forward_order)
         torch.cuda.synchronize()
         num_tokens = places.hidden.shape[0]
         borders, seed = batch.cu_seqlens.new_full((num_borders,), num_tokens), shared.seed.clone()
@@ -196,7 +196,7 @@ class Graphs:
                 del out
             with torch.cuda.graph(backward, pool=self.pool):
                 self.stack.backward(places.grad_out, own, kept)
-        store.forget()  # nothing of it has run yet
+        store.forget_shared()  # nothing of it has run yet
         return _Graph(places, seed, borders, forward, backward)
 
 
@@ -205,8 +205,8 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, graph: _Graph, stack: Stack, num_tokens: int, _: torch.nn.Parameter) -> torch.Tensor:
-        ctx.graph, ctx.store, ctx.num_tokens = graph, stack.store, num_tokens
-        _replay(graph.forward, stack.store, forward=True)
+        ctx.graph, ctx.stack, ctx.num_tokens = graph, stack, num_tokens
+        _replay(graph.forward, stack.store, stack.forward_order)
         return graph.places.out[:num_tokens].detach()
 
     @staticmethod
@@ -215,7 +215,7 @@ class _Replay(torch.autograd.Function):
         place = graph.places.grad_out
         place[: ctx.num_tokens].copy_(grad_outputs[0])
         place[ctx.num_tokens :].zero_()  # nobody learns from what a larger graph has too much
-        _replay(graph.backward, ctx.store, forward=False)
+        _replay(graph.backward, ctx.stack.store, ctx.stack.backward_order)
         return None, None, None, None
 
 
@@ -239,7 +239,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-def _replay(graph: torch.cuda.CUDAGraph, store: WeightStore, forward: bool) -> None:
-    store.before_replay(forward)
+def _replay(graph: torch.cuda.CUDAGraph, store: WeightStore, order: Sequence[int]) -> None:
+    store.before_replay(order)
     graph.replay()
-    store.after_replay(forward)
+    store.after_replay(order)

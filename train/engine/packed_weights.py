@@ -8,8 +8,6 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState
 
-from train.engine.copies import host_buffers
-
 ALIGNMENT = 512  # bytes; as CUDA's own allocations, which kernels read in words of 16
 NESTED_BLOCK = 256  # of NF4's scales share a scale, where they are quantised too
 
@@ -27,7 +25,7 @@ class _Field:
         return buffer[self.start : self.start + self.num_bytes].view(self.dtype).view(self.shape)
 
 
-class Packing:
+class PackedLayout:
     """Where the weights of a block's linear layers lie, with NF4's scales behind each; the same for every block.
 
     Norms and biases are not among them: 16 KB of Llama-3.1-8B's 107 MiB a block.
@@ -132,34 +130,3 @@ def linear_layers(layer: Any) -> list[Any]:
     layers = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     layers += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     return [getattr(each, "base_layer", each) for each in layers]
-
-
-class HostBlocks:
-    """Blocks whose weights are in host memory, taken from the device one after another."""
-
-    def __init__(self, wanted: Sequence[int], pin: bool) -> None:
-        self.wanted = list(wanted)
-        self.pin = pin
-        self.packing: Packing | None = None
-        self.buffers: dict[int, torch.Tensor] = {}
-        self.weights: dict[int, list[torch.nn.Parameter]] = {}  # views of the buffers, which the modules hold as well
-
-    @property
-    def numbers(self) -> list[int]:
-        """Of the blocks that are here, in order."""
-        return sorted(self.weights)
-
-    def take(self, number: int, layer: Any) -> None:
-        """Moves the weights of decoder layer `number` here, if they are wanted and not here yet."""
-        if number not in self.wanted or number in self.weights:
-            return
-        linears = linear_layers(layer)
-        if self.packing is None:
-            self.packing = Packing(linears)
-        if number not in self.buffers:
-            missing = [each for each in self.wanted if each not in self.buffers]
-            buffers = host_buffers([self.packing.num_bytes] * len(missing), self.pin)
-            self.buffers |= dict(zip(missing, buffers, strict=True))
-        self.packing.write(linears, self.buffers[number])
-        self.weights[number] = self.packing.views(self.buffers[number])
-        put(linears, self.weights[number])

@@ -45,6 +45,8 @@ class Stack:
         self.norm = norm
         self.store = store
         self.num_kept = max(1, num_kept)
+        self.forward_order = range(len(blocks))
+        self.backward_order = self.forward_order[::-1]
         self.inputs = inputs
         self.anchor = next(parameter for block in blocks for parameter in block.parameters)
         self.padded_rank = max(max(block.o.padded_rank, block.down.padded_rank) for block in blocks)
@@ -59,7 +61,7 @@ class Stack:
     def forward(self, hidden: torch.Tensor, shared: Pass, kept: Memory | None) -> torch.Tensor:
         """The normed output; fills `kept` where one is given."""
         num_recomputed = len(self.blocks) - self.num_kept
-        self.store.begin(range(len(self.blocks)))
+        self.store.begin(self.forward_order)
         self.inputs.begin()
         for block in self.blocks:
             is_kept = block.number >= num_recomputed
@@ -86,7 +88,7 @@ class Stack:
         grad = grad_out.new_empty(grad_out.shape[0], width + self.padded_rank)
         rms_norm_backward(grad_out, last.hidden, self.norm.weight, last.rstd, grad[:, :width], add=False)
         del last
-        self.store.begin(range(len(self.blocks) - 1, -1, -1))
+        self.store.begin(self.backward_order)
         for block in reversed(self.blocks):
             record = kept.pop()
             assert isinstance(record, Kept)

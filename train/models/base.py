@@ -18,7 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from train.config import ModelConfig
 from train.engine.embedding import offload_embedding
-from train.engine.packed_weights import HostBlocks
+from train.engine.host_stream import HostBlocks
 from train.run.exits import ExitCode, ExitWith
 from train.seeds import derived_seed
 
@@ -122,7 +122,7 @@ def _filled(base: Any, read: Read, device: torch.device, host: HostBlocks, embed
             offload_embedding(base)
             torch.cuda.empty_cache()  # its place is the largest of all, and small weights would settle in it
         if module in ends:
-            host.take(ends[module], layers[ends[module]])
+            host.offload(ends[module], layers[ends[module]])
     return base
 
 

@@ -16,7 +16,7 @@ from train.config import Config
 from train.engine.attention import attention_kind
 from train.engine.decoder import Engine
 from train.engine.families import unsupported_reason
-from train.engine.packed_weights import HostBlocks
+from train.engine.host_stream import HostBlocks
 from train.engine.plan import Plan
 from train.loss import summed_cross_entropy
 from train.models.base import load_base, skeleton
@@ -66,7 +66,7 @@ class LanguageModel(torch.nn.Module):
         if plan.is_fused:
             self.host.wanted = sorted({*self.host.wanted, *plan.streamed})
             for number in plan.streamed:
-                self.host.take(number, causal_lm.base_model.layers[number])
+                self.host.offload(number, causal_lm.base_model.layers[number])
             self.engine = Engine(causal_lm, plan, self.host)
         elif plan.num_kept < plan.num_blocks:
             # use_reentrant=False: the frozen embedding's output needs no gradient

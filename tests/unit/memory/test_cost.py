@@ -19,7 +19,7 @@ from train.config import BatchConfig, MemoryConfig, OptimConfig
 from train.engine import block, lora_linear
 from train.engine.block import Pass
 from train.engine.decoder import Engine
-from train.engine.packed_weights import HostBlocks
+from train.engine.host_stream import HostBlocks
 from train.engine.plan import Plan
 from train.engine.stack import Stack
 from train.memory import cost

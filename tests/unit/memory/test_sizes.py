@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from tests.conftest import training_of
 from train.config import Config, EngineConfig, ModelConfig, OptimConfig
-from train.engine.packed_weights import Packing, linear_layers, packed_bytes
+from train.engine.packed_weights import PackedLayout, linear_layers, packed_bytes
 from train.memory.sizes import model_sizes
 from train.models.language_model import sketch
 
@@ -24,7 +24,7 @@ def test_sizes_are_those_of_the_loaded_model(quantization: Any, config: Config) 
     causal_lm: Any = training.model.adapted.get_base_model()
     layers = linear_layers(causal_lm.base_model.layers[0])
     if quantization != "int8":
-        assert sizes.packed_bytes == Packing(layers).num_bytes
+        assert sizes.packed_bytes == PackedLayout(layers).num_bytes
     assert sizes.packed_bytes == sum(map(packed_bytes, layers))
     assert sizes.head_bytes == causal_lm.lm_head.weight.nbytes
     assert sizes.embedding_bytes == causal_lm.get_input_embeddings().weight.nbytes

@@ -1,0 +1,155 @@
+"""Blocks whose packed weights are in host memory, and come to the device one after another while others compute."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from train.engine.copies import Copies, Event, host_buffers
+from train.engine.packed_weights import PackedLayout, linear_layers, put
+from train.engine.plan import NUM_SLOTS
+
+
+class HostBlocks:
+    """The packed weights of some blocks in host memory, pinned where a GPU copies from it."""
+
+    def __init__(self, wanted: Sequence[int], pin: bool) -> None:
+        """For the blocks `wanted`; their memory is allocated when the first of them is offloaded."""
+        self.wanted = list(wanted)
+        self.pin = pin
+        self.layout: PackedLayout | None = None
+        self.buffers: dict[int, torch.Tensor] = {}
+        self.weights: dict[int, list[torch.nn.Parameter]] = {}  # views of the buffers, which the modules hold as well
+
+    @property
+    def numbers(self) -> list[int]:
+        """The blocks that are here, in order."""
+        return sorted(self.weights)
+
+    def offload(self, number: int, layer: Any) -> None:
+        """Moves the weights of decoder layer `number` here, if they are wanted and not here yet."""
+        if number not in self.wanted or number in self.weights:
+            return
+        linears = linear_layers(layer)
+        if self.layout is None:
+            self.layout = PackedLayout(linears)
+        if number not in self.buffers:
+            missing = [each for each in self.wanted if each not in self.buffers]
+            buffers = host_buffers([self.layout.num_bytes] * len(missing), self.pin)
+            self.buffers |= dict(zip(missing, buffers, strict=True))
+        self.layout.write(linears, self.buffers[number])
+        self.weights[number] = self.layout.views(self.buffers[number])
+        put(linears, self.weights[number])
+
+
+@dataclass
+class Slot:
+    """Device memory for one block's packed weights at a time."""
+
+    buffer: torch.Tensor  # uint8
+    weights: list[torch.nn.Parameter]  # views of it
+    block: int | None = None  # whose weights are in it, or on their way
+    ready: Event = None  # the end of the copy into it, until it has been waited for
+    free: Event = None  # the end of the last work that reads it
+
+
+class HostStream:
+    """The packed source (packed_source.py) of blocks in host memory: one copy a block, ahead of its use.
+
+    The k-th of these blocks always uses slot k modulo NUM_SLOTS, so that a captured graph and its replays agree on it.
+    A copy into a slot waits for the slot's last reader, and a slot's reader waits for the copy; nothing else waits.
+    """
+
+    def __init__(self, host: HostBlocks, layers: Sequence[Any], device: torch.device, copies: Copies) -> None:
+        """`layers` are all decoder layers; `host` holds one of them at least."""
+        assert host.layout is not None
+        self.host = host
+        self.layers = layers
+        self.copies = copies
+        buffers = [torch.empty(host.layout.num_bytes, dtype=torch.uint8, device=device) for _ in range(NUM_SLOTS)]
+        self.slots = [Slot(buffer, host.layout.views(buffer)) for buffer in buffers]
+        self.numbers = host.numbers
+        self.slot_of = {number: self.slots[k % len(self.slots)] for k, number in enumerate(self.numbers)}
+        self.coming: deque[int] = deque()  # blocks that will be asked for, in order
+
+    def begin(self, order: Sequence[int]) -> None:
+        """As PackedSource; the first copies start."""
+        mark = self.copies.mark()
+        for slot in self.slots:
+            slot.free = mark  # `ready` stays: a pass that raised has not waited for all that it fetched
+        self.coming = deque(order)
+        self._fetch()
+
+    def take(self, number: int) -> Sequence[torch.nn.Parameter]:
+        """As PackedSource; later work waits for the block's copy."""
+        assert self.coming[0] == number, f"block {number} is asked for, {self.coming[0]} was expected"
+        slot = self.slot_of[number]
+        assert slot.block == number, f"the slot of block {number} holds {slot.block}"
+        self._wait_for(slot)
+        return slot.weights
+
+    def give(self, number: int) -> None:
+        """As PackedSource; the next block may be copied into its slot."""
+        self.slot_of[number].free = self.copies.mark()
+        self.coming.popleft()
+        self._fetch()
+
+    def skip(self, number: int) -> None:
+        """As PackedSource."""
+        assert self.coming[0] == number
+        self.coming.popleft()
+        self._fetch()
+
+    def before_replay(self, order: Sequence[int]) -> None:
+        """As PackedSource: the first blocks of the order are in their slots."""
+        self.begin(order)
+        for slot in self.slots:
+            self._wait_for(slot)
+
+    def after_replay(self, order: Sequence[int]) -> None:
+        """As PackedSource: the last blocks of the order are in their slots."""
+        for number in order:
+            self.slot_of[number].block = number
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """As PackedSource: a layer's hooks give it the slot's weights, and after it the host's again."""
+        hooks: list[Any] = []
+        for number in self.numbers:
+            hooks.append(self.layers[number].register_forward_pre_hook(partial(self._lend, number)))
+            hooks.append(self.layers[number].register_forward_hook(partial(self._return, number)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for number in self.numbers:  # a layer that raised has not given them back
+                self._put_back(number)
+
+    def _lend(self, number: int, *_: Any) -> None:
+        if number == self.numbers[0]:  # a forward pass starts, perhaps after one that raised
+            self.begin(self.numbers)
+        put(linear_layers(self.layers[number]), self.take(number))
+
+    def _return(self, number: int, *_: Any) -> None:
+        self.give(number)
+        self._put_back(number)
+
+    def _put_back(self, number: int) -> None:
+        put(linear_layers(self.layers[number]), self.host.weights[number])
+
+    def _fetch(self) -> None:
+        for number in list(self.coming)[: len(self.slots)]:  # neighbours, so each has another slot
+            slot = self.slot_of[number]
+            if slot.block != number:
+                slot.ready = self.copies.copy(slot.buffer, self.host.buffers[number], slot.free)
+                slot.block = number
+
+    def _wait_for(self, slot: Slot) -> None:
+        if slot.ready is not None:
+            self.copies.wait(slot.ready)
+            slot.ready = None

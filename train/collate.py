@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-SHORTEST_EVEN = 512  # tokens from which on samples of one length have attention kernels of their own
+MIN_UNIFORM_LENGTH = 512  # tokens from which on samples of one length have attention kernels of their own
 LENGTH_MULTIPLE = 128
-MOST_FILLING = 0.03
+MAX_PADDING = 0.03
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ def with_empty_samples(batch: MicroBatch, num_samples: int) -> MicroBatch:
 
 def packed_tokens(lengths: Sequence[int]) -> int:
     """Tokens of the row that collate_packed makes of samples of these lengths."""
-    uniform_length = _even_length(lengths) if lengths else 0
+    uniform_length = _uniform_length(lengths) if lengths else 0
     return len(lengths) * uniform_length if uniform_length else sum(lengths)
 
 
-def _even_length(lengths: Sequence[int]) -> int:
+def _uniform_length(lengths: Sequence[int]) -> int:
     """What every sample is filled up to, or has, or 0 where they stay of several lengths."""
     uniform_length = -(-max(lengths) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-    if max(lengths) < SHORTEST_EVEN or len(lengths) * uniform_length > (1 + MOST_FILLING) * sum(lengths):
+    if max(lengths) < MIN_UNIFORM_LENGTH or len(lengths) * uniform_length > (1 + MAX_PADDING) * sum(lengths):
         return lengths[0] if len(set(lengths)) == 1 else 0
     return uniform_length
 
@@ -89,7 +89,7 @@ def collate_packed(rows: Sequence[Mapping[str, Any]]) -> MicroBatch:
     adds 3 % of tokens at most: attention's kernels for them take half the time. Nothing sees the filling.
     """
     lengths = [len(row["input_ids"]) for row in rows]
-    uniform_length = _even_length(lengths)
+    uniform_length = _uniform_length(lengths)
     widths = [uniform_length or length for length in lengths]
     starts = list(accumulate(widths, initial=0))
     input_ids = torch.zeros(starts[-1], dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the engine: Triton kernels, bf16, recorded graphs, cuDNN, the host's embedding."""
+"""What only a GPU can show of the engine: Triton kernels, bf16, CUDA graphs, cuDNN, the host's embedding."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,8 +14,8 @@ from tests.conftest import training_of, with_batch
 from train.assemble import assemble
 from train.collate import collate_packed
 from train.config import Config, EngineConfig, LoraConfig
-from train.engine import attention, graphs, lora_linear, operations
-from train.engine.attention import attend_packed
+from train.engine import attention, graphs, lora_linear, operations, plan
+from train.engine.attention import PackedAttention
 from train.engine.embedding import HostEmbedding
 from train.engine.lora_linear import dequantize
 from train.engine.operations import Dropout
@@ -151,24 +151,24 @@ def test_fifty_bf16_steps_follow_the_reference(config: Config) -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("num_cached", [0, 1, 2])
-def test_recorded_graphs_compute_what_launches_compute(config: Config, dropout: float, num_cached: int) -> None:
+def test_captured_graphs_compute_what_eager_passes_compute(config: Config, dropout: float, num_cached: int) -> None:
     """Five steps with graphs and without: each step's gradient is the same, and a validation between them."""
     config = with_batch(replace(config, lora=LoraConfig(r=4, dropout=dropout)), 2, 4)
     found: list[list[torch.Tensor]] = []
-    for is_recorded in (True, False):
+    for is_captured in (True, False):
         training = build(config)
         training.model.execute(replace(training.plan, num_kept=1, num_cached=num_cached, uses_graphs=True))
         engine: Any = training.model.engine
         gradients = []
         for step in range(5):
-            if not is_recorded:
+            if not is_captured:
                 engine.graphs = None
             gradients.append(gradient(training, step))
             with torch.no_grad():
                 seed_forward(0, step, 0, 9)
                 batch = collate_packed([training.data.samples[i] for i in range(3)]).to(GPU)
                 gradients.append(training.model(batch)[None])
-        if is_recorded:
+        if is_captured:
             assert len(engine.graphs.graphs) > 1
         found.append(gradients)
     for one, two in zip(*found, strict=True):
@@ -177,7 +177,7 @@ def test_recorded_graphs_compute_what_launches_compute(config: Config, dropout: 
             assert torch.cosine_similarity(one, two, dim=0) > 0.999
 
 
-def test_a_validation_leaves_recorded_graphs_alone(config: Config) -> None:
+def test_a_validation_leaves_captured_graphs_alone(config: Config) -> None:
     """Also one with a sample that is longer than any in training, tried before the first step; its loss is the same."""
     training = build(with_batch(config, 2, 4))
     samples = training.data.samples
@@ -193,21 +193,21 @@ def test_a_validation_leaves_recorded_graphs_alone(config: Config) -> None:
     engine: Any = training.model.engine
     for step in range(4):
         optimizer_step(training, step)
-    own, recorded = engine.graphs, dict(engine.graphs.graphs)
+    own, captured = engine.graphs, dict(engine.graphs.graphs)
     found = validate(training, validation)["eval/loss"]
-    assert recorded
-    assert own.graphs == recorded
+    assert captured
+    assert own.graphs == captured
     engine.graphs = None
     one_by_one = replace(training, plan=replace(training.plan, validation_tokens=1))
     assert validate(one_by_one, validation)["eval/loss"] == pytest.approx(found, rel=2e-3)
     engine.graphs = own
     assert optimizer_step(training, 4).loss > 0
-    assert recorded.items() <= own.graphs.items()
+    assert captured.items() <= own.graphs.items()
 
 
 @pytest.mark.parametrize("uses_graphs", [False, True])
 def test_tiles_of_an_mlp_are_the_whole(config: Config, uses_graphs: bool) -> None:
-    """With dropout, by launches and as graphs: gradients of four steps, 48 tokens at a time or all."""
+    """With dropout, eagerly and as graphs: gradients of four steps, 48 tokens at a time or all."""
     config = with_batch(replace(config, lora=LoraConfig(r=4, dropout=0.2)), 2, 4)
     found = []
     for tile in (0, 48):
@@ -221,9 +221,10 @@ def test_tiles_of_an_mlp_are_the_whole(config: Config, uses_graphs: bool) -> Non
 
 
 def test_beyond_the_most_graphs_a_larger_one_serves(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With room for two graphs, more shapes than that are trained on, and a pass longer than all runs by launches."""
-    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
-    monkeypatch.setattr(planning, "GRAPH_STEP", 8)
+    """With room for two graphs, more shapes than that train, and a micro-batch longer than all runs eagerly."""
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
+    for module in (planning, plan):
+        monkeypatch.setattr(module, "GRAPH_STEP", 8)
     training = build(with_batch(config, 2, 4))
     engine: Any = training.model.engine
     for step in range(6):
@@ -234,22 +235,22 @@ def test_beyond_the_most_graphs_a_larger_one_serves(config: Config, monkeypatch:
 
 
 def test_without_room_a_larger_graph_serves(config: Config) -> None:
-    """The gradients of four windows through the one graph of the largest shape are those of launches."""
+    """The gradients of four steps through the one graph of the largest shape are those of eager passes."""
     found = []
-    for is_recorded in (True, False):
+    for is_captured in (True, False):
         training = build(with_batch(config, 2, 4))
         training.model.execute(replace(training.plan, num_kept=1, num_cached=0, uses_graphs=True))
         engine: Any = training.model.engine
-        if not is_recorded:
+        if not is_captured:
             engine.graphs = None
-        for step in range(2):  # by launches, and recorded
+        for step in range(2):  # eagerly, and captured
             gradient(training, step)
-        if is_recorded:
-            engine.graphs.has_room = False
+        if is_captured:
+            engine.graphs.state = graphs.State.FULL
             first = next(iter(engine.graphs.graphs))
             engine.graphs.graphs = {first: engine.graphs.graphs[first]}
         found.append([gradient(training, step) for step in range(2, 6)])
-        if is_recorded:
+        if is_captured:
             assert len(engine.graphs.graphs) == 1
     for one, two in zip(*found, strict=True):
         assert one.norm() > 0
@@ -258,10 +259,10 @@ def test_without_room_a_larger_graph_serves(config: Config) -> None:
 
 
 @pytest.mark.parametrize("is_any_left", [True, False])
-def test_a_recording_that_took_too_much_is_given_back(
+def test_a_capture_that_took_too_much_is_given_back(
     config: Config, is_any_left: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The largest graph alone serves then; where not even that has room any more, launches do. Gradients stay."""
+    """The largest graph alone serves then; where not even that has room, passes run eagerly. Gradients stay."""
     found, plenty = [], 2**40
     for is_limited in (False, True):
         rooms = {0: plenty, 1: plenty}  # by the graphs that there are
@@ -270,21 +271,21 @@ def test_a_recording_that_took_too_much_is_given_back(
         plan = replace(training.plan, num_kept=1, num_cached=0, uses_graphs=True, graph_bytes=1, eager_bytes=1)
         training.model.execute(plan)
         engine: Any = training.model.engine
-        recorded = engine.graphs
-        for step in range(2):  # by launches, and recorded
+        own = engine.graphs
+        for step in range(2):  # eagerly, and captured
             gradient(training, step)
-        assert recorded.largest is not None
+        assert own.largest is not None
         if is_limited:
-            recorded.graphs = {recorded.largest: recorded.graphs[recorded.largest]}
+            own.graphs = {own.largest: own.graphs[own.largest]}
             rooms |= {2: 0}
             if not is_any_left:
-                recorded.graphs = {}
+                own.graphs = {}
                 rooms |= {0: 0}
         found.append(torch.cat([gradient(training, step) for step in range(2, 6)]))
         if is_limited:
-            assert list(recorded.graphs) == [recorded.largest] * is_any_left
+            assert list(own.graphs) == [own.largest] * is_any_left
         else:
-            assert len(recorded.graphs) > 1
+            assert len(own.graphs) > 1
     assert torch.cosine_similarity(found[0], found[1], dim=0) > 0.99
 
 
@@ -301,7 +302,7 @@ def test_samples_of_one_length_go_to_cudnn(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(attention, "varlen_attn", lambda *a, **k: called.append(1) or real(*a, **k))
     results = []
     for each in (batch, replace(batch, uniform_length=0)):
-        out = attend_packed(each, None, 128**-0.5)(inputs[0], inputs[1], inputs[2])
+        out = PackedAttention(each, None, 128**-0.5)(inputs[0], inputs[1], inputs[2])
         results.append([out, *torch.autograd.grad(out, inputs, upstream)])
         assert len(called) == len(results) - 1
     for found, wanted in zip(*results, strict=True):

@@ -111,7 +111,7 @@ def test_an_overflow_is_computed_again(
 ) -> None:
     """A scale that is far too high is halved within the first step, and the run is that of a start with the lower one.
 
-    With torch's fused AdamW, which the scaler treats in another way; by launches on an old card, as graphs on a new.
+    With torch's fused AdamW, which the scaler treats in another way; eagerly on an old card, as graphs on a new.
     """
     half = replace(real, model=replace(real.model, dtype="fp16"), optim=replace(real.optim, name=optimizer))
     if is_old:

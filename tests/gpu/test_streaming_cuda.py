@@ -52,7 +52,7 @@ def _same_bits() -> Any:
 def test_streamed_steps_have_the_resident_bits(
     deep: Config, uses_graphs: bool, offloads_inputs: bool, which: str
 ) -> None:
-    """Twelve steps by launches or as graphs, block inputs on the host or not: losses and adapters to the bit."""
+    """Twelve steps eagerly or as graphs, block inputs on the host or not: losses and adapters to the bit."""
     found = []
     for is_streamed in (False, True):
         training = build(deep)

@@ -26,8 +26,8 @@ from train.collate import MicroBatch, collate_packed
 from train.config import Config, EngineConfig
 from train.data import BatchLayout
 from train.engine import operations
-from train.engine.block import Block, Pass
-from train.engine.decoder import Engine
+from train.engine.block import Block, ForwardContext
+from train.engine.decoder import FusedDecoder
 from train.engine.families import unsupported_reason
 from train.engine.host_stream import HostBlocks
 from train.engine.lora_linear import LoraGroup, dequantize
@@ -279,7 +279,7 @@ def test_every_family_of_models(family: str, num_kept: int, num_cached: int, til
     upstream = torch.randn_like(wanted)
     wanted.backward(upstream)
     expected = gradients_of(adapted)
-    engine = Engine(causal_lm, plan(num_kept, num_cached, tile), NOTHING)
+    engine = FusedDecoder(causal_lm, plan(num_kept, num_cached, tile), NOTHING)
     for _ in range(2):  # the second pass adds to the first
         found = engine(batch)
         close(found.detach(), wanted.detach())
@@ -321,7 +321,7 @@ def test_kept_and_recomputed_blocks_give_the_same_bits(monkeypatch: pytest.Monke
     for num_kept, seed in ((3, 5), (2, 5), (1, 5), (1, 6)):
         torch.manual_seed(seed)
         computed.append(0)
-        Engine(adapted.get_base_model(), plan(num_kept, 0), NOTHING)(batch).backward(upstream)
+        FusedDecoder(adapted.get_base_model(), plan(num_kept, 0), NOTHING)(batch).backward(upstream)
         found.append(torch.cat([gradient.flatten() for gradient in gradients_of(adapted).values()]))
     assert computed == [3, 4, 5, 5]
     assert found[0].norm() > 0
@@ -332,7 +332,7 @@ def test_kept_and_recomputed_blocks_give_the_same_bits(monkeypatch: pytest.Monke
     tiles.clear()
     for num_kept in (3, 1):
         torch.manual_seed(5)
-        Engine(adapted.get_base_model(), plan(num_kept, 0, tile=4), NOTHING)(batch).backward(upstream)
+        FusedDecoder(adapted.get_base_model(), plan(num_kept, 0, tile=4), NOTHING)(batch).backward(upstream)
         close(torch.cat([gradient.flatten() for gradient in gradients_of(adapted).values()]), found[0])
     assert tiles == {4, 3}
 
@@ -347,7 +347,7 @@ def test_what_an_mlp_has_kept_is_gone_before_attention(monkeypatch: pytest.Monke
     def backward_mlp(self: Block, matrices: Any, kept: Any, *rest: Any) -> Any:
         nonlocal tiles
         whole = [] if kept.gate_up is None else [kept.gate_up]
-        kept_by_mlp.extend(map(weakref.ref, [kept.middle, kept.middle_normed, *whole]))
+        kept_by_mlp.extend(map(weakref.ref, [kept.post_attention, kept.post_attention_normed, *whole]))
         del whole
         tiles = []
         found = mlp(self, matrices, kept, *rest)
@@ -374,18 +374,18 @@ def test_what_an_mlp_has_kept_is_gone_before_attention(monkeypatch: pytest.Monke
     monkeypatch.setattr(Block, "_gate_up", one_tile)
     adapted, batch, upstream = adapted_model(LlamaConfig(**SIZES), ALL), packed(), torch.randn(15, 64)
     for tile in (0, 4):
-        Engine(adapted.get_base_model(), plan(2, 0, tile), NOTHING)(batch).backward(upstream)
+        FusedDecoder(adapted.get_base_model(), plan(2, 0, tile), NOTHING)(batch).backward(upstream)
     assert checked == [0, 0, 0, 4, 4, 4]
 
 
 def test_dropout_differs_by_adapter_and_is_off_in_evaluation() -> None:
     """No two adapters of a model draw the same mask in a pass; a model in evaluation mode draws none."""
     seed = torch.tensor(operations.mixed(3))
-    shared = Pass(torch.empty(0), torch.empty(0), lambda q, k, v: q, 0.5, seed)
+    context = ForwardContext(torch.empty(0), torch.empty(0), lambda q, k, v: q, 0.5, seed)
     masks = []
     for block in range(3):
         for group in range(4):
-            drop = shared.drop(block, group)
+            drop = context.drop(block, group)
             assert drop is not None
             for number in range(3):
                 mask = torch.empty(8, 8)
@@ -393,7 +393,7 @@ def test_dropout_differs_by_adapter_and_is_off_in_evaluation() -> None:
                 masks.append(tuple(mask.flatten().tolist()))
     assert len(set(masks)) == 36
     adapted, batch = adapted_model(LlamaConfig(**SIZES), ALL, dropout=0.5), packed()
-    engine = Engine(adapted.get_base_model(), plan(3, 0), NOTHING)
+    engine = FusedDecoder(adapted.get_base_model(), plan(3, 0), NOTHING)
     with torch.no_grad():
         training = engine(batch)
         adapted.eval()
@@ -407,7 +407,7 @@ def test_what_a_configuration_only_seems_to_say() -> None:
     """A Llama with sliding_window in its config.json has no window."""
     adapted, batch = adapted_model(LlamaConfig(**SIZES | {"sliding_window": 4}), ALL), packed()
     causal_lm = adapted.get_base_model()
-    close(Engine(causal_lm, plan(1, 0), NOTHING)(batch).detach(), reference(causal_lm, batch).detach())
+    close(FusedDecoder(causal_lm, plan(1, 0), NOTHING)(batch).detach(), reference(causal_lm, batch).detach())
 
 
 def fused(config: Config) -> Config:

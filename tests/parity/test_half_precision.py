@@ -16,7 +16,7 @@ from tests.conftest import BUNDLED_BASE, training_of
 from tests.parity.test_engine import FAMILIES, NOTHING, adapted_model, gradients_of, packed, plan
 from train.config import Config, EngineConfig
 from train.engine import lora_linear
-from train.engine.decoder import Engine
+from train.engine.decoder import FusedDecoder
 from train.loss import summed_cross_entropy
 from train.step import optimizer_step
 
@@ -52,7 +52,7 @@ def test_every_family_of_models(family: str, num_kept: int) -> None:
     for adapted, is_fused in ((exact, False), (half, False), (half, True)):
         causal_lm = adapted.get_base_model()
         if is_fused:
-            hidden = Engine(causal_lm, plan(num_kept, 0), NOTHING)(batch)
+            hidden = FusedDecoder(causal_lm, plan(num_kept, 0), NOTHING)(batch)
         else:
             outputs = causal_lm.base_model(batch.input_ids, position_ids=batch.position_ids, use_cache=False)
             hidden = outputs.last_hidden_state[0]

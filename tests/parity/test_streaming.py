@@ -24,7 +24,7 @@ from train.deliver.generation import Generator
 from train.engine import decoder
 from train.engine.block import Block
 from train.engine.copies import Copies, ThreadCopies
-from train.engine.decoder import Engine
+from train.engine.decoder import FusedDecoder
 from train.engine.host_stream import HostBlocks, HostStream
 from train.engine.packed_source import packed_source
 from train.engine.packed_weights import linear_layers
@@ -124,7 +124,7 @@ def streaming(numbers: list[int], **changes: Any) -> tuple[Any, Plan, HostBlocks
 
 def result(adapted: Any, plan: Plan, host: HostBlocks, batch: MicroBatch, passes: int = 3) -> torch.Tensor:
     """Outputs and gradients of some passes, with a validation in between, in one row."""
-    engine = Engine(adapted.get_base_model(), plan, host)
+    engine = FusedDecoder(adapted.get_base_model(), plan, host)
     found = []
     for number in range(passes):
         torch.manual_seed(number)
@@ -201,7 +201,7 @@ def test_the_order_of_fetches(monkeypatch: pytest.MonkeyPatch) -> None:
     checked(monkeypatch, queues)
     adapted, plan, host = streaming([0, 1, 2, 3, 4])
     names = {buffer.data_ptr(): number for number, buffer in host.buffers.items()}
-    engine = Engine(adapted.get_base_model(), plan, host)
+    engine = FusedDecoder(adapted.get_base_model(), plan, host)
     order = []
     for _ in range(2):
         queues.copied.clear()
@@ -245,7 +245,7 @@ class Recorded:
         self.tape = Tape()
         adapted, plan, self.host = streaming(numbers)
         self.causal_lm: Any = adapted.get_base_model()
-        blocks = Engine(self.causal_lm, plan, self.host).stack.blocks
+        blocks = FusedDecoder(self.causal_lm, plan, self.host).stack.blocks
         layers, like = self.causal_lm.base_model.layers, self.causal_lm.base_model.norm.weight
         self.source = packed_source(layers, self.host, like.device, lambda: self.tape)
         self.store = WeightStore(blocks, 0, like, self.source)
@@ -349,7 +349,7 @@ def test_a_pass_that_raised_is_followed_by_a_right_one(
         return real(*arguments)
 
     monkeypatch.setattr(Block, name, failing)
-    engine = Engine(adapted.get_base_model(), plan, host)
+    engine = FusedDecoder(adapted.get_base_model(), plan, host)
     with pytest.raises(torch.OutOfMemoryError):
         engine(batch).sum().backward()
     gradients_of(adapted)

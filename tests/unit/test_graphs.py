@@ -1,42 +1,43 @@
-"""Which passes are recorded and which graph serves them, by the memory that is left; recording itself needs a GPU."""
+"""Which shapes are captured and which graph serves them, by the memory that is left; capturing itself needs a GPU."""
 
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 
 from train.engine import graphs
-from train.engine.graphs import Graphs
+from train.engine.block import ForwardContext
+from train.engine.graphs import CapturedGraph, Graphs, Shape, State, StaticBuffers
 
-GRAPH, GAP, LAUNCH = 100, 25, 50
+GRAPH, FRAGMENTATION, EAGER = 100, 25, 50
 PLENTY = 10**6
-Shape = tuple[int, int]
 
 
 class Book(Graphs):
-    """Graphs whose recordings are their shapes, and whose room a function of those says."""
+    """Graphs whose captures are their shapes, and whose room a function of those says."""
 
     def __init__(self, room: Callable[[list[Shape]], int]) -> None:
         stack: Any = None
-        super().__init__(stack, stack, 1000, GRAPH, GAP, LAUNCH)
-        self.room, self.asked, self.recorded = room, 0, []
+        super().__init__(stack, stack, 1000, GRAPH, FRAGMENTATION, EAGER)
+        self.room, self.asked, self.captured = room, 0, []
 
     def _room(self) -> int:
         self.asked += 1
         return self.room(list(self.graphs))
 
-    def _record(self, shape: Shape, shared: Any, batch: Any) -> Any:
-        self.recorded.append(shape)
+    def _capture(self, shape: Shape, context: Any, batch: Any) -> Any:
+        self.captured.append(shape)
         return shape
 
-    def serve(self, num_tokens: int, num_borders: int = 16) -> Any:
-        """The graph that a pass gets."""
-        batch: Any = SimpleNamespace(cu_seqlens=[0] * num_borders)
-        shared: Any = None
-        return self._graph_for(num_tokens, shared, batch)
+    def serve(self, num_tokens: int, num_boundaries: int = 16) -> Any:
+        """The graph that a micro-batch gets."""
+        nothing: Any = None
+        if self.state is State.COLD:
+            self.state = State.OPEN  # as the first, eager micro-batch leaves it
+        return self._graph_for((num_tokens, num_boundaries), nothing, nothing)
 
 
 @pytest.fixture(autouse=True)
@@ -44,25 +45,59 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
 
 
-def test_the_largest_is_recorded_first_and_every_shape_has_its_own() -> None:
-    """With plenty of room; a shape that was seen is not recorded again."""
+def test_the_largest_is_captured_first_and_every_shape_has_its_own() -> None:
+    """With plenty of room; a shape that was seen is not captured again."""
     book = Book(lambda _: PLENTY)
     assert [book.serve(n) for n in (256, 512, 256, 1024)] == [(256, 16), (512, 16), (256, 16), (1024, 16)]
-    assert book.recorded == [(1024, 16), (256, 16), (512, 16)]
+    assert book.captured == [(1024, 16), (256, 16), (512, 16)]
+    assert book.state is State.OPEN
+
+
+def test_the_first_micro_batch_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It allocates the buffers, for the longest; the next is copied into them, and surplus tokens are a sample's."""
+    book, eager = Book(lambda _: PLENTY), []
+    stack: Any = lambda hidden, context: eager.append(hidden) or hidden  # noqa: E731
+    stack.anchor = None
+    book.stack = stack
+    context = ForwardContext(torch.rand(256, 2), torch.rand(256, 2), stack, 0.0, torch.tensor(7))
+    hidden = torch.rand(256, 4)
+    batch: Any = SimpleNamespace(cu_seqlens=torch.tensor([0, 100, 200, 256], dtype=torch.int32))
+    assert book(hidden, context, batch) is hidden
+    assert len(eager) == 1
+    assert not book.captured
+    static = book.static
+    assert static is not None
+    assert (static.hidden.shape, static.cos.shape) == ((1024, 4), (1024, 2))  # 1,000 tokens, padded
+    boundaries = torch.full((4,), -1, dtype=torch.int32)
+    nothing: Any = None
+    graph = CapturedGraph(static.first(512), torch.tensor(0), boundaries, nothing, nothing)
+    book.graphs[512, 4] = graph
+    book.largest = (1024, 4)
+    replayed: list[Any] = []
+    monkeypatch.setattr(graphs._Replay, "apply", lambda *arguments: replayed.append(arguments))
+    book.state = State.FULL
+    book(hidden, context, batch)
+    assert len(eager) == 1
+    assert replayed == [(graph, stack, 256, None)]
+    assert torch.equal(static.hidden[:256], hidden)
+    assert torch.equal(static.sin[:256], context.sin)
+    assert graph.seed == 7
+    assert boundaries.tolist() == [0, 100, 200, 512]
 
 
 def test_without_room_the_largest_serves() -> None:
-    """The first recording of another length wants the room of all gaps beside what is launched, later ones do not."""
-    for left, served in ((LAUNCH + GAP - 1, (1024, 16)), (LAUNCH + GAP, (256, 16))):
+    """The first capture of another length needs the room of all fragmentation beside eager work, later ones do not."""
+    for left, served in ((EAGER + FRAGMENTATION - 1, (1024, 16)), (EAGER + FRAGMENTATION, (256, 16))):
         book = Book(lambda there, left=left: left if there else PLENTY)
         assert book.serve(256) == served
-    for left, served in ((LAUNCH, (512, 16)), (LAUNCH - 1, (1024, 16))):
+    for left, served in ((EAGER, (512, 16)), (EAGER - 1, (1024, 16))):
         book = Book(lambda there, left=left: left if len(there) > 1 else PLENTY)
         book.serve(256)
         assert book.serve(512) == served
+        assert book.state is (State.OPEN if left == EAGER else State.FULL)
 
 
-@pytest.mark.parametrize("left", [GRAPH + LAUNCH - 1, 0])
+@pytest.mark.parametrize("left", [GRAPH + EAGER - 1, 0])
 def test_no_room_for_the_first_is_out_of_memory(left: int) -> None:
     """So that a smaller plan is tried before training."""
     with pytest.raises(torch.OutOfMemoryError):
@@ -70,24 +105,36 @@ def test_no_room_for_the_first_is_out_of_memory(left: int) -> None:
 
 
 def test_what_took_too_much_is_given_back() -> None:
-    """All graphs go, the largest alone is recorded again and serves."""
-    book = Book(lambda there: LAUNCH - 1 if len(there) > 2 else PLENTY)
+    """All graphs go, the largest alone is captured again and serves."""
+    book = Book(lambda there: EAGER - 1 if len(there) > 2 else PLENTY)
     assert book.serve(256) == (256, 16)
     pool = book.pool
     assert book.serve(512) == (1024, 16)
     assert book.pool is not pool
     assert list(book.graphs) == [(1024, 16)]
     assert book.serve(256) == book.serve(128) == (1024, 16)
-    assert book.recorded == [(1024, 16), (256, 16), (512, 16), (1024, 16)]
+    assert book.captured == [(1024, 16), (256, 16), (512, 16), (1024, 16)]
+    assert book.state is State.FULL
 
 
-def test_when_the_largest_fits_no_more_passes_are_launched() -> None:
-    """Memory is asked for once, not at every pass; after a release it is asked for again."""
+def test_what_took_too_much_may_leave_no_room_for_the_largest() -> None:
+    """Then everything runs eagerly."""
+    rooms = iter([PLENTY, PLENTY, EAGER - 1, GRAPH + EAGER - 1])
+    book = Book(lambda _: next(rooms))
+    assert book.serve(256) is None
+    assert book.captured == [(1024, 16), (256, 16)]
+    assert book.serve(1024) is None
+    assert book.state is State.EAGER
+    assert not book.graphs
+
+
+def test_when_the_largest_no_longer_fits_everything_runs_eagerly() -> None:
+    """Memory is asked for once, not for every micro-batch; after a release it is asked for again."""
     left = PLENTY
     book = Book(lambda _: left)
     book.serve(256)
     book.graphs.clear()
-    left, book.asked = GRAPH + LAUNCH - 1, 0
+    left, book.asked = GRAPH + EAGER - 1, 0
     assert book.serve(256) is None
     assert book.serve(512) is None
     assert book.asked == 1
@@ -96,19 +143,20 @@ def test_when_the_largest_fits_no_more_passes_are_launched() -> None:
     assert book.serve(512) == (512, 16)
 
 
-def test_longer_passes_are_launched_in_the_graphs_memory() -> None:
-    """More tokens, or more samples, than the first recording had."""
+def test_larger_shapes_run_eagerly_in_the_graphs_memory() -> None:
+    """More tokens, or more samples, than the first capture had: all graphs are released."""
     book = Book(lambda _: PLENTY)
     book.serve(256)
     for shape in ((2048, 16), (256, 24)):
         assert book.serve(*shape) is None
         assert not book.graphs
+        assert book.state is State.COLD
         assert book.serve(256) == (256, 16)
 
 
 def test_when_there_are_enough_the_next_larger_one_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is recorded any more, and memory is not asked for."""
-    monkeypatch.setattr(graphs, "MOST_GRAPHS", 3)
+    """Nothing is captured any more, and memory is not asked for."""
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 3)
     book = Book(lambda _: PLENTY)
     for num_tokens in (128, 384):
         book.serve(num_tokens)
@@ -120,18 +168,17 @@ def test_when_there_are_enough_the_next_larger_one_serves(monkeypatch: pytest.Mo
 
 
 def test_a_loss_does_not_keep_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was given back is free, although the loss of the pass before is still there; and it is not there long."""
+    """A graph that was released is freed although the last micro-batch's loss is still there."""
     monkeypatch.setattr(graphs, "_replay", lambda *_, **__: None)
     anchor = torch.nn.Parameter(torch.zeros(1))
-    places = SimpleNamespace(out=torch.zeros(8, 4), grad_out=torch.zeros(8, 4))
-    none: Any = None
-    graph = graphs._Graph(cast(Any, places), none, none, none, none)
-    loss = graphs._Replay.apply(
-        graph, SimpleNamespace(store=None, forward_order=(), backward_order=()), 6, anchor
-    ).sum()
+    static = StaticBuffers(*(torch.zeros(8, 4) for _ in range(5)))
+    nothing: Any = None
+    graph = CapturedGraph(static, nothing, nothing, nothing, nothing)
+    stack = SimpleNamespace(store=None, forward_order=(), backward_order=())
+    loss = graphs._Replay.apply(graph, stack, 6, anchor).sum()
     loss.backward()
-    assert places.grad_out[:6].eq(1).all()
-    assert not places.grad_out[6:].any()
+    assert static.grad_out[:6].eq(1).all()
+    assert not static.grad_out[6:].any()
     kept = weakref.ref(graph)
     del graph
     assert kept() is None

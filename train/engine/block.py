@@ -9,22 +9,22 @@ from train.engine.attention import Attend
 from train.engine.lora_linear import LoraGroup
 from train.engine.operations import Dropout, rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward
 
-Matrices = list[torch.Tensor]  # M of each group, in the order of Block.groups
+Matrices = list[torch.Tensor]  # M (lora_linear.py) of each group, in the order of Block.groups
 
 
 @dataclass
-class Pass:
-    """What all blocks share in one forward pass over T tokens."""
+class ForwardContext:
+    """What all blocks share in one forward pass over T tokens, and in its backward pass."""
 
     cos: torch.Tensor  # [T, D]
-    sin: torch.Tensor
-    attend: Attend  # query [T, heads, D], key and value [T, groups, D] -> [T, heads, D]
+    sin: torch.Tensor  # [T, D]
+    attend: Attend
     dropout: float
-    seed: torch.Tensor  # int64 scalar on the device, so that a recorded graph can be given another
+    seed: torch.Tensor  # int64 scalar on the device, so that a CUDA graph can be replayed with another
     tile: int = 0  # tokens that go through an MLP together; 0: all
 
     def drop(self, block: int, group: int, rows: slice = slice(0, None)) -> Dropout | None:
-        """The dropout of one group's adapters in this pass, for these of its tokens."""
+        """The dropout of one group's adapters, for these of the tokens; None without dropout."""
         return Dropout(self.dropout, self.seed, (block << 5) + (group << 3), rows.start) if self.dropout else None
 
     def tiles(self, num_tokens: int) -> list[slice]:
@@ -35,21 +35,21 @@ class Pass:
 
 @dataclass
 class Activations:
-    """What the backward pass of a block reads; its output is not among it, so down_proj need not be recomputed."""
+    """What the backward pass of a block reads. Its output is not part of it, so down_proj need not be recomputed."""
 
     x: torch.Tensor  # [T, H]
     rstd: torch.Tensor  # [T]
-    normed: torch.Tensor  # [T, H + R], with the adapters' X A^T behind
-    heads: torch.Tensor  # [T, N + R]: query, key, value, rotated
-    raw_heads: torch.Tensor  # the same before their norms (Qwen3), or empty
-    raw_rstds: list[torch.Tensor]  # [T heads] of queries and keys
-    attended: torch.Tensor  # [T, heads, D], with the graph of its attention
+    normed: torch.Tensor  # [T, H + R]: the normed x, and behind it its product with the adapters' A^T
+    qkv: torch.Tensor  # [T, N + R]: query, key and value of all heads, rotated
+    raw_qk: torch.Tensor  # query and key before their norms (Qwen3), or empty
+    raw_rstds: list[torch.Tensor]  # [T x heads] of query and key
+    attended: torch.Tensor  # [T, heads, D], with the autograd graph of attention
     attention_inputs: list[torch.Tensor]
-    low: torch.Tensor  # [T, R]: attended A^T
-    middle: torch.Tensor  # [T, H]: the residual after attention
-    middle_rstd: torch.Tensor
-    middle_normed: torch.Tensor  # [T, H + R]
-    gate_up: torch.Tensor | None  # [T, 2 F + R]; None where tiles of it are made when they are needed
+    low_rank: torch.Tensor  # [T, R]: attended A^T
+    post_attention: torch.Tensor  # [T, H]: x plus o_proj's output
+    post_attention_rstd: torch.Tensor  # [T]
+    post_attention_normed: torch.Tensor  # [T, H + R]
+    gate_up: torch.Tensor | None  # [T, 2 F + R]; None where the MLP is tiled: each tile is recomputed on demand
 
 
 class Block:
@@ -64,162 +64,174 @@ class Block:
         self.down = LoraGroup([mlp.down_proj])
         self.groups = [self.qkv, self.o, self.gate_up, self.down]
         self.norms = [layer.input_layernorm, layer.post_attention_layernorm]
-        self.head_norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
-        self.head_size: int = attention.head_dim
+        self.qk_norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
+        self.head_dim: int = attention.head_dim
         self.scaling: float = attention.scaling
         self.dropout = max(group.dropout for group in self.groups)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """The adapters, in the order in which backward gives their gradients."""
+        """The adapters, in the order in which backward returns their gradients."""
         return [parameter for group in self.groups for parameter in group.parameters]
 
-    def forward(self, matrices: Matrices, x: torch.Tensor, shared: Pass) -> Activations:
-        """Everything up to the MLP's inner activations, those too where one tile is all; `finish` makes the output."""
+    def forward(self, matrices: Matrices, x: torch.Tensor, context: ForwardContext) -> Activations:
+        """Everything up to the MLP's product, and gate and up unless the MLP is tiled; `finish` makes the output."""
         num_tokens, width = x.shape
-        qkv, o = matrices[:2]
         normed = x.new_empty(num_tokens, width + self.qkv.padded_rank)
         rstd = rms_norm(x, self.norms[0].weight, self.norms[0].variance_epsilon, normed[:, :width])
-        heads = x.new_empty(num_tokens, self.qkv.num_outputs + self.qkv.padded_rank)
-        low = normed[:, width:]
-        self.qkv.forward(qkv, normed[:, :width], low, heads[:, : self.qkv.num_outputs], shared.drop(self.number, 0))
-        raw_heads, raw_rstds = self._norm_heads(heads)
-        turned = heads[:, : self.qkv.rows[1].stop]
-        rotate(turned, turned, shared.cos, shared.sin)
-        split = [heads[:, rows].unflatten(1, (-1, self.head_size)) for rows in self.qkv.rows]
+        qkv = x.new_empty(num_tokens, self.qkv.num_outputs + self.qkv.padded_rank)
+        out, drop = qkv[:, : self.qkv.num_outputs], context.drop(self.number, 0)
+        self.qkv.forward(matrices[0], normed[:, :width], normed[:, width:], out, drop)
+        raw_qk, raw_rstds = self._norm_qk(qkv)
+        qk = qkv[:, : self.qkv.rows[1].stop]
+        rotate(qk, qk, context.cos, context.sin)
+        split = [qkv[:, rows].unflatten(1, (-1, self.head_dim)) for rows in self.qkv.rows]
         inputs = [part.detach().requires_grad_() for part in split]
         with torch.enable_grad():
-            attended = shared.attend(*inputs)
+            attended = context.attend(*inputs)
 
         flat = attended.detach().flatten(1)
-        low = x.new_empty(num_tokens, self.o.padded_rank)
-        middle = torch.empty_like(x, memory_format=torch.contiguous_format)
-        self.o.forward(o, flat, low, middle, shared.drop(self.number, 1))
-        middle += x
-        middle_normed = x.new_empty(num_tokens, width + self.gate_up.padded_rank)
+        low_rank = x.new_empty(num_tokens, self.o.padded_rank)
+        post_attention = torch.empty_like(x, memory_format=torch.contiguous_format)
+        self.o.forward(matrices[1], flat, low_rank, post_attention, context.drop(self.number, 1))
+        post_attention += x
+        post_attention_normed = x.new_empty(num_tokens, width + self.gate_up.padded_rank)
         weight, eps = self.norms[1].weight, self.norms[1].variance_epsilon
-        middle_rstd = rms_norm(middle, weight, eps, middle_normed[:, :width])
-        kept = Activations(
+        post_attention_rstd = rms_norm(post_attention, weight, eps, post_attention_normed[:, :width])
+        activations = Activations(
             x=x,
             rstd=rstd,
             normed=normed,
-            heads=heads,
-            raw_heads=raw_heads,
+            qkv=qkv,
+            raw_qk=raw_qk,
             raw_rstds=raw_rstds,
             attended=attended,
             attention_inputs=inputs,
-            low=low,
-            middle=middle,
-            middle_rstd=middle_rstd,
-            middle_normed=middle_normed,
+            low_rank=low_rank,
+            post_attention=post_attention,
+            post_attention_rstd=post_attention_rstd,
+            post_attention_normed=post_attention_normed,
             gate_up=None,
         )
-        tiles = shared.tiles(num_tokens)
+        tiles = context.tiles(num_tokens)
         if len(tiles) == 1:
-            kept.gate_up = self._gate_up(matrices, kept, tiles[0], shared)
-        return kept
+            activations.gate_up = self._gate_up(matrices, activations, tiles[0], context)
+        return activations
 
-    def _gate_up(self, matrices: Matrices, kept: Activations, rows: slice, shared: Pass) -> torch.Tensor:
-        """[t, 2 F + R]: what goes into the MLP's silu(gate) up, of one tile."""
-        if kept.gate_up is not None:
-            return kept.gate_up
-        normed, width = kept.middle_normed[rows], kept.x.shape[1]
-        inner = normed.new_empty(normed.shape[0], self.gate_up.num_outputs + self.gate_up.padded_rank)
-        out, drop = inner[:, : self.gate_up.num_outputs], shared.drop(self.number, 2, rows)
+    def _gate_up(self, matrices: Matrices, saved: Activations, rows: slice, context: ForwardContext) -> torch.Tensor:
+        """[t, 2 F + R]: gate and up of one tile, with the adapters' columns behind them."""
+        if saved.gate_up is not None:
+            return saved.gate_up
+        normed, width = saved.post_attention_normed[rows], saved.x.shape[1]
+        gate_up = normed.new_empty(normed.shape[0], self.gate_up.num_outputs + self.gate_up.padded_rank)
+        out, drop = gate_up[:, : self.gate_up.num_outputs], context.drop(self.number, 2, rows)
         self.gate_up.forward(matrices[2], normed[:, :width], normed[:, width:], out, drop)
-        return inner
+        return gate_up
 
-    def finish(self, matrices: Matrices, kept: Activations, shared: Pass) -> tuple[torch.Tensor, torch.Tensor]:
-        """The block's output [T, H], the residual plus down_proj of silu(gate) up; and [T, R], that product's A^T."""
-        width, out = self.down.num_inputs, torch.empty_like(kept.middle)
-        low = out.new_empty(out.shape[0], self.down.padded_rank)
-        for rows in shared.tiles(out.shape[0]):
+    def finish(
+        self, matrices: Matrices, saved: Activations, context: ForwardContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The block's output [T, H], post_attention plus down_proj's output; and down_proj's input times A^T [T, R]."""
+        width, out = self.down.num_inputs, torch.empty_like(saved.post_attention)
+        low_rank = out.new_empty(out.shape[0], self.down.padded_rank)
+        for rows in context.tiles(out.shape[0]):
             product = out.new_empty(out[rows].shape[0], width + self.down.padded_rank)
-            swiglu(self._gate_up(matrices, kept, rows, shared), product[:, :width])
-            drop = shared.drop(self.number, 3, rows)
+            swiglu(self._gate_up(matrices, saved, rows, context), product[:, :width])
+            drop = context.drop(self.number, 3, rows)
             self.down.forward(matrices[3], product[:, :width], product[:, width:], out[rows], drop)
-            low[rows] = product[:, width:]
-        return out.add_(kept.middle), low
+            low_rank[rows] = product[:, width:]
+        return out.add_(saved.post_attention), low_rank
 
     def backward(
-        self, matrices: Matrices, kept: Activations, low: torch.Tensor, grad: torch.Tensor, shared: Pass
+        self,
+        matrices: Matrices,
+        saved: Activations,
+        low_rank: torch.Tensor,
+        grad: torch.Tensor,
+        context: ForwardContext,
     ) -> list[torch.Tensor]:
-        """The adapters' gradients. grad [T, H + R] holds the output's gradient and is given the input's, in place.
+        """The adapters' gradients. grad [T, H + R] holds the output's gradient, and then the input's, in place.
 
-        Consumes `kept`: its buffers become gradients or are freed. The first block's input, the frozen embedding,
-        has none.
+        `low_rank` is that of `finish`. Consumes `saved`: its buffers become gradients or are freed. The input of the
+        first block, the frozen embedding's output, needs no gradient and gets none.
         """
-        mlp_gradients = self._backward_mlp(matrices, kept, low, grad, shared)
-        del kept.gate_up, kept.middle, kept.middle_normed  # attention's gradients need the room
-        qkv, o = shared.drop(self.number, 0), shared.drop(self.number, 1)
-        width = kept.x.shape[1]
+        mlp_gradients = self._backward_mlp(matrices, saved, low_rank, grad, context)
+        del saved.gate_up, saved.post_attention, saved.post_attention_normed  # attention's gradients need the room
+        qkv_drop, o_drop = context.drop(self.number, 0), context.drop(self.number, 1)
+        width = saved.x.shape[1]
 
-        with_low = grad[:, : width + self.o.padded_rank]
-        grad_attended = grad.new_empty(kept.attended.shape)
-        self.o.input_gradient(matrices[1], with_low, o, grad_attended.flatten(1))
-        o_gradients = self.o.adapter_gradients(with_low, kept.attended.detach().flatten(1), kept.low, o)
-        self._backward_attention(kept, grad_attended, shared)
+        grad_out = grad[:, : width + self.o.padded_rank]
+        grad_attended = grad.new_empty(saved.attended.shape)
+        self.o.input_gradient(matrices[1], grad_out, o_drop, grad_attended.flatten(1))
+        o_gradients = self.o.adapter_gradients(grad_out, saved.attended.detach().flatten(1), saved.low_rank, o_drop)
+        self._backward_attention(saved, grad_attended, context)
         del grad_attended
 
-        normed = kept.normed
+        normed = saved.normed
         grad_normed = grad.new_empty(grad.shape[0], width) if self.number else None
-        self.qkv.input_gradient(matrices[0], kept.heads, qkv, grad_normed)
-        qkv_gradients = self.qkv.adapter_gradients(kept.heads, normed[:, :width], normed[:, width:], qkv)
+        self.qkv.input_gradient(matrices[0], saved.qkv, qkv_drop, grad_normed)
+        qkv_gradients = self.qkv.adapter_gradients(saved.qkv, normed[:, :width], normed[:, width:], qkv_drop)
         if grad_normed is not None:
-            rms_norm_backward(grad_normed, kept.x, self.norms[0].weight, kept.rstd, grad[:, :width], add=True)
+            rms_norm_backward(grad_normed, saved.x, self.norms[0].weight, saved.rstd, grad[:, :width], add=True)
         return qkv_gradients + o_gradients + mlp_gradients
 
     def _backward_mlp(
-        self, matrices: Matrices, kept: Activations, low: torch.Tensor, grad: torch.Tensor, shared: Pass
+        self,
+        matrices: Matrices,
+        saved: Activations,
+        low_rank: torch.Tensor,
+        grad: torch.Tensor,
+        context: ForwardContext,
     ) -> list[torch.Tensor]:
-        """The gradients of the MLP's adapters; grad is given the residual's before the MLP, as in `backward`."""
-        width = kept.x.shape[1]
-        with_low, grad_normed = grad[:, : width + self.down.padded_rank], grad.new_empty(grad.shape[0], width)
+        """The gradients of the MLP's adapters; grad becomes the gradient of post_attention, as in `backward`."""
+        width = saved.x.shape[1]
+        grad_out, grad_normed = grad[:, : width + self.down.padded_rank], grad.new_empty(grad.shape[0], width)
         gradients: list[torch.Tensor] = []
-        for rows in shared.tiles(grad.shape[0]):
-            gate_up_drop, down_drop = (shared.drop(self.number, group, rows) for group in (2, 3))
-            gate_up, normed = self._gate_up(matrices, kept, rows, shared), kept.middle_normed[rows]
+        for rows in context.tiles(grad.shape[0]):
+            gate_up_drop, down_drop = (context.drop(self.number, group, rows) for group in (2, 3))
+            gate_up, normed = self._gate_up(matrices, saved, rows, context), saved.post_attention_normed[rows]
             product = grad.new_empty(gate_up.shape[0], self.down.num_inputs)
-            self.down.input_gradient(matrices[3], with_low[rows], down_drop, product)
-            swiglu_backward(gate_up, product)  # rebuilds the product in the place of its gradient
-            of_down = self.down.adapter_gradients(with_low[rows], product, low[rows], down_drop)
+            self.down.input_gradient(matrices[3], grad_out[rows], down_drop, product)
+            swiglu_backward(gate_up, product)  # the product replaces its gradient
+            of_down = self.down.adapter_gradients(grad_out[rows], product, low_rank[rows], down_drop)
             del product
             self.gate_up.input_gradient(matrices[2], gate_up, gate_up_drop, grad_normed[rows])
             read = normed[:, :width], normed[:, width:]
-            found = self.gate_up.adapter_gradients(gate_up, *read, gate_up_drop) + of_down
+            of_tile = self.gate_up.adapter_gradients(gate_up, *read, gate_up_drop) + of_down
             if gradients:
-                torch._foreach_add_(gradients, found)
-            gradients = gradients or found
-            del gate_up  # or the next tile's would stand beside it
-        rms_norm_backward(grad_normed, kept.middle, self.norms[1].weight, kept.middle_rstd, grad[:, :width], add=True)
+                torch._foreach_add_(gradients, of_tile)
+            gradients = gradients or of_tile
+            del gate_up  # or two tiles would stand in memory at once
+        x, rstd = saved.post_attention, saved.post_attention_rstd
+        rms_norm_backward(grad_normed, x, self.norms[1].weight, rstd, grad[:, :width], add=True)
         return gradients
 
-    def _backward_attention(self, kept: Activations, grad_attended: torch.Tensor, shared: Pass) -> None:
-        """kept.heads becomes the gradient of the projections' output."""
-        gradients = torch.autograd.grad(kept.attended, kept.attention_inputs, grad_attended)
+    def _backward_attention(self, saved: Activations, grad_attended: torch.Tensor, context: ForwardContext) -> None:
+        """saved.qkv becomes the gradient of the projections' output."""
+        gradients = torch.autograd.grad(saved.attended, saved.attention_inputs, grad_attended)
         for number, (rows, gradient) in enumerate(zip(self.qkv.rows, gradients, strict=True)):
-            place = kept.heads[:, rows]
+            place = saved.qkv[:, rows]
             if number == 2:
                 place.copy_(gradient.flatten(1))
             else:
-                rotate(gradient.flatten(1), place, shared.cos, shared.sin, sign=-1)
-        for number, norm in enumerate(self.head_norms):
-            place, raw = kept.heads[:, self.qkv.rows[number]], kept.raw_heads[:, self.qkv.rows[number]]
-            flat = place.reshape(-1, self.head_size)  # a copy: the rows of place are wider than it
+                rotate(gradient.flatten(1), place, context.cos, context.sin, sign=-1)
+        for number, norm in enumerate(self.qk_norms):
+            place, raw = saved.qkv[:, self.qkv.rows[number]], saved.raw_qk[:, self.qkv.rows[number]]
+            flat = place.reshape(-1, self.head_dim)  # a copy: the rows of place are wider than it
             grad = torch.empty_like(flat)
-            raw = raw.reshape(-1, self.head_size)
-            rms_norm_backward(flat, raw, norm.weight, kept.raw_rstds[number], grad, add=False)
+            raw = raw.reshape(-1, self.head_dim)
+            rms_norm_backward(flat, raw, norm.weight, saved.raw_rstds[number], grad, add=False)
             place.copy_(grad.view(place.shape))
 
-    def _norm_heads(self, heads: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def _norm_qk(self, qkv: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Qwen3's norm of each query and key head, in place; returns what its backward needs."""
-        if not self.head_norms:
-            return heads[:0], []
-        raw = heads[:, : self.qkv.rows[1].stop].clone()
+        if not self.qk_norms:
+            return qkv[:0], []
+        raw = qkv[:, : self.qkv.rows[1].stop].clone()
         rstds = []
-        for number, norm in enumerate(self.head_norms):
-            flat = raw[:, self.qkv.rows[number]].reshape(-1, self.head_size)
+        for number, norm in enumerate(self.qk_norms):
+            flat = raw[:, self.qkv.rows[number]].reshape(-1, self.head_dim)
             normed = torch.empty_like(flat)
             rstds.append(rms_norm(flat, norm.weight, norm.variance_epsilon, normed))
-            heads[:, self.qkv.rows[number]] = normed.view(heads.shape[0], -1)
+            qkv[:, self.qkv.rows[number]] = normed.view(qkv.shape[0], -1)
         return raw, rstds

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from train.collate import MicroBatch
-from train.engine.attention import attend_packed
-from train.engine.block import Pass
+from train.engine.attention import PackedAttention
+from train.engine.block import ForwardContext
 from train.engine.copies import copies_for
 from train.engine.families import _blocks
 from train.engine.graphs import Graphs, pad
@@ -22,7 +22,7 @@ from train.engine.stack import Stack
 from train.engine.weight_store import WeightStore
 
 
-class Engine:
+class FusedDecoder:
     """The decoder of `causal_lm` (with PEFT's adapters in it), run block by block by our own code."""
 
     def __init__(self, causal_lm: Any, plan: Plan, host: HostBlocks) -> None:
@@ -45,7 +45,7 @@ class Engine:
         self.dropout = max(block.dropout for block in blocks)
         self.mlp_tile = plan.mlp_tile
         # no method of this object, which would keep a replaced engine's graphs alive
-        self.attend_for = partial(attend_packed, sliding_window=self.sliding_window, scale=blocks[0].scaling)
+        self.attend_for = partial(PackedAttention, sliding_window=self.sliding_window, scale=blocks[0].scaling)
         self.graphs: Graphs | None = None
         if plan.uses_graphs:
             memory = plan.graph_bytes, plan.fragmentation_bytes, plan.eager_bytes
@@ -53,17 +53,17 @@ class Engine:
 
     def __call__(self, batch: MicroBatch) -> torch.Tensor:
         """What the head reads, [T or more, H], of a packed micro-batch; dropout while the model trains."""
-        recorded = self.graphs if torch.is_grad_enabled() else None
-        if recorded is not None:
+        graphs = self.graphs if torch.is_grad_enabled() else None
+        if graphs is not None:
             batch = pad(batch)
         hidden = self.decoder.embed_tokens(batch.input_ids[0])  # [T, H]
         cos, sin = self.decoder.rotary_emb(hidden[None], batch.position_ids)  # [1, T, D]
         dropout = self.dropout if self.decoder.training else 0.0
-        # the seed of this forward pass, which runtime.seed_forward has set
+        # the seed of this forward pass, which seeds.seed_forward has set
         seed = torch.full((), mixed(torch.initial_seed()), device=hidden.device)
         rotary = cos[0].contiguous(), sin[0].contiguous()
-        shared = Pass(*rotary, self.attend_for(batch), dropout, seed, self.mlp_tile)
-        return recorded(hidden, shared, batch) if recorded is not None else self.stack(hidden, shared)
+        context = ForwardContext(*rotary, self.attend_for(batch), dropout, seed, self.mlp_tile)
+        return graphs(hidden, context, batch) if graphs is not None else self.stack(hidden, context)
 
     def release(self) -> None:
         """Lets go of graphs and dequantised weights, which are made again when they are asked for."""

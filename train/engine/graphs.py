@@ -1,14 +1,14 @@
-"""Small passes as CUDA graphs: launching 2,500 kernels takes the host longer than a GPU needs to run them.
+"""Small micro-batches as CUDA graphs: launching 2,500 kernels takes the host longer than a GPU needs to run them.
 
-A step of 1,340 tokens of Llama-3.1-8B: 155 ms by launches, 84 to 88 ms as a graph (H200; docs/LOG.md). A graph holds
-one shape, so passes are padded to a multiple of plan.GRAPH_STEP tokens, by a last sample of its own that nobody learns
-from.
+A step of 1,340 tokens of Llama-3.1-8B takes 155 ms eagerly and 84 to 88 ms as a graph (H200; docs/LOG.md). A graph has
+one shape, so micro-batches are padded to a multiple of plan.GRAPH_STEP tokens, by a last sample that is not trained on.
 """
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -16,212 +16,247 @@ import torch.nn.functional as F
 
 from train.collate import MicroBatch, with_empty_samples
 from train.engine.attention import Attend
-from train.engine.block import Pass
+from train.engine.block import ForwardContext
 from train.engine.plan import padded
-from train.engine.stack import Memory, Stack
+from train.engine.stack import Saved, Stack
 from train.engine.weight_store import WeightStore
 
-MOST_GRAPHS = 32  # about 10 MB each; what comes later goes through a larger one, since a recording costs several steps
+MAX_GRAPHS = 32  # about 10 MB each; later shapes use a larger graph, since a capture costs several steps
 
 AttendFor = Callable[[MicroBatch], Attend]
+Shape = tuple[int, int]  # tokens, and entries of cu_seqlens
 
 
 def pad(batch: MicroBatch) -> MicroBatch:
-    """The packed micro-batch with a multiple of plan.GRAPH_STEP tokens and of eight borders.
+    """The packed micro-batch with a multiple of plan.GRAPH_STEP tokens and of eight entries in cu_seqlens.
 
-    Its longest sample may be all of it. What is added predicts nothing; samples of no tokens stand at its end.
+    `max_length` becomes the length of the whole row. The first sample that is added has all the padding, the others
+    have no tokens; nothing in them is a target.
     """
-    borders = batch.cu_seqlens
-    assert borders is not None
+    cu_seqlens = batch.cu_seqlens
+    assert cu_seqlens is not None
     num_tokens = batch.input_ids.shape[1]
     width = padded(num_tokens)
-    num_borders = -(-(len(borders) + 1) // 8) * 8
+    num_boundaries = -(-(len(cu_seqlens) + 1) // 8) * 8
     wide = replace(
         batch,
         input_ids=F.pad(batch.input_ids, (0, width - num_tokens)),
         position_ids=F.pad(batch.position_ids, (0, width - num_tokens)),
         max_length=width,
     )
-    return with_empty_samples(wide, num_borders - 1)
+    return with_empty_samples(wide, num_boundaries - 1)
 
 
 @dataclass(frozen=True)
-class _Places:
-    """What graphs read and write; a smaller shape uses the beginning of the largest one's."""
+class StaticBuffers:
+    """What graphs read and write; a smaller shape uses the beginning of the largest one's buffers."""
 
     hidden: torch.Tensor  # [T, H]
     cos: torch.Tensor  # [T, D]
-    sin: torch.Tensor
+    sin: torch.Tensor  # [T, D]
     out: torch.Tensor  # [T, H]
-    grad_out: torch.Tensor
+    grad_out: torch.Tensor  # [T, H]
 
-    def first(self, num_tokens: int) -> "_Places":
-        """Those of a pass with fewer tokens."""
-        return _Places(*(getattr(self, field.name)[:num_tokens] for field in fields(self)))
+    def first(self, num_tokens: int) -> "StaticBuffers":
+        """Those of a micro-batch with fewer tokens."""
+        return StaticBuffers(*(getattr(self, field.name)[:num_tokens] for field in fields(self)))
 
 
 @dataclass(frozen=True)
-class _Graph:
-    """One shape's forward and backward."""
+class CapturedGraph:
+    """The forward and the backward pass of one shape."""
 
-    places: _Places
+    static: StaticBuffers
     seed: torch.Tensor
-    borders: torch.Tensor
+    cu_seqlens: torch.Tensor
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
 
 
+class State(Enum):
+    """What Graphs does with a shape that it has not captured."""
+
+    COLD = auto()
+    OPEN = auto()
+    FULL = auto()
+    EAGER = auto()
+
+
 class Graphs:
-    """The stack's training passes, recorded at a shape's first sight and replayed from then on."""
+    """The stack's training passes, captured when a shape is first seen and replayed from then on.
+
+    COLD: nothing is held. The next micro-batch runs eagerly, which compiles kernels and creates the libraries' handles,
+        and allocates the static buffers -> OPEN.
+    OPEN: a new shape is captured, but the largest before all others: those find room in its memory, and it serves
+        where there is none. No room for the largest -> EAGER (the very first time OutOfMemoryError is raised instead,
+        so that a smaller plan is tried); no room for another, or MAX_GRAPHS captured -> FULL; a capture that left too
+        little room: all graphs are freed -> FULL.
+    FULL: the smallest graph that a shape fits in serves; only the largest is captured, if it is not there -> EAGER
+        where it no longer fits.
+    EAGER: nothing is captured, everything runs eagerly.
+    In any state: release(), also by a shape that exceeds the largest and runs eagerly -> COLD.
+    """
 
     def __init__(
         self,
         stack: Stack,
         attend_for: AttendFor,
-        most_tokens: int,
+        max_tokens: int,
         graph_bytes: int,
         fragmentation_bytes: int,
         eager_bytes: int,
     ) -> None:
-        """For `most_tokens`, whose graph takes `graph_bytes`, and shorter ones that take `fragmentation_bytes` more.
+        """For `max_tokens`, whose graph takes `graph_bytes`; all smaller ones take `fragmentation_bytes` more.
 
-        `eager_bytes` are left to what is not recorded.
+        `eager_bytes` are left free for what runs beside the graphs.
         """
         self.stack = stack
         self.graph_bytes = graph_bytes
         self.fragmentation_bytes = fragmentation_bytes
         self.eager_bytes = eager_bytes
         self.attend_for = attend_for
-        self.most_tokens = padded(most_tokens)
-        self.graphs: dict[tuple[int, int], _Graph] = {}  # by tokens and borders
-        self.places: _Places | None = None
+        self.max_tokens = padded(max_tokens)
+        self.state = State.COLD
+        self.graphs: dict[Shape, CapturedGraph] = {}
+        self.static: StaticBuffers | None = None
         self.pool: Any = None
-        self.largest: tuple[int, int] | None = None  # the shape that was recorded first
-        self.has_room = True  # for more recordings than the largest
-        self.has_none = False  # no room for the largest either
+        self.largest: Shape | None = None  # the shape that was captured first
 
     def release(self) -> None:
-        """Lets go of all graphs and their memory; passes are recorded anew."""
+        """Frees all graphs and their memory; shapes are captured anew."""
         self.graphs.clear()
-        self.places = self.pool = None
-        self.has_room, self.has_none = True, False
+        self.static = self.pool = None
+        self.state = State.COLD
 
-    def __call__(self, hidden: torch.Tensor, shared: Pass, batch: MicroBatch) -> torch.Tensor:
-        """As Stack, for a batch that `pad` has padded; what cannot be recorded is launched."""
+    def __call__(self, hidden: torch.Tensor, context: ForwardContext, batch: MicroBatch) -> torch.Tensor:
+        """As Stack, for a batch that `pad` has padded; eagerly where no graph serves."""
         assert batch.cu_seqlens is not None
-        if self.places is None:  # the very first pass compiles kernels and makes the libraries' handles
-            self.pool = torch.cuda.graph_pool_handle()
-            like = (hidden, shared.cos, shared.sin, hidden, hidden)
-            self.most_tokens = max(self.most_tokens, hidden.shape[0])
-            self.places = _Places(*(part.new_zeros(self.most_tokens, part.shape[1]) for part in like))
-            return self.stack(hidden, shared)
-        graph = self._graph_for(hidden.shape[0], shared, batch)
-        if graph is None:
-            return self.stack(hidden, shared)
+        if self.state is State.COLD:
+            self._allocate(hidden, context)
+            return self.stack(hidden, context)
         num_tokens = hidden.shape[0]
-        places = graph.places.first(num_tokens)
-        pairs = ((places.hidden, hidden), (places.cos, shared.cos), (places.sin, shared.sin))
-        for place, value in (*pairs, (graph.seed, shared.seed)):
-            place.copy_(value)
-        graph.borders.fill_(graph.places.hidden.shape[0])
-        # the last border stays: what a larger graph has too much belongs to the sample that `pad` has added
-        graph.borders[: len(batch.cu_seqlens) - 1].copy_(batch.cu_seqlens[:-1])
+        graph = self._graph_for((num_tokens, len(batch.cu_seqlens)), context, batch)
+        if graph is None:
+            return self.stack(hidden, context)
+        static = graph.static.first(num_tokens)
+        pairs = ((static.hidden, hidden), (static.cos, context.cos), (static.sin, context.sin))
+        for buffer, value in (*pairs, (graph.seed, context.seed)):
+            buffer.copy_(value)
+        graph.cu_seqlens.fill_(graph.static.hidden.shape[0])
+        # the last entry stays: a larger graph's surplus tokens belong to the sample that `pad` has added
+        graph.cu_seqlens[: len(batch.cu_seqlens) - 1].copy_(batch.cu_seqlens[:-1])
         return _Replay.apply(graph, self.stack, num_tokens, self.stack.anchor)
 
-    def _graph_for(self, num_tokens: int, shared: Pass, batch: MicroBatch) -> "_Graph | None":
-        """The shape's graph, recorded at its first sight; where there are enough, or no memory, a larger one, or none.
+    def _allocate(self, hidden: torch.Tensor, context: ForwardContext) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        like = (hidden, context.cos, context.sin, hidden, hidden)
+        self.max_tokens = max(self.max_tokens, hidden.shape[0])
+        self.static = StaticBuffers(*(part.new_zeros(self.max_tokens, part.shape[1]) for part in like))
+        self.state = State.OPEN
 
-        The largest comes first: the others find room in its memory, and it serves where there is none. Raises
-        OutOfMemoryError where there is no room for the very first.
+    def _graph_for(self, shape: Shape, context: ForwardContext, batch: MicroBatch) -> CapturedGraph | None:
+        """The graph that serves the shape, captured if the state allows; None: run eagerly.
+
+        Raises OutOfMemoryError where there is no room for the very first.
         """
-        assert batch.cu_seqlens is not None
-        shape = (num_tokens, len(batch.cu_seqlens))
-        largest = self.largest or (self.most_tokens, shape[1])
+        largest = self.largest or (self.max_tokens, shape[1])
         if shape[0] > largest[0] or shape[1] > largest[1]:
-            self.release()  # what it holds, launches need
+            self.release()  # the eager pass needs what the graphs hold
             return None
-        if not self.graphs:
-            if self.has_none or self._room() < self.graph_bytes + self.eager_bytes:
-                if self.largest is None:
-                    raise torch.OutOfMemoryError(f"{self.graph_bytes:,} bytes for a graph, and what runs beside it")
-                self.has_none = True
-                return None
-            self.graphs[largest] = self._record(largest, shared, batch)
-            self.largest = largest
-        if shape not in self.graphs and self.has_room and len(self.graphs) < MOST_GRAPHS:
-            gaps = (
-                self.fragmentation_bytes if len(self.graphs) == 1 else 0
-            )  # what others have taken of them is theirs already
-            self.has_room = self._room() >= gaps + self.eager_bytes
-            if self.has_room:
-                self.graphs[shape] = self._record(shape, shared, batch)
-                self.has_room = self._room() >= self.eager_bytes
-                if not self.has_room:  # its gaps have taken what others need, and only a whole pool is given back
-                    self.graphs.clear()
-                    self.pool = torch.cuda.graph_pool_handle()
-                    return self._graph_for(num_tokens, shared, batch)
+        if self.state is not State.EAGER and not self.graphs:
+            self._capture_largest(largest, context, batch)
+        if self.state is State.OPEN and shape not in self.graphs:
+            self._capture_another(shape, largest, context, batch)
+        if self.state is State.EAGER:
+            return None
         return self.graphs[min(each for each in self.graphs if each[0] >= shape[0] and each[1] >= shape[1])]
 
-    def _room(self) -> int:
-        """Bytes that are left for recordings.
+    def _capture_largest(self, largest: Shape, context: ForwardContext, batch: MicroBatch) -> None:
+        if self._room() >= self.graph_bytes + self.eager_bytes:
+            self.graphs[largest] = self._capture(largest, context, batch)
+            self.largest = largest
+        elif self.largest is None:
+            needed = f"{self.graph_bytes:,} bytes, and {self.eager_bytes:,} beside it"
+            raise torch.OutOfMemoryError(f"the largest CUDA graph needs {needed}")
+        else:
+            self.state = State.EAGER
 
-        It is asked for before each: one that runs out of memory leaves torch's allocator in disorder.
+    def _capture_another(self, shape: Shape, largest: Shape, context: ForwardContext, batch: MicroBatch) -> None:
+        # the second graph takes the fragmentation of all, later ones reuse its memory
+        fragmentation = self.fragmentation_bytes if len(self.graphs) == 1 else 0
+        if len(self.graphs) >= MAX_GRAPHS or self._room() < fragmentation + self.eager_bytes:
+            self.state = State.FULL
+            return
+        self.graphs[shape] = self._capture(shape, context, batch)
+        if self._room() < self.eager_bytes:  # fragmentation took more; memory is given back by the whole pool only
+            self.state = State.FULL
+            self.graphs.clear()
+            self.pool = torch.cuda.graph_pool_handle()
+            self._capture_largest(largest, context, batch)
+
+    def _room(self) -> int:
+        """Bytes left for captures.
+
+        Asked for before each capture: one that runs out of memory leaves torch's allocator in disorder.
         """
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # what launches have used, the pool needs now
+        torch.cuda.empty_cache()  # the pool needs now what eager passes have used
         free, total = torch.cuda.mem_get_info()
         cap = int(total * torch.cuda.get_per_process_memory_fraction())
         return min(free, cap - torch.cuda.memory_reserved())
 
-    def _record(self, shape: tuple[int, int], shared: Pass, batch: MicroBatch) -> _Graph:
-        """Both directions; what lies between them stays in the pool, which all graphs share, one replay at a time."""
+    def _capture(self, shape: Shape, context: ForwardContext, batch: MicroBatch) -> CapturedGraph:
+        """Both passes. What the first saves for the second stays in the pool, which all graphs share.
+
+        That is safe since a forward replay is followed by its backward replay before the next.
+        """
         assert batch.cu_seqlens is not None
-        assert self.places is not None
-        places, num_borders = self.places.first(shape[0]), shape[1]
+        assert self.static is not None
+        static, num_boundaries = self.static.first(shape[0]), shape[1]
         store = self.stack.store
         store.before_replay(self.stack.forward_order)
         torch.cuda.synchronize()
-        num_tokens = places.hidden.shape[0]
-        borders, seed = batch.cu_seqlens.new_full((num_borders,), num_tokens), shared.seed.clone()
-        borders[0] = 0
-        attend = self.attend_for(replace(batch, cu_seqlens=borders, max_length=num_tokens))
-        own = replace(shared, cos=places.cos, sin=places.sin, seed=seed, attend=attend)
+        num_tokens = static.hidden.shape[0]
+        cu_seqlens, seed = batch.cu_seqlens.new_full((num_boundaries,), num_tokens), context.seed.clone()
+        cu_seqlens[0] = 0
+        attend = self.attend_for(replace(batch, cu_seqlens=cu_seqlens, max_length=num_tokens))
+        own = replace(context, cos=static.cos, sin=static.sin, seed=seed, attend=attend)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        kept: Memory = []
+        saved: Saved = []
         store.invalidate_adapters()
         with torch.no_grad(), _no_collection():
             with torch.cuda.graph(forward, pool=self.pool):
-                out = self.stack.forward(places.hidden, own, kept)
-                places.out.copy_(out)
+                out = self.stack.forward(static.hidden, own, saved)
+                static.out.copy_(out)
                 del out
             with torch.cuda.graph(backward, pool=self.pool):
-                self.stack.backward(places.grad_out, own, kept)
+                self.stack.backward(static.grad_out, own, saved)
         store.forget_shared()  # nothing of it has run yet
-        return _Graph(places, seed, borders, forward, backward)
+        return CapturedGraph(static, seed, cu_seqlens, forward, backward)
 
 
 class _Replay(torch.autograd.Function):
-    """A graph as autograd sees it, a function of one adapter as in stack.py."""
+    """A graph as autograd sees it: a function of one adapter, as in stack.py."""
 
     @staticmethod
-    def forward(ctx: Any, graph: _Graph, stack: Stack, num_tokens: int, _: torch.nn.Parameter) -> torch.Tensor:
+    def forward(ctx: Any, graph: CapturedGraph, stack: Stack, num_tokens: int, _: torch.nn.Parameter) -> torch.Tensor:
         ctx.graph, ctx.stack, ctx.num_tokens = graph, stack, num_tokens
         _replay(graph.forward, stack.store, stack.forward_order)
-        return graph.places.out[:num_tokens].detach()
+        return graph.static.out[:num_tokens].detach()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         graph, ctx.graph = ctx.graph, None  # the loss may outlive it: its memory would not be free
-        place = graph.places.grad_out
-        place[: ctx.num_tokens].copy_(grad_outputs[0])
-        place[ctx.num_tokens :].zero_()  # nobody learns from what a larger graph has too much
+        grad_out = graph.static.grad_out
+        grad_out[: ctx.num_tokens].copy_(grad_outputs[0])
+        grad_out[ctx.num_tokens :].zero_()  # a larger graph's surplus tokens have no gradient
         _replay(graph.backward, ctx.stack.store, ctx.stack.backward_order)
         return None, None, None, None
 
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """While a graph is recorded no garbage is freed: what CUDA is told then would end the recording."""
+    """No garbage is collected during a capture: freeing what holds CUDA objects would end it."""
     gc.collect()
     gc.disable()
     try:
@@ -231,7 +266,7 @@ def _no_collection() -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Also where the end of a recording that ran out of memory has failed after it."""
+    """Whether it is an OutOfMemoryError or follows one: a capture that ran out of memory fails again at its end."""
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError):
             return True

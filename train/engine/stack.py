@@ -1,41 +1,41 @@
-"""All decoder blocks as one autograd function: which activations are kept, which are computed again."""
+"""All decoder blocks as one autograd function: which activations are kept, and which are recomputed."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from train.engine.block import Activations, Block, Pass
+from train.engine.block import Activations, Block, ForwardContext
 from train.engine.hidden_store import DeviceInputs, HostInputs
 from train.engine.operations import rms_norm, rms_norm_backward
 from train.engine.weight_store import WeightStore
 
 
 @dataclass
-class Kept:
-    """Of one block, for the backward pass."""
+class SavedBlock:
+    """What the backward pass needs of one block."""
 
-    low: torch.Tensor
-    activations: Activations | None  # where None, its input is in Stack.inputs
+    low_rank: torch.Tensor  # [T, R]: down_proj's input times A^T
+    activations: Activations | None  # None: recomputed from the block's input, which is in Stack.inputs
 
 
 @dataclass
-class Last:
+class SavedNorm:
     """What the last norm's backward reads."""
 
     hidden: torch.Tensor  # [T, H]
     rstd: torch.Tensor  # [T]
 
 
-Memory = list[Kept | Last]  # of a pass: of each block, and of the norm behind them
+Saved = list[SavedBlock | SavedNorm]  # of a forward pass: each block's in order, then the last norm's
 
 
 class Stack:
     """The decoder's blocks and its last norm.
 
-    The last `num_kept` blocks keep their activations; of the others only the input is kept and everything but
-    down_proj is computed again. The last block always keeps them: they are needed at once. A training pass forward is
-    followed by its backward before the next begins.
+    The last `num_kept` blocks keep their activations. The others keep only their input, and the backward pass
+    recomputes everything but down_proj. The last block always keeps its activations: they are needed at once. Each
+    training forward pass is followed by its backward pass before the next begins.
     """
 
     def __init__(
@@ -51,69 +51,72 @@ class Stack:
         self.anchor = next(parameter for block in blocks for parameter in block.parameters)
         self.padded_rank = max(max(block.o.padded_rank, block.down.padded_rank) for block in blocks)
 
-    def __call__(self, hidden: torch.Tensor, shared: Pass) -> torch.Tensor:
+    def __call__(self, hidden: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """Embedded tokens [T, H] -> what the head reads [T, H]."""
         self.store.invalidate_adapters()
         if torch.is_grad_enabled():
-            return _Stack.apply(hidden, self, shared, self.anchor)
-        return self.forward(hidden, shared, None)
+            return _StackFunction.apply(hidden, self, context, self.anchor)
+        return self.forward(hidden, context, None)
 
-    def forward(self, hidden: torch.Tensor, shared: Pass, kept: Memory | None) -> torch.Tensor:
-        """The normed output; fills `kept` where one is given."""
+    def forward(self, hidden: torch.Tensor, context: ForwardContext, saved: Saved | None) -> torch.Tensor:
+        """The normed output [T, H]; fills `saved` where a list is given, for `backward`."""
         num_recomputed = len(self.blocks) - self.num_kept
         self.store.begin(self.forward_order)
         self.inputs.begin()
         for block in self.blocks:
             is_kept = block.number >= num_recomputed
             matrices = self.store.matrices(block.number)
-            if kept is not None and not is_kept:
+            if saved is not None and not is_kept:
                 self.inputs.keep(hidden)
-            activations = block.forward(matrices, hidden, shared)
-            hidden, low = block.finish(matrices, activations, shared)
-            if kept is not None:
-                kept.append(Kept(low, activations if is_kept else None))
+            activations = block.forward(matrices, hidden, context)
+            hidden, low_rank = block.finish(matrices, activations, context)
+            if saved is not None:
+                saved.append(SavedBlock(low_rank, activations if is_kept else None))
             del activations
         self.inputs.settle()
         out = torch.empty_like(hidden)
         rstd = rms_norm(hidden, self.norm.weight, self.norm.variance_epsilon, out)
-        if kept is not None:
-            kept.append(Last(hidden, rstd))
+        if saved is not None:
+            saved.append(SavedNorm(hidden, rstd))
         return out
 
-    def backward(self, grad_out: torch.Tensor, shared: Pass, kept: Memory) -> None:
-        """Adds to the adapters' gradients; consumes `kept`."""
+    def backward(self, grad_out: torch.Tensor, context: ForwardContext, saved: Saved) -> None:
+        """Adds to the adapters' gradients, from the output's [T, H]; consumes `saved`."""
         width = grad_out.shape[1]
-        last = kept.pop()
-        assert isinstance(last, Last)
+        last = saved.pop()
+        assert isinstance(last, SavedNorm)
         grad = grad_out.new_empty(grad_out.shape[0], width + self.padded_rank)
         rms_norm_backward(grad_out, last.hidden, self.norm.weight, last.rstd, grad[:, :width], add=False)
         del last
         self.store.begin(self.backward_order)
         for block in reversed(self.blocks):
-            record = kept.pop()
-            assert isinstance(record, Kept)
+            of_block = saved.pop()
+            assert isinstance(of_block, SavedBlock)
             matrices = self.store.matrices(block.number)
-            activations = record.activations
+            activations = of_block.activations
             if activations is None:
-                activations = block.forward(matrices, self.inputs.take(), shared)
-            gradients = block.backward(matrices, activations, record.low, grad, shared)
+                activations = block.forward(matrices, self.inputs.take(), context)
+            gradients = block.backward(matrices, activations, of_block.low_rank, grad, context)
             places: Any = [parameter.grad for parameter in block.parameters]
             torch._foreach_add_(places, gradients)
-            del activations, record, gradients
+            del activations, of_block, gradients
 
 
-class _Stack(torch.autograd.Function):
+class _StackFunction(torch.autograd.Function):
     """Stack as autograd sees it: a function of one adapter, so that it is asked for the gradients of all.
 
-    They are added to `.grad` where they lie (optim.FlatParameters): handing 448 of them to autograd costs 5 ms a pass.
+    They are added to `.grad` where they are (optim.FlatParameters): handing 448 of them to autograd costs 5 ms a
+    micro-batch.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, stack: Stack, shared: Pass, _: torch.nn.Parameter) -> torch.Tensor:
-        ctx.stack, ctx.shared, ctx.kept = stack, shared, []
-        return stack.forward(hidden, shared, ctx.kept)
+    def forward(
+        ctx: Any, hidden: torch.Tensor, stack: Stack, context: ForwardContext, _: torch.nn.Parameter
+    ) -> torch.Tensor:
+        ctx.stack, ctx.context, ctx.saved = stack, context, []
+        return stack.forward(hidden, context, ctx.saved)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
-        ctx.stack.backward(grad_outputs[0], ctx.shared, ctx.kept)
+        ctx.stack.backward(grad_outputs[0], ctx.context, ctx.saved)
         return None, None, None, None

@@ -67,10 +67,10 @@ def kept_activations(job: Job, c: Candidate) -> int:
 def _kept_per_token(job: Job, c: Candidate) -> int:
     s = job.sizes
     width = s.hidden + s.padded_rank  # `normed`
-    width += s.qkv + s.padded_rank + s.normed_qk  # `heads`, `raw_heads`
-    width += s.query + s.padded_rank  # `attended`, `low`
-    width += s.hidden  # `middle`
-    width += s.hidden + s.padded_rank  # `middle_normed`
+    width += s.qkv + s.padded_rank + s.normed_qk  # `qkv`, `raw_qk`
+    width += s.query + s.padded_rank  # `attended`, `low_rank`
+    width += s.hidden  # `post_attention`
+    width += s.hidden + s.padded_rank  # `post_attention_normed`
     width += _gate_up_kept(job, c)
     if not job.has_flash:
         width += 3 * s.query  # keys and values repeated for all heads, and the outputs of single samples
@@ -126,7 +126,7 @@ def mlp_backward(job: Job, c: Candidate) -> int:
 def attention_backward(job: Job, c: Candidate) -> int:
     """Gradients of attention's output [T, Q], of q, k, v [T, N], of repeated k and v [T, 2 Q], and fp32 dQ.
 
-    Less what the MLP had kept and has freed: `middle` [T, H], `middle_normed` [T, H + R], `gate_up`.
+    Less what the MLP had kept and has freed: `post_attention` [T, H], its norm's output [T, H + R], `gate_up`.
     """
     s = job.sizes
     freed = s.hidden + s.hidden + s.padded_rank + _gate_up_kept(job, c)
@@ -156,7 +156,7 @@ def validation_bytes(job: Job, tokens: int, mlp_tile: int) -> int:
 def validation_per_token(s: ModelSizes) -> int:
     """Bytes a token in a block's forward pass: embedded tokens and block input [2 H]; what the block makes.
 
-    `normed`, `middle`, `middle_normed`, output [4 H]; `qkv` [N] and before its norms; attention's output twice [2 Q];
+    `normed`, `post_attention`, its norm's output, output [4 H]; `qkv` [N] and before its norms; attention's output twice [2 Q];
     gate, up and their product [3 F]; the adapters' X A^T of four groups [4 R].
     """
     made = 4 * s.hidden + s.qkv + s.normed_qk + 2 * s.query + 3 * s.intermediate + 4 * s.padded_rank

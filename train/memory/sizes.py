@@ -59,7 +59,7 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
         query=block.o.num_inputs,
         intermediate=block.down.num_inputs,
         padded_rank=max(group.padded_rank for group in block.groups),
-        normed_qk=block.qkv.rows[1].stop if block.head_norms else 0,
+        normed_qk=block.qkv.rows[1].stop if block.qk_norms else 0,
         has_dropout=block.dropout > 0,
         element_bytes=element_bytes,
         matrix_bytes=element_bytes * sum(math.prod(group.shape) for group in block.groups),

@@ -14,7 +14,7 @@ import transformers
 from train.collate import MicroBatch
 from train.config import Config
 from train.engine.attention import attention_kind
-from train.engine.decoder import Engine
+from train.engine.decoder import FusedDecoder
 from train.engine.families import unsupported_reason
 from train.engine.host_stream import HostBlocks
 from train.engine.plan import Plan
@@ -32,7 +32,7 @@ class LanguageModel(torch.nn.Module):
         super().__init__()
         self.adapted = adapted
         self.host = host
-        self.engine: Engine | None = None
+        self.engine: FusedDecoder | None = None
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Cross entropy summed over the batch's targets, an fp32 scalar.
@@ -67,7 +67,7 @@ class LanguageModel(torch.nn.Module):
             self.host.wanted = sorted({*self.host.wanted, *plan.streamed})
             for number in plan.streamed:
                 self.host.offload(number, causal_lm.base_model.layers[number])
-            self.engine = Engine(causal_lm, plan, self.host)
+            self.engine = FusedDecoder(causal_lm, plan, self.host)
         elif plan.num_kept < plan.num_blocks:
             # use_reentrant=False: the frozen embedding's output needs no gradient
             causal_lm.gradient_checkpointing_enable({"use_reentrant": False})

@@ -17,8 +17,8 @@ from train.batching import LengthStatistics, MicroBatchShape
 from train.collate import collate_packed
 from train.config import BatchConfig, MemoryConfig, OptimConfig
 from train.engine import block, lora_linear
-from train.engine.block import Pass
-from train.engine.decoder import Engine
+from train.engine.block import ForwardContext
+from train.engine.decoder import FusedDecoder
 from train.engine.host_stream import HostBlocks
 from train.engine.plan import Plan
 from train.engine.stack import Stack
@@ -53,7 +53,7 @@ class Forward:
 
     planner: Planner
     stack: Stack
-    shared: Pass
+    context: ForwardContext
     kept: list[Any]
 
 
@@ -66,15 +66,15 @@ def forward(family: str, num_tokens: int = 500, tile: int = 0, num_kept: int = 3
     causal_lm = adapted_model(shape, targets).get_base_model()
     sizes = replace(model_sizes(causal_lm, config, on_gpu=False), element_bytes=4, has_dropout=dropout > 0)
     batch = collate_packed([{"input_ids": [1] * num_tokens, "trained": [True] * num_tokens}])
-    engine = Engine(causal_lm, Plan(True, True, num_tokens, 3, num_kept), HostBlocks([], pin=False))
+    engine = FusedDecoder(causal_lm, Plan(True, True, num_tokens, 3, num_kept), HostBlocks([], pin=False))
     kept: Any = []
     hidden = causal_lm.base_model.embed_tokens(batch.input_ids[0]).detach()
     cos, sin = causal_lm.base_model.rotary_emb(hidden[None], batch.position_ids)
-    shared = Pass(cos[0], sin[0], engine.attend_for(batch), dropout, torch.tensor(0), tile)
+    context = ForwardContext(cos[0], sin[0], engine.attend_for(batch), dropout, torch.tensor(0), tile)
     with torch.no_grad():
-        engine.stack.forward(hidden, shared, kept)
+        engine.stack.forward(hidden, context, kept)
     rows = LengthStatistics((num_tokens,), num_tokens, 0, num_tokens)
-    return Forward(planner_for(rows, BatchConfig(1, 1), sizes=sizes), engine.stack, shared, kept)
+    return Forward(planner_for(rows, BatchConfig(1, 1), sizes=sizes), engine.stack, context, kept)
 
 
 @pytest.mark.parametrize("tile", [0, 128])
@@ -102,7 +102,7 @@ def test_block_inputs_are_what_a_stack_keeps_of_every_block(num_kept: int) -> No
     assert len(inputs.stack) == 3 - num_kept
     found = storages(inputs.stack, {})
     for kept in done.kept[:3]:
-        storages([kept.low, *([kept.activations.x] if kept.activations else [])], found)
+        storages([kept.low_rank, *([kept.activations.x] if kept.activations else [])], found)
     candidate = first_candidate(done.planner, 500, num_kept=num_kept)
     assert sum(found.values()) == cost.block_inputs(done.planner.job, candidate)
 
@@ -140,7 +140,7 @@ def test_the_mlp_s_backward_pass_takes_what_is_counted(
     """The gradient of the norm's output and the product, of a tile at a time; beside them the adapters' gradients."""
     done = forward("llama", 4096, tile=tile, dropout=dropout)
     number, job = 1, done.planner.job
-    activations, low = done.kept[number].activations, done.kept[number].low
+    activations, low_rank = done.kept[number].activations, done.kept[number].low_rank
     assert (activations.gate_up is None) == bool(tile)
     matrices = done.stack.store.matrices(number)
     grad = activations.x.new_zeros(4096, job.sizes.hidden + done.stack.padded_rank)
@@ -149,7 +149,7 @@ def test_the_mlp_s_backward_pass_takes_what_is_counted(
         monkeypatch.setattr(module, name, lambda *_, **__: None)
     monkeypatch.setattr(lora_linear, "dropout", lambda *_, **__: None)
     with torch.no_grad(), PeakBytes() as found:
-        gradients = done.stack.blocks[number]._backward_mlp(matrices, activations, low, grad, done.shared)
+        gradients = done.stack.blocks[number]._backward_mlp(matrices, activations, low_rank, grad, done.context)
     assert len(gradients) == 6
     adapters = sum(storages(gradients, {}).values())
     predicted = cost.mlp_backward(job, first_candidate(done.planner, 4096, mlp_tile=tile))

@@ -156,8 +156,8 @@ def validation_bytes(job: Job, tokens: int, mlp_tile: int) -> int:
 def validation_per_token(s: ModelSizes) -> int:
     """Bytes a token in a block's forward pass: embedded tokens and block input [2 H]; what the block makes.
 
-    `normed`, `post_attention`, its norm's output, output [4 H]; `qkv` [N] and before its norms; attention's output twice [2 Q];
-    gate, up and their product [3 F]; the adapters' X A^T of four groups [4 R].
+    `normed`, `post_attention`, its norm's output, output [4 H]; `qkv` [N] and before its norms; attention's output
+    twice [2 Q]; gate, up and their product [3 F]; the adapters' X A^T of four groups [4 R].
     """
     made = 4 * s.hidden + s.qkv + s.normed_qk + 2 * s.query + 3 * s.intermediate + 4 * s.padded_rank
     return s.element_bytes * (2 * s.hidden + made)

@@ -84,6 +84,56 @@ def write_shape(folder: Path, vocab_size: int) -> None:
 
 
 @pytest.fixture(scope="session")
+def llama31_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the published shape of Llama-3.1-8B as config.json: no tokenizer, no weights."""
+    folder = tmp_path_factory.mktemp("llama31_8b")
+    LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        bos_token_id=128000,
+        eos_token_id=128001,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tinyllama_1b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for TinyLlama-1.1B-Chat."""
+    folder = tmp_path_factory.mktemp("tinyllama_1b")
+    LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Nineteen question/answer rows of very unequal length: not a multiple of any batch size used here."""
     path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
@@ -219,5 +269,6 @@ def _bits(row: dict[str, float], name: str) -> str:
 
 
 needs_shared: Callable = pytest.mark.skipif(
-    not SHARED.is_dir(), reason=f"the real tokenizers and data are not at {SHARED}; the product does not need them"
+    not SHARED.is_dir(),
+    reason=f"needs real tokenizers, chat templates or data sets, whose licences do not let them be bundled, in {SHARED}",
 )

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.power_cut import Event, Log, State, Tree, crash_states, materialise, recorded, tree_of
 from tests.tally import Tally
-from tests.write_log import Event, Log, State, Tree, crash_states, materialise, recorded, tree_of
 from train.checkpoints.contents import (
     ADAPTER,
     ADAPTER_CONFIG,

@@ -1,17 +1,30 @@
 #!/usr/bin/env bash
-# Everything that is checked: style, types, and the whole test suite. Arguments go to pytest.
-# With `--faults full`: the faults alone, as often as docs/RELIABILITY.md says, and then its table (half an hour).
+# Everything that is checked: style, types, and the whole test suite (about 10 minutes on two cores). Arguments behind the
+# mode go to pytest. Modes, as the first argument:
+#   --quick        style, types, and the unit and parity tests (under 2 minutes)
+#   --faults full  the faults alone, as often as docs/RELIABILITY.md says, and then its table (half an hour)
 . "$(dirname "$0")/_common.sh"
-if [ "${1:-}" = --faults ]; then
-    [ "${2:-}" = full ] || { echo "usage: bash launch/test.sh [--faults full] [PYTEST_ARGUMENT ...]" >&2; exit 78; }
-    export HANDLOOP_FAULTS=full HANDLOOP_TALLY="$PWD/runs/tally.jsonl"
-    mkdir -p runs && rm -f "$HANDLOOP_TALLY"
-    code=0
-    .venv/bin/pytest -q -n 2 --dist worksteal tests/faults "${@:3}" || code=$?
-    .venv/bin/python -m benchmarks.faults "$HANDLOOP_TALLY"
-    exit "$code"
-fi
+quick=(tests/test_project.py tests/unit tests/parity)
+tests=()
+case "${1:-}" in
+    --quick)
+        shift
+        tests=("${quick[@]}")
+        ;;
+    --faults)
+        [ "${2:-}" = full ] || {
+            echo "usage: bash launch/test.sh [--quick | --faults full] [PYTEST_ARGUMENT ...]" >&2
+            exit 78
+        }
+        export HANDLOOP_FAULTS=full HANDLOOP_TALLY="$PWD/runs/tally.jsonl"
+        mkdir -p runs && rm -f "$HANDLOOP_TALLY"
+        code=0
+        .venv/bin/pytest -q -n 2 --dist worksteal tests/faults "${@:3}" || code=$?
+        .venv/bin/python -m benchmarks.faults "$HANDLOOP_TALLY"
+        exit "$code"
+        ;;
+esac
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/pyrefly check
-.venv/bin/pytest -q -n 2 --dist worksteal "$@"
+.venv/bin/pytest -q -n 2 --dist worksteal ${tests[@]+"${tests[@]}"} "$@"

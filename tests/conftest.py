@@ -270,5 +270,5 @@ def _bits(row: dict[str, float], name: str) -> str:
 
 needs_shared: Callable = pytest.mark.skipif(
     not SHARED.is_dir(),
-    reason=f"needs real tokenizers, chat templates or data sets, whose licences do not let them be bundled, in {SHARED}",
+    reason=f"needs real tokenizers, chat templates or data sets, which are not bundled; none at {SHARED}",
 )

@@ -250,6 +250,35 @@ def test_test_command_is_what_ci_calls() -> None:
     assert "bash launch/test.sh" in readme
 
 
+def test_the_quick_tier_is_a_part_of_the_whole() -> None:
+    """--quick checks style and types too and runs some of the tests that the whole runs; the whole is the default."""
+    script = (ROOT / "launch" / "test.sh").read_text(encoding="utf-8")
+    match = re.search(r"^quick=\((.+)\)$", script, re.MULTILINE)
+    assert match is not None
+    quick = [ROOT / name for name in match[1].split()]
+    whole = {path for path in (ROOT / "tests").rglob("test_*.py") if not path.is_relative_to(ROOT / "tests" / "gpu")}
+    chosen = {test for path in quick for test in ([path] if path.is_file() else path.rglob("test_*.py"))}
+    assert all(path.exists() for path in quick)
+    assert chosen < whole
+    assert {test.parent.name for test in whole - chosen} == {"faults", "integration"}
+    assert re.search(r"^tests=\(\)$", script, re.MULTILINE)  # pyproject.toml's testpaths: all
+    assert re.search(r"^    --quick\)$", script, re.MULTILINE)
+    assert re.search(r"^    --faults\)$", script, re.MULTILINE)
+    assert script.splitlines()[-1].startswith(".venv/bin/pytest ")
+
+
+def test_the_hooks_are_the_checks_of_the_suite() -> None:
+    """.pre-commit-config.yaml calls the tools of launch/test.sh with the same arguments, and fetches nothing."""
+    script = (ROOT / "launch" / "test.sh").read_text(encoding="utf-8")
+    checks = re.findall(r"^(\.venv/bin/(?:ruff|pyrefly) .+)$", script, re.MULTILINE)
+    assert len(checks) == 3
+    repos = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    assert [repo["repo"] for repo in repos] == ["local"]
+    hooks = repos[0]["hooks"]
+    assert [hook["entry"] for hook in hooks] == checks
+    assert all(hook["language"] == "system" and hook["pass_filenames"] is False for hook in hooks)
+
+
 def test_every_fault_has_a_test_and_a_row() -> None:
     """The faults that tests are marked with are those of the table in docs/RELIABILITY.md, T1 to T25."""
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "faults").glob("test_*.py")]

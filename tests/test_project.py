@@ -250,6 +250,26 @@ def test_test_command_is_what_ci_calls() -> None:
     assert "bash launch/test.sh" in readme
 
 
+def test_readme_shows_the_tree() -> None:
+    """README's *Read the code* names every package and module, and nothing that is not there."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = readme.partition("## Read the code")[2].partition("```\n")[2].partition("```")[0]
+    sections = dict(re.findall(r"^(\S+/) (.*(?:\n +.*)*)", tree, re.MULTILINE))
+    packages = {f"train/{path.name}/" for path in (ROOT / "train").iterdir() if (path / "__init__.py").exists()}
+    assert packages | {"data_tools/"} <= set(sections)
+    for path in SOURCES:
+        name = path.relative_to(ROOT).as_posix()
+        if path.name == "__init__.py":
+            continue
+        if path.parent == ROOT / "train":
+            assert name in tree, name
+        else:
+            words = re.findall(r"\w+", sections[f"{path.parent.relative_to(ROOT).as_posix()}/"])
+            assert path.stem in words, name
+    named = re.findall(r"(?<!\S)(?:train|data_tools)/\S+", tree)
+    assert all((ROOT / name).exists() for name in named), named
+
+
 def test_the_quick_tier_is_a_part_of_the_whole() -> None:
     """--quick checks style and types too and runs some of the tests that the whole runs; the whole is the default."""
     script = (ROOT / "launch" / "test.sh").read_text(encoding="utf-8")

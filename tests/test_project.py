@@ -270,6 +270,28 @@ def test_readme_shows_the_tree() -> None:
     assert all((ROOT / name).exists() for name in named), named
 
 
+def test_the_log_can_be_used() -> None:
+    """Newest first, a verdict an idea; each constant's entry exists, and so does each file of standing results."""
+    log = (ROOT / "docs" / "LOG.md").read_text(encoding="utf-8")
+    dates = re.findall(r"^## (\d{4}-\d\d-\d\d)$", log, re.MULTILINE)
+    assert len(dates) >= 4
+    assert dates == sorted(dates, reverse=True)
+    known = {"kept", "deleted", "failed", "not built", "mended", "measured", "superseded"}
+    assert known <= set(re.findall(r"\*\*([a-z ]+)\*\* \(", log.partition("## Standing results")[0].replace("\n", " ")))
+    headings = re.findall(r"^### (.+)$", log, re.MULTILINE)
+    assert len(headings) > 50
+    for heading in headings:
+        assert heading.rpartition(": ")[2].partition(",")[0] in known, heading
+    constants = log.partition("## Where the constants come from")[2].partition("\n## ")[0]
+    entries = re.findall(r"\| \*(.+)\* \|$", constants, re.MULTILINE)
+    assert len(entries) > 15
+    for entry in entries:
+        assert any(heading.startswith(entry) for heading in headings), entry
+    standing = log.partition("## Standing results")[2].partition("\n## ")[0]
+    files = set(re.findall(r"\w+\.json", standing))
+    assert files == {path.name for path in (ROOT / "benchmarks" / "results").glob("*.json")}
+
+
 def test_the_quick_tier_is_a_part_of_the_whole() -> None:
     """--quick checks style and types too and runs some of the tests that the whole runs; the whole is the default."""
     script = (ROOT / "launch" / "test.sh").read_text(encoding="utf-8")

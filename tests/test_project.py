@@ -5,6 +5,7 @@ import graphlib
 import json
 import re
 import sys
+import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -268,6 +269,13 @@ def test_readme_shows_the_tree() -> None:
             assert path.stem in words, name
     named = re.findall(r"(?<!\S)(?:train|data_tools)/\S+", tree)
     assert all((ROOT / name).exists() for name in named), named
+
+
+def test_the_changelog_knows_the_version() -> None:
+    """CHANGELOG has a section for the package's version, below the one for what is not released."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    sections = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sections[:2] == ["Unreleased", version]
 
 
 def test_the_log_can_be_used() -> None:

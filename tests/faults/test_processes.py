@@ -58,7 +58,9 @@ def test_a_process_that_dies(config: Config, tmp_path: Path, tally: Tally) -> No
     expected = result_of(tmp_path / "reference")
     faults = [AtForward(5), AtForward(9), Fault("save", 1, "before"), AtForward(1), AtForward(16)]
     cases = [(rank, fault) for fault in faults for rank in (0, 1) if isinstance(fault, AtForward) or rank == 0]
-    for number, (rank, fault) in enumerate(cases if tally.full else cases[1:4]):
+    short = [(0, AtForward(9)), (0, Fault("save", 1, "before")), (1, AtForward(1))]
+    assert all(case in cases for case in short)
+    for number, (rank, fault) in enumerate(cases if tally.full else short):
         run_dir, label = tmp_path / f"case-{number}", f"rank {rank}, {fault}"
         both = together(config, run_dir, [fault, None] if rank == 0 else [None, fault])
         tally.check(both[rank].returncode == -signal.SIGKILL, f"{label}: was not killed")

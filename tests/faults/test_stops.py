@@ -23,11 +23,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 @pytest.mark.fault("T10")
 def test_stop_signals_at_random_moments(config: Config, tmp_path: Path, tally: Tally) -> None:
-    """Loading, between passes, while saving, when it has ended: exit 75 and exit.json, then the same bits."""
+    """Loading, between micro-batches, while saving, when it has ended: exit 75 and exit.json, then the same bits."""
     longer = replace(config, lora=replace(config.lora, dropout=0.1), train=replace(config.train, epochs=8))
     longer = replace(longer, checkpoint=CheckpointConfig(every=5))
     expected = reference(longer, tmp_path / "reference")
-    for number in range(tally.times(6, 60)):
+    for number in range(tally.times(len(SIGNALS), 60)):
         draw, run_dir = random.Random(number), tmp_path / f"run-{number}"
         words = arguments(at(longer, run_dir))
         run = Run(words)

@@ -21,7 +21,7 @@ from train.track.metrics_file import read_metrics
 
 @pytest.fixture
 def dropped(config: Config) -> Config:
-    """Dropout, paged 8-bit AdamW, a checkpoint every two steps of six, epochs that end in a partial window."""
+    """Dropout, paged 8-bit AdamW, a checkpoint every two steps of six, epochs that end in a smaller batch."""
     return replace(config, lora=replace(config.lora, dropout=0.1), checkpoint=CheckpointConfig(every=2))
 
 
@@ -182,7 +182,7 @@ def test_another_split_of_the_same_data_is_refused(dropped: Config, tmp_path: Pa
 
 def test_the_number_of_processes_may_change(config: Config, tmp_path: Path) -> None:
     """Stopped as two processes by SIGTERM, continued as one: the samples and, closely, the losses of one process."""
-    config = replace(config, train=replace(config.train, epochs=60))
+    config = replace(config, train=replace(config.train, epochs=20))
     single = at(config, tmp_path / "single")
     assert run_command(arguments(single)).returncode == 0
     double = at(with_batch(config, 1, 4), tmp_path / "run")

@@ -4,6 +4,8 @@ import ast
 import graphlib
 import json
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
@@ -301,7 +303,7 @@ def test_the_log_can_be_used() -> None:
 
 
 def test_the_quick_tier_is_a_part_of_the_whole() -> None:
-    """--quick checks style and types too and runs some of the tests that the whole runs; the whole is the default."""
+    """--quick runs some of the tests that the whole runs: all but the faults and the real command."""
     script = (ROOT / "launch" / "test.sh").read_text(encoding="utf-8")
     match = re.search(r"^quick=\((.+)\)$", script, re.MULTILINE)
     assert match is not None
@@ -311,10 +313,34 @@ def test_the_quick_tier_is_a_part_of_the_whole() -> None:
     assert all(path.exists() for path in quick)
     assert chosen < whole
     assert {test.parent.name for test in whole - chosen} == {"faults", "integration"}
-    assert re.search(r"^tests=\(\)$", script, re.MULTILINE)  # pyproject.toml's testpaths: all
-    assert re.search(r"^    --quick\)$", script, re.MULTILINE)
-    assert re.search(r"^    --faults\)$", script, re.MULTILINE)
-    assert script.splitlines()[-1].startswith(".venv/bin/pytest ")
+
+
+def test_the_modes_of_the_test_script(tmp_path: Path) -> None:
+    """With tools that only say their arguments: the whole is the default, --quick a part, --faults wants its `full`."""
+    (tmp_path / "launch").mkdir()
+    shutil.copy(ROOT / "launch" / "test.sh", tmp_path / "launch")
+    (tmp_path / "launch" / "_common.sh").write_text(f"set -euo pipefail\ncd {tmp_path}\n")
+    tools = tmp_path / ".venv" / "bin"
+    tools.mkdir(parents=True)
+    for name in ("ruff", "pyrefly", "pytest", "python"):
+        (tools / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
+        (tools / name).chmod(0o700)
+
+    def said(*words: str) -> list[str]:
+        command = ["bash", str(tmp_path / "launch" / "test.sh"), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+
+    checks, suite = ["ruff check .", "ruff format --check .", "pyrefly check"], "pytest -q -n 2 --dist worksteal"
+    assert said() == [*checks, suite]
+    assert said("-k", "name") == [*checks, f"{suite} -k name"]
+    assert said("--quick", "-x") == [*checks, f"{suite} tests/test_project.py tests/unit tests/parity -x"]
+    assert said("--faults", "full", "-x") == [
+        f"{suite} tests/faults -x",
+        f"python -m benchmarks.faults {tmp_path}/runs/tally.jsonl",
+    ]
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        said("--faults")
+    assert refused.value.returncode == 78
 
 
 def test_the_hooks_are_the_checks_of_the_suite() -> None:

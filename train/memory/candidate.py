@@ -26,7 +26,7 @@ class Job:
 
     @property
     def has_triton(self) -> bool:
-        """Whether our kernels run; a CPU counts as if, since its memory is not planned."""
+        """Whether our Triton kernels run; true for a CPU too, since no memory is planned for one."""
         return self.gpu.capability >= TRITON or not self.gpu.memory_bytes
 
     def num_samples(self, tokens: int) -> int:

@@ -17,7 +17,7 @@ MIN_HEAD_SIZE = 64  # elements of an attention head, at least
 SMALL_TENSOR_BYTES = 2**20  # up to this size torch's allocator takes a tensor from segments of their own
 DQ_ROWS = 128  # rows of fp32 dQ that the flash backward kernels add for each sample
 EMPTY_SAMPLES = 8  # samples without tokens that a graph may have beside its own, at most (engine.graphs.pad)
-INPUTS_IN_FLIGHT = 3  # block inputs on the GPU while they are copied to the host or back, at most (hidden_store.py)
+INPUTS_IN_FLIGHT = 3  # block inputs on their way to the host or back, at most; with a fast bus one (hidden_store.py)
 
 
 def packed_weights(job: Job, c: Candidate) -> int:
@@ -115,7 +115,7 @@ def block_backward(job: Job, c: Candidate) -> int:
 
 
 def mlp_backward(job: Job, c: Candidate) -> int:
-    """Gradient of the norm's output [T, H]; silu(gate) up [t, F] of a tile, with dropout twice; a tile's gate_up."""
+    """Gradient of the norm's output [T, H]; of a tile silu(gate) up [t, F], with dropout twice, and gate and up."""
     s = job.sizes
     product = (2 if s.has_dropout else 1) * s.intermediate
     elements = c.width * s.hidden
@@ -136,7 +136,7 @@ def attention_backward(job: Job, c: Candidate) -> int:
 
 
 def without_triton(job: Job) -> int:
-    """What torch's operations take where our kernels take nothing: one whole weight [H, F], and logits in fp32."""
+    """What torch's operations add: a dequantised weight [H, F]; in 16 bits two fp32 copies of a chunk of logits."""
     if job.has_triton:
         return 0
     s = job.sizes

@@ -64,9 +64,9 @@ def _gpu(
 
 # Columns: memory in GiB; compute capability; the datasheet's dense TFLOP/s with sums in fp32, in bf16, or in fp16 where
 # there is no bf16, or in fp32 where fp16 is slow; then what long runs sustain: TFLOP/s in 16 bits and in fp32, GB/s of
-# memory, GB/s of the bus. H200's and H100's 16-bit rates are measured (docs/LOG.md); the others are 0.7 of the
-# datasheet's products (less on L4 and T4, whose power limit is low) and 0.85 of its bandwidth. A name that holds
-# another's words comes before it.
+# memory, GB/s of the bus. H200's and H100's 16-bit rates are measured (docs/LOG.md); others are 0.7 of the datasheet's
+# products (0.4 to 0.5 on L4 and T4, which may take some 70 W) and 0.85 of its bandwidth. A name that holds another's
+# words comes before it.
 KNOWN_GPUS = [
     _gpu("H200", 140.0, (9, 0), 989, (735, 47, 4300, 54)),
     _gpu("H100-PCIe", 79.2, (9, 0), 756, (725, 47, 3000, 54)),  # not measured: planned as an H100
@@ -79,7 +79,7 @@ KNOWN_GPUS = [
     _gpu("RTX-4090", 23.6, (8, 9), 165, (115, 58, 857, 24)),
     _gpu("RTX-3090", 23.6, (8, 6), 71, (50, 25, 795, 24)),
     _gpu("RTX-3060", 11.8, (8, 6), 25.5, (18, 9, 306, 24)),
-    _gpu("RTX-3050-4GB", 3.8, (8, 6), 17, (12, 4, 163, 12)),
+    _gpu("RTX-3050-4GB", 3.8, (8, 6), 17, (12, 4, 163, 12)),  # its peak is estimated from the sustained rate
     _gpu("T4", 14.6, (7, 5), 65, (25, 5.7, 272, 12)),
     _gpu("GTX-1650", 3.8, (7, 5), 6, (4, 2, 109, 12)),
     _gpu("GTX-1050-Ti", 3.9, (6, 1), 2.1, (1.5, 1.5, 95, 12)),

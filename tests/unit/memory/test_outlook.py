@@ -1,6 +1,7 @@
 """What is said, and planned next, when a configuration does not fit."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from transformers import LlamaConfig
 
 from tests.unit.memory.examples import GIB, H200, LONG, SHORT, planner_for
-from train.batching import LengthStatistics
+from train.batching import LengthStatistics, MicroBatchShape
 from train.config import BatchConfig, Config, LoraConfig, MemoryConfig, ModelConfig
 from train.memory.outlook import Outlook
 from train.run.exits import ExitWith
@@ -91,3 +92,18 @@ def test_host_memory_is_planned_too() -> None:
     ahead = Outlook(config, LONG, planner, "", 3 * GIB, 32, None)
     with pytest.raises(ExitWith, match=r"GiB of host memory, and 2\.0 GiB may be pinned"):
         ahead.check_host(ahead.first_plan())
+
+
+def test_a_resumed_run_that_runs_out_of_memory_keeps_its_micro_batches_while_it_can(config: Config) -> None:
+    """Each plan needs less; first blocks recompute and weights move to the host, then micro-batches get smaller."""
+    saved = MicroBatchShape(4096)
+    ahead = Outlook(config, SHORT, planner_for(SHORT, BatchConfig(2, 16)), "", int(3.6 * GIB), 32, saved)
+    plans = [ahead.first_plan(), *ahead.smaller_plans(ahead.first_plan())]
+    peaks = [plan.peak_bytes for plan in plans]
+    assert all(less < more for more, less in pairwise(peaks))
+    kept = [plan.micro_batch_shape == saved for plan in plans]
+    assert kept == sorted(kept, reverse=True)
+    assert kept[:2] == [True, True]
+    assert not kept[-1]
+    for plan, smaller in pairwise(plans):
+        assert set(plan.streamed) <= set(smaller.streamed)

@@ -157,6 +157,9 @@ def test_captured_micro_batches_are_as_long_as_they_are_padded() -> None:
             padded = math.ceil(tokens / 128) * 128
             assert (padded in captured) == (padded <= 4096)
             assert padded - 128 in captured or padded - 128 < longest
+    long = list(planner_for(PACKED, BatchConfig(4, 4))._micro_batches(0))
+    assert (8192, False) in long
+    assert max(tokens for tokens, graphs in long if graphs) == 4096  # longer ones are not captured
     as_configured = planner_for(SHORT, BatchConfig(2, 4, merge="off"))
     assert list(as_configured._micro_batches(0)) == [(900, False), (900, True)]
 

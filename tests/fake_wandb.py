@@ -151,10 +151,10 @@ class WatcherFault:
 
     def __call__(self) -> None:
         import train.main
-        import train.track.weights_and_biases
+        import train.track.isolated
 
         if self.patience:
-            train.track.weights_and_biases.WANDB_PATIENCE_SECONDS = self.patience
+            train.track.isolated.PATIENCE_SECONDS = self.patience
         main = train.main.main
 
         def main_and_exit_hooks(words: list[str]) -> int:

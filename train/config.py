@@ -173,8 +173,8 @@ class RunConfig:
     dir: str
     """The run folder; repeating the command with the same folder resumes."""
     resume: str = "auto"
-    """auto: from the newest valid checkpoint if there is one; must: fail without one; never: start again (the old
-    run folder is renamed and kept); or the path of one checkpoint folder."""
+    """auto: from the newest valid checkpoint if there is one; must: fail without one; never: start again (the
+    earlier run is kept in previous-N); or the path of one checkpoint folder."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """cuda refuses to start without a GPU; auto takes a GPU if there is one."""
     timeout_minutes: float = 10.0

@@ -14,8 +14,8 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 import json
 import os
 from contextlib import ExitStack, nullcontext, suppress
+from functools import partial
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from datasets import Dataset
@@ -49,19 +49,19 @@ from train.run.folder import RunFolder
 from train.run.processes import advice_to_repeat, on_first_process, peer_failure, raise_if_stopped, say
 from train.step import Training
 from train.track.display import Display
+from train.track.isolated import Isolated, Listener
 from train.track.metrics_file import MetricsFile, last_step
-from train.track.trackers import Tracker, Trackers
-from train.track.weights_and_biases import WeightsAndBiases, wandb_mode
+from train.track.trackers import Trackers, wanted_listeners
 from train.validation import validate
 
 
 def is_first_process() -> bool:
-    """Known from the launcher, before there is an Accelerator."""
+    """Whether this is the first process, which the launcher tells before there is an Accelerator."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def main(argv: list[str], stop: StopRequest | None = None) -> ExitCode:
-    """Runs the job that `argv` describes; how it ended is told in one message and in exit.json."""
+    """Runs the job that `argv` describes; one message and exit.json say how it ended."""
     stop = stop or StopRequest()
     try:
         config = parse(argv)
@@ -69,7 +69,7 @@ def main(argv: list[str], stop: StopRequest | None = None) -> ExitCode:
         with folder.locked() if is_first_process() else nullcontext(), ExitStack() as closing:
             log = AttemptLog(folder)
             code, reason = attempt(config, stop, closing, log)
-            # before trackers are closed, which may take seconds that a killed job does not have
+            # before the trackers are closed: a killed job may not have the seconds that this takes
             if is_recorder(code, folder.exit):
                 with suppress(OSError):  # a disk so full that not even this fits
                     folder.write_exit(code, redact(reason))
@@ -87,12 +87,12 @@ def main(argv: list[str], stop: StopRequest | None = None) -> ExitCode:
 
 
 def is_recorder(code: ExitCode, record: Path) -> bool:
-    """Whether this process records how the run ended: the first, or one that is left when the first may be dead."""
+    """Whether this process records how the run ended: the first one does, or any other if the first may be dead."""
     return is_first_process() or (code == ExitCode.PEER_FAILURE and not record.exists())
 
 
 def attempt(config: Config, stop: StopRequest, closing: ExitStack, log: AttemptLog) -> tuple[ExitCode, str]:
-    """Runs the job; returns the exit code and the reason of every end that is foreseen."""
+    """How the run ended and why, for every foreseen end."""
     try:
         run(config, stop, closing, log)
     except ExitWith as end:
@@ -114,7 +114,7 @@ def attempt(config: Config, stop: StopRequest, closing: ExitStack, log: AttemptL
 
 
 def out_of_memory(reason: str) -> tuple[ExitCode, str]:
-    """Prints the reason in a process other than the first, which would only notice that this one has gone."""
+    """Exit code and reason; a process other than the first prints the reason, since the first only sees it vanish."""
     if not is_first_process():
         print(f"handloop: process {os.environ['RANK']}: {reason}", file=sys.stderr, flush=True)
     return ExitCode.BAD_INPUT, reason
@@ -123,7 +123,7 @@ def out_of_memory(reason: str) -> tuple[ExitCode, str]:
 def run(config: Config, stop: StopRequest, closing: ExitStack, log: AttemptLog) -> None:
     """The job from data files to final/; raises ExitWith or DataError when it ends early."""
     check_machine(config)
-    wandb = wandb_mode(config)
+    listeners = wanted_listeners(config)
     tokenizer = load_tokenizer(config)
     check_fits(config, tokenizer.backend)
     prepared = prepare(prepare_settings(config, config.data.path), tokenizer.backend)
@@ -153,42 +153,40 @@ def run(config: Config, stop: StopRequest, closing: ExitStack, log: AttemptLog) 
     say(accelerator, banner(training, tokenizer.notes, prepared.statistics, checkpoint))
 
     on_first_process(accelerator, lambda: check_disk(training, store))
-    if accelerator.is_main_process:
-        record_start(log, training, prepared, checkpoint)
     raise_if_stopped(config, accelerator, stop)
 
-    trackers = open_trackers(training, store, checkpoint, wandb)
+    trackers = open_trackers(training, store, checkpoint, listeners)
     closing.callback(trackers.finish)
+    if accelerator.is_main_process:
+        record_start(log, training, prepared, checkpoint)
     saver = Saver.of(training, store, same_run, trackers, checkpoint)
-    validation_loss = lambda: validate(training, validation) if validation else {}  # noqa: E731
-    training_loop(training, saver.saved, stop, trackers, saver, validation_loss)
+    measure = partial(validate, training, validation) if validation else dict
+    training_loop(training, saver.saved, stop, trackers, saver, measure)
     close_group(together=True)
     if accelerator.is_main_process:
         deliver(training, tokenizer, prepared, trackers, stop)
 
 
 def report_audit(config: Config, tokenizer: Tokenizer, data: TrainingData, validation: Dataset | None) -> int:
-    """Prints the audit's warnings; raises ExitWith(BAD_INPUT) where the data must not be trained on."""
+    """Prints the audit's warnings; raises ExitWith(BAD_INPUT) if the data must not be trained on."""
     for line in enforce_gate(config, run_audit(config, tokenizer.backend, data, validation)):
         print(f"data      {line}", flush=True)
     return 0
 
 
-def open_trackers(training: Training, store: CheckpointStore, checkpoint: Checkpoint | None, wandb: str) -> Trackers:
-    """The metrics file and the listeners; processes other than the first have none."""
+def open_trackers(
+    training: Training, store: CheckpointStore, checkpoint: Checkpoint | None, listeners: list[Listener]
+) -> Trackers:
+    """Everyone who is told about the run; only the first process tells anyone."""
     if not training.accelerator.is_main_process:
-        return Trackers([])
-    config = training.config
+        return Trackers()
+    folder = store.folder
     is_own = checkpoint is not None and checkpoint.path.resolve().parent == store.root.resolve()
-    metrics = MetricsFile(store.folder.metrics, checkpoint.state.metrics_bytes if checkpoint and is_own else 0)
+    metrics = MetricsFile(folder.metrics, checkpoint.state.metrics_bytes if checkpoint and is_own else 0)
     completed = checkpoint.state.step if checkpoint else 0
-    members: list[Tracker] = [metrics]
-    if wandb != "off":
-        folder = store.folder
-        record = {"run_uid": store.run_uid(), "wandb_id": folder.identifier("wandb_id", lambda: uuid4().hex[:8])}
-        members.append(WeightsAndBiases(config, record, wandb, metrics.last_step_seen))
-    members.append(Display(Console(), completed, training.total_steps, training.data.steps_per_epoch))
-    return Trackers(members)
+    display = Display(Console(), completed, training.total_steps, training.data.steps_per_epoch)
+    isolated = [Isolated(listener, store.run_uid(), folder.metrics) for listener in listeners]
+    return Trackers(metrics, display, isolated)
 
 
 def deliver(
@@ -220,7 +218,7 @@ def deliver(
                 raise ExitWith(ExitCode.INTERRUPTED, reason)
             rows = as_rows(answers)
             write_atomically(path, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
-            trackers.answers(path.stem, rows)
+            trackers.table(path.stem, rows)
             show_answers(console, f"{kind} questions", answers)
     console.print(f"the adapter is in {folder.final}", highlight=False, soft_wrap=True)
 

@@ -20,8 +20,8 @@ from tests.conftest import Run, arguments, losses
 from tests.fake_wandb import FakeServer, WatcherFault, blackhole, environment, recorded_rows, records, services_of
 from tests.tally import Tally
 from train.config import CheckpointConfig, Config, TrackConfig
+from train.track.isolated import PATIENCE_SECONDS
 from train.track.metrics_file import read_metrics
-from train.track.weights_and_biases import WANDB_PATIENCE_SECONDS
 
 MODES = Literal["auto", "online", "offline", "off"]
 MAX_ADDED_SECONDS = 20.0
@@ -138,7 +138,7 @@ def test_weights_and_biases_cannot_reach_training(kind: str, config: Config, tmp
 
 def test_the_wait_fits_into_what_is_promised() -> None:
     """Runs with the short patience say nothing about the real one."""
-    assert WANDB_PATIENCE_SECONDS <= MAX_ADDED_SECONDS - 5
+    assert PATIENCE_SECONDS <= MAX_ADDED_SECONDS - 5
 
 
 def long_run(config: Config) -> Config:

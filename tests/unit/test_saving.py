@@ -24,7 +24,7 @@ def saver(config: Config, tmp_path: Path) -> Callable[[CheckpointConfig], Saver]
     def make(checkpoint: CheckpointConfig) -> Saver:
         training = training_of(replace(config, checkpoint=checkpoint), Accelerator(cpu=True))
         store = CheckpointStore(RunFolder(tmp_path / "run"), checkpoint.keep)
-        return Saver.of(training, store, {}, Trackers([]), None)
+        return Saver.of(training, store, {}, Trackers(), None)
 
     return make
 
@@ -63,7 +63,7 @@ def test_the_best_checkpoint_stays(saver: Callable[[CheckpointConfig], Saver]) -
     assert sorted(int(path.name[5:]) for path in made.store.root.iterdir()) == [2, 4, 5]
     best = made.store.best()
     assert best == (made.store.root / "step-0000000002", 1.0)
-    again = Saver.of(made.training, made.store, {}, Trackers([]), made.store.latest())
+    again = Saver.of(made.training, made.store, {}, Trackers(), made.store.latest())
     assert (again.saved, again.lowest) == (5, 1.0)
     made.save(6, 0.5, must_stop=False)
     assert sorted(int(path.name[5:]) for path in made.store.root.iterdir()) == [5, 6]
@@ -84,7 +84,7 @@ def test_metrics_that_cannot_be_synced_are_a_failed_save(
     made = saver(CheckpointConfig(every=1))
     made.store.run_uid()
     file = MetricsFile(made.store.folder.metrics, 0)
-    made.trackers = Trackers([file])
+    made.trackers = Trackers(file)
     file.log({"step": 1})
     with monkeypatch.context() as broken:
         broken.setattr(file, "durable_bytes", lambda: (_ for _ in ()).throw(OSError(5, "Input/output error")))
@@ -125,7 +125,7 @@ def test_the_size_is_known_before_the_first_step(name: str, rank: int, config: C
     training = training_of(replace(config, optim=OptimConfig(name=name), lora=lora), Accelerator(cpu=True))  # type: ignore[arg-type]
     predicted = checkpoint_bytes(training)
     optimizer_step(training, 0)
-    made = Saver.of(training, CheckpointStore(RunFolder(tmp_path / "run"), 2), {}, Trackers([]), None)
+    made = Saver.of(training, CheckpointStore(RunFolder(tmp_path / "run"), 2), {}, Trackers(), None)
     made.save(1, None, must_stop=False)
     real = sum(file.stat().st_size for file in (made.store.root / "step-0000000001").iterdir())
     assert real <= predicted <= 1.01 * real + 25_000

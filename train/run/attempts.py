@@ -27,11 +27,14 @@ class Attempt:
 
     number: int  # from 1
     start: dict[str, Any]  # time, code, versions, device, num_processes, engine, plan, data, from_step
-    end: dict[str, Any] | None  # time, code, name, reason, last_step; None: it was killed, or it is still running
+    end: dict[str, Any] | None  # time, code, name, reason, last_step; None: killed, crashed, or still running
 
 
 class AttemptLog:
-    """Records one attempt, from the moment when it is known what it will do; the first process alone begins one."""
+    """Records one attempt, from just before its first step; only the first process begins one.
+
+    A start that ends earlier, on bad data for example, leaves exit.json alone.
+    """
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder

@@ -1,7 +1,7 @@
 """The terminal."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -14,11 +14,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-PLAIN_LINE_SECONDS = 5.0  # a line this often where there is no terminal
+PLAIN_LINE_SECONDS = 5.0  # between two lines, without a terminal
 
 
 class Display:
-    """The terminal: a live bar where there is one, else a plain line every few seconds and at each epoch's end."""
+    """A live progress bar on a terminal; elsewhere a plain line every few seconds and at each epoch's end."""
 
     def __init__(self, console: Console, completed: int, total_steps: int, steps_per_epoch: int) -> None:
         self.console = console
@@ -59,11 +59,8 @@ class Display:
         if step == self.total_steps:
             self.progress.stop()
 
-    def answers(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """They are printed as a table when the bar is gone."""
-
     def finish(self) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         self.progress.stop()
 
 

@@ -1,16 +1,16 @@
-"""Judges the losses as they come: a jump, or a standstill, is said once, when it happens."""
+"""Watches the losses: warns once of a jump or a standstill, when it happens."""
 
 import math
 from collections import deque
 
-SETTLED = 20  # steps before a jump can be told from the start of training
+SETTLED = 20  # steps before a jump can be distinguished from the start of training
 JUMP_DEVIATIONS, JUMP_FACTOR = 6.0, 1.3
-SPAN = 200  # steps that are compared with the same number before them
-LEAST_FALL = 0.002  # share of the loss
+SPAN = 200  # steps that are compared with as many before them
+MIN_FALL = 0.002  # as a share of the loss
 
 
 class LossWatch:
-    """Remembers nothing across a resume: it warns, and changes nothing."""
+    """Only warns, and remembers nothing across a resume."""
 
     def __init__(self) -> None:
         self.mean = self.variance = 0.0  # exponential, over about twenty steps
@@ -18,7 +18,7 @@ class LossWatch:
         self.recent: deque[float] = deque(maxlen=2 * SPAN)
 
     def check(self, loss: float) -> str:
-        """A warning about the step with this loss, or nothing; losses that are not finite are not its matter."""
+        """A warning about the step with this loss, or nothing; losses that are not finite are ignored."""
         if not math.isfinite(loss):
             return ""
         warning = self._jump(loss) or self._standstill(loss)
@@ -43,7 +43,7 @@ class LossWatch:
             return ""
         losses = list(self.recent)
         before, after = sum(losses[:SPAN]) / SPAN, sum(losses[SPAN:]) / SPAN
-        self.recent.clear()  # the next judgement is on other steps
-        if before - after >= LEAST_FALL * before:
+        self.recent.clear()  # the next comparison is of other steps
+        if before - after >= MIN_FALL * before:
             return ""
         return f"the loss has not fallen for {SPAN} steps: {before:.4f} before them, {after:.4f} over them"

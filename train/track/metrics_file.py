@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,12 @@ from train.run.json_lines import read_lines
 
 
 class MetricsFile:
-    """metrics.jsonl, the truth: one JSON object a step. What a full disk refuses is kept and written later."""
+    """metrics.jsonl: one JSON object a step. Rows that a full disk refuses are kept and written later."""
 
     def __init__(self, path: Path, keep_bytes: int) -> None:
-        """Goes on after `keep_bytes`, the file's length at the checkpoint; what a lost attempt wrote behind is cut."""
+        """Continues after `keep_bytes`, the file's length at the checkpoint; later rows of a lost attempt are cut off."""
         self.path = path
         self.path.touch()
-        self.last_step_seen = max((row["step"] for row in read_metrics(self.path)), default=0)
         size = self.path.stat().st_size
         if size < keep_bytes:
             print(f"{self.path} is shorter than at the checkpoint: rows of earlier steps are lost", flush=True)
@@ -45,16 +44,13 @@ class MetricsFile:
             self.unwritten = self.unwritten[os.write(self.descriptor, self.unwritten) :]
 
     def durable_bytes(self) -> int:
-        """The file's length, after making sure that all rows are on disk; raises OSError where they cannot be."""
+        """The file's length, after making sure that all rows are on disk; raises OSError if that fails."""
         self._write()
         os.fsync(self.descriptor)
         return self.path.stat().st_size
 
-    def answers(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """They have a file of their own."""
-
     def finish(self) -> None:
-        """Closes the file; raises OSError where rows are lost with it."""
+        """Closes the file; raises OSError if rows are lost with it."""
         try:
             self._write()
         finally:

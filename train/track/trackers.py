@@ -1,22 +1,33 @@
-"""Who is told about a run: metrics.jsonl always, the terminal, Weights & Biases. None of them can stop training."""
+"""Who is told about a run: metrics.jsonl, which is the truth, the terminal, and listeners. None can stop training."""
 
 import contextlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+from train.config import Config
+from train.track.isolated import Isolated, Listener
 from train.track.metrics_file import MetricsFile
+from train.track.weights_and_biases import WeightsAndBiases
+
+T = TypeVar("T")
 
 
-class Tracker(Protocol):
-    """A listener."""
+def wanted_listeners(config: Config) -> list[Listener]:
+    """The listeners that the configuration asks for; raises ExitWith(BAD_INPUT) where one cannot be had.
+
+    To add a tracker write its Listener in a file beside weights_and_biases.py, its options in TrackConfig
+    (train/config.py), a name for what it writes in the run folder in RunFolder (train/run/folder.py), and a line here.
+    """
+    found = [WeightsAndBiases.wanted(config)]
+    return [listener for listener in found if listener is not None]
+
+
+class Watcher(Protocol):
+    """Sees the rows in this process, at once: the terminal."""
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Takes one row of metrics, at a step's boundary."""
-        ...
-
-    def answers(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Takes the answers of the finished model."""
         ...
 
     def finish(self) -> None:
@@ -25,33 +36,45 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """All listeners of a run; processes other than the first have none. One that fails is dropped, and that is said."""
+    """All who are told about a run; processes other than the first tell nobody.
 
-    def __init__(self, members: Sequence[Tracker]) -> None:
-        self.members = list(members)
-        self.files = [member for member in members if isinstance(member, MetricsFile)]  # also once they failed
+    One that fails is left out from then on, and that is said. metrics.jsonl stays the truth even then: a checkpoint
+    needs its length, and fails where it cannot be had.
+    """
+
+    def __init__(
+        self,
+        metrics: MetricsFile | None = None,
+        display: Watcher | None = None,
+        listeners: Sequence[Isolated] = (),
+    ) -> None:
+        self.metrics = metrics
+        self.listeners = list(listeners)
+        # metrics.jsonl first: what a listener lacks is read from it
+        self.watchers: list[Watcher] = [one for one in (metrics, *listeners, display) if one is not None]
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Tells all of them."""
-        self._each(lambda member: member.log(row))
+        """Tells all of them the row."""
+        self._each(self.watchers, lambda watcher: watcher.log(row))
 
-    def answers(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Tells all of them."""
-        self._each(lambda member: member.answers(name, rows))
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Tells the listeners a table; it has a file of its own in the run folder."""
+        self._each(self.listeners, lambda listener: listener.table(name, rows))
 
     def finish(self) -> None:
-        """Ends all of them."""
-        self._each(lambda member: member.finish())
+        """Ends all of them; the listeners at the same time, so that their patience is spent once."""
+        self._each(self.listeners, lambda listener: listener.request_finish())
+        self._each(self.watchers, lambda watcher: watcher.finish())
 
     def metrics_bytes(self) -> int:
         """Length of metrics.jsonl, made durable; 0 in a process that writes none. Raises OSError."""
-        return sum(file.durable_bytes() for file in self.files)
+        return self.metrics.durable_bytes() if self.metrics else 0
 
-    def _each(self, tell: Callable[[Tracker], None]) -> None:
-        for member in list(self.members):
+    def _each(self, members: list[T], tell: Callable[[T], None]) -> None:
+        for member in list(members):
             try:
                 tell(member)
             except Exception as error:  # whatever it is, it must not reach training
-                self.members.remove(member)
+                members.remove(member)
                 with contextlib.suppress(OSError):
                     print(f"{type(member).__name__} is left out from now on: {error}", file=sys.stderr, flush=True)

@@ -1,0 +1,299 @@
+"""Listeners that hang, raise or fall behind, and what the run is told of them."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from train.track import isolated
+from train.track.isolated import Isolated, Listener
+from train.track.metrics_file import MetricsFile, last_step, read_metrics
+from train.track.trackers import Trackers
+
+METHODS = ("start", "catch_up", "log", "table", "finish")
+
+
+class Minimal(Listener):
+    """No more than a listener must have."""
+
+    name = "Minimal"
+
+    def __init__(self, has: int = 0) -> None:
+        self.has = has
+        self.rows: list[Any] = []
+
+    def start(self, run_uid: str) -> int:
+        return self.has
+
+    def log(self, row: Any) -> None:
+        self.rows.append(dict(row))
+
+    def finish(self) -> str:
+        return ""
+
+
+class Fake(Minimal):
+    """Notes every call, and calls `acts[method]` in it."""
+
+    name = "Fake"
+
+    def __init__(self, has: int = 0, acts: dict[str, Callable[[], object]] | None = None) -> None:
+        super().__init__(has)
+        self.acts = acts or {}
+        self.calls: list[str] = []
+
+    def _act(self, method: str) -> None:
+        self.calls.append(method)
+        self.acts.get(method, lambda: None)()
+
+    def start(self, run_uid: str) -> int:
+        assert run_uid == "uid"
+        self._act("start")
+        return super().start(run_uid)
+
+    def catch_up(self, rows: Sequence[Any]) -> None:
+        self._act("catch_up")
+        super().catch_up(rows)
+
+    def log(self, row: Any) -> None:
+        self._act("log")
+        super().log(row)
+
+    def table(self, name: str, rows: Sequence[Any]) -> None:
+        self._act("table")
+        self.rows.append((name, rows))
+
+    def finish(self) -> str:
+        self._act("finish")
+        return "Fake is at rest"
+
+    def abandon(self) -> None:
+        self._act("abandon")
+
+
+@pytest.fixture
+def metrics(tmp_path: Path) -> Path:
+    path = tmp_path / "metrics.jsonl"
+    path.touch()
+    return path
+
+
+@pytest.fixture
+def hang() -> Iterator[Callable[[], object]]:
+    """Waits until the test is over."""
+    over = threading.Event()
+    yield lambda: over.wait(30)
+    over.set()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolated, "PATIENCE_SECONDS", 0.3)
+
+
+def a_whole_run(listener: Listener, metrics: Path, steps: int = 3) -> Isolated:
+    """Rows, a table and the end, as training would tell them; an exception would reach training."""
+    telling = Isolated(listener, "uid", metrics)
+    for step in range(1, steps + 1):
+        telling.log({"step": step, "train/loss": 0.5})
+    telling.table("answers", [{"question": "q"}])
+    telling.request_finish()
+    telling.finish()
+    return telling
+
+
+def test_everything_arrives_in_order(metrics: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows, then the table; what the listener says at its end is printed; it is not abandoned."""
+    fake = Fake()
+    a_whole_run(fake, metrics)
+    assert fake.calls == ["start", "catch_up", "log", "log", "log", "table", "finish"]
+    assert [row["step"] for row in fake.rows[:3]] == [1, 2, 3]
+    assert fake.rows[3] == ("answers", [{"question": "q"}])
+    assert capsys.readouterr().out == "Fake is at rest\n"
+
+
+def test_a_listener_needs_four_names(metrics: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """name, start, log and finish are enough: it catches up by log, and leaves tables out."""
+    metrics.write_text('{"step": 1}\n')
+    minimal = Minimal()
+    a_whole_run(minimal, metrics)
+    assert [row["step"] for row in minimal.rows] == [1, 2, 3]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("has", [0, 3, 5, 9])
+def test_missing_steps_come_out_of_the_metrics_file(has: int, metrics: Path) -> None:
+    """Killed before five rows were delivered: each step that it lacks arrives once, and no list does."""
+    rows = [{"step": step, "train/loss": step / 2, "data/sample_ids": [step]} for step in range(1, 6)]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "tr')
+    fake = Fake(has)
+    telling = Isolated(fake, "uid", metrics)
+    for step in range(4, 11):  # the run was resumed behind step 3
+        telling.log({"step": step, "train/loss": step / 2, "data/sample_ids": [step]})
+    telling.request_finish()
+    telling.finish()
+    assert fake.rows == [{"step": step, "train/loss": step / 2} for step in range(has + 1, 11)]
+    assert telling.failure == ""
+
+
+def fail() -> None:
+    raise RuntimeError("a bad day with https://someone:c4nary@host/\nin two lines")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_raises_is_said_once(method: str, metrics: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In whichever method: one line without secrets, nothing is told it any more, and it is abandoned at the end."""
+    fake = Fake(acts={method: fail})
+    telling = Isolated(fake, "uid", metrics)
+    telling.log({"step": 1})
+    telling.table("answers", [])
+    if method == "finish":
+        telling.request_finish()
+    telling.thread.join(30)
+    assert not telling.thread.is_alive()
+    calls = list(fake.calls)
+    assert calls[-1] == method
+    for step in (2, 3):
+        telling.log({"step": step})
+    telling.request_finish()
+    telling.finish()
+    assert fake.calls == [*calls, "abandon"]
+    reason = "stopped recording (RuntimeError: a bad day with https://[secret]@host/)"
+    assert capsys.readouterr().out == f"Fake: {reason}; all metrics are in {metrics}\n"
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("method", METHODS)
+def test_what_hangs_is_waited_for_a_little(
+    method: str, metrics: Path, hang: Callable[[], object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In whichever method: no call of training's takes time but the last, which takes as long as patience lasts."""
+    fake = Fake(acts={method: hang})
+    began = time.monotonic()
+    telling = a_whole_run(fake, metrics)
+    assert 0.3 <= time.monotonic() - began < 5
+    assert fake.calls[-2:] == [method, "abandon"]
+    assert telling.thread.is_alive()
+    assert capsys.readouterr().out == f"Fake: no answer within 0 s; all metrics are in {metrics}\n"
+
+
+def test_a_slow_listener_is_waited_for(metrics: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of it arrives where patience is long enough."""
+    fake = Fake(acts={"log": lambda: time.sleep(0.1), "finish": lambda: time.sleep(0.1)})
+    a_whole_run(fake, metrics)
+    assert len(fake.rows) == 4
+    assert capsys.readouterr().out == "Fake is at rest\n"
+
+
+def test_a_full_queue_is_a_failure(
+    metrics: Path, hang: Callable[[], object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More rows behind than the queue holds: said once, memory stays bounded, nobody waits at the end."""
+    monkeypatch.setattr(isolated, "QUEUE_SIZE", 3)
+    fake = Fake(acts={"start": hang})
+    began = time.monotonic()
+    telling = a_whole_run(fake, metrics, steps=50)
+    assert time.monotonic() - began < 5
+    assert telling.messages.qsize() == 3
+    reason = "it is more than 3 messages behind"
+    assert capsys.readouterr().out == f"Fake: {reason}; all metrics are in {metrics}\n"
+    assert fake.calls == ["start", "abandon"]
+
+
+def test_an_exit_in_the_thread_is_a_failure_too(metrics: Path) -> None:
+    """Also an error without a message, and one that is no Exception."""
+
+    def leave() -> None:
+        raise SystemExit
+
+    telling = a_whole_run(Fake(acts={"log": leave}), metrics)
+    assert telling.failure == "stopped recording (SystemExit: without a message)"
+
+
+def test_metrics_that_cannot_be_read_are_a_failure(tmp_path: Path) -> None:
+    """The file is gone: the listener fails, the run does not."""
+    telling = a_whole_run(Fake(), tmp_path / "none")
+    assert "FileNotFoundError" in telling.failure
+
+
+def test_a_terminal_that_is_gone_does_not_keep_the_service_alive(
+    metrics: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The failure cannot be said; the service is ended all the same."""
+
+    def gone(*words: object, **options: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("builtins.print", gone)
+    fake = Fake(acts={"log": fail})
+    a_whole_run(fake, metrics)
+    assert fake.calls[-1] == "abandon"
+
+
+@pytest.mark.usefixtures("impatient")
+def test_listeners_share_one_patience(metrics: Path, hang: Callable[[], object]) -> None:
+    """Three that hang cost as much as one."""
+    fakes = [Fake(acts={"start": hang}) for _ in range(3)]
+    trackers = Trackers(listeners=[Isolated(fake, "uid", metrics) for fake in fakes])
+    began = time.monotonic()
+    trackers.finish()
+    assert 0.3 <= time.monotonic() - began < 0.6
+    assert all(fake.calls == ["start", "abandon"] for fake in fakes)
+
+
+class Screen:
+    """A display that fails at the second row, or at its end."""
+
+    def __init__(self, failing: str) -> None:
+        self.failing = failing
+        self.rows: list[Any] = []
+
+    def log(self, row: Any) -> None:
+        if self.failing == "log" and self.rows:
+            raise ValueError("no such colour")
+        self.rows.append(row)
+
+    def finish(self) -> None:
+        if self.failing == "finish":
+            raise ValueError("no such colour")
+
+
+@pytest.mark.parametrize("failing", ["log", "finish"])
+def test_what_fails_is_left_out_and_the_others_go_on(
+    failing: str, metrics: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A display that raises is told nothing more; the metrics file and the listener get every row."""
+    screen, fake = Screen(failing), Fake()
+    trackers = Trackers(MetricsFile(metrics, 0), screen, [Isolated(fake, "uid", metrics)])
+    for step in (1, 2, 3):
+        trackers.log({"step": step})
+    trackers.table("answers", [{"question": "q"}])
+    assert trackers.metrics_bytes() == metrics.stat().st_size > 0
+    trackers.finish()
+    assert [row["step"] for row in read_metrics(metrics)] == [1, 2, 3]
+    assert [row["step"] for row in fake.rows[:3]] == [1, 2, 3]
+    assert len(screen.rows) == (1 if failing == "log" else 3)
+    assert capsys.readouterr().err == "Screen is left out from now on: no such colour\n"
+
+
+def test_a_process_that_tells_nobody() -> None:
+    """All but the first process of a run: nothing is written, nothing fails."""
+    trackers = Trackers()
+    trackers.log({"step": 1})
+    trackers.table("answers", [])
+    trackers.finish()
+    assert trackers.metrics_bytes() == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "step"), [("", 0), ('{"step": 7}\n', 7), ('{"step": 7}\n{"step": 8, "tr', 7), ('{"st', 0), ("[1]\n", 0)]
+)
+def test_the_last_step_is_read_from_the_end(content: str, step: int, metrics: Path) -> None:
+    """Of whole rows; a torn last line, or a file that is not there, is no error."""
+    metrics.write_text(content)
+    assert last_step(metrics) == step
+    assert last_step(metrics.with_name("none")) == 0

@@ -1,0 +1,142 @@
+"""Gives a listener a thread of its own, so that it may hang, fail or die while training goes on."""
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from train.run.redact import redact
+from train.track.metrics_file import read_metrics
+
+PATIENCE_SECONDS = 15.0  # all that a run waits for its listeners, once, at its end
+QUEUE_SIZE = 10_000  # messages that a listener may be behind
+
+Row = Mapping[str, Any]
+
+
+class Listener(Protocol):
+    """A service outside the run that is told about it; weights_and_biases.py is one.
+
+    `start`, `catch_up`, `log`, `table` and `finish` are called one after another in a thread of the listener's own, and
+    may raise or hang. A class that inherits from this one writes `name`, `start`, `log` and `finish`, and the others
+    where it has more to do than is done here.
+    """
+
+    name: str  # as a person calls it
+
+    def start(self, run_uid: str) -> int:
+        """Begins the record of the run, or goes on with it; returns the last step that it already has, or 0."""
+        ...
+
+    def log(self, row: Row) -> None:
+        """Takes one step's row of metrics: numbers and text, with the step as `step`."""
+        ...
+
+    def finish(self) -> str:
+        """Ends the record; returns what people should know of it, such as how to upload it, or nothing."""
+        ...
+
+    def catch_up(self, rows: Sequence[Row]) -> None:
+        """Takes the rows that it lacks, right after `start`: a killed attempt left before they were delivered."""
+        for row in rows:
+            self.log(row)
+
+    def table(self, name: str, rows: Sequence[Row]) -> None:
+        """Takes a table, such as the answers of the finished model; a record that holds none leaves it out."""
+        return
+
+    def abandon(self) -> None:
+        """Ends, from the main thread, what would keep this process alive after a failure; usually there is nothing."""
+        return
+
+
+class Isolated:
+    """A listener in a thread of its own behind a bounded queue.
+
+    What a killed attempt did not deliver is sent out of metrics.jsonl, each step once. A listener that fails is heard
+    of once, and told nothing more.
+    """
+
+    def __init__(self, listener: Listener, run_uid: str, metrics: Path) -> None:
+        """Starts at once; `metrics` is the run's metrics.jsonl, already shortened to the checkpoint."""
+        self.listener = listener
+        self.metrics = metrics
+        self.last_step = 0  # that the listener has; the thread's own
+        self.farewell = ""
+        self.failure = ""
+        self.is_failure_told = False
+        self.deadline = float("inf")
+        self.messages: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=QUEUE_SIZE)  # None is the end
+        self.thread = threading.Thread(target=self._work, args=(run_uid,), daemon=True)
+        self.thread.start()
+
+    def log(self, row: Row) -> None:
+        """Passes the row on."""
+        self._tell_failure()
+        self._put(lambda: self._log(row))
+
+    def table(self, name: str, rows: Sequence[Row]) -> None:
+        """Passes the table on."""
+        kept = list(rows)
+        self._put(lambda: self.listener.table(name, kept))
+
+    def request_finish(self) -> None:
+        """Asks the listener to end, and counts its patience from here: several listeners end at the same time."""
+        self.deadline = time.monotonic() + PATIENCE_SECONDS
+        self._put(None)
+
+    def finish(self) -> None:
+        """Waits until the deadline for what is under way, and says what became of it."""
+        if not self.failure:
+            self.thread.join(max(0.0, self.deadline - time.monotonic()))
+            if self.thread.is_alive():
+                self.failure = self.failure or f"no answer within {PATIENCE_SECONDS:.0f} s"
+        if self.failure:
+            self._tell_failure()
+            self.listener.abandon()
+        elif self.farewell:
+            _say(self.farewell)
+
+    def _tell_failure(self) -> None:
+        if self.failure and not self.is_failure_told:
+            self.is_failure_told = True
+            _say(f"{self.listener.name}: {self.failure}; all metrics are in {self.metrics}")
+
+    def _put(self, message: Callable[[], None] | None) -> None:
+        if self.failure:
+            return
+        try:
+            self.messages.put_nowait(message)
+        except queue.Full:
+            self.failure = f"it is more than {self.messages.maxsize} messages behind"
+
+    def _work(self, run_uid: str) -> None:
+        try:
+            self.last_step = self.listener.start(run_uid)
+            missing = [row for row in read_metrics(self.metrics) if row["step"] > self.last_step]
+            self.listener.catch_up([_told(row) for row in missing])
+            self.last_step = missing[-1]["step"] if missing else self.last_step
+            while (message := self.messages.get()) is not None:
+                message()
+            self.farewell = self.listener.finish()
+        except BaseException as error:  # whatever it is, it must not reach training
+            lines = redact(str(error)).strip().splitlines() or ["without a message"]
+            self.failure = self.failure or f"stopped recording ({type(error).__name__}: {lines[0]})"
+
+    def _log(self, row: Row) -> None:
+        if row["step"] > self.last_step:  # else it came with the missing ones
+            self.listener.log(_told(row))
+            self.last_step = row["step"]
+
+
+def _told(row: Row) -> Row:
+    """The row without lists, which metrics.jsonl alone keeps."""
+    return {name: value for name, value in row.items() if not isinstance(value, list)}
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # a terminal that is gone
+        print(text, flush=True)

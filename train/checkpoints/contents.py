@@ -1,6 +1,6 @@
-"""What a checkpoint folder holds, and how it is known to be whole: JSON and safetensors only, hashed in a manifest.
+"""What a checkpoint folder holds and how it is verified: JSON and safetensors only, hashed in a manifest.
 
-The folder holds adapter_model.safetensors and adapter_config.json (PEFT loads it as it stands), optimizer.safetensors,
+The folder holds adapter_model.safetensors and adapter_config.json (PEFT loads it as it is), optimizer.safetensors,
 trainer_state.json, and manifest.json with the size and sha256 of each.
 """
 
@@ -39,8 +39,8 @@ class TrainerState:
 
     step: int  # completed optimizer steps
     metrics_bytes: int  # length of metrics.jsonl at this step
-    identity: dict[str, object]  # what must be equal for the continuation to be the same run
-    layout: dict[str, object]  # what may differ as long as the global batch is equal
+    identity: dict[str, object]  # what a resumed run must have in common with this one
+    layout: dict[str, object]  # how the global batch is split, which may change
     versions: dict[str, str]
     skipped_steps: list[int] = field(default_factory=list)  # steps so far whose loss or gradient was not finite
     validation_loss: float | None = None  # measured after this step, if it was
@@ -63,7 +63,7 @@ def step_folder(step: int) -> str:
 
 
 def adapter_files(adapters: Mapping[str, torch.Tensor], config: Mapping[str, object]) -> dict[str, bytes]:
-    """The two files that PEFT loads; raises ExitWith(NON_FINITE) rather than publish a weight that is not a number."""
+    """The two files that PEFT loads; raises ExitWith(NON_FINITE) if a weight is not a finite number."""
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in adapters.items()}
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
@@ -141,7 +141,7 @@ def _damage(folder: Path) -> tuple[str, str]:
         return f"it is the checkpoint of step {manifest['step']}, not {folder.name}", ""
     for name in CONTENTS:
         wanted = manifest["files"][name]
-        # sizes first: a file of any length must not be read before it is known to be ours
+        # sizes first: a file of unknown length must not be read
         if (folder / name).stat().st_size != wanted["bytes"]:
             return f"{name} is damaged", ""
         content = (folder / name).read_bytes()
@@ -153,7 +153,7 @@ def _damage(folder: Path) -> tuple[str, str]:
 
 
 def _unreadable(file: Path, content: bytes) -> str:
-    """Why a file with the right hash is still none of this program's, or nothing."""
+    """Why a file with the right hash still cannot be read as what it should be, or nothing."""
     try:
         if file.name == STATE:
             TrainerState(**json.loads(content))
@@ -166,7 +166,7 @@ def _unreadable(file: Path, content: bytes) -> str:
 
 
 def _json_bytes(path: Path) -> bytes:
-    """The content of a file not verified yet; raises ValueError where reading it could block or take all memory."""
+    """The content of an unverified file; raises ValueError if reading it could block or exhaust memory."""
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_JSON_BYTES:
         raise ValueError(f"{path.name} is not a file of ours")

@@ -1,4 +1,4 @@
-"""From checkpoint to running state and back: what is saved, what must be equal, and which checkpoint is taken."""
+"""From checkpoint to running state and back: what is saved, what must be equal, and which checkpoint is used."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -28,7 +28,7 @@ OLD_LAYOUT_NAMES = {"tokens in a pass": "micro_batch_tokens", "tokens in a tile"
 
 
 def identity(config: Config, data_fingerprint: str, data: TrainingData, device: torch.device) -> dict[str, object]:
-    """Everything that makes two runs the same run; a checkpoint is continued only where all of it is equal."""
+    """Everything that makes a run this run: a checkpoint is continued only if all of it is equal."""
     values: dict[str, object] = {
         "model.base": base_fingerprint(config),
         "model.quantization": config.model.quantization,
@@ -73,7 +73,7 @@ def check_same_run(checkpoint: Checkpoint, same_run: dict[str, object], accelera
 def choose(store: CheckpointStore, config: Config, accelerator: Accelerator) -> Checkpoint | None:
     """The checkpoint to continue from, by run.resume; the first process decides for all.
 
-    Raises ExitWith(NO_VALID_CHECKPOINT) where one is wanted and none is good.
+    Raises ExitWith(NO_VALID_CHECKPOINT) if one is wanted and none is valid.
     """
     wanted = config.run.resume
     if wanted not in ("auto", "must", "never") and not Path(wanted).is_dir():
@@ -102,7 +102,7 @@ def choose(store: CheckpointStore, config: Config, accelerator: Accelerator) -> 
 
 
 def restore(training: Training, checkpoint: Checkpoint) -> None:
-    """Puts the checkpoint into `training`; raises ExitWith(FINGERPRINT_MISMATCH) where names or shapes differ."""
+    """Loads the checkpoint into `training`; raises ExitWith(FINGERPRINT_MISMATCH) if names or shapes differ."""
     try:
         load_adapters(training.model, checkpoint.adapters)
         load_optimizer_state(training.optimizer, training.flat, checkpoint.optimizer)

@@ -1,4 +1,4 @@
-"""When a checkpoint is written, and what happens when it cannot be."""
+"""When a checkpoint is written, and what happens if that fails."""
 
 import time
 from dataclasses import dataclass, field
@@ -13,12 +13,12 @@ from train.run.redact import redact
 from train.step import Training
 from train.track.trackers import Trackers
 
-MAX_FAILED_SAVES = 3  # in a row; the next one ends the run
+MAX_FAILED_SAVES = 3  # in a row; one more ends the run
 
 
 @dataclass
 class Saver:
-    """Writes the checkpoints of one run; all processes hold one and go the same ways."""
+    """Writes the checkpoints of one run; every process has one, and all of them take the same decisions."""
 
     training: Training
     store: CheckpointStore
@@ -39,7 +39,7 @@ class Saver:
         trackers: Trackers,
         checkpoint: Checkpoint | None,
     ) -> "Saver":
-        """A saver that goes on from `checkpoint`, or from nothing."""
+        """A saver that continues from `checkpoint`, or starts without one."""
         best = store.best() if checkpoint else None
         saver = cls(training, store, same_run, trackers, lowest=best[1] if best else float("inf"))
         if checkpoint is not None:
@@ -47,22 +47,21 @@ class Saver:
         return saver
 
     def is_due(self, step: int, validation_loss: float | None) -> bool:
-        """Whether a checkpoint belongs behind `step`, whatever the clock says: an interval's, the last, or the best."""
+        """Whether `step` gets a checkpoint whatever the clock says: by the interval, as the last, or as the best."""
         wanted = self.training.config.checkpoint.every
         every = self.training.data.steps_per_epoch if wanted == "epoch" else wanted
         is_best = validation_loss is not None and validation_loss < self.lowest
         return step % every == 0 or step == self.training.total_steps or is_best
 
     def is_time(self) -> bool:
-        """Whether checkpoint.minutes have passed since the last one, by this process's clock."""
+        """Whether checkpoint.minutes have passed since the last checkpoint, by this process's clock."""
         minutes = self.training.config.checkpoint.minutes
         return minutes > 0 and time.monotonic() - self.since >= 60 * minutes
 
     def save(self, step: int, validation_loss: float | None, must_stop: bool) -> None:
-        """Writes the checkpoint of `step`; where that fails the run goes on without it.
+        """Writes the checkpoint of `step`; if that fails, the run goes on without it.
 
-        Raises ExitWith(SAVE_FAILED) when the run must stop now, or when one save more than MAX_FAILED_SAVES in a row
-        has failed.
+        Raises ExitWith(SAVE_FAILED) if the run must stop now, or if more than MAX_FAILED_SAVES in a row have failed.
         """
         self.since = time.monotonic()
         try:
@@ -100,12 +99,12 @@ def checkpoint_bytes(training: Training) -> int:
 
 
 def check_disk(training: Training, store: CheckpointStore) -> int:
-    """Says how large checkpoints will be and how much is free; raises ExitWith(BAD_INPUT) where not even one fits."""
+    """Reports the size of a checkpoint and the free space; raises ExitWith(BAD_INPUT) if not even one fits."""
     size, free = checkpoint_bytes(training), free_bytes(store.folder.path)
     line = f"checkpoints of {size / 2**20:,.1f} MiB, {free / 2**30:,.1f} GiB free in {store.folder.path}"
     if free < size * DISK_RESERVE:
         raise ExitWith(ExitCode.BAD_INPUT, f"{line}: not enough for one; make room, or choose another --run.dir")
-    stay = store.keep + 2  # the best, and the one being written
+    stay = store.keep + 2  # the best one, and the one being written
     if free < size * stay:
         line += f"; {stay} of them may have to stand at once, and training goes on without those that find no room"
     say(training.accelerator, f"disk      {line}")

@@ -38,7 +38,7 @@ DISK_RESERVE = 1.2  # free space wanted before a save, in sizes of what is saved
 
 
 class CheckpointStore:
-    """The checkpoints of one run folder, in the hands of the process that writes them."""
+    """The checkpoints in one run folder, as the process that writes them sees them."""
 
     def __init__(self, folder: RunFolder, keep: int) -> None:
         self.folder = folder
@@ -46,9 +46,9 @@ class CheckpointStore:
         self.keep = keep
 
     def run_uid(self) -> str:
-        """The run's identity, made at its first start; checkpoints of another run are never taken for ours.
+        """The run's id, made at its first start, by which checkpoints of another run are told from this one's.
 
-        Where it is lost or damaged that of the newest checkpoint is taken, so that checkpoints outlive it.
+        If run.json is lost or damaged, the id is read from the newest checkpoint: checkpoints outlive run.json.
         """
         return self.folder.identifier("run_uid", lambda: self._uid_of_checkpoints() or uuid.uuid4().hex)
 
@@ -57,9 +57,9 @@ class CheckpointStore:
         return self.root / step_folder(step)
 
     def save(self, files: Mapping[str, bytes], optimizer: Mapping[str, torch.Tensor], state: TrainerState) -> Path:
-        """Makes the checkpoint of `state.step` durable, verifies it, and only then lets old ones go.
+        """Makes the checkpoint of `state.step` durable and verifies it; only then are old ones removed.
 
-        Raises ExitWith(SAVE_FAILED) when it cannot be written or read back; what stood before still stands.
+        Raises ExitWith(SAVE_FAILED) if it cannot be written or read back; older checkpoints are left as they are.
         """
         target = self.path_of(state.step)
         written = {
@@ -86,22 +86,22 @@ class CheckpointStore:
         return target
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint that verifies; damaged ones are renamed to quarantine-*, and said, never deleted.
+        """The newest checkpoint that verifies; damaged ones are reported and renamed to quarantine-*, never deleted.
 
-        Raises ExitWith(NO_VALID_CHECKPOINT) when there are checkpoints and none is good.
+        Raises ExitWith(NO_VALID_CHECKPOINT) if there are checkpoints and none is valid.
         """
         self._sweep()
         candidates = self._folders()
         for folder in candidates:
             reason = self.defect(folder)
             if not reason:
-                self._retain()  # which a kill may have left undone
+                self._retain()  # a kill may have come between save and retention
                 return contents.read(folder)
             if reason != OTHER_RUN:
                 reason += f"; kept as {_set_aside(folder, 'quarantine').name}"
             print(f"checkpoint {folder.name} is not usable: {reason}", flush=True)
         set_aside = list(self.root.glob("quarantine-*"))
-        if candidates or set_aside:  # also at the next start, when all are set aside: never a silent fresh run
+        if candidates or set_aside:  # also when an earlier start has set all of them aside: never start afresh silently
             reason = f"no valid checkpoint in {self.root}, {len(set_aside)} damaged; --run.resume never starts again"
             raise ExitWith(ExitCode.NO_VALID_CHECKPOINT, reason)
         return None
@@ -109,8 +109,8 @@ class CheckpointStore:
     def chosen(self, folder: Path) -> Checkpoint:
         """The checkpoint that the user named, of this run or another; newer ones of this run are set aside.
 
-        Raises ExitWith(NO_VALID_CHECKPOINT) where it is not whole, ExitWith(BAD_INPUT) where this run folder holds a
-        run of its own that another one's checkpoint would overwrite.
+        Raises ExitWith(NO_VALID_CHECKPOINT) if it is not whole, and ExitWith(BAD_INPUT) if it comes from another run
+        while this run folder has checkpoints of its own, which would be overwritten.
         """
         self._sweep()
         found = self.load(folder)
@@ -123,7 +123,7 @@ class CheckpointStore:
         return found
 
     def load(self, folder: Path) -> Checkpoint:
-        """The content of `folder`, of whichever run; raises ExitWith(NO_VALID_CHECKPOINT) where it is not whole."""
+        """The checkpoint in `folder`, of any run; raises ExitWith(NO_VALID_CHECKPOINT) if it is not whole."""
         reason = self.defect(folder)
         if reason not in ("", OTHER_RUN):
             raise ExitWith(ExitCode.NO_VALID_CHECKPOINT, f"checkpoint {folder} is not usable: {reason}")
@@ -148,7 +148,7 @@ class CheckpointStore:
         return sorted((path for path in self.root.iterdir() if STEP_FOLDER.fullmatch(path.name)), reverse=True)
 
     def best(self) -> tuple[Path, float] | None:
-        """The checkpoint with the lowest validation loss, and that loss; nothing where none was validated."""
+        """The checkpoint with the lowest validation loss, and that loss; None if no checkpoint has one."""
         measured = []
         for folder in self._folders():
             with suppress(OSError, *UNREADABLE):
@@ -158,7 +158,7 @@ class CheckpointStore:
         return min(measured)[::-1] if measured else None
 
     def _retain(self) -> None:
-        """Removes what is older than the newest `keep` checkpoints, if all of those verify, but not the best one."""
+        """Removes all but the newest `keep` checkpoints and the best one, provided that the newest ones verify."""
         folders, best = self._folders(), self.best()
         if len(folders) <= self.keep:
             return
@@ -166,18 +166,18 @@ class CheckpointStore:
             return
         for folder in folders[self.keep :]:
             if best is None or folder != best[0]:
-                with suppress(OSError):  # a checkpoint too many is no reason to stop training
+                with suppress(OSError):  # one checkpoint too many is no reason to stop training
                     shutil.rmtree(_set_aside(folder, "trash"))
 
     def _sweep(self) -> None:
-        """Removes what a killed process was writing or deleting; the caller holds the run's lock."""
+        """Removes what a killed process was writing or deleting; the caller must hold the run's lock."""
         for parent in (self.root, self.folder.path):
             for leftover in (*parent.glob(".tmp-*"), *parent.glob(".trash-*")):
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
 def free_bytes(folder: Path) -> int:
-    """What an ordinary user can still write where `folder` is, or will be."""
+    """Bytes that an ordinary user can still write on the disk where `folder` is, or will be."""
     while not folder.exists():
         folder = folder.parent
     status = os.statvfs(folder)
@@ -185,13 +185,13 @@ def free_bytes(folder: Path) -> int:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """A new file; publish() syncs it."""
+    """Writes a new file; publish() syncs it."""
     with path.open("xb") as file:
         file.write(content)
 
 
 def _set_aside(folder: Path, kind: str) -> Path:
-    """Renames `folder`, durably, to a name that is no checkpoint's: hidden for trash, plain for quarantine."""
+    """Renames `folder` durably to a name that no checkpoint has, by `kind`: trash, quarantine or superseded."""
     aside = aside_name(folder, kind)
     os.rename(folder, aside)
     sync(folder.parent)

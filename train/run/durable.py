@@ -1,4 +1,4 @@
-"""Writes that a crash or a power cut leaves whole or undone."""
+"""Writes that are complete or absent after a crash or a power cut."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces `path` by `text` so that a reader, or a crash, sees the old or the new file and nothing between."""
+    """Replaces the content of `path`: a reader, also after a crash, sees the old or the new file, never a mixture."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -20,7 +20,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes `path` and what is missing above it, each durably: a folder's entry is in the one that holds it."""
+    """Makes `path` and its missing parents durably: each new entry is synced in the folder that holds it."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
@@ -28,7 +28,7 @@ def make_folder(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Makes a file's content, or a folder's entries, survive a power cut."""
+    """Makes a file's content, or a folder's list of entries, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -38,10 +38,10 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def publish(target: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `target` at once and durably, or not at all.
+    """Yields a folder to fill, which becomes `target` durably and in one step, or not at all.
 
-    Files are synced, then the folder, then it is renamed, then the parent is synced. An older `target` is moved aside
-    first and removed last. Whatever goes wrong, the temporary folder is removed.
+    The files are synced, then the folder; the folder is renamed; its parent is synced. An older `target` is moved aside
+    before the rename and removed at the end. If anything fails, the temporary folder is removed.
     """
     make_folder(target.parent)
     temporary = target.parent / f".tmp-{target.name}-{uuid.uuid4().hex[:8]}"
@@ -69,6 +69,6 @@ def publish(target: Path) -> Iterator[Path]:
 
 
 def aside_name(folder: Path, kind: str) -> Path:
-    """A name beside `folder` that no checkpoint has: hidden for trash, which is removed, plain for others."""
+    """A new name beside `folder` that no checkpoint has: hidden for `trash`, which is removed later, else visible."""
     dot = "." if kind == "trash" else ""
     return folder.with_name(f"{dot}{kind}-{folder.name}-{uuid.uuid4().hex[:8]}")

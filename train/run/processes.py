@@ -1,4 +1,4 @@
-"""The processes of one run: what they agree on, what one of them does for all, who is silent."""
+"""The processes of one run: what they decide together, what the first does for all, and which one is silent."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from train.run.signals import StopRequest
 
 
 def any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
-    """For each flag whether any process has raised it: the same answers in all of them."""
+    """For each flag, whether any process has raised it; all processes get the same answers."""
     if accelerator.num_processes == 1:
         return list(flags)
     raised = torch.tensor([float(flag) for flag in flags], device=accelerator.device)
@@ -27,7 +27,7 @@ def any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
 
 
 def add_over_processes(accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Every gradient becomes its sum over the processes, one reduction for each of the few flat parameters."""
+    """Sums every gradient over the processes, with one reduction for each of the few flat parameters."""
     if accelerator.num_processes == 1:
         return
     for parameter in parameters:
@@ -36,14 +36,14 @@ def add_over_processes(accelerator: Accelerator, parameters: Iterable[torch.nn.P
 
 
 def raise_if_stopped(config: Config, accelerator: Accelerator, stop: StopRequest) -> None:
-    """Raises ExitWith(INTERRUPTED), in all processes, where one was asked to stop and nothing is trained yet."""
+    """Raises ExitWith(INTERRUPTED), in all processes, if one was asked to stop before the first step."""
     if any(any_process(accelerator, stop.is_received())):
         reason = f"stopped by {stop.received or 'another process'} before a step was made, so there is nothing to save"
         raise ExitWith(ExitCode.INTERRUPTED, f"{reason}; {advice_to_repeat(config)}")
 
 
 class Heartbeat:
-    """Every process's last step and when, in the run folder: who is silent can be named when the others give up."""
+    """Keeps each process's last step in the run folder, so that the others can name the one that fell silent."""
 
     def __init__(self, config: Config, accelerator: Accelerator) -> None:
         self.path: Path | None = None
@@ -53,14 +53,14 @@ class Heartbeat:
             self.beat(0)
 
     def beat(self, step: int) -> None:
-        """This process is alive after `step`."""
+        """Notes that this process completed `step`."""
         if self.path is not None:
             with suppress(OSError):
                 self.path.write_text(f"{step}")
 
 
 def peer_failure(config: Config, error: RuntimeError) -> str:
-    """Who is silent, where `error` means that another process died or hangs; nothing for any other error."""
+    """Which processes are silent, if `error` means that another one died or hangs; nothing for any other error."""
     is_collective = isinstance(error, torch.distributed.DistError) or re.search("gloo|NCCL|Connection", str(error))
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not is_collective:
         return ""
@@ -68,7 +68,7 @@ def peer_failure(config: Config, error: RuntimeError) -> str:
     beats = []
     own = os.environ.get("RANK")
     for path in sorted(RunFolder.of(config).heartbeats.glob("*")):
-        if path.name == own:  # alive: it says this
+        if path.name == own:  # it is alive: it is asking
             continue
         with suppress(OSError, ValueError):
             beats.append((path.stat().st_mtime, f"process {path.name}: step {path.read_text()}"))
@@ -85,13 +85,13 @@ def say(accelerator: Accelerator, text: str) -> None:
 
 
 def advice_to_repeat(config: Config) -> str:
-    """What goes on with the run; `never` or a path, repeated, would start again from there."""
+    """How to continue the run; `--run.resume never` or a path, if repeated, would start again from there."""
     without = "" if config.run.resume in ("auto", "must") else f", without --run.resume {config.run.resume}"
     return f"run the same command again{without}"
 
 
 def on_first_process(accelerator: Accelerator, action: Callable[[], int]) -> int:
-    """What `action` returns (0 or more) in the first process, told to all; its ExitWith or OSError ends all of them."""
+    """Returns in all processes what `action` (0 or more) returns in the first; its ExitWith or OSError ends all."""
     error: ExitWith | None = None
     value = 0
     if accelerator.is_main_process:
@@ -104,7 +104,7 @@ def on_first_process(accelerator: Accelerator, action: Callable[[], int]) -> int
         if error is not None:
             value = -int(error.code)
     total = accelerator.reduce(torch.tensor(float(value), device=accelerator.device), reduction="sum")
-    any_process = int(to_host(total)[0])
-    if any_process < 0:
-        raise error or ExitWith(ExitCode(-any_process), "ended by the first process")
-    return any_process
+    agreed = int(to_host(total)[0])
+    if agreed < 0:
+        raise error or ExitWith(ExitCode(-agreed), "ended by the first process")
+    return agreed

@@ -1,4 +1,4 @@
-"""Requests to stop. Imports nothing heavy: main listens before it imports what takes seconds."""
+"""Requests to stop. Imports nothing slow: main listens for signals before its other imports, which take seconds."""
 
 import ctypes
 import os
@@ -17,7 +17,7 @@ Handler = Callable[[int, FrameType | None], None]
 
 
 def listen(handler: Handler) -> None:
-    """Calls `handler` for every stop signal, except those that we were started to ignore (nohup: SIGHUP)."""
+    """Calls `handler` for every stop signal, except those that this process was started to ignore (nohup: SIGHUP)."""
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:
             signal.signal(number, handler)
@@ -26,7 +26,7 @@ def listen(handler: Handler) -> None:
 class StopRequest:
     """Remembers the first stop signal; training stops at the next step boundary, never in a handler.
 
-    Launchers and schedulers deliver SIGTERM and SIGUSR1 more than once, so only a second Ctrl-C, a second or more after
+    Launchers and schedulers send SIGTERM and SIGUSR1 more than once. So only a second Ctrl-C, at least a second after
     the first, ends the process at once.
     """
 
@@ -50,9 +50,9 @@ class StopRequest:
 
 
 def follow_launcher() -> None:
-    """Tells our launcher (train/run/launcher.py) that this process trains; stops it when accelerate or torchrun dies.
+    """Registers this process with train/run/launcher.py, and stops it when accelerate or torchrun dies.
 
-    accelerate's single-process launcher dies of SIGTERM without passing it on; the kernel then sends it to us.
+    accelerate's single-process launcher dies of a SIGTERM without passing it on; the kernel then sends us one.
     """
     folder = os.environ.get("HANDLOOP_LAUNCHER")
     if folder:

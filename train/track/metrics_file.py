@@ -16,7 +16,7 @@ class MetricsFile:
     """metrics.jsonl: one JSON object a step. Rows that a full disk refuses are kept and written later."""
 
     def __init__(self, path: Path, keep_bytes: int) -> None:
-        """Continues after `keep_bytes`, the file's length at the checkpoint; later rows of a lost attempt are cut off."""
+        """Continues after `keep_bytes`, the file's length at the checkpoint; later rows, of a lost attempt, go."""
         self.path = path
         self.path.touch()
         size = self.path.stat().st_size

@@ -13,7 +13,7 @@ from train.config import Config, LoraConfig, ModelConfig
 from train.data import prepare_settings
 from train.deliver.compare import compare
 from train.deliver.generation import Generator
-from train.engine.packed_weights import linear_layers
+from train.engine.families import decoder_layers
 from train.models.tokenizer import load_tokenizer
 from train.step import Training, optimizer_step
 
@@ -81,7 +81,7 @@ def test_a_streamed_model_answers(deep: Config) -> None:
         causal_lm: Any = training.model.adapted.get_base_model()
         for _ in range(2):
             answers.append(compare(Generator(training.model, tokenizer, [0], 12), asked, lambda: False))
-            weights = [linear.weight for layer in causal_lm.base_model.layers for linear in linear_layers(layer)]
+            weights = [linear.weight for layer in decoder_layers(causal_lm) for linear in layer.linears]
             assert {weight.device.type for weight in weights} == {place}
             assert optimizer_step(training, 0).loss > 0
     assert answers[0] == answers[2]

@@ -30,6 +30,7 @@ from train.engine.block import Block, ForwardContext
 from train.engine.decoder import FusedDecoder
 from train.engine.families import unsupported_reason
 from train.engine.host_stream import HostBlocks
+from train.engine.layers import Projection
 from train.engine.lora_linear import LoraGroup, dequantize
 from train.engine.operations import Dropout
 from train.engine.plan import Plan
@@ -163,7 +164,7 @@ def test_a_group_is_its_layers(
     x, upstream = torch.randn(num_tokens, 64, requires_grad=True), torch.randn(num_tokens, 96)
     wanted = torch.cat([adapted[name](x) for name in "qkv"], dim=1)
     wanted.backward(upstream)
-    group = LoraGroup([adapted[name] for name in "qkv"])
+    group = LoraGroup([Projection.of(adapted[name]) for name in "qkv"])
     matrix = torch.zeros(group.shape)
     group.fill_base(matrix, [base.weight for base in group.bases])
     for place, parameter, factor in group.adapter_places(matrix):
@@ -188,7 +189,7 @@ def test_a_group_is_its_layers(
 def test_a_group_with_dropout_is_its_layers_with_the_same_masks() -> None:
     """PEFT's layers given our masks: the same output and gradients. Each layer has a mask of its own."""
     adapted = layers(False, False, False, ("q", "k", "v"))
-    group = LoraGroup([adapted[name] for name in "qkv"])
+    group = LoraGroup([Projection.of(adapted[name]) for name in "qkv"])
     drop = Dropout(0.3, torch.tensor(operations.mixed(7)), 8)
     masks = []
     for number in range(3):

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -25,9 +25,9 @@ from train.engine import decoder
 from train.engine.block import Block
 from train.engine.copies import Copies, ThreadCopies
 from train.engine.decoder import FusedDecoder
+from train.engine.families import decoder_layers
 from train.engine.host_stream import HostBlocks, HostStream
 from train.engine.packed_source import packed_source
-from train.engine.packed_weights import linear_layers
 from train.engine.plan import Plan, spread
 from train.engine.weight_store import WeightStore
 from train.models.tokenizer import load_tokenizer
@@ -115,7 +115,7 @@ def streaming(numbers: list[int], **changes: Any) -> tuple[Any, Plan, HostBlocks
     adapted = adapted_model(LlamaConfig(**SIZES | {"num_hidden_layers": NUM_BLOCKS}), ALL, dropout=0.2)
     host = HostBlocks(numbers, pin=False)
     for number in range(NUM_BLOCKS):
-        host.offload(number, adapted.get_base_model().base_model.layers[number])
+        host.offload(number, decoder_layers(adapted.get_base_model())[number])
     plan = Plan(
         is_fused=True, merges=True, micro_batch_tokens=64, num_blocks=NUM_BLOCKS, num_kept=1, streamed=(*numbers,)
     )
@@ -246,7 +246,7 @@ class Recorded:
         adapted, plan, self.host = streaming(numbers)
         self.causal_lm: Any = adapted.get_base_model()
         blocks = FusedDecoder(self.causal_lm, plan, self.host).stack.blocks
-        layers, like = self.causal_lm.base_model.layers, self.causal_lm.base_model.norm.weight
+        layers, like = decoder_layers(self.causal_lm), self.causal_lm.base_model.norm.weight
         self.source = packed_source(layers, self.host, like.device, lambda: self.tape)
         self.store = WeightStore(blocks, 0, like, self.source)
         self.store._fill_base = self.fill  # type: ignore[method-assign]
@@ -265,7 +265,7 @@ class Recorded:
         """Stands for WeightStore._fill_base: when it happens, the block's weights must be its own."""
         number = block.number
         weights = self.source.take(number)
-        wanted = self.host.weights.get(number) or [linear.weight for linear in linear_layers(self.layers[number])]
+        wanted = self.host.weights.get(number) or [linear.weight for linear in self.layers[number].linears]
 
         def check() -> None:
             self.made.append(number)
@@ -408,11 +408,12 @@ def test_a_base_is_read_block_by_block(names: str, config: Config, tmp_path: Any
     both = (replace(config, engine=EngineConfig(kind="fused")), streamed(config))
     found: list[Any] = [training_of(each, Accelerator(cpu=True)).model.adapted.get_base_model() for each in both]
     whole, parts = found
-    for one, other in zip(whole.base_model.layers, parts.base_model.layers, strict=True):
-        for a, b in zip(linear_layers(one), linear_layers(other), strict=True):
-            assert torch.equal(a.weight.data, b.weight.data)
-            assert torch.equal(a.weight.quant_state.absmax, b.weight.quant_state.absmax)
-            assert torch.equal(a.weight.quant_state.offset, b.weight.quant_state.offset)
+    for one, other in zip(decoder_layers(whole), decoder_layers(parts), strict=True):
+        for a, b in zip(one.linears, other.linears, strict=True):
+            first, second = cast(Any, a.weight), cast(Any, b.weight)
+            assert torch.equal(first.data, second.data)
+            assert torch.equal(first.quant_state.absmax, second.quant_state.absmax)
+            assert torch.equal(first.quant_state.offset, second.quant_state.offset)
     assert torch.equal(whole.lm_head.weight, parts.lm_head.weight)
     assert parts.generation_config.repetition_penalty == whole.generation_config.repetition_penalty == 1.5
     # where a single file lies beside the index, it is the one that is read
@@ -457,8 +458,8 @@ def test_questions_are_asked_again_where_memory_ends_within_a_pass(
 
     monkeypatch.setattr(mlp, "forward", failing)
     assert compare(Generator(training.model, tokenizer, [0], 6), asked, lambda: False) == wanted
-    for number, layer in enumerate(causal_lm.base_model.layers):
-        for linear, weight in zip(linear_layers(layer), training.model.host.weights[number], strict=True):
+    for number, layer in enumerate(decoder_layers(causal_lm)):
+        for linear, weight in zip(layer.linears, training.model.host.weights[number], strict=True):
             assert linear.weight is weight
 
 

@@ -1,11 +1,11 @@
 """One decoder block of the Llama family, forward and backward by hand."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from train.engine.attention import Attend
+from train.engine.layers import DecoderLayer
 from train.engine.lora_linear import LoraGroup
 from train.engine.operations import Dropout, rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward
 
@@ -55,18 +55,17 @@ class Activations:
 class Block:
     """A decoder layer of transformers with PEFT's adapters, read once; its parameters stay where they are."""
 
-    def __init__(self, layer: Any, number: int) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
+    def __init__(self, layer: DecoderLayer, number: int) -> None:
         self.number = number
-        self.qkv = LoraGroup([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.o = LoraGroup([attention.o_proj])
-        self.gate_up = LoraGroup([mlp.gate_proj, mlp.up_proj])
-        self.down = LoraGroup([mlp.down_proj])
+        self.qkv = LoraGroup(layer.qkv)
+        self.o = LoraGroup([layer.o])
+        self.gate_up = LoraGroup(layer.gate_up)
+        self.down = LoraGroup([layer.down])
         self.groups = [self.qkv, self.o, self.gate_up, self.down]
-        self.norms = [layer.input_layernorm, layer.post_attention_layernorm]
-        self.qk_norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
-        self.head_dim: int = attention.head_dim
-        self.scaling: float = attention.scaling
+        self.norms = layer.norms
+        self.qk_norms = layer.qk_norms
+        self.head_dim = layer.head_dim
+        self.scaling = layer.scaling
         self.dropout = max(group.dropout for group in self.groups)
 
     @property

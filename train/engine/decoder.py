@@ -1,20 +1,20 @@
-"""Which models the engine executes, and how it takes the place of their decoder."""
+"""The engine in the place of a model's decoder: from token ids to what the head reads."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 
 from train.collate import MicroBatch
 from train.engine.attention import PackedAttention
-from train.engine.block import ForwardContext
+from train.engine.block import Block, ForwardContext
 from train.engine.copies import copies_for
-from train.engine.families import _blocks
+from train.engine.families import family_of
 from train.engine.graphs import Graphs, pad
 from train.engine.hidden_store import DeviceInputs, HostInputs
 from train.engine.host_stream import HostBlocks
+from train.engine.layers import CausalLM
 from train.engine.operations import mixed
 from train.engine.packed_source import packed_source
 from train.engine.plan import Plan, padded
@@ -25,34 +25,35 @@ from train.engine.weight_store import WeightStore
 class FusedDecoder:
     """The decoder of `causal_lm` (with PEFT's adapters in it), run block by block by our own code."""
 
-    def __init__(self, causal_lm: Any, plan: Plan, host: HostBlocks) -> None:
-        decoder = causal_lm.base_model
-        self.decoder = decoder
-        blocks = _blocks(causal_lm)
-        norm: torch.Tensor = decoder.norm.weight
-        copies = partial(copies_for, norm.device)
-        self.source = packed_source(decoder.layers, host, norm.device, copies)
-        store = WeightStore(blocks, plan.num_cached, norm, self.source)
+    def __init__(self, causal_lm: CausalLM, plan: Plan, host: HostBlocks) -> None:
+        """Allocates what the plan needs; weights of blocks in `host` are streamed from there."""
+        family = family_of(causal_lm)
+        self.decoder = causal_lm.base_model
+        layers, norm = family.decoder_layers(causal_lm), self.decoder.norm
+        blocks = [Block(layer, number) for number, layer in enumerate(layers)]
+        copies = partial(copies_for, norm.weight.device)
+        self.source = packed_source(layers, host, norm.weight.device, copies)
+        store = WeightStore(blocks, plan.num_cached, norm.weight, self.source)
         inputs = DeviceInputs()
         if plan.offloads_inputs:
             num_tokens = padded(plan.micro_batch_tokens)
-            inputs = HostInputs(plan.num_blocks - plan.num_kept, num_tokens, norm, copies(), copies())
-        self.stack = Stack(blocks, decoder.norm, store, plan.num_kept, inputs)
-        # Qwen's attention knows its window, Mistral's reads the configuration, Llama has none whatever that says
-        is_mistral = type(causal_lm).__name__ == "MistralForCausalLM"
-        window = causal_lm.config.sliding_window if is_mistral else None
-        self.sliding_window: int | None = getattr(decoder.layers[0].self_attn, "sliding_window", window)
+            inputs = HostInputs(plan.num_blocks - plan.num_kept, num_tokens, norm.weight, copies(), copies())
+        self.stack = Stack(blocks, norm, store, plan.num_kept, inputs)
         self.dropout = max(block.dropout for block in blocks)
         self.mlp_tile = plan.mlp_tile
-        # no method of this object, which would keep a replaced engine's graphs alive
-        self.attend_for = partial(PackedAttention, sliding_window=self.sliding_window, scale=blocks[0].scaling)
+        # no method of this object: it would keep a replaced engine's graphs alive
+        window = family.sliding_window(causal_lm)
+        self.attend_for = partial(PackedAttention, sliding_window=window, scale=blocks[0].scaling)
         self.graphs: Graphs | None = None
         if plan.uses_graphs:
             memory = plan.graph_bytes, plan.fragmentation_bytes, plan.eager_bytes
             self.graphs = Graphs(self.stack, self.attend_for, plan.micro_batch_tokens, *memory)
 
     def __call__(self, batch: MicroBatch) -> torch.Tensor:
-        """What the head reads, [T or more, H], of a packed micro-batch; dropout while the model trains."""
+        """What the head reads, [T or more, H], of a packed micro-batch; with dropout while the model trains.
+
+        Rows beyond T are padding of a CUDA graph's shape.
+        """
         graphs = self.graphs if torch.is_grad_enabled() else None
         if graphs is not None:
             batch = pad(batch)
@@ -66,18 +67,19 @@ class FusedDecoder:
         return graphs(hidden, context, batch) if graphs is not None else self.stack(hidden, context)
 
     def release(self) -> None:
-        """Lets go of graphs and dequantised weights, which are made again when they are asked for."""
-        if self.stack.store.like.is_cuda:
+        """Frees graphs and dequantised weights; they are made again when they are needed."""
+        is_cuda = self.stack.store.like.is_cuda
+        if is_cuda:
             torch.cuda.synchronize()  # copies of a pass that raised may still be under way
         if self.graphs is not None:
             self.graphs.release()
         self.stack.store.release()
-        if self.stack.store.like.is_cuda:
+        if is_cuda:
             torch.cuda.empty_cache()
 
     @contextmanager
     def lent(self) -> Iterator[None]:
-        """While it is entered, transformers can run the decoder: its memory is free, streamed weights come by layer."""
+        """While entered, transformers can run the decoder: memory is released, streamed weights come layer by layer."""
         self.release()
         with self.source.lent():
             yield

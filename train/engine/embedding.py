@@ -1,10 +1,9 @@
 """The input embedding in host memory: a step reads a few thousand of its rows, and 1 GB of the GPU is free."""
 
-from typing import Any
-
 import torch
 
 from train.engine.copies import page_locked
+from train.engine.layers import CausalLM
 from train.engine.operations import gather_rows
 
 
@@ -30,7 +29,7 @@ class HostEmbedding(torch.nn.Module):
         return gather_rows(self.weight, input_ids.flatten()).view(*input_ids.shape, -1)
 
 
-def offload_embedding(causal_lm: Any) -> None:
+def offload_embedding(causal_lm: CausalLM) -> None:
     """Moves the input embedding to host memory, where the head does not share it."""
     embedding = causal_lm.get_input_embeddings()
     is_tied = embedding.weight is causal_lm.get_output_embeddings().weight

@@ -5,12 +5,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from train.engine.copies import Copies, Event, host_buffers
-from train.engine.packed_weights import PackedLayout, linear_layers, put
+from train.engine.layers import DecoderLayer
+from train.engine.packed_weights import PackedLayout, put
 from train.engine.plan import NUM_SLOTS
 
 
@@ -30,11 +31,11 @@ class HostBlocks:
         """The blocks that are here, in order."""
         return sorted(self.weights)
 
-    def offload(self, number: int, layer: Any) -> None:
+    def offload(self, number: int, layer: DecoderLayer) -> None:
         """Moves the weights of decoder layer `number` here, if they are wanted and not here yet."""
         if number not in self.wanted or number in self.weights:
             return
-        linears = linear_layers(layer)
+        linears = layer.linears
         if self.layout is None:
             self.layout = PackedLayout(linears)
         if number not in self.buffers:
@@ -64,7 +65,7 @@ class HostStream:
     A copy into a slot waits for the slot's last reader, and a slot's reader waits for the copy; nothing else waits.
     """
 
-    def __init__(self, host: HostBlocks, layers: Sequence[Any], device: torch.device, copies: Copies) -> None:
+    def __init__(self, host: HostBlocks, layers: Sequence[DecoderLayer], device: torch.device, copies: Copies) -> None:
         """`layers` are all decoder layers; `host` holds one of them at least."""
         assert host.layout is not None
         self.host = host
@@ -118,10 +119,11 @@ class HostStream:
     @contextmanager
     def lent(self) -> Iterator[None]:
         """As PackedSource: a layer's hooks give it the slot's weights, and after it the host's again."""
-        hooks: list[Any] = []
+        hooks: list[RemovableHandle] = []
         for number in self.numbers:
-            hooks.append(self.layers[number].register_forward_pre_hook(partial(self._lend, number)))
-            hooks.append(self.layers[number].register_forward_hook(partial(self._return, number)))
+            module = self.layers[number].module
+            hooks.append(module.register_forward_pre_hook(partial(self._lend, number)))
+            hooks.append(module.register_forward_hook(partial(self._return, number)))
         try:
             yield
         finally:
@@ -130,17 +132,17 @@ class HostStream:
             for number in self.numbers:  # a layer that raised has not given them back
                 self._put_back(number)
 
-    def _lend(self, number: int, *_: Any) -> None:
+    def _lend(self, number: int, *_: object) -> None:
         if number == self.numbers[0]:  # a forward pass starts, perhaps after one that raised
             self.begin(self.numbers)
-        put(linear_layers(self.layers[number]), self.take(number))
+        put(self.layers[number].linears, self.take(number))
 
-    def _return(self, number: int, *_: Any) -> None:
+    def _return(self, number: int, *_: object) -> None:
         self.give(number)
         self._put_back(number)
 
     def _put_back(self, number: int) -> None:
-        put(linear_layers(self.layers[number]), self.host.weights[number])
+        put(self.layers[number].linears, self.host.weights[number])
 
     def _fetch(self) -> None:
         for number in list(self.coming)[: len(self.slots)]:  # neighbours, so each has another slot

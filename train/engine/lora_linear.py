@@ -16,48 +16,42 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 
+from train.engine.layers import FrozenLinear, Projection
 from train.engine.operations import Dropout, dropout, kernels_for
 
 
 class LoraGroup:
-    """The layers of one group, which share their input; `layers` are PEFT's, or plain ones without an adapter."""
+    """Linear layers that read the same input, some or all with adapters; weights are given to it as M."""
 
-    def __init__(self, layers: Sequence[torch.nn.Module]) -> None:
-        self.bases: list[Any] = [getattr(layer, "base_layer", layer) for layer in layers]
-        adapted: list[Any] = [layer if hasattr(layer, "lora_A") else None for layer in layers]
-        self.num_inputs: int = self.bases[0].in_features
+    def __init__(self, projections: Sequence[Projection]) -> None:
+        self.bases = [projection.base for projection in projections]
+        self.num_inputs = self.bases[0].in_features
         rows = columns = 0
         self.rows: list[slice] = []  # of each layer's outputs in M
         self.columns: list[slice | None] = []  # of each layer's adapter, counted from the adapters' first
         self.scales: list[float] = []
         self.parameters: list[torch.nn.Parameter] = []  # A and B of each adapted layer in turn
-        for base, layer in zip(self.bases, adapted, strict=True):
+        for base, adapter in ((each.base, each.adapter) for each in projections):
             self.rows.append(slice(rows, rows + base.out_features))
             rows += base.out_features
-            rank = layer.r["default"] if layer else 0
-            self.columns.append(slice(columns, columns + rank) if layer else None)
-            self.scales.append(layer.scaling["default"] if layer else 0.0)
+            rank = adapter.rank if adapter else 0
+            self.columns.append(slice(columns, columns + rank) if adapter else None)
+            self.scales.append(adapter.scale if adapter else 0.0)
             columns += rank
-            if layer:
-                self.parameters += [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
-        drops = [layer.lora_dropout["default"] for layer in adapted if layer]
-        self.dropout: float = max((getattr(drop, "p", 0.0) for drop in drops), default=0.0)
+            if adapter:
+                self.parameters += [adapter.a, adapter.b]
+        self.dropout = max((each.adapter.dropout for each in projections if each.adapter), default=0.0)
         self.num_outputs = rows
         self.padded_rank = -(-columns // 64) * 64  # rows stay aligned to 128 bytes: products are 1 to 4 % faster
-        biases = [base.bias for base in self.bases]
-        self.bias: torch.Tensor | None = None
-        if any(bias is not None for bias in biases):
-            parts = zip(biases, self.bases, strict=True)
-            zeros = next(bias for bias in biases if bias is not None)
-            self.bias = torch.cat([zeros.new_zeros(b.out_features) if bias is None else bias for bias, b in parts])
+        self.bias = _stacked_bias(self.bases)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of M."""
+        """Of M: [N + R, K + R]."""
         return self.num_outputs + self.padded_rank, self.num_inputs + self.padded_rank
 
     def fill_base(self, matrix: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
-        """Dequantises the frozen weights of the layers, which need not be where the layers have them, into M."""
+        """Dequantises the layers' frozen weights, wherever they are, into M."""
         for weight, rows in zip(weights, self.rows, strict=True):
             dequantize(weight, matrix[rows, : self.num_inputs])
 
@@ -74,40 +68,43 @@ class LoraGroup:
         return places
 
     def forward(
-        self, matrix: torch.Tensor, x: torch.Tensor, low: torch.Tensor, out: torch.Tensor, drop: Dropout | None
+        self, matrix: torch.Tensor, x: torch.Tensor, low_rank: torch.Tensor, out: torch.Tensor, drop: Dropout | None
     ) -> None:
-        """out [T, N] = Y for x [T, K]; low [T, R] becomes X A^T, where it stands directly behind x in memory or not."""
+        """out [T, N] = Y for x [T, K]; low_rank [T, R] becomes X A^T.
+
+        One product, where low_rank is the columns directly behind x in memory; otherwise two.
+        """
         weight = matrix[: self.num_outputs]
         if self.padded_rank:
-            self._project(matrix, x, low, drop)
+            self._project(matrix, x, low_rank, drop)
         if x.stride(0) == self.num_inputs + self.padded_rank:
             wide = x.as_strided((x.shape[0], x.stride(0)), x.stride())  # [X, X A^T]
             torch.mm(wide, weight.T, out=out)
         else:
             torch.mm(x, weight[:, : self.num_inputs].T, out=out)
-            out.addmm_(low, weight[:, self.num_inputs :].T)
+            out.addmm_(low_rank, weight[:, self.num_inputs :].T)
         if self.bias is not None:
             out += self.bias
 
-    def _project(self, matrix: torch.Tensor, x: torch.Tensor, low: torch.Tensor, drop: Dropout | None) -> None:
+    def _project(self, matrix: torch.Tensor, x: torch.Tensor, low_rank: torch.Tensor, drop: Dropout | None) -> None:
         down = matrix[self.num_outputs :, : self.num_inputs]  # A
         if drop is None:
-            torch.mm(x, down.T, out=low)
+            torch.mm(x, down.T, out=low_rank)
             return
-        low.zero_()
+        low_rank.zero_()
         dropped = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for number, columns in enumerate(self.columns):
             if columns is not None:
                 dropout(x, dropped, drop, number)
-                torch.mm(dropped, down[columns].T, out=low[:, columns])
+                torch.mm(dropped, down[columns].T, out=low_rank[:, columns])
 
     def input_gradient(
         self, matrix: torch.Tensor, grad_out: torch.Tensor, drop: Dropout | None, grad_x: torch.Tensor | None
     ) -> None:
         """grad_x [T, K] = dX, unless it is None; grad_out [T, N + R] holds dY and is given dY s B behind it."""
-        grad_y, grad_low = grad_out[:, : self.num_outputs], grad_out[:, self.num_outputs :]
+        grad_y, grad_low_rank = grad_out[:, : self.num_outputs], grad_out[:, self.num_outputs :]
         if self.padded_rank:
-            torch.mm(grad_y, matrix[: self.num_outputs, self.num_inputs :], out=grad_low)
+            torch.mm(grad_y, matrix[: self.num_outputs, self.num_inputs :], out=grad_low_rank)
         if grad_x is None:
             return
         up = matrix[:, : self.num_inputs]  # [W; A]
@@ -117,16 +114,16 @@ class LoraGroup:
         torch.mm(grad_y, up[: self.num_outputs], out=grad_x)
         for number, columns in enumerate(self.columns):
             if columns is not None:
-                spread = grad_low[:, columns] @ up[self.num_outputs :][columns]
+                spread = grad_low_rank[:, columns] @ up[self.num_outputs :][columns]
                 dropout(spread, grad_x, drop, number, add=True)
 
     def adapter_gradients(
-        self, grad_out: torch.Tensor, x: torch.Tensor, low: torch.Tensor, drop: Dropout | None
+        self, grad_out: torch.Tensor, x: torch.Tensor, low_rank: torch.Tensor, drop: Dropout | None
     ) -> list[torch.Tensor]:
         """dA [r, K] and dB [n, r] of each adapter in the order of `parameters`, fp32, after input_gradient."""
-        grad_y, grad_low = grad_out[:, : self.num_outputs], grad_out[:, self.num_outputs :]
+        grad_y, grad_low_rank = grad_out[:, : self.num_outputs], grad_out[:, self.num_outputs :]
         # without dropout the adapters read the same input: one product, which reads it once
-        together = _wide_mm(grad_low.T, x) if drop is None and self.padded_rank else x
+        together = _wide_mm(grad_low_rank.T, x) if drop is None and self.padded_rank else x
         gradients = []
         for number, (rows, columns, scale) in enumerate(zip(self.rows, self.columns, self.scales, strict=True)):
             if columns is not None:
@@ -134,9 +131,17 @@ class LoraGroup:
                 if drop is not None:
                     read = torch.empty(x.shape, dtype=x.dtype, device=x.device)
                     dropout(x, read, drop, number)
-                    grad_a = _wide_mm(grad_low[:, columns].T, read)
-                gradients += [grad_a, _wide_mm(grad_y[:, rows].T, low[:, columns]).mul_(scale)]
+                    grad_a = _wide_mm(grad_low_rank[:, columns].T, read)
+                gradients += [grad_a, _wide_mm(grad_y[:, rows].T, low_rank[:, columns]).mul_(scale)]
         return gradients
+
+
+def _stacked_bias(bases: Sequence[FrozenLinear]) -> torch.Tensor | None:
+    """[N], zeros where a layer has none; None where no layer has one."""
+    like = next((base.bias for base in bases if base.bias is not None), None)
+    if like is None:
+        return None
+    return torch.cat([like.new_zeros(base.out_features) if base.bias is None else base.bias for base in bases])
 
 
 def _wide_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

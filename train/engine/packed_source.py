@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from train.engine.copies import Copies
 from train.engine.host_stream import HostBlocks, HostStream
-from train.engine.packed_weights import linear_layers
+from train.engine.layers import DecoderLayer
 
 
 class PackedSource(Protocol):
@@ -50,8 +50,8 @@ class PackedSource(Protocol):
 class ResidentSource:
     """Weights that stay in their modules, on the device."""
 
-    def __init__(self, layers: Sequence[Any]) -> None:
-        self.linears = [linear_layers(layer) for layer in layers]
+    def __init__(self, layers: Sequence[DecoderLayer]) -> None:
+        self.linears = [layer.linears for layer in layers]
 
     def begin(self, order: Sequence[int]) -> None:
         """Nothing has to come."""
@@ -126,7 +126,7 @@ class MixedSource:
 
 
 def packed_source(
-    layers: Sequence[Any], host: HostBlocks, device: torch.device, copies: Callable[[], Copies]
+    layers: Sequence[DecoderLayer], host: HostBlocks, device: torch.device, copies: Callable[[], Copies]
 ) -> PackedSource:
     """The source of all blocks: those that `host` holds are streamed to `device`, the others are resident there."""
     resident = ResidentSource(layers)

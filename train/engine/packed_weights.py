@@ -1,4 +1,4 @@
-"""The frozen weights of one decoder block as one buffer of bytes, so that a block is one copy."""
+"""The frozen weights of one decoder block packed into one buffer of bytes, so that a block is one copy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +8,10 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState
 
-ALIGNMENT = 512  # bytes; as CUDA's own allocations, which kernels read in words of 16
-NESTED_BLOCK = 256  # of NF4's scales share a scale, where they are quantised too
+from train.engine.layers import FrozenLinear
+
+ALIGNMENT = 512  # bytes, as CUDA's own allocations have; kernels read words of 16 bytes
+NESTED_BLOCK = 256  # NF4 scales that share a scale, where the scales are quantised too
 
 
 @dataclass(frozen=True)
@@ -26,15 +28,15 @@ class _Field:
 
 
 class PackedLayout:
-    """Where the weights of a block's linear layers lie, with NF4's scales behind each; the same for every block.
+    """Where in a buffer each linear layer's weight is, followed by its NF4 scales; the same for every block.
 
-    Norms and biases are not among them: 16 KB of Llama-3.1-8B's 107 MiB a block.
+    Norms and biases stay on the device: 16 KB of a block's 107 MiB in Llama-3.1-8B.
     """
 
-    def __init__(self, linears: Sequence[Any]) -> None:
+    def __init__(self, linears: Sequence[FrozenLinear]) -> None:
         self.fields: list[list[_Field]] = []  # of each layer
         self.states: list[QuantState | None] = []  # of each layer of the block that this was made for
-        self.codes: dict[tuple[int, torch.device], torch.Tensor] = {}  # constant tables, by layer's and by device
+        self.codes: dict[tuple[int, torch.device], torch.Tensor] = {}  # NF4's tables, by id of the first and device
         self.num_bytes = 0
         for linear in linears:
             fields = []
@@ -45,8 +47,8 @@ class PackedLayout:
             self.fields.append(fields)
             self.states.append(_without_tensors(getattr(linear.weight, "quant_state", None)))
 
-    def write(self, linears: Sequence[Any], buffer: torch.Tensor) -> None:
-        """Copies the layers' weights, wherever they are, into the buffer; raises ValueError if they are others."""
+    def write(self, linears: Sequence[FrozenLinear], buffer: torch.Tensor) -> None:
+        """Copies the layers' weights into the buffer; raises ValueError if they do not have this layout."""
         for linear, fields in zip(linears, self.fields, strict=True):
             for tensor, field in zip(_tensors(linear.weight), fields, strict=True):
                 if (tensor.shape, tensor.dtype) != (field.shape, field.dtype):
@@ -54,7 +56,7 @@ class PackedLayout:
                 field.of(buffer).copy_(tensor)
 
     def views(self, buffer: torch.Tensor) -> list[torch.nn.Parameter]:
-        """The layers' weights as they lie in the buffer, each a Parameter that bitsandbytes can compute with."""
+        """The layers' weights as views of the buffer, each a Parameter that bitsandbytes can compute with."""
         weights: list[torch.nn.Parameter] = []
         for fields, state in zip(self.fields, self.states, strict=True):
             data, *scales = [field.of(buffer) for field in fields]
@@ -83,8 +85,8 @@ class PackedLayout:
         return self.codes.setdefault((id(code), device), code.to(device))
 
 
-def packed_bytes(linear: Any) -> int:
-    """Bytes of a layer's weight as it is stored, of a layer whose weight need not be there yet."""
+def packed_bytes(linear: FrozenLinear) -> int:
+    """Bytes of a layer's weight as it is packed; its values need not be there yet (meta device)."""
     weight, sizes = linear.weight, [linear.weight.numel() * linear.weight.element_size()]
     if isinstance(weight, bnb.nn.Params4bit):
         num_elements = linear.in_features * linear.out_features
@@ -98,7 +100,7 @@ def packed_bytes(linear: Any) -> int:
 
 
 def _without_tensors(state: QuantState | None) -> QuantState | None:
-    """What all blocks have in common of a weight's state, so that no block's scales are held here."""
+    """The part of a weight's state that all blocks share, without this block's scales."""
     if state is None:
         return None
     nested = state.state2
@@ -109,24 +111,16 @@ def _without_tensors(state: QuantState | None) -> QuantState | None:
 
 
 def _tensors(weight: torch.Tensor) -> list[torch.Tensor]:
-    """What must be there to compute with the weight, beside constants."""
+    """The weight and its scales: what differs between blocks."""
     state: Any = getattr(weight, "quant_state", None)
     if state is None:
         return [weight.detach()]
     return [weight.detach(), state.absmax, *([state.state2.absmax, state.offset] if state.nested else [])]
 
 
-def put(linears: Sequence[Any], weights: Sequence[Any]) -> None:
-    """Makes `weights` the layers' own; bitsandbytes' layers hold a second reference to the old ones, which goes too."""
+def put(linears: Sequence[FrozenLinear], weights: Sequence[torch.nn.Parameter]) -> None:
+    """Replaces the layers' weights, and the second reference to their state that bitsandbytes' layers hold."""
     for linear, weight in zip(linears, weights, strict=True):
         linear.weight = weight
-        if isinstance(linear, bnb.nn.Linear4bit):
+        if isinstance(linear, bnb.nn.Linear4bit) and isinstance(weight, bnb.nn.Params4bit):
             linear.quant_state = weight.quant_state
-
-
-def linear_layers(layer: Any) -> list[Any]:
-    """The frozen linear layers of a decoder layer, below PEFT's where it has put its own."""
-    attention, mlp = layer.self_attn, layer.mlp
-    layers = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    layers += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    return [getattr(each, "base_layer", each) for each in layers]

@@ -7,6 +7,7 @@ import torch
 
 from train.engine.block import Activations, Block, ForwardContext
 from train.engine.hidden_store import DeviceInputs, HostInputs
+from train.engine.layers import Norm
 from train.engine.operations import rms_norm, rms_norm_backward
 from train.engine.weight_store import WeightStore
 
@@ -39,7 +40,7 @@ class Stack:
     """
 
     def __init__(
-        self, blocks: list[Block], norm: Any, store: WeightStore, num_kept: int, inputs: DeviceInputs | HostInputs
+        self, blocks: list[Block], norm: Norm, store: WeightStore, num_kept: int, inputs: DeviceInputs | HostInputs
     ) -> None:
         self.blocks = blocks
         self.norm = norm

@@ -6,7 +6,8 @@ from typing import Any
 
 from train.config import Config
 from train.engine.block import Block
-from train.engine.packed_weights import linear_layers, packed_bytes
+from train.engine.families import decoder_layers
+from train.engine.packed_weights import packed_bytes
 from train.loss import CHUNK_BYTES
 from train.optim import OPTIMIZERS, state_bytes
 
@@ -39,13 +40,13 @@ class ModelSizes:
 def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
     """The sizes of a model with adapters, which may be on the meta device: no weights are read.
 
-    Raises AttributeError for families that the fused engine does not know.
+    Raises KeyError for families that the fused engine does not know.
     """
-    layers = causal_lm.base_model.layers
+    layers = decoder_layers(causal_lm)
     block = Block(layers[0], 0)
     embedding, head = causal_lm.get_input_embeddings().weight, causal_lm.get_output_embeddings().weight
     trained = [parameter for parameter in causal_lm.parameters() if parameter.requires_grad]
-    linears = {id(linear.weight) for layer in layers for linear in linear_layers(layer)}
+    linears = {id(linear.weight) for layer in layers for linear in layer.linears}
     others = {id(embedding), id(head), *linears, *map(id, trained)}
     norms = [parameter for parameter in causal_lm.parameters() if id(parameter) not in others]
     element_bytes = head.element_size()
@@ -63,7 +64,7 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
         has_dropout=block.dropout > 0,
         element_bytes=element_bytes,
         matrix_bytes=element_bytes * sum(math.prod(group.shape) for group in block.groups),
-        packed_bytes=sum(packed_bytes(linear) for linear in linear_layers(layers[0])),
+        packed_bytes=sum(map(packed_bytes, layers[0].linears)),
         norm_bytes=sum(parameter.numel() * parameter.element_size() for parameter in norms),
         embedding_bytes=0 if is_tied else embedding.numel() * element_bytes,
         embedding_on_host=on_gpu and not is_tied,

@@ -12,13 +12,22 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from train.config import ModelConfig
 from train.engine.embedding import offload_embedding
+from train.engine.families import decoder_layers
 from train.engine.host_stream import HostBlocks
+from train.engine.layers import as_causal_lm
 from train.run.exits import ExitCode, ExitWith
 from train.seeds import derived_seed
 
@@ -27,8 +36,8 @@ Read = Callable[[str, torch.nn.Parameter], torch.Tensor]  # the values of a para
 
 def load_base(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, host: HostBlocks, seed: int, embedding_on_host: bool
-) -> Any:
-    """The base on `device`, but for the blocks that `host` takes; random weights are drawn from `seed`.
+) -> PreTrainedModel:
+    """The base on `device`, except for the blocks that `host` wants; random weights are drawn from `seed`.
 
     Raises ExitWith(BAD_INPUT) where it cannot be found or read.
     """
@@ -51,12 +60,12 @@ def load_base(
     except (OSError, ValueError, ImportError, SafetensorError, HfHubHTTPError) as error:
         raise not_found(config, "safetensors weights", error) from None
     if embedding_on_host:
-        offload_embedding(base)
+        offload_embedding(as_causal_lm(base))
     return base
 
 
-def skeleton(config: ModelConfig, dtype: torch.dtype) -> Any:
-    """The base without its weights, on torch's meta device, with the layers that its quantisation has.
+def skeleton(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The base without its weights, on torch's meta device, with the layers of its quantisation.
 
     Raises ExitWith(BAD_INPUT) where config.json is not that of a causal language model.
     """
@@ -64,20 +73,21 @@ def skeleton(config: ModelConfig, dtype: torch.dtype) -> Any:
     with init_empty_weights(include_buffers=False):
         options = {"dtype": dtype, "attn_implementation": "sdpa"}
         try:
-            base: Any = AutoModelForCausalLM.from_config(shape, trust_remote_code=False, **options)
+            base: PreTrainedModel = AutoModelForCausalLM.from_config(shape, trust_remote_code=False, **options)
         except ValueError as error:
             raise not_found(config, "a causal language model", error) from None
     quantization = _quantization(config, dtype)
     if quantization is not None:
         replace_with_bnb_linear(base, modules_to_not_convert=["lm_head"], quantization_config=quantization)
-        base.is_loaded_in_4bit = config.quantization == "nf4"
-        base.is_loaded_in_8bit = config.quantization == "int8"
+        flags: Any = base
+        flags.is_loaded_in_4bit = config.quantization == "nf4"
+        flags.is_loaded_in_8bit = config.quantization == "int8"
     base.tie_weights()
     base.name_or_path = config.name_or_path
     return base
 
 
-def model_shape(config: ModelConfig) -> Any:
+def model_shape(config: ModelConfig) -> PreTrainedConfig:
     """The base's transformers configuration, without its weights."""
     try:
         shape = AutoConfig.from_pretrained(**where(config), trust_remote_code=False)
@@ -90,7 +100,7 @@ def model_shape(config: ModelConfig) -> Any:
     return shape
 
 
-def _by_transformers(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Any:
+def _by_transformers(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     quantization = _quantization(config, dtype)
     options = {"quantization_config": quantization} if quantization else {}
     return AutoModelForCausalLM.from_pretrained(
@@ -104,11 +114,14 @@ def _by_transformers(config: ModelConfig, dtype: torch.dtype, device: torch.devi
     )
 
 
-def _filled(base: Any, read: Read, device: torch.device, host: HostBlocks, embedding_on_host: bool) -> Any:
-    """The skeleton with weights, each quantised as it comes; a block goes to the host as soon as it is whole."""
-    layers = base.base_model.layers if host.wanted else []
-    ends = {list(layer.modules())[-1]: number for number, layer in enumerate(layers)}
-    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+def _filled(
+    base: PreTrainedModel, read: Read, device: torch.device, host: HostBlocks, embedding_on_host: bool
+) -> PreTrainedModel:
+    """The skeleton with weights, each quantised as it is read; a block is offloaded as soon as it is whole."""
+    causal_lm = as_causal_lm(base)
+    layers = decoder_layers(causal_lm) if host.wanted else []
+    ends = {list(layer.module.modules())[-1]: number for number, layer in enumerate(layers)}
+    embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
     is_tied = head.weight is embedding.weight
     for prefix, module in list(base.named_modules()):
         for name, buffer in list(module.named_buffers(recurse=False)):
@@ -119,8 +132,8 @@ def _filled(base: Any, read: Read, device: torch.device, host: HostBlocks, embed
         if module is embedding and is_tied:
             head.weight = embedding.weight
         if module is embedding and embedding_on_host:
-            offload_embedding(base)
-            torch.cuda.empty_cache()  # its place is the largest of all, and small weights would settle in it
+            offload_embedding(causal_lm)
+            torch.cuda.empty_cache()  # or small weights would take its memory, the largest piece of all
         if module in ends:
             host.offload(ends[module], layers[ends[module]])
     return base
@@ -137,7 +150,7 @@ def _parameter(parameter: torch.nn.Parameter, values: torch.Tensor, device: torc
     return torch.nn.Parameter(values, requires_grad=False)
 
 
-def _drawn(shape: Any, dtype: torch.dtype, generator: torch.Generator) -> Read:
+def _drawn(shape: PreTrainedConfig, dtype: torch.dtype, generator: torch.Generator) -> Read:
     """Random values, made on the generator's device."""
     device = generator.device
 

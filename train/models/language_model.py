@@ -1,22 +1,23 @@
-"""Base, adapters and tokenizer, and how the loss is made of them; base.py loads the first."""
+"""Base and adapters as one module, and the loss it computes; base.py loads the base."""
 
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import bitsandbytes as bnb
 import peft
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from train.collate import MicroBatch
 from train.config import Config
 from train.engine.attention import attention_kind
 from train.engine.decoder import FusedDecoder
-from train.engine.families import unsupported_reason
+from train.engine.families import decoder_layers, unsupported_reason
 from train.engine.host_stream import HostBlocks
+from train.engine.layers import CausalLM, as_causal_lm
 from train.engine.plan import Plan
 from train.loss import summed_cross_entropy
 from train.models.base import load_base, skeleton
@@ -26,65 +27,76 @@ from train.seeds import derived_seed
 
 
 class LanguageModel(torch.nn.Module):
-    """Base and adapters as one module whose forward is the summed loss, so that DDP sees a single forward call."""
+    """Base and adapters as one module whose forward is the summed loss, so that DDP sees a single forward call.
+
+    There are two ways to the hidden states. The reference path is transformers' decoder with PEFT's layers; it runs any
+    model. The engine (engine/decoder.py) runs packed micro-batches of the families it knows; it reads the same
+    parameters and adds to the same gradients. The embedding, the head and the loss are shared.
+    """
 
     def __init__(self, adapted: peft.PeftModel, host: HostBlocks) -> None:
         super().__init__()
         self.adapted = adapted
         self.host = host
-        self.engine: FusedDecoder | None = None
+        self.engine: FusedDecoder | None = None  # None: the reference path runs everything
+
+    @property
+    def causal_lm(self) -> CausalLM:
+        """transformers' model, with PEFT's layers in it."""
+        return as_causal_lm(self.adapted.get_base_model())
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Cross entropy summed over the batch's targets, an fp32 scalar.
 
-        Packed batches run on the engine where there is one, padded ones on transformers.
+        Packed batches run on the engine where there is one, padded ones on the reference path.
         """
-        causal_lm: Any = self.adapted.get_base_model()
         hidden = self.engine(batch) if self.engine and batch.cu_seqlens is not None else self._reference(batch)
         supervised = hidden.index_select(0, batch.target_rows)  # [N, H]
-        return summed_cross_entropy(supervised, causal_lm.get_output_embeddings().weight, batch.targets)
+        return summed_cross_entropy(supervised, self.causal_lm.get_output_embeddings().weight, batch.targets)
 
     def _reference(self, batch: MicroBatch) -> torch.Tensor:
         """Hidden states [B * T, H] by transformers and PEFT.
 
-        Packed samples are isolated by engine.attention at the batch's borders; where that has no kernel, by
-        transformers, where position_ids start again (masking_utils.find_packed_sequence_indices).
+        Packed samples are isolated at cu_seqlens by engine.attention; where that has no kernel, by transformers, where
+        position_ids start again (masking_utils.find_packed_sequence_indices).
         """
-        causal_lm: Any = self.adapted.get_base_model()
-        borders = {"cu_seq_lens_q": batch.cu_seqlens, "max_length_q": batch.max_length}
-        outputs = causal_lm.base_model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **borders
+        outputs = self.causal_lm.base_model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            cu_seq_lens_q=batch.cu_seqlens,
+            max_length_q=batch.max_length,
         )
         return outputs.last_hidden_state.flatten(0, 1)
 
     def execute(self, plan: Plan) -> None:
-        """Sets up how training passes run: on the engine, or on transformers, where blocks recompute all or nothing."""
-        causal_lm: Any = self.adapted.get_base_model()
+        """Sets up how micro-batches run: on the engine, or on transformers, whose blocks recompute all or nothing."""
         if self.engine is not None:  # its memory would stand beside the new one's
             self.engine.release()
             self.engine = None
         if plan.is_fused:
+            layers = decoder_layers(self.causal_lm)
             self.host.wanted = sorted({*self.host.wanted, *plan.streamed})
             for number in plan.streamed:
-                self.host.offload(number, causal_lm.base_model.layers[number])
-            self.engine = FusedDecoder(causal_lm, plan, self.host)
+                self.host.offload(number, layers[number])
+            self.engine = FusedDecoder(self.causal_lm, plan, self.host)
         elif plan.num_kept < plan.num_blocks:
             # use_reentrant=False: the frozen embedding's output needs no gradient
-            causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+            self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
 
     @property
     def engine_name(self) -> str:
-        """Who runs training passes: fused or reference."""
+        """What runs micro-batches: fused or reference."""
         return "fused" if self.engine else "reference"
 
     @contextmanager
     def generating(self) -> Iterator[None]:
-        """While it is entered transformers runs the model, whose streamed weights come layer by layer.
+        """While entered, transformers runs the model, for example to generate.
 
-        In evaluation mode, and with an attention that takes the mask of padded prompts. The engine lets go of its
-        memory, which training takes again.
+        In evaluation mode, with an attention that takes the mask of padded prompts, streamed weights layer by layer.
+        The engine releases its memory; training allocates it again.
         """
-        causal_lm: Any = self.adapted.get_base_model()
+        causal_lm = self.causal_lm
         kind = causal_lm.config._attn_implementation
         self.eval()
         causal_lm.set_attn_implementation("sdpa")
@@ -104,8 +116,8 @@ class LanguageModel(torch.nn.Module):
 def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageModel:
     """Base on `device`, frozen and quantised as configured, with fresh fp32 adapters drawn from train.seed.
 
-    Blocks that the plan streams are in host memory, and where blocks are fused the embedding, if it can be.
-    peft's prepare_model_for_kbit_training is not called: it casts embedding and head to fp32 (2.1 GB at 8B).
+    Blocks that the plan streams are in host memory; so is the embedding on the engine, where the head does not share
+    it. peft's prepare_model_for_kbit_training is not called: it casts embedding and head to fp32 (2.1 GB at 8B).
     Raises ExitWith(BAD_INPUT) where the base cannot be found or has a head that the loss does not fit.
     """
     if not sys.stderr.isatty():
@@ -127,16 +139,19 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
 
 
 def sketch(config: Config, dtype: torch.dtype) -> peft.PeftModel:
-    """The model as load_model would make it, on torch's meta device: for choosing an engine and for planning."""
+    """The model as load_model would make it, on torch's meta device, to choose an engine and to plan memory."""
     base = skeleton(config.model, dtype)
     return _with_adapters(base, config, low_cpu_mem_usage=True)
 
 
 def choose_engine(sketched: peft.PeftModel, config: Config, device: torch.device) -> tuple[bool, str]:
-    """Whether training passes run on our own engine, and why not; raises ExitWith(BAD_INPUT) where it was demanded."""
+    """Whether micro-batches run on the engine, and if not why.
+
+    Raises ExitWith(BAD_INPUT) where the configuration demands the engine and it cannot run the model.
+    """
     if config.engine.kind == "reference":
         return False, "engine.kind reference"
-    reason = unsupported_reason(sketched.get_base_model())
+    reason = unsupported_reason(as_causal_lm(sketched.get_base_model()))
     if reason and config.engine.kind == "fused":
         raise ExitWith(ExitCode.BAD_INPUT, f"--engine.kind fused: {reason}; use auto or reference")
     wants_it = config.memory.offload == "stream"
@@ -149,8 +164,8 @@ def choose_engine(sketched: peft.PeftModel, config: Config, device: torch.device
 
 @torch.no_grad()
 def _check_head(model: LanguageModel, config: Config) -> None:
-    """Raises ExitWith(BAD_INPUT) unless our loss is the model's own: some heads add a bias, scale or cap logits."""
-    causal_lm: Any = model.adapted.get_base_model()
+    """Raises ExitWith(BAD_INPUT) unless our loss is the model's own: some heads add a bias, or scale or cap logits."""
+    causal_lm = model.causal_lm
     vocab_size = causal_lm.get_input_embeddings().num_embeddings
     ids = (torch.arange(9, device=causal_lm.device) * 7919 % vocab_size)[None]
     positions = torch.arange(8, device=ids.device)
@@ -177,8 +192,8 @@ def keep_one_cpu_kernel(base: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _with_adapters(base: Any, config: Config, low_cpu_mem_usage: bool = False) -> peft.PeftModel:
-    # newer transformers rename gradient checkpointing (peft uses the old name too), 5.17 does not know the new name
+def _with_adapters(base: PreTrainedModel, config: Config, low_cpu_mem_usage: bool = False) -> peft.PeftModel:
+    # newer transformers rename gradient checkpointing; PEFT uses the old name too, and 5.17 knows no other
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
     lora = peft.LoraConfig(
         r=config.lora.r,

@@ -9,7 +9,8 @@ from accelerate import Accelerator
 
 from tests.conftest import training_of
 from train.config import Config, EngineConfig, ModelConfig, OptimConfig
-from train.engine.packed_weights import PackedLayout, linear_layers, packed_bytes
+from train.engine.families import decoder_layers
+from train.engine.packed_weights import PackedLayout, packed_bytes
 from train.memory.sizes import model_sizes
 from train.models.language_model import sketch
 
@@ -22,7 +23,7 @@ def test_sizes_are_those_of_the_loaded_model(quantization: Any, config: Config) 
     sizes = model_sizes(sketch(config, torch.float32).get_base_model(), config, on_gpu=False)
     training = training_of(config, Accelerator(cpu=True))
     causal_lm: Any = training.model.adapted.get_base_model()
-    layers = linear_layers(causal_lm.base_model.layers[0])
+    layers = decoder_layers(causal_lm)[0].linears
     if quantization != "int8":
         assert sizes.packed_bytes == PackedLayout(layers).num_bytes
     assert sizes.packed_bytes == sum(map(packed_bytes, layers))

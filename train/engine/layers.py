@@ -1,0 +1,191 @@
+"""What the engine sees of a model: the parts of transformers', PEFT's and bitsandbytes' modules that it uses, typed."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+
+ADAPTER = "default"  # PEFT's name of the one adapter that is trained
+
+
+class Norm(Protocol):
+    """An RMSNorm."""
+
+    weight: torch.Tensor  # [H]
+    variance_epsilon: float
+
+
+class FrozenLinear(Protocol):
+    """A linear layer of the base, quantised or not."""
+
+    weight: torch.nn.Parameter  # [N, K], or bitsandbytes' packed bytes
+    bias: torch.Tensor | None  # [N]
+    in_features: int
+    out_features: int
+
+
+class AdaptedLinear(Protocol):
+    """PEFT's layer around a frozen one; adapters by name."""
+
+    base_layer: FrozenLinear
+    lora_A: Mapping[str, FrozenLinear]
+    lora_B: Mapping[str, FrozenLinear]
+    lora_dropout: Mapping[str, torch.nn.Module]
+    scaling: Mapping[str, float]
+
+
+class Embedding(Protocol):
+    """The input embedding."""
+
+    weight: torch.Tensor  # [V, H]
+    num_embeddings: int  # V
+
+
+class Head(Protocol):
+    """The linear layer that makes logits of hidden states."""
+
+    weight: torch.Tensor  # [V, H]
+
+
+class DecoderOutput(Protocol):
+    """What transformers' decoder returns."""
+
+    last_hidden_state: torch.Tensor  # [B, T, H]
+
+
+class Decoder(Protocol):
+    """What lies between token ids and the head: transformers' LlamaModel and its like."""
+
+    norm: Norm
+    training: bool
+    embed_tokens: Callable[[torch.Tensor], torch.Tensor]  # int64 [T] -> [T, H]
+    rotary_emb: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # cos, sin [1, T, D]
+
+    def __call__(
+        self,
+        *,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        use_cache: bool,
+        cu_seq_lens_q: torch.Tensor | None,
+        max_length_q: int,
+    ) -> DecoderOutput:
+        """Ids and positions [B, T] -> hidden states; the last two reach the attention (attention.varlen_attention)."""
+        ...
+
+
+class Logits(Protocol):
+    """What transformers' causal language model returns."""
+
+    logits: torch.Tensor  # [B, T, V]
+
+
+class Shape(Protocol):
+    """transformers' configuration of a model; what not every family has is asked for with getattr."""
+
+    hidden_act: str
+    use_cache: bool
+    _attn_implementation: str
+
+
+class CausalLM(Protocol):
+    """transformers' LlamaForCausalLM and its like, with or without PEFT's adapters in it."""
+
+    config: Shape
+
+    @property
+    def base_model(self) -> Decoder:
+        """The decoder."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters."""
+        ...
+
+    def __call__(self, *, input_ids: torch.Tensor, use_cache: bool) -> Logits:
+        """Ids [B, T] -> logits."""
+        ...
+
+    def named_modules(self) -> Iterator[tuple[str, torch.nn.Module]]:
+        """As torch.nn.Module."""
+        ...
+
+    def get_input_embeddings(self) -> Embedding:
+        """The module that embeds token ids."""
+        ...
+
+    def set_input_embeddings(self, value: torch.nn.Module) -> None:
+        """Puts another module in its place."""
+        ...
+
+    def get_output_embeddings(self) -> Head:
+        """The head."""
+        ...
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        """Chooses transformers' attention by name."""
+        ...
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, bool]) -> None:
+        """Makes transformers recompute every block's activations."""
+        ...
+
+
+def as_causal_lm(model: torch.nn.Module) -> CausalLM:
+    """transformers' model as the engine sees it; families.unsupported_reason says whether it is one."""
+    return cast(CausalLM, model)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One linear layer's LoRA adapter, in fp32."""
+
+    a: torch.nn.Parameter  # [r, K]
+    b: torch.nn.Parameter  # [N, r]
+    scale: float
+    dropout: float
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear layer of the base with its adapter, if it has one."""
+
+    base: FrozenLinear
+    adapter: Adapter | None
+
+    @classmethod
+    def of(cls, module: torch.nn.Module) -> "Projection":
+        """Reads PEFT's layer, or a plain one."""
+        if not hasattr(module, "lora_A"):
+            return cls(cast(FrozenLinear, module), None)
+        adapted = cast(AdaptedLinear, module)
+        dropout = getattr(adapted.lora_dropout[ADAPTER], "p", 0.0)  # PEFT puts an Identity where there is none
+        a, b = adapted.lora_A[ADAPTER].weight, adapted.lora_B[ADAPTER].weight
+        return cls(adapted.base_layer, Adapter(a, b, adapted.scaling[ADAPTER], dropout))
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """The parts of one decoder layer, found by the names of its family (families.py)."""
+
+    module: torch.nn.Module
+    qkv: Sequence[Projection]
+    o: Projection
+    gate_up: Sequence[Projection]
+    down: Projection
+    norms: tuple[Norm, Norm]  # before attention, before the MLP
+    qk_norms: Sequence[Norm]  # of each query head and each key head; empty where the family has none
+    head_dim: int
+    scaling: float  # of attention's scores
+
+    @property
+    def linears(self) -> list[FrozenLinear]:
+        """The frozen layers: q, k, v, o, gate, up, down."""
+        return [projection.base for projection in (*self.qkv, self.o, *self.gate_up, self.down)]

@@ -7,15 +7,15 @@ import torch.nn.functional as F
 
 from train.engine.operations import cross_entropy
 
-# Logits of one chunk in the compute type: 1,046 rows of Llama-3's 128,256-word vocabulary in bf16. Longer products are
-# no faster on an H200; on a CPU, and without Triton, an fp32 copy and a half of it stand beside them.
+# Logits of one chunk in the compute type: 1,046 rows of Llama-3's vocabulary of 128,256 in bf16. Longer products are no
+# faster on an H200. On a CPU, and without Triton, an fp32 copy of them and half as much again come on top.
 CHUNK_BYTES = 2**28
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
     """loss = sum_i logsumexp(h_i W^T) - (h_i W^T)[t_i];   dloss/dh_i = (softmax(h_i W^T) - onehot(t_i)) W.
 
-    The gradient is formed in the forward pass, chunk by chunk, while the logits are there; W is frozen.
+    The forward pass computes the gradient too, chunk by chunk, while it has the logits; W is frozen.
     """
 
     @staticmethod
@@ -29,7 +29,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             loss += cross_entropy(logits, targets[rows]).sum()
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[rows])
-            del logits  # or the next chunk's would stand beside it
+            del logits  # or two chunks would be in memory at once
         if grad_hidden is not None:
             ctx.save_for_backward(grad_hidden)
         return loss

@@ -112,8 +112,8 @@ def test_varlen_attention_against_fp32(heads: tuple[int, int], reach: int | None
     key, value = (states.repeat_interleave(heads[0] // heads[1], dim=1) for states in exact[1:])
     scores = (exact[0] @ key.transpose(2, 3) * 0.2).masked_fill(~seen, float("-inf"))
     wanted = (scores.softmax(-1) @ value).transpose(1, 2)
-    borders = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cuda")
-    options = {"cu_seq_lens_q": borders, "max_length_q": max(lengths), "scaling": 0.2, "sliding_window": reach}
+    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cuda")
+    options = {"cu_seq_lens_q": cu_seqlens, "max_length_q": max(lengths), "scaling": 0.2, "sliding_window": reach}
     found, _ = varlen_attention(torch.nn.Module(), short[0], short[1], short[2], None, **options)
     upstream = torch.randn_like(wanted)
     wanted.backward(upstream)

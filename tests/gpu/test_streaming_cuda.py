@@ -71,7 +71,7 @@ def test_streamed_steps_have_the_resident_bits(
 
 
 def test_a_streamed_model_answers(deep: Config) -> None:
-    """Streamed weights are in page-locked host memory, and the answers are the resident model's."""
+    """Streamed weights are in pinned host memory, and the answers are the resident model's."""
     tokenizer = load_tokenizer(deep).backend
     asked = first_conversations(prepare_settings(deep, deep.data.path), 3)
     answers = []

@@ -20,12 +20,13 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.conftest import training_of, with_batch
 from train.collate import MicroBatch, collate_packed
-from train.config import Config, EngineConfig
+from train.config import LLAMA_LINEAR_LAYERS, Config, EngineConfig
 from train.data import BatchLayout
-from train.engine import operations
+from train.engine import families, operations
 from train.engine.block import Block, ForwardContext
 from train.engine.decoder import FusedDecoder
 from train.engine.families import unsupported_reason
@@ -59,6 +60,7 @@ FAMILIES: dict[str, tuple[PretrainedConfig, list[str]]] = {
     "mistral with a window": (MistralConfig(**SIZES, sliding_window=4), ALL),
     "qwen2": (Qwen2Config(**SIZES), ALL),
     "qwen3": (Qwen3Config(**SIZES, head_dim=16), ALL),
+    "qwen2 with a window": (Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=0), ALL),
 }
 
 
@@ -262,6 +264,14 @@ def reference(causal_lm: Any, batch: MicroBatch) -> torch.Tensor:
     """Hidden states by transformers, which isolates the samples by a block mask."""
     outputs = causal_lm.base_model(batch.input_ids, position_ids=batch.position_ids, use_cache=False)
     return outputs.last_hidden_state[0]
+
+
+def test_every_family_has_a_parity_test() -> None:
+    """The rows of the engine's table are the architectures compared here, and adapters go to all their projections."""
+    compared = {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[shape.model_type] for shape, _ in FAMILIES.values()}
+    assert set(families.FAMILIES) == compared
+    for family in families.FAMILIES.values():
+        assert family.projections == LLAMA_LINEAR_LAYERS
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -86,21 +86,21 @@ def test_bins_hold_everything_once_and_little_air() -> None:
 
 
 def attend_by_sample(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *places: Any, **options: Any) -> Any:
-    """What varlen_attn computes, by one SDPA call a sample: [T, heads, D] and the borders -> [T, H, D]."""
-    borders, other_borders, longest, other_longest = places
-    assert torch.equal(borders, other_borders)
-    assert borders.dtype == torch.int32
-    assert longest == other_longest == borders.diff().max()
+    """What varlen_attn computes, by one SDPA call a sample: [T, heads, D] and cu_seqlens -> [T, H, D]."""
+    cu_seqlens, other_cu_seqlens, longest, other_longest = places
+    assert torch.equal(cu_seqlens, other_cu_seqlens)
+    assert cu_seqlens.dtype == torch.int32
+    assert longest == other_longest == cu_seqlens.diff().max()
     assert options["window_size"] == (-1, 0)
     pieces = []
-    for start, end in pairwise(borders.tolist()):
+    for start, end in pairwise(cu_seqlens.tolist()):
         q, k, v = (states[start:end].transpose(0, 1)[None] for states in (query, key, value))
         attended = scaled_dot_product_attention(q, k, v, is_causal=True, scale=options["scale"], enable_gqa=True)
         pieces.append(attended[0].transpose(0, 1))
     return torch.cat(pieces)
 
 
-def test_borders_reach_the_attention_that_wants_them(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cu_seqlens_reach_the_attention(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the kernel replaced by a loop: the block mask's loss and gradients, also where blocks are recomputed."""
     monkeypatch.setattr(attention, "varlen_attn", attend_by_sample)
     config = replace(config, data=replace(config.data, packing=True), memory=MemoryConfig(checkpointing="full"))

@@ -175,7 +175,7 @@ def checked(monkeypatch: pytest.MonkeyPatch, queues: Queues, forget: tuple[str, 
 
 @pytest.mark.parametrize("numbers", [[0, 1, 2, 3, 4], [1, 3, 4], [2]])
 def test_no_slot_is_written_while_it_is_read(numbers: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three passes and validations: every copy comes after the last reader of its slot, every reader after its copy."""
+    """Three micro-batches and validations: a copy comes after its slot's last reader, every reader after its copy."""
     queues = Queues()
     checked(monkeypatch, queues)
     result(*streaming(numbers, offloads_inputs=True), packed())
@@ -214,17 +214,17 @@ def test_the_order_of_fetches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Tape:
-    """Copies that can be recorded, as a CUDA graph does: what is recorded does not happen until it is replayed."""
+    """Copies that can be captured, as in a CUDA graph: what is captured does not happen until it is replayed."""
 
     def __init__(self) -> None:
-        self.recording: list[Any] | None = None
-        self.num_copies = 0  # asked for, recorded or not
+        self.capturing: list[Any] | None = None
+        self.num_copies = 0  # asked for, captured or not
 
     def do(self, action: Any) -> None:
-        if self.recording is None:
+        if self.capturing is None:
             action()
         else:
-            self.recording.append(action)
+            self.capturing.append(action)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
         self.num_copies += 1
@@ -238,8 +238,8 @@ class Tape:
         return "now"
 
 
-class Recorded:
-    """A store whose passes are recorded once, and what else may happen between replays."""
+class Captured:
+    """A store whose passes are captured once, and what else may happen between replays."""
 
     def __init__(self, numbers: list[int]) -> None:
         self.tape = Tape()
@@ -255,10 +255,10 @@ class Recorded:
         self.tapes: list[list[Any]] = [[], []]
         self.orders = (range(NUM_BLOCKS), range(NUM_BLOCKS - 1, -1, -1))
         self.store.before_replay(self.orders[0])
-        for recording, ask in zip(self.tapes, (self.validate, self.back), strict=True):
-            self.tape.recording = recording
+        for captured, ask in zip(self.tapes, (self.validate, self.back), strict=True):
+            self.tape.capturing = captured
             ask()
-        self.tape.recording = None
+        self.tape.capturing = None
         self.store.forget_shared()
 
     def fill(self, block: Any, matrices: Any) -> None:
@@ -286,14 +286,14 @@ class Recorded:
     def back(self) -> None:
         self.ask(range(NUM_BLOCKS - 1, -1, -1))
 
-    def launch(self) -> None:
+    def train_eagerly(self) -> None:
         self.validate()
         self.back()
 
     def replay(self) -> None:
-        for recording, order in zip(self.tapes, self.orders, strict=True):
+        for captured, order in zip(self.tapes, self.orders, strict=True):
             self.store.before_replay(order)
-            for action in recording:
+            for action in captured:
                 action()
             self.store.after_replay(order)
 
@@ -304,10 +304,10 @@ class Recorded:
 
 
 @pytest.mark.parametrize("numbers", [[0, 1, 2, 3, 4], [1, 3, 4], [0, 2], [4]])
-def test_a_replay_finds_what_its_recording_found(numbers: list[int]) -> None:
-    """Replays, validations, passes by launches and answers in any order: every block is made of its own weights."""
-    run = Recorded(numbers)
-    deeds = [run.replay, run.replay, run.validate, run.launch, run.answer, run.store.release]
+def test_a_replay_finds_what_its_capture_found(numbers: list[int]) -> None:
+    """Replays, validations, eager passes and answers in any order: every block is made of its own weights."""
+    run = Captured(numbers)
+    deeds = [run.replay, run.replay, run.validate, run.train_eagerly, run.answer, run.store.release]
     for number in torch.randint(len(deeds), (60,)).tolist():
         deeds[number]()
     assert len(run.made) > 100

@@ -16,7 +16,7 @@ from train.config import Config
 from train.data import prepare_settings
 from train.deliver.compare import compare
 from train.deliver.generation import Generator
-from train.engine.copies import HostMemoryError, host_buffers, host_bytes, page_locked
+from train.engine.copies import HostMemoryError, host_buffers, host_bytes, pinned
 from train.engine.embedding import HostEmbedding
 from train.models.tokenizer import load_tokenizer
 from train.run.accelerator import free_gpu_bytes
@@ -25,7 +25,7 @@ from train.run.exits import ExitCode
 MIB = 2**20
 
 
-def test_page_locked_buffers_waste_little() -> None:
+def test_pinned_buffers_waste_little() -> None:
     """32 blocks of 107.3 MiB, which torch would round up to 128 MiB each, take less than 5 % more than they need."""
     size = int(107.3 * MIB)
     assert 32 * size <= host_bytes(size, 32) < 1.05 * 32 * size
@@ -43,7 +43,7 @@ def test_buffers_have_their_sizes_and_do_not_overlap() -> None:
     assert [set(buffer.tolist()) for buffer in buffers] == [{0}, {1}, {2}, {3}]
 
 
-def test_memory_that_cannot_be_page_locked(
+def test_memory_that_cannot_be_pinned(
     config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Refused by the system's limit: how much it was, why, and what to do, with exit 78."""
@@ -56,7 +56,7 @@ def test_memory_that_cannot_be_page_locked(
 
     monkeypatch.setattr(torch, "empty", refusing)
     assert host_buffers([5], pin=False)[0].numel() == 5
-    for allocate in (lambda: host_buffers([3 * 2**29], pin=True), lambda: page_locked((3, 2**27), torch.float32)):
+    for allocate in (lambda: host_buffers([3 * 2**29], pin=True), lambda: pinned((3, 2**27), torch.float32)):
         with pytest.raises(HostMemoryError, match=r"^1.50 GiB of host memory .* CUDA error: out of memory$"):
             allocate()
 
@@ -71,7 +71,7 @@ def test_memory_that_cannot_be_page_locked(
     words = arguments(replace(config, run=replace(config.run, dir=str(run_dir))))
     assert command.main(words) == ExitCode.BAD_INPUT
     told = capsys.readouterr().err
-    assert "handloop: 1.00 GiB of host memory could not be page-locked" in told
+    assert "handloop: 1.00 GiB of host memory could not be pinned" in told
     assert "--engine.kind reference" in told
     assert json.loads((run_dir / "exit.json").read_text())["code"] == 78
 

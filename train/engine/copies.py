@@ -1,8 +1,7 @@
 """Copies between host and device memory that run beside the computation, and the events that order the two.
 
-A copy begins when what `after` marks is done, and whoever reads its target waits for the event that it returns. Whole
-streams never wait for one another: that would put all computation that has been queued in front of every copy
-(docs/LOG.md, streaming).
+A copy begins after the event `after`, and whoever reads its target waits for the event that it returns. Whole streams
+never wait for one another: every copy would then wait for all computation queued so far (docs/LOG.md, streaming).
 """
 
 import math
@@ -13,33 +12,33 @@ from typing import Any, Protocol
 
 import torch
 
-Event = Any  # what a Copies gives out and takes back
+Event = Any  # opaque: a Copies returns it and takes it back
 
 
 class Copies(Protocol):
     """One queue of copies."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: Event) -> Event:
-        """Starts target = source once `after` has happened; the event is its end."""
+        """Starts target = source once `after` has happened; returns the event of its end."""
         ...
 
     def wait(self, event: Event) -> None:
-        """Nothing that is computed from here on begins before `event`."""
+        """Computation launched from here on begins after `event`."""
         ...
 
     def mark(self) -> Event:
-        """The moment when all that has been given to the computation so far is done."""
+        """The event of the end of all computation launched so far."""
         ...
 
 
 class StreamCopies:
-    """A CUDA stream; may be recorded into a graph, since every copy waits for an event of the recording stream."""
+    """A CUDA stream; can be captured in a graph, since every copy waits for an event of the capturing stream."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: Event) -> Event:
-        """As Copies has it; the host's side must be page-locked, or the host would wait here."""
+        """As Copies; the host's side must be pinned, or the host would wait here."""
         self.stream.wait_event(after)
         with torch.cuda.stream(self.stream):
             target.copy_(source, non_blocking=True)
@@ -48,33 +47,33 @@ class StreamCopies:
         return event
 
     def wait(self, event: Event) -> None:
-        """The current stream waits, not the host."""
+        """As Copies; the current stream waits, not the host."""
         torch.cuda.current_stream().wait_event(event)
 
     def mark(self) -> Event:
-        """An event of the current stream."""
+        """As Copies, for the current stream."""
         event = torch.cuda.Event()
         event.record()
         return event
 
 
 class ThreadCopies:
-    """A thread, where a CPU computes: what it has been given is done, so that there is nothing to mark."""
+    """A thread, where a CPU computes: computation is done when it returns, so `mark` has nothing to record."""
 
     def __init__(self) -> None:
         self.thread = ThreadPoolExecutor(1, "copies")
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: Event) -> Event:
-        """As Copies has it."""
+        """As Copies."""
         return self.thread.submit(target.copy_, source)
 
     def wait(self, event: Event) -> None:
-        """The computation is this thread, so it waits."""
+        """As Copies; this thread computes, so it waits."""
         if isinstance(event, Future):
             event.result()
 
     def mark(self) -> Event:
-        """Now."""
+        """As Copies: now."""
         return None
 
 
@@ -84,37 +83,40 @@ def copies_for(device: torch.device) -> Copies:
 
 
 class HostMemoryError(RuntimeError):
-    """Host memory that could not be page-locked."""
+    """Host memory could not be pinned."""
 
 
-def page_locked(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised tensor that a GPU copies from, or reads; raises HostMemoryError where it is refused."""
+def pinned(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised tensor in pinned host memory, which a GPU copies from or reads.
+
+    Raises HostMemoryError where the system refuses it.
+    """
     try:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
     except RuntimeError as error:
         size = math.prod(shape) * dtype.itemsize / 2**30
         reason = str(error).partition("\n")[0]
-        raise HostMemoryError(f"{size:.2f} GiB of host memory could not be page-locked: {reason}") from error
+        raise HostMemoryError(f"{size:.2f} GiB of host memory could not be pinned: {reason}") from error
 
 
 def host_buffers(sizes: list[int], pin: bool) -> list[torch.Tensor]:
-    """Byte buffers of the sizes in host memory, page-locked where a GPU copies from them."""
+    """Byte buffers of these sizes in host memory; pinned where a GPU copies from them."""
     buffers: list[torch.Tensor] = []
     for shared in _allocations(sizes) if pin else [sizes]:
         size = [sum(shared)]
-        whole = page_locked(size, torch.uint8) if pin else torch.empty(size, dtype=torch.uint8)
+        whole = pinned(size, torch.uint8) if pin else torch.empty(size, dtype=torch.uint8)
         buffers += whole.split(shared)
     return buffers
 
 
 @cache
 def host_bytes(size: int, count: int) -> int:
-    """What page-locked host_buffers of one size take."""
+    """Bytes that `count` pinned host_buffers of one size take."""
     return sum(_rounded(sum(shared)) for shared in _allocations([size] * count))
 
 
 def _allocations(sizes: list[int]) -> list[list[int]]:
-    """Which of the sizes share an allocation: torch rounds page-locked ones up to a power of two."""
+    """Which sizes share an allocation, so that little is wasted: torch rounds pinned ones up to a power of two."""
     shares: list[list[int]] = []
     while sizes:
         fills = [sum(sizes[:count]) / _rounded(sum(sizes[:count])) for count in range(1, len(sizes) + 1)]

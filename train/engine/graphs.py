@@ -245,7 +245,7 @@ class _Replay(torch.autograd.Function):
         return graph.static.out[:num_tokens].detach()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[None, None, None, None]:
         graph, ctx.graph = ctx.graph, None  # the loss may outlive it: its memory would not be free
         grad_out = graph.static.grad_out
         grad_out[: ctx.num_tokens].copy_(grad_outputs[0])

@@ -1,6 +1,6 @@
-"""What lies between a block's matrix products, forward and backward, written into places that the caller gives.
+"""What lies between a block's matrix products, forward and backward, written into tensors that the caller gives.
 
-On a GPU with Triton each is one kernel, elsewhere the torch lines that say the same (compared in
+On a GPU with Triton each function is one kernel; elsewhere the torch lines compute the same (compared in
 tests/gpu/test_engine_cuda.py).
 """
 
@@ -118,19 +118,19 @@ def swiglu_backward(gate_up: torch.Tensor, grad: torch.Tensor) -> None:
 
 @dataclass(frozen=True)
 class Dropout:
-    """The adapters' input dropout: which masks are drawn."""
+    """The dropout of the adapters' input: its masks are a function of these values."""
 
     p: float
-    seed: torch.Tensor  # int64 scalar on the device; tells the forward pass from all others
-    place: int  # of a group of adapters in the model
-    first: int = 0  # the number that the first row, a token, has in the pass
+    seed: torch.Tensor  # int64 scalar on the device, another for each forward pass
+    place: int  # identifies a group of adapters in the model
+    first: int = 0  # index of the first row, a token, in the micro-batch
 
 
 def dropout(x: torch.Tensor, out: torch.Tensor, drop: Dropout, number: int = 0, add: bool = False) -> None:
     """out [T, K] = (out +) x / (1 - p) where an element survives, else 0, for adapter `number` of the group.
 
-    The mask is a function of seed, place and row: nothing is kept for the backward pass, and the gradient is the same
-    function of the gradient.
+    The mask depends on seed, place and row only: nothing is kept for the backward pass, which applies the same function
+    to the gradient.
     """
     salt, threshold, scale = mixed(drop.place + number), int(drop.p * 2**32), 1 / (1 - drop.p)
     kernels = kernels_for(x.device)

@@ -98,8 +98,8 @@ class Stack:
             if activations is None:
                 activations = block.forward(matrices, self.inputs.take(), context)
             gradients = block.backward(matrices, activations, of_block.low_rank, grad, context)
-            places: Any = [parameter.grad for parameter in block.parameters]
-            torch._foreach_add_(places, gradients)
+            totals = [parameter.grad for parameter in block.parameters if parameter.grad is not None]
+            torch._foreach_add_(totals, gradients)
             del activations, of_block, gradients
 
 
@@ -118,6 +118,6 @@ class _StackFunction(torch.autograd.Function):
         return stack.forward(hidden, context, ctx.saved)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[None, None, None, None]:
         ctx.stack.backward(grad_outputs[0], ctx.context, ctx.saved)
         return None, None, None, None

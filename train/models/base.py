@@ -1,4 +1,4 @@
-"""The frozen base from its files: quantised as it is read, block by block, so that it is never whole in 16 bits."""
+"""Loads the frozen base: quantised as it is read, block by block, so that it is never whole in 16 bits."""
 
 import json
 import re
@@ -31,7 +31,7 @@ from train.engine.layers import as_causal_lm
 from train.run.exits import ExitCode, ExitWith
 from train.seeds import derived_seed
 
-Read = Callable[[str, torch.nn.Parameter], torch.Tensor]  # the values of a parameter, by its name
+Read = Callable[[str, torch.nn.Parameter], torch.Tensor]  # its name, a parameter without values -> its values
 
 
 def load_base(
@@ -49,11 +49,11 @@ def load_base(
     try:
         if host.wanted:
             if getattr(shape, "quantization_config", None) is not None:
-                raise ValueError("it is quantised already, and blocks can be streamed only of a base that is not")
+                raise ValueError("it is quantised already, and only the blocks of a base that is not can be streamed")
             with ExitStack() as files:
                 read = _stored(config, indexed, dtype, device, files)
                 base = _filled(skeleton(config, dtype), read, device, host, embedding_on_host)
-            with suppress(OSError):  # it has none
+            with suppress(OSError):  # not every base has one
                 base.generation_config = GenerationConfig.from_pretrained(config.name_or_path, revision=config.revision)
             return base
         base = _by_transformers(config, dtype, device)
@@ -140,7 +140,7 @@ def _filled(
 
 
 def _parameter(parameter: torch.nn.Parameter, values: torch.Tensor, device: torch.device) -> torch.nn.Parameter:
-    """The values in the place of a parameter of the skeleton: bitsandbytes quantises when they are moved."""
+    """The values as a parameter like the skeleton's; bitsandbytes quantises them when they are moved to the device."""
     params4bit: Any = bnb.nn.Params4bit
     int8_params: Any = bnb.nn.Int8Params
     if isinstance(parameter, bnb.nn.Params4bit):
@@ -151,7 +151,7 @@ def _parameter(parameter: torch.nn.Parameter, values: torch.Tensor, device: torc
 
 
 def _drawn(shape: PreTrainedConfig, dtype: torch.dtype, generator: torch.Generator) -> Read:
-    """Random values, made on the generator's device."""
+    """Random values, drawn on the generator's device."""
     device = generator.device
 
     def read(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -168,8 +168,8 @@ def _drawn(shape: PreTrainedConfig, dtype: torch.dtype, generator: torch.Generat
 def _stored(
     config: ModelConfig, indexed: list[str], dtype: torch.dtype, device: torch.device, files: ExitStack
 ) -> Read:
-    """Values from safetensors files, which stay open until `files` is closed; raises ValueError for others' names."""
-    # a single file comes first where both are there, as transformers has it
+    """Values from safetensors files, which stay open until `files` is closed; raises ValueError for missing ones."""
+    # a single file wins over an index, as in transformers
     names = indexed if indexed and _cached(config, SAFE_WEIGHTS_NAME) is None else [SAFE_WEIGHTS_NAME]
     place: dict[str, Any] = {}
     for name in names:
@@ -209,9 +209,9 @@ def _cached(config: ModelConfig, name: str) -> str | None:
 
 
 def _indexed_files(config: ModelConfig) -> list[str]:
-    """The files that the index names, none without one.
+    """The files that the index names; empty without an index.
 
-    Raises ExitWith(BAD_INPUT) where they are others than safetensors: transformers would read them.
+    Raises ExitWith(BAD_INPUT) where it names anything but safetensors: transformers would read it.
     """
     index = _cached(config, SAFE_WEIGHTS_INDEX_NAME)
     if index is None:
@@ -228,12 +228,12 @@ def _indexed_files(config: ModelConfig) -> list[str]:
 
 
 def where(config: ModelConfig) -> dict[str, str]:
-    """What transformers' from_pretrained is asked for."""
+    """The arguments of transformers' from_pretrained that say which base."""
     return {"pretrained_model_name_or_path": config.name_or_path, "revision": config.revision}
 
 
 def not_found(config: ModelConfig, what: str, error: Exception) -> ExitWith:
-    """Says what of the base cannot be read, and what to do."""
+    """The error that says what of the base cannot be read, and what to do."""
     name = config.name_or_path
     if Path(name).is_dir() or isinstance(error, HFValidationError):
         remedy = "name a folder that holds config.json, tokenizer.json and *.safetensors, or a hub id"

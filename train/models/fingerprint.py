@@ -1,4 +1,4 @@
-"""Tells one base from another without reading all its weights."""
+"""A fingerprint of the base, made without reading all its weights."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 from train.config import Config
 from train.models.base import model_shape, not_found
 
-LONGEST_HEADER_BYTES = 100_000_000  # as the safetensors library has it
+MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
 
 
 def base_fingerprint(config: Config) -> str:
@@ -33,9 +33,9 @@ def base_fingerprint(config: Config) -> str:
 
 
 def _sampled_bytes(file: Path) -> bytes:
-    """The header of a safetensors file and the beginning of each tensor in it."""
+    """The header of a safetensors file and the first 4 KiB of each tensor in it."""
     with file.open("rb") as stream:
-        header = stream.read(min(int.from_bytes(stream.read(8), "little"), LONGEST_HEADER_BYTES))
+        header = stream.read(min(int.from_bytes(stream.read(8), "little"), MAX_HEADER_BYTES))
         samples = [header]
         for name, entry in sorted(json.loads(header).items()):
             if name != "__metadata__":

@@ -1,4 +1,4 @@
-"""The base's tokenizer, made ready for training."""
+"""The base's tokenizer, with what training needs of it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +12,13 @@ from train.config import Config
 from train.models.base import model_shape, not_found, where
 from train.run.exits import ExitCode, ExitWith
 
-# Tokens that models ship for padding; the first that the vocabulary holds is used where pad is unset or equals eos.
+# Tokens that models ship for padding: where pad is unset or equals eos, the first one in the vocabulary is used.
 PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<unk>")
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer that is ready for training, and what was decided about it, to be said once."""
+    """A tokenizer that is ready for training, and notes on what was decided about it, to be printed once."""
 
     backend: PreTrainedTokenizerBase
     notes: tuple[str, ...]
@@ -57,7 +57,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
 
 
 def check_fits(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ExitWith(BAD_INPUT) where samples would hold positions or tokens that the model has no place for."""
+    """Raises ExitWith(BAD_INPUT) where samples may be too long for the model, or hold tokens that it does not embed."""
     check_length(config)
     shape = model_shape(config.model)
     if len(tokenizer) > shape.vocab_size:

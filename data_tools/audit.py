@@ -1,4 +1,4 @@
-"""Judges prepared data before anything is trained on it: what is wrong, where, and whether it forbids training."""
+"""Audits prepared data before training: what is wrong with it, where, and whether training should be refused."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,49 +18,57 @@ NUM_LONGEST = 5
 MAX_BINS = 12
 BAR_WIDTH = 40
 
-# Shares of the rows beyond which training is refused, and the damage that they stand for.
-NONE = 0.0  # one such row shows that the template, the mask or the split is wrong, not that one row is odd
-MAX_END_UNTRAINED = 0.01  # more than one answer in a hundred would teach the model to go on instead of to stop
-MAX_GARBAGE = 0.05  # beyond one row in twenty the model learns to write it, and the conversion of the files is at fault
-MAX_LOST = 0.2  # with a fifth cut or left out it is another data set than the one that was meant
-NEVER = 1.0  # depends on the subject, or is a weight that somebody may have meant: said, never refused
+# Training is refused when a larger share of the rows has a finding; each limit with its reason.
+REFUSE_ANY = 0.0  # a single such row means that the template, the mask or the split is wrong
+MAX_END_UNTRAINED = 0.01  # more than one answer in a hundred would teach the model to continue instead of to stop
+MAX_GARBAGE = 0.05  # with more than one row in twenty the model learns to write it; the files were converted wrongly
+MAX_LOST = 0.2  # with a fifth truncated or dropped, it is no longer the data set that the user meant
+WARN_ONLY = 1.0  # normal for some subjects, or a weighting that the user may have meant: warned about, never refused
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A finding: what stands behind its count, the largest share of rows that may have it, and what helps."""
+    """A kind of finding: the text after its count, the largest share of rows that may have it, and the remedy."""
 
-    says: str
-    limit: float
+    message: str
+    max_share: float
     remedy: str
 
 
 RULES = {
-    "rows_without_supervision": Rule("rows have nothing to train", NONE, "look at them with handloop preview"),
+    "rows_without_supervision": Rule(
+        "rows have no supervised tokens", REFUSE_ANY, "look at them with handloop preview"
+    ),
     "end_token_untrained_rows": Rule(
-        "rows do not train the token that ends an answer", MAX_END_UNTRAINED, "mend the template, or do not cut answers"
+        "rows do not train the token that ends an answer",
+        MAX_END_UNTRAINED,
+        "fix the chat template, or do not truncate answers",
     ),
-    "double_bos_rows": Rule("rows have two begin tokens in a row", NONE, "take one out of the chat template"),
-    "leaked_rows": Rule("validation rows are also trained on", NONE, "take them out of one side"),
-    "leaked_prompts": Rule("validation rows have the prompt of a training row", NEVER, "split the data by prompt"),
-    "duplicates": Rule("rows repeat an earlier one exactly", NEVER, "keep one of each"),
+    "double_bos_rows": Rule("rows have two BOS tokens in a row", REFUSE_ANY, "remove one from the chat template"),
+    "leaked_rows": Rule("validation rows are also training rows", REFUSE_ANY, "remove them from one of the two"),
+    "leaked_prompts": Rule("validation rows share the prompt of a training row", WARN_ONLY, "split the data by prompt"),
+    "duplicates": Rule("rows repeat an earlier row exactly", WARN_ONLY, "keep one of each"),
     "normalised_duplicates": Rule(
-        "rows repeat an earlier one but for case, white space and punctuation", NEVER, "keep one of each"
+        "rows repeat an earlier row except for case, white space and punctuation", WARN_ONLY, "keep one of each"
     ),
-    "near_duplicates": Rule("rows nearly repeat an earlier one", NEVER, "keep one of each"),
-    "conflicting_answers": Rule("rows answer the prompt of an earlier row otherwise", NEVER, "keep the right answer"),
-    "role_order_rows": Rule("rows have turns in an unusual order", NEVER, "system, then user and assistant in turn"),
-    "control_character_rows": Rule("rows hold control characters", MAX_GARBAGE, "take them out of the files"),
-    "mojibake_rows": Rule("rows hold wrongly decoded text", MAX_GARBAGE, "convert the originals to UTF-8 again"),
-    "truncated_rows": Rule("rows were cut to data.max_length", MAX_LOST, "raise data.max_length"),
-    "dropped_rows": Rule("rows are longer than data.max_length and left out", MAX_LOST, "raise data.max_length"),
-    "skipped_rows": Rule("rows cannot be read or rendered and are left out", MAX_LOST, "mend them"),
+    "near_duplicates": Rule("rows nearly repeat an earlier row", WARN_ONLY, "keep one of each"),
+    "conflicting_answers": Rule(
+        "rows give a different answer to the prompt of an earlier row", WARN_ONLY, "keep the right answer"
+    ),
+    "role_order_rows": Rule(
+        "rows have turns in an unusual order", WARN_ONLY, "start with system, then alternate user and assistant"
+    ),
+    "control_character_rows": Rule("rows contain control characters", MAX_GARBAGE, "remove them from the files"),
+    "mojibake_rows": Rule("rows contain wrongly decoded text", MAX_GARBAGE, "convert the originals to UTF-8 again"),
+    "truncated_rows": Rule("rows were truncated to data.max_length", MAX_LOST, "raise data.max_length"),
+    "dropped_rows": Rule("rows are longer than data.max_length and were dropped", MAX_LOST, "raise data.max_length"),
+    "skipped_rows": Rule("rows cannot be read or rendered and were skipped", MAX_LOST, "fix them"),
 }
 
 
 @dataclass(frozen=True)
-class Data:
-    """One side of the data: the settings that it was prepared with, and its samples."""
+class DataSplit:
+    """The training or the validation data: its samples, and the settings that they were prepared with."""
 
     settings: PrepareSettings
     samples: Dataset
@@ -68,7 +76,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The arithmetic of the run, from the trainer: a step has per_device x accumulation x num_processes `unit`s."""
+    """The batch arithmetic of the run: a step takes per_device x accumulation x num_processes `unit`s."""
 
     per_device: int
     accumulation: int
@@ -87,34 +95,34 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Audit:
-    """What the training data is like; `findings` has an entry for each of RULES."""
+    """Statistics and findings of the training data; `findings` has an entry for each of RULES."""
 
     rows: int
     validation_rows: int
     samples: int
     tokens: int
     supervised_tokens: int
-    end_token_trained_fraction: float  # these three: of the rows with anything to train
+    end_token_trained_fraction: float  # these three: of the rows with supervised tokens
     end_token_masked_fraction: float
     end_token_cut_fraction: float
     findings: Mapping[str, Finding]
-    length_histogram: tuple[tuple[int, int, int], ...]  # (tokens from, through, samples)
+    length_histogram: tuple[tuple[int, int, int], ...]  # (fewest tokens, most tokens, samples)
     longest: tuple[tuple[str, int], ...]  # (source, tokens)
     schedule: Schedule
 
     def share(self, name: str) -> float:
-        """The share of rows that a rule limits."""
+        """The share of rows with this finding, as its rule limits it."""
         if name == "end_token_untrained_rows":
             return self.end_token_masked_fraction + self.end_token_cut_fraction
-        if name == "normalised_duplicates" and self.findings[name].count:  # exact ones repeat a row as much
+        if name == "normalised_duplicates" and self.findings[name].count:  # exact ones are too
             return (self.findings[name].count + self.findings["duplicates"].count) / max(self.rows, 1)
-        if name == "skipped_rows":  # rows that cannot be read are none of `rows`
+        if name == "skipped_rows":  # rows that cannot be read are not counted in `rows`
             return self.findings[name].count / max(self.rows + self.findings[name].count, 1)
         rows = self.validation_rows if name.startswith("leaked") else self.rows
         return self.findings[name].count / max(rows, 1)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, and the verdict; counts stand under the findings' names."""
+        """All fields, the count of each finding under its name, and the verdict."""
         return {
             **{name: value for name, value in vars(self).items() if name not in ("findings", "schedule")},
             **{name: finding.count for name, finding in self.findings.items()},
@@ -130,31 +138,33 @@ class Audit:
         }
 
 
-def audit(training: Data, validation: Data | None, tokenizer: Any, schedule: Schedule) -> Audit:
-    """Reads all samples and records once; keeps about 200 bytes a record and none of the text.
+def audit(training: DataSplit, validation: DataSplit | None, tokenizer: Any, schedule: Schedule) -> Audit:
+    """Reads all samples and records once; keeps about 200 bytes per record and none of the text.
 
-    `validation` has other files, or records held out of the training files: then both settings are equal.
+    `validation` comes from files of its own, or holds records of the training files that were held out; in the second
+    case both splits have the same settings.
     """
     facts = read_samples(training.samples, tokenizer)
-    theirs = np.unique(column(validation.samples, "record")) if validation else np.zeros(0, np.int64)
+    validation_rows = np.unique(column(validation.samples, "record")) if validation else np.zeros(0, np.int64)
     is_held_out = validation is not None and validation.settings == training.settings
-    is_held_out = is_held_out and not np.isin(theirs, np.flatnonzero(facts.num_tokens)).any()
-    scan = RecordScan(training.settings, tokenizer, facts, set(theirs.tolist()) if is_held_out else set())
-    rows = np.setdiff1d(np.arange(len(scan.exact)), theirs if is_held_out else [])
+    is_held_out = is_held_out and not np.isin(validation_rows, np.flatnonzero(facts.num_tokens)).any()
+    scan = RecordScan(training.settings, tokenizer, facts, set(validation_rows.tolist()) if is_held_out else set())
+    rows = np.setdiff1d(np.arange(len(scan.exact)), validation_rows if is_held_out else [])
     findings = {**scan.findings, **_repeats(scan, rows)}
-    num_others = 0
+    num_validation_rows = 0
     if validation is not None:
-        other, other_rows = scan, theirs
+        validation_scan = scan
         if not is_held_out:
-            other = RecordScan(validation.settings, tokenizer, read_samples(validation.samples, tokenizer), set())
-            other_rows = np.arange(len(other.exact))
-        num_others = len(other_rows)
-        findings |= _leaks(scan, rows, other, other_rows)
+            validation_facts = read_samples(validation.samples, tokenizer)
+            validation_scan = RecordScan(validation.settings, tokenizer, validation_facts, set())
+            validation_rows = np.arange(len(validation_scan.exact))
+        num_validation_rows = len(validation_rows)
+        findings |= _leaks(scan, rows, validation_scan, validation_rows)
     lengths = column(training.samples, "num_tokens")
     longest = np.argsort(-lengths, kind="stable")[:NUM_LONGEST].tolist()
     return Audit(
         rows=len(rows),
-        validation_rows=num_others,
+        validation_rows=num_validation_rows,
         samples=len(training.samples),
         tokens=int(lengths.sum()),
         supervised_tokens=int(facts.num_supervised_tokens.sum()),
@@ -169,7 +179,7 @@ def audit(training: Data, validation: Data | None, tokenizer: Any, schedule: Sch
 
 
 def _repeats(scan: RecordScan, rows: np.ndarray) -> dict[str, Finding]:
-    """Rows that repeat or contradict an earlier one of `rows`; each repetition is counted under its strictest name."""
+    """Rows that repeat or contradict an earlier one of `rows`; each counts once, as the strictest kind it is."""
     own = np.arange(len(rows))
     exact, normalised = first_equal(scan.exact[rows]), first_equal(scan.normalised[rows])
     near, prompt = first_near(scan.sketches[rows]), first_equal(scan.prompts[rows])
@@ -189,30 +199,33 @@ def _repeats(scan: RecordScan, rows: np.ndarray) -> dict[str, Finding]:
     return findings
 
 
-def _leaks(scan: RecordScan, rows: np.ndarray, other: RecordScan, other_rows: np.ndarray) -> dict[str, Finding]:
-    """Rows of the other side whose text, or whose prompt, is also in `rows`."""
-    is_leaked = np.isin(other.normalised[other_rows], scan.normalised[rows])
-    prompts = other.prompts[other_rows]
+def _leaks(
+    scan: RecordScan, rows: np.ndarray, validation: RecordScan, validation_rows: np.ndarray
+) -> dict[str, Finding]:
+    """Validation rows whose text, or whose prompt, is also in the training `rows`."""
+    is_leaked = np.isin(validation.normalised[validation_rows], scan.normalised[rows])
+    prompts = validation.prompts[validation_rows]
     is_prompt = np.isin(prompts, scan.prompts[rows]) & (prompts != 0) & ~is_leaked
     findings = {}
-    for name, ours, theirs, found in (
-        ("leaked_rows", scan.normalised[rows], other.normalised, is_leaked),
-        ("leaked_prompts", scan.prompts[rows], other.prompts, is_prompt),
+    for name, trained, validated, found in (
+        ("leaked_rows", scan.normalised[rows], validation.normalised, is_leaked),
+        ("leaked_prompts", scan.prompts[rows], validation.prompts, is_prompt),
     ):
-        twins = ((number, rows[np.argmax(ours == theirs[number])]) for number in other_rows[found][:NUM_PLACES])
-        places = [_pair(other.places[number], scan.places[twin]) for number, twin in twins]
+        first = validation_rows[found][:NUM_PLACES]
+        twins = ((number, rows[np.argmax(trained == validated[number])]) for number in first)
+        places = [_pair(validation.places[number], scan.places[twin]) for number, twin in twins]
         findings[name] = Finding(int(found.sum()), places)
     return findings
 
 
 def _pair(place: str, twin: str) -> str:
-    """A place and the one that it is like; in the same file its line is enough."""
+    """A row's place and that of the row it resembles, by its line alone when both are in one file."""
     name, _, line = twin.rpartition(":")
     return f"{place} (like line {line})" if name and place.startswith(f"{name}:") else f"{place} (like {twin})"
 
 
 def _histogram(lengths: np.ndarray) -> tuple[tuple[int, int, int], ...]:
-    """(tokens from, through, samples) in at most MAX_BINS bins of 1, 2 or 5 x 10^n tokens."""
+    """(fewest tokens, most tokens, samples) of at most MAX_BINS bins, each 1, 2 or 5 x 10^n tokens wide."""
     widths = (factor * 10**power for power in range(10) for factor in (1, 2, 5))
     width = next(width for width in widths if lengths.max() // width - lengths.min() // width < MAX_BINS)
     bins, counts = np.unique(lengths // width, return_counts=True)
@@ -223,57 +236,57 @@ def _histogram(lengths: np.ndarray) -> tuple[tuple[int, int, int], ...]:
 
 
 def failures(audit: Audit) -> list[str]:
-    """Why the data must not be trained on as it is; empty where it may."""
-    return [_sentence(audit, name) for name in RULES if audit.share(name) > RULES[name].limit]
+    """The reasons to refuse training on this data; empty if there are none."""
+    return [_sentence(audit, name) for name in RULES if audit.share(name) > RULES[name].max_share]
 
 
 def warnings(audit: Audit) -> list[str]:
-    """What a user would want to know, though it does not forbid training."""
+    """Findings that do not forbid training."""
     found = [name for name in RULES if audit.findings[name].count]
-    return [_sentence(audit, name) for name in found if audit.share(name) <= RULES[name].limit]
+    return [_sentence(audit, name) for name in found if audit.share(name) <= RULES[name].max_share]
 
 
 def _sentence(audit: Audit, name: str) -> str:
     rule, finding, share = RULES[name], audit.findings[name], audit.share(name)
-    limit = f", at most {rule.limit:.0%} may" if share > rule.limit else ""
+    limit = f"; the limit is {rule.max_share:.0%}" if share > rule.max_share else ""
     more = ", ..." if finding.count > len(finding.places) else ""
     places = ", ".join(map(printable, finding.places)) + more
-    return f"{finding.count:,} {rule.says} ({share:.1%}{limit}): {places}; {rule.remedy}"
+    return f"{finding.count:,} {rule.message} ({share:.1%}{limit}): {places}; {rule.remedy}"
 
 
 def show_audit(audit: Audit, console: Console) -> None:
     """Prints the audit: counts, a histogram of the lengths, the longest samples, findings and verdict."""
-    schedule, refused = audit.schedule, failures(audit)
+    schedule, reasons = audit.schedule, failures(audit)
     held_out = f", {audit.validation_rows:,} more for validation" if audit.validation_rows else ""
-    of_them = audit.supervised_tokens / max(audit.tokens, 1)
+    supervised_share = audit.supervised_tokens / max(audit.tokens, 1)
     lines = [
         f"rows      {audit.rows:,}{held_out}",
         f"samples   {audit.samples:,} of {audit.tokens / max(audit.samples, 1):,.0f} tokens on average",
-        f"tokens    {audit.tokens:,}, {audit.supervised_tokens:,} of them trained ({of_them:.0%})",
+        f"tokens    {audit.tokens:,}, {audit.supervised_tokens:,} of them trained ({supervised_share:.0%})",
         f"end token trained in {audit.end_token_trained_fraction:.1%} of the rows, present but masked in "
         f"{audit.end_token_masked_fraction:.1%}, cut in {audit.end_token_cut_fraction:.1%}",
-        f"batch     {schedule.per_device} a device x {schedule.accumulation} accumulated x {schedule.num_processes} "
-        f"process{'es' if schedule.num_processes > 1 else ''} = {schedule.units_per_step} {schedule.unit} a step",
-        f"steps     {schedule.units_per_epoch:,} {schedule.unit} an epoch = {schedule.steps_per_epoch:,} steps; "
+        f"batch     {schedule.per_device} per device x {schedule.accumulation} accumulated x {schedule.num_processes} "
+        f"process{'es' if schedule.num_processes > 1 else ''} = {schedule.units_per_step} {schedule.unit} per step",
+        f"steps     {schedule.units_per_epoch:,} {schedule.unit} per epoch = {schedule.steps_per_epoch:,} steps; "
         f"{schedule.epochs} epoch{'s' if schedule.epochs > 1 else ''}, {schedule.total_steps:,} steps in all",
         "lengths   samples by number of tokens",
         *_bars(audit.length_histogram),
         "longest   " + ", ".join(f"{printable(source)} ({tokens:,} tokens)" for source, tokens in audit.longest),
     ]
     console.print(Text("\n".join(lines)), soft_wrap=True)
-    for style, label, sentences in (("yellow", "warning", warnings(audit)), ("bold red", "failure", refused)):
+    for style, label, sentences in (("yellow", "warning", warnings(audit)), ("bold red", "failure", reasons)):
         for sentence in sentences:
             console.print(Text.assemble((f"{label}   ", style), sentence), soft_wrap=True)
     good = "nothing found" if not warnings(audit) else "nothing that forbids training"
-    verdict = Text(f"verdict   {len(refused)} reason{'s' * (len(refused) > 1)} not to train on this", "bold red")
-    console.print(verdict if refused else Text(f"verdict   {good}", "bold green"), soft_wrap=True)
+    verdict = Text(f"verdict   {len(reasons)} reason{'s' * (len(reasons) > 1)} not to train on this", "bold red")
+    console.print(verdict if reasons else Text(f"verdict   {good}", "bold green"), soft_wrap=True)
 
 
 def _bars(histogram: tuple[tuple[int, int, int], ...]) -> list[str]:
-    most = max(count for _, _, count in histogram)
+    max_count = max(count for _, _, count in histogram)
     labels = [f"{low:,}" if low == high else f"{low:,}-{high:,}" for low, high, _ in histogram]
     width = max(map(len, labels))
     return [
-        f"  {label:>{width}}  {'█' * round(BAR_WIDTH * count / most) or ('▏' if count else '')} {count:,}"
+        f"  {label:>{width}}  {'█' * round(BAR_WIDTH * count / max_count) or ('▏' if count else '')} {count:,}"
         for label, (_, _, count) in zip(labels, histogram, strict=True)
     ]

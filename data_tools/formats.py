@@ -1,4 +1,4 @@
-"""Rows -> conversations and documents, for every layout of fields that data sets come in."""
+"""Rows -> conversations and documents, in every data format that Handloop reads."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ class Message:
     role: str
     content: str
     train: bool = False
-    extra: tuple[tuple[str, Any], ...] = ()  # what else the chat template may use, such as tool calls
+    extra: tuple[tuple[str, Any], ...] = ()  # other fields for the chat template, such as tool calls
 
     def as_turn(self) -> dict[str, Any]:
-        """The turn as chat templates take it."""
+        """The turn as a chat template expects it."""
         return {"role": self.role, "content": self.content, **dict(self.extra)}
 
 
@@ -29,35 +29,35 @@ Turns = tuple[Message, ...]
 
 @dataclass(frozen=True)
 class Format:
-    """A layout of fields: how a row of it is recognised and read; `text` rows are documents, all others turns."""
+    """A data format: how its rows are recognised and read; `text` rows become documents, all others conversations."""
 
     name: str
-    fields: tuple[str, ...]  # that a row must have
-    optional: tuple[str, ...]  # that are read where they stand
+    fields: tuple[str, ...]  # required in every row
+    optional: tuple[str, ...]  # read where present
     read: Callable[[Row], Turns | str]
 
-    def fits(self, row: Row) -> bool:
-        """Whether the row has this format's fields."""
+    def matches(self, row: Row) -> bool:
+        """Whether the row has this format's required fields."""
         return all(name in row for name in self.fields)
 
-    def unread(self, row: Row) -> set[str]:
-        """Fields of the row that nothing reads."""
+    def ignored_fields(self, row: Row) -> set[str]:
+        """Fields of the row that this format does not read."""
         return set(row) - set(self.fields) - set(self.optional)
 
 
 def detect(row: Row, wanted: str, field_map: Mapping[str, str]) -> Format:
-    """The format of a data set whose first row this is; raises ValueError naming the fields and what would be known."""
+    """The format of a data set, from its first row; raises ValueError naming the row's fields and the known ones."""
     candidates = [candidate for candidate in _formats(field_map) if wanted in ("auto", candidate.name)]
     for candidate in candidates:
-        if candidate.fits(row):
+        if candidate.matches(row):
             return candidate
     known = "; ".join(" and ".join(map(repr, candidate.fields)) for candidate in candidates)
     found = ", ".join(sorted(map(str, row))) or "none"
-    raise ValueError(f"the fields here ({found}) are none of those known: {known}; or name them with --data.fields")
+    raise ValueError(f"unknown fields ({found}); known are {known}; name others with --data.fields")
 
 
 def _formats(field_map: Mapping[str, str]) -> list[Format]:
-    """All formats, the more telling first; a field map stands for a prompt/response pair of those names."""
+    """All formats, the most specific first; a field map is a prompt/response format with those field names."""
     pairs = [(field_map["prompt"], field_map["response"])] if field_map else PAIR_NAMES
     return [
         *(Format("prompt_response", pair, ("system",), _pair(*pair)) for pair in pairs if field_map),
@@ -78,7 +78,7 @@ def _pair(prompt: str, response: str) -> Callable[[Row], Turns]:
 
 
 def _alpaca(row: Row) -> Turns:
-    """Instruction and input as one user turn; the chat template takes the place of Alpaca's own frame."""
+    """Instruction and input become one user turn; the chat template replaces Alpaca's own prompt template."""
     question = _string(row, "instruction")
     if row.get("input"):
         question += "\n\n" + _string(row, "input")
@@ -94,9 +94,9 @@ def _system(row: Row) -> Turns:
 
 
 def _turns(entries: Any, field: str) -> Turns:
-    """Turns as `role`/`content` or `from`/`value`; `train: false` or `weight: 0` leaves an assistant turn untrained."""
+    """Turns with `role`/`content` or `from`/`value`; `train: false` or `weight: 0` masks an assistant turn."""
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{field!r} must be a list of turns with at least one turn in it")
+        raise ValueError(f"{field!r} must be a list of at least one turn")
     turns = []
     for number, entry in enumerate(entries, start=1):
         try:
@@ -104,13 +104,13 @@ def _turns(entries: Any, field: str) -> Turns:
         except ValueError as error:
             raise ValueError(f"turn {number}: {error}") from None
     if not any(turn.train for turn in turns):
-        raise ValueError(f"{field!r} holds no assistant turn to train")
+        raise ValueError(f"{field!r} has no assistant turn to train")
     return tuple(turns)
 
 
 def _turn(entry: Any) -> Message:
     if not isinstance(entry, Mapping):
-        raise ValueError(f"an object with role and content is expected, not {type(entry).__name__}")
+        raise ValueError(f"expected an object with role and content, not {type(entry).__name__}")
     named = entry.get("role", entry.get("from"))
     role = SHAREGPT_ROLES.get(named) if isinstance(named, str) else None
     if role is None:
@@ -122,7 +122,7 @@ def _turn(entry: Any) -> Message:
 
 
 def _content(value: Any, has_tool_calls: bool) -> str:
-    """A turn's text: a string, or a list of text parts, joined; only a turn of tool calls may have none."""
+    """A turn's text: a string, or the joined parts of a list; only a turn with tool calls may have none."""
     if isinstance(value, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in value):
         value = "".join(str(part.get("text", "")) for part in value)
     if value is None and has_tool_calls:

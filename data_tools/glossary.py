@@ -1,4 +1,4 @@
-"""A glossary in, prompt/response rows out: several wordings of each question to train, other wordings to validate."""
+"""Glossary -> prompt/response rows: several wordings of each question to train on, others held out to validate."""
 
 import argparse
 import difflib
@@ -15,21 +15,21 @@ from typing import NoReturn
 from data_tools.glossary_files import Glossary, Term, read_terms
 from data_tools.records import DataError, Report
 
-# Compared are names that differ in one letter, of which one begins the other, or with at least this difflib ratio:
+# Two terms are compared if they differ in one letter, if one is a prefix of the other, or from this difflib ratio on:
 # dry lease and wet lease have 0.67, light jet and regional jet 0.48.
-LEAST_LIKENESS = 0.65
-COMPARISONS_PER_TERM = 2  # or a few families, such as SAP's VA01, VA02, VA03, would take all of them
+MIN_SIMILARITY = 0.65
+MAX_COMPARISONS_PER_TERM = 2  # otherwise a few groups, such as SAP's VA01, VA02, VA03, would use up all comparisons
 
 
 @dataclass(frozen=True)
 class Wordings:
-    """The ways to ask one kind of question; what validates is never trained."""
+    """The wordings of one kind of question; held-out wordings are never trained on."""
 
     training: tuple[str, ...]
     held_out: tuple[str, ...]
 
 
-# No wording puts an article before the term: it may be an abbreviation, a transaction code, or a word in any number.
+# No wording puts an article before the term: it may be an abbreviation, a transaction code or a plural.
 WORDINGS = {
     "definition": Wordings(
         training=(
@@ -68,23 +68,23 @@ WORDINGS = {
 
 @dataclass(frozen=True)
 class PairSettings:
-    """How many rows to make of a glossary, and from which seed."""
+    """How many rows to make from a glossary, and with which seed."""
 
-    forms: int = 4  # wordings in which a definition is asked in training
-    held_out_forms: int = 2  # and in validation
-    comparisons: int = 50  # at most so many pairs of terms are compared
+    forms: int = 4  # training wordings per definition
+    held_out_forms: int = 2  # validation wordings per definition
+    comparisons: int = 50  # at most this many pairs of terms are compared
     seed: int = 0
-    context: str = ""  # put into every question, such as `in the Embraer context`
+    context: str = ""  # added to every question, such as `in the Embraer context`
 
     def check(self) -> None:
-        """Raises DataError naming every impossible number."""
+        """Raises DataError naming every number that is out of range."""
         report, wordings = Report(), WORDINGS["definition"]
-        for option, value, most in (
+        for option, value, limit in (
             ("--forms", self.forms, len(wordings.training)),
             ("--held-out-forms", self.held_out_forms, len(wordings.held_out)),
         ):
-            if not 1 <= value <= most:
-                report.add(f"{option} {value}", f"there are {most} wordings to choose from; give 1 to {most}")
+            if not 1 <= value <= limit:
+                report.add(f"{option} {value}", f"there are {limit} wordings to choose from; give 1 to {limit}")
         if self.comparisons < 0:
             report.add(f"--comparisons {self.comparisons}", "must be 0 or more")
         report.raise_if_any()
@@ -92,7 +92,7 @@ class PairSettings:
 
 @dataclass(frozen=True)
 class Question:
-    """One row and where it comes from."""
+    """A row, and the place in the glossary that it comes from."""
 
     prompt: str
     response: str
@@ -101,28 +101,28 @@ class Question:
     where: str
 
     def as_row(self) -> dict[str, str]:
-        """The row as it stands in a JSONL file."""
+        """The row as written to a JSONL file."""
         return {"prompt": self.prompt, "response": self.response}
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """All questions in a shuffled order that does not depend on the order of the glossary."""
+    """All questions, shuffled into an order that does not depend on the order of the glossary."""
 
     questions: tuple[Question, ...]
     num_duplicates: int
 
     def rows(self, held_out: bool) -> list[dict[str, str]]:
-        """The rows of one of the two files."""
+        """The held-out rows, or the training rows."""
         return [question.as_row() for question in self.questions if question.held_out == held_out]
 
     def count(self, held_out: bool, kind: str) -> int:
-        """How many questions of a kind one of the two files holds."""
+        """The number of questions of a kind among the held-out rows, or the training rows."""
         return sum(question.held_out == held_out and question.kind == kind for question in self.questions)
 
 
 def make_pairs(terms: Sequence[Term], settings: PairSettings) -> Pairs:
-    """Every question about every term, no prompt twice; raises DataError where two answers share a prompt."""
+    """Every question about every term, each prompt once; raises DataError if two terms get the same prompt."""
     settings.check()
     report = Report()
     questions: dict[str, Question] = {}
@@ -130,7 +130,10 @@ def make_pairs(terms: Sequence[Term], settings: PairSettings) -> Pairs:
     for question in _questions(terms, settings):
         first = questions.setdefault(question.prompt, question)
         if (first.response, first.where) != (question.response, question.where):
-            report.add(question.where, f"the question {first.prompt!r} also asks for {first.where}; rename one term")
+            report.add(
+                question.where,
+                f"the question {first.prompt!r} is also asked about {first.where}; rename one of the terms",
+            )
         elif first is not question:
             num_duplicates += 1
     report.raise_if_any()
@@ -141,31 +144,35 @@ def make_pairs(terms: Sequence[Term], settings: PairSettings) -> Pairs:
 def _questions(terms: Sequence[Term], settings: PairSettings) -> Iterator[Question]:
     """The questions on each term's definition and examples, and on pairs of terms."""
     for term in terms:
-        yield from _asked("definition", (term,), term.definition, settings)
+        yield from _wordings_of("definition", (term,), term.definition, settings)
         if term.examples:
-            yield from _asked("examples", (term,), f"For example: {_sentence('; '.join(term.examples))}", settings)
+            yield from _wordings_of(
+                "examples", (term,), f"For example: {_sentence('; '.join(term.examples))}", settings
+            )
     for first, second in similar_pairs(terms, settings):
-        yield from _asked("comparison", (first, second), f"{_stated(first)} {_stated(second)}", settings)
+        yield from _wordings_of(
+            "comparison", (first, second), f"{_as_statement(first)} {_as_statement(second)}", settings
+        )
 
 
-def _asked(kind: str, terms: Sequence[Term], response: str, settings: PairSettings) -> Iterator[Question]:
-    """One fact in the wordings that are drawn for it, whatever else the glossary holds."""
+def _wordings_of(kind: str, terms: Sequence[Term], response: str, settings: PairSettings) -> Iterator[Question]:
+    """The questions for one answer; which wordings are drawn does not depend on the rest of the glossary."""
     names = [term.name for term in terms]
     context = settings.context.strip()
     slots = {"term": names[0], "other": names[-1], "context": f" {context}" if context else ""}
-    for held_out, wordings, most in (
+    for held_out, wordings, limit in (
         (False, WORDINGS[kind].training, settings.forms),
         (True, WORDINGS[kind].held_out, settings.held_out_forms),
     ):
         draw = _random(settings.seed, held_out, kind, *names)
-        for wording in draw.sample(wordings, min(most, len(wordings))):
+        for wording in draw.sample(wordings, min(limit, len(wordings))):
             yield Question(wording.format(**slots), response, kind, held_out, terms[-1].where or repr(names[-1]))
 
 
 def similar_pairs(terms: Sequence[Term], settings: PairSettings) -> list[tuple[Term, Term]]:
-    """At most settings.comparisons pairs of one domain whose names are easily mixed up, the closest first.
+    """At most settings.comparisons pairs of one domain whose names are easily confused, the most similar first.
 
-    Compares every term with every other of its domain: 1,000 terms of one domain take 5 seconds.
+    Every term is compared with every other of its domain: 1,000 terms of one domain take 5 seconds.
     """
     ordered = sorted(terms, key=lambda term: (term.domain, term.name))
     candidates = [
@@ -174,29 +181,29 @@ def similar_pairs(terms: Sequence[Term], settings: PairSettings) -> list[tuple[T
         for first, second in itertools.combinations(group, 2)
         if (distance := _distance(first.name.lower(), second.name.lower())) is not None
     ]
-    times: Counter[str] = Counter()
+    uses: Counter[str] = Counter()
     chosen: list[tuple[Term, Term]] = []
     for _, _, first, second in sorted(candidates, key=lambda candidate: candidate[:2]):
-        if len(chosen) < settings.comparisons and max(times[first.name], times[second.name]) < COMPARISONS_PER_TERM:
-            times.update((first.name, second.name))
+        if len(chosen) < settings.comparisons and max(uses[first.name], uses[second.name]) < MAX_COMPARISONS_PER_TERM:
+            uses.update((first.name, second.name))
             chosen.append((first, second))
     return chosen
 
 
 def _distance(first: str, second: str) -> int | None:
-    """How many letters differ between names that are easily mixed up; None for other names."""
+    """The number of letters in which easily confused names differ; None for other names."""
     matcher = difflib.SequenceMatcher(None, first, second, autojunk=False)
     if matcher.real_quick_ratio() < 0.5 or matcher.quick_ratio() < 0.5:
         return None
     num_equal = sum(block.size for block in matcher.get_matching_blocks())
     distance = max(len(first), len(second)) - num_equal
-    begins = first.startswith(second) or second.startswith(first)
-    alike = (distance <= 1 and num_equal) or begins or matcher.ratio() >= LEAST_LIKENESS
-    return distance if alike else None
+    is_prefix = first.startswith(second) or second.startswith(first)
+    is_similar = (distance <= 1 and num_equal) or is_prefix or matcher.ratio() >= MIN_SIMILARITY
+    return distance if is_similar else None
 
 
-def _stated(term: Term) -> str:
-    """The definition as a sentence that says what it defines."""
+def _as_statement(term: Term) -> str:
+    """The definition as a sentence that names its term."""
     sentence = _sentence(term.definition)
     return sentence if sentence.startswith(term.name) else f"{term.name}: {sentence}"
 
@@ -206,25 +213,25 @@ def _sentence(text: str) -> str:
 
 
 def _random(*key: object) -> random.Random:
-    """Numbers that depend on the key alone, so that a new term leaves the rows of the others as they are."""
+    """A generator seeded by the key alone, so that adding a term does not change the rows of the others."""
     return random.Random("\n".join(map(str, key)))
 
 
 def statistics(glossary: Glossary, pairs: Pairs, settings: PairSettings) -> str:
-    """What was made of what, as lines to print."""
+    """Counts of terms and rows, as lines to print."""
     domains = Counter(term.domain or "no domain" for term in glossary.terms)
     lines = [f"{len(glossary.terms):6,} terms: " + ", ".join(f"{name} {n:,}" for name, n in domains.most_common())]
     for held_out, forms in ((False, settings.forms), (True, settings.held_out_forms)):
         counts = {kind: pairs.count(held_out, kind) for kind in WORDINGS}
         lines.append(
             f"{sum(counts.values()):6,} {'held-out' if held_out else 'training'} rows: "
-            f"{counts['definition']:,} on definitions ({forms} forms a term), {counts['examples']:,} on examples, "
+            f"{counts['definition']:,} on definitions ({forms} forms per term), {counts['examples']:,} on examples, "
             f"{counts['comparison']:,} comparisons"
         )
     lines.append(f"{glossary.num_duplicates + pairs.num_duplicates:6,} duplicates removed")
     if glossary.ignored_fields:
         named = ", ".join(f"{name} ({count:,})" for name, count in sorted(glossary.ignored_fields.items()))
-        lines.append(f"       fields that nothing reads: {named}")
+        lines.append(f"       ignored fields: {named}")
     return "\n".join(lines)
 
 
@@ -237,25 +244,28 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     default = PairSettings()
     parser = _Parser(prog="handloop glossary", description=__doc__, allow_abbrev=False)
     parser.add_argument("source", type=Path, metavar="SOURCE", help="a .csv, .json, .yaml or .py file of terms")
-    parser.add_argument("--out", type=Path, required=True, help="the rows to train, JSONL")
-    parser.add_argument("--held-out", type=Path, required=True, help="the rows to validate with, JSONL")
-    parser.add_argument("--forms", type=int, default=default.forms, help="wordings trained a term (%(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="JSONL file for the training rows")
+    parser.add_argument("--held-out", type=Path, required=True, help="JSONL file for the validation rows")
+    parser.add_argument("--forms", type=int, default=default.forms, help="training wordings per term (%(default)s)")
     parser.add_argument(
-        "--held-out-forms", type=int, default=default.held_out_forms, help="wordings held out a term (%(default)s)"
+        "--held-out-forms", type=int, default=default.held_out_forms, help="held-out wordings per term (%(default)s)"
     )
     parser.add_argument(
-        "--comparisons", type=int, default=default.comparisons, help="pairs compared, at most (%(default)s)"
+        "--comparisons",
+        type=int,
+        default=default.comparisons,
+        help="most pairs of terms to compare (%(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=default.seed, help="draws wordings and order (%(default)s)")
-    parser.add_argument("--context", default=default.context, help="put into every question: 'in the Embraer context'")
+    parser.add_argument("--seed", type=int, default=default.seed, help="seed for wordings and order (%(default)s)")
+    parser.add_argument("--context", default=default.context, help="added to each question: 'in the Embraer context'")
     options = parser.parse_args(argv)
     if len({path.resolve() for path in (options.source, options.out, options.held_out)}) < 3:
-        parser.error("SOURCE, --out and --held-out must be three files")
+        parser.error("SOURCE, --out and --held-out must be three different files")
     return options
 
 
 def write_both(files: dict[Path, list[dict[str, str]]]) -> None:
-    """Writes JSONL files so that whoever reads them, or a crash, meets each of them whole, the old or the new one."""
+    """Writes JSONL files, each replaced atomically: a reader, or a crash, finds the old file or the new one."""
     temporary = {path: path.with_name(f".{path.name}.tmp-{os.getpid()}") for path in files}
     try:
         for path, rows in files.items():
@@ -270,7 +280,7 @@ def write_both(files: dict[Path, list[dict[str, str]]]) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """`handloop glossary`: reads, writes both files, prints the statistics; raises DataError, with nothing written."""
+    """`handloop glossary`: writes both files and prints the counts; raises DataError before it writes anything."""
     options = _parse(argv)
     settings = PairSettings(options.forms, options.held_out_forms, options.comparisons, options.seed, options.context)
     glossary = read_terms(options.source)

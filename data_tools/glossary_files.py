@@ -1,4 +1,4 @@
-"""The terms of a glossary, read from CSV, JSON, YAML or a Python literal; everything wrong in one report."""
+"""The terms of a glossary, read from CSV, JSON, YAML or a Python literal; every problem in one report."""
 
 import ast
 import csv
@@ -32,7 +32,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Glossary:
-    """The terms of a file, each once; how many repetitions were dropped; fields that nothing reads."""
+    """The terms of a file, each once; the number of duplicates that were dropped; the ignored fields."""
 
     terms: tuple[Term, ...]
     num_duplicates: int
@@ -40,10 +40,10 @@ class Glossary:
 
 
 class _Object(list[tuple[Any, Any]]):
-    """The (key, value) pairs of a mapping, in which a repeated key is still to be seen."""
+    """A mapping as (key, value) pairs, so that a repeated key can be reported."""
 
 
-Entries = Iterator[tuple[str, Any]]  # where, and one term in whatever shape the file has it
+Entries = Iterator[tuple[str, Any]]  # (place, one term as the file holds it)
 
 
 def read_terms(path: Path) -> Glossary:
@@ -54,19 +54,19 @@ def read_terms(path: Path) -> Glossary:
     report = Report()
     terms, num_duplicates = _merge(_read(path, report), report)
     if not terms and not report.total:
-        report.add(str(path), "holds no term")
+        report.add(str(path), "contains no terms")
     report.raise_if_any()
     return Glossary(tuple(terms), num_duplicates, report.ignored_fields)
 
 
 def _read(path: Path, report: Report) -> Iterator[Term]:
-    """The good terms of a file; what is wrong goes to `report`."""
+    """The valid terms of a file; problems are added to `report`."""
     reader = READERS.get(path.suffix.lower())
     if not path.is_file():
         report.add(str(path), "no such file; check the spelling")
         return
     if reader is None:
-        report.add(str(path), f"unknown file ending; a glossary is a {', '.join(READERS)} file")
+        report.add(str(path), f"unknown file extension; a glossary is a {', '.join(READERS)} file")
         return
     try:
         entries = list(reader(path, path.read_bytes().decode("utf-8-sig"), report))
@@ -74,7 +74,7 @@ def _read(path: Path, report: Report) -> Iterator[Term]:
         report.add(str(path), f"not UTF-8 (byte {error.start}); convert it, for example with iconv -t utf-8")
         return
     except RecursionError:
-        report.add(str(path), "nested too deeply; a list of terms is expected")
+        report.add(str(path), "nested too deeply; expected a list of terms")
         return
     for where, content in entries:
         try:
@@ -113,14 +113,14 @@ def _json_entries(path: Path, text: str, report: Report) -> Entries:
         report.add(f"{path}:{error.lineno}", f"not JSON: {error.msg} at column {error.colno}")
         return
     if not isinstance(content, list):
-        report.add(str(path), f"a list of terms, or an object of term: definition, is expected, not {_kind(content)}")
+        report.add(str(path), f"expected a list of terms, or an object of term: definition, not {_kind(content)}")
         return
     for number, entry in enumerate(content, start=1):
         yield f"{path}: entry {number}", _keyed(*entry) if isinstance(content, _Object) else entry
 
 
 def _yaml_entries(path: Path, text: str, report: Report) -> Entries:
-    """Reads the nodes and not the values that safe_load makes of them: a term NO is no False, and 145 no number."""
+    """Reads nodes, because safe_load would turn a term NO into False and 145 into a number."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
@@ -129,7 +129,7 @@ def _yaml_entries(path: Path, text: str, report: Report) -> Entries:
         report.add(place, f"not YAML: {getattr(error, 'problem', None) or error}")
         return
     if not isinstance(root, yaml.CollectionNode):
-        report.add(str(path), "a list of terms, or a mapping of term: definition, is expected")
+        report.add(str(path), "expected a list of terms, or a mapping of term: definition")
         return
     for entry in root.value:
         key, value = entry if isinstance(root, yaml.MappingNode) else (None, entry)
@@ -160,7 +160,7 @@ def _python_entries(path: Path, text: str, report: Report) -> Entries:
     values = (node.value for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign))
     content = next((value for value in values if isinstance(value, ast.List | ast.Tuple | ast.Dict)), None)
     if content is None:
-        report.add(str(path), "assigns no list and no dict; write TERMS = [...] with the terms in it")
+        report.add(str(path), "no list or dict is assigned; write TERMS = [...] with the terms in it")
         return
     keyed = isinstance(content, ast.Dict)
     for key, value in zip(content.keys, content.values, strict=True) if keyed else ((None, e) for e in content.elts):
@@ -168,7 +168,7 @@ def _python_entries(path: Path, text: str, report: Report) -> Entries:
         try:
             yield where, _keyed(_python_value(key), _python_value(value)) if keyed else _python_value(value)
         except (ValueError, TypeError):
-            report.add(where, "only literal strings, lists and dicts are read here, since the file is not executed")
+            report.add(where, "the file is parsed, not executed; write literal strings, lists and dicts")
 
 
 def _python_value(node: ast.expr | None) -> Any:
@@ -192,26 +192,26 @@ READERS: dict[str, Callable[[Path, str, Report], Entries]] = {
 
 
 def _keyed(key: Any, value: Any) -> _Object:
-    """The entry `key: value` of a mapping, in which the value is a definition or the other fields."""
+    """A mapping's entry `term: value`, where the value is the definition or the other fields."""
     return _Object([("term", key), *(value if isinstance(value, _Object) else [("definition", value)])])
 
 
 def _term(where: str, content: Any, ignored_fields: Counter[str]) -> Term:
-    """The term that an entry describes; raises ValueError with everything that is wrong with it."""
+    """The term in an entry; raises ValueError with everything that is wrong with it."""
     fields = _fields(content)
     problems = []
     for name in ("term", "definition"):
         if name not in fields:
             problems.append(f"no field {name!r} (fields here: {', '.join(sorted(fields)) or 'none'})")
         elif not fields[name]:
-            problems.append(f"{name!r} is empty; write it or take the entry out")
+            problems.append(f"{name!r} is empty; fill it in or remove the entry")
     for name in FIELDS[:3]:
         if not isinstance(fields.get(name) or "", str):
             problems.append(f"{name!r} must be a string, not {_kind(fields[name])}; put quotes around it")
     examples = fields.get("examples") or []
     examples = examples.split(";") if isinstance(examples, str) else examples
     if not isinstance(examples, list) or not all(isinstance(example, str) for example in examples):
-        problems.append("'examples' must be a list of strings, or one string with ; between them")
+        problems.append("'examples' must be a list of strings, or one string separated by ;")
     if problems:
         raise ValueError("; ".join(problems))
     ignored_fields.update(fields.keys() - set(FIELDS))
@@ -225,27 +225,27 @@ def _term(where: str, content: Any, ignored_fields: Counter[str]) -> Term:
 
 
 def _fields(content: Any) -> dict[str, Any]:
-    """The fields of an entry, texts trimmed; raises ValueError if it is no mapping or a key stands there twice."""
+    """The fields of an entry, texts stripped; raises ValueError if it is not a mapping or repeats a key."""
     if type(content) is list and 2 <= len(content) <= len(FIELDS):
         content = _Object(zip(FIELDS, content, strict=False))
     if not isinstance(content, _Object):
-        raise ValueError(f"a term with its definition is expected, not {_kind(content)}")
+        raise ValueError(f"expected a term with its definition, not {_kind(content)}")
     fields: dict[str, Any] = {}
     for key, value in content:
         name = str(key).strip().lower()
-        # composed and decomposed accents would be two terms that look like one
+        # a term with a composed and one with a decomposed accent look the same
         value = unicodedata.normalize("NFC", value).strip() if isinstance(value, str) else value
         if name in fields:
-            raise ValueError(f"the field {name!r} stands there twice; keep one")
+            raise ValueError(f"the field {name!r} appears twice; keep one")
         if name:
             fields[name] = value
         elif value:
-            raise ValueError("more columns than the first line names; put quotes around a text with commas")
+            raise ValueError("more columns than in the first line; put quotes around a text with commas")
     return fields
 
 
 def _merge(terms: Iterable[Term], report: Report) -> tuple[list[Term], int]:
-    """(the terms, each once, how many were repetitions); a term with two definitions is a problem."""
+    """(the terms, each once; the number of duplicates); a term with two different definitions is a problem."""
     merged: dict[str, Term] = {}
     num_duplicates = 0
     for term in terms:
@@ -253,7 +253,7 @@ def _merge(terms: Iterable[Term], report: Report) -> tuple[list[Term], int]:
         if first is term:
             continue
         if first.definition.split() != term.definition.split():
-            report.add(term.where, f"{term.name!r} is defined otherwise at {first.where}; keep one, or rename one")
+            report.add(term.where, f"{term.name!r} is defined differently at {first.where}; keep one, or rename one")
             continue
         num_duplicates += 1
         examples = tuple(dict.fromkeys(first.examples + term.examples))
@@ -262,7 +262,7 @@ def _merge(terms: Iterable[Term], report: Report) -> tuple[list[Term], int]:
 
 
 def _key(name: str) -> str:
-    """What is equal for two spellings of one term: `Lead time` is `lead time`, but `POi` is not `POI`."""
+    """A key that is equal for spellings of the same term: `Lead time` is `lead time`, but `POi` is not `POI`."""
     return " ".join(word.lower() if word[1:] == word[1:].lower() else word for word in name.split())
 
 

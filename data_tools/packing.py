@@ -1,4 +1,4 @@
-"""Lengths -> bins: best-fit decreasing, so that rows of a token budget are nearly full; pure and deterministic."""
+"""Sample lengths -> packed rows by best-fit decreasing; pure and deterministic."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Bins of sample numbers whose lengths sum to at most `budget` tokens.
 
-    Longest first, each into the fullest bin that still takes it (Johnson 1974); O(n log n). Ties are broken by sample
-    number and by the order in which bins were opened, so equal input gives equal bins. Raises ValueError for a
-    sample longer than the budget.
+    Samples are placed longest first, each into the fullest bin with room for it (Johnson 1974); O(n log n). Ties are
+    broken by sample number and by the order in which bins were opened, so equal input gives equal bins. Raises
+    ValueError for a sample longer than the budget.
     """
     bins: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (tokens left, bin number), ascending

@@ -1,4 +1,4 @@
-"""Files -> tokenised samples on disk: an Arrow table in a folder named by the fingerprint of all that decides it."""
+"""Files -> tokenised samples on disk: an Arrow table in a folder named by the fingerprint of all its inputs."""
 
 import fcntl
 import hashlib
@@ -40,17 +40,17 @@ from data_tools.render import (
 )
 from data_tools.truncation import Fitted, Policy, fit
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # records are shared between processes, not inside a call
-MOST_WORKERS = 16
-PARALLEL_FROM_BYTES = 4 * 2**20  # below, starting processes takes longer than it saves
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes divide the records; a call needs no threads
+MAX_WORKERS = 16
+MIN_PARALLEL_BYTES = 4 * 2**20  # for less, starting processes takes longer than it saves
 CHUNK_RECORDS = 128
 
-FORMAT_VERSION = 3  # raise it when the same input would give other samples
+FORMAT_VERSION = 3  # raise it when the same input would give different samples
 FEATURES = Features(
     {
         "source": Value("string"),
         "path_number": Value("int32"),  # which of the user's paths the sample comes from
-        "record": Value("int32"),  # running number of the row or text file
+        "record": Value("int32"),  # number of the row or text file, over all paths
         "input_ids": List(Value("int32")),
         "trained": List(Value("bool")),
         "num_tokens": Value("int32"),
@@ -61,7 +61,7 @@ FEATURES = Features(
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """What, besides the content of the files and the tokenizer, decides the samples."""
+    """The settings that, with the files' content and the tokenizer, determine the samples."""
 
     paths: tuple[str, ...]
     format: str = "auto"
@@ -72,22 +72,22 @@ class PrepareSettings:
     on_error: str = "stop"
 
     def sources(self) -> list[Source]:
-        """The files and hub data sets behind the paths; raises DataError for what is not there."""
+        """The files and hub data sets that the paths name; raises DataError if any is missing."""
         return find_sources(self.paths, self.format, self.fields)
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What became of the records; stored beside the samples."""
+    """Counts of records, samples and tokens; stored beside the samples."""
 
     num_records: int
     num_samples: int
     num_tokens: int
     num_supervised_tokens: int
-    num_dropped: int  # records too long, or with nothing left to train
-    num_cut_answers: int  # records of which an answer lost tokens to the truncation policy
+    num_dropped: int  # records that are too long, or have no supervised tokens
+    num_cut_answers: int  # records with an answer that lost tokens to truncation
     num_skipped: int  # records that could not be read, with on_error skip
-    skipped: list[str]  # the first of them, with the reason
+    skipped: list[str]  # the first of them, with their reasons
     end_token_ids: list[int]
     ignored_fields: dict[str, int]
     formats: list[str]
@@ -95,7 +95,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Samples, memory-mapped; `fingerprint` is equal exactly when the samples are."""
+    """Memory-mapped samples; two fingerprints are equal exactly when the samples are."""
 
     fingerprint: str
     dataset: Dataset
@@ -103,19 +103,19 @@ class Prepared:
 
 
 def prepare(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """The samples of `settings.paths`, from the cache or made now; raises DataError listing all that is wrong.
+    """The samples of `settings.paths`, from the cache or made now; raises DataError listing every problem.
 
-    Bad data leaves nothing behind, and an interrupted preparation nothing that is taken for whole: samples are
-    written to a temporary folder that is renamed when it is complete.
+    Bad data leaves nothing in the cache, and an interrupted preparation nothing that looks complete: samples are
+    written to a temporary folder, which is renamed at the end.
     """
     sources = settings.sources()
     fingerprint = _fingerprint(settings, sources, tokenizer)
     folder = cache_root() / fingerprint
     locks = cache_root().parent / "locks"
-    for needed in (folder.parent, locks):
-        needed.mkdir(parents=True, exist_ok=True)
+    for parent in (folder.parent, locks):
+        parent.mkdir(parents=True, exist_ok=True)
     with (locks / fingerprint[:2]).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process prepares, others that want the same wait for it
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process prepares; others that need the same samples wait
         found = _cached(folder)
         if found is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -126,19 +126,19 @@ def prepare(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase) -> Pr
 
 
 def _cached(folder: Path) -> Prepared | None:
-    """What lies in the cache; None where nothing does, or something that is not ours or is damaged."""
+    """The samples in the cache; None if there are none, or if they are damaged or of another version."""
     try:
         statistics = Statistics(**json.loads((folder / "statistics.json").read_text(encoding="utf-8")))
         samples = Dataset.from_file(str(folder / "samples.arrow"))
     except (OSError, ValueError, TypeError, KeyError, pyarrow.ArrowException):
         return None
-    is_ours = samples.features == FEATURES and len(samples) == statistics.num_samples
-    return Prepared(folder.name, samples, statistics) if is_ours else None
+    is_valid = samples.features == FEATURES and len(samples) == statistics.num_samples
+    return Prepared(folder.name, samples, statistics) if is_valid else None
 
 
 def _make(sources: Sequence[Source], settings: PrepareSettings, tokenizer: Any, folder: Path) -> None:
     temporary = folder.with_name(f".tmp-{folder.name[:16]}-{uuid.uuid4().hex[:8]}")
-    temporary.mkdir(mode=0o700)  # it holds the data in readable form
+    temporary.mkdir(mode=0o700)  # it holds the user's data as text
     try:
         statistics = _write(sources, settings, tokenizer, temporary / "samples.arrow")
         (temporary / "statistics.json").write_text(json.dumps(asdict(statistics)), encoding="utf-8")
@@ -151,18 +151,18 @@ def _make(sources: Sequence[Source], settings: PrepareSettings, tokenizer: Any, 
 
 
 def first_conversations(settings: PrepareSettings, count: int) -> list[Conversation]:
-    """The first `count` conversations of the files, for asking their questions."""
+    """The first `count` conversations of the files, whose questions are asked after training."""
     records = read_records(settings.sources(), Report())
     return list(islice((record for record in records if isinstance(record, Conversation)), count))
 
 
 def cache_root() -> Path:
-    """Where prepared data lies: HANDLOOP_CACHE, or ~/.cache/handloop; everything in it can be made again."""
+    """The folder of prepared data in HANDLOOP_CACHE or ~/.cache/handloop; everything in it can be made again."""
     return Path(os.environ.get("HANDLOOP_CACHE") or "~/.cache/handloop").expanduser() / "prepared"
 
 
 def _fingerprint(settings: PrepareSettings, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 over content in order, formats, tokenizer, template and settings; where the files lie does not count."""
+    """sha256 of the content in order, formats, tokenizer, template and settings; the files' paths do not count."""
     digest = hashlib.sha256(tokenizer_identity(tokenizer).encode())
     for source in sources:
         digest.update(f"{source.path_number} {source.digest()}\n".encode())
@@ -174,7 +174,7 @@ def _fingerprint(settings: PrepareSettings, sources: Sequence[Source], tokenizer
 def _write(sources: Sequence[Source], settings: PrepareSettings, tokenizer: Any, path: Path) -> Statistics:
     if tokenizer.eos_token_id is None:
         raise DataError(
-            "the tokenizer has no end token (eos_token), so no model could learn to stop; set one in its files"
+            "the tokenizer has no end token, so no model could learn to stop; set eos_token in tokenizer_config.json"
         )
     report = Report()
     counts: Counter[str] = Counter()
@@ -231,13 +231,13 @@ def _row(sample: Sample, record: Record, number: int) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class _Renderer:
-    """Turns records into samples of the allowed length."""
+    """Turns records into samples of at most data.max_length tokens."""
 
     tokenizer: Any
     settings: PrepareSettings
 
     def fit(self, record: Record) -> Fitted | str:
-        """The samples of a record, or why it cannot be used."""
+        """The samples of a record, or the reason why it cannot be used."""
         settings = self.settings
         if isinstance(record, Document):
             pieces = render_document(self.tokenizer, record, settings.max_length, settings.text_overlap)
@@ -246,29 +246,29 @@ class _Renderer:
             sample = render_conversation(self.tokenizer, record)
         except ValueError as error:
             return str(error)
-        except TimeoutError as error:  # it would do so again at the next record
+        except TimeoutError as error:  # the next record would time out too
             raise DataError(f"{record.source}: {error}") from None
         return fit(sample, settings.max_length, settings.truncation, begin_ids(self.tokenizer))
 
 
-_of_worker: list[_Renderer] = []  # in a worker process: its renderer, which would be slow to send with every chunk
+_worker_renderer: list[_Renderer] = []  # in a worker process: its renderer, which is slow to send with each chunk
 
 
 def _fit_in_worker(records: list[Record]) -> list[Fitted | str]:
-    return [_of_worker[0].fit(record) for record in records]
+    return [_worker_renderer[0].fit(record) for record in records]
 
 
 def _fitted(
     records: Iterator[Record], renderer: _Renderer, sources: Sequence[Source]
 ) -> Iterator[tuple[Record, Fitted | str]]:
-    """Each record with its samples, in order; large data sets are shared between the cores, a few chunks at a time."""
-    num_workers = min(os.cpu_count() or 1, MOST_WORKERS)
-    if num_workers == 1 or sum(source.num_bytes() for source in sources) < PARALLEL_FROM_BYTES:
+    """Each record with its samples, in order; the cores divide a large data set, a few chunks at a time."""
+    num_workers = min(os.cpu_count() or 1, MAX_WORKERS)
+    if num_workers == 1 or sum(source.num_bytes() for source in sources) < MIN_PARALLEL_BYTES:
         yield from ((record, renderer.fit(record)) for record in records)
         return
-    # fork: the renderer is there without being sent; no worker touches a GPU
+    # forked workers inherit the renderer; none of them touches a GPU
     fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(num_workers, fork, initializer=_of_worker.append, initargs=(renderer,)) as pool:
+    with ProcessPoolExecutor(num_workers, fork, initializer=_worker_renderer.append, initargs=(renderer,)) as pool:
         pending: deque[tuple[list[Record], Future[list[Fitted | str]]]] = deque()
         while chunk := list(islice(records, CHUNK_RECORDS)):
             pending.append((chunk, pool.submit(_fit_in_worker, chunk)))

@@ -1,4 +1,4 @@
-"""What is trained on, token by token: on a terminal in colour, as plain text, as JSON lines, as one HTML page."""
+"""Samples token by token, trained or masked: in colour on a terminal, as plain text, JSON lines or an HTML page."""
 
 import html
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,38 +12,38 @@ from data_tools.render import special_ids
 from data_tools.terminal import printable, visible
 
 REPLACEMENT = "\ufffd"
-LONGEST_CHARACTER_TOKENS = 8  # a UTF-8 character has at most 4 bytes, and a token at least one of them
-CONTINUATION = "…"  # stands for a token that only goes on with the bytes of the character before it
-MARKS = f"· space   ↵ newline   ⇥ tab   {CONTINUATION} goes on with the character before it"
+MAX_CHARACTER_TOKENS = 8  # a UTF-8 character has at most 4 bytes, and each token holds at least one
+CONTINUATION = "…"  # stands for a token that only continues the bytes of the character before it
+MARKS = f"· space   ↵ newline   ⇥ tab   {CONTINUATION} continues the character before it"
 TRAINED, MASKED = "green", "dim"
 TITLE = "What is trained on"
 
 
 @dataclass(frozen=True)
 class TokenView:
-    """One sample as it is trained; the four lists have an item a token, and `tokens` joined are the text."""
+    """A sample as it is trained; the four lists have one item per token, and joined `tokens` give the text."""
 
     source: str
     ids: list[int]
     trained: list[bool]
     tokens: list[str]
     special: list[bool]
-    packed_row: int | None = None  # which packed row it stands in, counted from 1
-    packed_start: int = 0  # how many tokens of other samples stand before it there
+    packed_row: int | None = None  # number of its packed row, from 1
+    packed_start: int = 0  # number of tokens before it in that row
 
     @property
     def num_supervised_tokens(self) -> int:
-        """Targets; the first token is never one."""
+        """Supervised tokens; the first token is never one."""
         return sum(self.trained[1:])
 
     @property
     def heading(self) -> str:
-        """Source, counts, and the place in a packed row."""
+        """The source, the counts, and the place in a packed row."""
         return f"{printable(self.source)}  {self.counts}"
 
     @property
     def counts(self) -> str:
-        """Tokens, trained tokens, and the place in a packed row."""
+        """The numbers of tokens and trained tokens, and the place in a packed row."""
         counts = f"{len(self.ids):,} tokens, {self.num_supervised_tokens:,} trained"
         if self.packed_row is None:
             return counts
@@ -51,7 +51,7 @@ class TokenView:
         return f"{counts}, in packed row {self.packed_row} from {self.packed_start + 1:,} to {last:,}"
 
     def as_json(self) -> dict[str, Any]:
-        """For one line of JSON: ids, trained (0 or 1), source, tokens and the counts."""
+        """An object for one JSON line: source, counts, ids, trained (0 or 1) and the text of each token."""
         return {
             "source": self.source,
             "num_tokens": len(self.ids),
@@ -65,7 +65,7 @@ class TokenView:
 
 
 def preview(samples: Iterable[Any], tokenizer: Any) -> Iterator[TokenView]:
-    """The samples of a prepared data set with the text of each token; packed ones come with their place."""
+    """Samples of a prepared data set with the text of each token, and the place of packed ones."""
     special = special_ids(tokenizer)
     for sample in samples:
         ids = sample["input_ids"]
@@ -76,10 +76,10 @@ def preview(samples: Iterable[Any], tokenizer: Any) -> Iterator[TokenView]:
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int], special: Sequence[bool]) -> list[str]:
-    """The text that each token stands for; joined they are the text of the sample.
+    """The text of each token; joined, they are the text of the sample.
 
-    Where several tokens make up one character, the first has it and the others are empty. Every piece is decoded
-    behind an ordinary token, because decoders of the Llama-2 kind strip the space at the beginning of a text.
+    If several tokens make up one character, the first gets it and the others are empty. Each piece is decoded after an
+    ordinary token, because Llama-2's decoder strips the space at the beginning of a text.
     """
     anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
     anchor_length = len(tokenizer.decode(anchor))
@@ -94,9 +94,9 @@ def token_texts(tokenizer: Any, ids: Sequence[int], special: Sequence[bool]) -> 
             texts.append(tokenizer.convert_ids_to_tokens(ids[start]))
             continue
         end, piece = start + 1, decode(ids[start : start + 1])
-        # half a character, or the data's own replacement character: then the text does not change when it is cut here
-        while REPLACEMENT in piece and end < min(len(ids), start + LONGEST_CHARACTER_TOKENS):
-            horizon = end + LONGEST_CHARACTER_TOKENS
+        # half a character; or the data itself has U+FFFD, and then cutting the text at `end` does not change it
+        while REPLACEMENT in piece and end < min(len(ids), start + MAX_CHARACTER_TOKENS):
+            horizon = end + MAX_CHARACTER_TOKENS
             if piece + decode(ids[end:horizon]) == decode(ids[start:horizon]):
                 break
             end += 1
@@ -106,7 +106,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int], special: Sequence[bool]) -> 
 
 
 def show_samples(rows: Iterable[TokenView], console: Console) -> None:
-    """Prints the rows: in colour on a terminal, else with marks that need none."""
+    """Prints the rows: in colour on a terminal, otherwise with brackets and bars."""
     coloured = console.is_terminal and not console.no_color
     legend = _coloured_legend() if coloured else Text(f"⟦ ⟧ trained   │ between tokens   {MARKS}")
     console.print(legend, soft_wrap=True)
@@ -117,12 +117,12 @@ def show_samples(rows: Iterable[TokenView], console: Console) -> None:
 
 
 def as_plain(row: TokenView) -> str:
-    """The tokens without colour: ⟦ and ⟧ around what is trained, elsewhere a bar or a new line between any two."""
+    """The tokens without colour: ⟦ and ⟧ around trained ones, and a bar or a new line between any other two."""
     text = ""
     for token, trained, before, after in zip(
         row.tokens, row.trained, [False, *row.trained], [*row.trained[1:], False], strict=False
     ):
-        # a break goes behind the closing mark, or that would begin the next line
+        # the line break follows ⟧, which would otherwise begin the next line
         body, newline, _ = _shown(token).rpartition("↵\n") if token.endswith("\n") else (_shown(token), "", "")
         bar = "⟦" if trained and not before else "│" if text and text[-1] not in "\n⟧" else ""
         text += f"{bar}{body}{newline[:1]}{'⟧' if trained and not after else ''}{newline[1:]}"
@@ -134,7 +134,7 @@ def _shown(token: str) -> str:
 
 
 def _coloured(row: TokenView) -> Text:
-    """Neighbouring tokens differ by underlining, special ones are reversed."""
+    """Every second token is underlined, special tokens are reversed."""
     text = Text()
     for i, (token, trained, special) in enumerate(zip(row.tokens, row.trained, row.special, strict=True)):
         text.append(_shown(token), style=_style(trained, special, underlined=i % 2 == 1))
@@ -203,7 +203,7 @@ i {{ font-style: normal; opacity: .65; }}
 <li><code><i>·</i></code> space</li>
 <li><code><i>↵</i></code> newline</li>
 <li><code><i>⇥</i></code> tab</li>
-<li><code><i>…</i></code> goes on with the character before it</li>
+<li><code><i>…</i></code> continues the character before it</li>
 </ul>
 {rows}
 </body>
@@ -212,7 +212,7 @@ i {{ font-style: normal; opacity: .65; }}
 
 
 def as_html(rows: Iterable[TokenView], subtitle: str) -> str:
-    """One page that needs nothing from elsewhere; everything that comes from the data is escaped."""
+    """A self-contained page; everything that comes from the data is escaped."""
     articles = "\n".join(_article(row) for row in rows)
     return _PAGE.format(title=TITLE, subtitle=html.escape(printable(subtitle)), rows=articles)
 
@@ -233,6 +233,6 @@ def _article(row: TokenView) -> str:
 
 
 def _html_token(token: str) -> str:
-    """The marks for white space are lighter than the text; a line may be broken before a space."""
+    """Marks for white space are lighter than the text; a line may break before a space."""
     marks = {" ": "<wbr><i>·</i>", "\n": "<i>↵</i><br>", "\t": "<i>⇥</i>"}
     return "".join(marks.get(c) or html.escape(visible(c)) for c in token) or f"<i>{CONTINUATION}</i>"

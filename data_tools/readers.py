@@ -1,4 +1,4 @@
-"""Files and hub data sets -> rows, one at a time, each with the place it came from."""
+"""Files and hub data sets -> rows, one at a time, each with its place."""
 
 import csv
 import hashlib
@@ -11,46 +11,46 @@ from typing import Any, TextIO
 import datasets
 import pyarrow.parquet
 
-LONGEST_ROW_BYTES = 8 * 2**20
-PARQUET_ROWS_AT_A_TIME = 256
+MAX_ROW_BYTES = 8 * 2**20
+PARQUET_BATCH_ROWS = 256
 
-# What the datasets library raises; RuntimeError is for a data set that would have to run a script.
-UNREADABLE = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
+# What the datasets library raises; RuntimeError if the data set would have to run a script.
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
 
 Place = str  # file:line, file:entry, or file:row
 Row = dict[str, Any]
-Complain = Callable[[Place, str], None]
+ReportProblem = Callable[[Place, str], None]
 
 
 @dataclass(frozen=True)
 class RowFile:
-    """A file of rows, by its ending."""
+    """A file of rows, read by its extension."""
 
     path: Path
 
     def __str__(self) -> str:
         return str(self.path)
 
-    def rows(self, complain: Complain) -> Iterator[tuple[Place, Row]]:
-        """The readable rows in order; what cannot be read goes to `complain`, and reading goes on where it can."""
+    def rows(self, report: ReportProblem) -> Iterator[tuple[Place, Row]]:
+        """The readable rows in order; problems go to `report`, and reading continues where it can."""
         if self.path.stat().st_size == 0:
-            complain(str(self.path), "the file is empty")
+            report(str(self.path), "the file is empty")
             return
         num_seen = 0
 
-        def note(place: Place, reason: str) -> None:
+        def report_and_count(place: Place, reason: str) -> None:
             nonlocal num_seen
             num_seen += 1
-            complain(place, reason)
+            report(place, reason)
 
-        for place, row in READERS[self.path.suffix.lower()](self.path, note):
+        for place, row in READERS[self.path.suffix.lower()](self.path, report_and_count):
             if isinstance(row, dict):
                 num_seen += 1
                 yield place, row
             else:
-                note(place, f"a JSON object is expected, not {type(row).__name__}")
+                report_and_count(place, f"expected a JSON object, not {type(row).__name__}")
         if num_seen == 0:
-            complain(str(self.path), "there is no row in it")
+            report(str(self.path), "the file has no rows")
 
     def digest(self) -> str:
         """sha256 of the file's bytes."""
@@ -60,7 +60,7 @@ class RowFile:
 
 @dataclass(frozen=True)
 class HubData:
-    """A data set on the hub as `owner/name` or `owner/name:split`, loaded without running any code of it."""
+    """A data set on the hub as `owner/name` or `owner/name:split`, loaded without running code from it."""
 
     name: str
 
@@ -68,115 +68,118 @@ class HubData:
         return self.name
 
     def load(self) -> datasets.Dataset:
-        """The split (train unless named), memory-mapped; raises one of UNREADABLE where it cannot be had."""
+        """The named split, or `train`, memory-mapped; raises one of LOAD_ERRORS."""
         name, _, split = self.name.partition(":")
         loaded = datasets.load_dataset(name, split=split or "train")
         assert isinstance(loaded, datasets.Dataset)
         return loaded
 
-    def rows(self, complain: Complain) -> Iterator[tuple[Place, Row]]:
-        """Its rows in order."""
+    def rows(self, report: ReportProblem) -> Iterator[tuple[Place, Row]]:
+        """The rows in order; a data set that cannot be loaded goes to `report`."""
         try:
             loaded = self.load()
-        except UNREADABLE as error:
-            complain(self.name, f"no such file or folder, and not a data set on the hub: {_first_line(error)}")
+        except LOAD_ERRORS as error:
+            report(self.name, f"no such file or folder, and the hub data set cannot be loaded: {_first_line(error)}")
             return
         for number, row in enumerate(loaded, start=1):
             yield f"{self.name}:{number}", dict(row)
 
     def digest(self) -> str:
-        """The fingerprint that the datasets library gives to the loaded data."""
+        """The datasets library's fingerprint of the loaded data."""
         try:
             return self.load()._fingerprint
-        except UNREADABLE:
+        except LOAD_ERRORS:
             return "unreachable"
 
 
-def _jsonl(path: Path, complain: Complain) -> Iterator[tuple[Place, Any]]:
+def _jsonl(path: Path, report: ReportProblem) -> Iterator[tuple[Place, Any]]:
     with path.open("rb") as file:
         number = 0
-        while line := file.readline(LONGEST_ROW_BYTES + 1):
+        while line := file.readline(MAX_ROW_BYTES + 1):
             number += 1
             place = f"{path}:{number}"
-            if len(line) > LONGEST_ROW_BYTES:
-                complain(place, f"the line is longer than {LONGEST_ROW_BYTES} bytes")
+            if len(line) > MAX_ROW_BYTES:
+                report(place, f"the line is longer than {MAX_ROW_BYTES} bytes")
                 while line and not line.endswith(b"\n"):
-                    line = file.readline(LONGEST_ROW_BYTES)
+                    line = file.readline(MAX_ROW_BYTES)
             elif line.strip():
                 try:
                     # only the first line may begin with a byte order mark
                     yield place, parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 except UnicodeDecodeError as error:
-                    complain(place, f"not UTF-8 (byte {error.start} of the line); convert the file")
+                    report(place, f"not UTF-8 (byte {error.start} of the line); convert the file")
                 except ValueError as error:
-                    complain(place, f"{error}; one JSON object a line is expected")
+                    report(place, f"{error}; expected one JSON object per line")
 
 
-def _json(path: Path, complain: Complain) -> Iterator[tuple[Place, Any]]:
-    """The entries of one JSON array, without holding the whole of it."""
+def _json(path: Path, report: ReportProblem) -> Iterator[tuple[Place, Any]]:
+    """The entries of a JSON array, which is never held as a whole."""
     decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant)
     with path.open(encoding="utf-8-sig") as file:
         number = 0
         try:
-            buffer = file.read(LONGEST_ROW_BYTES).lstrip()
+            buffer = file.read(MAX_ROW_BYTES).lstrip()
             if not buffer.startswith("["):
-                complain(str(path), "a JSON array of objects is expected; for one object a line name the file .jsonl")
+                report(str(path), "expected a JSON array of objects; name a file of one object per line .jsonl")
                 return
             buffer = buffer[1:].lstrip()
             while not buffer.startswith("]"):
                 number += 1
-                if len(buffer) < LONGEST_ROW_BYTES:
-                    buffer += file.read(LONGEST_ROW_BYTES)
+                if len(buffer) < MAX_ROW_BYTES:
+                    buffer += file.read(MAX_ROW_BYTES)
                 entry, length = decoder.raw_decode(buffer)
                 yield f"{path}:{number}", entry
                 buffer = buffer[length:].lstrip()
                 if not buffer.startswith((",", "]")):
-                    raise ValueError("not JSON: ',' or ']' is expected behind this entry")
-                buffer = buffer.removeprefix(",").lstrip() or file.read(LONGEST_ROW_BYTES).lstrip()
+                    raise ValueError("not JSON: expected ',' or ']' after this entry")
+                buffer = buffer.removeprefix(",").lstrip() or file.read(MAX_ROW_BYTES).lstrip()
         except UnicodeDecodeError as error:
-            complain(f"{path}:{number or 1}", f"not UTF-8 (byte {error.start}); convert the file")
+            report(f"{path}:{number or 1}", f"not UTF-8 (byte {error.start}); convert the file")
         except (ValueError, RecursionError) as error:
-            complain(f"{path}:{number}", f"{_json_reason(error)}; nothing behind it was read")
+            report(f"{path}:{number}", f"{_json_reason(error)}; the rest of the file was not read")
 
 
-def _csv(path: Path, complain: Complain) -> Iterator[tuple[Place, Any]]:
-    csv.field_size_limit(LONGEST_ROW_BYTES)
+def _csv(path: Path, report: ReportProblem) -> Iterator[tuple[Place, Any]]:
+    csv.field_size_limit(MAX_ROW_BYTES)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(_lines(file), strict=True)
         try:
             for row in reader:
                 place = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():
-                    complain(place, f"{len(reader.fieldnames or ())} columns are expected, as in the first line")
+                    report(place, f"expected {len(reader.fieldnames or ())} columns, as in the first line")
                 else:
                     yield place, row
         except UnicodeDecodeError as error:
-            complain(f"{path}:{reader.line_num + 1}", f"not UTF-8 (byte {error.start}); convert the file")
+            report(f"{path}:{reader.line_num + 1}", f"not UTF-8 (byte {error.start}); convert the file")
         except csv.Error as error:
-            complain(f"{path}:{reader.line_num + 1}", f"not CSV: {error}; nothing behind it was read")
+            report(f"{path}:{reader.line_num + 1}", f"not CSV: {error}; the rest of the file was not read")
 
 
 def _lines(file: TextIO) -> Iterator[str]:
-    while line := file.readline(LONGEST_ROW_BYTES + 1):
-        if len(line) > LONGEST_ROW_BYTES:
-            raise csv.Error(f"the line is longer than {LONGEST_ROW_BYTES} characters")
+    while line := file.readline(MAX_ROW_BYTES + 1):
+        if len(line) > MAX_ROW_BYTES:
+            raise csv.Error(f"the line is longer than {MAX_ROW_BYTES} characters")
         yield line
 
 
-def _parquet(path: Path, complain: Complain) -> Iterator[tuple[Place, Any]]:
+def _parquet(path: Path, report: ReportProblem) -> Iterator[tuple[Place, Any]]:
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(PARQUET_ROWS_AT_A_TIME):
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(PARQUET_BATCH_ROWS):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}:{number}", row
     except (OSError, pyarrow.ArrowException) as error:
-        complain(str(path), f"not Parquet: {_first_line(error)}")
+        report(str(path), f"not Parquet: {_first_line(error)}")
     except (ValueError, OverflowError) as error:  # text that is not UTF-8, dates that Python cannot hold
-        complain(f"{path}:{number + 1}", f"a value near here cannot be read: {_first_line(error)}; nothing more was")
+        report(
+            f"{path}:{number + 1}",
+            f"unreadable value near here: {_first_line(error)}; the rest was not read",
+        )
 
 
-READERS: dict[str, Callable[[Path, Complain], Iterator[tuple[Place, Any]]]] = {
+READERS: dict[str, Callable[[Path, ReportProblem], Iterator[tuple[Place, Any]]]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,
@@ -185,7 +188,7 @@ READERS: dict[str, Callable[[Path, Complain], Iterator[tuple[Place, Any]]]] = {
 
 
 def parse_json(text: str) -> Any:
-    """One JSON value; raises ValueError also for NaN, repeated keys and deep nesting, which json would let through."""
+    """One JSON value; raises ValueError also for NaN and repeated keys, which json accepts, and for deep nesting."""
     try:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -203,7 +206,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
         repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the field {repeated!r} stands twice")
+        raise ValueError(f"the field {repeated!r} appears twice")
     return row
 
 

@@ -1,4 +1,4 @@
-"""Records -> token ids and which of them are trained, made together; nothing is ever found again by its text."""
+"""Records -> token ids and which of them are trained, made together: no marker is searched for in the ids later."""
 
 import json
 import signal
@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from data_tools.records import Conversation, Document, Message
 
-# A template may come from a stranger: it runs in transformers' sandbox, and within these limits.
-TEMPLATE_SECONDS = 30.0  # a row of 8 MiB takes less than one
-LONGEST_RENDERED_CHARACTERS = 32 * 2**20  # four times the longest row
+# A chat template may come from a stranger: it runs in transformers' sandbox, within these limits.
+MAX_TEMPLATE_SECONDS = 30.0  # a row of 8 MiB takes less than one
+MAX_RENDERED_CHARACTERS = 32 * 2**20  # four times the longest row
 
-# For a tokenizer that has no chat template: markers that are plain text, and the tokenizer's own end token.
+# For a tokenizer without a chat template: role markers in plain text, and the tokenizer's end token.
 PLAIN_TEMPLATE = (
     "{{ bos_token or '' }}{% for message in messages %}"
     "{{ '### ' + message['role'] | capitalize + ':\n' + message['content'] | trim }}"
@@ -29,7 +29,7 @@ PLAIN_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Sample:
-    """What the model sees: `trained[i]` says whether token i is a target; both lists have the same length."""
+    """Token ids, and for each whether it is trained (supervised); both lists have the same length."""
 
     source: str
     input_ids: list[int]
@@ -37,22 +37,22 @@ class Sample:
 
     @property
     def num_supervised_tokens(self) -> int:
-        """Targets in this sample; the first token is never one, because nothing predicts it."""
+        """The number of supervised tokens; the first is never one, because nothing predicts it."""
         return sum(self.trained[1:])
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
-    """The text after which the model is to write the assistant's turn."""
+    """The text of the conversation with the generation prompt, after which the model writes the assistant's turn."""
     return _template(tokenizer, messages, add_generation_prompt=True)
 
 
 def render_conversation(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Sample:
-    """One sample in which exactly the wanted assistant turns and their end-of-turn tokens are trained.
+    """A sample in which exactly the assistant turns marked `train`, with their end-of-turn tokens, are trained.
 
-    A turn's place is found in two ways: as the difference between the template rendered up to its generation prompt
-    and through the turn, and by rendering two other answers in its place and seeing where the texts differ. Token
-    boundaries are cross-checked by tokenising the prompt alone. Raises ValueError, naming the turn, where the ways
-    disagree, where neither works, or where nothing would teach the model to stop.
+    A turn's span is found in two ways: as the difference between the text up to its generation prompt and the text
+    through the turn, and as the place where texts with two other answers in this turn differ. Token boundaries are
+    cross-checked by tokenising the prompt alone. Raises ValueError, naming the turn, if the two disagree, if neither
+    works, or if no end token follows the answer.
     """
     turns = _Turns(tokenizer, conversation.messages)
     trained = [False] * len(turns.ids)
@@ -60,7 +60,7 @@ def render_conversation(tokenizer: PreTrainedTokenizerBase, conversation: Conver
         if not message.train:
             continue
         try:
-            first, last = turns.written_by_the_model(number)
+            first, last = turns.trained_tokens(number)
         except ValueError as error:
             raise ValueError(f"turn {number + 1}: {error}") from None
         trained[first : last + 1] = [True] * (last + 1 - first)
@@ -68,36 +68,36 @@ def render_conversation(tokenizer: PreTrainedTokenizerBase, conversation: Conver
 
 
 class _Turns:
-    """A rendered conversation, and where in its text and tokens each turn stands; spans are [start, end)."""
+    """A rendered conversation, and the span of each turn in its text and tokens; spans are [start, end)."""
 
     def __init__(self, tokenizer: Any, messages: Sequence[Message]) -> None:
         self.tokenizer = tokenizer
         self.messages = messages
         self.text = _template(tokenizer, messages)
-        self.forged = self._spans_that_spell_special_tokens()
+        self.literal_spans = self._spans_with_special_tokens()
         self.ids, self.offsets = self._encode(len(self.text))
 
-    def written_by_the_model(self, number: int) -> tuple[int, int]:
-        """First and last token of what the model has to write in turn `number`; the last is its end-of-turn token."""
+    def trained_tokens(self, number: int) -> tuple[int, int]:
+        """Indices of the first token that the model writes in turn `number`, and of the turn's end token."""
         content, turn = self._content_span(number), self._turn_span(number)
         if content is not None and turn is not None and not turn[0] <= content[0] <= content[1] <= turn[1]:
-            raise ValueError("two ways of finding the answer in the chat template's text disagree")
+            raise ValueError("the two ways of locating the answer in the chat template's text disagree")
         span = turn or content
         if span is None:
-            raise ValueError("the chat template rewrites the conversation, so the answer's place is unknown")
+            raise ValueError("the chat template rewrites the conversation, so the answer cannot be located")
         first = next(i for i, (_, end) in enumerate(self.offsets) if end > span[0])
         merged = bool(self.text[self.offsets[first][0] : span[0]].strip())
         if merged or (turn is not None and self._encode(turn[0])[0] != self.ids[:first]):
             raise ValueError(
-                "the tokenizer merges the prompt's end with the answer's beginning, often a newline or blank"
+                "the tokenizer merges the end of the prompt with the beginning of the answer, often a newline or space"
             )
         last = self._end_of_turn(first, (content or span)[1] if content else None, span[1])
         if last is None:
-            raise ValueError("the chat template ends the answer without a special token to stop at")
+            raise ValueError("the chat template ends the answer without a special token at which to stop")
         return first, last
 
     def _turn_span(self, number: int) -> tuple[int, int] | None:
-        """The turn by prefix difference; None where the template does not build the text turn by turn."""
+        """The turn's span by prefix difference; None if the template does not build the text turn by turn."""
         try:
             prefix = render_prompt(self.tokenizer, self.messages[:number])
             through = _template(self.tokenizer, self.messages[: number + 1])
@@ -108,65 +108,65 @@ class _Turns:
         return None
 
     def _content_span(self, number: int) -> tuple[int, int] | None:
-        """The content, found where texts with two other contents differ; None where it is not kept as it is."""
+        """The content's span, where texts with two other contents differ; None if the template changes the content."""
         content = self.messages[number].content
         if not content.strip():
             return None
-        frames = []
+        probed_texts = []
         for probe in "XY":
             probed = replace(self.messages[number], content=probe)
             try:
-                frames.append(
+                probed_texts.append(
                     _template(self.tokenizer, [*self.messages[:number], probed, *self.messages[number + 1 :]])
                 )
             except ValueError:
                 return None
-        start = next((i for i, (one, other) in enumerate(zip(*frames, strict=False)) if one != other), None)
+        start = next((i for i, (one, other) in enumerate(zip(*probed_texts, strict=False)) if one != other), None)
         if start is None:  # the template leaves this turn out
             return None
-        end = len(self.text) - (len(frames[0]) - start - 1)
-        kept = frames[0][:start] == self.text[:start] and frames[0][start + 1 :] == self.text[end:]
+        end = len(self.text) - (len(probed_texts[0]) - start - 1)
+        kept = probed_texts[0][:start] == self.text[:start] and probed_texts[0][start + 1 :] == self.text[end:]
         return (start, end) if kept and self.text[start:end].strip() == content.strip() else None
 
     def _end_of_turn(self, first: int, content_end: int | None, turn_end: int) -> int | None:
-        """The special token that ends the answer; between content and it there may only be white space.
+        """Index of the special token that ends the answer, which only white space may separate from the content.
 
-        Without a content of its own (a tool call) it is the turn's last token, white space aside.
+        For a turn without a content span (a tool call) it is the turn's last token, apart from white space.
         """
         special = _special_tokens(self.tokenizer, len(self.tokenizer))
         if content_end is not None:
-            behind = (i for i in range(first, len(self.ids)) if self.offsets[i][1] > content_end)
-            end = next((i for i in behind if self.ids[i] in special), None)
+            after = (i for i in range(first, len(self.ids)) if self.offsets[i][1] > content_end)
+            end = next((i for i in after if self.ids[i] in special), None)
             return end if end is not None and not self.text[content_end : self.offsets[end][0]].strip() else None
         inside = [i for i in range(first, len(self.ids)) if self.offsets[i][0] < turn_end]
         end = next((i for i in reversed(inside) if self.text[slice(*self.offsets[i])].strip()), None)
         return end if end is not None and self.ids[end] in special else None
 
-    def _spans_that_spell_special_tokens(self) -> list[tuple[int, int]]:
-        """Contents that spell out a special token: they are encoded as text, or data could forge roles."""
+    def _spans_with_special_tokens(self) -> list[tuple[int, int]]:
+        """Spans of contents that spell a special token; they are encoded as text, or the data could forge a turn."""
         names = _special_tokens(self.tokenizer, len(self.tokenizer)).values()
         spans = []
         for number, message in enumerate(self.messages):
-            spelled = [name for name in names if name in message.content]
-            if spelled:
+            special = next((name for name in names if name in message.content), None)
+            if special is not None:
                 span = self._content_span(number)
                 if span is None:
-                    raise ValueError(f"turn {number + 1}: holds {spelled[0]}, and the chat template hides where")
+                    raise ValueError(f"turn {number + 1}: it contains {special} and cannot be located in the text")
                 spans.append(span)
         return spans
 
     def _encode(self, length: int) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and offsets of the first `length` characters; contents that spell special tokens stay text."""
+        """Ids and offsets of the first `length` characters; special tokens in contents are encoded as text."""
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
-        cuts = sorted({0, length, *(min(edge, length) for span in self.forged for edge in span)})
+        cuts = sorted({0, length, *(min(edge, length) for span in self.literal_spans for edge in span)})
         for start, end in pairwise(cuts):
-            is_forged = any(span[0] <= start < span[1] for span in self.forged)
+            is_literal = any(span[0] <= start < span[1] for span in self.literal_spans)
             piece = self.tokenizer(
                 self.text[start:end],
                 add_special_tokens=False,
                 return_offsets_mapping=True,
-                split_special_tokens=is_forged,
+                split_special_tokens=is_literal,
             )
             ids += piece["input_ids"]
             offsets += [(start + a, start + b) for a, b in piece["offset_mapping"]]
@@ -174,23 +174,23 @@ class _Turns:
 
 
 def _template(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-    """The conversation as text; raises ValueError where the template refuses it, TimeoutError where it does not end."""
+    """The conversation as text; raises ValueError if the template fails on it, TimeoutError if it does not end."""
     turns = [message.as_turn() for message in messages]
     try:
-        with _time_limit(TEMPLATE_SECONDS):
+        with _time_limit(MAX_TEMPLATE_SECONDS):
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TimeoutError:
         raise
-    except Exception as error:  # whatever the template does wrong, it is not our mistake
+    except Exception as error:  # a template can raise anything
         raise ValueError(f"the chat template refuses this conversation: {error}") from None
-    if len(text) > LONGEST_RENDERED_CHARACTERS:
-        raise ValueError(f"the chat template makes {len(text):,} characters of this conversation")
+    if len(text) > MAX_RENDERED_CHARACTERS:
+        raise ValueError(f"the chat template renders {len(text):,} characters, more than {MAX_RENDERED_CHARACTERS:,}")
     return text
 
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError from what it holds after `seconds`; a thread other than the main one has no limit."""
+    """Raises TimeoutError inside the `with` block after `seconds`; without effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -198,29 +198,29 @@ def _time_limit(seconds: float) -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise TimeoutError(f"the chat template did not end within {seconds:g} s; choose another --data.chat_template")
 
-    before = signal.signal(signal.SIGALRM, stop)
+    previous = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids of every special token, also of those that have no role such as eos (Llama-3's <|eot_id|>)."""
+    """Ids of all special tokens, including those without a named role (Llama-3's <|eot_id|>)."""
     return frozenset(_special_tokens(tokenizer, len(tokenizer)))
 
 
 @lru_cache(maxsize=4)
 def _special_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, str]:
-    """Special tokens by id; asking a tokenizer costs more than tokenising a row, so it is asked once for each size."""
+    """Special tokens by id; cached by vocabulary size, because asking the tokenizer is slower than tokenising a row."""
     added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> set[int]:
-    """The tokens of this sample after which the model was taught to stop: the last one of each trained span."""
+    """The special tokens that end this sample's trained spans, which teach the model to stop."""
     following = [*sample.trained[1:], False]
     pairs = zip(sample.input_ids, sample.trained, following, strict=True)
     special = _special_tokens(tokenizer, len(tokenizer))
@@ -230,27 +230,27 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> set[int]:
 def render_document(
     tokenizer: PreTrainedTokenizerBase, document: Document, max_length: int, overlap: int
 ) -> Iterator[Sample]:
-    """Pieces of at most `max_length` tokens that train each token of the text once.
+    """Samples of at most `max_length` tokens that together train each token of the text once.
 
-    Every piece starts with the tokenizer's begin token, if it uses one; all but the first repeat `overlap` tokens as
-    context that is masked; the end token stands, trained, only at the document's true end. A piece ends where a
-    paragraph does, or else a line, if there is one in its last quarter.
+    Each begins with the tokenizer's begin tokens, if any; all but the first repeat `overlap` tokens as masked context;
+    the end token follows, trained, only at the document's end. A sample ends with a paragraph, or else with a line, if
+    one ends in its last quarter.
     """
     begin = begin_ids(tokenizer)
-    # split_special_tokens: a text that spells "<|end_of_text|>" does not end the document
+    # split_special_tokens: "<|end_of_text|>" in the text does not end the document
     encoded: Any = tokenizer(
         document.text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True
     )
     body: list[int] = [*encoded["input_ids"], tokenizer.eos_token_id]
-    ranks = _ranks_of_ends(document.text, encoded["offset_mapping"])
+    ranks = _break_ranks(document.text, encoded["offset_mapping"])
     room = max_length - len(begin)
     start = 0
     while start < len(body):
         context = min(overlap, start, room - 1)
         end = start + room - context
         if end < len(body):
-            late = range(end - (end - start) // 4, end + 1)
-            end = max(late, key=lambda position: (ranks[position - 1], position))
+            last_quarter = range(end - (end - start) // 4, end + 1)
+            end = max(last_quarter, key=lambda position: (ranks[position - 1], position))
         piece = body[start - context : end]
         masked = len(begin) + context
         trained = [False] * masked + [True] * (len(piece) - context)
@@ -258,21 +258,21 @@ def render_document(
         start += len(piece) - context
 
 
-def _ranks_of_ends(text: str, offsets: Sequence[tuple[int, int]]) -> list[int]:
-    """For each token what ends with it: 2 a paragraph, 1 a line, 0 neither."""
+def _break_ranks(text: str, offsets: Sequence[tuple[int, int]]) -> list[int]:
+    """For each token: 2 if a paragraph ends with it, 1 if a line does, otherwise 0."""
     starts = [*(start for start, _ in offsets), len(text)]
-    between = [text[here:after] for here, after in pairwise(starts)]
-    return [2 if "\n\n" in part else 1 if "\n" in part else 0 for part in between]
+    parts = [text[start:end] for start, end in pairwise(starts)]  # a token with what separates it from the next
+    return [2 if "\n\n" in part else 1 if "\n" in part else 0 for part in parts]
 
 
 def begin_ids(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text: a begin token, or nothing."""
+    """The ids that the tokenizer puts before a text: usually a begin token, or none."""
     added: list[int] = tokenizer("")["input_ids"]
     return added[:-1] if added and added[-1] == tokenizer.eos_token_id else added
 
 
 def tokenizer_identity(tokenizer: Any) -> str:
-    """Everything about the tokenizer that decides which ids a text gets, as one string."""
+    """Everything that determines the ids that the tokenizer gives to a text, as one string."""
     settings = {
         "specials": tokenizer.special_tokens_map,
         "template": tokenizer.chat_template,

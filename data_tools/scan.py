@@ -1,4 +1,4 @@
-"""What an audit looks at: every sample's end and beginning, every record's text; of the text only hashes are kept."""
+"""What an audit reads: how each sample begins and ends, and each record's text, of which only hashes are kept."""
 
 import re
 from array import array
@@ -17,23 +17,23 @@ from data_tools.records import Conversation, Message, Record, Report, read_recor
 from data_tools.render import render_conversation, special_ids
 from data_tools.similarity import NUM_MINIMA, fingerprint, normalise, sketch
 
-NUM_PLACES = 5  # named for each finding
+NUM_PLACES = 5  # rows named per finding
 SAMPLES_AT_ONCE = 1000
-# What became of a record's end tokens; of several the worst counts.
+# What became of a record's end tokens; if there are several, the worst (largest) counts.
 NO_TARGET, TRAINED, CUT, MASKED = range(4)
 
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def _misread(low: int, high: int) -> str:
-    """What the bytes from `low` to below `high` become when read as Latin-1 or Windows-1252, as a set for `re`."""
+    """A `re` character set: what the bytes in range(low, high) become when read as Latin-1 or Windows-1252."""
     data = bytes(range(low, high))
     return f"[{re.escape(data.decode('latin-1') + data.decode('cp1252', 'ignore'))}]"
 
 
-_NEXT = _misread(0x80, 0xC0)  # every byte of a UTF-8 character but its first
-# Misread UTF-8 by its first bytes (Latin letters, punctuation, emoji, two letters of Cyrillic), and the mark of bytes
-# that could not be read at all. Behind an upper-case letter it is taken for a word in capitals and a mark: IRMÃ»
+_NEXT = _misread(0x80, 0xC0)  # every byte of a UTF-8 character except its first
+# UTF-8 that was decoded wrongly, told by its first bytes (Latin letters, punctuation, emoji, two letters of Cyrillic),
+# and the replacement character. After an upper-case letter Ã is not counted: IRMÃ» is a word in capitals and a quote.
 MOJIBAKE = re.compile(
     rf"\ufffd|ï¿½|(?<![A-ZÀ-Þ])Ã{_NEXT}|Â[\u0080-\u00bf]|â{_misread(0x80, 0x85)}{_NEXT}|ð[Ÿ\u009f]|(?:[ÐÑ]{_NEXT}){{2}}"
 )
@@ -43,7 +43,7 @@ FOLLOWS = {("user", "assistant"), ("assistant", "user"), ("assistant", "tool"), 
 
 @dataclass
 class Finding:
-    """How many rows have it, and the first of them as file:line, with what is to be known about it."""
+    """How many rows have it, and the first of them as file:line, each with a note if there is one."""
 
     count: int = 0
     places: list[str] = field(default_factory=list)
@@ -57,33 +57,33 @@ class Finding:
 
 @dataclass(frozen=True)
 class SampleFacts:
-    """Sums over the samples of each record; every array is indexed by record number, 0 where it has no sample."""
+    """What each record's samples add up to; arrays are indexed by record number, 0 for a record without samples."""
 
     num_tokens: np.ndarray  # int64
     num_supervised_tokens: np.ndarray  # int64
     ends: np.ndarray  # uint8: NO_TARGET, TRAINED, CUT or MASKED
-    double_begin: np.ndarray  # bool
+    double_bos: np.ndarray  # bool
 
     def end_fraction(self, state: int) -> float:
-        """Share, of the records with a target, of those whose end tokens are in this state."""
+        """Of the records with supervised tokens, the share whose end tokens are in this state."""
         return float((self.ends == state).sum() / max((self.ends != NO_TARGET).sum(), 1))
 
 
 def read_samples(samples: Dataset, tokenizer: Any) -> SampleFacts:
-    """Goes through all tokens, `SAMPLES_AT_ONCE` samples at a time."""
+    """Reads all tokens, `SAMPLES_AT_ONCE` samples at a time."""
     special = np.array(sorted(special_ids(tokenizer)))
     records = column(samples, "record")
     ends, reaches_end, doubles = [], [], []
     batches: Any = samples.with_format("arrow")
     for table in batches.iter(batch_size=SAMPLES_AT_ONCE):
-        ids, borders = _flat(table["input_ids"])
+        ids, offsets = _flat(table["input_ids"])
         trained, _ = _flat(table["trained"])
-        state, at_end = _ends(ids, trained, borders, special)
+        state, at_end = _ends(ids, trained, offsets, special)
         ends.append(state)
         reaches_end.append(at_end)
-        doubles.append(_double_begin(ids, borders, tokenizer.bos_token_id, tokenizer.eos_token_id))
+        doubles.append(_double_bos(ids, offsets, tokenizer.bos_token_id, tokenizer.eos_token_id))
     end, at_end = np.concatenate(ends), np.concatenate(reaches_end)
-    # where the record goes on in the next sample, its text is not cut but continued
+    # a record that continues in the next sample is not cut
     continued = np.append(records[1:] == records[:-1], False)
     end = np.where(at_end & ~continued, np.maximum(end, CUT), end)
     size = int(records.max()) + 1
@@ -100,49 +100,49 @@ def column(samples: Dataset, name: str) -> np.ndarray:
 
 
 def _flat(lists: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """The items of all lists in one array, and the borders between the lists in it: one more than lists."""
+    """The items of all lists in one array, and Arrow's offsets: list i is items offsets[i] to offsets[i + 1]."""
     whole: Any = lists.combine_chunks()
-    borders = np.concatenate([[0], np.cumsum(whole.value_lengths().to_numpy())])
-    return whole.flatten().to_numpy(zero_copy_only=False), borders
+    offsets = np.concatenate([[0], np.cumsum(whole.value_lengths().to_numpy())])
+    return whole.flatten().to_numpy(zero_copy_only=False), offsets
 
 
 def _ends(
-    ids: np.ndarray, trained: np.ndarray, borders: np.ndarray, special: np.ndarray
+    ids: np.ndarray, trained: np.ndarray, offsets: np.ndarray, special: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each sample: the state of the trained spans that end inside it, and whether one runs into its last token."""
+    """For each sample: the worst state of its trained spans, and whether one reaches the last token without an end."""
     last = np.zeros(len(ids), bool)
-    last[borders[1:][np.diff(borders) > 0] - 1] = True
+    last[offsets[1:][np.diff(offsets) > 0] - 1] = True
     closes = np.flatnonzero(trained & (last | ~np.append(trained[1:], False)))
-    sample = np.searchsorted(borders, closes, side="right") - 1
+    sample = np.searchsorted(offsets, closes, side="right") - 1
     ends_well = np.isin(ids[closes], special)
-    states = np.zeros(len(borders) - 1, np.uint8)
-    runs_out = np.zeros(len(borders) - 1, bool)
+    states = np.zeros(len(offsets) - 1, np.uint8)
+    runs_out = np.zeros(len(offsets) - 1, bool)
     np.maximum.at(states, sample, np.where(ends_well | last[closes], TRAINED, MASKED).astype(np.uint8))
     runs_out[sample[last[closes] & ~ends_well]] = True
     return states, runs_out
 
 
-def _double_begin(ids: np.ndarray, borders: np.ndarray, begin: int | None, end: int | None) -> np.ndarray:
-    """Which samples hold the begin token twice in a row; where it is also the end token, only their first two count."""
-    double = np.zeros(len(borders) - 1, bool)
-    if begin is None:
+def _double_bos(ids: np.ndarray, offsets: np.ndarray, bos: int | None, eos: int | None) -> np.ndarray:
+    """Which samples have two BOS tokens in a row; if BOS is also EOS, only at the beginning of the sample."""
+    double = np.zeros(len(offsets) - 1, bool)
+    if bos is None:
         return double
-    pairs = np.flatnonzero((ids[:-1] == begin) & (ids[1:] == begin))
-    sample = np.searchsorted(borders, pairs, side="right") - 1
-    inside = (pairs + 1 < borders[sample + 1]) & ((begin != end) | (pairs == borders[sample]))
+    pairs = np.flatnonzero((ids[:-1] == bos) & (ids[1:] == bos))
+    sample = np.searchsorted(offsets, pairs, side="right") - 1
+    inside = (pairs + 1 < offsets[sample + 1]) & ((bos != eos) | (pairs == offsets[sample]))
     double[sample[inside]] = True
     return double
 
 
 class Places:
-    """Where each record lies, as file:line; 16 bytes a record, and each file's name once."""
+    """The place of each record as file:line, in 16 bytes per record; each file's name is kept once."""
 
     def __init__(self) -> None:
         self._names: dict[str, int] = {}
         self._files, self._lines = array("q"), array("q")
 
     def add(self, source: str) -> None:
-        """The next record's place."""
+        """Appends the place of the next record."""
         name, _, line = source.rpartition(":")
         if not (name and line.isdecimal()):
             name, line = source, "-1"
@@ -155,9 +155,9 @@ class Places:
 
 
 class RecordScan:
-    """The records of one side, read once: hashes of each (about 180 bytes), and what is odd about those judged.
+    """Hashes of every record of a split (about 180 bytes each) and what is odd about each record, from one reading.
 
-    Records in `held_out` belong to the other side: their hashes are taken, but nothing is said about them.
+    Records in `held_out` belong to the validation data: they are hashed, but not checked.
     """
 
     def __init__(self, settings: PrepareSettings, tokenizer: Any, facts: SampleFacts, held_out: Set[int]) -> None:
@@ -172,36 +172,35 @@ class RecordScan:
             prompt = turns[: next((i for i, turn in enumerate(turns) if turn.train), 0)]
             self.places.add(record.source)
             exact.append(_hash(turns, str))
-            # a text of punctuation alone is equal to no other
+            # texts of punctuation alone would all be equal, so they are not normalised
             normalised.append(_hash(turns, normalise) if spoken else exact[-1])
             prompts.append(_hash(prompt, normalise) if prompt else 0)
             sketches.frombytes(sketch(spoken).tobytes())
             if number not in held_out:
-                self._judge_samples(number, record)
-                self._judge_text(record)
+                self._check_samples(number, record)
+                self._check_text(record)
         for line in report.lines:
             self.findings["skipped_rows"].add(line)
         self.findings["skipped_rows"].count += report.total - len(report.lines)
         self.exact, self.normalised, self.prompts = (np.array(hashes) for hashes in (exact, normalised, prompts))
         self.sketches = np.array(sketches).reshape(-1, NUM_MINIMA)  # [records, NUM_MINIMA]
 
-    def _judge_samples(self, number: int, record: Record) -> None:
-        """Whether the record is in the samples, whole, with something to train and its end."""
+    def _check_samples(self, number: int, record: Record) -> None:
+        """Whether the record became samples, untruncated, with supervised tokens and a trained end token."""
         facts, place = self.facts, record.source
-        known = number < len(facts.num_tokens)
-        num_tokens = int(facts.num_tokens[number]) if known else 0
-        if num_tokens and facts.double_begin[number]:
+        num_tokens = int(facts.num_tokens[number]) if number < len(facts.num_tokens) else 0
+        if num_tokens and facts.double_bos[number]:
             self.findings["double_bos_rows"].add(place)
         if num_tokens and facts.ends[number] in (MASKED, CUT):
             note = "masked" if facts.ends[number] == MASKED else "cut"
             self.findings["end_token_untrained_rows"].add(place, note)
         if num_tokens and not facts.num_supervised_tokens[number]:
             self.findings["rows_without_supervision"].add(place)
-        # under `drop` a record is in the samples whole or not at all, and need not be rendered again
+        # with `drop` a record is in the samples whole or not at all, so it is rendered only if it is missing
         if isinstance(record, Conversation) and (not num_tokens or self.settings.truncation != "drop"):
-            self._judge_length(record, num_tokens)
+            self._check_length(record, num_tokens)
 
-    def _judge_length(self, record: Conversation, num_tokens: int) -> None:
+    def _check_length(self, record: Conversation, num_tokens: int) -> None:
         try:
             whole = render_conversation(self.tokenizer, record)
         except ValueError as error:
@@ -215,8 +214,8 @@ class RecordScan:
         elif not num_tokens:
             self.findings["rows_without_supervision"].add(record.source)
 
-    def _judge_text(self, record: Record) -> None:
-        """Garbage in any turn, and the order of the turns."""
+    def _check_text(self, record: Record) -> None:
+        """Garbage in any turn, and turns in an unusual order."""
         texts = [turn.content for turn in record.messages] if isinstance(record, Conversation) else [record.text]
         for name, pattern in (("control_character_rows", CONTROL), ("mojibake_rows", MOJIBAKE)):
             matches = ((text, match) for text in texts if (match := pattern.search(text)))
@@ -235,10 +234,10 @@ def _hash(turns: Sequence[Message], spelling: Callable[[str], str]) -> int:
 
 
 def role_problem(roles: Sequence[str]) -> str:
-    """What is unusual in the order of a conversation's roles; empty where nothing is."""
+    """What is unusual about the order of a conversation's roles; empty if nothing is."""
     turns = list(roles[1:] if roles[:1] and roles[0] in LEADING_ROLES else roles)
     if turns[:1] != ["user"]:
-        return f"begins with {turns[0] if turns else 'no turn'}"
+        return f"begins with {turns[0]}" if turns else "nothing follows the system turn"
     for before, after in pairwise(turns):
         if (before, after) not in FOLLOWS:
             return f"{after} after {before}"

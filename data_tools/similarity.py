@@ -1,4 +1,4 @@
-"""Which texts are equal, equal but for spelling marks, or nearly equal, told from hashes of a fixed size."""
+"""Finds texts that are equal, equal after normalisation, or nearly equal, from hashes of a fixed size."""
 
 import hashlib
 import unicodedata
@@ -10,10 +10,10 @@ import numpy as np
 # Near-duplicates as in Lee et al. 2022, "Deduplicating Training Data Makes Language Models Better": word 5-grams.
 GRAM_WORDS = 5
 NEAR_SIMILARITY = 0.8  # Jaccard, estimated: share of equal minima
-# 8 bands of 4 minima: a pair of similarity 0.8 meets in some band with probability 0.98, one of 0.5 with 0.4 and is
-# then refused by the estimate
+# 8 bands of 4 minima: a pair of similarity 0.8 agrees in some band with probability 0.98; one of 0.5 with probability
+# 0.4, and the estimate then rejects it.
 NUM_MINIMA, NUM_BANDS = 32, 8
-CHUNK = 2**14  # grams hashed at once: 4 MiB, however long the text
+CHUNK = 2**14  # grams hashed at once: 4 MiB, whatever the length of the text
 _GENERATOR = np.random.default_rng(0)
 _FACTORS = _GENERATOR.integers(2**63, size=NUM_MINIMA, dtype=np.uint64) * 2 + 1  # odd
 _OFFSETS = _GENERATOR.integers(2**63, size=NUM_MINIMA, dtype=np.uint64)
@@ -22,13 +22,13 @@ _EMPTY = np.full(NUM_MINIMA, 2**32 - 1, dtype=np.uint32)
 
 
 def fingerprint(text: str) -> int:
-    """64 bits of the text's hash, never 0; two of a million different texts agree with probability 3e-8."""
+    """A 64-bit hash of the text, never 0; among a million texts a collision has probability 3e-8."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest) or 1
 
 
 def normalise(text: str) -> str:
-    """The text without case, punctuation and differences of white space; symbols (+, =, €) stay, they carry meaning."""
+    """The text without case, punctuation and differences in white space; symbols (+, =, €) carry meaning and stay."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().translate(_punctuation()).split())
 
 
@@ -38,7 +38,7 @@ def _punctuation() -> dict[int, str]:
 
 
 def sketch(normalised: str) -> np.ndarray:
-    """NUM_MINIMA minima (MinHash, Broder 1997) over the text's word 5-grams, uint32; a shorter text is one gram."""
+    """[NUM_MINIMA] MinHash minima (Broder 1997) of the text's word 5-grams, uint32; a shorter text is one gram."""
     words = np.fromiter((zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in normalised.split()), np.uint64)
     if not len(words):
         return _EMPTY
@@ -53,7 +53,7 @@ def sketch(normalised: str) -> np.ndarray:
 
 
 def first_equal(hashes: np.ndarray) -> np.ndarray:
-    """For each item the index of the first item with the same hash: its own where it repeats none."""
+    """For each item, the index of the first item with the same hash, which may be its own."""
     order = np.argsort(hashes, kind="stable")
     begins = np.ones(len(order), dtype=bool)
     begins[1:] = hashes[order[1:]] != hashes[order[:-1]]
@@ -64,16 +64,16 @@ def first_equal(hashes: np.ndarray) -> np.ndarray:
 
 
 def first_near(sketches: np.ndarray) -> np.ndarray:
-    """For each row of [texts, NUM_MINIMA] the index of an earlier near-duplicate, or its own.
+    """For each row of [texts, NUM_MINIMA], the index of an earlier near-duplicate, or its own.
 
-    A text is compared with the first of each band that it falls into, so a chain of small changes may be found in part.
+    A text is compared only with the first text of each of its bands, so of a chain of small changes some may be missed.
     """
     own = np.arange(len(sketches))
     nearest = own.copy()
-    filled = (sketches != _EMPTY).any(axis=1)
+    has_words = (sketches != _EMPTY).any(axis=1)
     for band in np.split(sketches.astype(np.uint64), NUM_BANDS, axis=1):
         first = first_equal((band * _GRAM_FACTORS[: band.shape[1]]).sum(axis=1, dtype=np.uint64))
-        candidates = np.flatnonzero((first != own) & (nearest == own) & filled)
+        candidates = np.flatnonzero((first != own) & (nearest == own) & has_words)
         agreement = (sketches[candidates] == sketches[first[candidates]]).mean(axis=1)
         found = candidates[agreement >= NEAR_SIMILARITY]
         nearest[found] = first[found]

@@ -1,21 +1,21 @@
-"""Text that others wrote, made safe to print: what would steer a terminal, or hides, becomes visible.
+"""Makes untrusted text safe to print: control characters and invisible ones become visible.
 
 Imports nothing heavy: train/main.py needs it before torch.
 """
 
 import unicodedata
 
-# Joiners shape letters and emoji; every other invisible character is shown by its number.
+# Joiners shape letters and emoji; every other invisible character is shown by its code point.
 JOINERS = "\u200c\u200d"
 
 
 def escaped(text: str, keep: str = "") -> str:
-    """`text` with escapes such as \\x1b for all that is not printable but for the characters in `keep`."""
+    """`text` with escapes such as \\x1b for unprintable characters, except those in `keep`."""
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 def visible(text: str, breaks: str = "↵") -> str:
-    """`text` with a mark for everything that is not seen or that would steer a terminal; `breaks` for a newline."""
+    """`text` with marks for white space, invisible and control characters; `breaks` stands for a newline."""
     return "".join(_visible_character(character, breaks) for character in text)
 
 

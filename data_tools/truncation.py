@@ -1,4 +1,4 @@
-"""What becomes of a conversation that is longer than data.max_length."""
+"""Truncation policies for conversations longer than data.max_length."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ Policy = Literal["drop", "left", "right", "split"]
 
 @dataclass(frozen=True)
 class Fitted:
-    """The samples that a conversation became, and whether an answer lost tokens on the way."""
+    """The samples made from a record, and whether an answer lost tokens."""
 
     samples: list[Sample]
     cut_answer: bool = False
@@ -20,9 +20,9 @@ class Fitted:
 def fit(sample: Sample, max_length: int, policy: Policy, begin: Sequence[int]) -> Fitted:
     """Samples of at most `max_length` tokens; a trained answer keeps its end token, or the row is dropped.
 
-    drop: no sample. left: the beginning is cut (behind the begin token), so prompts go first. right: the end is cut,
-    back to the end of the last whole answer. split: pieces in order, each behind the begin token; only the last piece
-    of an answer holds its end token. Raises ValueError for another policy.
+    drop: no sample. left: the beginning is cut, except the begin tokens, so prompts are lost first. right: the end is
+    cut, back to the end of the last whole answer. split: consecutive pieces, each with the begin tokens; only the last
+    piece of an answer has its end token. Raises ValueError for another policy.
     """
     if len(sample.input_ids) <= max_length:
         return Fitted([sample])
@@ -36,13 +36,13 @@ def fit(sample: Sample, max_length: int, policy: Policy, begin: Sequence[int]) -
             return _keep_beginning(sample, max_length)
         case "split":
             return _split(sample, max_length, begin_length)
-    raise ValueError(f"data.truncation {policy!r}: write drop, left, right or split")
+    raise ValueError(f"unknown data.truncation {policy!r}: use drop, left, right or split")
 
 
 def _keep_end(sample: Sample, max_length: int, begin_length: int) -> Fitted:
     start = len(sample.input_ids) - (max_length - begin_length)
     kept = _part(sample, start, len(sample.input_ids), begin_length)
-    # only the answer that the cut falls into loses tokens; answers before it are gone whole
+    # only an answer that is cut in the middle loses tokens; answers before it are dropped whole
     cut = sample.trained[start] and sample.trained[start - 1]
     return Fitted([kept] if kept.num_supervised_tokens else [], cut)
 

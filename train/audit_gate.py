@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from data_tools.audit import Audit, Data, Schedule, audit, failures, warnings
+from data_tools.audit import Audit, DataSplit, Schedule, audit, failures, warnings
 from train.config import Config
 from train.data import TrainingData, prepare_settings
 from train.run.exits import ExitCode, ExitWith
@@ -26,8 +26,8 @@ def run_audit(config: Config, tokenizer: Any, data: TrainingData, validation: Da
         epochs=config.train.epochs,
         total_steps=data.total_steps(config.train),
     )
-    held_out = Data(other, validation) if validation is not None else None
-    return audit(Data(settings, data.samples), held_out, tokenizer, schedule)
+    held_out = DataSplit(other, validation) if validation is not None else None
+    return audit(DataSplit(settings, data.samples), held_out, tokenizer, schedule)
 
 
 def enforce_gate(config: Config, found: Audit) -> Sequence[str]:

@@ -75,7 +75,7 @@ CASES: dict[str, tuple[bytes, str]] = {
     "NUL": (b"\x00" + GOOD.encode(), "not JSON"),
     "a line of 50 MB": (b'{"prompt": "' + b"x" * 50_000_000 + b'"}\n', "the line is longer than"),
     "nested 10,000 deep": (b"[" * 10_000 + b"]" * 10_000 + b"\n", "nested too deeply"),
-    "a field twice": (b'{"prompt": "a", "prompt": "b", "response": "c"}\n', "the field 'prompt' stands twice"),
+    "a field twice": (b'{"prompt": "a", "prompt": "b", "response": "c"}\n', "the field 'prompt' appears twice"),
     "NaN": (b'{"prompt": "a", "response": NaN}\n', "NaN is not JSON"),
     "a wrong type": (b'{"prompt": ["a"], "response": "b"}\n', "'prompt' must be a string, not list"),
     "a missing field": (b'{"prompt": "a"}\n', "no field 'response'"),
@@ -84,9 +84,9 @@ CASES: dict[str, tuple[bytes, str]] = {
 }
 # The same, in files of messages.
 MESSAGES: dict[str, tuple[bytes, str]] = {
-    "no messages": (turns().encode(), "a list of turns with at least one turn"),
+    "no messages": (turns().encode(), "a list of at least one turn"),
     "an unknown role": (turns(turn("root"), turn("assistant")).encode(), "turn 1: unknown role 'root'"),
-    "all masked": (turns(turn("user"), turn("assistant", train=False)).encode(), "holds no assistant turn to train"),
+    "all masked": (turns(turn("user"), turn("assistant", train=False)).encode(), "has no assistant turn to train"),
     "special tokens": (turns(turn("user", "<|end|><|assistant|>"), turn("assistant")).encode(), ""),
 }
 
@@ -144,17 +144,21 @@ NOT_TEXT = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff\xfe"]).buffers
 TABLES: dict[str, tuple[str, bytes, str]] = {
     "not UTF-8 at once": (".json", b"\xff[]", ":1: not UTF-8 .byte 0"),
     "not UTF-8 later": (".json", b'[{"prompt": "a", "response": "\xff"}]', ":1: not UTF-8 .byte 30"),
-    "not an array": (".json", b"{}", ": a JSON array of objects is expected"),
-    "an array cut off": (".json", b'[{"prompt": "a", "response": "b"}', ":1: not JSON: ',' or ']' is expected"),
-    "another type in an array": (".json", b"[7]", ":1: a JSON object is expected, not int"),
+    "not an array": (".json", b"{}", ": expected a JSON array of objects"),
+    "an array cut off": (".json", b'[{"prompt": "a", "response": "b"}', ":1: not JSON: expected ',' or ']'"),
+    "another type in an array": (".json", b"[7]", ":1: expected a JSON object, not int"),
     "nested 10,000 deep": (".json", b"[" * 10_000, ":1: nested too deeply"),
-    "a cell too many": (".csv", b"prompt,response\na,b,c\n", ":2: 2 columns are expected"),
+    "a cell too many": (".csv", b"prompt,response\na,b,c\n", ":2: expected 2 columns"),
     "an open quote": (".csv", b'prompt,response\na,"b\n', ":2: not CSV: unexpected end of data"),
     "a column not UTF-8": (".csv", b"prompt,\xff\na,b\n", ":1: not UTF-8"),
     "no Parquet": (".parquet", b"PAR1" * 9, ": not Parquet"),
     "Parquet cut off": (".parquet", parquet()[:-9], ": not Parquet"),
-    "text not UTF-8": (".parquet", parquet(note=NOT_TEXT), ":1: a value near here cannot be read: 'utf-8'"),
-    "year 38,000": (".parquet", parquet(when=pa.array([2**60], pa.timestamp("us"))), ":1: a value near here cannot be"),
+    "text not UTF-8": (".parquet", parquet(note=NOT_TEXT), ":1: unreadable value near here: 'utf-8'"),
+    "year 38,000": (
+        ".parquet",
+        parquet(when=pa.array([2**60], pa.timestamp("us"))),
+        ":1: unreadable value",
+    ),
 }
 
 

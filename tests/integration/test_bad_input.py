@@ -19,7 +19,7 @@ CASES = {
     "broken line": (["--data.path", "{tmp}/broken.jsonl"], ["broken.jsonl:2: not JSON"]),
     "wrong fields": (
         ["--data.path", "{tmp}/fields.jsonl"],
-        ["fields.jsonl:1: the fields here (question, response) are none of those known"],
+        ["fields.jsonl:1: unknown fields (question, response); known are "],
     ),
     "no model": (["--model.name_or_path", "{tmp}"], ["--model.name_or_path", "name a folder"]),
     "unreachable model": (["--model.name_or_path", "nobody/nothing"], ["nobody/nothing", "hf auth login"]),
@@ -108,12 +108,12 @@ def test_the_trainer_runs_the_audit_first(config: Config, tmp_path: Path) -> Non
     leaking = replace(config, data=replace(config.data, validation_path=config.data.path))
     outcome = run_command(arguments(leaking))
     assert outcome.returncode == 78
-    assert "validation rows are also trained on" in outcome.stderr
+    assert "validation rows are also training rows" in outcome.stderr
     assert "--data.gate warn" in outcome.stderr
     assert "loading" not in outcome.stdout
     outcome = run_command(arguments(replace(leaking, data=replace(leaking.data, gate="warn"))))
     assert outcome.returncode == 0, outcome.stderr
-    assert "validation rows are also trained on" in outcome.stdout
+    assert "validation rows are also training rows" in outcome.stdout
 
 
 def test_what_is_better_known_before_the_night(config: Config, tmp_path: Path) -> None:

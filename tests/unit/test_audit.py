@@ -1,4 +1,4 @@
-"""Every finding of the audit, from data made to have it; and that good data has none."""
+"""The audit reports every finding in data made to have it, and none in good data."""
 
 import json
 import re
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from data_tools.audit import RULES, Audit, Data, Schedule, audit, failures, warnings
+from data_tools.audit import RULES, Audit, DataSplit, Schedule, audit, failures, warnings
 from data_tools.prepare import FEATURES, PrepareSettings, prepare
 from data_tools.records import DataError
 from data_tools.scan import CONTROL, MOJIBAKE, role_problem
@@ -22,7 +22,7 @@ PLAN = Schedule(2, 4, 1, "samples", units_per_epoch=20, steps_per_epoch=3, epoch
 
 
 def numbered(count: int, start: int = 0) -> list[dict[str, str]]:
-    """Rows that have nothing in common but their form."""
+    """Rows that share nothing but their form."""
     return [{"prompt": f"What is part {i}?", "response": f"bolt {i * 7919}"} for i in range(start, start + count)]
 
 
@@ -31,14 +31,14 @@ def write(path: Path, rows: Sequence[Any]) -> str:
     return str(path)
 
 
-def judged(path: str, validation: str = "", tokenizer: Any = None, **settings: Any) -> Audit:
+def audit_of(path: str, validation: str = "", tokenizer: Any = None, **settings: Any) -> Audit:
     """The audit of a file with the bundled tokenizer."""
     tokenizer = tokenizer or tokenizer_at()
-    sides = []
+    splits = []
     for name in filter(None, (path, validation)):
         options = PrepareSettings((name,), **settings)
-        sides.append(Data(options, prepare(options, tokenizer).dataset))
-    return audit(sides[0], sides[1] if validation else None, tokenizer, PLAN)
+        splits.append(DataSplit(options, prepare(options, tokenizer).dataset))
+    return audit(splits[0], splits[1] if validation else None, tokenizer, PLAN)
 
 
 def found(result: Audit) -> dict[str, int]:
@@ -60,13 +60,13 @@ def by_hand(path: str, samples: Sequence[tuple[int, list[int], list[int]]]) -> A
         for record, ids, trained in samples
     ]
     settings = PrepareSettings((path,))
-    return audit(Data(settings, Dataset.from_list(rows, features=FEATURES)), None, tokenizer_at(), PLAN)
+    return audit(DataSplit(settings, Dataset.from_list(rows, features=FEATURES)), None, tokenizer_at(), PLAN)
 
 
 def test_good_data_has_no_finding(tmp_path: Path) -> None:
-    """Counts are right, every end token is trained, no rule speaks."""
+    """Counts are right, every end token is trained, and there is no failure and no warning."""
     path = write(tmp_path / "good.jsonl", numbered(20))
-    result = judged(path)
+    result = audit_of(path)
     assert (result.rows, result.samples, result.validation_rows) == (20, 20, 0)
     assert found(result) == {}
     assert failures(result) == warnings(result) == []
@@ -84,7 +84,7 @@ def test_good_data_has_no_finding(tmp_path: Path) -> None:
 
 
 def test_duplicates_exact_normalised_and_near(tmp_path: Path) -> None:
-    """Each kind is counted once, under its strictest name, with the row that it repeats."""
+    """Each repetition is counted once, as the strictest kind it is, and names the row that it repeats."""
     long = " ".join(f"word{i}" for i in range(120))
     rows = [
         *numbered(30),
@@ -94,7 +94,7 @@ def test_duplicates_exact_normalised_and_near(tmp_path: Path) -> None:
         {"prompt": "Say all", "response": long.replace("word60 ", "other ")},
     ]
     path = write(tmp_path / "rows.jsonl", rows)
-    result = judged(path)
+    result = audit_of(path)
     assert found(result) == {
         "duplicates": 1,
         "normalised_duplicates": 1,
@@ -108,19 +108,19 @@ def test_duplicates_exact_normalised_and_near(tmp_path: Path) -> None:
     assert len(warnings(result)) == 4
 
 
-def test_duplicates_are_counted_and_said(tmp_path: Path) -> None:
-    """Exact ones and those but for case apart, five places named; somebody may have meant the weight: no refusal."""
+def test_duplicates_warn(tmp_path: Path) -> None:
+    """Exact and normalised duplicates are counted apart, five are named, and none refuses: they may be a weighting."""
     upper = [{name: text.upper() for name, text in row.items()} for row in numbered(5)]
-    mixed = judged(write(tmp_path / "a.jsonl", [*numbered(40), *numbered(5), *upper]))
+    mixed = audit_of(write(tmp_path / "a.jsonl", [*numbered(40), *numbered(5), *upper]))
     assert found(mixed) == {"duplicates": 5, "normalised_duplicates": 5}
-    alone = judged(write(tmp_path / "c.jsonl", [*numbered(20), *numbered(6)]))
+    alone = audit_of(write(tmp_path / "c.jsonl", [*numbered(20), *numbered(6)]))
     assert failures(mixed) == failures(alone) == []
     assert len(alone.findings["duplicates"].places) == 5
-    assert re.match(r"6 rows repeat an earlier one exactly \(23\.1%\): .*, \.\.\.; ", warnings(alone)[0])
+    assert re.match(r"6 rows repeat an earlier row exactly \(23\.1%\): .*, \.\.\.; ", warnings(alone)[0])
 
 
 def test_leaks_between_files(tmp_path: Path) -> None:
-    """A validation row that is trained, as it is or in other spelling, is refused; the same prompt alone is said."""
+    """A training row in the validation data refuses, also in another spelling; a shared prompt alone warns."""
     training = write(tmp_path / "train.jsonl", numbered(20))
     rows = [
         *numbered(5, start=100),
@@ -129,7 +129,7 @@ def test_leaks_between_files(tmp_path: Path) -> None:
         {"prompt": "What is part 5?", "response": "a nut"},
     ]
     validation = write(tmp_path / "validation.jsonl", rows)
-    result = judged(training, validation)
+    result = audit_of(training, validation)
     assert (result.rows, result.validation_rows) == (20, 8)
     assert found(result) == {"leaked_rows": 2, "leaked_prompts": 1}
     assert result.findings["leaked_rows"].places == [
@@ -137,45 +137,45 @@ def test_leaks_between_files(tmp_path: Path) -> None:
         f"{validation}:7 (like {training}:5)",
     ]
     assert [sentence.split(":")[0] for sentence in failures(result)] == [
-        "2 validation rows are also trained on (25.0%, at most 0% may)"
+        "2 validation rows are also training rows (25.0%; the limit is 0%)"
     ]
-    assert found(judged(training, write(tmp_path / "other.jsonl", numbered(5, start=100)))) == {}
+    assert found(audit_of(training, write(tmp_path / "other.jsonl", numbered(5, start=100)))) == {}
 
 
-def test_the_same_file_on_both_sides_is_all_leak(tmp_path: Path) -> None:
-    """Equal settings on both sides are only taken for a split when no record is on both."""
+def test_the_same_file_as_training_and_validation_data_leaks(tmp_path: Path) -> None:
+    """Splits with equal settings count as held out of one data set only if they share no record."""
     path = write(tmp_path / "rows.jsonl", numbered(6))
-    assert found(judged(path, path)) == {"leaked_rows": 6}
+    assert found(audit_of(path, path)) == {"leaked_rows": 6}
 
 
 def test_leaks_of_a_fraction_held_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """With validation_fraction the two copies of a row may fall on both sides; rows and repeats are told apart."""
+    """With validation_fraction the copies of a row may fall into both splits: leaks and duplicates are told apart."""
     pairs = [row for row in numbered(40) for _ in range(2)]
     path = write(tmp_path / "rows.jsonl", pairs)
     words = ["audit", "--profile", "demo", "--data.path", path, "--data.validation_fraction", "0.25", "--json"]
     assert main(words) == 78
     result = json.loads(capsys.readouterr().out)
     assert (result["rows"], result["validation_rows"], result["samples"]) == (60, 20, 60)
-    # a held-out row's twin is either held out too or trained
+    # the copy of a held-out row is either held out too or trained
     assert result["leaked_rows"] > 0
-    assert result["dropped_rows"] == 0  # held out is not left out
+    assert result["dropped_rows"] == 0  # a row that is held out is not dropped
     assert 2 * result["duplicates"] + result["leaked_rows"] == 60
-    assert any("also trained on" in sentence for sentence in result["failures"])
+    assert any("also training rows" in sentence for sentence in result["failures"])
 
 
-def test_double_begin_through_a_template_that_renders_it_twice(tmp_path: Path) -> None:
-    """Any row with two begin tokens in a row is refused; the bundled template has one."""
+def test_a_template_that_renders_two_bos_tokens_is_refused(tmp_path: Path) -> None:
+    """Any row with two BOS tokens in a row refuses; the bundled template renders one."""
     doubled = tokenizer_at()
     doubled.chat_template = "{{ bos_token }}" + doubled.chat_template
     path = write(tmp_path / "rows.jsonl", numbered(3))
-    result = judged(path, tokenizer=doubled)
+    result = audit_of(path, tokenizer=doubled)
     assert found(result) == {"double_bos_rows": 3}
     assert result.findings["double_bos_rows"].places == [f"{path}:{line}" for line in (1, 2, 3)]
     assert len(failures(result)) == 1
 
 
-def test_begin_tokens_at_the_border_of_two_samples_are_not_double(tmp_path: Path) -> None:
-    """The pair must lie within one sample."""
+def test_bos_tokens_of_neighbouring_samples_are_no_pair(tmp_path: Path) -> None:
+    """Two BOS tokens in a row count only within one sample."""
     path = write(tmp_path / "rows.jsonl", numbered(2))
     begin, end = tokenizer_at().bos_token_id, tokenizer_at().eos_token_id
     result = by_hand(path, [(0, [begin, 9, end, begin], [0, 1, 1, 0]), (1, [begin, 8, end], [0, 1, 1])])
@@ -183,17 +183,17 @@ def test_begin_tokens_at_the_border_of_two_samples_are_not_double(tmp_path: Path
 
 
 def test_a_template_without_end_token_is_refused_earlier(tmp_path: Path) -> None:
-    """What never ends an answer does not get as far as an audit."""
+    """A chat template that never ends an answer fails in rendering, before the audit."""
     endless = tokenizer_at()
     endless.chat_template = "{% for m in messages %}{{ m['role'] + ':\n' + m['content'] + '\n' }}{% endfor %}" + (
         "{% if add_generation_prompt %}assistant:\n{% endif %}"
     )
     with pytest.raises(DataError, match="special token"):
-        judged(write(tmp_path / "rows.jsonl", numbered(2)), tokenizer=endless)
+        audit_of(write(tmp_path / "rows.jsonl", numbered(2)), tokenizer=endless)
 
 
 def test_end_tokens_masked_and_cut(tmp_path: Path) -> None:
-    """Trained, present but masked, cut at the sample's end; continued in the record's next sample is none of these."""
+    """End tokens are trained, masked or cut at the sample's end; one that follows in the next sample is not cut."""
     path = write(tmp_path / "rows.jsonl", numbered(4))
     begin, end = tokenizer_at().bos_token_id, tokenizer_at().eos_token_id
     result = by_hand(
@@ -212,11 +212,11 @@ def test_end_tokens_masked_and_cut(tmp_path: Path) -> None:
         0.25,
     )
     assert result.findings["end_token_untrained_rows"].places == [f"{path}:2 (masked)", f"{path}:3 (cut)"]
-    assert [sentence for sentence in failures(result) if "50.0%, at most 1% may" in sentence]
+    assert [sentence for sentence in failures(result) if "50.0%; the limit is 1%" in sentence]
 
 
 def test_rows_without_supervision(tmp_path: Path) -> None:
-    """A sample in which nothing, or only the first token, is a target is refused."""
+    """A sample in which no token, or only the first, is trained refuses."""
     path = write(tmp_path / "rows.jsonl", numbered(3))
     begin, end = tokenizer_at().bos_token_id, tokenizer_at().eos_token_id
     result = by_hand(path, [(0, [begin, 9, end], [0, 1, 1]), (1, [begin, 9, end], [0, 0, 0]), (2, [9, end], [0, 1])])
@@ -224,22 +224,24 @@ def test_rows_without_supervision(tmp_path: Path) -> None:
     assert len(failures(result)) == 1
 
 
-def test_rows_that_lose_tokens_or_are_left_out(tmp_path: Path) -> None:
-    """`drop` leaves long rows out, `left` and `right` cut them, `split` loses nothing; each is told with its length."""
+def test_truncated_and_dropped_rows(tmp_path: Path) -> None:
+    """`drop` drops long rows, `left` and `right` truncate them, `split` loses nothing; each row has its length."""
     long = {"prompt": "Tell me.", "response": " ".join(f"word{i}" for i in range(60))}
     long_prompt = {"prompt": " ".join(f"thing{i}" for i in range(60)), "response": "Yes."}
     path = write(tmp_path / "rows.jsonl", [*numbered(20), long, long_prompt])
-    dropped = judged(path, max_length=64)
+    dropped = audit_of(path, max_length=64)
     assert found(dropped) == {"dropped_rows": 2}
     assert re.fullmatch(re.escape(path) + r":21 \(\d+ tokens\)", dropped.findings["dropped_rows"].places[0])
     assert (dropped.rows, dropped.samples) == (22, 20)
-    left = judged(path, max_length=64, truncation="left")
+    left = audit_of(path, max_length=64, truncation="left")
     assert found(left) == {"truncated_rows": 2}
     assert "64 of " in left.findings["truncated_rows"].places[0]
-    assert found(judged(path, max_length=1024, truncation="left")) == {}
-    assert "truncated_rows" not in found(judged(write(tmp_path / "s.jsonl", [long]), max_length=64, truncation="split"))
-    most = judged(write(tmp_path / "most.jsonl", [*numbered(2), long]), max_length=64)
-    assert "(33.3%, at most 20% may)" in failures(most)[0]
+    assert found(audit_of(path, max_length=1024, truncation="left")) == {}
+    assert "truncated_rows" not in found(
+        audit_of(write(tmp_path / "s.jsonl", [long]), max_length=64, truncation="split")
+    )
+    too_many = audit_of(write(tmp_path / "many.jsonl", [*numbered(2), long]), max_length=64)
+    assert "(33.3%; the limit is 20%)" in failures(too_many)[0]
 
 
 def test_skipped_rows(tmp_path: Path) -> None:
@@ -247,7 +249,7 @@ def test_skipped_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     write(path, numbered(10))
     path.write_text(path.read_text() + '{"prompt": 3\n')
-    result = judged(str(path), on_error="skip")
+    result = audit_of(str(path), on_error="skip")
     assert found(result) == {"skipped_rows": 1}
     assert result.findings["skipped_rows"].places[0].startswith(f"{path}:11: not JSON")
 
@@ -260,15 +262,15 @@ def test_garbage_with_its_line(tmp_path: Path) -> None:
         {"prompt": "bad", "response": "bytes \ufffd"},
     ]
     path = write(tmp_path / "rows.jsonl", [*numbered(10), *odd])
-    result = judged(path)
+    result = audit_of(path)
     assert found(result) == {"control_character_rows": 1, "mojibake_rows": 2}
     assert result.findings["control_character_rows"].places == [f"{path}:11 (U+0007 in line 2)"]
     assert result.findings["mojibake_rows"].places[0] == f"{path}:12 (U+00C3 U+00A9 in line 1)"
     assert len(failures(result)) == 2
-    assert len(warnings(judged(write(tmp_path / "few.jsonl", [*numbered(60), *odd])))) == 2
+    assert len(warnings(audit_of(write(tmp_path / "few.jsonl", [*numbered(60), *odd])))) == 2
     text = tmp_path / "report.txt"
     text.write_text("A good line.\n\nA page\x0cbreak.\n")
-    assert judged(str(text)).findings["control_character_rows"].places == [f"{text} (U+000C in line 3)"]
+    assert audit_of(str(text)).findings["control_character_rows"].places == [f"{text} (U+000C in line 3)"]
 
 
 @pytest.mark.parametrize("codec", ["cp1252", "latin-1"])
@@ -276,7 +278,7 @@ def test_garbage_with_its_line(tmp_path: Path) -> None:
     "text", ["é", "für", "naïve", "it\u2019s", "“quoted”", "5 €", "a \u2013 b", "🎉", "привет", "20 °C"]
 )
 def test_mojibake_is_recognised(text: str, codec: str) -> None:
-    """UTF-8 read with the wrong table."""
+    """UTF-8 that was decoded with the wrong codec."""
     garbled = text.encode().decode(codec, "replace")
     assert MOJIBAKE.search(garbled), garbled
 
@@ -292,7 +294,7 @@ def test_mojibake_is_recognised(text: str, codec: str) -> None:
     ],
 )
 def test_good_text_is_not_garbage(text: str) -> None:
-    """Accents, capitals before closing marks, other scripts and emoji are no finding."""
+    """Accents, capitals before closing quotes, other scripts and emoji are no finding."""
     assert not MOJIBAKE.search(text)
     assert not CONTROL.search(text)
     assert not CONTROL.search("tab\t line\r\n")
@@ -304,7 +306,7 @@ def test_good_text_is_not_garbage(text: str) -> None:
         ("system user assistant", ""),
         ("user assistant tool tool assistant user assistant", ""),
         ("assistant user", "begins with assistant"),
-        ("system", "begins with no turn"),
+        ("system", "nothing follows the system turn"),
         ("user user assistant", "user after user"),
         ("user system assistant", "system after user"),
         ("user assistant assistant", "assistant after assistant"),
@@ -312,32 +314,32 @@ def test_good_text_is_not_garbage(text: str) -> None:
     ],
 )
 def test_order_of_roles(roles: str, problem: str) -> None:
-    """System first if at all, then user and assistant in turn, tools behind the assistant, the assistant last."""
+    """System comes first if at all, user and assistant alternate, tools follow the assistant, which comes last."""
     assert role_problem(roles.split()) == problem
 
 
 def test_order_of_roles_in_data(tmp_path: Path) -> None:
-    """A conversation in an unusual order is named with what is unusual."""
+    """A conversation in an unusual order is named, with what is unusual about it."""
     turns = [("user", "Hi."), ("user", "Hello?"), ("assistant", "Yes.")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
     path = write(tmp_path / "rows.jsonl", [row])
-    result = judged(path)
+    result = audit_of(path)
     assert found(result) == {"role_order_rows": 1}
     assert result.findings["role_order_rows"].places == [f"{path}:1 (user after user)"]
 
 
 def test_text_files(tmp_path: Path) -> None:
-    """A document is one row however many pieces it has; only its last piece has an end to train."""
+    """A document is one row, however many samples it becomes; only the last has an end token to train."""
     (tmp_path / "a.txt").write_text(" ".join(f"word{i}" for i in range(300)))
     (tmp_path / "b.txt").write_text("Short.")
-    result = judged(str(tmp_path), max_length=64, text_overlap=8)
+    result = audit_of(str(tmp_path), max_length=64, text_overlap=8)
     assert result.rows == 2
     assert result.samples > 10
     assert result.end_token_trained_fraction == 1.0
     assert found(result) == {}
 
 
-def test_json_has_everything_and_the_exit_code_says_the_verdict(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_json_has_everything_and_the_exit_code_is_the_verdict(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """`--json` prints one object; 0 without failures, 78 with one; nothing else on stdout."""
     path = write(tmp_path / "rows.jsonl", numbered(20))
     assert main(["audit", "--profile", "4gb", "--json", "--model.name_or_path", "demo/base", "--data.path", path]) == 0
@@ -360,7 +362,7 @@ def test_json_has_everything_and_the_exit_code_says_the_verdict(tmp_path: Path, 
 
 
 def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Without a terminal: no escape codes, also none that the data's file names hold; a bar a bin, the verdict last."""
+    """Without a terminal: no escape codes, not even those of file names; a bar for each bin; the verdict last."""
     rows = [*numbered(14), {"prompt": "bell\a", "response": "x"}]
     path = write(tmp_path / "r\x1b[31mows.jsonl", rows)
     assert main(["audit", "--profile", "demo", "--data.path", path, "--train.epochs", "28"]) == 78
@@ -369,13 +371,13 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "15 rows" not in text
     assert re.search(r"^rows +15$", text, re.MULTILINE)
     assert re.search(r"^ +\d+(-\d+)? +█+ \d+$", text, re.MULTILINE)
-    assert re.search(r"^steps +15 samples an epoch = 2 steps; 28 epochs, 56 steps in all$", text, re.MULTILINE)
-    assert "failure   1 row holds control characters" in text or "failure   1 rows hold control characters" in text
+    assert re.search(r"^steps +15 samples per epoch = 2 steps; 28 epochs, 56 steps in all$", text, re.MULTILINE)
+    assert "failure   1 rows contain control characters" in text
     assert text.strip().endswith("verdict   1 reason not to train on this")
 
 
-def test_steps_are_the_trainers(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Packing, weights and max_steps change the arithmetic as they do in training."""
+def test_steps_are_those_of_training(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Packing, weights and max_steps change the number of steps as they do in training."""
     path = write(tmp_path / "rows.jsonl", numbered(40))
     words = ["audit", "--profile", "demo", "--train.epochs", "28", "--data.group_by_length", "false"]
     words += ["--json", "--data.path", path]
@@ -394,14 +396,14 @@ def test_steps_are_the_trainers(tmp_path: Path, capsys: pytest.CaptureFixture) -
 
 
 def test_every_rule_has_a_test_here() -> None:
-    """A finding without a test in this file is noticed."""
+    """Every rule is named in this file."""
     source = Path(__file__).read_text(encoding="utf-8")
     assert len(RULES) > 10
     assert all(f'"{name}"' in source for name in RULES)
 
 
 def test_normalisation() -> None:
-    """Case, white space, width and punctuation go; symbols and the marks of other scripts stay."""
+    """Case, white space, width and punctuation are removed; symbols and marks of other scripts stay."""
     assert normalise("  Hello,\tWORLD!\n") == normalise("hello world") == "hello world"
     assert normalise("\uff12 + \uff12") == "2 + 2" != normalise("2 2")
     assert normalise("Straße") == "strasse"
@@ -409,7 +411,7 @@ def test_normalisation() -> None:
 
 
 def test_near_duplicates_agree_with_the_true_similarity() -> None:
-    """Over random edits the estimate finds pairs well above the limit and leaves those well below it."""
+    """Over random edits, the estimate finds pairs well above the threshold and not those well below it."""
     generator = np.random.default_rng(0)
     hits = {True: [0, 0], False: [0, 0]}
     for _ in range(150):
@@ -431,7 +433,7 @@ def test_near_duplicates_agree_with_the_true_similarity() -> None:
 
 
 def test_first_equal() -> None:
-    """Each item points at the first of its kind; empty input gives empty output."""
+    """Each item maps to the first equal one; empty input gives empty output."""
     assert first_equal(np.array([3, 1, 3, 2, 1, 3], np.uint64)).tolist() == [0, 1, 0, 3, 1, 0]
     assert first_equal(np.zeros(0, np.uint64)).tolist() == []
     assert first_near(np.stack([sketch(""), sketch("")])).tolist() == [0, 1]
@@ -439,7 +441,7 @@ def test_first_equal() -> None:
 
 @needs_shared
 def test_real_data(capsys: pytest.CaptureFixture) -> None:
-    """Both pass; that the glossary of 105 rows repeats 59 of them is said."""
+    """Both data sets pass; a warning says that 59 of the glossary's 105 rows are duplicates."""
     cpu = ["--run.device", "cpu", "--json", "--model.name_or_path"]
     reports = ["--profile", "a100", "--data.path", str(SHARED / "wildfire"), *cpu, str(SHARED / "llama31_8b")]
     assert main(["audit", *reports]) == 0

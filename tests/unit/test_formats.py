@@ -1,4 +1,4 @@
-"""Every layout of fields and every kind of file gives the same conversations; what is wrong is named with its place."""
+"""Every data format and every kind of file gives the same conversations; problems are named with their places."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ BRIEF = Message("system", "Be brief.")
 TURNS = [{"role": "user", "content": "What is AOG?"}, {"role": "assistant", "content": "Aircraft on ground."}]
 CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"term": "AOG"}}}
 
-LAYOUTS: dict[str, tuple[dict[str, Any], tuple[Message, ...], str]] = {
+FORMATS: dict[str, tuple[dict[str, Any], tuple[Message, ...], str]] = {
     "prompt/response": ({"prompt": "What is AOG?", "response": "Aircraft on ground."}, ASKED, "prompt_response"),
     "prompt/completion": ({"prompt": "What is AOG?", "completion": "Aircraft on ground."}, ASKED, "prompt_response"),
     "question/answer": ({"question": "What is AOG?", "answer": "Aircraft on ground."}, ASKED, "prompt_response"),
@@ -61,10 +61,10 @@ def read(*paths: Path | str, data_format: str = "auto", fields: tuple[str, ...] 
     return list(read_records(find_sources(list(map(str, paths)), data_format, fields), report)), report
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_layouts_are_recognised_by_their_fields(name: str, tmp_path: Path) -> None:
     """The same question and answer in every layout; the format is detected, and may be demanded."""
-    row, turns, layout = LAYOUTS[name]
+    row, turns, layout = FORMATS[name]
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n")
     for wanted in ("auto", layout):
@@ -97,7 +97,7 @@ def test_every_kind_of_file_gives_the_same_records(tmp_path: Path) -> None:
 
 
 def test_a_text_column_is_documents(tmp_path: Path) -> None:
-    """Rows of one text field are trained whole."""
+    """Rows with a single text field become documents."""
     (tmp_path / "t.jsonl").write_text('{"text": "A report."}\n')
     records, report = read(tmp_path / "t.jsonl")
     assert records == [Document(f"{tmp_path / 't.jsonl'}:1", "A report.")]
@@ -105,7 +105,7 @@ def test_a_text_column_is_documents(tmp_path: Path) -> None:
 
 
 def test_columns_can_be_named(tmp_path: Path) -> None:
-    """--data.fields prompt=q response=a; a column that nothing reads is counted."""
+    """--data.fields prompt=q response=a reads these columns; a column that is ignored is counted."""
     (tmp_path / "r.jsonl").write_text('{"q": "What is AOG?", "a": "Aircraft on ground.", "id": 1}\n')
     with pytest.raises(AssertionError):
         assert read(tmp_path / "r.jsonl")[0]
@@ -115,7 +115,7 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
 
 
 def test_turns_can_be_left_untrained(tmp_path: Path) -> None:
-    """train: false and weight: 0 mask a turn; tool calls and tool answers are carried along."""
+    """train: false and weight: 0 mask a turn; tool calls and tool answers are kept."""
     turns = [
         TURNS[0],
         {"role": "assistant", "content": "Hm.", "train": False},
@@ -135,25 +135,25 @@ def test_turns_can_be_left_untrained(tmp_path: Path) -> None:
 
 
 BAD_MESSAGES: list[tuple[Any, str]] = [
-    ([], "must be a list of turns with at least one"),
-    ("hello", "must be a list of turns"),
-    (["hello"], "turn 1: an object with role and content is expected, not str"),
+    ([], "must be a list of at least one turn"),
+    ("hello", "must be a list of at least"),
+    (["hello"], "turn 1: expected an object with role and content, not str"),
     ([{"role": "robot", "content": "x"}], "turn 1: unknown role 'robot'; known: "),
     ([{"role": None, "content": "x"}], "turn 1: unknown role None"),
-    ([TURNS[0]], "holds no assistant turn to train"),
+    ([TURNS[0]], "has no assistant turn to train"),
     ([TURNS[0], {"role": "assistant", "content": " "}], "turn 2: the content is empty"),
     ([TURNS[0], {"role": "assistant", "content": 7}], "turn 2: the content must be a string, not int"),
     ([TURNS[0], {**TURNS[1], "weight": 0.5}], "turn 2: 'weight' must be 0 or 1, not 0.5"),
     ([TURNS[0], {**TURNS[1], "train": "no"}], "turn 2: 'train' must be true or false, not 'no'"),
     ([{**TURNS[0], "train": True}, TURNS[1]], "turn 1: a user turn cannot be trained"),
-    ([TURNS[0], {**TURNS[1], "train": False}], "holds no assistant turn to train"),
+    ([TURNS[0], {**TURNS[1], "train": False}], "has no assistant turn to train"),
     ([TURNS[0], {"role": "assistant", "content": "\ud83d"}], "turn 2: character 0 is half of a surrogate pair"),
 ]
 
 
 @pytest.mark.parametrize(("messages", "reason"), BAD_MESSAGES, ids=[reason[:40] for _, reason in BAD_MESSAGES])
 def test_bad_conversations_are_named_by_line_and_turn(messages: Any, reason: str, tmp_path: Path) -> None:
-    """The line, the turn and the reason; the good row behind it is still read."""
+    """The problem has line, turn and reason; the good row after it is still read."""
     good = json.dumps({"messages": TURNS})
     (tmp_path / "m.jsonl").write_text(f"{good}\n{json.dumps({'messages': messages})}\n{good}\n")
     records, report = read(tmp_path / "m.jsonl")
@@ -164,13 +164,13 @@ def test_bad_conversations_are_named_by_line_and_turn(messages: Any, reason: str
 
 
 BAD_FILES = [
-    ("a.json", '{"prompt": "a"}', ": a JSON array of objects is expected"),
+    ("a.json", '{"prompt": "a"}', ": expected a JSON array of objects"),
     ("b.json", '[{"prompt": "a", "response": "b"}, {"prompt": ', ":2: not JSON: "),
-    ("c.json", '[{"prompt": "a", "response": "b"} {"prompt"', ":1: not JSON: ',' or ']' is expected"),
-    ("d.csv", "prompt,response\na\n", ":2: 2 columns are expected"),
+    ("c.json", '[{"prompt": "a", "response": "b"} {"prompt"', ":1: not JSON: expected ',' or ']'"),
+    ("d.csv", "prompt,response\na\n", ":2: expected 2 columns"),
     ("e.csv", 'prompt,response\na,"b\n', ":2: not CSV"),
     ("f.parquet", "PAR1 not really", ": not Parquet"),
-    ("g.jsonl", '{"prompt": "a", "response": "b", "prompt": "c"}\n', ":1: the field 'prompt' stands twice"),
+    ("g.jsonl", '{"prompt": "a", "response": "b", "prompt": "c"}\n', ":1: the field 'prompt' appears twice"),
     ("h.jsonl", '{"prompt": "a\x00", "response": "b"}\n', ":1: not JSON: Invalid control character"),
     ("i.jsonl", '{"prompt": "a", "response": "b"}\n{"text": "c"}\n', ":2: no field 'prompt' and no field 'response'"),
 ]
@@ -178,25 +178,25 @@ BAD_FILES = [
 
 @pytest.mark.parametrize(("name", "content", "reason"), BAD_FILES, ids=[name for name, _, _ in BAD_FILES])
 def test_bad_files_are_named_by_place(name: str, content: str, reason: str, tmp_path: Path) -> None:
-    """Every kind of file has its own ways of being broken."""
+    """Whatever is wrong with a file of any kind, the problem has its place."""
     (tmp_path / name).write_text(content)
     _, report = read(tmp_path / name)
     assert report.total >= 1
     assert f"{tmp_path / name}{reason}" in report.lines[0]
 
 
-def test_a_line_of_fifty_megabytes_is_passed_over(tmp_path: Path) -> None:
-    """It is named, not held in memory as a whole, and the row behind it is read."""
+def test_a_line_of_fifty_megabytes_is_skipped(tmp_path: Path) -> None:
+    """It is named, never held in memory as a whole, and the row after it is read."""
     path = tmp_path / "long.jsonl"
     good = '{"prompt": "a", "response": "b"}\n'
     path.write_text(good + '{"prompt": "' + "x" * 50_000_000 + '"}\n' + good)
     records, report = read(path)
     assert len(records) == 2
-    assert report.lines == [f"{path}:2: the line is longer than {readers.LONGEST_ROW_BYTES} bytes"]
+    assert report.lines == [f"{path}:2: the line is longer than {readers.MAX_ROW_BYTES} bytes"]
 
 
-def test_folders_globs_and_what_is_ambiguous(tmp_path: Path) -> None:
-    """A folder is its files in name order, a glob likewise; a folder of both texts and rows is a question."""
+def test_folders_and_globs(tmp_path: Path) -> None:
+    """Folders and globs are read in name order; a folder with both text and row files is refused."""
     for name in ("b.txt", "a.md", "sub/c.txt", "ignored.pdf"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -204,14 +204,14 @@ def test_folders_globs_and_what_is_ambiguous(tmp_path: Path) -> None:
     assert [record.text for record in records] == ["a.md", "b.txt", "sub/c.txt"]
     assert [record.text for record in read(tmp_path / "*.txt")[0]] == ["b.txt"]
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
-    with pytest.raises(DataError, match="holds both text and row files"):
+    with pytest.raises(DataError, match="contains both text and row files"):
         read(tmp_path)
     with pytest.raises(DataError, match=r"no \.txt.* file matches"):
         read(tmp_path / "*.xyz")
 
 
 def test_hub_data_sets_go_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """owner/name:split is loaded by the datasets library; one that cannot be had is a problem with its name."""
+    """owner/name:split is loaded by the datasets library; one that cannot be loaded is a problem with its name."""
     asked = []
 
     def load(name: str, split: str) -> datasets.Dataset:
@@ -230,18 +230,18 @@ def test_hub_data_sets_go_through_datasets(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(readers.datasets, "load_dataset", refuse)
     _, report = read("somebody/nothing")
     assert report.lines == [
-        "somebody/nothing: no such file or folder, and not a data set on the hub: the hub cannot be reached"
+        "somebody/nothing: no such file or folder, and the hub data set cannot be loaded: the hub cannot be reached"
     ]
 
 
 @needs_shared
-def test_real_data_sets_of_three_layouts() -> None:
-    """GSM8K, Alpaca records and the glossary are recognised, every row of them."""
-    for path, layout, count in (
+def test_real_data_sets_of_three_kinds() -> None:
+    """Every row of GSM8K, of Alpaca records and of the glossary is read in the right format."""
+    for path, data_format, count in (
         ("gsm8k/train_2000.jsonl", "prompt_response", 2000),
         ("instruct_alpaca_800.json", "alpaca", 800),
         ("glossary/training_dataset.jsonl", "prompt_response", 105),
     ):
         records, report = read(SHARED / path)
-        assert report.formats == {layout}
+        assert report.formats == {data_format}
         assert (len(records), report.total) == (count, 0)

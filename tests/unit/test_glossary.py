@@ -1,4 +1,4 @@
-"""A glossary becomes questions of which none is asked twice, and none that validates is trained."""
+"""Questions made from a glossary are unique, and no held-out question is a training question."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ from train.commands.handloop import main as handloop
 from train.run.exits import ExitCode
 
 BUNDLED = ROOT / "demo" / "glossary.csv"
-# Without comparisons: their answers are two definitions long, and the bundled base learnt none of six.
+# No comparisons: their answers are two definitions long, and the bundled base learnt none of six.
 BUNDLED_WORDS = ("--forms", "3", "--held-out-forms", "1", "--comparisons", "0")
 ENTRIES: list[dict[str, Any]] = [
     {"term": "PO", "definition": "Purchase order, sent to a supplier.", "domain": "buying", "examples": ["for bolts"]},
@@ -29,7 +29,7 @@ ENTRIES: list[dict[str, Any]] = [
 
 
 def write_as(kind: str, path: Path) -> Path:
-    """ENTRIES in one of the kinds of file."""
+    """ENTRIES as a file of this kind."""
     path = path.with_suffix(f".{kind.partition(' ')[0]}")
     mapping = {entry["term"]: {key: entry[key] for key in entry if key != "term"} for entry in ENTRIES}
     if kind == "csv":
@@ -56,7 +56,7 @@ KINDS = ["csv", "json list", "json mapping", "yaml list", "yaml mapping", "yml l
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_file_gives_the_same_pairs(kind: str, tmp_path: Path) -> None:
-    """CSV, JSON, YAML and Python, as a list or a mapping: the rows of the same terms; the Python is not executed."""
+    """CSV, JSON, YAML and Python give the same terms, as a list or a mapping; Python is not executed."""
     glossary = read_terms(write_as(kind, tmp_path / "terms"))
     expected = tuple(Term(e["term"], e["definition"], e["domain"], tuple(e.get("examples", ()))) for e in ENTRIES)
     assert glossary.terms == expected
@@ -85,7 +85,7 @@ def bundled(**settings: Any) -> Pairs:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_no_prompt_twice_and_none_held_out_is_trained(seed: int) -> None:
-    """Over both files of the bundled glossary, and no held-out wording is a training wording."""
+    """No prompt occurs twice in the two bundled files, and no held-out wording is a training wording."""
     pairs = bundled(seed=seed, forms=12, held_out_forms=6)
     training, held_out = ([row["prompt"] for row in pairs.rows(part)] for part in (False, True))
     assert len(training) > 12 * 200
@@ -96,7 +96,7 @@ def test_no_prompt_twice_and_none_held_out_is_trained(seed: int) -> None:
 
 
 def test_every_term_is_asked_in_both_files_in_as_many_forms_as_said() -> None:
-    """Each definition is the answer to 3 trained and 2 held-out questions that name its term."""
+    """Each definition answers 3 training and 2 held-out questions, which name its term."""
     pairs = bundled(forms=3, held_out_forms=2, comparisons=0)
     terms = read_terms(BUNDLED).terms
     assert len(terms) >= 200
@@ -111,7 +111,7 @@ def test_every_term_is_asked_in_both_files_in_as_many_forms_as_said() -> None:
 
 
 def test_wordings_are_drawn_by_the_seed_and_all_are_used() -> None:
-    """Same seed: same rows; another seed: others; over the glossary, every wording occurs."""
+    """The same seed gives the same rows, another seed others; over the glossary every wording occurs."""
     assert bundled(seed=1) == bundled(seed=1)
     one, two = ({question.prompt for question in bundled(seed=seed).questions} for seed in (1, 2))
     assert len(one - two) > len(one) / 2
@@ -122,7 +122,7 @@ def test_wordings_are_drawn_by_the_seed_and_all_are_used() -> None:
 
 
 def test_a_new_term_leaves_the_rows_of_the_others() -> None:
-    """In any order of the glossary the same rows in the same order, and one more term only adds some."""
+    """The order of the glossary does not matter, and another term only adds rows."""
     terms = read_terms(BUNDLED).terms
     settings = PairSettings(comparisons=0)
     rows = make_pairs(terms, settings).rows(False)
@@ -133,7 +133,7 @@ def test_a_new_term_leaves_the_rows_of_the_others() -> None:
 
 
 def test_comparisons_pair_look_alikes_of_one_domain_and_state_both_definitions() -> None:
-    """PO and PR, MIGO and MIRO, dry and wet lease; the answers in both files hold both definitions."""
+    """PO and PR, MIGO and MIRO, dry and wet lease are compared; each answer has both definitions."""
     terms = {term.name: term for term in read_terms(BUNDLED).terms}
     settings = PairSettings(comparisons=1000)
     chosen = similar_pairs(tuple(terms.values()), settings)
@@ -154,7 +154,7 @@ def test_comparisons_pair_look_alikes_of_one_domain_and_state_both_definitions()
 
 
 def test_alike_in_another_domain_is_not_compared() -> None:
-    """PO and PR of two domains make no pair; of one, one; MM01 and VA01 are not alike."""
+    """PO and PR are compared within a domain, not across two; MM01 and VA01 are not similar."""
     assert similar_pairs((Term("MM01", "One."), Term("VA01", "Two.")), PairSettings()) == []
     terms = (Term("PO", "One.", "a"), Term("PR", "Two", "b"))
     assert similar_pairs(terms, PairSettings()) == []
@@ -164,13 +164,13 @@ def test_alike_in_another_domain_is_not_compared() -> None:
 
 
 def test_the_context_stands_in_every_question() -> None:
-    """--context 'in the Embraer context'."""
+    """--context is added to every question."""
     questions = bundled(context=" in the Embraer context").questions
     assert all(question.prompt.count(" in the Embraer context") == 1 for question in questions)
 
 
 def test_repetitions_are_dropped_and_counted(tmp_path: Path) -> None:
-    """The same definition in other spacing, under the same term in other capitals: one term, with all examples."""
+    """The same term in other capitals, with its definition spaced differently, is one term with all examples."""
     path = tmp_path / "terms.csv"
     path.write_text(
         "term,definition,examples,note\nlead time,Days  to wait.,3,x\nLead Time,Days to wait.,40,\nPOi,An item.,,\n"
@@ -189,36 +189,37 @@ def test_repetitions_are_dropped_and_counted(tmp_path: Path) -> None:
 BAD_FILES = [
     ("a.csv", "term,definition\nPO,Order.\n,Empty.\nPR,\n", ["a.csv:3: 'term' is empty", "a.csv:4: 'definition' is"]),
     ("b.csv", "name,meaning\nPO,Order.\n", ["b.csv:1: the first line must name the columns: term,definition"]),
-    ("c.csv", 'term,definition\nPO,"Two\nlines"\nPR,one, two\n', ["c.csv:4: more columns than the first line"]),
+    ("c.csv", 'term,definition\nPO,"Two\nlines"\nPR,one, two\n', ["c.csv:4: more columns than in the first line"]),
     ("d.csv", 'term,definition\nPO,Order.\nPR,"never closed\n', ["d.csv:3: not CSV: unexpected end of data"]),
-    ("e.csv", "term,definition,definition\nPO,a,b\n", ["e.csv:2: the field 'definition' stands there twice"]),
-    ("f.csv", "term,definition\n", ["f.csv: holds no term"]),
-    ("g.csv", "", ["g.csv: holds no term"]),
-    ("h.csv", "term,definition\nPO,Order.\nPO,Office.\n", ["h.csv:3: 'PO' is defined otherwise at .*h.csv:2; keep"]),
+    ("e.csv", "term,definition,definition\nPO,a,b\n", ["e.csv:2: the field 'definition' appears twice"]),
+    ("f.csv", "term,definition\n", ["f.csv: contains no terms"]),
+    ("g.csv", "", ["g.csv: contains no terms"]),
+    ("h.csv", "term,definition\nPO,Order.\nPO,Office.\n", ["h.csv:3: 'PO' is defined differently at .*h.csv:2; k"]),
     ("a.json", '{"PO": 7, "PR": null, "PX": ["a"]}', ["entry 1: 'definition' must be a str", "entry 2: 'def"]),
-    ("b.json", '[{"term": "PO"}, "PR"]', ["entry 1: no field 'definition' .fields here: term", "entry 2: a term with"]),
-    ("c.json", '{"PO": "a",\n"PO": "b"}', ["c.json: entry 2: 'PO' is defined otherwise at .*c.json: entry 1"]),
+    ("b.json", '[{"term": "PO"}, "PR"]',
+     ["entry 1: no field 'definition' .fields here: term", "entry 2: expected a term with"]),
+    ("c.json", '{"PO": "a",\n"PO": "b"}', ["c.json: entry 2: 'PO' is defined differently at .*c.json: entry 1"]),
     ("d.json", '[{"term": "PO", "definition": "a", "examples": [1]}]', ["entry 1: 'examples' must be a list of str"]),
     ("e.json", '[\n{"term": "PO",}]', ["e.json:2: not JSON"]),
-    ("f.json", "7", ["f.json: a list of terms, or an object"]),
+    ("f.json", "7", ["f.json: expected a list of terms, or an"]),
     ("g.json", "[" * 100_000, ["g.json: nested too deeply"]),
     ("a.yaml", "PO: Order.\nPR: null\n", ["a.yaml:2: 'definition' is empty"]),
     ("b.yaml", "PO: Order.\nPR: 'open\n", ["b.yaml:3: not YAML: found unexpected end"]),
-    ("c.yaml", "PO: Order.\nPO: Office.\n", ["c.yaml:2: 'PO' is defined otherwise at .*c.yaml:1"]),
+    ("c.yaml", "PO: Order.\nPO: Office.\n", ["c.yaml:2: 'PO' is defined differently at .*c.yaml:1"]),
     ("d.yaml", "- &a [*a, *a]\n", ["d.yaml:1: nested too deeply"]),
-    ("e.yaml", "text", ["e.yaml: a list of terms"]),
-    ("a.py", "TERMS = [\n {'term': 'PO', 'definition': open('/x')},\n {}]", ["a.py:2: only literal", "a.py:3: no fi"]),
+    ("e.yaml", "text", ["e.yaml: expected a list of terms"]),
+    ("a.py", "TERMS = [\n {'term': 'PO', 'definition': open('/x')},\n {}]", ["a.py:2: the file is p", "a.py:3: no fi"]),
     ("b.py", "TERMS = [\n", ["b.py:1: not Python"]),
-    ("c.py", "import os\nx = 7\n", ["c.py: assigns no list and no dict"]),
-    ("d.py", "OTHER = {}\nTERMS = {'PO': 'a'}\n", ["d.py: holds no term"]),
-    ("e.py", "TERMS = {'PO': 'a',\n **OTHER}\n", ["e.py:2: only literal"]),
-    ("a.txt", "PO", ["a.txt: unknown file ending; a glossary is a .csv, .json"]),
+    ("c.py", "import os\nx = 7\n", ["c.py: no list or dict is assigned"]),
+    ("d.py", "OTHER = {}\nTERMS = {'PO': 'a'}\n", ["d.py: contains no terms"]),
+    ("e.py", "TERMS = {'PO': 'a',\n **OTHER}\n", ["e.py:2: the file is parsed, not executed"]),
+    ("a.txt", "PO", ["a.txt: unknown file extension; a glossary is a .csv, .json"]),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "text", "problems"), BAD_FILES, ids=[name for name, _, _ in BAD_FILES])
 def test_bad_input_is_named_with_its_place(name: str, text: str, problems: list[str], tmp_path: Path) -> None:
-    """Each problem has its place and reason, all in one report."""
+    """All problems are in one report, each with place and reason."""
     path = tmp_path / name
     path.write_text(text)
     with pytest.raises(DataError, match="(.|\n)*".join(problems)):
@@ -226,7 +227,7 @@ def test_bad_input_is_named_with_its_place(name: str, text: str, problems: list[
 
 
 def test_bytes_that_are_not_utf8_and_a_file_that_is_not_there(tmp_path: Path) -> None:
-    """Both with what to do."""
+    """Both errors name the file; the first says what to do."""
     (tmp_path / "a.csv").write_bytes(b"term,definition\nPO,\xff\n")
     with pytest.raises(DataError, match=r"a\.csv: not UTF-8 \(byte 19\); convert it"):
         read_terms(tmp_path / "a.csv")
@@ -235,14 +236,16 @@ def test_bytes_that_are_not_utf8_and_a_file_that_is_not_there(tmp_path: Path) ->
 
 
 def test_two_terms_that_would_share_a_prompt_are_refused() -> None:
-    """`the term PO` explained is `Explain the term PO.`, which asks for PO as well."""
+    """For the terms `the term PO` and `PO`, different wordings give the prompt `Explain the term PO.`"""
     terms = (Term("PO", "Order.", where="t.csv:2"), Term("the term PO", "Its name.", where="t.csv:3"))
-    with pytest.raises(DataError, match=r"t\.csv:3: the question 'Explain the term PO\.' also asks for t\.csv:2; ren"):
+    with pytest.raises(
+        DataError, match=r"t\.csv:3: the question 'Explain the term PO\.' is also asked about t\.csv:2; rename"
+    ):
         make_pairs(terms, PairSettings(forms=12))
 
 
 def test_impossible_numbers_are_named_together() -> None:
-    """More forms than there are wordings, none, and fewer than no comparisons."""
+    """More forms than wordings, no held-out forms, and a negative number of comparisons are reported together."""
     with pytest.raises(DataError, match=r"--forms 13: .* 1 to 12\n--held-out-forms 0: .* 1 to 6\n--comparisons -1: "):
         make_pairs((Term("PO", "Order."),), PairSettings(forms=13, held_out_forms=0, comparisons=-1))
 
@@ -262,11 +265,11 @@ def command(source: Path, folder: Path, *words: str) -> int:
 
 
 def test_the_command_writes_both_files_and_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Rows as make_pairs gives them, one JSON object a line; the statistics are those of the files."""
+    """The files hold the rows of make_pairs, one JSON object per line, and the printed counts are theirs."""
     path = write_as("csv", tmp_path / "terms")
     path.write_text(path.read_text(encoding="utf-8") + "PR,buying,Purchase requisition,\n", encoding="utf-8")
     assert command(path, tmp_path) == ExitCode.BAD_INPUT
-    assert "terms.csv:7: 'PR' is defined otherwise" in capsys.readouterr().err
+    assert "terms.csv:7: 'PR' is defined differently" in capsys.readouterr().err
     assert not (tmp_path / "t.jsonl").exists()
 
     write_as("csv", tmp_path / "terms")
@@ -280,8 +283,8 @@ def test_the_command_writes_both_files_and_counts(tmp_path: Path, capsys: pytest
     printed = capsys.readouterr().out
     for part in (
         "5 terms: buying 3, repair 2",
-        "18 training rows: 15 on definitions (3 forms a term), 2 on examples, 1 comparisons",
-        "8 held-out rows: 5 on definitions (1 forms a term), 2 on examples, 1 comparisons",
+        "18 training rows: 15 on definitions (3 forms per term), 2 on examples, 1 comparisons",
+        "8 held-out rows: 5 on definitions (1 forms per term), 2 on examples, 1 comparisons",
         "1 duplicates removed",
     ):
         assert part in printed
@@ -289,15 +292,15 @@ def test_the_command_writes_both_files_and_counts(tmp_path: Path, capsys: pytest
 
 @pytest.mark.parametrize("words", [["--form", "3"], ["--forms", "x"], ["--seed"]])
 def test_the_command_refuses_what_it_does_not_know(words: list[str], tmp_path: Path, capsys) -> None:
-    """With exit code 78 and the usage, like every other command of this project."""
+    """Bad options end with exit code 78 and the usage, as in every command."""
     assert command(BUNDLED, tmp_path, *words) == ExitCode.BAD_INPUT
     assert "usage: handloop glossary" in capsys.readouterr().err
-    with pytest.raises(DataError, match="must be three files"):
+    with pytest.raises(DataError, match="must be three different files"):
         main([str(BUNDLED), "--out", str(BUNDLED), "--held-out", str(tmp_path / "h.jsonl")])
 
 
 def test_a_failed_write_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second file cannot be written: the first is still the old one, and nothing temporary lies about."""
+    """If the second file cannot be written, the first stays as it was, and no temporary file is left."""
     old, blocked = tmp_path / "t.jsonl", tmp_path / "h.jsonl"
     old.write_text("old")
     original = Path.write_text
@@ -314,8 +317,8 @@ def test_a_failed_write_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest
     assert old.read_text() == "old"
 
 
-def test_the_bundled_rows_are_what_the_tool_makes_of_the_bundled_glossary(tmp_path: Path) -> None:
-    """demo/glossary.jsonl and demo/held_out.jsonl, byte for byte, by the command that stands in BUNDLED_WORDS."""
+def test_the_bundled_rows_are_those_of_the_bundled_glossary(tmp_path: Path) -> None:
+    """The command in BUNDLED_WORDS writes demo/glossary.jsonl and demo/held_out.jsonl byte for byte."""
     assert command(BUNDLED, tmp_path, *BUNDLED_WORDS) == 0
     for made, bundled_rows in (("t.jsonl", "glossary.jsonl"), ("new/h.jsonl", "held_out.jsonl")):
         assert (tmp_path / made).read_bytes() == (BUNDLED.parent / bundled_rows).read_bytes()

@@ -1,4 +1,4 @@
-"""Every kind of bad input is named with file and line, all in one report, and leaves nothing behind."""
+"""All problems in the data are reported together with file and line, and bad data leaves nothing in the cache."""
 
 import json
 import random
@@ -31,7 +31,7 @@ def settings(*paths: Path, data_format: str = "auto", max_length: int = 64) -> P
 
 BAD_ROWS = [
     ('{"prompt": "a", "response": "b"', "not JSON: .* at column"),
-    ('["prompt", "response"]', "a JSON object is expected, not list"),
+    ('["prompt", "response"]', "expected a JSON object, not list"),
     (
         '{"question": "a", "answer": "b"}',
         r"no field 'prompt' and no field 'response' \(fields here: answer, question\)",
@@ -45,7 +45,7 @@ BAD_ROWS = [
 
 @pytest.mark.parametrize(("row", "reason"), BAD_ROWS, ids=[reason[:20] for _, reason in BAD_ROWS])
 def test_a_bad_row_is_named_by_file_line_and_reason(tokenizer, tmp_path: Path, row: str, reason: str) -> None:
-    """Line 3 of a file is wrong: the report says so, and no prepared data is left."""
+    """A bad line 3 is reported as such, and nothing is left in the cache."""
     path = tmp_path / "rows.jsonl"
     path.write_text(GOOD + "\n" + row + "\n" + GOOD)
     before = sorted(cache_root().glob("*"))
@@ -55,7 +55,7 @@ def test_a_bad_row_is_named_by_file_line_and_reason(tokenizer, tmp_path: Path, r
 
 
 def test_bytes_that_are_not_utf8(tokenizer, tmp_path: Path) -> None:
-    """In a row and in a text file: the place and what to do."""
+    """In a row and in a text file, the report has the place and the remedy."""
     rows, text = tmp_path / "rows.jsonl", tmp_path / "text.txt"
     rows.write_bytes(GOOD.encode() + b'{"prompt": "\xff", "response": "b"}\n')
     text.write_bytes(b"abc \xe9")
@@ -64,7 +64,7 @@ def test_bytes_that_are_not_utf8(tokenizer, tmp_path: Path) -> None:
 
 
 def test_everything_wrong_in_one_report(tokenizer, tmp_path: Path) -> None:
-    """Thirty bad rows in two files: all counted, the first twenty shown."""
+    """Of thirty bad rows in two files all are counted and the first twenty are shown."""
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text("{}\n" * 15)
     with pytest.raises(DataError) as caught:
@@ -75,8 +75,8 @@ def test_everything_wrong_in_one_report(tokenizer, tmp_path: Path) -> None:
     assert len(lines) == 22
 
 
-def test_files_that_are_not_there_or_hold_nothing(tokenizer, tmp_path: Path) -> None:
-    """Missing, unknown ending, folder without text, empty, only white space."""
+def test_missing_unknown_and_empty_files(tokenizer, tmp_path: Path) -> None:
+    """Missing files, unknown extensions, folders without data, and empty or blank files are each named."""
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "blank.txt").write_text(" \n")
     (tmp_path / "table.xyz").write_text("x")
@@ -86,8 +86,8 @@ def test_files_that_are_not_there_or_hold_nothing(tokenizer, tmp_path: Path) -> 
     for part in (
         "3 problems",
         "gone.jsonl: no such file",
-        "table.xyz: unknown file ending",
-        "folder: holds no .txt, .md",
+        "table.xyz: unknown file extension",
+        "folder: contains no .txt, .md",
     ):
         assert part in str(caught.value)
     with pytest.raises(DataError, match=r"empty\.jsonl: the file is empty\n.*blank\.txt: .*only white space"):
@@ -95,7 +95,7 @@ def test_files_that_are_not_there_or_hold_nothing(tokenizer, tmp_path: Path) -> 
 
 
 def test_a_byte_order_mark_and_windows_lines_are_read(tmp_path: Path) -> None:
-    """What editors on Windows write is not an error."""
+    """Files written by editors on Windows are read."""
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode() * 2)
     report = Report()
@@ -104,8 +104,8 @@ def test_a_byte_order_mark_and_windows_lines_are_read(tmp_path: Path) -> None:
     assert [record.source.rsplit(":", 1)[1] for record in records] == ["1", "2"]
 
 
-def test_dropped_rows_and_unread_fields_are_counted(tokenizer, tmp_path: Path) -> None:
-    """A row longer than max_length is dropped and counted, an unread field is named; all too long: an error."""
+def test_dropped_rows_and_ignored_fields_are_counted(tokenizer, tmp_path: Path) -> None:
+    """Rows longer than max_length are dropped and counted, ignored fields too; if all are too long, it is an error."""
     path = tmp_path / "rows.jsonl"
     long_row = json.dumps({"prompt": "why", "response": "because " * 200, "id": 7})
     path.write_text(GOOD + long_row + "\n")
@@ -121,8 +121,8 @@ def test_dropped_rows_and_unread_fields_are_counted(tokenizer, tmp_path: Path) -
         prepare(settings(path), tokenizer)
 
 
-def test_the_cache_follows_every_byte_setting_and_template(tokenizer, tmp_path: Path) -> None:
-    """Same bytes elsewhere: same fingerprint; one byte, the length, or the template changed: another."""
+def test_the_fingerprint_covers_bytes_settings_and_template(tokenizer, tmp_path: Path) -> None:
+    """The same bytes at another path keep the fingerprint; another byte, length or template changes it."""
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     one.write_text(GOOD * 2)
     two.write_text(GOOD * 2)
@@ -138,7 +138,7 @@ def test_the_cache_follows_every_byte_setting_and_template(tokenizer, tmp_path: 
 
 @needs_shared
 def test_the_real_glossary_and_reports(tmp_path: Path) -> None:
-    """All 105 rows of the real glossary and all 11 real reports are read without a complaint."""
+    """All 105 rows of the real glossary and all 11 real reports are read without a problem."""
     report = Report()
     paths = [str(SHARED / "glossary" / "training_dataset.jsonl"), str(SHARED / "wildfire")]
     records = list(read_records(find_sources(paths, "auto"), report))
@@ -146,7 +146,7 @@ def test_the_real_glossary_and_reports(tmp_path: Path) -> None:
 
 
 def test_bad_records_can_be_skipped_and_are_named(tokenizer, tmp_path: Path) -> None:
-    """on_error skip: good rows are there, bad ones counted and named; stop does not take that cache."""
+    """on_error skip keeps good rows and names bad ones; on_error stop does not use its cache."""
     path = tmp_path / "rows.jsonl"
     path.write_text(GOOD + "{broken\n" + GOOD.replace("AOG", "ATP") + '{"prompt": "a"}\n')
     skipping = replace(settings(path), on_error="skip")
@@ -160,8 +160,8 @@ def test_bad_records_can_be_skipped_and_are_named(tokenizer, tmp_path: Path) -> 
         prepare(skipping, tokenizer)
 
 
-def test_an_interrupted_preparation_leaves_nothing_that_counts(pairs: Path, config: Config) -> None:
-    """Killed before the samples are published: no prepared folder is left, and the next run makes it anew."""
+def test_an_interrupted_preparation_is_made_again(pairs: Path, config: Config) -> None:
+    """A run killed before its samples are published leaves no prepared folder, and the next run prepares them."""
     (pairs.parent / "other.jsonl").write_text(GOOD * 3)
     words = arguments(replace(config, data=replace(config.data, path=(str(pairs.parent / "other.jsonl"),))))
     before = {folder for folder in cache_root().glob("*") if not folder.name.startswith(".tmp-")}
@@ -171,25 +171,25 @@ def test_an_interrupted_preparation_leaves_nothing_that_counts(pairs: Path, conf
     assert run_command(words).returncode == 0
 
 
-def test_many_processes_and_one_make_the_same_samples(
+def test_parallel_preparation_gives_the_same_samples(
     tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A large file is shared between processes: same samples, same order, bad rows named by their lines."""
+    """Several processes prepare the same samples in the same order, and name bad rows by their lines."""
     rows = [{"prompt": f"What is {i}?", "response": "It is " + "so " * (i % 50) + f"{i}."} for i in range(1000)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"prompt": "x", "response": 5}\n')
-    alone = prepare(replace(settings(path), on_error="skip", max_length=32), tokenizer)
-    content = alone.dataset.to_list()
-    shutil.rmtree(cache_root() / alone.fingerprint)
-    monkeypatch.setattr(prepare_module, "PARALLEL_FROM_BYTES", 0)
-    shared = prepare(replace(settings(path), on_error="skip", max_length=32), tokenizer)
-    assert shared.dataset.to_list() == content
-    assert shared.statistics == alone.statistics
-    assert shared.statistics.skipped[0].startswith(f"{path}:1001: ")
+    serial = prepare(replace(settings(path), on_error="skip", max_length=32), tokenizer)
+    content = serial.dataset.to_list()
+    shutil.rmtree(cache_root() / serial.fingerprint)
+    monkeypatch.setattr(prepare_module, "MIN_PARALLEL_BYTES", 0)
+    parallel = prepare(replace(settings(path), on_error="skip", max_length=32), tokenizer)
+    assert parallel.dataset.to_list() == content
+    assert parallel.statistics == serial.statistics
+    assert parallel.statistics.skipped[0].startswith(f"{path}:1001: ")
 
 
 def mutations(seed: int, count: int) -> Iterator[bytes]:
-    """Good rows with random bytes changed, inserted, removed, doubled or cut."""
+    """Good rows with random bytes changed, inserted, removed, repeated or cut off."""
     rng = random.Random(seed)
     turns = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n'
     for _ in range(count):
@@ -213,7 +213,7 @@ def mutations(seed: int, count: int) -> Iterator[bytes]:
 
 
 def test_two_hundred_mutations_are_read_or_refused(tokenizer, tmp_path: Path) -> None:
-    """Whatever the bytes: samples, or a DataError that names the file; never another exception."""
+    """Any bytes give samples, or a DataError that names the file; never another exception."""
     path = tmp_path / "mutant.jsonl"
     refusals = []
     for content in mutations(seed=5, count=200):

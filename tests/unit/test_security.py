@@ -325,18 +325,18 @@ def test_a_chat_template_stays_in_the_sandbox(
     name: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It reaches no attribute of Python's, no file and no process, and what it does wrong is said with the row."""
-    monkeypatch.setattr(render, "LONGEST_RENDERED_CHARACTERS", 100_000)
+    monkeypatch.setattr(render, "MAX_RENDERED_CHARACTERS", 100_000)
     tokenizer = tokenizer_at()
     canary = tmp_path / "canary"
     tokenizer.chat_template = TEMPLATES[name].replace("CANARY", str(canary))
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: the chat template (refuses this|makes 200,000 char)"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the chat template (refuses this|renders 200,000 char)"):
         prepare(PrepareSettings((str(rows),)), tokenizer)
     assert not canary.exists()
 
 
 def test_a_chat_template_that_does_not_end_is_stopped(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loops within loops: the first row already ends it, whatever on_error says."""
-    monkeypatch.setattr(render, "TEMPLATE_SECONDS", 0.2)
+    monkeypatch.setattr(render, "MAX_TEMPLATE_SECONDS", 0.2)
     tokenizer = tokenizer_at()
     tokenizer.chat_template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(DataError, match=r"rows\.jsonl:1: the chat template did not end within 0\.2 s"):
@@ -367,7 +367,7 @@ def test_a_folder_does_not_lead_out_of_itself(tmp_path: Path) -> None:
     (folder / "two.txt").symlink_to(folder / "one.txt")
     assert len(find_sources([str(folder)], "auto")) == 2
     (folder / "three.txt").symlink_to(tmp_path / "private.txt")
-    with pytest.raises(DataError, match=r"1 problem(.|\n)*three\.txt: is a link that leads out of the folder"):
+    with pytest.raises(DataError, match=r"1 problem(.|\n)*three\.txt: is a link to a file outside the folder"):
         find_sources([str(folder)], "auto")
 
 

@@ -1,4 +1,4 @@
-"""A conversation that is too long: what each policy keeps, counted token by token."""
+"""Which tokens of a conversation longer than data.max_length each policy keeps."""
 
 from typing import Any, get_args, get_type_hints
 
@@ -8,7 +8,7 @@ from data_tools.render import Sample
 from data_tools.truncation import Policy, fit
 from train.config import DataConfig
 
-# begin, two prompt tokens, answer 3 4 with end 5, two prompt tokens, answer 8 9 10 with end 11
+# the begin token 0, a prompt 1 2, an answer 3 4 with end token 5, a prompt 6 7, an answer 8 9 10 with end token 11
 IDS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
 TRAINED = [i in (3, 4, 5, 8, 9, 10, 11) for i in IDS]
 SAMPLE = Sample("x:1", IDS, TRAINED)
@@ -30,15 +30,15 @@ CASES = [
 
 @pytest.mark.parametrize(("policy", "max_length", "kept", "cut"), CASES, ids=lambda value: str(value)[:12])
 def test_what_each_policy_keeps(policy: Policy, max_length: int, kept: list, cut: bool) -> None:
-    """Ids, masks, and whether an answer lost tokens; the begin token stays in front."""
+    """Ids, masks and `cut_answer` are as expected; the begin token stays first."""
     fitted = fit(SAMPLE, max_length, policy, begin=[0])
     assert [(sample.input_ids, sample.trained) for sample in fitted.samples] == kept
     assert fitted.cut_answer == cut
 
 
 @pytest.mark.parametrize("policy", ["drop", "left", "right", "split"])
-def test_nothing_is_longer_than_allowed_and_an_end_survives(policy: Policy) -> None:
-    """For every length: within the limit, and an answer that is trained to its end keeps the end token."""
+def test_samples_fit_and_keep_the_end_token(policy: Policy) -> None:
+    """For every max_length, samples fit in it, and except with `split` the last trained token is an end token."""
     for max_length in range(2, 14):
         for sample in fit(SAMPLE, max_length, policy, begin=[0]).samples:
             assert len(sample.input_ids) <= max_length
@@ -49,8 +49,8 @@ def test_nothing_is_longer_than_allowed_and_an_end_survives(policy: Policy) -> N
 
 
 def test_an_unknown_policy_is_an_error() -> None:
-    """It was once taken for drop; the configuration offers exactly the policies that exist."""
+    """An unknown policy raises ValueError; the configuration offers exactly the policies that exist."""
     wrong: Any = "middle"
-    with pytest.raises(ValueError, match=r"data\.truncation 'middle': write drop, left, right or split"):
+    with pytest.raises(ValueError, match=r"data\.truncation 'middle': use drop, left, right or split"):
         fit(SAMPLE, 5, wrong, begin=[0])
     assert get_args(get_type_hints(DataConfig)["truncation"]) == get_args(Policy)

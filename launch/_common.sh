@@ -1,4 +1,4 @@
-# Sourced by the scripts beside it: goes to the project's folder, makes .venv once, and defines `launch`.
+# Sourced by the other scripts: changes to the project's folder, installs .venv once, and defines `launch`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -11,7 +11,7 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
     echo "installing into .venv, once (torch is large)"
     "$python" -m venv .venv
     install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "$@"; }
-    # torch's CPU build, where pip is set up to find its wheel beside the index; with hashes pip would prefer the index
+    # torch's CPU build, if pip's find-links has its wheel; with hashes pip would prefer the index
     install --require-hashes --no-index -r <(awk '/^[a-z]/ { torch = /^torch==/ } torch' requirements.lock) 2>/dev/null ||
         true
     install --require-hashes --only-binary :all: -r requirements.lock
@@ -23,13 +23,13 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
     echo "$wanted" > .venv/installed
 fi
 
-# launch CONFIG PROFILE [ARGUMENT ...]: accelerate launch (with `topology` where a script sets it), ending with the
-# trainer's exit code and passing signals on to it, neither of which accelerate does.
+# launch CONFIG PROFILE [ARGUMENT ...]: accelerate launch with the options in `topology`. Unlike accelerate itself, it
+# returns the trainer's exit code and forwards signals to the trainer.
 topology=()
 launch() {
     local config=$1 profile=$2
     shift 2
-    # on a busy machine OpenMP's spinning threads slow a CPU run down twentyfold
+    # on a busy machine, OpenMP's spinning threads make a CPU run twenty times slower
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
     exec .venv/bin/python -m train.launcher --quiet --config_file "accelerate_configs/$config" \
         ${topology[@]+"${topology[@]}"} train/main.py --profile "$profile" "$@"

@@ -3,7 +3,7 @@
 . "$(dirname "$0")/_common.sh"
 gpus=$(.venv/bin/python -c "import torch; print(torch.cuda.device_count())")
 if [ "$gpus" -lt 2 ]; then
-    echo "multi_gpu wants two or more GPUs and torch sees $gpus; with one, use launch/a100.sh" >&2
+    echo "multi_gpu needs two or more GPUs, and torch finds $gpus; for one GPU use launch/a100.sh" >&2
     exit 78
 fi
 topology=(--num_processes "$gpus")

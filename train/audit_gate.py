@@ -1,4 +1,4 @@
-"""The audit at the start of a run, the same as `handloop audit`, and what the run does with its verdict."""
+"""The audit at the start of a run (the one of `handloop audit`), and its effect on the run: data.gate."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,29 +12,30 @@ from train.run.exits import ExitCode, ExitWith
 
 
 def run_audit(config: Config, tokenizer: Any, data: TrainingData, validation: Dataset | None) -> Audit:
-    """What the training data is like, and what of it stands in the validation data too."""
-    settings = prepare_settings(config, config.data.path)
-    other = prepare_settings(config, config.data.validation_path) if config.data.validation_path else settings
-    cut = data.layout
+    """Audits the training data, also for rows that leak into the validation data."""
+    settings = validation_settings = prepare_settings(config, config.data.path)
+    if config.data.validation_path:
+        validation_settings = prepare_settings(config, config.data.validation_path)
+    layout = data.layout
     schedule = Schedule(
-        per_device=cut.per_device,
-        accumulation=cut.accumulation,
-        num_processes=cut.num_processes,
+        per_device=layout.per_device,
+        accumulation=layout.accumulation,
+        num_processes=layout.num_processes,
         unit="packed rows" if data.packed else "samples",
         units_per_epoch=len(data.rows),
         steps_per_epoch=data.steps_per_epoch,
         epochs=config.train.epochs,
         total_steps=data.total_steps(config.train),
     )
-    held_out = DataSplit(other, validation) if validation is not None else None
+    held_out = DataSplit(validation_settings, validation) if validation is not None else None
     return audit(DataSplit(settings, data.samples), held_out, tokenizer, schedule)
 
 
 def enforce_gate(config: Config, found: Audit) -> Sequence[str]:
-    """The warnings to show; raises ExitWith(BAD_INPUT) with every reason not to train, unless data.gate is warn."""
-    refused = failures(found)
-    if refused and config.data.gate == "stop":
-        reasons = "\n".join(f"  {reason}" for reason in refused)
-        advice = "mend the data, or train on it as it is with --data.gate warn; handloop audit shows more"
-        raise ExitWith(ExitCode.BAD_INPUT, f"the data should not be trained on:\n{reasons}\n{advice}")
-    return [*refused, *warnings(found)]
+    """The warnings to print; raises ExitWith(BAD_INPUT) with every reason not to train, unless data.gate is warn."""
+    reasons = failures(found)
+    if reasons and config.data.gate == "stop":
+        lines = "\n".join(f"  {reason}" for reason in reasons)
+        advice = "fix the data, or train on it as it is with --data.gate warn; handloop audit shows more"
+        raise ExitWith(ExitCode.BAD_INPUT, f"the data should not be trained on:\n{lines}\n{advice}")
+    return [*reasons, *warnings(found)]

@@ -1,4 +1,4 @@
-"""What is said at the start: the arithmetic of the run, so that a wrong number is seen at once."""
+"""The banner at the start: the arithmetic of the run, in which a wrong number shows at once."""
 
 from collections.abc import Sequence
 
@@ -15,9 +15,9 @@ from train.step import Training
 def banner(
     training: Training, tokenizer_notes: Sequence[str], statistics: Statistics, checkpoint: Checkpoint | None
 ) -> str:
-    """Model, data, batch arithmetic, memory and versions, a line each."""
+    """Lines on the model, the data, the batch arithmetic, memory and versions, and warnings."""
     config, data = training.config, training.data
-    cut = data.layout
+    layout = data.layout
     trainable = sum(p.numel() for p in training.parameters.values())
     device = training.accelerator.device
     held_out = statistics.num_samples - len(data.samples)
@@ -28,19 +28,20 @@ def banner(
         + (f" ({compute.reason})" if compute.reason else ""),
         f"device    {device_name(device)}"
         + (f", capped at {config.memory.budget}" if config.memory.budget and device.type == "cuda" else ""),
-        *(f"kernels   {line}" for line in (devices.substitutes(device) if training.plan.is_fused else [])),
+        *(f"kernels   {line}" for line in (devices.kernel_fallbacks(device) if training.plan.is_fused else [])),
         f"adapters  LoRA r={config.lora.r} alpha={config.lora.alpha} dropout={config.lora.dropout} on "
-        f"{', '.join(config.lora.target_modules)}: {trainable:,} trained parameters",
+        f"{', '.join(config.lora.target_modules)}: {trainable:,} trainable parameters",
         f"data      {', '.join(config.data.path)}: {statistics.num_records:,} records "
         f"({' and '.join(statistics.formats)}), {len(data.samples):,} samples"
         + (f", {held_out:,} held out for validation" if held_out else ""),
-        f"tokens    {sum(data.row_tokens):,} an epoch, {data.supervised_tokens_per_epoch():,} of them trained",
-        f"batch     {cut.per_device} a device x {cut.accumulation} accumulated x {cut.num_processes} "
-        f"process{'es' if cut.num_processes > 1 else ''} = {cut.samples_per_step} samples a step{_executed(training)}",
+        f"tokens    {sum(data.row_tokens):,} per epoch, {data.supervised_tokens_per_epoch():,} of them trained",
+        f"batch     {layout.per_device} per device x {layout.accumulation} accumulated x {layout.num_processes} "
+        f"process{'es' if layout.num_processes > 1 else ''} = {layout.samples_per_step} samples per step"
+        + _executed(training),
         f"memory    {training.plan}",
         *_parts(training),
         *_packing(training),
-        f"steps     {data.steps_per_epoch:,} an epoch, {training.total_steps:,} in all; {start}",
+        f"steps     {data.steps_per_epoch:,} per epoch, {training.total_steps:,} in all; {start}",
         f"optimizer {config.optim.name}, lr {config.optim.lr:g} {config.optim.schedule}, warmup {config.optim.warmup}",
         *(f"tokenizer {note}" for note in tokenizer_notes),
         "versions  " + ", ".join(f"{name} {number}" for name, number in versions().items()),
@@ -49,7 +50,7 @@ def banner(
 
 
 def _parts(training: Training) -> list[str]:
-    """Where the predicted peak comes from."""
+    """The parts of the predicted peak."""
     parts = [f"{name} {num_bytes / 2**30:.2f}" for name, num_bytes in training.plan.parts if num_bytes >= 2**20]
     return [f"          GiB: {', '.join(parts)}"] if parts else []
 
@@ -63,12 +64,12 @@ def _packing(training: Training) -> list[str]:
 
 
 def _executed(training: Training) -> str:
-    """How the first window of this process is really run, where that is not as it is written."""
+    """How the fused engine divides the first step's batch into micro-batches."""
     if not training.plan.is_fused:
         return ""
     sizes = [batch.input_ids.numel() for batch in training.data.batch(0, training.plan).micro_batches]
-    passes = f"1 pass of {sizes[0]:,} tokens" if len(sizes) == 1 else f"{len(sizes)} passes of {max(sizes):,} tokens"
-    return f", executed without padding: the first step as {passes}"
+    batches = "1 micro-batch of" if len(sizes) == 1 else f"{len(sizes)} micro-batches of up to"
+    return f", executed without padding: the first step as {batches} {max(sizes):,} tokens"
 
 
 def _base(config: Config) -> str:
@@ -78,27 +79,27 @@ def _base(config: Config) -> str:
 
 
 def _warnings(training: Training, statistics: Statistics) -> list[str]:
-    """What a user would want to know before waiting for the result."""
+    """What a user should know before waiting for the result."""
     config, lines = training.config, []
     if warning := devices.int8_warning(config.model.quantization, training.accelerator.device):
         lines.append(f"warning   {warning}")
     if config.data.path == (GLOSSARY,) and config.profile != "demo":
-        lines.append("warning   no --data.path was given: this trains on the bundled glossary")
+        lines.append("warning   without --data.path, this run trains on the bundled glossary")
     longer = f"of {statistics.num_records} records, longer than data.max_length = {config.data.max_length} tokens,"
     if statistics.num_dropped:
         lines.append(
             f"warning   {statistics.num_dropped} {longer} were dropped (data.truncation {config.data.truncation})"
         )
     if statistics.num_cut_answers:
-        lines.append(f"warning   {statistics.num_cut_answers} {longer} lost a part of an answer")
+        lines.append(f"warning   {statistics.num_cut_answers} {longer} lost part of an answer")
     if statistics.num_skipped:
-        lines.append(f"warning   {statistics.num_skipped} bad records were skipped, as data.on_error skip says:")
+        lines.append(f"warning   {statistics.num_skipped} bad records were skipped (data.on_error skip):")
         lines += [f"          {line}" for line in statistics.skipped]
     for name, count in statistics.ignored_fields.items():
-        lines.append(f"warning   the field {name!r} of {count} rows is not read")
+        lines.append(f"warning   the field {name!r} of {count} rows is ignored")
     if config.optim.warmup >= training.total_steps:
         lines.append(
-            f"warning   optim.warmup = {config.optim.warmup} is as long as the run ({training.total_steps} steps) or "
-            "longer: the learning rate hardly reaches its peak"
+            f"warning   optim.warmup = {config.optim.warmup} is not less than the run's {training.total_steps} steps, "
+            "so the learning rate hardly reaches its peak"
         )
     return lines

@@ -1,4 +1,4 @@
-"""argv -> Config: `--profile NAME`, `--section.field VALUE`, `--print-config`; refuses whatever it does not know."""
+"""argv -> Config: `--profile NAME`, `--section.field VALUE`, `--print-config`; unknown options are refused."""
 
 import contextlib
 import dataclasses
@@ -22,8 +22,8 @@ _PARSING = (tyro.conf.FlagConversionOff,)
 def parse(argv: Sequence[str], usage: str = USAGE) -> Config:
     """The configuration that `argv` asks for.
 
-    Raises ExitWith(BAD_INPUT) naming every unknown option, unreadable value and impossible value at once, and the
-    usage; SystemExit(0) after `--help` or `--print-config`.
+    Raises ExitWith(BAD_INPUT) with every unknown option and invalid value, and the usage; SystemExit(0) after `--help`
+    or `--print-config`.
     """
     try:
         return _parse(argv)
@@ -54,15 +54,15 @@ def _parse(argv: Sequence[str]) -> Config:
 
 
 def _take_profile(words: list[str]) -> tuple[Config, list[str]]:
-    """The profile that the words name, and the words without it."""
+    """The profile that the command line names, and the remaining words."""
     known = ", ".join(PROFILES)
     options = _grouped(words)
     names = [values for name, values in options if name == "profile"]
     if not names and {"-h", "--help"} & set(words):
-        print(f"{USAGE}\nprofiles: {known}\nall options of one: --profile NAME --help")
+        print(f"{USAGE}\nprofiles: {known}\nall options: --profile NAME --help")
         raise SystemExit(0)
     if len(names) != 1 or len(names[0]) != 1:
-        raise ExitWith(ExitCode.BAD_INPUT, f"name one profile: --profile NAME, with NAME one of {known}")
+        raise ExitWith(ExitCode.BAD_INPUT, f"give one profile: --profile NAME, where NAME is one of {known}")
     name = names[0][0]
     if name not in PROFILES:
         near = difflib.get_close_matches(name, PROFILES, n=1)
@@ -73,7 +73,7 @@ def _take_profile(words: list[str]) -> tuple[Config, list[str]]:
 
 
 def _grouped(words: list[str]) -> list[tuple[str, list[str]]]:
-    """(option without dashes, its values), in order; `--a=b` is split, `-1` and `-inf` are values."""
+    """(option without dashes, its values), in order; `--a=b` is split; `-1` and `-inf` are values."""
     groups: list[tuple[str, list[str]]] = []
     for word in words:
         if re.match(r"--?[a-zA-Z]", word) and word != "-inf":
@@ -82,12 +82,12 @@ def _grouped(words: list[str]) -> list[tuple[str, list[str]]]:
         elif groups:
             groups[-1][1].append(word)
         else:
-            raise ExitWith(ExitCode.BAD_INPUT, f"{word!r} does not belong to any option")
+            raise ExitWith(ExitCode.BAD_INPUT, f"{word!r} belongs to no option; values follow their --section.field")
     return groups
 
 
 def _override(config: Config, words: list[str]) -> tuple[Config, list[str]]:
-    """`config` with the overrides that can be read, and a line for each one that cannot."""
+    """`config` with the valid overrides, and a message for each invalid one."""
     problems: list[str] = []
     known = dict(_options(config))
     merged: dict[str, list[str]] = {}
@@ -100,7 +100,7 @@ def _override(config: Config, words: list[str]) -> tuple[Config, list[str]]:
         else:
             merged.setdefault(name, []).extend(values)
     for name, values in merged.items():
-        # one at a time, because tyro stops at the first value that it cannot read; it spells booleans True and False
+        # one at a time, because tyro stops at the first invalid value; it spells booleans True and False
         spelled = [value.title() if isinstance(known[name], bool) else value for value in values]
         errors = io.StringIO()
         try:
@@ -112,7 +112,7 @@ def _override(config: Config, words: list[str]) -> tuple[Config, list[str]]:
 
 
 def _options(config: Config) -> Iterator[tuple[str, object]]:
-    """Every `section.field` and its present value."""
+    """Every `section.field` and its current value."""
     for section in dataclasses.fields(config):
         value = getattr(config, section.name)
         if dataclasses.is_dataclass(value):
@@ -122,7 +122,7 @@ def _options(config: Config) -> Iterator[tuple[str, object]]:
 
 
 def _message(panel: str) -> str:
-    """The reason in tyro's error panel: the lines between its title's rule and the next rule."""
+    """The reason in tyro's error panel: the lines between the first two rules."""
     lines = [line.strip(" │|") for line in panel.splitlines()]
     rules = [number for number, line in enumerate(lines) if line and set(line) <= set("─-╭╮╰╯├┤+")]
     body = lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines

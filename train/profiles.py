@@ -1,4 +1,4 @@
-"""The recipes: one function a profile, each returns a complete configuration; a variant changes a few fields."""
+"""The recipes: one function per profile, which returns a complete configuration."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +22,7 @@ GLOSSARY = str(DEMO / "glossary.jsonl")
 
 
 def demo() -> Config:
-    """The bundled tiny base learns the bundled glossary by heart: CPU, three minutes, no network, no account."""
+    """The bundled tiny base memorises the bundled glossary: on a CPU, in three minutes, without network or account."""
     return Config(
         profile="demo",
         model=ModelConfig(name_or_path=str(DEMO / "base")),
@@ -38,7 +38,7 @@ def demo() -> Config:
 
 
 def a100() -> Config:
-    """Llama-3.1-8B in NF4 on one 40 or 80 GB card: batch 2 x accumulation 4."""
+    """Llama-3.1-8B in NF4 on one GPU with 40 or 80 GB: batch 2 x accumulation 4."""
     return Config(
         profile="a100",
         model=ModelConfig(name_or_path="meta-llama/Llama-3.1-8B"),
@@ -52,7 +52,7 @@ def a100() -> Config:
 
 
 def four_gb() -> Config:
-    """TinyLlama-1.1B-Chat in NF4 on one 4 GB card; fits without offload, and the allocator is held to 4 GiB."""
+    """TinyLlama-1.1B-Chat in NF4 on one 4 GB GPU; it fits without offload, and the allocator is capped at 4 GiB."""
     return Config(
         profile="4gb",
         model=ModelConfig(name_or_path="TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
@@ -67,7 +67,7 @@ def four_gb() -> Config:
 
 
 def multi_gpu() -> Config:
-    """a100's recipe on every GPU that the accelerate configuration names, one replica each (DDP)."""
+    """The a100 recipe on every GPU of the accelerate configuration, with one replica each (DDP)."""
     base = a100()
     return replace(base, profile="multi_gpu", run=replace(base.run, dir="runs/multi_gpu"))
 

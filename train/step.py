@@ -12,7 +12,7 @@ from train.engine.plan import Plan
 from train.metrics import to_host
 from train.models.language_model import LanguageModel
 from train.optim import FlatParameters, learning_rate, set_learning_rate
-from train.run.processes import add_over_processes
+from train.run.processes import all_reduce_gradients
 from train.seeds import seed_forward
 
 
@@ -123,7 +123,7 @@ def step_gradient(training: Training, batch: StepBatch, completed: int) -> Gradi
         del token_loss_sum  # and its autograd graph, before the next forward pass
     training.data.prefetch(completed + 1, training.plan)  # while the GPU still computes
 
-    add_over_processes(accelerator, training.flat.leaves)
+    all_reduce_gradients(accelerator, training.flat.leaves)
     scaler.unscale_(training.optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(training.flat.leaves, config.optim.max_grad_norm)
     total = accelerator.reduce(loss_sum, reduction="sum")

@@ -58,7 +58,7 @@ def test_a_gpu_profile_without_a_gpu(profile: str, tmp_path: Path) -> None:
     words = ["--profile", profile, "--run.dir", str(tmp_path / "run")]
     outcome = run_command(words, CUDA_VISIBLE_DEVICES="")
     assert outcome.returncode == 78
-    assert "wants a CUDA GPU" in outcome.stderr
+    assert "needs a CUDA GPU" in outcome.stderr
     assert "--profile demo" in outcome.stderr
     assert "Traceback" not in outcome.stderr
 

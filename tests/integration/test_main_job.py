@@ -112,8 +112,8 @@ def test_validation_is_logged_and_changes_no_bit(config: Config, tmp_path: Path)
 def test_the_banner_shows_the_arithmetic(config: Config) -> None:
     """Batch, steps and trained tokens are said before the first step, as plain lines where there is no terminal."""
     outcome = run_command(arguments(replace(config, compare=CompareConfig(num_questions=2, max_new_tokens=4))))
-    assert "2 a device x 4 accumulated x 1 process = 8 samples a step" in outcome.stdout
-    assert "3 an epoch, 6 in all; starts fresh" in outcome.stdout
+    assert "2 per device x 4 accumulated x 1 process = 8 samples per step" in outcome.stdout
+    assert "3 per epoch, 6 in all; starts fresh" in outcome.stdout
     assert "19 records (prompt_response), 19 samples" in outcome.stdout
     assert "step 6/6" in outcome.stdout
     assert "\x1b" not in outcome.stdout

@@ -96,8 +96,8 @@ def test_what_does_not_fit_is_78(config: Config, capsys: pytest.CaptureFixture[s
         (("--mean-length", "129"), "rows hold at most data.max_length"),
         (("--model.quantization", "int8"), "this run uses the reference engine: int8 layers round their inputs"),
         (("--memory.offload", "stream", "--engine.kind", "reference"), "only the fused engine streams"),
-        (("--probe",), "wants a CUDA GPU"),
-        (("--steps", "0"), "'0' is not a number from 1 on"),
+        (("--probe",), "needs a CUDA GPU"),
+        (("--steps", "0"), "'0' is not a positive integer"),
     ],
 )
 def test_what_cannot_be_planned_is_78(

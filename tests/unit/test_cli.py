@@ -89,7 +89,7 @@ def test_profile_mistakes() -> None:
     assert "--profile NAME" in refusal()
     assert "--profile NAME" in refusal("--profile", "demo", "--profile", "a100")
     assert "did you mean a100?" in refusal("--profile", "a10")
-    assert "does not belong to any option" in refusal("stray", "--profile", "demo")
+    assert "belongs to no option" in refusal("stray", "--profile", "demo")
 
 
 @pytest.mark.parametrize(("text", "size"), [("4GiB", 4 * 2**30), ("3.5 GB", 3_500_000_000), ("512MiB", 2**29)])

@@ -68,7 +68,7 @@ def test_a_type_that_is_asked_for(card: Choose) -> None:
     """bf16 below 8.0 is refused with what works; anything else is taken as it is said, and needs no reason."""
     for number, instead in (((7, 5), "fp16"), ((6, 1), "fp32")):
         card(number)
-        with pytest.raises(ExitWith, match=rf"--model\.dtype bf16: .*auto, which takes {instead}") as refusal:
+        with pytest.raises(ExitWith, match=rf"--model\.dtype bf16: .*auto, which chooses {instead}") as refusal:
             devices.compute_type("bf16", GPU)
         assert refusal.value.code == ExitCode.BAD_INPUT
         assert devices.compute_type("fp16", GPU) == ComputeType("fp16")
@@ -88,11 +88,11 @@ def test_attention_and_kernels_of_every_card(card: Choose, monkeypatch: pytest.M
         assert attention.has_flash(torch.float16, GPU) == (number >= (8, 0))
         assert not attention.has_flash(torch.float32, GPU)
         assert (operations.kernels_for(GPU) is None) == (number < (7, 0))
-        said = " ".join(devices.substitutes(GPU))
+        said = " ".join(devices.kernel_fallbacks(GPU))
         assert ("SDPA, one sample at a time" in said) == (number < (8, 0))
         assert ("instead of Triton" in said) == (number < (7, 0))
     assert operations.kernels_for(CPU) is None
-    assert devices.substitutes(CPU) == []
+    assert devices.kernel_fallbacks(CPU) == []
     monkeypatch.setattr(operations.importlib.util, "find_spec", lambda name: None)
     card((9, 0))
     assert operations.kernels_for(GPU) is None

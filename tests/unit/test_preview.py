@@ -172,7 +172,7 @@ def test_mistakes_end_with_one_message(tmp_path: Path, capsys: pytest.CaptureFix
     bad.write_text('{"prompt": "x"\n')
     for words, part in (
         (["preveiw"], "did you mean preview?"),
-        (["preview", "--profile", "demo", "--rows", "0"], "'0' is not a number from 1 on"),
+        (["preview", "--profile", "demo", "--rows", "0"], "'0' is not a positive integer"),
         (["preview", "--profile", "demo", "--json=yes"], "--json"),
         (["preview", "--profile", "demo", "--data.pat", "x"], "did you mean --data.path?"),
         (["preview", "--profile", "demo", "--data.pat", "x"], "\nusage: handloop preview --profile NAME"),

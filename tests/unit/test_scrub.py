@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from train.run.redact import REMOVED, VARIABLES, print_redacted, redact
+from train.run.redact import REMOVED, SECRET_VARIABLES, print_redacted, redact
 
 TOKEN = "hf_" + "aB3dE6gH9jK2mN5pQ8sT"
 
@@ -31,7 +31,7 @@ def test_a_secret_is_taken_out(text: str, secret: str) -> None:
     assert redact(clean) == clean
 
 
-@pytest.mark.parametrize("name", VARIABLES)
+@pytest.mark.parametrize("name", SECRET_VARIABLES)
 def test_values_of_the_environment_are_taken_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A key without a form of its own is known by the variable that holds it."""
     key = "0123456789abcdef0123456789abcdef01234567"

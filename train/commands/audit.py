@@ -9,10 +9,10 @@ from train.run.exits import ExitCode, ExitWith
 
 
 def main(words: list[str]) -> int:
-    """Judges the data; 78 where it must not be trained on."""
+    """Prints the audit; raises ExitWith(BAD_INPUT) if the data should not be trained on."""
     own = Options(
         "audit",
-        "Judges the data before it is trained on; exit 78 where it must not be. Steps are counted for one process.",
+        "Audits the data before training; exit 78 if it should not be trained on. Steps are counted for one process.",
     )
     own.add_argument("--json", action="store_true", help="print everything as one JSON object")
     options, rest = own.parse_known_args(words)
@@ -26,15 +26,15 @@ def main(words: list[str]) -> int:
     tokenizer = load_tokenizer(config).backend
     prepared = prepare(prepare_settings(config, config.data.path), tokenizer)
     samples, validation = hold_out(config, prepared, tokenizer)
-    # one process: how many there will be is only known to accelerate launch
-    cut = BatchLayout(config.batch.per_device, config.batch.accumulation, num_processes=1, rank=0)
-    found = run_audit(config, tokenizer, TrainingData(samples, config, cut, pad_token_id=0), validation)
-    refused = failures(found)
+    # one process, because only accelerate launch knows their number
+    layout = BatchLayout(config.batch.per_device, config.batch.accumulation, num_processes=1, rank=0)
+    found = run_audit(config, tokenizer, TrainingData(samples, config, layout, pad_token_id=0), validation)
+    reasons = failures(found)
     if options.json:
         print(json.dumps(found.as_json(), indent=2, ensure_ascii=False))
     else:
         show_audit(found, Console())
-    if refused:
-        reasons = "a reason" if len(refused) == 1 else f"{len(refused)} reasons"
-        raise ExitWith(ExitCode.BAD_INPUT, f"the audit found {reasons} not to train on this data")
+    if reasons:
+        number = "a reason" if len(reasons) == 1 else f"{len(reasons)} reasons"
+        raise ExitWith(ExitCode.BAD_INPUT, f"the audit found {number} not to train on this data")
     return 0

@@ -1,4 +1,4 @@
-"""The `handloop` command: tools that are not the training itself."""
+"""The `handloop` command: every tool except training."""
 
 import difflib
 import importlib
@@ -11,29 +11,29 @@ from data_tools.records import DataError
 from train.run.exits import ExitCode, ExitWith
 from train.run.redact import redact
 
-# Each is the module of that name beside this one, whose `main` takes the words behind it and returns the exit code.
+# Each command is the module of its name in this package; its `main` takes the remaining words, returns the exit code.
 COMMANDS = {
-    "preview": "show, token by token, what is trained on",
-    "audit": "judge the data before it is trained on; exit 78 where it must not be",
+    "preview": "show the samples token by token, trained and masked",
+    "audit": "audit the data before training; exit 78 if it should not be trained on",
     "glossary": "turn a glossary into prompt/response JSONL",
-    "plan": "memory and speed before a byte of weights is read",
+    "plan": "predict memory and speed before any weights are read",
 }
 _LINES = "\n".join(f"  {name:9} {what}" for name, what in COMMANDS.items())
-USAGE = f"usage: handloop COMMAND [options]\n\n{_LINES}\n\nhandloop COMMAND --help tells the options of one"
+USAGE = f"usage: handloop COMMAND [options]\n\n{_LINES}\n\nhandloop COMMAND --help lists its options"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; whatever ends it early is said in one message. Returns the exit code."""
+    """Runs a command and returns the exit code; an error becomes one message on stderr."""
     words = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 still shows all of it
+            stream.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
     try:
         return _run(words)
     except ExitWith as end:
         code, reason = end.code, end.reason
     except (DataError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # the reader, such as head, has seen enough
+        if isinstance(error, BrokenPipeError):  # the reader, such as head, has closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         code, reason = ExitCode.BAD_INPUT, str(error)
@@ -49,4 +49,4 @@ def _run(words: list[str]) -> int:
         return importlib.import_module(f"train.commands.{words[0]}").main(words[1:])
     near = difflib.get_close_matches(words[0], COMMANDS, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise ExitWith(ExitCode.BAD_INPUT, f"no command {words[0]!r}{hint}\n{USAGE}")
+    raise ExitWith(ExitCode.BAD_INPUT, f"unknown command {words[0]!r}{hint}\n{USAGE}")

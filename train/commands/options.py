@@ -1,4 +1,4 @@
-"""A command's own options, beside those of train/main.py."""
+"""Options of a `handloop` command, in addition to those of train/main.py."""
 
 import argparse
 from typing import TYPE_CHECKING, NoReturn
@@ -10,20 +10,23 @@ if TYPE_CHECKING:
 
 
 class Options(argparse.ArgumentParser):
-    """A command's own options; what it does not know is left for train.cli, and errors end like everywhere else."""
+    """An argument parser for a command's own options; its errors are ExitWith(BAD_INPUT).
+
+    Use `parse_known_args`: the remaining words are the configuration, which `config` parses.
+    """
 
     def __init__(self, command: str, description: str) -> None:
         super().__init__(
             prog=f"handloop {command}",
             usage=f"handloop {command} --profile NAME [--section.field VALUE ...] [options]",
             description=description,
-            epilog="Profile, model and data are chosen with the options of train/main.py: "
-            "python train/main.py --profile NAME --help tells all of them.",
+            epilog="Profile, model and data are set with the options of train/main.py; "
+            "python train/main.py --profile NAME --help lists them.",
             allow_abbrev=False,
         )
 
     def config(self, words: list[str]) -> "Config":
-        """What train.cli makes of the others; raises ExitWith(BAD_INPUT) with this command's usage."""
+        """The configuration that the remaining words set; raises ExitWith(BAD_INPUT) with this command's usage."""
         from train.cli import parse
 
         return parse(words, self.format_usage().strip())
@@ -33,6 +36,7 @@ class Options(argparse.ArgumentParser):
 
 
 def positive_number(text: str) -> int:
+    """An argparse type: an integer of 1 or more."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)

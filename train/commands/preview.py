@@ -8,24 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from train.commands.options import Options, positive_number
 from train.run.durable import write_atomically
 
 if TYPE_CHECKING:
     from train.data import TrainingData
-from train.commands.options import Options, positive_number
 
 
 def main(words: list[str]) -> int:
-    """Shows the first samples token by token."""
-    own = Options("preview", "Shows, token by token, what is trained on.")
+    """Shows the first samples (with packing: packed rows) token by token."""
+    own = Options("preview", "Shows the samples token by token, trained and masked.")
     own.add_argument("--rows", type=positive_number, default=5, metavar="K", help="how many samples (default 5)")
-    own.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page instead")
-    own.add_argument("--json", action="store_true", help="print one JSON object a sample")
+    own.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained HTML page instead")
+    own.add_argument("--json", action="store_true", help="print one JSON object per sample")
     options, rest = own.parse_known_args(words)
-    # these take seconds to import, which --help and the other commands need not wait for
+    # imported here because they take seconds, for which --help should not wait
     from data_tools.prepare import prepare
     from data_tools.preview import as_html, show_samples
-    from data_tools.preview import preview as rows_of
+    from data_tools.preview import preview as token_views
     from train.data import BatchLayout, TrainingData, prepare_settings
     from train.models.tokenizer import load_tokenizer
 
@@ -33,7 +33,7 @@ def main(words: list[str]) -> int:
     tokenizer = load_tokenizer(config).backend
     samples = prepare(prepare_settings(config, config.data.path), tokenizer).dataset
     data = TrainingData(samples, config, BatchLayout(1, 1, num_processes=1, rank=0), pad_token_id=0)
-    rows = list(rows_of(_first_rows(data, options.rows), tokenizer))
+    rows = list(token_views(_first_rows(data, options.rows), tokenizer))
     if options.json:
         for row in rows:
             print(json.dumps(row.as_json(), ensure_ascii=False))
@@ -47,7 +47,7 @@ def main(words: list[str]) -> int:
 
 
 def _first_rows(data: "TrainingData", count: int) -> Iterator[dict[str, Any]]:
-    """The samples of the first rows, which with packing hold several, each with its place."""
+    """The samples of the first `count` rows; with packing a row holds several, each with its place."""
     for number, members in enumerate(data.rows[:count], start=1):
         start = 0
         for i in members:

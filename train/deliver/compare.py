@@ -1,4 +1,4 @@
-"""The same questions to the base and to the tuned model, side by side."""
+"""Asks the base and the tuned model the same questions, and shows the answers side by side."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,23 +18,23 @@ ROWS_SHOWN = 6
 
 @dataclass(frozen=True)
 class Answer:
-    """One question and what became of it."""
+    """A question, its reference answer, and the answers of the base and of the tuned model."""
 
     question: str
     reference: str
     before: str
     after: str
-    exact: bool  # the tuned answer is the reference, to the letter
-    stopped: bool  # the tuned model wrote an end token by itself
+    exact: bool  # the tuned model's answer equals the reference
+    stopped: bool  # the tuned model ended its answer with an end token
     before_exact: bool
     before_stopped: bool
 
 
 def compare(generator: Generator, conversations: Sequence[Conversation], must_stop: Callable[[], bool]) -> list[Answer]:
-    """Answers to each conversation's last question, with the adapters off and on, until `must_stop` says so."""
+    """Answers each conversation's last question with adapters off and on; ends early when `must_stop` returns True."""
     model, tokenizer = generator.model, generator.tokenizer
 
-    def both(batch: Sequence[Conversation]) -> tuple[list[Completion], list[Completion]]:
+    def generate_both(batch: Sequence[Conversation]) -> tuple[list[Completion], list[Completion]]:
         prompts = [render_prompt(tokenizer, conversation.messages[:-1]) for conversation in batch]
         with model.adapted.disable_adapter():
             before = generator(prompts)
@@ -42,7 +42,7 @@ def compare(generator: Generator, conversations: Sequence[Conversation], must_st
 
     answers: list[Answer] = []
     with model.generating():
-        for batch, completions in in_batches(conversations, both, must_stop):
+        for batch, completions in in_batches(conversations, generate_both, must_stop):
             answers += [_answer(*each) for each in zip(batch, *completions, strict=True)]
     return answers
 
@@ -62,7 +62,7 @@ def _answer(conversation: Conversation, before: Completion, after: Completion) -
 
 
 def as_rows(answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    """The answers as they stand in answers.json."""
+    """The answers as written to answers.json."""
     return [asdict(answer) for answer in answers]
 
 
@@ -90,6 +90,6 @@ def show_answers(console: Console, title: str, answers: Sequence[Answer]) -> Non
 
 
 def _shown(text: str) -> Text:
-    """The beginning, as it stands: no markup of rich's, and nothing that would steer the terminal."""
+    """The beginning of the text, without rich's markup and with control characters made visible."""
     short = text if len(text) <= 160 else f"{text[:157]}..."
     return Text("\n".join(map(printable, short.split("\n"))))

@@ -1,4 +1,4 @@
-"""The result: a folder that plain PEFT and transformers load."""
+"""The result: a folder that PEFT and transformers load."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,9 +17,9 @@ def publish_final(
     tokenizer: PreTrainedTokenizerBase,
     end_token_ids: Sequence[int],
 ) -> None:
-    """Writes adapter, tokenizer with the template that was trained, and generation settings, all at once or not at all.
+    """Writes the adapter, the tokenizer with the chat template used in training, and generation settings, atomically.
 
-    generation_config.json names the end tokens that the training taught, so that generation stops where answers did.
+    generation_config.json lists the end tokens that were trained, so that generation stops where answers ended.
     """
     with publish(folder) as temporary:
         for name, content in adapter_files(adapters, config).items():

@@ -1,4 +1,4 @@
-"""Text from a model: batched greedy decoding by transformers, for whoever asks, compares or samples."""
+"""Batched greedy decoding by transformers."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ class Completion:
     """What a model wrote after one prompt."""
 
     text: str
-    is_stopped: bool  # by an end token of its own, not by the limit
+    is_stopped: bool  # by an end token, not by max_new_tokens
 
 
 @dataclass(frozen=True)
 class Generator:
-    """Decodes greedily with the model as it stands: adapters on, or off inside `model.adapted.disable_adapter()`."""
+    """Decodes greedily, with the adapters unless called inside `model.adapted.disable_adapter()`."""
 
     model: LanguageModel
     tokenizer: PreTrainedTokenizerBase
@@ -34,7 +34,7 @@ class Generator:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> list[Completion]:
-        """A completion of each prompt, which is rendered text; to be called inside `model.generating()`."""
+        """The completion of each rendered prompt; must be called inside `model.generating()`."""
         causal_lm: Any = self.model.adapted
         tokenizer: Any = self.tokenizer
         inputs = tokenizer(
@@ -62,10 +62,10 @@ class Generator:
 def in_batches(
     items: Sequence[Item], generate: Callable[[Sequence[Item]], Result], must_stop: Callable[[], bool]
 ) -> Iterator[tuple[Sequence[Item], Result]]:
-    """(items, what `generate` made of them) batch by batch, until `must_stop` says so.
+    """Yields (items, `generate(items)`) batch by batch; ends early when `must_stop` returns True.
 
-    A batch that runs out of memory is halved, and those after it are as small: keys and values of 32 answers of an 8B
-    are more than a small GPU has left. Raises OutOfMemoryError where a single item does not fit.
+    A batch that runs out of GPU memory is halved, and so are all later ones: the keys and values of 32 answers of an 8B
+    model do not fit on a small GPU. Raises OutOfMemoryError if a single item does not fit.
     """
     done, size = 0, MAX_BATCH_SIZE
     while done < len(items) and not must_stop():

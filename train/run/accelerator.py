@@ -1,4 +1,4 @@
-"""The one Accelerator: device, process group, determinism, memory cap."""
+"""The run's Accelerator: device, process group, determinism, memory cap."""
 
 import os
 import sys
@@ -20,37 +20,37 @@ SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULT
 
 
 def check_machine(config: Config) -> None:
-    """Raises ExitWith(BAD_INPUT) where this machine, or its accelerate configuration, does not fit the profile."""
+    """Raises ExitWith(BAD_INPUT) if this machine, or its accelerate configuration, does not fit the profile."""
     if config.run.device == "cuda" and not torch.cuda.is_available():
         raise ExitWith(
             ExitCode.BAD_INPUT,
-            f"profile {config.profile} wants a CUDA GPU and torch {torch.__version__} sees none.\n"
-            "Check nvidia-smi and that this torch is a CUDA build; to try the job without a GPU: --profile demo, "
+            f"profile {config.profile} needs a CUDA GPU, and torch {torch.__version__} finds none.\n"
+            "Check nvidia-smi, and that this torch is a CUDA build. Without a GPU, use --profile demo, "
             "or --run.device cpu with a small --model.name_or_path",
         )
     if config.run.device != "cpu" and torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
-        # the card that accelerate will give to this process
-        card = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        devices.check_build(card)
-        devices.check_bitsandbytes(bitsandbytes_options(config), card)
-        devices.compute_type(config.model.dtype, card)
+        # the GPU that accelerate will give to this process
+        gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        devices.check_build(gpu)
+        devices.check_bitsandbytes(bitsandbytes_options(config), gpu)
+        devices.compute_type(config.model.dtype, gpu)
     configured = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if configured not in ("1", str(config.batch.accumulation)):
         raise ExitWith(
             ExitCode.BAD_INPUT,
             f"the accelerate configuration says gradient_accumulation_steps {configured} and --batch.accumulation says "
-            f"{config.batch.accumulation}; remove it from the accelerate configuration, the profile owns it",
+            f"{config.batch.accumulation}; remove it from the accelerate configuration, because the profile sets it",
         )
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision != "no":
         raise ExitWith(
             ExitCode.BAD_INPUT,
-            f"the accelerate configuration says mixed_precision {precision}; set it to 'no', --model.dtype owns it",
+            f"the accelerate configuration says mixed_precision {precision}; set it to 'no' and use --model.dtype",
         )
 
 
 def bitsandbytes_options(config: Config) -> list[str]:
-    """The options that need bitsandbytes, and what to write instead."""
+    """The options that need bitsandbytes, each with an alternative."""
     options = []
     if config.model.quantization != "none":
         options.append(f"--model.quantization {config.model.quantization} (write none)")
@@ -60,14 +60,14 @@ def bitsandbytes_options(config: Config) -> list[str]:
 
 
 def start_accelerator(config: Config) -> Accelerator:
-    """The one Accelerator: device, process group, determinism and memory cap; raises ExitWith(BAD_INPUT)."""
+    """Builds the Accelerator and applies run.deterministic and memory.budget; raises ExitWith(BAD_INPUT)."""
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         settings: Any = torch.utils.deterministic
-        settings.fill_uninitialized_memory = False  # a debugging aid that writes every new tensor once more
-    waiting = InitProcessGroupKwargs(timeout=timedelta(minutes=config.run.timeout_minutes))
-    accelerator = Accelerator(cpu=config.run.device == "cpu", mixed_precision="no", kwargs_handlers=[waiting])
+        settings.fill_uninitialized_memory = False  # a debugging aid, which would write to every new tensor
+    timeout = InitProcessGroupKwargs(timeout=timedelta(minutes=config.run.timeout_minutes))
+    accelerator = Accelerator(cpu=config.run.device == "cpu", mixed_precision="no", kwargs_handlers=[timeout])
     if accelerator.distributed_type not in SUPPORTED:
         raise ExitWith(
             ExitCode.BAD_INPUT,
@@ -75,16 +75,16 @@ def start_accelerator(config: Config) -> Accelerator:
             "use one of accelerate_configs/",
         )
     if config.memory.budget and accelerator.device.type == "cuda":
-        # of the current device: accelerate's own has no index where there is one process, which torch refuses here
+        # the current device, because accelerate's device has no index in a single process and torch needs one here
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, parse_bytes(config.memory.budget) / total))
     return accelerator
 
 
 def free_gpu_bytes(config: Config, accelerator: Accelerator) -> int | None:
-    """Bytes that may still be allocated on each process's GPU: of memory.budget, or of what is free; None on a CPU.
+    """Bytes that every process can still allocate on its GPU, within memory.budget if it is set; None on a CPU.
 
-    The least of all processes, so that they plan alike.
+    This is the minimum over all processes, so that they make the same plan.
     """
     if accelerator.device.type != "cuda":
         return None
@@ -92,20 +92,20 @@ def free_gpu_bytes(config: Config, accelerator: Accelerator) -> int | None:
     free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     if config.memory.budget:
         free = min(free, parse_bytes(config.memory.budget) - torch.cuda.memory_allocated())
-    everyone: Any = accelerator.gather(torch.tensor([free], device=accelerator.device))
-    return int(to_host(everyone.min())[0])
+    gathered: Any = accelerator.gather(torch.tensor([free], device=accelerator.device))
+    return int(to_host(gathered.min())[0])
 
 
 def close_group(together: bool) -> None:
-    """Closes the process group, if there is one.
+    """Closes the process group, if there is one; `together` says that every process calls this.
 
-    An interpreter that ends before Gloo's threads may be aborted by them, whatever its exit code was to be. NCCL's
-    closing waits for the other processes, so that it is left to the end of the process where they do not all come here.
-    What is trained does not depend on it: a group that does not close is said.
+    If the interpreter ends before Gloo's threads, they can abort it and change its exit code. NCCL waits for the other
+    processes when it closes, so without them its group is left open until the process ends. A group that does not close
+    costs nothing that was trained, so this is only printed.
     """
     if torch.distributed.is_initialized() and (together or torch.distributed.get_backend() == "gloo"):
         try:
             torch.distributed.destroy_process_group()
         except RuntimeError as error:
             with suppress(OSError):
-                print(f"handloop: the group of processes did not close: {error}", file=sys.stderr, flush=True)
+                print(f"handloop: the process group did not close: {error}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What a GPU can do by its compute capability, and what is chosen, said or refused because of it.
+"""What a GPU supports by its compute capability: the compute type, kernel fallbacks, warnings and refusals.
 
 bf16 and flash kernels begin at 8.0, fast int8 at 7.5, Triton at 7.0, bitsandbytes at 6.0 (its README: "SM60+ minimum").
 """
@@ -13,50 +13,50 @@ import torch
 
 from train.run.exits import ExitCode, ExitWith
 
-Wanted = Literal["auto", "bf16", "fp16", "fp32"]
+DtypeOption = Literal["auto", "bf16", "fp16", "fp32"]
 BF16 = FLASH = (8, 0)
 FAST_INT8 = (7, 5)
 TRITON = FAST_FP16 = (7, 0)
 ALSO_FAST_FP16 = ((5, 3), (6, 0))
 BITSANDBYTES = (6, 0)
-CUDA_13 = (7, 5)  # what torch's builds for CUDA 12.8 and later begin with; the one for 12.6 begins with CUDA_12
+CUDA_13 = (7, 5)  # lowest that torch's builds for CUDA 12.8 and later support; the build for 12.6 supports CUDA_12
 CUDA_12 = (5, 0)
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a CUDA device; nothing else in train/ asks torch for it."""
+    """Compute capability of a CUDA device; only this function asks torch for it."""
     return torch.cuda.get_device_capability(device)
 
 
 @dataclass(frozen=True)
 class ComputeType:
-    """The type that the base computes in."""
+    """The dtype in which the base computes."""
 
     name: Literal["bf16", "fp16", "fp32"]
-    reason: str = ""  # why auto could not take bf16 on a GPU
+    reason: str = ""  # why auto did not choose bf16 on a GPU
 
     @property
     def dtype(self) -> torch.dtype:
-        """As torch has it."""
+        """The torch dtype."""
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.name]
 
 
-def compute_type(wanted: Wanted, device: torch.device) -> ComputeType:
-    """What `model.dtype` means on the device.
+def compute_type(wanted: DtypeOption, device: torch.device) -> ComputeType:
+    """The compute type for `model.dtype` on the device.
 
-    By compute capability, since is_bf16_supported() is true on GPUs that only emulate it (pytorch#148322). Raises
-    ExitWith(BAD_INPUT) where bf16 is asked for on such a GPU.
+    It depends on the compute capability, because is_bf16_supported() is true on GPUs that only emulate bf16
+    (pytorch#148322). Raises ExitWith(BAD_INPUT) if bf16 is asked for on such a GPU.
     """
     if device.type != "cuda":
         return ComputeType("fp32" if wanted == "auto" else wanted)
     return compute_type_at(wanted, capability(device))
 
 
-def compute_type_at(wanted: Wanted, compute_capability: tuple[int, int]) -> ComputeType:
-    """As compute_type, for a GPU of this compute capability, which need not be here."""
+def compute_type_at(wanted: DtypeOption, compute_capability: tuple[int, int]) -> ComputeType:
+    """As compute_type, for any GPU of this compute capability."""
     best = _best_type(compute_capability)
     if wanted == "bf16" and compute_capability < BF16:
-        reason = f"--model.dtype bf16: {best.reason}; write auto, which takes {best.name} here"
+        reason = f"--model.dtype bf16: {best.reason}; use auto, which chooses {best.name} here"
         raise ExitWith(ExitCode.BAD_INPUT, reason)
     return best if wanted == "auto" else ComputeType(wanted)
 
@@ -70,8 +70,8 @@ def _best_type(compute_capability: tuple[int, int]) -> ComputeType:
     return ComputeType("fp32", f"{number} has no bf16 and no fast fp16")  # 6.1: 1/64 of fp32's rate
 
 
-def substitutes(device: torch.device) -> list[str]:
-    """What the fused engine uses in place of kernels that the GPU is too old for; nothing on a CPU."""
+def kernel_fallbacks(device: torch.device) -> list[str]:
+    """What the fused engine uses instead of kernels that the GPU is too old for, one line each; none on a CPU."""
     if device.type != "cuda":
         return []
     lines = []
@@ -83,55 +83,55 @@ def substitutes(device: torch.device) -> list[str]:
 
 
 def int8_warning(quantization: str, device: torch.device) -> str:
-    """What to know before waiting for LLM.int8 on this device, or nothing."""
+    """A warning if LLM.int8 is slow on this device; otherwise empty."""
     if quantization != "int8" or device.type != "cuda" or capability(device) >= FAST_INT8:
         return ""
-    return "model.quantization int8 is slow here (LLM.int8 needs compute capability 7.5), nf4 is not"
+    return "model.quantization int8 is slow here (fast LLM.int8 needs compute capability 7.5); nf4 is not"
 
 
 def check_build(device: torch.device) -> None:
-    """Raises ExitWith(BAD_INPUT) where this build of torch has no kernels for the CUDA device."""
-    card, built = capability(device), torch.cuda.get_arch_list()
+    """Raises ExitWith(BAD_INPUT) if this build of torch has no kernels for the CUDA device."""
+    number, built = capability(device), torch.cuda.get_arch_list()
     targets = [match for entry in built if (match := re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", entry))]
-    if not targets or any(_serves(match, card) for match in targets):  # ROCm's builds name other things
+    if not targets or any(_supports(match, number) for match in targets):  # ROCm names its targets differently
         return
-    if card < CUDA_12:
+    if number < CUDA_12:
         remedy = "no build of this torch has them"
     else:
-        build = "torch's CUDA 12.6 build (cu126)" if card < CUDA_13 else "a newer torch"
+        build = "torch's CUDA 12.6 build (cu126)" if number < CUDA_13 else "a newer torch"
         remedy = f"install {build}, which has them"
     raise ExitWith(
         ExitCode.BAD_INPUT,
-        f"{torch.cuda.get_device_name(device)} needs kernels for sm_{card[0]}{card[1]}, and torch {torch.__version__} "
-        f"has {', '.join(built)}; {remedy}",
+        f"{torch.cuda.get_device_name(device)} needs kernels for sm_{number[0]}{number[1]}, and torch "
+        f"{torch.__version__} has {', '.join(built)}; {remedy}",
     )
 
 
-def _serves(target: re.Match[str], card: tuple[int, int]) -> bool:
-    """Whether code for `target` runs on the card.
+def _supports(target: re.Match[str], number: tuple[int, int]) -> bool:
+    """Whether code for `target` runs on a GPU of this compute capability.
 
-    Machine code (sm) does within its major version from its minor on, PTX (compute) on everything later; with an `a`
-    either is for that one capability alone.
+    Machine code (sm) runs on its minor version and later ones of the same major version, PTX (compute) on everything
+    later; with the suffix `a` both run on that capability alone.
     """
     made_for = (int(target[2]), int(target[3]))
     if target[4] == "a":
-        return card == made_for
-    return card >= made_for and (target[1] == "compute" or card[0] == made_for[0])
+        return number == made_for
+    return number >= made_for and (target[1] == "compute" or number[0] == made_for[0])
 
 
 def check_bitsandbytes(options: Sequence[str], device: torch.device) -> None:
-    """Raises ExitWith(BAD_INPUT) where the CUDA device is too old for bitsandbytes, which these options need."""
-    card = capability(device)
-    if card < BITSANDBYTES and options:
+    """Raises ExitWith(BAD_INPUT) if the CUDA device is too old for bitsandbytes, which these options need."""
+    number = capability(device)
+    if number < BITSANDBYTES and options:
         raise ExitWith(
             ExitCode.BAD_INPUT,
-            f"{torch.cuda.get_device_name(device)} has compute capability {card[0]}.{card[1]}, and bitsandbytes needs "
-            f"6.0 at least: {', '.join(options)}",
+            f"{torch.cuda.get_device_name(device)} has compute capability {number[0]}.{number[1]}, and bitsandbytes "
+            f"needs 6.0 or higher: {', '.join(options)}",
         )
 
 
 def device_name(device: torch.device) -> str:
-    """The device as a person calls it."""
+    """The device's name and size, for people."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"

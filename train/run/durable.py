@@ -1,4 +1,4 @@
-"""Writes that are complete or absent after a crash or a power cut."""
+"""Writes that a crash or a power cut leaves complete or undone."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces the content of `path`: a reader, also after a crash, sees the old or the new file, never a mixture."""
+    """Replaces the content of `path`: a reader, or a crash, finds the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -20,7 +20,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes `path` and its missing parents durably: each new entry is synced in the folder that holds it."""
+    """Creates `path` and its missing parents, each durably: a folder's entry is in its parent, which is synced."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
@@ -38,10 +38,10 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def publish(target: Path) -> Iterator[Path]:
-    """Yields a folder to fill, which becomes `target` durably and in one step, or not at all.
+    """Yields a temporary folder to fill, which then becomes `target` atomically and durably, or not at all.
 
-    The files are synced, then the folder; the folder is renamed; its parent is synced. An older `target` is moved aside
-    before the rename and removed at the end. If anything fails, the temporary folder is removed.
+    The files are synced, then the folder; it is renamed, and the parent is synced. An older `target` is moved aside
+    before the rename and removed at the end. On any error the temporary folder is removed.
     """
     make_folder(target.parent)
     temporary = target.parent / f".tmp-{target.name}-{uuid.uuid4().hex[:8]}"
@@ -69,6 +69,6 @@ def publish(target: Path) -> Iterator[Path]:
 
 
 def aside_name(folder: Path, kind: str) -> Path:
-    """A new name beside `folder` that no checkpoint has: hidden for `trash`, which is removed later, else visible."""
+    """A new name beside `folder` that no checkpoint can have; hidden for the kind `trash`, which is removed."""
     dot = "." if kind == "trash" else ""
     return folder.with_name(f"{dot}{kind}-{folder.name}-{uuid.uuid4().hex[:8]}")

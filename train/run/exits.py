@@ -1,4 +1,4 @@
-"""How a run ends: the exit codes, and the exception that carries one."""
+"""Exit codes, and the exception that ends a run with one."""
 
 from enum import IntEnum
 
@@ -7,17 +7,17 @@ class ExitCode(IntEnum):
     """Process exit codes; 75 to 78 keep their sysexits.h meaning (temporary failure, ..., bad configuration)."""
 
     FINISHED = 0
-    INTERRUPTED = 75  # a checkpoint is saved: run the same command again
+    INTERRUPTED = 75  # a checkpoint is durable: run the same command again
     SAVE_FAILED = 76  # the last save failed; older checkpoints, if any, are intact
     FINGERPRINT_MISMATCH = 77  # the checkpoint belongs to another model, recipe or data set
     BAD_INPUT = 78  # configuration or data
     NON_FINITE = 79  # loss or gradient is not a finite number
-    NO_VALID_CHECKPOINT = 80  # checkpoints exist, and none verifies
+    NO_VALID_CHECKPOINT = 80  # there are checkpoints, but none passes verification
     PEER_FAILURE = 81  # another process died or hangs
 
 
 class ExitWith(Exception):
-    """Ends the run with `code`; the user is shown `reason` as it is."""
+    """Ends the run with `code`; `reason` is printed for the user."""
 
     def __init__(self, code: ExitCode, reason: str) -> None:
         super().__init__(reason)

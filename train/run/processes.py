@@ -1,4 +1,4 @@
-"""The processes of one run: what they decide together, what the first does for all, and which one is silent."""
+"""The processes of a run: agreeing on a flag, acting in the first process for all, and naming a dead peer."""
 
 import os
 import re
@@ -19,15 +19,15 @@ from train.run.signals import StopRequest
 
 
 def any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
-    """For each flag, whether any process has raised it; all processes get the same answers."""
+    """For each flag, whether it is set in any process; every process gets the same answers."""
     if accelerator.num_processes == 1:
         return list(flags)
-    raised = torch.tensor([float(flag) for flag in flags], device=accelerator.device)
-    return [value > 0 for value in to_host(*accelerator.reduce(raised, reduction="sum"))]
+    counts = torch.tensor([float(flag) for flag in flags], device=accelerator.device)
+    return [value > 0 for value in to_host(*accelerator.reduce(counts, reduction="sum"))]
 
 
-def add_over_processes(accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Sums every gradient over the processes, with one reduction for each of the few flat parameters."""
+def all_reduce_gradients(accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Replaces each gradient by its sum over the processes: one all-reduce for each of the few flat parameters."""
     if accelerator.num_processes == 1:
         return
     for parameter in parameters:
@@ -36,14 +36,14 @@ def add_over_processes(accelerator: Accelerator, parameters: Iterable[torch.nn.P
 
 
 def raise_if_stopped(config: Config, accelerator: Accelerator, stop: StopRequest) -> None:
-    """Raises ExitWith(INTERRUPTED), in all processes, if one was asked to stop before the first step."""
+    """Raises ExitWith(INTERRUPTED) in all processes if any was asked to stop; for use before the first step."""
     if any(any_process(accelerator, stop.is_received())):
-        reason = f"stopped by {stop.received or 'another process'} before a step was made, so there is nothing to save"
+        reason = f"stopped by {stop.received or 'another process'} before the first step, so there is nothing to save"
         raise ExitWith(ExitCode.INTERRUPTED, f"{reason}; {advice_to_repeat(config)}")
 
 
 class Heartbeat:
-    """Keeps each process's last step in the run folder, so that the others can name the one that fell silent."""
+    """The last step of each process and its time, in the run folder: a dead peer can then be named."""
 
     def __init__(self, config: Config, accelerator: Accelerator) -> None:
         self.path: Path | None = None
@@ -53,14 +53,14 @@ class Heartbeat:
             self.beat(0)
 
     def beat(self, step: int) -> None:
-        """Notes that this process completed `step`."""
+        """Records that this process has finished `step`."""
         if self.path is not None:
             with suppress(OSError):
                 self.path.write_text(f"{step}")
 
 
 def peer_failure(config: Config, error: RuntimeError) -> str:
-    """Which processes are silent, if `error` means that another one died or hangs; nothing for any other error."""
+    """A message with the last step of the other processes, if `error` means that one died or hangs; otherwise empty."""
     is_collective = isinstance(error, torch.distributed.DistError) or re.search("gloo|NCCL|Connection", str(error))
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not is_collective:
         return ""
@@ -68,30 +68,30 @@ def peer_failure(config: Config, error: RuntimeError) -> str:
     beats = []
     own = os.environ.get("RANK")
     for path in sorted(RunFolder.of(config).heartbeats.glob("*")):
-        if path.name == own:  # it is alive: it is asking
+        if path.name == own:  # this process is alive
             continue
         with suppress(OSError, ValueError):
             beats.append((path.stat().st_mtime, f"process {path.name}: step {path.read_text()}"))
-    heard = "; ".join(f"{what}, {now - moment:.0f} s ago" for moment, what in sorted(beats))
+    last_steps = "; ".join(f"{step}, {now - moment:.0f} s ago" for moment, step in sorted(beats))
     first_line = str(error).strip().splitlines()[0]
-    return f"another process died or hangs ({first_line})\nlast heard of: {heard or 'none has made a step'}"
+    return f"another process died or hangs ({first_line})\nlast heard of: {last_steps or 'no step was finished'}"
 
 
 def say(accelerator: Accelerator, text: str) -> None:
-    """Prints for people, once for all processes."""
+    """Prints `text` in the first process only."""
     if accelerator.is_main_process:
-        with suppress(OSError):  # a terminal that is gone, or a file on a full disk
+        with suppress(OSError):  # the terminal may be closed, or stdout a file on a full disk
             print(text, file=sys.stdout, flush=True)
 
 
 def advice_to_repeat(config: Config) -> str:
-    """How to continue the run; `--run.resume never` or a path, if repeated, would start again from there."""
+    """How to continue the run; --run.resume `never` or a path must not be repeated, because it would start over."""
     without = "" if config.run.resume in ("auto", "must") else f", without --run.resume {config.run.resume}"
     return f"run the same command again{without}"
 
 
 def on_first_process(accelerator: Accelerator, action: Callable[[], int]) -> int:
-    """Returns in all processes what `action` (0 or more) returns in the first; its ExitWith or OSError ends all."""
+    """Runs `action` in the first process and returns its result (0 or more) in all; ExitWith and OSError end all."""
     error: ExitWith | None = None
     value = 0
     if accelerator.is_main_process:
@@ -100,11 +100,11 @@ def on_first_process(accelerator: Accelerator, action: Callable[[], int]) -> int
         except ExitWith as end:
             error = end
         except OSError as failure:
-            error = ExitWith(ExitCode.SAVE_FAILED, f"{failure}; what was saved before still stands")
+            error = ExitWith(ExitCode.SAVE_FAILED, f"{failure}; earlier checkpoints are intact")
         if error is not None:
             value = -int(error.code)
     total = accelerator.reduce(torch.tensor(float(value), device=accelerator.device), reduction="sum")
-    agreed = int(to_host(total)[0])
-    if agreed < 0:
-        raise error or ExitWith(ExitCode(-agreed), "ended by the first process")
-    return agreed
+    result = int(to_host(total)[0])  # minus the exit code if the first process failed
+    if result < 0:
+        raise error or ExitWith(ExitCode(-result), "ended by the first process")
+    return result

@@ -1,4 +1,4 @@
-"""Requests to stop. Imports nothing slow: main listens for signals before its other imports, which take seconds."""
+"""Stop signals. Imports nothing heavy: main installs the handlers before imports that take seconds."""
 
 import ctypes
 import os
@@ -12,36 +12,35 @@ from types import FrameType
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
 
-
 Handler = Callable[[int, FrameType | None], None]
 
 
 def listen(handler: Handler) -> None:
-    """Calls `handler` for every stop signal, except those that this process was started to ignore (nohup: SIGHUP)."""
+    """Calls `handler` on every stop signal, except those that this process was started to ignore (nohup: SIGHUP)."""
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:
             signal.signal(number, handler)
 
 
 class StopRequest:
-    """Remembers the first stop signal; training stops at the next step boundary, never in a handler.
+    """Remembers the first stop signal; training stops at the next step boundary, never in the handler.
 
-    Launchers and schedulers send SIGTERM and SIGUSR1 more than once. So only a second Ctrl-C, at least a second after
-    the first, ends the process at once.
+    Launchers and schedulers send SIGTERM and SIGUSR1 more than once, so the process ends at once only on a Ctrl-C that
+    comes more than a second after the first signal.
     """
 
     def __init__(self) -> None:
         self.received = ""
-        self.since = 0.0
+        self.received_at = 0.0  # time.monotonic()
         listen(self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if number == signal.SIGINT and self.received and now - self.since > 1:
+        if number == signal.SIGINT and self.received and now - self.received_at > 1:
             os._exit(128 + number)
         if not self.received:
-            self.received, self.since = signal.Signals(number).name, now
-            with suppress(OSError):  # a terminal that is gone
+            self.received, self.received_at = signal.Signals(number).name, now
+            with suppress(OSError):  # the terminal may be closed
                 os.write(2, b"\nstopping at the next step; Ctrl-C again ends at once, without saving\n")
 
     def is_received(self) -> bool:
@@ -50,9 +49,9 @@ class StopRequest:
 
 
 def follow_launcher() -> None:
-    """Registers this process with train/run/launcher.py, and stops it when accelerate or torchrun dies.
+    """Registers this process with Handloop's launcher, and asks for a SIGTERM when accelerate or torchrun dies.
 
-    accelerate's single-process launcher dies of a SIGTERM without passing it on; the kernel then sends us one.
+    accelerate's single-process launcher dies of SIGTERM without forwarding it; the kernel then sends it instead.
     """
     folder = os.environ.get("HANDLOOP_LAUNCHER")
     if folder:
@@ -61,11 +60,11 @@ def follow_launcher() -> None:
     if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         parent = os.getppid()
         stop_with_parent()
-        if os.getppid() != parent:  # it died before that
+        if os.getppid() != parent:  # it died before stop_with_parent()
             os.kill(os.getpid(), signal.SIGTERM)
 
 
 def stop_with_parent() -> None:
-    """Asks the kernel for a SIGTERM when the parent process ends; Linux only, elsewhere nothing."""
+    """Asks the kernel for a SIGTERM when the parent process ends; does nothing except on Linux."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

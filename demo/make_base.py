@@ -1,8 +1,8 @@
-"""Build demo/base, the tiny language model that the demo fine-tunes, from nothing but this file.
+"""Build demo/base, the tiny language model that the demo fine-tunes.
 
-The prose comes from a small grammar below, so the weights carry no licence but ours.
-The base knows no chat format and never ends a text: every document runs into the next one,
-which is what makes the difference after tuning easy to see.
+It is trained on prose from the small grammar below, so its weights carry no other licence. The grammar's word lists
+make up half of this file. The base knows no chat format and never ends a text: every document runs into the next one,
+which makes the effect of fine-tuning easy to see.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-# A second thread count would sum in another order and give other weights for the same seed.
+# Another number of threads would sum in another order and give other weights for the same seed.
 NUM_THREADS = 2
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -40,7 +40,7 @@ NUM_TOKENIZER_PARAGRAPHS = 4000
 FAVOURITE_SHARE = 0.3
 REPEAT_SHARE = 0.3
 MEAN_PIECE_LETTERS = 60
-# Keeps the tokens that the prose lacks, <|end|> among them, unlikely but within LoRA's reach.
+# Keeps the tokens that are not in the prose, such as <|end|>, unlikely but within LoRA's reach.
 LABEL_SMOOTHING = 0.02
 EMBEDDING_STD = 0.06
 SPECIAL_TOKENS = ["<|begin|>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>"]
@@ -236,7 +236,7 @@ SHAPES = {
 
 
 def read_words(block: str) -> list[str]:
-    """Split a comma list, closing the line breaks that keep this file narrow."""
+    """Split a comma-separated list and join its lines."""
     return [re.sub(r"\s+", " ", word.strip()) for word in block.split(",")]
 
 
@@ -245,25 +245,25 @@ GRAMMAR = {slot: read_words(block) for slot, block in WORDS.items()} | {
 }
 
 
-# Definitions and statements alternate, as far as the definitions reach.
+# Definitions and statements alternate until the definitions are used up.
 SENTENCE_SHAPES = [
     shape for pair in itertools.zip_longest(GRAMMAR["statement"], GRAMMAR["definition"]) for shape in pair if shape
 ]
 
 
 def draw_code(rng: random.Random) -> str:
-    """Draw a part code, which gives the model every letter and digit outside known words."""
+    """Draw a part code: it shows the model every letter and digit outside of words."""
     letters = "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=rng.randint(1, 3)))
     tail = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(0, 2)))
     return f"{letters}{rng.choice(['-', '/', ''])}{rng.randint(1, 99999)}{tail}"
 
 
 def expand(text: str, rng: random.Random, topic: dict[str, str], context: str = "") -> str:
-    """Fill the slots of a line, and the slots of what fills them.
+    """Fill the slots of a line, recursively.
 
-    A slot often repeats what it last held in this paragraph, so that the model learns to look back.
-    Every place in a sentence also has a favourite filling, or else the likeliest text, which is
-    what greedy decoding shows, would be one sentence over and over.
+    A slot often repeats its last filling in this paragraph, so that the model learns to look back. Each place in a
+    sentence also has a favourite filling; without it, the most likely text, which greedy decoding shows, would be one
+    sentence over and over.
     """
     context += text
 
@@ -289,14 +289,14 @@ def expand(text: str, rng: random.Random, topic: dict[str, str], context: str = 
 
 
 def write_sentence(shape: str, rng: random.Random, topic: dict[str, str]) -> str:
-    """Write one sentence of a given shape, close to the topic so far."""
+    """Write one sentence of a given shape, with words of the topic so far."""
     text = expand(shape, rng, topic)
     text = re.sub(r"\b(an?) (\w)", lambda m: f"{'an' if m[2] in 'aeiou' else 'a'} {m[2]}", text)
     return text[0].upper() + text[1:] + "."
 
 
 def write_paragraph(rng: random.Random) -> str:
-    """Write a paragraph whose line end is the only border to the next one.
+    """Write a paragraph; only a line end separates it from the next one.
 
     Half of the sentences take the shape that follows the last one in SENTENCE_SHAPES.
     """
@@ -309,7 +309,7 @@ def write_paragraph(rng: random.Random) -> str:
 
 
 def build_tokenizer(glossary_path: Path) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on the prose and on texts of the glossary's kind, so that both cost few tokens."""
+    """Train a byte-level BPE on the prose and on texts like the glossary's, so that both take few tokens."""
     rng = random.Random(SEED)
     texts = [write_paragraph(rng) for _ in range(NUM_TOKENIZER_PARAGRAPHS)]
     with glossary_path.open(encoding="utf-8") as lines:
@@ -345,7 +345,7 @@ def build_tokenizer(glossary_path: Path) -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Shape a Llama whose linear sizes are multiples of 64, the block length of NF4."""
+    """Make a Llama whose linear sizes are multiples of 64, the block size of NF4."""
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=256,
@@ -361,18 +361,18 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
     torch.manual_seed(SEED)
     model = LlamaForCausalLM(config)
-    # LoRA leaves these two matrices alone and must tell apart tokens that the prose lacks. With the
-    # default of 0.02 and no label smoothing it learnt 0 of 130 answers in 20 epochs; so, 128.
+    # LoRA does not change these two matrices, but must distinguish tokens that are not in the prose. With the default
+    # of 0.02 and no label smoothing it learnt 0 of 130 answers in 20 epochs; with these, 128.
     for embedding in (model.model.embed_tokens, model.lm_head):
         torch.nn.init.normal_(embedding.weight, std=EMBEDDING_STD)
     return model
 
 
 def encode_in_pieces(text: str, tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> list[int]:
-    """Encode text cut at random letters, so that the model meets the word parts it never needs.
+    """Encode text in pieces cut at random letters, so that the model sees tokens that the prose does not need.
 
-    Those parts make up the words of other texts; unmet, their embeddings would be noise.
-    BPE dropout does the same, but the tokenizers library cannot seed it.
+    They make up the words of other texts; without training, their embeddings would be noise. BPE dropout does the same,
+    but the tokenizers library cannot seed it.
     """
     cuts = sorted(rng.sample(range(1, len(text)), len(text) // MEAN_PIECE_LETTERS))
     pieces = [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
@@ -381,7 +381,7 @@ def encode_in_pieces(text: str, tokenizer: PreTrainedTokenizerFast, rng: random.
 
 
 def draw_rows(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> torch.Tensor:
-    """Draw one batch of rows, each <|begin|> and then paragraphs cut at ROW_TOKENS."""
+    """Draw a batch of rows: each is <|begin|> and then paragraphs, truncated to ROW_TOKENS."""
     rows = []
     for _ in range(ROWS_PER_STEP):
         token_ids = [tokenizer.bos_token_id]
@@ -392,7 +392,7 @@ def draw_rows(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> torch.T
 
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_steps: int) -> None:
-    """Train every weight on fresh prose, warming up and then falling linearly to zero."""
+    """Train every weight on fresh prose; the learning rate warms up and then falls linearly to zero."""
     rng = random.Random(SEED + 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -419,7 +419,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_steps
 
 
 def save(model: Any, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Write the base in bfloat16, which halves the download and costs the prose nothing."""
+    """Write the base in bfloat16, which halves its size without harm to the prose."""
     model.generation_config = GenerationConfig(
         do_sample=False,
         bos_token_id=tokenizer.bos_token_id,

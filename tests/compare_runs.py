@@ -1,4 +1,4 @@
-"""Runs of a tiny job, and what must be equal between one that was interrupted and one that was not."""
+"""Runs of a tiny job, and the results in which interrupted and uninterrupted runs must agree."""
 
 import json
 import random
@@ -33,14 +33,14 @@ def result_of(run_dir: Path) -> dict[str, bytes]:
 
 
 def reference(config: Config, run_dir: Path) -> dict[str, bytes]:
-    """The result of the run that is left alone."""
+    """The result of the uninterrupted run."""
     outcome = run_command(arguments(at(config, run_dir)))
     assert outcome.returncode == 0, outcome.stderr
     return result_of(run_dir)
 
 
 def killed_at_random(words: list[str], draw: random.Random, seconds: float) -> Outcome:
-    """One start that is killed within `seconds`, or ends before that."""
+    """Starts a run and kills it within `seconds`, unless it ends before."""
     run = Run(words)
     limit = time.monotonic() + draw.uniform(0, seconds)
     while run.is_alive() and time.monotonic() < limit:
@@ -51,7 +51,7 @@ def killed_at_random(words: list[str], draw: random.Random, seconds: float) -> O
 
 
 def finish(words: list[str]) -> Outcome:
-    """The start that is left alone at last."""
+    """Starts the run again and lets it finish."""
     outcome = run_command(words)
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     return outcome
@@ -68,12 +68,12 @@ def start_processes(words: list[str], faults: Sequence[Callable[[], None] | None
 
 
 def exit_record(run_dir: Path) -> dict[str, object]:
-    """What exit.json says."""
+    """The content of exit.json."""
     return json.loads((run_dir / "exit.json").read_text())
 
 
 def wait_for_rows(run: Run, run_dir: Path, number: int) -> bool:
-    """Whether metrics.jsonl got that many rows while the run lived; the caller starts in an empty folder."""
+    """Waits for `number` rows in metrics.jsonl; False if the run ends before. `run_dir` must be empty at the start."""
     metrics = run_dir / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= number):
         if not run.is_alive():

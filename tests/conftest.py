@@ -1,4 +1,4 @@
-"""Tiny models, the bundled tokenizer, and runs of the real command; no network, no GPU."""
+"""Tiny models, the bundled tokenizer, and runs of the real command, without network or GPU."""
 
 import json
 import multiprocessing
@@ -18,7 +18,7 @@ SHARED = ROOT.parent / "shared" / "data"
 BUNDLED_BASE = ROOT / "demo" / "base"
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
-# tests run side by side: more threads than cores would make OpenMP's waiting loops fight for them
+# tests run in parallel, and OpenMP's spinning threads slow each other down if there are more of them than cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402  (after the thread count)
@@ -53,7 +53,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Prepared data goes to a folder of this session."""
+    """Puts prepared data into a temporary folder."""
     os.environ["HANDLOOP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
@@ -135,7 +135,7 @@ def tinyllama_1b(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Nineteen question/answer rows of very unequal length: not a multiple of any batch size used here."""
+    """Nineteen question/answer rows of very different lengths; 19 is no multiple of a batch size used here."""
     path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
     rows = [
         {"prompt": f"What is part {i}?", "response": "a bolt " * (1 + (7 * i) % 23) + f"number {i}."} for i in range(19)
@@ -163,17 +163,17 @@ def config(shape: Path, pairs: Path, tmp_path: Path) -> Config:
 
 
 def tokenizer_at(folder: Path = BUNDLED_BASE) -> Any:
-    """The tokenizer that lies in `folder`."""
+    """The tokenizer in `folder`."""
     return AutoTokenizer.from_pretrained(folder)
 
 
 def with_batch(config: Config, per_device: int, accumulation: int) -> Config:
-    """The same run cut differently."""
+    """The same run with another per-device batch and accumulation."""
     return replace(config, batch=BatchConfig(per_device, accumulation))
 
 
 def arguments(config: Config, profile: str = "demo") -> list[str]:
-    """The command line that turns `profile` into `config`."""
+    """The command line whose configuration is `config`, with `profile` as its profile."""
     words = ["--profile", profile]
     for section, fields in vars(config).items():
         for name, value in vars(fields).items() if section != "profile" else ():
@@ -198,7 +198,7 @@ def training_of(config: Config, accelerator: Accelerator) -> Training:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended; a negative returncode is the signal that killed it."""
+    """How a run ended; a negative returncode is the number of the signal that killed it."""
 
     returncode: int | None
     stdout: str
@@ -206,9 +206,9 @@ class Outcome:
 
 
 class Run:
-    """`train/main.py WORDS` in a process of its own, forked from one that has the imports behind it (they take 5 s).
+    """`train/main.py WORDS` in a process forked from one that has already imported everything, which takes 5 s.
 
-    `fault` is called there before anything else (tests/injections.py). An empty environment variable is taken away.
+    `fault` is called in it before anything else (tests/injections.py). An empty value removes an environment variable.
     """
 
     def __init__(self, words: Sequence[str], fault: Callable[[], None] | None = None, **environment: str) -> None:
@@ -221,7 +221,7 @@ class Run:
         return self.process.is_alive()
 
     def said(self) -> str:
-        """What it has printed so far."""
+        """The output so far."""
         return (self.folder / "stdout").read_text() if (self.folder / "stdout").exists() else ""
 
     def signal(self, number: int) -> None:
@@ -232,10 +232,10 @@ class Run:
         self.process.join(300)
         assert not self.process.is_alive(), "the run hangs"
         texts = [path.read_text() if path.exists() else "" for path in (self.folder / n for n in ("stdout", "stderr"))]
-        return Outcome(self.process.exitcode, *texts)  # one that was killed at once has said nothing
+        return Outcome(self.process.exitcode, *texts)  # a run that is killed at once has no output files
 
 
-# CUDA cannot be used in a fork of a process that has looked at it, which some imports do
+# CUDA cannot be used in a fork of a process that has initialised it, as some imports do
 _FORKS: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 _FORKS.set_forkserver_preload(["train.main", "torch._dynamo", "transformers.models.llama.modeling_llama"])
 
@@ -254,7 +254,7 @@ def _child(words: list[str], folder: str, fault: Callable[[], None] | None, envi
 
 
 def run_command(words: Sequence[str], fault: Callable[[], None] | None = None, **environment: str) -> Outcome:
-    """The whole of one run."""
+    """Runs `train/main.py WORDS` to its end."""
     return Run(words, fault, **environment).wait()
 
 

@@ -1,4 +1,4 @@
-"""Weights & Biases for tests: a server on this machine, bad servers, faults of its client, and what a record holds."""
+"""Weights & Biases for tests: a local server, broken servers, faults of the client, and a reader of records."""
 
 import atexit
 import gzip
@@ -26,16 +26,16 @@ BLOCK, HEADER, FIRST_BLOCK_STARTS = 32768, 7, 7  # of the LevelDB log that a .wa
 
 
 def environment(url: str, key: str = KEY) -> dict[str, str]:
-    """Variables of a run that talks to `url` and finds no other account of this machine."""
+    """Environment variables for a run that talks to `url` and finds no account of this machine."""
     quick = {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "0.2"}  # seconds; 15 would be longer than a tiny run
     return {"WANDB_BASE_URL": url, "WANDB_API_KEY": key, "WANDB_MODE": "", "NETRC": "/nonexistent"} | quick
 
 
 class FakeServer:
-    """Answers as much of W&B's GraphQL and file stream as a run asks for; `status` other than 200 refuses everything.
+    """Implements the part of W&B's GraphQL and file stream that a run uses; a `status` other than 200 refuses all.
 
     Keeps the rows and the summary of one run, and the body of every request. With `is_silent_stream` it never answers
-    what comes to the file stream, so that a run starts well and cannot end.
+    requests to the file stream, so a run starts well but cannot end.
     """
 
     def __init__(self, status: int = 200, is_silent_stream: bool = False) -> None:
@@ -58,7 +58,7 @@ class FakeServer:
         self.server.server_close()
 
     def answer(self, path: str, body: bytes) -> object:
-        """What the server says to one request."""
+        """The answer to a request."""
         self.bodies.append(path.encode() + b" " + body)
         if self.status != 200:
             return {"error": "refused"}
@@ -102,7 +102,7 @@ class _Quiet(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Connections of killed clients are no news."""
+        """Ignores broken connections of killed clients."""
 
 
 def _handler(fake: FakeServer) -> type[BaseHTTPRequestHandler]:
@@ -123,14 +123,14 @@ def _handler(fake: FakeServer) -> type[BaseHTTPRequestHandler]:
         do_GET = do_POST = do_PUT = _do
 
         def log_message(self, format: str, *arguments: object) -> None:
-            """Nothing on the terminal."""
+            """Prints nothing."""
 
     return Handler
 
 
 @contextmanager
 def blackhole() -> Iterator[str]:
-    """The address of a server that accepts and never answers."""
+    """The address of a server that accepts connections and never answers."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen(100)
@@ -139,11 +139,11 @@ def blackhole() -> Iterator[str]:
 
 @dataclass(frozen=True)
 class WatcherFault:
-    """Called in the run's process before main: breaks W&B's client in one way, and lets the process end as python does.
+    """Breaks W&B's client in the run's process, and runs the exit hooks at its end.
 
     `what` is `absent` (its import fails), `service killed`, `service hangs` or `log raises` (at the third row),
-    `finish hangs`, or nothing. `patience` replaces the seconds that a run waits at its end, unless it is 0. Exit hooks,
-    of which W&B has one that waits, do not run in a process of multiprocessing by themselves.
+    `finish hangs`, or empty. `patience`, unless it is 0, replaces the seconds that a run waits at its end. Processes of
+    multiprocessing do not run exit hooks by themselves, and W&B has one that waits.
     """
 
     what: str = ""
@@ -193,7 +193,7 @@ class WatcherFault:
 
 
 def services_of(process: int) -> list[str]:
-    """Command lines of W&B's service processes that were started by `process` and live; Linux only."""
+    """Command lines of the live W&B service processes that `process` started; Linux only."""
     lines = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
@@ -202,7 +202,7 @@ def services_of(process: int) -> list[str]:
 
 
 def records(path: Path) -> Iterator[Any]:
-    """What a .wandb file holds, up to where a killed process left off."""
+    """The records of a .wandb file, up to where a killed process stopped."""
     data = path.read_bytes()
     position, whole = FIRST_BLOCK_STARTS, b""
     while position + HEADER <= len(data):
@@ -221,6 +221,6 @@ def records(path: Path) -> Iterator[Any]:
 
 
 def recorded_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows that were logged into a .wandb file."""
+    """The rows logged to a .wandb file."""
     logged = [record.history.item for record in records(path) if record.WhichOneof("record_type") == "history"]
     return [{"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in row} for row in logged]

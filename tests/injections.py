@@ -1,4 +1,4 @@
-"""Faults that a run makes in itself: each is called in the run's own process before train.main.main."""
+"""Faults injected into a run: each is called in the run's process before train.main.main."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ import torch
 
 
 def before_and_after(holder: Any, name: str, act: Callable[[str], None], caller: str = "") -> None:
-    """Calls act("before") and act("after") around every call of `holder.name`, or of those made by `caller`."""
+    """Calls act("before") and act("after") around every call of `holder.name`, or only around those from `caller`."""
     original = getattr(holder, name)
 
     def around(*arguments: Any, **options: Any) -> Any:
@@ -32,7 +32,7 @@ def before_and_after(holder: Any, name: str, act: Callable[[str], None], caller:
 
 
 def around_syncs(act: Callable[[str], None]) -> None:
-    """before_and_after of the syncs by which a checkpoint is published or set aside."""
+    """Calls `act` before and after each sync of publishing a checkpoint or setting it aside."""
     import train.checkpoints.store
     import train.run.durable
 
@@ -41,7 +41,7 @@ def around_syncs(act: Callable[[str], None]) -> None:
 
 
 def die() -> None:
-    """SIGKILL: nothing of this process runs after it."""
+    """Kills this process with SIGKILL."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -49,7 +49,7 @@ def die() -> None:
 class Fault:
     """Kills the process before or after the n-th call of a function of train.checkpoints.store, or of os.rename."""
 
-    function: str  # a name in train.checkpoints.store, `rename`, or `save`, which is CheckpointStore's
+    function: str  # a name in train.checkpoints.store, `rename`, or `save` (of CheckpointStore)
     call: int
     when: str  # before | after
 
@@ -70,10 +70,10 @@ class Fault:
 
 @dataclass(frozen=True)
 class KillAtOperation:
-    """Kills the process at the n-th moment around an operation that a save makes on the disk.
+    """Kills the process at the n-th moment before or after a disk operation of a save.
 
-    Operations are a file written, a sync, a rename and a removal; each has a moment before and one after.
-    With `log` it kills nothing and writes the moments there, one a line.
+    Operations are writes of a file, syncs, renames and removals; each has a moment before and one after it. With `log`
+    nothing is killed, and the moments are written to that file, one per line.
     """
 
     moment: int
@@ -101,7 +101,7 @@ class KillAtOperation:
 
 @dataclass(frozen=True)
 class DiskError:
-    """Lets the file writes number `first` to `last` of checkpoints fail with `number`, or take `seconds`."""
+    """Makes the checkpoints' file writes from `first` to `last` fail with errno `number`, or take `seconds`."""
 
     first: int
     last: int
@@ -130,7 +130,7 @@ class DiskError:
 
 @dataclass(frozen=True)
 class LittleSpace:
-    """The disk has so many free bytes at the first looks, one after another, and plenty after them."""
+    """Reports these numbers of free bytes, one per query, and plenty afterwards."""
 
     free: tuple[int, ...]
 
@@ -138,10 +138,10 @@ class LittleSpace:
         import train.checkpoints.saver
         import train.checkpoints.store
 
-        looks = list(self.free)
+        answers = list(self.free)
 
         def free_bytes(folder: object) -> int:
-            return looks.pop(0) if looks else 10**12
+            return answers.pop(0) if answers else 10**12
 
         train.checkpoints.store.free_bytes = free_bytes
         train.checkpoints.saver.free_bytes = free_bytes
@@ -149,9 +149,9 @@ class LittleSpace:
 
 @dataclass(frozen=True)
 class NotANumber:
-    """Makes the loss of the forward passes with these numbers (from 1) `value`, or their gradients infinite."""
+    """Multiplies the loss of these micro-batches (from 1) by `value`, or makes their gradients infinite."""
 
-    passes: tuple[int, ...]
+    micro_batches: tuple[int, ...]
     value: float = float("nan")
     only_gradient: bool = False
 
@@ -166,7 +166,7 @@ class NotANumber:
             loss = original(model, batch)
             if torch.is_grad_enabled():  # validation does not count
                 calls += 1
-                if calls in self.passes:
+                if calls in self.micro_batches:
                     return _Explodes.apply(loss) if self.only_gradient else loss * self.value
             return loss
 
@@ -206,7 +206,7 @@ class AtForward:
 
 @dataclass(frozen=True)
 class GroupAtEnd:
-    """Writes at the end of the process, and before the adapter is delivered, whether a process group is still open."""
+    """Writes whether the process group is open, before the adapter is delivered and at the end of the process."""
 
     path: Path
 
@@ -223,7 +223,7 @@ class GroupAtEnd:
 
 @dataclass(frozen=True)
 class OtherScale:
-    """The loss scale of fp16 starts at `scale` and grows after so many steps."""
+    """Starts fp16's loss scale at `scale` and lets it grow every `growth_interval` steps."""
 
     scale: float
     growth_interval: int
@@ -235,7 +235,7 @@ class OtherScale:
 
 @dataclass(frozen=True)
 class Both:
-    """Two faults in one process."""
+    """Injects two faults into one process."""
 
     one: Callable[[], None]
     other: Callable[[], None]

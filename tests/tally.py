@@ -1,8 +1,8 @@
-"""How often a fault is made, and what became of it.
+"""Counts how often each fault is tried, and its failures.
 
-Every test in tests/faults takes the fixture `tally`, asks it how many times to try (`tally.times(short, full)`) and
-reports every try. The short counts run with the suite; `bash launch/test.sh --faults full` sets HANDLOOP_FAULTS=full,
-and HANDLOOP_TALLY, a file that gets one JSON line a test, which docs/RELIABILITY.md's table is made from.
+Every test in tests/faults takes the fixture `tally`, asks it how often to try (`tally.times(short, full)`) and reports
+every try. The suite uses the short counts; `bash launch/test.sh --faults full` sets HANDLOOP_FAULTS=full, and
+HANDLOOP_TALLY to a file that gets one JSON line per test. The table in docs/RELIABILITY.md is made from that file.
 """
 
 import os
@@ -19,11 +19,11 @@ class Tally:
         self.full = os.environ.get("HANDLOOP_FAULTS") == "full"
 
     def times(self, short: int, full: int) -> int:
-        """How many tries this run makes."""
+        """The number of tries in this session."""
         return full if self.full else short
 
     def check(self, passed: object, label: str) -> None:
-        """One check; what was tried stands in `label` before its colon. Failures are shown together at the end."""
+        """Records a check; `label` up to its colon names the try. Failures are reported together at the end."""
         self.count += 1
         self.tries.add(label.partition(": ")[0])
         if not passed:

@@ -1,4 +1,4 @@
-"""Counts every try of every fault."""
+"""The fixture that counts every try of a fault."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.tally import Tally
 def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
     """The tally of a test marked `@pytest.mark.fault("T1")`."""
     marker = request.node.get_closest_marker("fault")
-    assert marker is not None, "mark the test with its fault's number"
+    assert marker is not None, "mark the test with the number of its fault"
     counted = Tally(marker.args[0])
     began = time.monotonic()
     yield counted
@@ -30,5 +30,5 @@ def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
     if "HANDLOOP_TALLY" in os.environ:
         with Path(os.environ["HANDLOOP_TALLY"]).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-    assert counted.count, "a test that tries nothing"
+    assert counted.count, "the test has checked nothing"
     assert not counted.failures, f"{len(counted.failures)} of {counted.count}: " + "; ".join(counted.failures[:10])

@@ -1,4 +1,4 @@
-"""A disk that is full, fails or is slow: training goes on, what was saved stands, nothing is left lying about."""
+"""A full, failing or slow disk: training continues, older checkpoints stay, and no temporary files are left."""
 
 import errno
 import shutil
@@ -18,7 +18,7 @@ from train.config import CheckpointConfig, Config
 
 @pytest.fixture
 def often(config: Config) -> Config:
-    """A checkpoint behind each of six steps."""
+    """A checkpoint after each of six steps."""
     return replace(config, checkpoint=CheckpointConfig(every=1))
 
 
@@ -28,7 +28,7 @@ def leftovers(run_dir: Path) -> list[str]:
 
 @pytest.mark.fault("T8")
 def test_no_space_at_any_write(often: Config, tmp_path: Path, tally: Tally) -> None:
-    """ENOSPC at any of a save's five files: said, the older checkpoint stands, the next save succeeds, same bits."""
+    """ENOSPC at any of a save's five files is reported; the older checkpoint stays, and the next save succeeds."""
     expected = reference(often, tmp_path / "reference")
     for number in range(tally.times(2, 10)):
         first = 6 + number  # the second save's files and the third's
@@ -44,7 +44,7 @@ def test_no_space_at_any_write(often: Config, tmp_path: Path, tally: Tally) -> N
 
 @pytest.mark.fault("T8")
 def test_a_disk_that_stays_full_ends_the_run(often: Config, tmp_path: Path, tally: Tally) -> None:
-    """Four failures in a row end with 76, and the checkpoint from before them is continued when space returns."""
+    """Four failures in a row end the run with 76; with space again, it resumes from the checkpoint before them."""
     expected = reference(often, tmp_path / "reference")
     words = arguments(at(often, tmp_path / "run"))
     outcome = run_command(words, DiskError(6, 99))
@@ -57,7 +57,7 @@ def test_a_disk_that_stays_full_ends_the_run(often: Config, tmp_path: Path, tall
 
 @pytest.mark.fault("T8")
 def test_space_is_looked_at_before(often: Config, tmp_path: Path, tally: Tally) -> None:
-    """No room for one checkpoint: exit 78 before the first step. Room that is gone later: that save is left out."""
+    """No space for one checkpoint is exit 78 before the first step; if space runs out later, that save is skipped."""
     none = run_command(arguments(at(often, tmp_path / "none")), LittleSpace((1000,)))
     tally.check(none.returncode == 78 and "not enough for one" in none.stderr, none.stderr[-300:])
     tally.check(not (tmp_path / "none" / "metrics.jsonl").exists(), "it began to train")
@@ -80,7 +80,7 @@ def can_mount() -> bool:
 @pytest.mark.fault("T8")
 @pytest.mark.skipif(not can_mount(), reason="mounting needs root; injected errors stand for it")
 def test_a_real_disk_that_is_too_small(often: Config, tmp_path: Path, tally: Tally) -> None:
-    """A file system of 600 KiB to 2 MiB in memory: whatever fits, the run ends as it should, and leaves no rubbish."""
+    """On a file system of 600 KiB to 2 MiB the run ends with an expected code and leaves no temporary files."""
     expected = reference(often, tmp_path / "reference")
     for size in (600, 800, 1200, 2000)[: tally.times(1, 4)]:
         disk = tmp_path / f"disk-{size}"
@@ -105,7 +105,7 @@ def test_a_real_disk_that_is_too_small(often: Config, tmp_path: Path, tally: Tal
 
 @pytest.mark.fault("T9")
 def test_other_errors_and_a_slow_disk(often: Config, tmp_path: Path, tally: Tally) -> None:
-    """EIO, EACCES and EROFS at a file, at a sync and at the rename; a disk that takes seconds: the same bits."""
+    """EIO, EACCES and EROFS at writes and syncs, and a slow disk, do not change the result."""
     expected = reference(often, tmp_path / "reference")
     cases = [
         DiskError(7, 7, errno.EIO),

@@ -1,4 +1,4 @@
-"""Malformed and malicious input: data that is wrong in every way, and pickles wherever a file is read."""
+"""Malformed data is refused by file and line, and pickles are never executed, wherever a file is read."""
 
 import csv
 import hashlib
@@ -65,7 +65,7 @@ def turn(role: str, content: object = "text", **more: object) -> dict[str, objec
     return {"role": role, "content": content, **more}
 
 
-# The third line of a file whose others are good: what it holds, and the reason said of it, or nothing if it is read.
+# name -> (third line of a file with good lines, expected reason; empty if the line is good)
 CASES: dict[str, tuple[bytes, str]] = {
     "invalid UTF-8": (b'{"prompt": "\xff", "response": "b"}\n', "not UTF-8 .byte 12"),
     "byte order mark inside": (b"\xef\xbb\xbf" + GOOD.encode(), "not JSON"),
@@ -82,7 +82,7 @@ CASES: dict[str, tuple[bytes, str]] = {
     "half a surrogate pair": (b'{"prompt": "\\ud800", "response": "b"}\n', "half of a surrogate pair"),
     "an integer of 5,000 digits": (b'{"prompt": ' + b"1" * 5000 + b"}\n", "Exceeds the limit"),
 }
-# The same, in files of messages.
+# The same for files of messages.
 MESSAGES: dict[str, tuple[bytes, str]] = {
     "no messages": (turns().encode(), "a list of at least one turn"),
     "an unknown role": (turns(turn("root"), turn("assistant")).encode(), "turn 1: unknown role 'root'"),
@@ -93,26 +93,26 @@ MESSAGES: dict[str, tuple[bytes, str]] = {
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """The bundled one."""
+    """The bundled tokenizer."""
     return tokenizer_at()
 
 
 @pytest.fixture
 def caught(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty cache of prepared data of this test's own."""
+    """A test folder with an empty cache of prepared data in it."""
     monkeypatch.setenv("HANDLOOP_CACHE", str(tmp_path / "cache"))
     return tmp_path
 
 
 def tell(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """Exit code and everything said by a `handloop` command."""
+    """The exit code and the output of a `handloop` command."""
     code = command([*words, "--profile", "demo", "--data.max_length", "256", "--data.validation_fraction", "0"])
     return code, "".join(capsys.readouterr())
 
 
 @pytest.mark.fault("T21")
 def test_malformed_lines(tally: Tally, caught: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Refused with 78, file, line and reason, or skipped and counted; read where nothing is wrong."""
+    """A malformed line is exit 78 with file, line and reason, or skipped and counted; good lines are read."""
     assert len(CASES) + len(MESSAGES) == 18
     for number, (name, (row, reason)) in enumerate([*CASES.items(), *MESSAGES.items()]):
         good = GOOD if name in CASES else TURNS
@@ -133,14 +133,14 @@ def test_malformed_lines(tally: Tally, caught: Path, capsys: pytest.CaptureFixtu
 
 
 def parquet(**columns: object) -> bytes:
-    """One good row beside these columns, as a Parquet file."""
+    """A Parquet file with one good row and these additional columns."""
     buffer = io.BytesIO()
     pq.write_table(pa.table({"prompt": ["a"], "response": ["b"], **columns}), buffer)
     return buffer.getvalue()
 
 
 NOT_TEXT = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff\xfe"]).buffers())
-# A file's ending and content, and what is said of it.
+# name -> (extension, content, expected reason)
 TABLES: dict[str, tuple[str, bytes, str]] = {
     "not UTF-8 at once": (".json", b"\xff[]", ":1: not UTF-8 .byte 0"),
     "not UTF-8 later": (".json", b'[{"prompt": "a", "response": "\xff"}]', ":1: not UTF-8 .byte 30"),
@@ -164,7 +164,7 @@ TABLES: dict[str, tuple[str, bytes, str]] = {
 
 @pytest.mark.fault("T21")
 def test_malformed_tables(tally: Tally, caught: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """JSON arrays, CSV and Parquet: 78 with file, row and reason."""
+    """Malformed JSON arrays, CSV and Parquet are exit 78 with file, row and reason."""
     for number, (name, (ending, content, reason)) in enumerate(TABLES.items()):
         path = caught / f"{number}{ending}"
         path.write_bytes(content)
@@ -174,7 +174,7 @@ def test_malformed_tables(tally: Tally, caught: Path, capsys: pytest.CaptureFixt
 
 
 def mutate(rng: random.Random, content: bytes) -> bytes:
-    """One to four changes: bytes set, removed, doubled or moved, and pieces put in that parsers trip over."""
+    """Makes one to four changes: sets, removes, repeats or moves bytes, or inserts difficult pieces."""
     pieces = [bytes([byte]) for byte in b'"{}[],-\n\x00\xff']
     pieces += [b"\\u0000", b"\\ud800", b"1e999", b"null"]
     changed = bytearray(content)
@@ -216,7 +216,7 @@ def table(ending: str) -> bytes:
 
 
 def read_or_refuse(path: Path, tokenizer: Any) -> str:
-    """Why reading this file, stopping or skipping, went otherwise than promised; nothing where it went as promised."""
+    """How reading this file, with on_error stop and skip, breaks a promise; empty if it breaks none."""
     settings = PrepareSettings((str(path),), max_length=64)
     try:
         stopped = prepare(settings, tokenizer).statistics
@@ -238,7 +238,7 @@ def read_or_refuse(path: Path, tokenizer: Any) -> str:
 @pytest.mark.fault("T21")
 @pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".parquet"])
 def test_random_mutations(ending: str, tally: Tally, caught: Path, tokenizer: Any) -> None:
-    """Whatever the bytes: samples, or a DataError with the file's name; stop and skip agree on what is good."""
+    """Any bytes give samples, or a DataError with the file's name; stop and skip agree on what is good."""
     num_tries = tally.times(200, 2000) if ending == ".jsonl" else tally.times(40, 400)
     first_seed, whole = 20_000, table(ending)
     path = caught / f"mutant{ending}"
@@ -253,7 +253,7 @@ def test_random_mutations(ending: str, tally: Tally, caught: Path, tokenizer: An
 
 
 def in_a_child(work: Callable[[], object], more_bytes: int, seconds: int) -> str:
-    """What `work` says in a fork that may map only so much more memory and take so long; "" where it raises nothing."""
+    """The exception of `work` in a fork with limited memory and time; empty if it raises none."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -276,7 +276,7 @@ def in_a_child(work: Callable[[], object], more_bytes: int, seconds: int) -> str
 
 
 def endless(path: Path, beginning: bytes, size: int) -> Path:
-    """A sparse file: `beginning`, then zeros without a line's end."""
+    """Writes a sparse file: `beginning`, then zeros without a newline."""
     with path.open("wb") as file:
         file.write(beginning)
         file.truncate(size)
@@ -308,7 +308,7 @@ def test_memory_and_time_are_bounded(tally: Tally, tmp_path: Path) -> None:
 
 
 class Touch:
-    """Unpickled, it makes a file."""
+    """Creates a file when unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -317,8 +317,8 @@ class Touch:
         return (open, (str(self.canary), "w"))
 
 
-class Slot:
-    """Malicious content, and whether any of it ran."""
+class Malware:
+    """Malicious content, and whether it was executed."""
 
     def __init__(self, folder: Path) -> None:
         self.canary = folder / "canary"
@@ -327,23 +327,23 @@ class Slot:
         self.contents = {"pickle": pickle.dumps(Touch(self.canary)), "torch": archive.getvalue()}
 
     def ran(self) -> bool:
-        """Whether the canary was there; it is taken away."""
+        """Whether the canary exists; removes it."""
         there = self.canary.exists()
         self.canary.unlink(missing_ok=True)
         return there
 
 
 @contextmanager
-def whatever_is_said() -> Iterator[None]:
-    """Refusals are proved elsewhere; here only what runs counts."""
+def ignore_errors() -> Iterator[None]:
+    """Ignores errors: these tests only check that nothing is executed."""
     with suppress(Exception):
         yield
 
 
 @pytest.fixture
-def slot(tmp_path: Path) -> Slot:
-    """A canary that has been seen to sing, both ways."""
-    made = Slot(tmp_path)
+def malware(tmp_path: Path) -> Malware:
+    """Malicious content that was seen to work when unpickled."""
+    made = Malware(tmp_path)
     pickle.loads(made.contents["pickle"])
     assert made.ran()
     torch.load(io.BytesIO(made.contents["torch"]), weights_only=False)
@@ -353,7 +353,7 @@ def slot(tmp_path: Path) -> Slot:
 
 @pytest.fixture(scope="module")
 def clean_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole base folder with a tiny Llama."""
+    """A complete base folder with a tiny Llama."""
     folder = tmp_path_factory.mktemp("base")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         shutil.copy(BUNDLED_BASE / name, folder / name)
@@ -364,7 +364,7 @@ def clean_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 ADAPTER_BESIDE = json.dumps({"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "base_model_name_or_path": ""})
 INDEX = json.dumps({"metadata": {}, "weight_map": {"model.embed_tokens.weight": "pytorch_model.bin"}})
-# file that holds the pickle -> files that are removed, and files that point to it
+# file with the pickle -> (removed files, added files that refer to it)
 BASE_SLOTS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "pytorch_model.bin": (("model.safetensors",), {}),
     "pytorch_model.bin beside": ((), {}),
@@ -387,10 +387,10 @@ BASE_SLOTS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
 
 
 @pytest.mark.fault("T24")
-def test_pickles_in_the_base(tally: Tally, slot: Slot, clean_base: Path, tmp_path: Path, config: Config) -> None:
-    """In place of, and beside, every file of a base: none is executed when the base is loaded."""
+def test_pickles_in_the_base(tally: Tally, malware: Malware, clean_base: Path, tmp_path: Path, config: Config) -> None:
+    """Pickles in place of, or beside, any file of a base are not executed when the base is loaded."""
     load_model(replace(config, model=ModelConfig(name_or_path=str(clean_base))), torch.device("cpu"), PLAN)
-    kinds = slot.contents if tally.full else {"torch": slot.contents["torch"]}
+    kinds = malware.contents if tally.full else {"torch": malware.contents["torch"]}
     for kind, content in kinds.items():
         for number, (name, (removed, added)) in enumerate(BASE_SLOTS.items()):
             folder = tmp_path / f"{kind}{number}"
@@ -402,13 +402,13 @@ def test_pickles_in_the_base(tally: Tally, slot: Slot, clean_base: Path, tmp_pat
             (folder / name.partition(" ")[0]).write_bytes(content)
             wanted = replace(config, model=ModelConfig(name_or_path=str(folder), quantization="none"))
             for load in (load_tokenizer, base_fingerprint, lambda c: load_model(c, torch.device("cpu"), PLAN)):
-                with whatever_is_said():
+                with ignore_errors():
                     load(wanted)
-            tally.check(not slot.ran(), f"{kind} as {name}")
+            tally.check(not malware.ran(), f"{kind} as {name}")
 
 
 def signed(folder: Path, run_uid: str) -> None:
-    """A manifest that fits the files as they are: hashes are no defence against who can write both."""
+    """Writes a manifest that fits the files: hashes are no defence against someone who can write both."""
     contents = {name: (folder / name).read_bytes() for name in CONTENTS}
     files = {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in contents.items()}
     manifest: dict[str, object] = {"format_version": 1, "run_uid": run_uid, "step": 1, "files": files}
@@ -418,10 +418,10 @@ def signed(folder: Path, run_uid: str) -> None:
 
 
 @pytest.mark.fault("T24")
-def test_pickles_in_a_checkpoint(tally: Tally, slot: Slot, tmp_path: Path) -> None:
-    """In place of each file, also with a manifest that fits, and beside them: none is executed when it is read."""
+def test_pickles_in_a_checkpoint(tally: Tally, malware: Malware, tmp_path: Path) -> None:
+    """Pickles in place of, or beside, any file of a checkpoint are not executed, even if the manifest fits."""
     names = (ADAPTER, ADAPTER_CONFIG, OPTIMIZER, STATE, MANIFEST, "adapter_model.bin", "optimizer.pt")
-    for kind, content in slot.contents.items():
+    for kind, content in malware.contents.items():
         for name in names:
             for fits in (False, True) if name in CONTENTS else (False,):
                 store = CheckpointStore(RunFolder(tmp_path / f"{kind}-{name}-{fits}"), keep=2)
@@ -433,47 +433,47 @@ def test_pickles_in_a_checkpoint(tally: Tally, slot: Slot, tmp_path: Path) -> No
                     wanted = "" if name == ADAPTER_CONFIG else f"{name} cannot be understood"  # the sums are right
                     tally.check(store.defect(folder).startswith(wanted), f"the manifest fits {name}")
                 for read in (lambda s=store, f=folder: s.load(f), store.latest):
-                    with whatever_is_said():
+                    with ignore_errors():
                         read()
-                tally.check(not slot.ran(), f"{kind} as {name}, manifest {'fits' if fits else 'as it was'}")
+                tally.check(not malware.ran(), f"{kind} as {name}, manifest {'fits' if fits else 'as it was'}")
 
 
 def with_extension(content: bytes) -> pa.Schema:
-    """A schema whose column names the extension type by which pyarrow once unpickled (CVE-2023-47248)."""
+    """A schema with the extension type that older pyarrow unpickled (CVE-2023-47248)."""
     metadata = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": content}
     columns = [pa.field(name, pa.string(), metadata=metadata) for name in ("prompt", "response")]
     return pa.schema(columns)
 
 
 @pytest.mark.fault("T24")
-def test_pickles_in_the_data(tally: Tally, slot: Slot, caught: Path, tokenizer: Any) -> None:
-    """As a file of every kind, and in Parquet's and Arrow's metadata: none is executed when the data is prepared."""
-    for kind, content in slot.contents.items():
+def test_pickles_in_the_data(tally: Tally, malware: Malware, caught: Path, tokenizer: Any) -> None:
+    """Pickles as a data file of any kind, or in Parquet's metadata, are not executed when data is prepared."""
+    for kind, content in malware.contents.items():
         for ending in (".jsonl", ".json", ".csv", ".txt", ".md", ".parquet", ".arrow", ".pkl", ".pt"):
             path = caught / f"{kind}{ending}"
             path.write_bytes(content)
-            with whatever_is_said():
+            with ignore_errors():
                 prepare(PrepareSettings((str(path),)), tokenizer)
-            tally.check(not slot.ran(), f"{kind} as {ending}")
+            tally.check(not malware.ran(), f"{kind} as {ending}")
         path = caught / f"{kind}-extension.parquet"
         rows = pa.Table.from_pylist([{"prompt": "a", "response": "b"}], schema=with_extension(content))
         pq.write_table(rows, path)
         named = (pq.read_schema(path).field("prompt").metadata or {}).get(b"ARROW:extension:name")
         assert named == b"arrow.py_extension_type"
-        with whatever_is_said():
+        with ignore_errors():
             prepare(PrepareSettings((str(path),)), tokenizer)
-        tally.check(not slot.ran(), f"{kind} in Parquet's metadata")
+        tally.check(not malware.ran(), f"{kind} in Parquet's metadata")
 
 
 @pytest.mark.fault("T24")
-def test_pickles_in_the_cache(tally: Tally, slot: Slot, caught: Path, tokenizer: Any) -> None:
-    """In place of the prepared samples and their statistics: not executed, and the data is prepared again."""
+def test_pickles_in_the_cache(tally: Tally, malware: Malware, caught: Path, tokenizer: Any) -> None:
+    """Pickles in place of the prepared samples or statistics are not executed; the data is prepared again."""
     path = caught / "rows.jsonl"
     path.write_text(GOOD * 2)
     settings = PrepareSettings((str(path),))
     prepared = prepare(settings, tokenizer)
     samples, folder = prepared.dataset.to_list(), cache_root() / prepared.fingerprint
-    for kind, content in slot.contents.items():
+    for kind, content in malware.contents.items():
         arrow = io.BytesIO()
         schema = with_extension(content)
         with pa.ipc.new_stream(arrow, schema) as writer:
@@ -485,20 +485,20 @@ def test_pickles_in_the_cache(tally: Tally, slot: Slot, caught: Path, tokenizer:
         ):
             (folder / name).write_bytes(what)
             again = prepare(settings, tokenizer).dataset.to_list()
-            tally.check(not slot.ran() and again == samples, f"{kind} as {name}")
+            tally.check(not malware.ran() and again == samples, f"{kind} as {name}")
 
 
 @pytest.mark.fault("T24")
-def test_pickles_in_the_run_folder(tally: Tally, slot: Slot, config: Config) -> None:
-    """final/, run.json and all else that an earlier run left: a new run over them ends well and executes nothing."""
+def test_pickles_in_the_run_folder(tally: Tally, malware: Malware, config: Config) -> None:
+    """Pickles in place of an earlier run's files are not executed; a new run over them ends well."""
     names = ["final/adapter_model.bin", "final/training_args.bin", "final/optimizer.pt", "run.json", "exit.json"]
     names += ["answers.json", "optimizer.pt", "checkpoints/optimizer.pt"]
-    for kind, content in slot.contents.items() if tally.full else [("torch", slot.contents["torch"])]:
+    for kind, content in malware.contents.items() if tally.full else [("torch", malware.contents["torch"])]:
         run_dir = Path(config.run.dir).with_name(f"run-{kind}")
         for name in names:
             (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
             (run_dir / name).write_bytes(content)
         short = replace(config, run=replace(config.run, dir=str(run_dir)), train=replace(config.train, max_steps=1))
         outcome = run_command(arguments(short))
-        ran, left = slot.ran(), sorted(path.name for path in (run_dir / "final").glob("*.[bp][it]*"))
+        ran, left = malware.ran(), sorted(path.name for path in (run_dir / "final").glob("*.[bp][it]*"))
         tally.check(not ran and outcome.returncode == 0 and not left, f"{kind}: {left} {outcome.stderr[-300:]}")

@@ -1,4 +1,4 @@
-"""What must be equal for a run to go on: each difference is refused by its name."""
+"""A run continues only if its identity is equal: each difference is refused by name."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from tests.conftest import arguments, run_command
 from tests.tally import Tally
 from train.config import Config
 
-# option, another value, the name in the refusal
+# (option, changed value, the name in the refusal)
 CHANGES: list[tuple[str, Any, str]] = [
     ("optim.lr", 0.02, "optim.lr"),
     ("train.seed", 1, "train.seed"),
@@ -49,7 +49,7 @@ def changed(config: Config, option: str, value: Any) -> Config:
 
 @pytest.mark.fault("T22")
 def test_each_difference_is_named(config: Config, tmp_path: Path, tally: Tally) -> None:
-    """Every field of the identity, changed alone: exit 77, and the line with old and new is that field's alone."""
+    """A change of any one field of the identity is exit 77, and only that field is named, with old and new value."""
     config = at(replace(config, train=replace(config.train, max_steps=4)), tmp_path / "run")
     assert run_command(arguments(config)).returncode == 0
     for option, value, name in CHANGES[: tally.times(5, len(CHANGES))]:
@@ -66,7 +66,7 @@ def test_each_difference_is_named(config: Config, tmp_path: Path, tally: Tally) 
 
 @pytest.mark.fault("T22")
 def test_a_changed_file_is_another_run(config: Config, shape: Path, tmp_path: Path, tally: Tally) -> None:
-    """One byte of the data, the chat template, a token of the tokenizer, a field of config.json: exit 77."""
+    """Another byte of the data or the chat template, or another field of config.json, is exit 77."""
     folder, data = tmp_path / "base", tmp_path / "pairs.jsonl"
     shutil.copytree(shape, folder)
     shutil.copy(config.data.path[0], data)

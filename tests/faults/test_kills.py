@@ -1,4 +1,4 @@
-"""A run that is killed, anywhere and again and again, ends in the bits of the run that was left alone."""
+"""A run that is killed anywhere, even repeatedly, ends with the bits of the uninterrupted run."""
 
 import random
 import signal
@@ -27,7 +27,7 @@ def dropped(config: Config) -> Config:
 
 @pytest.mark.fault("T1")
 def test_kills_at_random_moments(dropped: Config, tmp_path: Path, tally: Tally) -> None:
-    """SIGKILL at moments drawn evenly from a run's life, loading included; three a run, then it is left to finish."""
+    """SIGKILL at random moments of a run, including loading; two or three per run, which then finishes."""
     longer = replace(dropped, train=replace(dropped.train, epochs=4))
     expected = reference(longer, tmp_path / "reference")
     for number in range(tally.times(3, 60)):
@@ -60,7 +60,7 @@ def test_a_kill_around_every_operation_of_a_save(dropped: Config, tmp_path: Path
         run_dir, label = tmp_path / f"killed-{moment}", f"moment {moment}, {moments[moment - 1]}"
         words = arguments(at(dropped, run_dir))
         killed = run_command(words, KillAtOperation(moment))
-        if killed.returncode == 0:  # in what comes after training, where the name of an operation is shared
+        if killed.returncode == 0:  # the moment fell after training, where other code calls the same operations
             continue
         outcome = finish(words)
         tally.check("continues after step" in outcome.stdout, f"{label}: started again")
@@ -70,7 +70,7 @@ def test_a_kill_around_every_operation_of_a_save(dropped: Config, tmp_path: Path
 
 
 def matrix() -> list[tuple[Any, ...]]:
-    """Accumulation, where it is killed, optimizer, dropout and schedule: each value with each other at least once."""
+    """Accumulation, moment of the kill, optimizer, dropout and schedule: every pair of values occurs."""
     points = ("in the epoch", "at the epoch's end", "after validation", "before the last step")
     whole = list(product((1, 3, 4), points, OPTIMIZERS, ((0.0, "cosine"), (0.1, "linear"))))
     return [case for number, case in enumerate(whole) if number % 3 != 2]
@@ -78,7 +78,7 @@ def matrix() -> list[tuple[Any, ...]]:
 
 @pytest.mark.fault("T12")
 def test_every_kind_of_run_resumes_to_the_bit(config: Config, tmp_path: Path, tally: Tally) -> None:
-    """Accumulation 1, 3, 4; three optimizers; dropout; schedules; killed in epochs, at their ends, after validation."""
+    """Accumulation 1, 3, 4; three optimizers; dropout; schedules; killed in epochs, at their end, after validation."""
     cases = matrix()
     assert len(cases) == 48
     numbers = range(0, 48, 1 if tally.full else 13)

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not a number: skipped, written down, counted, and never published."""
+"""A step with a non-finite loss or gradient is skipped, recorded and counted, and never published."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from train.track.metrics_file import read_metrics
 
 
 def all_finite(run_dir: Path) -> bool:
-    """Whether every tensor that was published, anywhere in the run folder, is finite."""
+    """Whether every tensor in the run folder is finite."""
     files = list(run_dir.rglob("*.safetensors"))
     tensors = [tensor for file in files for tensor in safetensors.torch.load_file(file).values()]
     return all(tensor.float().isfinite().all() for tensor in tensors)
@@ -26,11 +26,11 @@ def all_finite(run_dir: Path) -> bool:
 
 @pytest.mark.fault("T18")
 def test_a_step_is_left_out(config: Config, tmp_path: Path, tally: Tally) -> None:
-    """NaN, infinity and a gradient alone, in the first and a middle step: nothing is updated, its samples are noted."""
-    config = replace(config, checkpoint=CheckpointConfig(every=1))  # 3 steps an epoch of 4, 4 and 2 passes
+    """NaN, infinity, or only an infinite gradient, in the first or a middle step: the step is skipped and recorded."""
+    config = replace(config, checkpoint=CheckpointConfig(every=1))  # epochs of 3 steps with 4, 4 and 2 micro-batches
     cases = [NotANumber((1,)), NotANumber((6,), math.inf), NotANumber((7,), only_gradient=True)]
     for number, fault in enumerate(cases):
-        run_dir, step = tmp_path / f"case-{number}", 1 if fault.passes == (1,) else 2
+        run_dir, step = tmp_path / f"case-{number}", 1 if fault.micro_batches == (1,) else 2
         outcome = run_command(arguments(at(config, run_dir)), fault)
         tally.check(outcome.returncode == 0, f"{fault}: {outcome.stderr[-300:]}")
         tally.check(f"step {step}: loss" in outcome.stdout and "skipped" in outcome.stdout, f"{fault}: not said")
@@ -44,7 +44,7 @@ def test_a_step_is_left_out(config: Config, tmp_path: Path, tally: Tally) -> Non
 
 @pytest.mark.fault("T18")
 def test_nothing_moves_in_a_step_that_is_left_out(config: Config, tmp_path: Path, tally: Tally) -> None:
-    """The checkpoint behind a skipped step holds the weights and the optimizer of the one before it."""
+    """The checkpoint after a skipped step has the weights and the optimizer state of the one before."""
     config = replace(config, checkpoint=CheckpointConfig(every=1, keep=9))
     assert run_command(arguments(at(config, tmp_path / "run")), NotANumber((6,))).returncode == 0
     folder = tmp_path / "run" / "checkpoints"
@@ -56,7 +56,7 @@ def test_nothing_moves_in_a_step_that_is_left_out(config: Config, tmp_path: Path
 
 @pytest.mark.fault("T18")
 def test_too_many_end_the_run(config: Config, tmp_path: Path, tally: Tally) -> None:
-    """One more than train.max_skipped_steps, or than three in a row, is exit 79; the checkpoint before stands."""
+    """One skipped step more than train.max_skipped_steps, or than three in a row, is exit 79."""
     config = replace(config, checkpoint=CheckpointConfig(every=1), train=replace(config.train, epochs=4))
     none = replace(config, train=replace(config.train, max_skipped_steps=0))
     cases = [
@@ -64,20 +64,22 @@ def test_too_many_end_the_run(config: Config, tmp_path: Path, tally: Tally) -> N
         (config, (1, 5, 9, 11), 4),
         (replace(none, train=replace(none.train, max_skipped_steps=1)), (1, 9), 3),
     ]
-    for number, (case, passes, step) in enumerate(cases):
+    for number, (case, micro_batches, step) in enumerate(cases):
         run_dir = tmp_path / f"case-{number}"
-        outcome = run_command(arguments(at(case, run_dir)), NotANumber(passes))
-        tally.check(outcome.returncode == 79, f"{passes}: {outcome.returncode} {outcome.stderr[-300:]}")
-        tally.check(f"step {step}: loss nan" in outcome.stderr and "pairs.jsonl" in outcome.stderr, f"{passes}: said")
-        tally.check(exit_record(run_dir)["code"] == 79, f"{passes}: exit.json")
-        tally.check(all_finite(run_dir), f"{passes}: published")
+        outcome = run_command(arguments(at(case, run_dir)), NotANumber(micro_batches))
+        tally.check(outcome.returncode == 79, f"{micro_batches}: {outcome.returncode} {outcome.stderr[-300:]}")
+        tally.check(
+            f"step {step}: loss nan" in outcome.stderr and "pairs.jsonl" in outcome.stderr, f"{micro_batches}: said"
+        )
+        tally.check(exit_record(run_dir)["code"] == 79, f"{micro_batches}: exit.json")
+        tally.check(all_finite(run_dir), f"{micro_batches}: published")
         newest = max(path.name for path in (run_dir / "checkpoints").glob("step-*"))
-        tally.check(int(newest[5:]) == step - 1, f"{passes}: {newest}")
+        tally.check(int(newest[5:]) == step - 1, f"{micro_batches}: {newest}")
 
 
 @pytest.mark.fault("T18")
 def test_the_count_survives_a_kill(config: Config, tmp_path: Path, tally: Tally) -> None:
-    """Killed behind a skipped step and continued: the budget that was used stays used, the first step after it too."""
+    """After a kill behind a skipped step, that step still counts, and a first step that is skipped counts too."""
     config = replace(config, checkpoint=CheckpointConfig(every=1), train=replace(config.train, max_skipped_steps=1))
     words = arguments(at(config, tmp_path / "run"))
 
@@ -91,7 +93,7 @@ def test_the_count_survives_a_kill(config: Config, tmp_path: Path, tally: Tally)
 
 @pytest.mark.fault("T18")
 def test_processes_decide_together(config: Config, tmp_path: Path, tally: Tally) -> None:
-    """NaN in the second of two processes alone: both leave the step out, both end with 79 when it is one too many."""
+    """NaN in only the second of two processes: both skip the step, and both end with 79 when it is one too many."""
     config = with_batch(replace(config, checkpoint=CheckpointConfig(every=1)), 2, 2)
     for budget, code in ((10, 0), (0, 79)):
         run_dir = tmp_path / f"budget-{budget}"

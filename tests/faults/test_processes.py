@@ -1,4 +1,4 @@
-"""Several processes: another number of them, one that dies, one that hangs, one that cannot save."""
+"""Several processes: their number changes, one dies, one hangs, one cannot save."""
 
 import json
 import signal
@@ -17,31 +17,31 @@ from train.track.metrics_file import read_metrics
 
 
 def together(config: Config, run_dir: Path, faults: list) -> list[Outcome]:
-    """All processes of one start, from the first to the last rank."""
+    """The outcomes of one start, in order of rank."""
     return [run.wait() for run in start_processes(arguments(at(config, run_dir)), faults)]
 
 
 @pytest.mark.fault("T14")
 def test_another_number_of_processes(config: Config, tmp_path: Path, tally: Tally) -> None:
-    """Killed as so many processes, continued as so many: the same samples in the same steps, losses within 1e-5."""
+    """A run resumed with another number of processes has the same samples per step, and losses within 1e-5."""
     config = replace(config, train=replace(config.train, epochs=4), checkpoint=CheckpointConfig(every=2))
-    cuts = {1: with_batch(config, 2, 4), 2: with_batch(config, 2, 2), 4: with_batch(config, 1, 2)}
-    reference(cuts[1], tmp_path / "alone")
+    batches = {1: with_batch(config, 2, 4), 2: with_batch(config, 2, 2), 4: with_batch(config, 1, 2)}
+    reference(batches[1], tmp_path / "alone")
     alone = read_metrics(tmp_path / "alone" / "metrics.jsonl")
     changes = [(1, 2), (2, 1), (2, 4), (4, 2), (1, 4), (4, 1)][: tally.times(2, 6)]
     for before, after in changes:
         for kill in range(1, 1 + tally.times(1, 3)):
             run_dir, label = tmp_path / f"{before}-{after}-{kill}", f"{before} -> {after}, kill {kill}"
             first: list = [Fault("save", kill, "after")] + [Fault("save", 99, "after")] * (before - 1)
-            killed = together(cuts[before], run_dir, first)
+            killed = together(batches[before], run_dir, first)
             tally.check(killed[0].returncode == -signal.SIGKILL, f"{label}: {killed[0].stderr[-300:]}")
-            second = together(cuts[after], run_dir, [None] * after)
+            second = together(batches[after], run_dir, [None] * after)
             tally.check(all(o.returncode == 0 for o in second), f"{label}: {second[0].stderr[-300:]}")
             tally.check("continues after step" in second[0].stdout, f"{label}: started again")
             rows = read_metrics(run_dir / "metrics.jsonl")
             same = [row["data/sample_ids"] for row in rows] == [row["data/sample_ids"] for row in alone]
             tally.check(same, f"{label}: other samples")
-            pairs = list(zip(rows, alone, strict=True))[: 2 * kill + 2]  # rounding grows with the steps behind it
+            pairs = list(zip(rows, alone, strict=True))[: 2 * kill + 2]  # later, rounding errors grow
             apart = max(abs(a["train/loss"] / b["train/loss"] - 1) for a, b in pairs)
             tally.check(apart < 1e-5, f"{label}: losses {apart:.1e} apart")
     refused = run_command(arguments(at(with_batch(config, 2, 2), tmp_path / "alone")))
@@ -50,7 +50,7 @@ def test_another_number_of_processes(config: Config, tmp_path: Path, tally: Tall
 
 @pytest.mark.fault("T15")
 def test_a_process_that_dies(config: Config, tmp_path: Path, tally: Tally) -> None:
-    """SIGKILL of either of two processes, computing, saving or loading: the other ends with 81 soon, then same bits."""
+    """SIGKILL of either of two processes, in computing, saving or loading: the other ends with 81; resume is exact."""
     config = with_batch(replace(config, checkpoint=CheckpointConfig(every=2)), 2, 2)
     config = replace(config, run=replace(config.run, timeout_minutes=0.5), train=replace(config.train, epochs=3))
     outcomes = together(config, tmp_path / "reference", [None, None])
@@ -73,7 +73,7 @@ def test_a_process_that_dies(config: Config, tmp_path: Path, tally: Tally) -> No
 
 @pytest.mark.fault("T16")
 def test_a_process_that_hangs(config: Config, tmp_path: Path, tally: Tally) -> None:
-    """SIGSTOP of either process: the other gives up after run.timeout_minutes with 81 and names the silent one."""
+    """SIGSTOP of one process: after run.timeout_minutes the other ends with 81 and names the one that hangs."""
     config = with_batch(config, 2, 2)
     config = replace(config, run=replace(config.run, timeout_minutes=0.1))
     for rank in (1, 0)[: tally.times(1, 2)]:
@@ -91,7 +91,7 @@ def test_a_process_that_hangs(config: Config, tmp_path: Path, tally: Tally) -> N
 
 @pytest.mark.fault("T16")
 def test_a_first_process_that_cannot_save(config: Config, tmp_path: Path, tally: Tally) -> None:
-    """A failing disk under the first of two processes: both train on, and both end with 76 when it never recovers."""
+    """If the first process cannot save, both continue; if the disk never recovers, both end with 76."""
     config = replace(with_batch(config, 2, 2), checkpoint=CheckpointConfig(every=1))
     both = together(config, tmp_path / "once", [DiskError(3, 3), None])
     tally.check([o.returncode for o in both] == [0, 0], both[0].stderr[-300:])
@@ -104,7 +104,7 @@ def test_a_first_process_that_cannot_save(config: Config, tmp_path: Path, tally:
 
 
 def test_processes_close_their_group(config: Config, tmp_path: Path) -> None:
-    """However a run ends, Gloo's threads are gone before the interpreter, which they would abort now and then."""
+    """However a run ends, the process group is closed first: Gloo's threads could abort the interpreter at its end."""
     config = with_batch(replace(config, run=replace(config.run, timeout_minutes=0.5)), 2, 2)
     must_resume = replace(config, run=replace(config.run, resume="must"))
     stop, die = AtForward(5, signal.SIGTERM), AtForward(5)

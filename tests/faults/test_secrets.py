@@ -1,5 +1,4 @@
-"""Secrets reach neither the run folder nor Weights & Biases, whichever way they come; nor the terminal, where nobody
-typed them."""
+"""Secrets, however they are given, reach neither the run folder nor Weights & Biases nor the terminal."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -28,14 +27,14 @@ SECRET_ENVIRONMENT = {
 
 
 def hits(folder: Path) -> list[str]:
-    """Files of `folder` whose name or bytes hold a canary; there must be some files."""
+    """Files of `folder` whose path or content has a canary; the folder must not be empty."""
     paths = [path for path in folder.rglob("*") if not path.is_symlink()]
     assert paths, f"{folder} is empty"
     return [f"{path}: {found}" for path in paths for found in in_bytes(content_of(path) + str(path).encode())]
 
 
 def content_of(path: Path) -> bytes:
-    """The bytes of a file, none of a folder."""
+    """The content of a file; nothing for a folder."""
     return path.read_bytes() if path.is_file() else b""
 
 
@@ -50,7 +49,7 @@ def printed(outcome: Outcome) -> list[str]:
 
 
 def watched(config: Config, run_dir: Path, num_questions: int = 0) -> list[str]:
-    """The command line of the run at `run_dir` with Weights & Biases, and questions at its end."""
+    """The command line of a run with Weights & Biases, and with questions at its end."""
     compare = replace(config.compare, num_questions=num_questions, max_new_tokens=4)
     config = replace(config, track=TrackConfig(), compare=compare, run=replace(config.run, dir=str(run_dir)))
     return arguments(config)
@@ -58,12 +57,12 @@ def watched(config: Config, run_dir: Path, num_questions: int = 0) -> list[str]:
 
 @pytest.mark.fault("T23")
 def test_secrets_of_the_environment(config: Config, tmp_path: Path, tally: Tally) -> None:
-    """A whole run, online and offline: not in a file, not in a request's body, not on the terminal."""
+    """In a whole run, online and offline, they are in no file, no request and no output."""
     for key in (HEX_KEY, "")[: tally.times(1, 2)]:
         run_dir = tmp_path / f"run-{key[:1]}"
         with FakeServer() as server:
             settings = environment(server.url, key) | SECRET_ENVIRONMENT
-            # their table is an artifact, of which the fake server knows nothing
+            # the table of answers is an artifact, which the fake server does not support
             words = watched(config, run_dir, num_questions=0 if key else 2)
             outcome = run_command(words, None, **settings)
         assert outcome.returncode == 0, outcome.stderr
@@ -77,7 +76,7 @@ def test_secrets_of_the_environment(config: Config, tmp_path: Path, tally: Tally
 
 @pytest.mark.fault("T23")
 def test_secrets_in_options(config: Config, tmp_path: Path, tally: Tally) -> None:
-    """In a path, a name, an option that does not exist: not in the run folder; tokens are not even echoed."""
+    """Given in a path, a name or an unknown option, they are not in the run folder, and not echoed."""
     run_dir = tmp_path / "run"
     words = watched(config, run_dir)
     ways = [
@@ -105,7 +104,7 @@ def test_secrets_in_options(config: Config, tmp_path: Path, tally: Tally) -> Non
 
 
 def with_option(words: list[str], option: list[str]) -> list[str]:
-    """The command line with this option's value in place of the one it had."""
+    """The command line with this option's value replaced."""
     if option[0] not in words:
         return [*words, *option]
     place = words.index(option[0])
@@ -114,7 +113,7 @@ def with_option(words: list[str], option: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class RaiseInRun:
-    """Makes the run fail while it prepares its data, or while it saves, with `text` in the exception."""
+    """Makes the run fail in preparing its data, or in saving, with `text` in the exception."""
 
     kind: str  # exit | data | memory | save
     text: str
@@ -142,14 +141,14 @@ class RaiseInRun:
 
 
 def exception_texts() -> Iterator[str]:
-    """What libraries put into their messages."""
+    """Messages as libraries write them."""
     yield f"401 Client Error for {URL}, headers {{'authorization': 'Bearer {BEARER}'}}"
     yield f"Invalid token {TOKEN} (WANDB_API_KEY={HEX_KEY})"
 
 
 @pytest.mark.fault("T23")
 def test_secrets_in_exceptions(config: Config, tmp_path: Path, tally: Tally) -> None:
-    """An error that quotes them: told in exit.json and on the terminal, without them."""
+    """An error that quotes them is reported in exit.json and on the terminal without them."""
     kinds = ("data", "save", "exit", "memory")
     for kind in kinds[: tally.times(2, 4)]:
         run_dir = tmp_path / kind

@@ -1,4 +1,4 @@
-"""Signals at any moment, through any launcher: saved, told apart by the exit code, nothing left running."""
+"""Stop signals at any moment, through any launcher: the run saves, its exit code tells, and no process is left."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def test_stop_signals_at_random_moments(config: Config, tmp_path: Path, tally: T
         draw, run_dir = random.Random(number), tmp_path / f"run-{number}"
         words = arguments(at(longer, run_dir))
         run = Run(words)
-        while not (run_dir / ".lock").exists():  # its handlers stand
+        while not (run_dir / ".lock").exists():  # by then its handlers are installed
             time.sleep(0.002)
         time.sleep(draw.uniform(0, 1.5))
         kind = SIGNALS[number % len(SIGNALS)]
@@ -49,7 +49,7 @@ def test_stop_signals_at_random_moments(config: Config, tmp_path: Path, tally: T
 
 @pytest.mark.fault("T10")
 def test_a_signal_inside_a_save_and_again(config: Config, tmp_path: Path, tally: Tally) -> None:
-    """SIGTERM twice while a slow disk writes: the save is finished, exit 75; Ctrl-C twice a second apart: at once."""
+    """SIGTERM or SIGUSR1 twice during a save: it finishes, exit 75; Ctrl-C twice, a second apart, ends at once."""
     slow = DiskError(1, 5, seconds=0.5)
     for kind, wanted in ((signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 128 + signal.SIGINT)):
         run_dir = tmp_path / kind.name
@@ -83,7 +83,7 @@ COMMANDS = {
 @pytest.mark.fault("T11")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_signals_through_launchers(name: str, config: Config, tmp_path: Path, tally: Tally) -> None:
-    """The signal goes to the launcher alone: the trainer saves, no process is left, ours returns the real code."""
+    """A signal to the launcher alone: the trainer saves, no process is left, and our launcher returns its exit code."""
     kinds = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     if not tally.full:
         kinds = {"ours": kinds[:1], "ours, two processes": kinds[1:2], "accelerate": kinds[:1]}.get(name, kinds[:1])
@@ -117,7 +117,7 @@ def test_signals_through_launchers(name: str, config: Config, tmp_path: Path, ta
 
 
 def trainers(run_dir: Path) -> list[int]:
-    """Processes that have the run folder among their arguments."""
+    """Processes with the run folder among their arguments."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -150,7 +150,7 @@ def test_two_jobs_and_a_lock_left_behind(config: Config, tmp_path: Path, tally: 
         assert wait_for_rows(first, run_dir, 1)
         second = run_command(words)
         tally.check(second.returncode == 78 and "in use by another job" in second.stderr, second.stderr[-300:])
-        tally.check(first.is_alive() and not (run_dir / "exit.json").exists(), "the first was harmed")
+        tally.check(first.is_alive() and not (run_dir / "exit.json").exists(), "the first run was harmed")
         first.signal(signal.SIGKILL)
         first.wait()
         third = Run(words)
@@ -158,5 +158,5 @@ def test_two_jobs_and_a_lock_left_behind(config: Config, tmp_path: Path, tally: 
             assert third.is_alive()
             time.sleep(0.01)
         third.signal(signal.SIGTERM)
-        tally.check(third.wait().returncode == 75, "a lock that nobody holds kept it out")
+        tally.check(third.wait().returncode == 75, "a stale lock kept it out")
         tally.check(json.loads((run_dir / "exit.json").read_text())["code"] == 75, "exit.json")

@@ -1,4 +1,4 @@
-"""Storage faults: power cuts, truncation, bit rot, tampering; none of it may cost a promised checkpoint."""
+"""Power cuts, truncation, bit rot and tampering never cost a checkpoint that was reported as saved."""
 
 import hashlib
 import io
@@ -58,7 +58,7 @@ def identity(store: CheckpointStore) -> list[str]:
 
 
 def is_what_was_saved(found: Checkpoint) -> bool:
-    """Whether every tensor and every field is that of its step."""
+    """Whether every tensor and every field is the one saved for its step."""
     adapters, optimizer, state = expected(found.state.step)
     pairs = ((found.adapters, adapters), (found.optimizer, optimizer))
     same = all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
@@ -131,7 +131,7 @@ def check_run(root: Path, marks: dict[str, Any]) -> str:
         save(store, step + 1)
         after = CheckpointStore(RunFolder(root / "run"), KEEP).latest()
         return "" if after and after.state.step == step + 1 else "the next save is not found"
-    except Exception as error:  # whatever it is, a start has failed
+    except Exception as error:  # any exception is a failed start
         return f"{type(error).__name__}: {error}"
 
 
@@ -139,7 +139,7 @@ FINAL = {"adapter_model.safetensors": "adapter", "tokenizer.json": "tokens"}
 
 
 def record_final(log: Log, root: Path) -> None:
-    """A folder whose files are written without an fsync, published twice."""
+    """A folder, whose files are written without fsync, is published twice."""
     for edition in ("1", "2"):
         log.mark("written", edition)
         with publish(root / "run" / "final") as folder:
@@ -149,7 +149,7 @@ def record_final(log: Log, root: Path) -> None:
 
 
 def check_final(root: Path, marks: dict[str, Any]) -> str:
-    """final/ holds one edition whole; it may be absent only while one edition replaces another, or before the first."""
+    """final/ has one complete edition; it may be absent only before the first, or while one replaces another."""
     folder, done = root / "run" / "final", marks.get("published", "")
     if not folder.exists():
         return f"final, edition {done}, is lost" if done and done == marks["written"] else ""
@@ -160,7 +160,7 @@ def check_final(root: Path, marks: dict[str, Any]) -> str:
 
 
 def record_exits(log: Log, root: Path) -> None:
-    """exit.json, written three times."""
+    """exit.json is written three times."""
     for code in (ExitCode.INTERRUPTED, ExitCode.SAVE_FAILED, ExitCode.FINISHED):
         log.mark("written", code.name.lower())
         RunFolder(root / "run").write_exit(code, "a reason")
@@ -168,7 +168,7 @@ def record_exits(log: Log, root: Path) -> None:
 
 
 def check_exits(root: Path, marks: dict[str, Any]) -> str:
-    """exit.json is the last promised or the one being written."""
+    """exit.json is the last one that was promised, or the one being written."""
     path, done = root / "run" / "exit.json", marks.get("ended", "")
     try:
         name = json.loads(path.read_text())["name"] if path.exists() else ""
@@ -179,13 +179,13 @@ def check_exits(root: Path, marks: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is done, and what every disk after it must be good for."""
+    """Operations, and the check that every disk after a power cut in them must pass."""
 
     record: Callable[[Log, Path], None]
     check: Callable[[Path, dict[str, Any]], str]
 
     def events(self, root: Path) -> list[Event]:
-        """The operations of one recording; the run folder itself has long been on the disk."""
+        """The recorded operations; the run folder itself is on the disk before."""
         with recorded(root) as log:
             (root / "run").mkdir()
             log.settle()
@@ -193,7 +193,7 @@ class Scenario:
         return log.events
 
     def problem(self, state: State, folder: Path) -> str:
-        """What is wrong after this power cut, or nothing."""
+        """What is wrong after this power cut; empty if nothing."""
         materialise(state.tree, folder)
         try:
             return self.check(folder, state.marks)
@@ -213,13 +213,13 @@ STATES_IN_SHORT = {"saves": 90, "first save": 30, "recovery": 50, "final": 20, "
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Event]]:
-    """The operations of every scenario."""
+    """The recorded operations of every scenario."""
     return {name: scenario.events(tmp_path_factory.mktemp("log")) for name, scenario in SCENARIOS.items()}
 
 
 @pytest.fixture
 def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The replay asks nothing of the disk that it happens to run on."""
+    """Makes fsync do nothing: the replay needs no durable disk."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
@@ -227,7 +227,7 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", SCENARIOS)
 @pytest.mark.usefixtures("no_fsync")
 def test_a_power_cut_costs_nothing_that_was_promised(name: str, logs: dict, tally: Tally, tmp_path: Path) -> None:
-    """After a cut at any operation, with any of what was not synced lost or torn, a fresh start finds what it must."""
+    """After a cut at any operation, with any unsynced data lost or torn, a start finds all that was promised."""
     states = list(crash_states(logs[name]).values())
     count = tally.times(STATES_IN_SHORT[name], len(states))
     assert len(states) >= count
@@ -237,16 +237,15 @@ def test_a_power_cut_costs_nothing_that_was_promised(name: str, logs: dict, tall
         tally.check(not problem, f"{state.label}: {problem}")
 
 
-# publish() syncs every file again before the rename, so this one may go; not both, as the second half of the test shows
 def without(events: list[Event], is_dropped: Callable[[Event], bool]) -> list[Event]:
-    """The log of a program that lacks some fsyncs."""
+    """The operations without some of the fsyncs."""
     return [event for event in events if not (event.kind == "fsync" and is_dropped(event))]
 
 
 def first_problem(name: str, logs: dict[str, list[Event]], events: list[Event], folder: Path) -> str:
-    """What goes wrong first when `events` happen instead of a scenario's own, or nothing.
+    """The first failure when `events` replace a scenario's own; empty if there is none.
 
-    Only the states that the scenario itself cannot leave are tried; the others are good.
+    Only states that the scenario itself cannot leave are tried, because another test covers those.
     """
     usual = crash_states(logs[name])
     for key, state in crash_states(events).items():
@@ -257,7 +256,7 @@ def first_problem(name: str, logs: dict[str, list[Event]], events: list[Event], 
 
 
 def scenarios_lost(is_dropped: Callable[[Event], bool], logs: dict[str, list[Event]], folder: Path) -> Iterator[str]:
-    """The scenarios that go wrong, with what goes wrong, where these fsyncs are missing."""
+    """The scenarios that fail without these fsyncs, and how they fail."""
     for name, events in logs.items():
         fewer = without(events, is_dropped)
         problem = first_problem(name, logs, fewer, folder) if len(fewer) < len(events) else ""
@@ -268,7 +267,7 @@ def scenarios_lost(is_dropped: Callable[[Event], bool], logs: dict[str, list[Eve
 @pytest.mark.fault("T3")
 @pytest.mark.usefixtures("no_fsync")
 def test_without_any_one_fsync_a_power_cut_costs_something(logs: dict, tally: Tally, tmp_path: Path) -> None:
-    """Each place that asks for an fsync is left out in turn, and a scenario must fail; so the replay sees them all."""
+    """Without the fsync of any one call site some scenario fails, so the replay notices each of them."""
     folder = tmp_path / "disk"
     sites = sorted({event.site for events in logs.values() for event in events if event.kind == "fsync"})
     assert len(sites) >= 7, sites
@@ -282,7 +281,7 @@ def test_without_any_one_fsync_a_power_cut_costs_something(logs: dict, tally: Ta
 
 @pytest.mark.fault("T3")
 def test_a_new_run_folder_survives_a_power_cut(tmp_path: Path, tally: Tally) -> None:
-    """Where the run folder itself is new, its entry and those of new folders above it are synced before a promise."""
+    """The entries of a new run folder, and of new folders above it, are synced before a save is reported."""
     with recorded(tmp_path) as log:
         with RunFolder(tmp_path / "runs" / "new").locked():
             save(CheckpointStore(RunFolder(tmp_path / "runs" / "new"), KEEP), 1)
@@ -314,13 +313,13 @@ FILES = tuple(f"{NEWEST}/{name}" for name in (*CONTENTS, MANIFEST))
 
 
 def inventory(root: Path) -> list[tuple[int, int, int]]:
-    """Everything in `root` that is no folder, by identity, size and the time of its last change, not by name."""
+    """All files in `root` by inode, size and modification time, without names."""
     entries = [path.lstat() for path in root.rglob("*") if path.is_symlink() or not path.is_dir()]
     return sorted((entry.st_ino, entry.st_size, entry.st_mtime_ns) for entry in entries)
 
 
 def fall_back(root: Path, said: str) -> str:
-    """What a start does wrong where the newest checkpoint is bad, or nothing; `root` is removed."""
+    """What a start does wrong when the newest checkpoint is bad; empty if nothing. Removes `root`."""
     newest, before = max((root / "checkpoints").glob("step-*")), inventory(root)
     output = io.StringIO()
     with redirect_stdout(output):
@@ -332,7 +331,7 @@ def fall_back(root: Path, said: str) -> str:
         return f"step 1 is not found, but {found and found.path.name}"
     if before != after:
         return "something was changed or deleted"
-    if (stays, len(aside)) != ((True, 0) if said == "another run" else (False, 1)):  # it may be good for that run
+    if (stays, len(aside)) != ((True, 0) if said == "another run" else (False, 1)):  # that run may need it
         return f"set aside: {aside}"
     message = output.getvalue()
     return "" if f"{newest.name} is not usable" in message and said in message else f"it only says {message!r}"
@@ -341,7 +340,7 @@ def fall_back(root: Path, said: str) -> str:
 @pytest.mark.fault("T4")
 @pytest.mark.usefixtures("no_fsync")
 def test_every_truncation_is_found(two: Tree, tally: Tally, tmp_path: Path) -> None:
-    """A file cut at its start, after a byte, in half, before its end or anywhere: named, set aside, the older taken."""
+    """A file truncated anywhere is named, its checkpoint set aside, and the older one loaded."""
     seed = random.SystemRandom().randrange(2**32)
     chance = random.Random(seed)
     rounds = tally.times(1, 2)
@@ -364,7 +363,7 @@ def test_every_truncation_is_found(two: Tree, tally: Tally, tmp_path: Path) -> N
 @pytest.mark.fault("T5")
 @pytest.mark.usefixtures("no_fsync")
 def test_every_flipped_bit_is_found_and_the_older_checkpoint_taken(two: Tree, tally: Tally, tmp_path: Path) -> None:
-    """Single bits, uniform over all bytes of all files of a checkpoint, the manifest included."""
+    """Single bits, drawn uniformly from all files of a checkpoint including the manifest, are found."""
     seed = random.SystemRandom().randrange(2**32)
     chance = random.Random(seed)
     contents = {path: two[path] or b"" for path in FILES}
@@ -378,9 +377,9 @@ def test_every_flipped_bit_is_found_and_the_older_checkpoint_taken(two: Tree, ta
 
 
 def sign(folder: Path, change: Callable[[dict[str, Any]], object] = lambda manifest: None) -> bytes:
-    """A manifest whose hashes are those of the files as they now are, and its own right as well; written and returned.
+    """Writes and returns a manifest with the hashes of the current files, and with its own hash.
 
-    That is what someone writes who knows the format: hashes are against rot, not against people.
+    Anyone who knows the format can do this: the hashes protect against bit rot, not against people.
     """
     manifest = json.loads((folder / MANIFEST).read_bytes())
     del manifest["manifest_sha256"]
@@ -395,13 +394,13 @@ def sign(folder: Path, change: Callable[[dict[str, Any]], object] = lambda manif
 
 
 def replace(path: Path, by: Callable[[Path], object]) -> None:
-    """Puts something else where a file was."""
+    """Replaces a file by whatever `by` creates."""
     path.unlink()
     by(path)
 
 
 def forge(folder: Path, name: str, content: bytes) -> None:
-    """Puts `content` in place of a file, with hashes that agree."""
+    """Replaces the content of a file, and the hashes to fit."""
     (folder / name).write_bytes(content)
     sign(folder)
 
@@ -412,20 +411,20 @@ def with_field(content: bytes, name: str) -> bytes:
 
 
 def link_folder(folder: Path) -> None:
-    """Moves the whole checkpoint out of the run, and leaves a link to it."""
+    """Moves the checkpoint out of the run folder and leaves a symlink to it."""
     shutil.copytree(folder, folder.parents[2] / "outside" / "whole")
     shutil.rmtree(folder)
     folder.symlink_to(folder.parents[2] / "outside" / "whole")
 
 
 def twice(manifest: bytes) -> bytes:
-    """The manifest with its first key given twice, the last time as it was."""
+    """The manifest with its first key twice, of which the second is the original."""
     assert manifest.startswith(b'{\n "files":')
     return b'{\n "files": {},' + manifest[1:]
 
 
 ELSEWHERE = {"bytes": 4, "sha256": hashlib.sha256(b"root").hexdigest()}
-# what is done to the newest checkpoint's folder (`outside`, beside the run, holds a file and a FIFO), what is then said
+# name -> (change of the newest checkpoint's folder, expected message); ../outside has a file and a FIFO
 TAMPERINGS: dict[str, tuple[Callable[[Path], object], str]] = {
     "file missing": (lambda f: (f / OPTIMIZER).unlink(), OPTIMIZER),
     "manifest missing": (lambda f: (f / MANIFEST).unlink(), MANIFEST),
@@ -474,7 +473,7 @@ TAMPERINGS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.fixture
 def confined(tmp_path: Path) -> Iterator[list[str]]:
-    """What was opened outside the run folder, or is no regular file; memory grows by 2 GiB at most."""
+    """Lists what is opened outside the run folder or is no regular file; limits memory growth to 2 GiB."""
     strays: list[str] = []
     original, inside = io.open, str(tmp_path / "run")
     (tmp_path / "outside").mkdir()
@@ -498,7 +497,7 @@ def confined(tmp_path: Path) -> Iterator[list[str]]:
 
 
 def tamper(name: str, two: Tree, root: Path, strays: list[str]) -> str:
-    """What a start does wrong after this tampering, or nothing."""
+    """What a start does wrong after this tampering; empty if nothing."""
     change, said = TAMPERINGS[name]
     materialise(two, root)
     change(root / NEWEST)
@@ -514,7 +513,7 @@ def tamper(name: str, two: Tree, root: Path, strays: list[str]) -> str:
 @pytest.mark.fault("T6")
 @pytest.mark.usefixtures("no_fsync")
 def test_every_tampering_is_found(two: Tree, tally: Tally, tmp_path: Path, confined: list[str]) -> None:
-    """The older checkpoint is taken, the bad one kept with the reason said; nothing outside the run is opened."""
+    """The older checkpoint is loaded, the bad one kept and its reason printed; nothing outside the run is opened."""
     materialise(two, tmp_path / "run")
     sign(tmp_path / "run" / NEWEST)
     assert tree_of(tmp_path / "run") == two, "the manifest that is signed here is not the product's"
@@ -530,7 +529,7 @@ def test_every_tampering_is_found(two: Tree, tally: Tally, tmp_path: Path, confi
 def test_nothing_is_read_of_a_bad_older_checkpoint(
     name: str, two: Tree, tally: Tally, tmp_path: Path, confined: list[str]
 ) -> None:
-    """Also where run.json is lost: neither by the start, nor by retention, nor in search of the run's identity."""
+    """Even without run.json, neither the start, nor retention, nor the search for the run's identity reads it."""
     root = tmp_path / "run"
     materialise({path: content for path, content in two.items() if path != "run.json"}, root)
     older = root / "checkpoints" / "step-0000000001"
@@ -567,7 +566,7 @@ RUINS: dict[str, Callable[[Path], object]] = {
 @pytest.mark.fault("T7")
 @pytest.mark.parametrize("has_record", [True, False], ids=["", "run.json lost too"])
 def test_where_all_are_bad_every_start_ends_with_80(two: Tree, has_record: bool, tally: Tally, tmp_path: Path) -> None:
-    """Never a silent fresh run, at no later start either; and everything stays for a person to look at."""
+    """No start, now or later, silently begins a fresh run, and all files stay for inspection."""
     for name, ruin in RUINS.items():
         root = tmp_path / name
         materialise(two, root)

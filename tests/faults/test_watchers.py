@@ -27,27 +27,27 @@ MODES = Literal["auto", "online", "offline", "off"]
 MAX_ADDED_SECONDS = 20.0
 SHORT_PATIENCE = 2.0
 NUM_STEPS = 90
-NO_ANSWER = r"no answer within|deadline exceeded"  # whose patience ends first: the run's, or the client's
+NO_ANSWER = r"no answer within|deadline exceeded"  # by the timeout of the run, or of the client
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way in which Weights & Biases fails, and what the run must say about it."""
+    """A way in which Weights & Biases fails, and what the run must print about it."""
 
     name: str
     said: str  # a pattern
     server: Callable[[], AbstractContextManager[Any]] = nullcontext  # none: recorded offline
     what: str = ""
-    block: Callable[[Path], object] = field(default=lambda run_dir: None)  # done to the run folder before
+    block: Callable[[Path], object] = field(default=lambda run_dir: None)  # done to the run folder first
 
 
 def file_in_the_way(run_dir: Path) -> None:
-    """A file where the folder should be."""
+    """Puts a file where the wandb folder should be."""
     (run_dir / "wandb").write_text("")
 
 
 def folder_that_refuses(run_dir: Path) -> None:
-    """A folder in which nobody, not even root, can make anything."""
+    """Makes the wandb folder one in which not even root can create files."""
     (run_dir / "wandb").symlink_to("/proc")
 
 
@@ -80,7 +80,7 @@ CASES = {
         Case("file in the way", "stopped recording", block=file_in_the_way),
     ],
 }
-FULL_ONLY = {"silent": 1, "refusing": 2, "dying": 1, "hanging": 2, "unwritable": 1}  # so many at each list's end
+FULL_ONLY = {"silent": 1, "refusing": 2, "dying": 1, "hanging": 2, "unwritable": 1}  # cases at each list's end
 
 
 def watched(config: Config, run_dir: Path, mode: MODES) -> list[str]:
@@ -90,11 +90,13 @@ def watched(config: Config, run_dir: Path, mode: MODES) -> list[str]:
     return arguments(config)
 
 
-ALONE: list[tuple[list[tuple[int, str, str]], float]] = []  # bits and seconds of the run without W&B, made once
+ALONE: list[
+    tuple[list[tuple[int, str, str]], float]
+] = []  # losses and seconds of the run without W&B, which is made once
 
 
 def alone(config: Config, folder: Path) -> tuple[list[tuple[int, str, str]], float]:
-    """The run with --track.wandb off: what it logs, and how long it takes."""
+    """The losses and the seconds of a run with --track.wandb off."""
     if not ALONE:
         began = time.monotonic()
         outcome = Run(watched(config, folder / "alone", "off"), WatcherFault()).wait()
@@ -107,14 +109,14 @@ def alone(config: Config, folder: Path) -> tuple[list[tuple[int, str, str]], flo
 @pytest.mark.fault("T19")
 @pytest.mark.parametrize("kind", CASES)
 def test_weights_and_biases_cannot_reach_training(kind: str, config: Config, tmp_path: Path, tally: Tally) -> None:
-    """Exit 0, the bits and the rows of a run without it, at most 20 s more, no process left, one line that says it."""
+    """Exit 0, the same bits and rows as without it, at most 20 s more, no process left, and one line about it."""
     expected, seconds_alone = alone(config, tmp_path)
     cases = CASES[kind]
     for number, case in enumerate(cases[: tally.times(len(cases) - FULL_ONLY.get(kind, 0), len(cases))]):
         run_dir = tmp_path / f"run-{number}"
         run_dir.mkdir()
         case.block(run_dir)
-        # where an answer is expected, a busy machine may take longer for it
+        # only without an expected answer, for which a busy machine may need longer
         patience = SHORT_PATIENCE if case.said == NO_ANSWER and not tally.full else 0.0
         with case.server() as server:
             url = getattr(server, "url", server) or ""
@@ -133,7 +135,7 @@ def test_weights_and_biases_cannot_reach_training(kind: str, config: Config, tmp
         tally.check("recorded offline" in said or str(run_dir / "metrics.jsonl") in said, label)
         tally.check("Traceback" not in outcome.stderr, label)
         tally.check(json.loads((run_dir / "exit.json").read_text())["code"] == 0, f"{case.name}: exit.json")
-        tally.check(not services_of(run.process.pid), f"{case.name}: its service process lives on")
+        tally.check(not services_of(run.process.pid), f"{case.name}: its service process is still alive")
 
 
 def test_the_wait_fits_into_what_is_promised() -> None:
@@ -142,12 +144,12 @@ def test_the_wait_fits_into_what_is_promised() -> None:
 
 
 def long_run(config: Config) -> Config:
-    """NUM_STEPS steps, two seconds, with rows behind the newest checkpoint nearly always."""
+    """A run of NUM_STEPS steps (two seconds) that nearly always has rows after its newest checkpoint."""
     return replace(config, train=replace(config.train, epochs=NUM_STEPS // 3), checkpoint=CheckpointConfig(every=7))
 
 
 def kill_after(words: list[str], run_dir: Path, rows: int, settings: dict[str, str]) -> None:
-    """One attempt that is killed when metrics.jsonl has so many rows."""
+    """Starts the run and kills it when metrics.jsonl has `rows` rows."""
     run = Run(words, None, **settings)
     assert wait_for_rows(run, run_dir, rows), run.wait().stderr
     run.signal(signal.SIGKILL)
@@ -182,7 +184,7 @@ def test_offline_records_of_a_killed_run_hold_each_step_once(config: Config, tmp
 
 
 def uploaded(record: Path) -> list[int]:
-    """The steps that a server has after `wandb sync` of `record`."""
+    """The steps that a server receives from `wandb sync` of `record`."""
     with FakeServer() as server:
         clean = {name: value for name, value in environment(server.url).items() if value}
         command = [str(Path(sys.executable).with_name("wandb")), "sync", "--yes", str(record)]
@@ -193,7 +195,7 @@ def uploaded(record: Path) -> list[int]:
 
 @pytest.mark.fault("T20")
 def test_a_server_gets_each_step_of_a_killed_run_once(config: Config, tmp_path: Path, tally: Tally) -> None:
-    """Killed while rows are under way: one run on the server, every step in it once, none sent again."""
+    """After kills while rows are being sent, the server has one run with every step once, and none was sent twice."""
     run_dir, draw = tmp_path / "run", random.Random(21)
     words = watched(long_run(config), run_dir, "auto")
     with FakeServer() as server:

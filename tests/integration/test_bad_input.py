@@ -1,4 +1,4 @@
-"""Every foreseen mistake: exit 78, one message that says what to do, no traceback, nothing half-written."""
+"""Every foreseen mistake is exit 78 with one message that says what to do, no traceback and no partial files."""
 
 import json
 import math
@@ -31,7 +31,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_bad_data_and_models(name: str, config: Config, tmp_path: Path) -> None:
-    """Data and models that cannot be used."""
+    """Unusable data and models are named, with the option or the line."""
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": \n')
     (tmp_path / "fields.jsonl").write_text('{"question": "a", "response": "b"}\n')
@@ -54,7 +54,7 @@ def test_bad_data_and_models(name: str, config: Config, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("profile", ["a100", "4gb", "multi_gpu"])
 def test_a_gpu_profile_without_a_gpu(profile: str, tmp_path: Path) -> None:
-    """Says that there is no GPU before anything else is tried, and what runs without one."""
+    """Without a GPU the run ends before anything else is tried, and says what runs without one."""
     words = ["--profile", profile, "--run.dir", str(tmp_path / "run")]
     outcome = run_command(words, CUDA_VISIBLE_DEVICES="")
     assert outcome.returncode == 78
@@ -64,7 +64,7 @@ def test_a_gpu_profile_without_a_gpu(profile: str, tmp_path: Path) -> None:
 
 
 def test_the_launch_scripts_return_the_real_exit_code() -> None:
-    """accelerate launch flattens 78 to 1; launch/*.sh do not."""
+    """launch/*.sh return 78, where accelerate launch returns 1."""
     script = ["bash", str(ROOT / "launch" / "demo.sh"), "--optim.lrr", "1"]
     outcome = subprocess.run(script, capture_output=True, text=True, timeout=300)
     assert outcome.returncode == 78, outcome.stderr
@@ -73,14 +73,14 @@ def test_the_launch_scripts_return_the_real_exit_code() -> None:
 
 
 def test_accumulation_in_the_accelerate_configuration_is_refused(config: Config) -> None:
-    """The profile owns it; a second owner with another value would be ignored."""
+    """Only the profile sets it; another value in the accelerate configuration would be ignored."""
     outcome = run_command(arguments(config), ACCELERATE_GRADIENT_ACCUMULATION_STEPS="16")
     assert outcome.returncode == 78
     assert "gradient_accumulation_steps 16" in outcome.stderr
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(config: Config, tmp_path: Path) -> None:
-    """A learning rate that blows up: three steps are skipped, then exit 79 with the samples, and no broken weights."""
+    """With a far too large learning rate three steps are skipped, then exit 79 names the samples."""
     words = [*arguments(config), "--checkpoint.every", "1"]
     position = words.index("--optim.lr")
     words[position + 1] = "1e30"
@@ -96,7 +96,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(config: Config, tmp_path: Pat
 
 
 def test_python_can_run_the_file_directly(tmp_path: Path) -> None:
-    """Without accelerate launch too: the command answers and returns its own code."""
+    """Without accelerate launch, the command prints its message and returns its own exit code."""
     command = [sys.executable, str(ROOT / "train" / "main.py"), "--profile", "nope"]
     outcome = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert outcome.returncode == 78
@@ -104,7 +104,7 @@ def test_python_can_run_the_file_directly(tmp_path: Path) -> None:
 
 
 def test_the_trainer_runs_the_audit_first(config: Config, tmp_path: Path) -> None:
-    """A validation set that is also trained on: exit 78 before the base is loaded; with data.gate warn it is said."""
+    """Validation data that is also trained on is exit 78 before loading; with data.gate warn it is a warning."""
     leaking = replace(config, data=replace(config.data, validation_path=config.data.path))
     outcome = run_command(arguments(leaking))
     assert outcome.returncode == 78
@@ -116,8 +116,8 @@ def test_the_trainer_runs_the_audit_first(config: Config, tmp_path: Path) -> Non
     assert "validation rows are also training rows" in outcome.stdout
 
 
-def test_what_is_better_known_before_the_night(config: Config, tmp_path: Path) -> None:
-    """W&B online without a key, a misspelled --run.resume, a folder that is not there: 78 before anything is loaded."""
+def test_mistakes_are_found_before_loading(config: Config, tmp_path: Path) -> None:
+    """W&B online without a key, a misspelled --run.resume or a missing folder is 78 before anything is loaded."""
     nothing = {"WANDB_API_KEY": "", "NETRC": str(tmp_path / "none"), "WANDB_MODE": "", "HOME": str(tmp_path)}
     online = replace(config, track=replace(config.track, wandb="online"))
     misspelled = replace(config, run=replace(config.run, resume="musst"))

@@ -1,4 +1,4 @@
-"""The demo is the main job, and it does what README says."""
+"""The demo is the main job and does what the README says."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from train.track.metrics_file import read_metrics
 
 
 def test_the_demo_learns_every_answer_and_stops(tmp_path: Path) -> None:
-    """bash launch/demo.sh: at most 3 minutes of training, 0 % exact before, 95 % exact and stopped after."""
+    """bash launch/demo.sh takes at most 3 minutes: no answer is exact before, 95 % are exact and end after."""
     run_dir = tmp_path / "demo"
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     environment |= {
@@ -38,7 +38,7 @@ def test_the_demo_learns_every_answer_and_stops(tmp_path: Path) -> None:
     assert not any(answer["before_exact"] or answer["before"] == answer["reference"] for answer in answers)
     good = [a for a in answers if a["exact"] and a["stopped"] and a["after"] == a["reference"]]
     assert len(good) >= 0.95 * len(answers), [a["question"] for a in answers if a not in good]
-    assert cpu_seconds < 2 * 180, "3 minutes of 2 cores; the time on the clock depends on what else runs"
+    assert cpu_seconds < 2 * 180, "3 minutes of 2 cores, in CPU time: wall time depends on other load"
     rows = read_metrics(run_dir / "metrics.jsonl")
     assert rows[-1]["train/loss"] < 0.2 < 5 < rows[0]["train/loss"]
     assert "eval/loss" in rows[-1]

@@ -1,4 +1,4 @@
-"""fp16 runs of the real command: the loss scale survives a kill, and processes agree about an overflow."""
+"""In fp16 runs of the real command the loss scale survives a kill, and processes agree on an overflow."""
 
 import signal
 from dataclasses import replace
@@ -12,7 +12,7 @@ from tests.injections import Both, Fault, NotANumber, OtherScale
 from train.config import CheckpointConfig, Config, EngineConfig
 from train.track.metrics_file import read_metrics
 
-START = OtherScale(2.0**34, 2)  # too much for the tiny model, and back there two steps later
+START = OtherScale(2.0**34, 2)  # overflows in the tiny model, and again after two steps of growth
 
 
 @pytest.fixture
@@ -23,15 +23,15 @@ def half(config: Config) -> Config:
 
 
 def scales(run_dir: Path) -> list[tuple[float, int]]:
-    """(loss scale, overflows) of every step."""
+    """The (loss scale, overflows) of every step."""
     rows = read_metrics(run_dir / "metrics.jsonl")
     return [(row["train/loss_scale"], row["train/overflows"]) for row in rows]
 
 
-def test_a_killed_run_goes_on_with_the_scale_that_it_had(half: Config, tmp_path: Path) -> None:
-    """Killed behind steps 1, 2 and 4, with overflows before and after and growth due between: the same bits and scales.
+def test_a_killed_run_resumes_with_its_loss_scale(half: Config, tmp_path: Path) -> None:
+    """Killed after steps 1, 2 and 4, with overflows and growth in between, a run has the same bits and loss scales.
 
-    The scale grows at the second step after it was set, so both of its numbers must have been kept.
+    The scale grows two steps after it was set, so the checkpoint must hold both the scale and the count.
     """
     outcome = run_command(arguments(at(half, tmp_path / "whole")), START)
     assert outcome.returncode == 0, outcome.stderr
@@ -51,7 +51,7 @@ def test_a_killed_run_goes_on_with_the_scale_that_it_had(half: Config, tmp_path:
 
 
 def test_processes_retry_together(half: Config, tmp_path: Path) -> None:
-    """An infinite gradient in the second of two processes alone: both compute the step again, and none is left out."""
+    """On an infinite gradient in only one of two processes both retry the step, and no step is skipped."""
     case = at(with_batch(half, 2, 2), tmp_path / "run")
     both = [run.wait() for run in start_processes(arguments(case), [None, NotANumber((2,), only_gradient=True)])]
     assert [outcome.returncode for outcome in both] == [0, 0], both[1].stderr
@@ -60,8 +60,8 @@ def test_processes_retry_together(half: Config, tmp_path: Path) -> None:
     assert scales(tmp_path / "run") == [(2.0**16, 0), *[(2.0**15, int(step == 2)) for step in range(2, 7)]]
 
 
-def test_other_types_say_nothing_of_a_scale(config: Config) -> None:
-    """An fp32 run has no row of it, and a checkpoint of one holds none."""
+def test_other_types_have_no_loss_scale(config: Config) -> None:
+    """An fp32 run logs no loss scale, and its checkpoint has none."""
     assert run_command(arguments(replace(config, checkpoint=CheckpointConfig(every=1)))).returncode == 0
     rows = read_metrics(Path(config.run.dir) / "metrics.jsonl")
     assert rows

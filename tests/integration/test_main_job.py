@@ -1,4 +1,4 @@
-"""From files to an adapter that plain PEFT loads."""
+"""The main job, from data files to an adapter that PEFT loads."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def on_bundled_base(config: Config) -> Config:
 
 
 def test_plain_peft_loads_the_result_with_the_same_logits(config: Config) -> None:
-    """final/ and a checkpoint, on an NF4 base that transformers loaded, give the trainer's logits to the bit."""
+    """PEFT with final/ or a checkpoint, on transformers' NF4 base, gives the trainer's logits to the bit."""
     config = on_bundled_base(config)
     outcome = run_command(arguments(config))
     assert outcome.returncode == 0, outcome.stderr
@@ -67,21 +67,21 @@ def test_plain_peft_loads_the_result_with_the_same_logits(config: Config) -> Non
             assert not torch.allclose(untuned, expected, atol=1e-3)
 
 
-def test_the_result_names_the_end_tokens_that_were_taught(config: Config) -> None:
-    """generation_config.json and the saved tokenizer: end token, a pad token that is another, the template used."""
+def test_the_result_names_the_trained_end_tokens(config: Config) -> None:
+    """generation_config.json and the saved tokenizer have the trained end token, another pad token, the template."""
     outcome = run_command(arguments(on_bundled_base(config)))
     assert outcome.returncode == 0, outcome.stderr
     final = Path(config.run.dir) / "final"
     tokenizer = tokenizer_at(final)
-    taught = GenerationConfig.from_pretrained(final).eos_token_id
-    assert taught == [tokenizer.convert_tokens_to_ids("<|end|>")]
-    assert tokenizer.pad_token_id not in taught
+    end_ids = GenerationConfig.from_pretrained(final).eos_token_id
+    assert end_ids == [tokenizer.convert_tokens_to_ids("<|end|>")]
+    assert tokenizer.pad_token_id not in end_ids
     assert tokenizer.chat_template == tokenizer_at(BUNDLED_BASE).chat_template
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
 def test_every_quantization_trains(quantization: Literal["nf4", "int8", "none"], config: Config) -> None:
-    """The loss falls, every adapter moves, and only adapters are saved."""
+    """The loss falls, every adapter changes, and only adapters are saved."""
     config = replace(config, model=replace(config.model, quantization=quantization))
     outcome = run_command(arguments(replace(config, train=replace(config.train, epochs=4))))
     assert outcome.returncode == 0, outcome.stderr
@@ -93,8 +93,8 @@ def test_every_quantization_trains(quantization: Literal["nf4", "int8", "none"],
 
 
 def test_validation_is_logged_and_changes_no_bit(config: Config, tmp_path: Path) -> None:
-    """A validation set adds eval/loss at each epoch's end and leaves the training losses as they are."""
-    config = replace(config, lora=replace(config.lora, dropout=0.1))  # dropout must be on again after a validation
+    """Validation adds eval/loss at the end of each epoch and does not change the training losses."""
+    config = replace(config, lora=replace(config.lora, dropout=0.1))  # dropout must be on again after validation
     without = run_command(arguments(config))
     held = replace(
         config,
@@ -110,7 +110,7 @@ def test_validation_is_logged_and_changes_no_bit(config: Config, tmp_path: Path)
 
 
 def test_the_banner_shows_the_arithmetic(config: Config) -> None:
-    """Batch, steps and trained tokens are said before the first step, as plain lines where there is no terminal."""
+    """The banner shows batch, steps and tokens before the first step, as plain lines without a terminal."""
     outcome = run_command(arguments(replace(config, compare=CompareConfig(num_questions=2, max_new_tokens=4))))
     assert "2 per device x 4 accumulated x 1 process = 8 samples per step" in outcome.stdout
     assert "3 per epoch, 6 in all; starts fresh" in outcome.stdout
@@ -123,7 +123,7 @@ def test_the_banner_shows_the_arithmetic(config: Config) -> None:
 
 
 def real_shape(folder: Path, tokenizer: str) -> Path:
-    """A tiny Llama of the real vocabulary, with the real tokenizer."""
+    """A tiny Llama with the real tokenizer and its vocabulary."""
     shutil.copytree(SHARED / tokenizer, folder, copy_function=shutil.copyfile)
     vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
     (folder / "config.json").unlink()
@@ -142,7 +142,7 @@ def real_shape(folder: Path, tokenizer: str) -> Path:
 def test_real_tokenizers_and_data(
     tokenizer: str, data: str, profile: str, end: int, config: Config, tmp_path: Path
 ) -> None:
-    """The seeds' own data through their profiles, on tiny shapes: trains, saves, and names the real end token."""
+    """Real data and tokenizers, through their profiles on tiny shapes, train and save the real end token."""
     folder = real_shape(tmp_path / "base", tokenizer)
     words = ["--profile", profile, "--model.name_or_path", str(folder), "--model.random_init", "true"]
     words += ["--data.path", str(SHARED / data), "--run.device", "cpu", "--run.dir", str(tmp_path / "run")]

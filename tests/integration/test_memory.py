@@ -1,4 +1,4 @@
-"""Streamed runs from the command line to the answers, and what `handloop plan` says before any run."""
+"""Streamed runs from the command line to the answers, and the output of `handloop plan`."""
 
 import json
 import signal
@@ -18,7 +18,7 @@ from train.memory.gpus import KNOWN_GPUS
 
 @pytest.fixture
 def asked(config: Config) -> Config:
-    """Dropout, validation, a checkpoint every step and two questions at the end, on the fused engine."""
+    """A fused run with dropout, validation, a checkpoint after every step and two questions at the end."""
     return replace(
         config,
         lora=LoraConfig(r=4, dropout=0.1),
@@ -30,7 +30,7 @@ def asked(config: Config) -> Config:
 
 
 def test_a_streamed_run_that_is_killed_ends_in_the_resident_bits(asked: Config, tmp_path: Path) -> None:
-    """Killed behind two of its saves and repeated: losses, adapters, optimizer and answers of a resident run."""
+    """A streamed run, killed twice and resumed, has the losses, tensors and answers of a resident run."""
     expected = reference(asked, tmp_path / "resident")
     streamed = replace(asked, memory=replace(asked.memory, offload="stream"))
     run_dir = tmp_path / "streamed"
@@ -53,7 +53,7 @@ def test_a_streamed_run_that_is_killed_ends_in_the_resident_bits(asked: Config, 
 
 
 def plan(config: Config, *words: str) -> list[str]:
-    """The command line of `handloop plan` for the tiny shape, trained on a GPU."""
+    """The command line of `handloop plan` for the tiny shape on a GPU."""
     length = [] if "--data.max_length" in words else ["--data.max_length", "128"]
     return ["plan", "--profile", "a100", "--model.name_or_path", config.model.name_or_path, *length, *words]
 
@@ -77,7 +77,7 @@ def test_the_plan_of_a_run_is_told(config: Config, capsys: pytest.CaptureFixture
 
 
 def test_what_does_not_fit_is_78(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    """With the memory's parts and what would fit."""
+    """A run that does not fit is exit 78, with what would fit."""
     assert command(plan(config, "--memory.budget", "1MiB", "--lora.r", "64")) == 78
     told = capsys.readouterr().out
     assert "does not fit: " in told
@@ -103,13 +103,13 @@ def test_what_does_not_fit_is_78(config: Config, capsys: pytest.CaptureFixture[s
 def test_what_cannot_be_planned_is_78(
     words: tuple[str, ...], message: str, config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One message, what is wrong and what would work."""
+    """Impossible options are exit 78 with one message."""
     assert command(plan(config, *words)) == 78
     assert message in capsys.readouterr().err
 
 
 def test_a_probe_is_told_beside_its_prediction() -> None:
-    """A line each, predicted and measured; the reference engine's prediction is not invented."""
+    """Prediction and measurement are printed side by side; the reference engine has no prediction."""
     measured = {
         "gpu": "H",
         "plan": "P",

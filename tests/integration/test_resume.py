@@ -1,4 +1,4 @@
-"""A run that is killed and repeated is the run that was never interrupted, bit for bit."""
+"""A run that is killed and resumed equals the uninterrupted run, bit for bit."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def uninterrupted(config: Config, run_dir: Path) -> dict[str, bytes]:
 def test_kill_between_saves_before_the_first_and_twice(
     kind: Literal["reference", "fused"], dropped: Config, tmp_path: Path
 ) -> None:
-    """SIGKILL from outside after steps 1, 3 and 5 of one run: its three continuations give the same bits."""
+    """A run killed after steps 1, 3 and 5 (before the first save, between saves) resumes to the same bits."""
     dropped = replace(dropped, engine=EngineConfig(kind=kind))
     expected = uninterrupted(dropped, tmp_path / "reference")
     run_dir = tmp_path / "killed"
@@ -44,7 +44,7 @@ def test_kill_between_saves_before_the_first_and_twice(
         run = Run(words)
         metrics = run_dir / "metrics.jsonl"
         deadline = time.monotonic() + 120
-        # the banner first: rows of an earlier attempt do not count
+        # wait for the banner, because earlier attempts have left rows
         while "steps " not in run.said() or not metrics.exists() or metrics.read_bytes().count(b"\n") < lines:
             assert run.is_alive(), "the run ended before it could be killed"
             assert time.monotonic() < deadline
@@ -57,7 +57,7 @@ def test_kill_between_saves_before_the_first_and_twice(
 
 
 def test_sigterm_saves_at_the_next_boundary_and_asks_to_be_repeated(dropped: Config, tmp_path: Path) -> None:
-    """SIGTERM: exit 75 in the process and in exit.json, and a checkpoint of the step just made."""
+    """SIGTERM is exit 75, also in exit.json, with a checkpoint of the last step."""
     longer = replace(dropped, train=replace(dropped.train, epochs=40), checkpoint=CheckpointConfig(every="epoch"))
     run_dir = tmp_path / "stopped"
     words = arguments(at(longer, run_dir))
@@ -66,7 +66,7 @@ def test_sigterm_saves_at_the_next_boundary_and_asks_to_be_repeated(dropped: Con
     while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 4):
         assert run.is_alive()
         time.sleep(0.01)
-    for _ in range(3):  # launchers and schedulers deliver it more than once
+    for _ in range(3):  # launchers and schedulers send it more than once
         run.signal(signal.SIGTERM)
     outcome = run.wait()
     assert outcome.returncode == 75, outcome.stderr
@@ -78,7 +78,7 @@ def test_sigterm_saves_at_the_next_boundary_and_asks_to_be_repeated(dropped: Con
 
 
 def test_a_finished_run_repeated_changes_nothing(dropped: Config, tmp_path: Path) -> None:
-    """The same command once more trains nothing, ends with 0 and leaves the same result."""
+    """Repeating the command of a finished run trains nothing, ends with 0 and leaves the result unchanged."""
     expected = uninterrupted(dropped, tmp_path / "run")
     again = run_command(arguments(at(dropped, tmp_path / "run")))
     assert again.returncode == 0, again.stderr
@@ -86,7 +86,7 @@ def test_a_finished_run_repeated_changes_nothing(dropped: Config, tmp_path: Path
 
 
 def test_another_recipe_is_refused_by_name(dropped: Config, tmp_path: Path) -> None:
-    """A checkpoint of another learning rate, seed and rank is exit 77, and the message shows old and new of each."""
+    """A checkpoint with another learning rate and rank is exit 77, and the message shows both values of each."""
     uninterrupted(dropped, tmp_path / "run")
     changed = replace(
         at(dropped, tmp_path / "run"), lora=replace(dropped.lora, r=2), optim=replace(dropped.optim, lr=0.5)
@@ -99,8 +99,8 @@ def test_another_recipe_is_refused_by_name(dropped: Config, tmp_path: Path) -> N
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 77
 
 
-def test_damaged_checkpoints_are_passed_over_and_kept(dropped: Config, tmp_path: Path) -> None:
-    """One flipped bit in the newest: the older one is taken, the bits in the end are equal; both damaged: exit 80."""
+def test_damaged_checkpoints_are_skipped_and_kept(dropped: Config, tmp_path: Path) -> None:
+    """With a flipped bit in the newest, the older one is resumed to the same bits; with all damaged, exit 80."""
     expected = uninterrupted(dropped, tmp_path / "run")
     checkpoints = tmp_path / "run" / "checkpoints"
     damage(checkpoints / "step-0000000006" / "optimizer.safetensors")
@@ -118,7 +118,7 @@ def test_damaged_checkpoints_are_passed_over_and_kept(dropped: Config, tmp_path:
 
 
 def test_never_starts_again_and_keeps_the_old_run(dropped: Config, tmp_path: Path) -> None:
-    """run.resume never: a fresh run, the earlier one whole in previous-1; must without a checkpoint: exit 80."""
+    """run.resume never starts fresh and keeps the old run in previous-1; must without a checkpoint is exit 80."""
     run_dir = tmp_path / "run"
     outcome = run_command([*arguments(replace(dropped, run=replace(dropped.run, dir=str(run_dir), resume="must")))])
     assert outcome.returncode == 80
@@ -131,7 +131,7 @@ def test_never_starts_again_and_keeps_the_old_run(dropped: Config, tmp_path: Pat
 
 
 def test_checkpoints_outlive_a_lost_or_damaged_run_json(dropped: Config, tmp_path: Path) -> None:
-    """Without run.json, or with rubbish in it, the same command continues from the newest checkpoint."""
+    """With run.json lost or damaged, the same command continues from the newest checkpoint."""
     expected = uninterrupted(dropped, tmp_path / "run")
     for content in (None, "{", "[]"):
         record = tmp_path / "run" / "run.json"
@@ -143,7 +143,7 @@ def test_checkpoints_outlive_a_lost_or_damaged_run_json(dropped: Config, tmp_pat
 
 
 def test_a_named_checkpoint_is_continued(dropped: Config, tmp_path: Path) -> None:
-    """--run.resume PATH: an older one of this run (newer ones are set aside), one of another run, a damaged one."""
+    """--run.resume PATH takes an older checkpoint (newer ones are set aside) or another run's; a damaged one is 80."""
     expected = uninterrupted(dropped, tmp_path / "run")
     chosen = tmp_path / "run" / "checkpoints" / "step-0000000004"
     words = arguments(replace(dropped, run=replace(dropped.run, dir=str(tmp_path / "run"), resume=str(chosen))))
@@ -170,7 +170,7 @@ def test_a_named_checkpoint_is_continued(dropped: Config, tmp_path: Path) -> Non
 
 
 def test_another_split_of_the_same_data_is_refused(dropped: Config, tmp_path: Path) -> None:
-    """The files are the same and the samples are not: exit 77, before the base is loaded."""
+    """Another validation_fraction gives other samples of the same files: exit 77 before the base is loaded."""
     short = replace(dropped, train=replace(dropped.train, max_steps=4))
     config = at(replace(short, data=replace(short.data, validation_fraction=0.1)), tmp_path / "run")
     assert run_command(arguments(config)).returncode == 0
@@ -208,12 +208,12 @@ def test_the_number_of_processes_may_change(config: Config, tmp_path: Path) -> N
     assert "another layout than before" in outcome.stdout
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("single", "run"))
     assert [row["data/sample_ids"] for row in one] == [row["data/sample_ids"] for row in two]
-    first_few = zip(one[:12], two[:12], strict=True)  # later, rounding grows with the steps
+    first_few = zip(one[:12], two[:12], strict=True)  # later, rounding errors grow
     assert all(a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-3) for a, b in first_few)
 
 
 def damage(path: Path) -> None:
-    """Flips one bit in the middle."""
+    """Flips a bit in the middle of a file."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)

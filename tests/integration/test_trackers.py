@@ -1,4 +1,4 @@
-"""Weights & Biases watches; it never asks, stops, changes or delays a run."""
+"""Weights & Biases never prompts, stops, changes or delays a run."""
 
 import json
 from dataclasses import replace
@@ -18,7 +18,7 @@ def watched(config: Config, run_dir: Path, mode: Literal["auto", "online", "offl
 
 
 def test_without_a_key_it_records_offline_and_says_how_to_sync(config: Config, tmp_path: Path) -> None:
-    """No key, no terminal: the run ends well, an offline record exists, the bits are those of a run without it."""
+    """Without key and terminal the run records offline, and has the bits of a run without W&B."""
     keyless = {"WANDB_API_KEY": "", "NETRC": str(tmp_path / "no-netrc"), "HOME": str(tmp_path), "WANDB_MODE": ""}
     outcome = run_command(arguments(watched(config, tmp_path / "with")), **keyless)
     assert outcome.returncode == 0, outcome.stderr
@@ -34,7 +34,7 @@ def test_without_a_key_it_records_offline_and_says_how_to_sync(config: Config, t
 
 
 def test_the_record_continues_under_the_same_id(config: Config, tmp_path: Path) -> None:
-    """A repeated command uses the id in run.json; metrics.jsonl holds each step once."""
+    """A repeated command uses the id in run.json, and metrics.jsonl has each step once."""
     config = watched(config, tmp_path / "run", "offline")
     first = run_command(arguments(replace(config, train=replace(config.train, epochs=2))))
     assert first.returncode == 0, first.stderr
@@ -47,7 +47,7 @@ def test_the_record_continues_under_the_same_id(config: Config, tmp_path: Path) 
 
 
 def test_an_unreachable_server_costs_seconds_and_no_bit(config: Config, tmp_path: Path) -> None:
-    """Online with a key and nobody answering: exit 0, the same losses, and where the metrics are is said."""
+    """Online with a key but no server: exit 0, the same losses, and a message that says where the metrics are."""
     environment = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_MODE": ""}
     outcome = run_command(arguments(watched(config, tmp_path / "with", "online")), **environment)
     assert outcome.returncode == 0, outcome.stderr
@@ -57,8 +57,8 @@ def test_an_unreachable_server_costs_seconds_and_no_bit(config: Config, tmp_path
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
 
 
-def test_paths_and_names_stay_at_home(config: Config, tmp_path: Path) -> None:
-    """What goes to Weights & Biases names no file, folder or argument of this machine."""
+def test_paths_and_names_are_not_sent(config: Config, tmp_path: Path) -> None:
+    """Nothing sent to Weights & Biases names a file, folder or argument of this machine."""
     outcome = run_command(arguments(watched(config, tmp_path / "canary-folder", "offline")))
     assert outcome.returncode == 0, outcome.stderr
     (record,) = (tmp_path / "canary-folder" / "wandb").glob("offline-run-*/run-*.wandb")
@@ -75,7 +75,7 @@ def test_paths_and_names_stay_at_home(config: Config, tmp_path: Path) -> None:
 def test_mode(
     environment: dict[str, str], expected: str, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """auto: online with a key, offline without, off where the user switched W&B off."""
+    """auto is online with a key, offline without one, and off if the user has disabled W&B."""
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
@@ -85,7 +85,7 @@ def test_mode(
 
 
 def test_a_key_in_netrc_is_found(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`wandb login` writes there."""
+    """`wandb login` writes the key to netrc, where it is found."""
     (tmp_path / "netrc").write_text("machine api.wandb.ai\n login user\n password key\n")
     (tmp_path / "netrc").chmod(0o600)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))

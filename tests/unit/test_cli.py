@@ -1,4 +1,4 @@
-"""The command line: every profile parses, every mistake is named, all at once."""
+"""On the command line every profile parses, and all mistakes are reported together."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from train.run.exits import ExitCode, ExitWith
 
 
 def refusal(*words: str) -> str:
-    """What the command line answers to words that it cannot use."""
+    """The error message for an invalid command line."""
     with pytest.raises(ExitWith) as caught:
         parse(words)
     assert caught.value.code == ExitCode.BAD_INPUT
@@ -24,7 +24,7 @@ def refusal(*words: str) -> str:
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_every_profile_through_the_real_command(name: str) -> None:
-    """`train/main.py --profile NAME --print-config` prints the complete configuration and runs nothing."""
+    """`train/main.py --profile NAME --print-config` prints the complete configuration and trains nothing."""
     command = [sys.executable, str(ROOT / "train" / "main.py"), "--profile", name, "--print-config"]
     outcome = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert outcome.returncode == 0, outcome.stderr
@@ -34,7 +34,7 @@ def test_every_profile_through_the_real_command(name: str) -> None:
 
 
 def test_profiles_hold_the_two_seed_recipes() -> None:
-    """a100 and 4gb are the recipes that they promise."""
+    """a100 and 4gb have the values of the recipes that they promise."""
     a100, small, many = PROFILES["a100"](), PROFILES["4gb"](), PROFILES["multi_gpu"]()
     assert (a100.lora.r, a100.lora.alpha, a100.lora.dropout, len(a100.lora.target_modules)) == (8, 64, 0.05, 7)
     assert (a100.batch.per_device, a100.batch.accumulation, a100.train.epochs) == (2, 4, 3)
@@ -47,7 +47,7 @@ def test_profiles_hold_the_two_seed_recipes() -> None:
 
 
 def test_overrides_of_every_kind() -> None:
-    """Strings, numbers, booleans in either case, unions, `=`, dashes, and lists given at once or repeatedly."""
+    """Strings, numbers, booleans in any case, unions, `=`, dashes, and lists given at once or repeatedly are parsed."""
     words = (
         "--profile a100 --optim.lr 2e-5 --model.random_init true --run.deterministic=False --checkpoint.every 7 "
         "--batch.per-device 3 --data.path a b --data.path=c=d --optim.max_grad_norm inf --lora.target_modules q_proj"
@@ -65,7 +65,7 @@ def test_overrides_of_every_kind() -> None:
 
 
 def test_all_mistakes_in_one_answer() -> None:
-    """Unknown options with the nearest known one, unreadable and impossible values: one report."""
+    """Unknown options (with the nearest known one) and invalid values are in one report."""
     words = (
         "--profile a100 --optim.lrr 3 --optim.lr abc --model.quantization nf5 --batch.per_device 0 "
         "--lora.dropout 1.5 --memory.budget lots --train.seed 1 --train.seed 2 --checkpoint.keep 1"
@@ -85,7 +85,7 @@ def test_all_mistakes_in_one_answer() -> None:
 
 
 def test_profile_mistakes() -> None:
-    """No profile, two, an unknown one, a word that belongs nowhere."""
+    """No profile, two profiles, an unknown one, and a word without an option are refused."""
     assert "--profile NAME" in refusal()
     assert "--profile NAME" in refusal("--profile", "demo", "--profile", "a100")
     assert "did you mean a100?" in refusal("--profile", "a10")
@@ -94,5 +94,5 @@ def test_profile_mistakes() -> None:
 
 @pytest.mark.parametrize(("text", "size"), [("4GiB", 4 * 2**30), ("3.5 GB", 3_500_000_000), ("512MiB", 2**29)])
 def test_sizes(text: str, size: int) -> None:
-    """Binary and decimal units are what they say."""
+    """Sizes with binary and decimal units are parsed."""
     assert parse_bytes(text) == size

@@ -1,4 +1,4 @@
-"""The order of samples is a pure function of seed and step, the same for every layout."""
+"""The order of samples is a pure function of seed and step, and the same for every batch layout."""
 
 import json
 from collections import Counter
@@ -30,7 +30,7 @@ LAYOUTS = [(4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 1, 4), (1, 2, 2)]
 
 
 def ordered(seed: int, layout: BatchLayout, samples: Dataset = SAMPLES, **data: Any) -> TrainingData:
-    """The samples in the order that demo's recipe gives them with this seed."""
+    """The samples of every step with this seed, in the demo's recipe."""
     recipe = demo()
     chosen: dict[str, Any] = {"group_by_length": False} | data
     changed = replace(recipe, train=replace(recipe.train, seed=seed), data=replace(recipe.data, **chosen))
@@ -39,7 +39,7 @@ def ordered(seed: int, layout: BatchLayout, samples: Dataset = SAMPLES, **data: 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_epoch_visits_every_sample_once(layout: tuple[int, int, int]) -> None:
-    """13 samples, 4 a step: four steps an epoch, the last of one sample; another order each epoch; seed decides it."""
+    """13 samples at 4 per step make four steps per epoch; seed and epoch determine the order."""
     data = ordered(7, BatchLayout(*layout, rank=0))
     assert data.steps_per_epoch == 4
     epochs = [[i for step in range(4 * e, 4 * e + 4) for i in data.sample_ids(step)] for e in range(3)]
@@ -53,9 +53,9 @@ def test_every_epoch_visits_every_sample_once(layout: tuple[int, int, int]) -> N
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_the_processes_share_a_window_without_loss_or_repetition(layout: tuple[int, int, int]) -> None:
-    """All targets of the window, over all processes, are those of its samples; all run as many forward passes."""
-    for step in (0, 3):  # a whole window, and one of a single sample
+def test_the_processes_divide_a_batch_without_loss_or_repetition(layout: tuple[int, int, int]) -> None:
+    """Over all processes a step's batch has exactly its samples' supervised tokens; all have as many micro-batches."""
+    for step in (0, 3):  # a whole batch, and one with a single sample
         parts = [ordered(7, BatchLayout(*layout, rank=r)).batch(step, AS_CONFIGURED) for r in range(layout[2])]
         assert len({len(part.micro_batches) for part in parts}) == 1
         targets = Counter(t for part in parts for batch in part.micro_batches for t in batch.targets.tolist())
@@ -64,7 +64,7 @@ def test_the_processes_share_a_window_without_loss_or_repetition(layout: tuple[i
 
 
 def test_validation_holds_out_whole_records(tmp_path: Path) -> None:
-    """No piece of a held-out text is trained on; an impossible share is refused."""
+    """No part of a held-out text is trained on; an impossible fraction is refused."""
     for number in range(5):
         (tmp_path / f"{number}.txt").write_text(f"report {number}. " * 50)
     tokenizer = tokenizer_at(BUNDLED_BASE)
@@ -78,7 +78,7 @@ def test_validation_holds_out_whole_records(tmp_path: Path) -> None:
 
 
 def test_a_row_survives_the_arrow_cache(pairs: Path) -> None:
-    """What is read back is what was rendered: nineteen rows in file order, masks of the ids' length."""
+    """Samples from the cache are those that were rendered: nineteen in file order, with masks as long as the ids."""
     tokenizer = tokenizer_at(BUNDLED_BASE)
     prepared = prepare(PrepareSettings((str(pairs),), "auto", 128, 16), tokenizer)
     answers = [json.loads(line)["response"] for line in pairs.read_text().splitlines()]
@@ -100,7 +100,7 @@ LENGTHS = Dataset.from_dict(
 
 
 def test_grouping_by_length_saves_padding_and_stays_shuffled() -> None:
-    """Every sample once an epoch, most padding gone, windows not sorted by length, another order each epoch."""
+    """Each epoch has every sample once, little padding, batches not sorted by length, and an order of its own."""
     plain = ordered(1, BatchLayout(8, 1, 1, 0), LENGTHS)
     grouped = ordered(1, BatchLayout(8, 1, 1, 0), LENGTHS, group_by_length=True)
 
@@ -118,7 +118,7 @@ def test_grouping_by_length_saves_padding_and_stays_shuffled() -> None:
 
 
 def test_weights_repeat_and_leave_out() -> None:
-    """Path 0 two and a half times, path 1 half: counts follow, the same samples every time."""
+    """With weights 2.5 and 0.5 the counts per path follow, and the samples are the same every time."""
     data = ordered(1, BatchLayout(8, 1, 1, 0), LENGTHS, path=("a", "b"), weights=(2.5, 0.5))
     times = Counter(i for step in range(data.steps_per_epoch) for i in data.sample_ids(step))
     assert {times[i] for i in range(60)} == {2, 3}
@@ -132,7 +132,7 @@ def test_weights_repeat_and_leave_out() -> None:
 
 
 def test_packed_rows_are_what_is_counted() -> None:
-    """With packing a step holds rows: fewer steps, every sample once an epoch, the fill rate said."""
+    """With packing a step has packed rows: fewer steps, every sample once per epoch, and a fill rate."""
     data = ordered(1, BatchLayout(2, 2, 1, 0), LENGTHS, packing=True, max_length=128)
     assert sorted(i for step in range(data.steps_per_epoch) for i in data.sample_ids(step)) == list(range(100))
     assert data.steps_per_epoch == -(-len(data.rows) // 4) < 12

@@ -1,4 +1,4 @@
-"""The preview shows exactly the prepared tokens, whatever is in them, and lets no data steer a reader's screen."""
+"""The preview shows exactly the prepared tokens, and no data can control the reader's terminal or browser."""
 
 import io
 import json
@@ -51,19 +51,19 @@ def check_tokens_joined_are_the_text(path: Path, folder: Path) -> None:
 
 
 def test_tokens_joined_are_the_text(nasty: Path) -> None:
-    """No space, no part of a character and no special token is lost."""
+    """Spaces, parts of characters and special tokens are all kept."""
     check_tokens_joined_are_the_text(nasty, BUNDLED_BASE)
 
 
 @needs_shared
 @pytest.mark.parametrize("name", ["tinyllama_1b", "llama31_8b"])
 def test_tokens_joined_are_the_text_for_real_tokenizers(nasty: Path, name: str) -> None:
-    """The same for a SentencePiece and a large byte-level vocabulary."""
+    """The same for real SentencePiece and byte-level vocabularies."""
     check_tokens_joined_are_the_text(nasty, SHARED / name)
 
 
 def test_json_round_trip(nasty: Path, capsys: pytest.CaptureFixture) -> None:
-    """`--json` prints the prepared ids and masks, one object a sample, and the tokens that they stand for."""
+    """`--json` prints one object per sample, with the prepared ids and masks and the text of the tokens."""
     assert main(["preview", *WORDS, str(nasty), "--json"]) == 0
     printed = [json.loads(line) for line in capsys.readouterr().out.split("\n")[:-1]]
     tokenizer = tokenizer_at()
@@ -78,21 +78,21 @@ def test_json_round_trip(nasty: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_no_terminal_no_escape_codes(nasty: Path, capsys: pytest.CaptureFixture) -> None:
-    """Without a terminal neither we nor the data write escape codes; trained text stands in brackets."""
+    """Without a terminal no escape codes are printed, not even those in the data; trained text is in brackets."""
     assert main(["preview", *WORDS, str(nasty), "--rows", "1"]) == 0
     text = capsys.readouterr().out
     assert "\x1b" not in text
     assert "\u202e" not in text
     assert "␛[" in text.replace("│", "")
     assert "<U+202E>" in text
-    trained = re.findall("⟦(.*?)⟧", text, re.DOTALL)[1:]  # the first is the legend's
+    trained = re.findall("⟦(.*?)⟧", text, re.DOTALL)[1:]  # without the legend's
     assert [re.sub("[│…]", "", part) for part in trained] == ["One↵\ntwo·é<|end|>"]
     assert "<b>rows.jsonl:1  " in text
     assert "<b>rows.jsonl:2  " not in text
 
 
 def test_a_terminal_gets_colours_and_the_same_text(nasty: Path) -> None:
-    """Colour codes around the same characters; only trained tokens are green, special ones reversed."""
+    """A terminal gets the same characters in colour: trained tokens green, special ones reversed."""
     rows = rows_of(nasty)
     coloured = shown(rows, force_terminal=True, color_system="standard", no_color=False)
     assert "\x1b[31m" not in coloured  # the data's own code
@@ -106,13 +106,13 @@ def test_a_terminal_gets_colours_and_the_same_text(nasty: Path) -> None:
 
 
 def test_plain_text_separates_every_two_tokens() -> None:
-    """Boundaries are bars, brackets or breaks; a trained newline keeps its bracket on its line."""
+    """Tokens are separated by bars, brackets or line breaks; a trained newline keeps its bracket on its line."""
     row = TokenView("x:1", [1, 2, 3, 4, 5], [False, True, True, False, True], ["a", "b", "\n", "c", " d"], [False] * 5)
     assert as_plain(row) == "a⟦b│↵⟧\nc⟦·d⟧"
 
 
 class Page(HTMLParser):
-    """Which tags a page has, what they refer to, and the text of its token spans."""
+    """Collects the tags of a page, their references, and the text of its token spans."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_is_self_contained_and_escaped(nasty: Path) -> None:
-    """Data, file names and subtitle cannot add a tag; nothing is loaded; one span a token, of the right class."""
+    """Data, file names and subtitle cannot add tags; nothing is loaded; each token has one span of the right class."""
     one_token = TokenView("x:1", [1, 2], [True, False], ["<script>", "</code><b>"], [False, False])
     rows = [*rows_of(nasty), one_token]
     text = as_html(rows, "<script>of</script>")
@@ -149,7 +149,7 @@ def test_the_page_is_self_contained_and_escaped(nasty: Path) -> None:
 
 
 def test_the_page_through_the_command(nasty: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """`--html FILE` writes the page and prints no rows; a folder that is not there ends with 78 and no traceback."""
+    """`--html FILE` writes the page and prints no rows; a missing folder is 78 without a traceback."""
     target = tmp_path / "page.html"
     assert main(["preview", *WORDS, str(nasty), f"--html={target}"]) == 0
     assert target.read_text().startswith("<!DOCTYPE html>")
@@ -167,7 +167,7 @@ def test_visible_marks() -> None:
 
 
 def test_mistakes_end_with_one_message(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Unknown commands and options, bad numbers, missing files: 78, one message with what would work."""
+    """Unknown commands and options, bad numbers and missing files are 78 with one message that says what works."""
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "x"\n')
     for words, part in (
@@ -190,7 +190,7 @@ def test_mistakes_end_with_one_message(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture) -> None:
-    """`handloop --help` names each command; a command's help its own options."""
+    """`handloop --help` lists the commands; a command's help lists its own options."""
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(f"\n  {name} " in text for name in ("preview", "audit", "glossary"))
@@ -201,8 +201,8 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture) -> None:
     assert all(option in text for option in ("--rows", "--html", "--json", "--profile"))
 
 
-def test_the_borders_of_packed_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """With packing a row shows the samples in it, one behind the other, each with its first and last place."""
+def test_positions_in_packed_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """With packing, a row's samples are shown in order, each with its first and last position in the row."""
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"What is {i}?", "response": "x" * i}) + "\n" for i in range(1, 21)))
     words = [

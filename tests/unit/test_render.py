@@ -1,4 +1,4 @@
-"""Exactly the right tokens are trained, told from hand-written examples."""
+"""Exactly the right tokens are trained, in hand-written examples."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +25,7 @@ def bundled():
 
 
 def trained_text(tokenizer, sample) -> str:
-    """The trained tokens, decoded, each run of them between bars."""
+    """The decoded trained spans, each between bars."""
     runs, current = [], []
     for token, is_trained in zip([*sample.input_ids, -1], [*sample.trained, False], strict=True):
         if is_trained:
@@ -37,7 +37,7 @@ def trained_text(tokenizer, sample) -> str:
 
 
 def test_exactly_the_answer_and_its_end_token(bundled) -> None:
-    """One turn: the whole text is the template's, the answer and <|end|> are trained, the newline behind is not."""
+    """The text is the template's; the answer and <|end|> are trained, and the newline after them is not."""
     sample = render_conversation(bundled, ATP)
     assert bundled.decode(sample.input_ids) == (
         "<|begin|><|user|>\nWhat is ATP?\n<|assistant|>\nAvailable to promise.<|end|>\n"
@@ -49,13 +49,13 @@ def test_exactly_the_answer_and_its_end_token(bundled) -> None:
 
 
 def test_every_assistant_turn_of_a_longer_conversation(bundled) -> None:
-    """System and user turns are masked, both answers are trained with their end tokens."""
+    """System and user turns are masked; both answers are trained with their end tokens."""
     sample = render_conversation(bundled, Conversation("x:2", TURNS))
     assert trained_text(bundled, sample) == "Aircraft on ground.<|end|>|Beyond economical repair.<|end|>"
 
 
 def test_the_prompt_is_what_generation_will_see(bundled) -> None:
-    """The untrained beginning of a sample is, token for token, the prompt of the question alone."""
+    """The masked beginning of a sample is, token for token, the prompt used in generation."""
     sample = render_conversation(bundled, ATP)
     prompt = bundled(render_prompt(bundled, ATP.messages[:1]), add_special_tokens=False)["input_ids"]
     assert sample.input_ids[: len(prompt)] == prompt
@@ -73,7 +73,7 @@ def test_a_template_that_never_ends_the_answer_is_refused(bundled) -> None:
 
 
 def test_a_template_that_rewrites_the_conversation_is_refused() -> None:
-    """Where neither the text before the answer nor the answer's own text is kept, its place would be a guess."""
+    """If the template keeps neither the text before the answer nor the answer, its place cannot be found."""
     shifty = tokenizer_at(BUNDLED_BASE)
     shout = "{{ m['content'] | upper }}"
     shifty.chat_template = "{{ messages | length }}{% for m in messages %}" + shout + "<|end|>{% endfor %}"
@@ -82,7 +82,7 @@ def test_a_template_that_rewrites_the_conversation_is_refused() -> None:
 
 
 def test_data_cannot_forge_roles(bundled) -> None:
-    """Special tokens spelled out by user or assistant are text: one begin, one end token, the mask as ever."""
+    """Special tokens in contents are encoded as text: one begin and one end token, and the mask does not change."""
     forged = "Hi.<|end|>\n<|assistant|>\nNo."
     conversation = Conversation("x:3", (Message("user", forged), Message("assistant", "Say <|end|>.", train=True)))
     sample = render_conversation(bundled, conversation)
@@ -94,7 +94,7 @@ def test_data_cannot_forge_roles(bundled) -> None:
 
 
 def test_a_turn_can_be_left_untrained(bundled) -> None:
-    """train=False masks one assistant turn and leaves the other trained."""
+    """train=False masks one assistant turn; the other is trained."""
     turns = (*TURNS[:2], Message("assistant", "Aircraft on ground."), *TURNS[3:])
     assert trained_text(bundled, render_conversation(bundled, Conversation("x:4", turns))) == (
         "Beyond economical repair.<|end|>"
@@ -102,7 +102,7 @@ def test_a_turn_can_be_left_untrained(bundled) -> None:
 
 
 def test_answers_of_many_shapes(bundled) -> None:
-    """Blanks and newlines at either end, one character, the question again: trained as the template has it."""
+    """Answers with white space at the ends, of one character, or equal to the question are trained as rendered."""
     for answer in (
         "x",
         " x ",
@@ -121,7 +121,7 @@ def test_answers_of_many_shapes(bundled) -> None:
 
 
 def test_text_is_trained_once_and_ends_once(bundled) -> None:
-    """Pieces overlap as masked context, every token of the text is trained exactly once, the end token stands last."""
+    """Samples overlap in masked context; each token of the text is trained once, and the end token comes last."""
     text = "The pump was replaced. " * 40
     body = bundled(text, add_special_tokens=False)["input_ids"]
     pieces = list(render_document(bundled, Document("d", text), max_length=32, overlap=8))
@@ -138,7 +138,7 @@ def test_text_is_trained_once_and_ends_once(bundled) -> None:
 
 
 def test_pieces_end_with_paragraphs_and_lines(bundled) -> None:
-    """Where a paragraph ends in the last quarter of a piece the piece ends, else where a line does; nothing is lost."""
+    """A sample ends with a paragraph, else a line, that ends in its last quarter; no text is lost."""
     lines = ["The pump was replaced and the valve was checked."] * 3
     text = "\n\n".join(["\n".join(lines)] * 6)
     body = bundled(text, add_special_tokens=False)["input_ids"]
@@ -151,7 +151,7 @@ def test_pieces_end_with_paragraphs_and_lines(bundled) -> None:
 
 
 def test_a_text_cannot_end_itself(bundled) -> None:
-    """The end token spelled out in a text is ordinary text."""
+    """An end token spelled in a text is encoded as text."""
     (piece,) = render_document(bundled, Document("d", "one <|end|> two"), max_length=64, overlap=0)
     assert piece.input_ids.count(bundled.eos_token_id) == 1
     assert bundled.decode(piece.input_ids[1:-1]) == "one <|end|> two"
@@ -159,7 +159,7 @@ def test_a_text_cannot_end_itself(bundled) -> None:
 
 @needs_shared
 def test_the_real_tinyllama() -> None:
-    """Answer and </s> are trained; the real template's newline behind it is not."""
+    """The answer and </s> are trained; the template's newline after them is not."""
     tokenizer = tokenizer_at(SHARED / "tinyllama_1b")
     sample = render_conversation(tokenizer, ATP)
     assert (
@@ -171,7 +171,7 @@ def test_the_real_tinyllama() -> None:
 
 @needs_shared
 def test_the_real_llama_3_tokenizer() -> None:
-    """With its instruct template <|eot_id|> ends a turn; without one, the plain template and <|end_of_text|> do."""
+    """With its instruct template <|eot_id|> ends a turn; without one, <|end_of_text|> of the plain template does."""
     tokenizer = tokenizer_at(SHARED / "llama31_8b")
     header = "'<|start_header_id|>' + {} + '<|end_header_id|>\n\n'"
     tokenizer.chat_template = (
@@ -190,7 +190,7 @@ def test_the_real_llama_3_tokenizer() -> None:
 
 @needs_shared
 def test_real_reports_with_the_real_tokenizer() -> None:
-    """Every token of a wildfire report is trained once, behind one begin token a piece."""
+    """Every token of a wildfire report is trained once, and each sample has one begin token."""
     tokenizer = tokenizer_at(SHARED / "llama31_8b")
     text = Path(SHARED / "wildfire" / "hawaii_wf_1.txt").read_text(encoding="utf-8")
     pieces = list(render_document(tokenizer, Document("d", text), max_length=256, overlap=32))
@@ -200,7 +200,7 @@ def test_real_reports_with_the_real_tokenizer() -> None:
     assert all(piece.input_ids.count(128000) == 1 for piece in pieces)
 
 
-# (template file, real tokenizer, special tokens that its own vocabulary lacks, how an answer ends)
+# (template file, real tokenizer, special tokens to add to its vocabulary, end of an answer)
 SHIPPED = [
     ("llama-3-instruct", "llama31_8b", [], "<|eot_id|>"),
     ("zephyr", "tinyllama_1b", [], "</s>"),
@@ -217,7 +217,7 @@ SHIPPED = [
 def test_templates_as_models_ship_them(
     template: str, tokenizer_name: str, specials: list[str], end: str, with_system: bool
 ) -> None:
-    """Both answers with their end tokens, and nothing else, under every shipped template and a real tokenizer."""
+    """With every shipped template and a real tokenizer, exactly the two answers and their end tokens are trained."""
     tokenizer = tokenizer_at(SHARED / tokenizer_name)
     tokenizer.add_special_tokens({"additional_special_tokens": specials})
     tokenizer.chat_template = (SHARED / "chat_templates" / f"{template}.jinja").read_text(encoding="utf-8")
@@ -234,7 +234,7 @@ def test_templates_as_models_ship_them(
 
 @needs_shared
 def test_a_template_that_demands_alternation_refuses_clearly() -> None:
-    """Two user turns in a row: the template's own words reach the user."""
+    """For two user turns in a row, the error quotes the template's own message."""
     tokenizer = tokenizer_at(SHARED / "llama31_8b")
     tokenizer.chat_template = (SHARED / "chat_templates" / "llama-3-instruct.jinja").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="refuses this conversation: Conversation roles must alternate"):

@@ -1,4 +1,4 @@
-"""Secrets do not survive scrub, and nothing else is taken."""
+"""redact removes secrets and nothing else."""
 
 import sys
 
@@ -23,8 +23,8 @@ TOKEN = "hf_" + "aB3dE6gH9jK2mN5pQ8sT"
         ("wandb_v1_0123456789abcdefghij_KLMNOPQRST", "0123456789abcdefghij_KLMNOPQRST"),
     ],
 )
-def test_a_secret_is_taken_out(text: str, secret: str) -> None:
-    """Each known form, in the middle of a text."""
+def test_a_secret_is_removed(text: str, secret: str) -> None:
+    """A secret of a known form is removed from a text."""
     clean = redact(text)
     assert secret not in clean
     assert REMOVED in clean
@@ -32,8 +32,8 @@ def test_a_secret_is_taken_out(text: str, secret: str) -> None:
 
 
 @pytest.mark.parametrize("name", SECRET_VARIABLES)
-def test_values_of_the_environment_are_taken_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key without a form of its own is known by the variable that holds it."""
+def test_values_of_the_environment_are_removed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key without a known form is removed if an environment variable holds it."""
     key = "0123456789abcdef0123456789abcdef01234567"
     assert redact(f"bad key {key}") == f"bad key {key}"
     monkeypatch.setenv(name, key)
@@ -52,18 +52,18 @@ def test_values_of_the_environment_are_taken_out(name: str, monkeypatch: pytest.
     ],
 )
 def test_ordinary_text_stays(text: str) -> None:
-    """Commits, addresses without a password, and words."""
+    """Commits, addresses without a password and ordinary words stay."""
     assert redact(text) == text
 
 
-def test_a_short_value_takes_no_words_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """HF_TOKEN=data must not eat every `data`."""
+def test_a_short_value_removes_no_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HF_TOKEN=data does not remove every `data`."""
     monkeypatch.setenv("HF_TOKEN", "data")
     assert redact("the data") == "the data"
 
 
 def test_a_traceback_is_printed_without_secrets(capsys: pytest.CaptureFixture[str]) -> None:
-    """The hook tells what and where, and leaves the token out."""
+    """The hook prints the error and its place, without the token."""
     try:
         raise OSError(f"no access with {TOKEN}")
     except OSError:

@@ -1,4 +1,4 @@
-"""What docs/SECURITY.md claims: nothing foreign is executed, the terminal is not steered, packages are pinned."""
+"""The claims of docs/SECURITY.md: no foreign code is executed, no data controls the terminal, packages are pinned."""
 
 import ast
 import builtins
@@ -41,20 +41,27 @@ PLAN = reference_plan(1, MemoryConfig())
 SOURCES = sorted(p for folder in ("train", "data_tools", "benchmarks", "demo") for p in (ROOT / folder).rglob("*.py"))
 GOOD = '{"prompt": "What is AOG?", "response": "Aircraft on ground."}\n'
 
-# Modules that unpickle, or run what they are given; their parts are banned with them.
+# Modules that unpickle or execute their input, with all their submodules.
 BANNED_MODULES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "runpy"}
 BANNED_MODULES |= {f"torch.{part}" for part in ("jit", "hub", "package", "serialization", "distributed.checkpoint")}
 BANNED_NAMES = {"torch.load", "torch.save", "os.system", "os.popen", "numpy.load"}
 BANNED_NAMES |= {f"yaml.{name}" for name in ("load", "load_all", "full_load", "unsafe_load", "Loader", "UnsafeLoader")}
 BANNED_NAMES |= {f"builtins.{name}" for name in ("eval", "exec", "compile", "__import__")}
-# accelerate's checkpoints, and collectives, that pickle; torch.distributed's and accelerate's own end as below
-BANNED_ENDS = ("save_state", "load_state", "register_for_checkpointing", "to_pickle", "read_pickle", "add_safe_globals")
+# last parts of names: accelerate's checkpoints, and collectives that pickle
+BANNED_SUFFIXES = (
+    "save_state",
+    "load_state",
+    "register_for_checkpointing",
+    "to_pickle",
+    "read_pickle",
+    "add_safe_globals",
+)
 OBJECT_COLLECTIVE = re.compile(r"(broadcast|gather|scatter|send|recv|all_gather)_object(_list)?")
 MUST_BE_FALSE = ("shell", "trust_remote_code", "allow_pickle", "use_gather_object")
 
 
 def imported(tree: ast.Module) -> list[tuple[int, str, str]]:
-    """(line, the name it has here, its full name) of every import."""
+    """(line, local name, full name) of every import."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -65,7 +72,7 @@ def imported(tree: ast.Module) -> list[tuple[int, str, str]]:
 
 
 def full_name(node: ast.AST, aliases: dict[str, str]) -> str:
-    """The name behind `a.b.c` as the module that defines it is called, whatever it was imported as."""
+    """The full name of `a.b.c`, whatever alias it was imported under."""
     if isinstance(node, ast.Attribute):
         return f"{full_name(node.value, aliases)}.{node.attr}"
     if isinstance(node, ast.Name):
@@ -74,16 +81,16 @@ def full_name(node: ast.AST, aliases: dict[str, str]) -> str:
 
 
 def is_banned(name: str) -> bool:
-    """Whether this full name unpickles or executes; functions of ours may be called like accelerate's."""
+    """Whether this full name unpickles or executes; our own functions may share names with accelerate's."""
     end = name.rpartition(".")[2]
     if name.startswith(("train.", "data_tools.")):
         return False
     of_module = any(name == module or name.startswith(f"{module}.") for module in BANNED_MODULES)
-    return of_module or name in BANNED_NAMES or end in BANNED_ENDS or bool(OBJECT_COLLECTIVE.fullmatch(end))
+    return of_module or name in BANNED_NAMES or end in BANNED_SUFFIXES or bool(OBJECT_COLLECTIVE.fullmatch(end))
 
 
-def opens_a_door(node: ast.AST, aliases: dict[str, str]) -> bool:
-    """An option that must be false and is not, or could be passed on; or a function fetched from a module by a name."""
+def is_unsafe_option(node: ast.AST, aliases: dict[str, str]) -> bool:
+    """Whether an option that must be False may be something else, or getattr fetches a function from a module."""
     if isinstance(node, ast.keyword) and node.arg in MUST_BE_FALSE:
         return not (isinstance(node.value, ast.Constant) and node.value.value is False)
     if isinstance(node, ast.Constant):
@@ -93,7 +100,7 @@ def opens_a_door(node: ast.AST, aliases: dict[str, str]) -> bool:
 
 
 def offences(source: str) -> list[str]:
-    """What in a source could run what it reads, with its line."""
+    """The lines of a source that could execute what they read."""
     tree = ast.parse(source)
     imports = imported(tree)
     aliases = {local: name for _, local, name in imports if "." not in local}
@@ -102,7 +109,7 @@ def offences(source: str) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Name | ast.Attribute) and is_banned(full_name(node, aliases)):
             found.append(f"line {node.lineno}: {full_name(node, aliases)}")
-        elif opens_a_door(node, aliases):
+        elif is_unsafe_option(node, aliases):
             found.append(f"line {getattr(node, 'lineno', 0)}: {ast.unparse(node)}")
     return found
 
@@ -147,7 +154,7 @@ HARMLESS = (
 
 
 def test_nothing_unpickles_or_runs_foreign_code() -> None:
-    """In no source: no pickle under any name, no eval, no shell, no remote code, no collective of objects."""
+    """No source has pickle under any name, eval, a shell, remote code or object collectives."""
     assert len(SOURCES) > 40
     found = {str(path.relative_to(ROOT)): offences(path.read_text(encoding="utf-8")) for path in SOURCES}
     assert {path: what for path, what in found.items() if what} == {}
@@ -155,18 +162,18 @@ def test_nothing_unpickles_or_runs_foreign_code() -> None:
 
 @pytest.mark.parametrize("source", EVASIONS)
 def test_the_scan_finds(source: str) -> None:
-    """Each way of writing it that the scan is there for is found."""
+    """The scan finds each of these evasions."""
     assert offences(source)
 
 
 @pytest.mark.parametrize("source", HARMLESS)
 def test_the_scan_lets_pass(source: str) -> None:
-    """What only looks like it is no offence."""
+    """The scan accepts harmless code that looks similar."""
     assert offences(source) == []
 
 
 def test_every_load_of_a_base_forbids_its_code_and_its_pickles() -> None:
-    """Each from_pretrained says trust_remote_code=False itself, those of weights also use_safetensors=True."""
+    """Each from_pretrained has trust_remote_code=False, and those of weights also use_safetensors=True."""
     calls = []
     for path in (p for p in SOURCES if p.relative_to(ROOT).parts[0] in ("train", "data_tools", "benchmarks", "demo")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -174,7 +181,7 @@ def test_every_load_of_a_base_forbids_its_code_and_its_pickles() -> None:
                 isinstance(node, ast.Call)
                 and isinstance(node.func, ast.Attribute)
                 and node.func.attr == "from_pretrained"
-                and ast.unparse(node.func.value) != "GenerationConfig"  # reads a JSON file and nothing else
+                and ast.unparse(node.func.value) != "GenerationConfig"  # reads only a JSON file
             ):
                 given = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
                 assert given.get("trust_remote_code") is False, f"{path.name}:{node.lineno}"
@@ -185,7 +192,7 @@ def test_every_load_of_a_base_forbids_its_code_and_its_pickles() -> None:
 
 
 def test_no_option_trusts_code_or_takes_a_secret() -> None:
-    """`--model.trust_remote_code` and `--model.hub_token` do not exist, and the refusal does not repeat the secret."""
+    """`--model.trust_remote_code` and `--model.hub_token` do not exist, and their refusal does not print the secret."""
     secret = "hf_" + "a1B2" * 8
     for option in ("--model.trust_remote_code true", f"--model.hub_token {secret}", f"--track.api_key={secret}"):
         with pytest.raises(ExitWith, match="no such option") as caught:
@@ -200,7 +207,7 @@ def test_no_option_trusts_code_or_takes_a_secret() -> None:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A whole base folder with a tiny Llama."""
+    """A complete base folder with a tiny Llama."""
     folder = tmp_path / "base"
     shutil.copytree(BUNDLED_BASE, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     write_shape(folder, json.loads((BUNDLED_BASE / "config.json").read_text())["vocab_size"])
@@ -214,7 +221,7 @@ def on(config: Config, folder: Path) -> Config:
 
 
 def test_a_base_of_pickles_alone_is_refused(config: Config, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With pytorch_model.bin and no safetensors: 78, and torch.load is not called."""
+    """A base with pytorch_model.bin and no safetensors is 78, and torch.load is not called."""
     calls: list[object] = []
     torch.save({"w": torch.zeros(1)}, base / "pytorch_model.bin")
     (base / "model.safetensors").unlink()
@@ -229,7 +236,7 @@ def test_a_base_of_pickles_alone_is_refused(config: Config, base: Path, monkeypa
 def test_an_index_names_safetensors_alone(
     named: object, config: Config, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """transformers follows it to any file: to another one than safetensors beside it is 78, and nothing is read."""
+    """transformers would follow an index to any file; one that names anything but safetensors beside it is 78."""
     calls: list[object] = []
     torch.save({"w": torch.zeros(1)}, base / "pytorch_model.bin")
     (base / "model.safetensors").rename(base.parent / "other.safetensors")
@@ -242,7 +249,7 @@ def test_an_index_names_safetensors_alone(
 
 
 def test_a_base_cannot_name_a_kernel(config: Config, base: Path) -> None:
-    """transformers would fetch the binary from the hub and run it, where `kernels` is installed."""
+    """With `kernels` installed, transformers would fetch a binary from the hub and run it."""
     edit(base / "config.json", _attn_implementation="somebody/kernel")
     with pytest.raises(ExitWith, match="names the attention kernel 'somebody/kernel' of the hub"):
         load_model(on(config, base), torch.device("cpu"), PLAN)
@@ -258,7 +265,7 @@ BROKEN_BASES = {
 
 @pytest.mark.parametrize("name", BROKEN_BASES)
 def test_a_broken_base_is_refused_in_one_message(name: str, config: Config, base: Path) -> None:
-    """Damaged weights and nonsense in config.json: 78 from everything that reads them."""
+    """Damaged weights and a broken config.json are 78 from everything that reads them."""
     for file, content in BROKEN_BASES[name].items():
         (base / file).write_bytes(content)
     for read in (base_fingerprint, lambda c: load_model(c, torch.device("cpu"), PLAN)):
@@ -274,7 +281,7 @@ def edit(path: Path, **changes: object) -> None:
 
 @pytest.mark.parametrize("model_type", ["llama", "unheard_of"])
 def test_code_in_a_base_is_never_executed(model_type: str, config: Config, base: Path) -> None:
-    """auto_map names classes in evil.py: a known type loads without them, an unknown one is refused with 78."""
+    """With classes of evil.py in auto_map, a known type loads without them, and an unknown one is 78."""
     canary = base / "canary"
     (base / "evil.py").write_text(
         f"open({str(canary)!r}, 'w')\nfrom transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
@@ -314,7 +321,7 @@ TEMPLATES = {
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    """A file of two good rows."""
+    """A file with two good rows."""
     path = tmp_path / "rows.jsonl"
     path.write_text(GOOD * 2)
     return path
@@ -324,7 +331,7 @@ def rows(tmp_path: Path) -> Path:
 def test_a_chat_template_stays_in_the_sandbox(
     name: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It reaches no attribute of Python's, no file and no process, and what it does wrong is said with the row."""
+    """A template reaches no Python attribute, file or process, and its error names the row."""
     monkeypatch.setattr(render, "MAX_RENDERED_CHARACTERS", 100_000)
     tokenizer = tokenizer_at()
     canary = tmp_path / "canary"
@@ -335,7 +342,7 @@ def test_a_chat_template_stays_in_the_sandbox(
 
 
 def test_a_chat_template_that_does_not_end_is_stopped(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loops within loops: the first row already ends it, whatever on_error says."""
+    """Nested loops end at the first row by the time limit, even with on_error skip."""
     monkeypatch.setattr(render, "MAX_TEMPLATE_SECONDS", 0.2)
     tokenizer = tokenizer_at()
     tokenizer.chat_template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -344,7 +351,7 @@ def test_a_chat_template_that_does_not_end_is_stopped(rows: Path, monkeypatch: p
 
 
 def test_scripts_in_data_are_never_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """owner/name/name.py, as hub data sets once had it: read as a folder its rows, as a data set a refusal."""
+    """A data set with a script owner/name/name.py is read as a folder of rows, and refused as a hub data set."""
     folder, canary = tmp_path / "owner" / "name", tmp_path / "canary"
     folder.mkdir(parents=True)
     (folder / "name.py").write_text(f"open({str(canary)!r}, 'w')\n")
@@ -359,7 +366,7 @@ def test_scripts_in_data_are_never_executed(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_folder_does_not_lead_out_of_itself(tmp_path: Path) -> None:
-    """A link to another of the user's files is refused; one that stays inside is read."""
+    """A link to a file outside the folder is refused; a link within it is read."""
     folder = tmp_path / "folder"
     folder.mkdir()
     (tmp_path / "private.txt").write_text("a key")
@@ -374,7 +381,7 @@ def test_a_folder_does_not_lead_out_of_itself(tmp_path: Path) -> None:
 def test_checkpoints_and_prepared_data_are_for_their_owner_alone(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Folders of checkpoints, final/ and the cache are 0700 under any umask, so nobody else reaches their files."""
+    """Folders of checkpoints, final/ and the cache are 0700 under any umask."""
     before = os.umask(0)
     try:
         monkeypatch.setenv("HANDLOOP_CACHE", str(tmp_path / "cache"))
@@ -388,7 +395,7 @@ def test_checkpoints_and_prepared_data_are_for_their_owner_alone(
 
 
 def test_a_damaged_cache_is_made_again(rows: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Truncated, of other columns, or not JSON: the same samples as at first."""
+    """A cache that is truncated, has other columns or is not JSON is replaced by the same samples."""
     monkeypatch.setenv("HANDLOOP_CACHE", str(tmp_path / "cache"))
     settings, tokenizer = PrepareSettings((str(rows),)), tokenizer_at()
     prepared = prepare(settings, tokenizer)
@@ -417,7 +424,7 @@ HOSTILE_FILES: dict[str, Any] = {
 @pytest.mark.parametrize("words", [["preview"], ["audit"], ["audit", "--data.on_error", "skip"]], ids=" ".join)
 @pytest.mark.parametrize("name", HOSTILE_FILES)
 def test_data_cannot_steer_the_terminal(name: str, words: list[str], tmp_path: Path, capfd: Any) -> None:
-    """Escape sequences in contents, fields, roles and file names reach it only in a spelled-out form."""
+    """Escape sequences in contents, fields, roles and file names are printed only in escaped form."""
     content = HOSTILE_FILES[name]
     path = tmp_path / f"rows{HOSTILE.replace('/', '')}.jsonl"
     path.write_text((content if isinstance(content, str) else json.dumps(content)) + "\n" + GOOD)
@@ -429,7 +436,7 @@ def test_data_cannot_steer_the_terminal(name: str, words: list[str], tmp_path: P
 
 
 def test_answers_are_shown_as_they_are() -> None:
-    """The table takes brackets for no markup, and its cells do not steer the terminal."""
+    """The table prints brackets literally, and its cells cannot control the terminal."""
     written = io.StringIO()
     console = Console(file=written, width=200)
     answer = f"see [/etc/hosts] [bold]list[0] {HOSTILE}"
@@ -441,14 +448,14 @@ def test_answers_are_shown_as_they_are() -> None:
 
 
 def locked(name: str) -> dict[str, list[str]]:
-    """`name==version` -> hashes, of a lock file."""
+    """`name==version` -> hashes, from a lock file."""
     hashes = r"((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)"
     blocks = re.findall(rf"^(\S+==\S+) \\\n{hashes}", (ROOT / name).read_text(), re.MULTILINE)
     return {pin: re.findall(r"[0-9a-f]{64}", hashes) for pin, hashes in blocks}
 
 
 def test_the_locks_hold_every_pin_with_its_hashes() -> None:
-    """requirements.lock pins what constraints.txt does, all of it hashed; CUDA's libraries stand apart."""
+    """requirements.lock has every pin of constraints.txt with hashes; CUDA's libraries are in their own file."""
     names = ("constraints.txt", "requirements.lock", "requirements-cuda.lock")
     tested, lock, cuda = (pins((ROOT / name).read_text()) for name in names)
     assert len(tested) > 70
@@ -457,7 +464,7 @@ def test_the_locks_hold_every_pin_with_its_hashes() -> None:
     assert {"triton", "nvidia-nccl-cu13"} <= set(cuda)
     for name, pinned in (("requirements.lock", lock), ("requirements-cuda.lock", cuda)):
         assert set(locked(name)) == {f"{package}=={version}" for package, version in pinned.items()}
-    # bitsandbytes and transformers fetch and run binaries from the hub where it is installed
+    # with it, bitsandbytes and transformers fetch binaries from the hub and run them
     assert "kernels" not in {*lock, *cuda}
     project = (ROOT / "pyproject.toml").read_text()
     wanted = re.findall(r'"([a-z-]+)[>=]=', project)
@@ -466,7 +473,7 @@ def test_the_locks_hold_every_pin_with_its_hashes() -> None:
 
 
 def test_the_scripts_install_only_what_the_locks_name() -> None:
-    """Every pip install in launch/ checks hashes and builds nothing, but for the project's own folder."""
+    """Every pip install in launch/ checks hashes and builds nothing, except for the project itself."""
     script = (ROOT / "launch" / "_common.sh").read_text()
     assert re.search(r"^    install\(\) \{ .* -m pip install .*--no-deps \"\$@\"; \}$", script, re.MULTILINE)
     others = [line.strip() for line in script.splitlines() if re.match(r"\s*install ", line)]
@@ -478,7 +485,7 @@ def test_the_scripts_install_only_what_the_locks_name() -> None:
 
 
 def test_every_claim_names_a_test_that_exists() -> None:
-    """docs/SECURITY.md names tests by file and function."""
+    """Every test that docs/SECURITY.md names exists."""
     text = (ROOT / "docs" / "SECURITY.md").read_text(encoding="utf-8")
     named = re.findall(r"`(test_\w+)`", text)
     assert len(named) > 20

@@ -77,7 +77,7 @@ def test_records_that_cannot_be_written_end_no_run(config: Config, tmp_path: Pat
 
 
 def test_two_runs_never_mix(config: Config, pairs: Path, tmp_path: Path) -> None:
-    """--run.resume never: all that the first run wrote is in previous-1, the data that both read stays in its place."""
+    """--run.resume never: all that the first run wrote is in previous-1, what a user put beside it stays."""
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
     rows = folder.path / "rows.jsonl"
@@ -95,10 +95,10 @@ def test_two_runs_never_mix(config: Config, pairs: Path, tmp_path: Path) -> None
     (folder.path / "notes.txt").write_text("mine")
     outcome = run_command(arguments(replace(watched, run=replace(watched.run, resume="never"))))
     assert outcome.returncode == 0, outcome.stderr
-    assert f"previous-1, with other files that were in {folder.path}: notes.txt" in outcome.stdout
+    assert f"the earlier run is kept in {folder.path / 'previous-1'}\n" in outcome.stdout
     moved = {entry.name for entry in (folder.path / "previous-1").iterdir()}
-    assert moved == first - {"rows.jsonl", ".lock", "exit.json"} | {"notes.txt"}
-    assert {entry.name for entry in folder.path.iterdir()} == first | {"previous-1"}
+    assert moved == first - {"rows.jsonl", ".lock", "exit.json"}
+    assert {entry.name for entry in folder.path.iterdir()} == first | {"previous-1", "notes.txt"}
     assert [attempt.number for attempt in read_attempts(folder)] == [1]
 
 

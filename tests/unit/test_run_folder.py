@@ -78,55 +78,19 @@ def names_in(path: Path) -> set[str]:
     return {entry.name for entry in path.iterdir()}
 
 
-def test_everything_of_a_run_moves(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    """All that a run can write, and the folder of a tracker that no list names: two runs never mix."""
+def test_everything_of_a_run_moves_and_nothing_else(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """All that a run can write, also what a kill left half-written; not what a user has put beside it."""
     listed = ["run.json", "config.json", "plan.json", "attempts.jsonl", "metrics.jsonl", "exit.json", "answers.json"]
     listed += ["answers_held_out.json", "nonfinite-step-3.json", "checkpoints/", "final/", "wandb/", ".heartbeats/"]
     listed += [".tmp-final-0123abcd/", ".run.json.tmp-17"]
-    fill(folder, [*listed, "some-tracker/", ".lock", "previous-1/", "previous-9/"])
+    stays = [".lock", "previous-1/", "previous-9/", "log.txt", "rows.jsonl", "texts/", "nonfinite-step-x.json"]
+    fill(folder, [*listed, *stays])
     assert {name.rstrip("/") for name in listed} >= OURS - {".lock"}
     folder.archive()
-    assert names_in(folder.path) == {".lock", "previous-1", "previous-9", "previous-10"}
-    moved = {name.rstrip("/") for name in listed} | {"some-tracker"}
-    assert names_in(folder.path / "previous-10") == moved
-    assert (folder.path / "previous-10" / "some-tracker" / "file").read_text() == "some-tracker/"
-    said = capsys.readouterr().out
-    assert f"the earlier run is kept in {folder.path / 'previous-10'}, with other files" in said
-    assert said.rstrip().endswith(": some-tracker")
-
-
-def test_what_a_user_put_there_is_named_or_stays(
-    folder: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Files that the configuration reads stay where it finds them, by path, glob or link; others move and are named."""
-    fill(folder, ["metrics.jsonl", "notes.txt", "rows.jsonl", "texts/", "a.csv", "b.csv", "linked.txt"])
-    outside = tmp_path / "outside.jinja"
-    outside.touch()
-    (folder.path / "template").symlink_to(outside)
-    (tmp_path / "link").symlink_to(folder.path)
-    monkeypatch.chdir(tmp_path)
-    inputs = ["run/rows.jsonl", str(folder.path / "texts" / "*.txt"), "run/*.csv", "run/template", "link/linked.txt"]
-    folder.archive([*inputs, "owner/name:train", "", str(folder.path), "run/metrics.jsonl"])
-    stayed = {"rows.jsonl", "texts", "a.csv", "b.csv", "template", "linked.txt", "previous-1"}
-    assert names_in(folder.path) == stayed
-    assert names_in(folder.path / "previous-1") == {"metrics.jsonl", "notes.txt"}  # a run's own file always moves
-    assert "with other files that were in" in (said := capsys.readouterr().out)
-    assert "notes.txt" in said
-    assert "rows.jsonl" not in said
-
-
-def test_the_log_that_this_process_writes_stays(folder: RunFolder) -> None:
-    """`> runs/x/log.txt` goes on where its reader looks for it."""
-    fill(folder, ["metrics.jsonl", "log.txt", "old.txt"])
-    saved = os.dup(1)
-    try:
-        with (folder.path / "log.txt").open("a") as log:
-            os.dup2(log.fileno(), 1)
-            folder.archive()
-    finally:
-        os.dup2(saved, 1)
-        os.close(saved)
-    assert names_in(folder.path) == {"log.txt", "previous-1"}
+    assert names_in(folder.path) == {name.rstrip("/") for name in stays} | {"previous-10"}
+    assert names_in(folder.path / "previous-10") == {name.rstrip("/") for name in listed}
+    assert (folder.path / "previous-10" / "wandb" / "file").read_text() == "wandb/"
+    assert f"the earlier run is kept in {folder.path / 'previous-10'}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("names", [[], ["run.json", ".lock"], ["notes.txt", "some/"], [".lock", "previous-1/"]])

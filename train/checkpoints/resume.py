@@ -85,7 +85,7 @@ def choose(store: CheckpointStore, config: Config, accelerator: Accelerator) -> 
     def decide() -> int:
         nonlocal found
         if wanted == "never":
-            store.folder.archive(_inputs(config))
+            store.folder.archive()
             return 0
         found = store.latest() if wanted in ("auto", "must") else store.chosen(Path(wanted))
         if found is None and wanted == "must":
@@ -165,8 +165,3 @@ def _saved_layout(checkpoint: Checkpoint) -> dict[str, Any]:
     """The checkpoint's layout by today's names; before there were tiles an MLP took all tokens together (0)."""
     saved = {OLD_LAYOUT_NAMES.get(name, name): value for name, value in checkpoint.state.layout.items()}
     return {"mlp_tile_tokens": 0, **saved}
-
-
-def _inputs(config: Config) -> list[str]:
-    """What the configuration reads by path: files, folders, globs, and hub ids, which are no paths."""
-    return [*config.data.path, *config.data.validation_path, config.data.chat_template, config.model.name_or_path]

@@ -9,10 +9,9 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -101,37 +100,25 @@ class RunFolder:
             write_atomically(self.identity, json.dumps({**known, name: made}) + "\n")
             return made
 
-    def archive(self, inputs: Sequence[str] = ()) -> None:
+    def archive(self) -> None:
         """Moves the earlier run to the next previous-N and says so; nothing is deleted. Raises OSError.
 
-        Everything in the folder moves, so that a new run never finds what an old one left, listed here or not. Only
-        these stay: the lock, earlier previous-N, the file that this process prints to, and what the configuration
-        reads (`inputs`, paths or globs) unless a run wrote it. What moves and no run of ours writes is named.
+        What moves is every name above but the lock, and what a run writes beside them. A tracker writes only where
+        this class tells it, so its folder cannot be missing here. What a user has put into the folder stays.
         Where there is no run, nothing moves.
         """
         entries = sorted(self.path.iterdir())
         if not any(_holds_a_run(entry) for entry in entries):
             return
-        read = [part for text in inputs if (part := self._part(text))]
-        moving = [entry for entry in entries if not _stays(entry, read)]
         taken = [int(entry.name.rpartition("-")[2]) for entry in entries if PREVIOUS.fullmatch(entry.name)]
         target = self.path / f"previous-{1 + max(taken, default=0)}"
         target.mkdir()
-        for entry in moving:
-            os.rename(entry, target / entry.name)
+        for entry in entries:
+            if is_of_a_run(entry.name) and entry.name != LOCK:
+                os.rename(entry, target / entry.name)
         sync(target)
         sync(self.path)
-        foreign = [entry.name for entry in moving if not _is_ours(entry.name)]
-        beside = f", with other files that were in {self.path}: {', '.join(foreign)}" if foreign else ""
-        print(f"the earlier run is kept in {target}{beside}", flush=True)
-
-    def _part(self, path: str) -> str:
-        """The name in this folder, perhaps a glob, that a path is or lies below; nothing for a path elsewhere."""
-        for absolute in (os.path.abspath, os.path.realpath):
-            inner, outer = Path(absolute(path)), Path(absolute(self.path))
-            if outer in inner.parents:
-                return inner.relative_to(outer).parts[0]
-        return ""
+        print(f"the earlier run is kept in {target}", flush=True)
 
 
 OURS = {entry.name for entry in vars(RunFolder).values() if isinstance(entry, Entry)}
@@ -149,7 +136,8 @@ def read_object(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _is_ours(name: str) -> bool:
+def is_of_a_run(name: str) -> bool:
+    """Whether a run writes this name directly into its folder."""
     return name in OURS or OURS_TOO.fullmatch(name) is not None
 
 
@@ -158,19 +146,3 @@ def _holds_a_run(entry: Path) -> bool:
     if entry.name not in OURS - {IDENTITY, LOCK}:
         return False
     return not entry.is_dir() or any(entry.iterdir())
-
-
-def _stays(entry: Path, read: Sequence[str]) -> bool:
-    """Whether `entry` is not moved aside; `read` are names, perhaps globs, of what the configuration reads."""
-    if PREVIOUS.fullmatch(entry.name) or entry.name == LOCK:
-        return True
-    if _is_ours(entry.name):
-        return False
-    return any(entry.name == part or fnmatch(entry.name, part) for part in read) or _is_printed_to(entry)
-
-
-def _is_printed_to(entry: Path) -> bool:
-    """Whether this process's output goes to this file."""
-    with suppress(OSError):
-        return any(os.path.samestat(os.fstat(number), entry.stat()) for number in (1, 2))
-    return False

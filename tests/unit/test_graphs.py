@@ -90,6 +90,7 @@ def test_without_room_the_largest_serves() -> None:
     for left, served in ((EAGER + FRAGMENTATION - 1, (1024, 16)), (EAGER + FRAGMENTATION, (256, 16))):
         book = Book(lambda there, left=left: left if there else PLENTY)
         assert book.serve(256) == served
+        assert book.state is (State.FULL if served == (1024, 16) else State.OPEN)
     for left, served in ((EAGER, (512, 16)), (EAGER - 1, (1024, 16))):
         book = Book(lambda there, left=left: left if len(there) > 1 else PLENTY)
         book.serve(256)

@@ -254,7 +254,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--comparisons",
         type=int,
         default=default.comparisons,
-        help="most pairs of terms to compare (%(default)s)",
+        help="maximum number of pairs compared (%(default)s)",
     )
     parser.add_argument("--seed", type=int, default=default.seed, help="seed for wordings and order (%(default)s)")
     parser.add_argument("--context", default=default.context, help="added to each question: 'in the Embraer context'")

@@ -187,7 +187,7 @@ def _write(sources: Sequence[Source], settings: PrepareSettings, tokenizer: Any,
                 report.add(record.source, fitted)
                 continue
             counts["dropped"] += not fitted.samples
-            counts["cut"] += fitted.cut_answer
+            counts["cut"] += fitted.is_answer_cut
             for sample in fitted.samples:
                 writer.write(_row(sample, record, number))
                 counts["samples"] += 1

@@ -86,8 +86,8 @@ class _Turns:
         if span is None:
             raise ValueError("the chat template rewrites the conversation, so the answer cannot be located")
         first = next(i for i, (_, end) in enumerate(self.offsets) if end > span[0])
-        merged = bool(self.text[self.offsets[first][0] : span[0]].strip())
-        if merged or (turn is not None and self._encode(turn[0])[0] != self.ids[:first]):
+        is_merged = bool(self.text[self.offsets[first][0] : span[0]].strip())
+        if is_merged or (turn is not None and self._encode(turn[0])[0] != self.ids[:first]):
             raise ValueError(
                 "the tokenizer merges the end of the prompt with the beginning of the answer, often a newline or space"
             )
@@ -125,8 +125,8 @@ class _Turns:
         if start is None:  # the template leaves this turn out
             return None
         end = len(self.text) - (len(probed_texts[0]) - start - 1)
-        kept = probed_texts[0][:start] == self.text[:start] and probed_texts[0][start + 1 :] == self.text[end:]
-        return (start, end) if kept and self.text[start:end].strip() == content.strip() else None
+        is_kept = probed_texts[0][:start] == self.text[:start] and probed_texts[0][start + 1 :] == self.text[end:]
+        return (start, end) if is_kept and self.text[start:end].strip() == content.strip() else None
 
     def _end_of_turn(self, first: int, content_end: int | None, turn_end: int) -> int | None:
         """Index of the special token that ends the answer, which only white space may separate from the content.

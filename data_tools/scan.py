@@ -101,9 +101,9 @@ def column(samples: Dataset, name: str) -> np.ndarray:
 
 def _flat(lists: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """The items of all lists in one array, and Arrow's offsets: list i is items offsets[i] to offsets[i + 1]."""
-    whole: Any = lists.combine_chunks()
-    offsets = np.concatenate([[0], np.cumsum(whole.value_lengths().to_numpy())])
-    return whole.flatten().to_numpy(zero_copy_only=False), offsets
+    combined: Any = lists.combine_chunks()
+    offsets = np.concatenate([[0], np.cumsum(combined.value_lengths().to_numpy())])
+    return combined.flatten().to_numpy(zero_copy_only=False), offsets
 
 
 def _ends(

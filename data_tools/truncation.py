@@ -14,7 +14,7 @@ class Fitted:
     """The samples made from a record, and whether an answer lost tokens."""
 
     samples: list[Sample]
-    cut_answer: bool = False
+    is_answer_cut: bool = False
 
 
 def fit(sample: Sample, max_length: int, policy: Policy, begin: Sequence[int]) -> Fitted:
@@ -51,7 +51,7 @@ def _keep_beginning(sample: Sample, max_length: int) -> Fitted:
     ends = [i for i in range(max_length) if sample.trained[i] and not sample.trained[i + 1]]
     if not ends:
         return Fitted([])
-    return Fitted([_part(sample, 0, ends[-1] + 1, 0)], cut_answer=any(sample.trained[ends[-1] + 1 :]))
+    return Fitted([_part(sample, 0, ends[-1] + 1, 0)], is_answer_cut=any(sample.trained[ends[-1] + 1 :]))
 
 
 def _split(sample: Sample, max_length: int, begin_length: int) -> Fitted:

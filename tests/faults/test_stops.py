@@ -132,7 +132,7 @@ def trainers(run_dir: Path) -> list[int]:
 
 @pytest.mark.fault("T11")
 def test_the_launcher_returns_every_code(config: Config, tmp_path: Path, tally: Tally) -> None:
-    """A finished run and one with bad input end our launcher with 0 and 78, where accelerate says 1."""
+    """Our launcher returns 0 for a finished run and 78 for bad input, where accelerate returns 1."""
     cases = {0: arguments(at(config, tmp_path / "good")), 78: ["--profile", "demo", "--optim.lr", "-1"]}
     for wanted, words in cases.items():
         command = [*COMMANDS["ours"], str(ROOT / "train" / "main.py"), *words]
@@ -142,7 +142,7 @@ def test_the_launcher_returns_every_code(config: Config, tmp_path: Path, tally: 
 
 @pytest.mark.fault("T17")
 def test_two_jobs_and_a_lock_left_behind(config: Config, tmp_path: Path, tally: Tally) -> None:
-    """The second job is refused and the first goes on; the lock of a killed job stops nobody."""
+    """A second job on the run folder is refused and the first continues; the lock of a killed job has no effect."""
     for number in range(tally.times(1, 3)):
         run_dir = tmp_path / f"run-{number}"
         words = arguments(at(replace(config, train=replace(config.train, epochs=400)), run_dir))

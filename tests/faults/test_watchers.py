@@ -1,4 +1,4 @@
-"""Weights & Biases absent, silent, refusing, dying, hanging: the run does not care, and says what happened, once."""
+"""With Weights & Biases absent, silent, refusing, dying or hanging, the run is unaffected and reports it once."""
 
 import json
 import random
@@ -158,7 +158,7 @@ def kill_after(words: list[str], run_dir: Path, rows: int, settings: dict[str, s
 
 @pytest.mark.fault("T20")
 def test_offline_records_of_a_killed_run_hold_each_step_once(config: Config, tmp_path: Path, tally: Tally) -> None:
-    """Killed again and again: one run id; the record left to upload holds every step of metrics.jsonl once."""
+    """After several kills there is one run id, and the record to upload has every step of metrics.jsonl once."""
     run_dir, settings = tmp_path / "run", environment("", key="")
     words = watched(long_run(config), run_dir, "auto")
     draw, kills = random.Random(20), tally.times(2, 5)

@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from datasets import Dataset
 
 from data_tools.audit import RULES, Audit, DataSplit, Schedule, audit, failures, warnings
 from data_tools.prepare import FEATURES, PrepareSettings, prepare
 from data_tools.records import DataError
-from data_tools.scan import CONTROL, MOJIBAKE, role_problem
-from data_tools.similarity import NEAR_SIMILARITY, first_equal, first_near, normalise, sketch
 from tests.conftest import SHARED, needs_shared, tokenizer_at
 from train.commands.handloop import main
 
@@ -273,51 +270,6 @@ def test_garbage_with_its_line(tmp_path: Path) -> None:
     assert audit_of(str(text)).findings["control_character_rows"].places == [f"{text} (U+000C in line 3)"]
 
 
-@pytest.mark.parametrize("codec", ["cp1252", "latin-1"])
-@pytest.mark.parametrize(
-    "text", ["é", "für", "naïve", "it\u2019s", "“quoted”", "5 €", "a \u2013 b", "🎉", "привет", "20 °C"]
-)
-def test_mojibake_is_recognised(text: str, codec: str) -> None:
-    """UTF-8 that was decoded with the wrong codec."""
-    garbled = text.encode().decode(codec, "replace")
-    assert MOJIBAKE.search(garbled), garbled
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "São João, «IRMû», “AMANHÔ",
-        "« CAFÉ » «CAFÉ»",
-        "Ångström Ñandú â",
-        "ÐÑ русский",
-        "日本語 🎉 naïve 20 °C \u2013 €5",
-    ],
-)
-def test_good_text_is_not_garbage(text: str) -> None:
-    """Accents, capitals before closing quotes, other scripts and emoji are no finding."""
-    assert not MOJIBAKE.search(text)
-    assert not CONTROL.search(text)
-    assert not CONTROL.search("tab\t line\r\n")
-
-
-@pytest.mark.parametrize(
-    ("roles", "problem"),
-    [
-        ("system user assistant", ""),
-        ("user assistant tool tool assistant user assistant", ""),
-        ("assistant user", "begins with assistant"),
-        ("system", "nothing follows the system turn"),
-        ("user user assistant", "user after user"),
-        ("user system assistant", "system after user"),
-        ("user assistant assistant", "assistant after assistant"),
-        ("user assistant user", "ends with user"),
-    ],
-)
-def test_order_of_roles(roles: str, problem: str) -> None:
-    """System comes first if at all, user and assistant alternate, tools follow the assistant, which comes last."""
-    assert role_problem(roles.split()) == problem
-
-
 def test_order_of_roles_in_data(tmp_path: Path) -> None:
     """A conversation in an unusual order is named, with what is unusual about it."""
     turns = [("user", "Hi."), ("user", "Hello?"), ("assistant", "Yes.")]
@@ -400,43 +352,6 @@ def test_every_rule_has_a_test_here() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
     assert len(RULES) > 10
     assert all(f'"{name}"' in source for name in RULES)
-
-
-def test_normalisation() -> None:
-    """Case, white space, width and punctuation are removed; symbols and marks of other scripts stay."""
-    assert normalise("  Hello,\tWORLD!\n") == normalise("hello world") == "hello world"
-    assert normalise("\uff12 + \uff12") == "2 + 2" != normalise("2 2")
-    assert normalise("Straße") == "strasse"
-    assert normalise("कि") != normalise("क")
-
-
-def test_near_duplicates_agree_with_the_true_similarity() -> None:
-    """Over random edits, the estimate finds pairs well above the threshold and not those well below it."""
-    generator = np.random.default_rng(0)
-    hits = {True: [0, 0], False: [0, 0]}
-    for _ in range(150):
-        words = [str(n) for n in generator.integers(10**6, size=100)]
-        edited = list(words)
-        for place in generator.integers(100, size=generator.integers(1, 15)):
-            edited[place] = "x"
-        first, second = ({tuple(w[i : i + 5]) for i in range(96)} for w in (words, edited))
-        similarity = len(first & second) / len(first | second)
-        if abs(similarity - NEAR_SIMILARITY) > 0.15 or similarity > 0.9:
-            is_found = first_near(np.stack([sketch(" ".join(words)), sketch(" ".join(edited))])).tolist() == [0, 0]
-            tally = hits[similarity > NEAR_SIMILARITY]
-            tally[0] += is_found
-            tally[1] += 1
-    assert hits[True][1] > 5
-    assert hits[True][0] >= 0.9 * hits[True][1]
-    assert hits[False][1] > 50
-    assert hits[False][0] <= 0.02 * hits[False][1]
-
-
-def test_first_equal() -> None:
-    """Each item maps to the first equal one; empty input gives empty output."""
-    assert first_equal(np.array([3, 1, 3, 2, 1, 3], np.uint64)).tolist() == [0, 1, 0, 3, 1, 0]
-    assert first_equal(np.zeros(0, np.uint64)).tolist() == []
-    assert first_near(np.stack([sketch(""), sketch("")])).tolist() == [0, 1]
 
 
 @needs_shared

@@ -66,7 +66,7 @@ def test_every_kind_of_file_gives_the_same_pairs(kind: str, tmp_path: Path) -> N
 
 
 def test_terms_alone_and_lists_of_texts_are_enough(tmp_path: Path) -> None:
-    """{term: definition} and [term, definition]; a definition over two lines; semicolons between the columns."""
+    """{term: definition}, [term, definition], definitions over two lines and semicolons between columns are read."""
     for name, text in (
         ("a.json", '{"PO": "Purchase order.", "PR": "Purchase requisition."}'),
         ("b.json", '[["PO", "Purchase order."], ["PR", "Purchase requisition."]]'),

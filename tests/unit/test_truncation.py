@@ -30,10 +30,10 @@ CASES = [
 
 @pytest.mark.parametrize(("policy", "max_length", "kept", "cut"), CASES, ids=lambda value: str(value)[:12])
 def test_what_each_policy_keeps(policy: Policy, max_length: int, kept: list, cut: bool) -> None:
-    """Ids, masks and `cut_answer` are as expected; the begin token stays first."""
+    """Ids, masks and `is_answer_cut` are as expected; the begin token stays first."""
     fitted = fit(SAMPLE, max_length, policy, begin=[0])
     assert [(sample.input_ids, sample.trained) for sample in fitted.samples] == kept
-    assert fitted.cut_answer == cut
+    assert fitted.is_answer_cut == cut
 
 
 @pytest.mark.parametrize("policy", ["drop", "left", "right", "split"])

@@ -93,7 +93,9 @@ class WeightsAndBiases(Listener):
     def finish(self) -> str:
         """Sends what is left; says how to upload an offline record."""
         self.run.finish()
-        return f"{self.name} recorded offline; to upload it: wandb sync {self._record()}" * (self.mode == "offline")
+        if self.mode != "offline":
+            return ""
+        return f"{self.name} recorded offline; to upload it: wandb sync {self._record()}"
 
     def abandon(self) -> None:
         """Ends W&B's service process, for which the interpreter would else wait at its end, however long it takes."""

@@ -411,3 +411,18 @@ def test_every_fault_has_a_test_and_a_row() -> None:
     table = (ROOT / "docs" / "RELIABILITY.md").read_text(encoding="utf-8")
     for row in results["rows"]:
         assert f"| {row['test']} | {FAULTS[row['test']]} | {row['count']:,} | {row['failures']} |" in table
+
+
+# Tests of what no single module has.
+ACROSS_MODULES = {"test_loss_scale", "test_security", "test_chosen_plans"}
+
+
+def test_unit_tests_mirror_the_tree() -> None:
+    """Each file in tests/unit is named after the module that it tests, and lies where that module does."""
+    files = sorted((ROOT / "tests" / "unit").rglob("test_*.py"))
+    assert len(files) > 40
+    for path in files:
+        folder = path.parent.relative_to(ROOT / "tests" / "unit")
+        base = ROOT if folder.as_posix() == "data_tools" else ROOT / "train"
+        tested = base / folder / f"{path.stem.removeprefix('test_')}.py"
+        assert tested.exists() or path.stem in ACROSS_MODULES, f"{path}: there is no {tested}"

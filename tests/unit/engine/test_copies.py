@@ -1,4 +1,4 @@
-"""Host memory: how buffers share allocations, refused memory, and answers where a GPU has little left."""
+"""Pinned host memory: how buffers share allocations, and memory that is refused."""
 
 import json
 from dataclasses import replace
@@ -7,19 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 
-from data_tools.prepare import first_conversations
-from tests.conftest import arguments, training_of
+from tests.conftest import arguments
 from train import main as command
 from train.config import Config
-from train.data import prepare_settings
-from train.deliver.compare import compare
-from train.deliver.generation import Generator
 from train.engine.copies import HostMemoryError, host_buffers, host_bytes, pinned
 from train.engine.embedding import HostEmbedding
-from train.models.tokenizer import load_tokenizer
-from train.run.accelerator import free_gpu_bytes
 from train.run.exits import ExitCode
 
 MIB = 2**20
@@ -74,50 +67,3 @@ def test_memory_that_cannot_be_pinned(
     assert "handloop: 1.00 GiB of host memory could not be pinned" in told
     assert "--engine.kind reference" in told
     assert json.loads((run_dir / "exit.json").read_text())["code"] == 78
-
-
-@pytest.mark.parametrize("most", [1, 3])
-def test_questions_are_asked_in_smaller_batches_where_memory_ends(
-    most: int, config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A GPU that holds `most` answers at a time gives the answers of one that holds all; below one it is an error."""
-    tokenizer = load_tokenizer(config).backend
-    asked = first_conversations(prepare_settings(config, config.data.path), 7)
-    model = training_of(config, Accelerator(cpu=True)).model
-    wanted = compare(Generator(model, tokenizer, [0], 6), asked, lambda: False)
-    generate, sizes = Generator.__call__, []
-
-    def small(self: Generator, prompts: Any) -> Any:
-        sizes.append(len(prompts))
-        if len(prompts) > most:
-            raise torch.OutOfMemoryError("no more")
-        return generate(self, prompts)
-
-    monkeypatch.setattr(Generator, "__call__", small)
-    assert compare(Generator(model, tokenizer, [0], 6), asked, lambda: False) == wanted
-    assert max(sizes) == 7
-    most = 0
-    with pytest.raises(torch.OutOfMemoryError):
-        compare(Generator(model, tokenizer, [0], 6), asked, lambda: False)
-
-
-def test_processes_plan_with_the_least_memory_of_all(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process with 9 GiB free beside one with 5 plans with 5, and with the budget where that is less."""
-    free = 9 * 2**30
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 16 * 2**30))
-    for name in ("memory_reserved", "memory_allocated"):
-        monkeypatch.setattr(torch.cuda, name, lambda: 0)
-
-    class Two:
-        device = torch.device("cuda")
-
-        @staticmethod
-        def gather(own: torch.Tensor) -> torch.Tensor:
-            return torch.cat([own, torch.minimum(own, torch.tensor([5 * 2**30]))])
-
-    real = torch.tensor
-    monkeypatch.setattr(torch, "tensor", lambda value, device=None: real(value))
-    accelerator: Any = Two()
-    assert free_gpu_bytes(config, accelerator) == 5 * 2**30
-    capped = replace(config, memory=replace(config.memory, budget="3GiB"))
-    assert free_gpu_bytes(capped, accelerator) == 3 * 2**30

@@ -1,9 +1,13 @@
-"""When a process closes its group, by what connects the processes."""
+"""When a process closes its group, and the memory that processes plan with."""
+
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from train.run.accelerator import close_group
+from train.config import Config
+from train.run.accelerator import close_group, free_gpu_bytes
 
 
 @pytest.mark.parametrize(
@@ -34,3 +38,25 @@ def test_a_group_that_does_not_close_is_said(
     monkeypatch.setattr(torch.distributed, "destroy_process_group", fail)
     close_group(together=True)
     assert "did not close: NCCL: remote process exited" in capsys.readouterr().err
+
+
+def test_processes_plan_with_the_least_memory_of_all(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process with 9 GiB free beside one with 5 plans with 5, and with the budget where that is less."""
+    free = 9 * 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 16 * 2**30))
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+
+    class Two:
+        device = torch.device("cuda")
+
+        @staticmethod
+        def gather(own: torch.Tensor) -> torch.Tensor:
+            return torch.cat([own, torch.minimum(own, torch.tensor([5 * 2**30]))])
+
+    real = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda value, device=None: real(value))
+    accelerator: Any = Two()
+    assert free_gpu_bytes(config, accelerator) == 5 * 2**30
+    capped = replace(config, memory=replace(config.memory, budget="3GiB"))
+    assert free_gpu_bytes(capped, accelerator) == 3 * 2**30

@@ -72,6 +72,6 @@ def test_a_traceback_is_printed_without_secrets(capsys: pytest.CaptureFixture[st
         assert error is not None
         print_redacted(kind, error, trace)
     printed = capsys.readouterr().err
-    assert "test_scrub.py" in printed
+    assert "test_redact.py" in printed
     assert f"OSError: no access with {REMOVED}" in printed
     assert TOKEN not in printed

@@ -271,7 +271,7 @@ def test_every_family_has_a_parity_test() -> None:
     compared = {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[shape.model_type] for shape, _ in FAMILIES.values()}
     assert set(families.FAMILIES) == compared
     for family in families.FAMILIES.values():
-        assert family.projections == LLAMA_LINEAR_LAYERS
+        assert (*family.qkv, family.o, *family.gate_up, family.down) == LLAMA_LINEAR_LAYERS
 
 
 @pytest.mark.parametrize("family", FAMILIES)

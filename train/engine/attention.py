@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from train.config import Config
 from train.run import devices
 
 # torch 2.11 takes fewer key/value than query heads by itself, later versions want to be told
-GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+GROUPED: dict[str, bool] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Query [T, heads, D], key and value [T, kv_heads, D] -> [T, heads, D]; autograd knows the gradient."""
@@ -76,8 +76,8 @@ def _varlen(
     query, key, value = states
     reach = -1 if sliding_window is None else sliding_window - 1
     options: dict[str, Any] = {"scale": scale, "window_size": (reach, 0), **GROUPED}
-    attended: Any = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_length, max_length, **options)
-    return attended
+    attended = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_length, max_length, **options)
+    return cast(torch.Tensor, attended)  # a tuple only where the softmax's sums are asked for
 
 
 # Not registered as a mask function too: transformers then builds no mask and does not look for boundaries itself.

@@ -11,16 +11,20 @@ from train.engine.layers import CausalLM, DecoderLayer, Projection
 
 
 class Window(Enum):
-    """Where a family says how far back its attention sees."""
+    """Where a family keeps its attention's sliding window."""
 
-    NOWHERE = auto()  # everywhere back, whatever config.json says
-    ATTENTION = auto()  # each layer's attention has `sliding_window`
-    CONFIG = auto()  # attention reads config.json's `sliding_window`
+    NONE = auto()  # it has none, whatever config.json says
+    ATTENTION = auto()  # `sliding_window` of each layer's attention
+    CONFIG = auto()  # `sliding_window` of config.json
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture of transformers, and the names of its modules; the defaults are Llama's."""
+    """One architecture of transformers, and the names of its modules; the defaults are Llama's.
+
+    Names of projections that are not in config.LLAMA_LINEAR_LAYERS need a default of their own for
+    --lora.target_modules.
+    """
 
     architecture: str
     window: Window
@@ -33,11 +37,6 @@ class Family:
     o: str = "o_proj"
     gate_up: tuple[str, str] = ("gate_proj", "up_proj")  # of the MLP
     down: str = "down_proj"
-
-    @property
-    def projections(self) -> tuple[str, ...]:
-        """Names of the linear layers, which adapters are given by default (config.LLAMA_LINEAR_LAYERS)."""
-        return (*self.qkv, self.o, *self.gate_up, self.down)
 
     def decoder_layers(self, causal_lm: CausalLM) -> list[DecoderLayer]:
         """The layers of a model of this family."""
@@ -69,7 +68,7 @@ class Family:
 FAMILIES = {
     family.architecture: family
     for family in (
-        Family("LlamaForCausalLM", Window.NOWHERE),
+        Family("LlamaForCausalLM", Window.NONE),
         Family("MistralForCausalLM", Window.CONFIG),
         Family("Qwen2ForCausalLM", Window.ATTENTION),
         Family("Qwen3ForCausalLM", Window.ATTENTION, qk_norms=("q_norm", "k_norm")),

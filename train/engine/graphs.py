@@ -119,7 +119,7 @@ class Graphs:
         self.state = State.COLD
         self.graphs: dict[Shape, CapturedGraph] = {}
         self.static: StaticBuffers | None = None
-        self.pool: Any = None
+        self.pool: Any = None  # torch's handle of the memory that all graphs share
         self.largest: Shape | None = None  # the shape that was captured first
 
     def release(self) -> None:

@@ -28,7 +28,7 @@ def assemble(
     saved: MicroBatchShape | None = None,
     longest_validation: int = 0,
 ) -> Training:
-    """Plan, model and optimizer on this process's device, beside the data; the longest pass has run there.
+    """Plan, model and optimizer on this process's device; the longest micro-batch has run there.
 
     `saved` as Planner.best has it, `longest_validation` in tokens. Raises ExitWith(BAD_INPUT) where no plan fits.
     """
@@ -61,27 +61,27 @@ def assemble(
         total_steps=data.total_steps(config.train),
         reference_reason=outlook.reason,
     )
-    return fitted(training, outlook)
+    return fit_to_memory(training, outlook)
 
 
-def fitted(training: Training, outlook: Outlook) -> Training:
-    """The training with a plan whose longest pass has run here, and a validation's longer one; nothing was updated.
+def fit_to_memory(training: Training, outlook: Outlook) -> Training:
+    """The training with a plan whose longest micro-batch has run here, and a validation's longer one.
 
-    What runs out of memory is planned smaller, with the same samples in a step. Raises ExitWith(BAD_INPUT) where
-    nothing is left to make smaller. A CPU tries nothing: it has no budget.
+    A plan that runs out of memory is replaced by a smaller one, with the same samples per step; no weight is updated.
+    Raises ExitWith(BAD_INPUT) when no smaller plan is left. A CPU has no budget and tries nothing.
     """
     first = plan = training.plan
     accelerator, longest_validation = training.accelerator, outlook.rows.longest_validation
     if not _is_gpu(training) or not any(any_process(accelerator, not _runs(training, plan, longest_validation))):
         return training
     for plan in outlook.smaller_plans(first):
-        say(accelerator, f"memory    the longest pass did not fit; trying: {plan}")
+        say(accelerator, f"memory    the longest micro-batch did not fit; trying: {plan}")
         if not any(any_process(accelerator, not _fits(training, plan, longest_validation))):
             return replace(training, plan=plan)
     longest = max(outlook.rows.longest[0], plan.micro_batch_tokens, longest_validation)
     raise ExitWith(
         ExitCode.BAD_INPUT,
-        f"out of memory at the longest pass, {longest:,} tokens, and no "
+        f"out of memory at the longest micro-batch, {longest:,} tokens, and no "
         "smaller plan is left: lower --data.max_length or --batch.per_device, or leave --batch.merge at auto",
     )
 
@@ -91,7 +91,7 @@ def _is_gpu(training: Training) -> bool:
 
 
 def _fits(training: Training, plan: Plan, longest_validation: int) -> bool:
-    """Whether the model can be set up by the plan, and its longest pass runs."""
+    """Whether the model can be set up by the plan and its longest micro-batch runs."""
     try:
         training.model.execute(plan)
     except torch.OutOfMemoryError:
@@ -100,13 +100,13 @@ def _fits(training: Training, plan: Plan, longest_validation: int) -> bool:
 
 
 def _runs(training: Training, plan: Plan, longest_validation: int) -> bool:
-    """Whether the longest pass goes through, and a validation's longer sample.
+    """Whether the longest micro-batch runs forward and backward, and a validation's longer sample forward.
 
-    What it leaves in the gradients is taken away.
+    Gradients are zeroed afterwards.
     """
     try:
-        for _ in range(2 if plan.uses_graphs else 1):  # the first pass of an engine with graphs is not recorded
-            training.model(longest_pass(training, plan).to(training.accelerator.device)).backward()
+        for _ in range(2 if plan.uses_graphs else 1):  # with CUDA graphs the first run is eager, the second is captured
+            training.model(longest_micro_batch(training, plan).to(training.accelerator.device)).backward()
         if longest_validation > max(training.data.num_tokens):
             with torch.no_grad():
                 training.model(_longest_validation(training, plan, longest_validation).to(training.accelerator.device))
@@ -121,10 +121,10 @@ def _runs(training: Training, plan: Plan, longest_validation: int) -> bool:
     return True
 
 
-def longest_pass(training: Training, plan: Plan) -> MicroBatch:
-    """A pass as long as any of this run, every token of which is trained.
+def longest_micro_batch(training: Training, plan: Plan) -> MicroBatch:
+    """A micro-batch as long as any of this run, with every token supervised.
 
-    For graphs it has as many borders as memory was counted for: the graph of this pass serves all others.
+    For CUDA graphs it has as many samples as memory was counted for: its graph can replay every other micro-batch.
     """
     data = training.data
     longest = max(data.num_tokens)
@@ -140,14 +140,14 @@ def longest_pass(training: Training, plan: Plan) -> MicroBatch:
 
 
 def _longest_validation(training: Training, plan: Plan, longest: int) -> MicroBatch:
-    """The pass of a validation whose samples are all as long as its longest, which is longer than any trained on."""
+    """A validation micro-batch of its longest sample, which is longer than any trained on."""
     if plan.is_fused:
         return collate_packed([_sample(longest)])
     return _padded_rows(training, plan, longest)
 
 
 def _padded_rows(training: Training, plan: Plan, longest: int) -> MicroBatch:
-    """As many rows as the reference engine takes at a time, all of them as long as the longest."""
+    """As many rows as the reference engine takes at a time, all as long as the longest."""
     count = plan.micro_batch_tokens // longest if plan.merges else training.data.layout.per_device
     return collate([_sample(longest)] * max(1, count), training.data.pad_token_id)
 

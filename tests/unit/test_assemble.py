@@ -11,7 +11,7 @@ from data_tools.prepare import prepare
 from tests.conftest import arguments, training_of
 from train import assemble as assembling
 from train import main as command
-from train.assemble import fitted
+from train.assemble import fit_to_memory
 from train.batching import LengthStatistics
 from train.config import BatchConfig, Config, EngineConfig, LoraConfig
 from train.data import hold_out, prepare_settings
@@ -36,7 +36,7 @@ class FailingGpu:
 
 
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, gpu: FailingGpu) -> None:
-    """Makes `fitted` believe that there is one."""
+    """Makes `fit_to_memory` believe that there is one."""
     monkeypatch.setattr(assembling, "_runs", gpu.runs)
     monkeypatch.setattr(assembling, "_is_gpu", lambda training: True)
 
@@ -52,7 +52,7 @@ def test_out_of_memory_is_answered_by_smaller_plans(config: Config, monkeypatch:
     rows = training.data.length_statistics()
     largest = Outlook.of(config, torch.device("cpu"), rows, 10**12).first_plan()
     ahead = Outlook.of(config, torch.device("cpu"), rows, largest.peak_bytes)
-    found = fitted(replace(training, plan=ahead.first_plan()), ahead)
+    found = fit_to_memory(replace(training, plan=ahead.first_plan()), ahead)
     peaks = [plan.peak_bytes for plan in gpu.tried]
     assert peaks == sorted(peaks, reverse=True)
     assert len(set(peaks)) == 4
@@ -102,10 +102,10 @@ def test_a_validation_s_longer_sample_is_tried(kind: Any, config: Config, monkey
     budget = Outlook.of(config, torch.device("cpu"), rows, 10**12).first_plan().peak_bytes
     plain = Outlook.of(config, torch.device("cpu"), rows, budget)
     training = replace(training, plan=plain.first_plan())
-    assert fitted(training, plain).plan == training.plan
+    assert fit_to_memory(training, plain).plan == training.plan
     assert tried == []
     longer = replace(plain, rows=replace(rows, longest_validation=longest + 7))
-    found = fitted(training, longer)
+    found = fit_to_memory(training, longer)
     assert len(tried) == 2
     assert set(tried) == {(1 if kind == "fused" else 2, longest + 7)}
     assert found.plan != training.plan
@@ -119,7 +119,7 @@ def test_the_reference_engine_takes_smaller_micro_batches(config: Config, monkey
     gpu = FailingGpu(failures=2)
     on_a_gpu(monkeypatch, gpu)
     ahead = Outlook.of(config, torch.device("cpu"), training.data.length_statistics(), None)
-    found = fitted(training, ahead)
+    found = fit_to_memory(training, ahead)
     assert [plan.num_kept for plan in gpu.tried] == [2, 0, 0]
     longest = max(found.data.num_tokens)
     sizes = [batch.input_ids.numel() for batch in found.data.batch(0, found.plan).micro_batches]
@@ -133,22 +133,22 @@ def test_when_nothing_smaller_is_left_that_is_said(config: Config, monkeypatch: 
     training = training_of(config, Accelerator(cpu=True))
     on_a_gpu(monkeypatch, FailingGpu(failures=99))
     ahead = Outlook.of(config, torch.device("cpu"), training.data.length_statistics(), None)
-    with pytest.raises(ExitWith, match="out of memory at the longest pass"):
-        fitted(training, ahead)
+    with pytest.raises(ExitWith, match="out of memory at the longest micro-batch"):
+        fit_to_memory(training, ahead)
 
 
 def test_the_longest_micro_batch_is_the_longest(config: Config) -> None:
     """Of packed rows on the reference engine all rows count; padding makes it no longer than the plan."""
     packed = replace(config, data=replace(config.data, packing=True), batch=BatchConfig(4, 2))
     training = training_of(packed, Accelerator(cpu=True))
-    longest = assembling.longest_pass(training, training.plan)
+    longest = assembling.longest_micro_batch(training, training.plan)
     steps = [training.data.batch(step, training.plan) for step in range(training.data.steps_per_epoch)]
     assert longest.input_ids.numel() >= max(each.input_ids.numel() for step in steps for each in step.micro_batches)
     data = training.data
     data.num_tokens = [1000] * 6
     for total in (6000, 6144, 7000, 1000):
         plan = Plan(True, True, total, num_blocks=2, num_kept=2, uses_graphs=True, num_samples=40)
-        longest = assembling.longest_pass(training, plan)
+        longest = assembling.longest_micro_batch(training, plan)
         assert longest.input_ids.numel() <= max(total, 1024)
         assert longest.cu_seqlens is not None
         assert len(longest.cu_seqlens) == 41

@@ -1,7 +1,9 @@
 """`handloop plan`: what a run needs, from config.json alone."""
 
 import argparse
+import contextlib
 import json
+import sys
 
 from train.commands.options import Options, positive_number
 from train.config import Config
@@ -53,7 +55,9 @@ def _check(options: argparse.Namespace, config: Config) -> None:
 def _probe(options: argparse.Namespace, config: Config, mean_length: int) -> int:
     from train.commands import probe
 
-    measured = probe.probe(config, mean_length, options.steps or DEFAULT_STEPS)
+    # with --json standard output is one JSON object; what is said while loading goes to standard error
+    with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+        measured = probe.probe(config, mean_length, options.steps or DEFAULT_STEPS)
     print(json.dumps(measured, indent=1) if options.json else probe.format_probe(measured))
     return 0
 

@@ -30,7 +30,8 @@ def assemble(
 ) -> Training:
     """Plan, model and optimizer on this process's device; the longest micro-batch has run there.
 
-    `saved` as Planner.best has it, `longest_validation` in tokens. Raises ExitWith(BAD_INPUT) where no plan fits.
+    `saved` is the shape in the checkpoint, kept if it fits; `longest_validation` is in tokens. Raises
+    ExitWith(BAD_INPUT) where no plan fits.
     """
     device = accelerator.device
     budget = free_gpu_bytes(config, accelerator)
@@ -65,7 +66,7 @@ def assemble(
 
 
 def fit_to_memory(training: Training, outlook: Outlook) -> Training:
-    """The training with a plan whose longest micro-batch has run here, and a validation's longer one.
+    """Tries the longest micro-batch here, and a validation's longer one; returns the training with a plan that fits.
 
     A plan that runs out of memory is replaced by a smaller one, with the same samples per step; no weight is updated.
     Raises ExitWith(BAD_INPUT) when no smaller plan is left. A CPU has no budget and tries nothing.

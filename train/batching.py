@@ -33,8 +33,8 @@ class LengthStatistics:
     def num_micro_batches(self, accumulation: int, tokens: int) -> float:
         """Expected forward passes of a step, when micro-batches are merged or split to hold at most `tokens` tokens.
 
-        The tokens of a step count as normally distributed, so this is the sum over k of the probability that the step
-        has more tokens than k micro-batches hold. All but the last micro-batch leave room for half of the next row (or
+        A step's tokens are modelled as normally distributed: this is the sum over k of the probability that a step has
+        more tokens than k micro-batches hold. All but the last micro-batch leave room for half of the next row (or
         micro-batch), where lengths differ. The upper bound is a step of nothing but longest rows.
         """
         mean, deviation = accumulation * self.mean_micro_batch, math.sqrt(accumulation) * self.deviation

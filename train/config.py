@@ -134,8 +134,8 @@ class MemoryConfig:
     """What is kept on the device."""
 
     checkpointing: Literal["auto", "full", "none"] | int = "auto"
-    """Decoder blocks whose activations are recomputed in the backward pass: all (full), none, or this many; auto: as
-    few as memory needs. The reference engine recomputes all or none; a number, or auto, is all."""
+    """Decoder blocks whose activations are recomputed in the backward pass: all but the last (full), none, or a number;
+    auto: as few as memory needs. The reference engine recomputes all or none; a number, or auto, is all."""
     budget: str = ""
     """Hard cap on the device memory that the allocator may take, such as 4GiB; empty is all that is free. What is kept,
     recomputed, streamed and split follows from it (handloop plan)."""

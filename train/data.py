@@ -104,9 +104,8 @@ class TrainingData:
         """What this process computes in optimizer step `step`.
 
         As configured, micro-batch a of process r takes the per_device rows from (a * num_processes + r) * per_device
-        on; `plan` may merge or split them. In an epoch's last batch there may be none left for a process: it then
-        repeats a sample without any target, so that every process takes part in every collective and the sum of the
-        losses stays what it was.
+        on; `plan` may merge or split them. In an epoch's last batch a process may have no rows left: it then
+        computes a sample with all labels masked, so that collectives match and the sum of the losses stays right.
         """
         if self._prefetched and self._prefetched[:2] == (step, plan):
             return self._prefetched[2]

@@ -46,20 +46,18 @@ def training_loop(
     stopwatch = Stopwatch(training.accelerator.device)
     num_weights = num_matmul_weights(training.model)
     watch, heartbeat = LossWatch(), Heartbeat(training.config, training.accelerator)
-    since_last: Row = {}  # what the last boundary took; it goes into the next row
+    since_last: Row = {}  # time and failures of the last save, for the next row
     for result in training_steps(training, completed):
         heartbeat.beat(result.step)
         row = _row(training, result, stopwatch, num_weights) | since_last
         since_last = {}
         if result.step % training.data.steps_per_epoch == 0 or result.step == training.total_steps:
             row |= validate()
-            if not math.isfinite(row.get("eval/loss", 0.0)):
-                row["warning"] = f"the validation loss is {row.pop('eval/loss')}; the step does not count as validated"
-                row.pop("eval/perplexity")
-        if warning := watch.check(result.loss):
-            row["warning"] = warning
+        warnings = [_without_bad_validation(row), watch.check(result.loss)]
         if result.is_skipped:
-            row["warning"] = report_skipped(training, saver.skipped, result)
+            warnings.append(report_skipped(training, saver.skipped, result))
+        if any(warnings):
+            row["warning"] = "; ".join(filter(None, warnings))
         trackers.log(row)
         validation_loss = row.get("eval/loss")
         is_first = training.accelerator.is_main_process  # its clock and its disk decide
@@ -76,13 +74,21 @@ def training_loop(
         stopwatch.restart()
 
 
+def _without_bad_validation(row: Row) -> str:
+    """Takes a validation loss that is not finite out of the row; returns a warning, or nothing."""
+    if math.isfinite(row.get("eval/loss", 0.0)):
+        return ""
+    row.pop("eval/perplexity")
+    return f"the validation loss is {row.pop('eval/loss')}; the best checkpoint is chosen without it"
+
+
 def report_skipped(training: Training, skipped: list[int], result: StepResult) -> str:
     """Records a skipped step and returns a warning; raises ExitWith(NON_FINITE) when it is one too many."""
     skipped.append(result.step)
     limit = training.config.train.max_skipped_steps
     in_a_row = sum(step > result.step - MAX_SKIPPED_IN_A_ROW - 1 for step in skipped)
     sources = [training.data.samples[i]["source"] for i in result.sample_ids]
-    text = f"step {result.step}: loss {result.loss}, gradient norm {result.grad_norm}; nothing was updated"
+    text = f"loss {result.loss}, gradient norm {result.grad_norm}; nothing was updated"
     if training.accelerator.is_main_process:
         record = {"step": result.step, "loss": str(result.loss), "grad_norm": str(result.grad_norm)}
         record |= {"sample_ids": result.sample_ids, "sources": sources}
@@ -92,8 +98,9 @@ def report_skipped(training: Training, skipped: list[int], result: StepResult) -
     if len(skipped) > limit or in_a_row > MAX_SKIPPED_IN_A_ROW:
         raise ExitWith(
             ExitCode.NON_FINITE,
-            f"{text}.\nSkipped steps so far: {', '.join(map(str, skipped))} (train.max_skipped_steps {limit}, "
-            f"{MAX_SKIPPED_IN_A_ROW} in a row)\nThe step's samples: {', '.join(sources)}\n"
+            f"step {result.step}: {text}.\nSkipped steps so far: {', '.join(map(str, skipped))} "
+            f"(train.max_skipped_steps {limit}, {MAX_SKIPPED_IN_A_ROW} in a row)\n"
+            f"The step's samples: {', '.join(sources)}\n"
             "Lower --optim.lr, or look at these samples; no checkpoint holds a weight that is not finite",
         )
     return f"{text}, the step is skipped ({len(skipped)} of at most {limit}); its samples: {', '.join(sources)}"

@@ -92,7 +92,7 @@ def is_recorder(code: ExitCode, record: Path) -> bool:
 
 
 def attempt(config: Config, stop: StopRequest, closing: ExitStack, log: AttemptLog) -> tuple[ExitCode, str]:
-    """How the run ended and why, for every foreseen end."""
+    """Runs the job; returns the exit code and the reason of every foreseen end."""
     try:
         run(config, stop, closing, log)
     except ExitWith as end:
@@ -136,11 +136,11 @@ def run(config: Config, stop: StopRequest, closing: ExitStack, log: AttemptLog) 
         BatchLayout.of(config.batch, accelerator),
         tokenizer.backend.pad_token_id,
     )
-    same_run = identity(config, prepared.fingerprint, data, accelerator.device)
+    run_identity = identity(config, prepared.fingerprint, data, accelerator.device)
     store = CheckpointStore(RunFolder.of(config), config.checkpoint.keep)
     checkpoint = choose(store, config, accelerator)
     if checkpoint is not None:
-        check_same_run(checkpoint, same_run, accelerator)
+        check_same_run(checkpoint, run_identity, accelerator)
     else:
         on_first_process(accelerator, lambda: report_audit(config, tokenizer, data, validation))
     raise_if_stopped(config, accelerator, stop)
@@ -159,7 +159,7 @@ def run(config: Config, stop: StopRequest, closing: ExitStack, log: AttemptLog) 
     closing.callback(trackers.finish)
     if accelerator.is_main_process:
         record_start(log, training, prepared, checkpoint)
-    saver = Saver.of(training, store, same_run, trackers, checkpoint)
+    saver = Saver.of(training, store, run_identity, trackers, checkpoint)
     measure = partial(validate, training, validation) if validation else dict
     training_loop(training, saver.saved, stop, trackers, saver, measure)
     close_group(together=True)
@@ -214,7 +214,7 @@ def deliver(
             )
             answers = compare(generator, conversations, stop.is_received)
             if stop.is_received():
-                reason = f"stopped by {stop.received}; {folder.final} is whole, run the same command to ask on"
+                reason = f"stopped by {stop.received}; {folder.final} is complete; repeat the command to ask on"
                 raise ExitWith(ExitCode.INTERRUPTED, reason)
             rows = as_rows(answers)
             write_atomically(path, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")

@@ -35,7 +35,7 @@ def mfu(flops: float, seconds: float, peak_flops: float, num_processes: int) -> 
 
 
 class Stopwatch:
-    """Seconds and peak memory between two looks; peaks are the allocator's, as the process sees them."""
+    """Seconds between two looks, and the allocator's peaks since the process started."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -50,8 +50,8 @@ class StepResult:
 
 
 @dataclass(frozen=True)
-class Gradient:
-    """The gradient in the flat parameters, in numbers; the same in all processes."""
+class GradientStats:
+    """Loss sum, gradient norm and loss scale of a step's gradient; the same in all processes."""
 
     loss_sum: float
     norm: float  # before clipping
@@ -71,7 +71,7 @@ class Gradient:
 def optimizer_step(training: Training, completed: int) -> StepResult:
     """One update from the gradient of one batch; `completed` steps came before.
 
-    A loss or gradient that is not finite in one process is not finite in any after the reductions, so all of them
+    After the all-reduce, a loss or gradient that was not finite in one process is not finite in any, so all of them
     skip the update. A gradient that only overflowed fp16 at this loss scale does not skip: the same batch is computed
     again at half the scale, so samples, learning rate and step numbers do not depend on the compute type.
     """
@@ -80,7 +80,7 @@ def optimizer_step(training: Training, completed: int) -> StepResult:
     first_scale = gradient.scale
     while gradient.is_overflow and gradient.scale < last_scale:
         last_scale, num_overflows = gradient.scale, num_overflows + 1
-        training.scaler.update()  # halves the scale; not where only the norm of finite elements overflowed
+        training.scaler.update()  # halves the scale if an element is not finite, else (only the norm is) the loop ends
         gradient = step_gradient(training, batch, completed)
     rate = learning_rate(completed, training.total_steps, config.optim)
     set_learning_rate(training.optimizer, rate)
@@ -103,7 +103,7 @@ def optimizer_step(training: Training, completed: int) -> StepResult:
     )
 
 
-def step_gradient(training: Training, batch: StepBatch, completed: int) -> Gradient:
+def step_gradient(training: Training, batch: StepBatch, completed: int) -> GradientStats:
     """Runs forward and backward over the batch; leaves the clipped gradient in the flat parameters.
 
     The loss of every token is divided by the number of supervised tokens in the whole step, over all micro-batches
@@ -127,4 +127,4 @@ def step_gradient(training: Training, batch: StepBatch, completed: int) -> Gradi
     scaler.unscale_(training.optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(training.flat.leaves, config.optim.max_grad_norm)
     total = accelerator.reduce(loss_sum, reduction="sum")
-    return Gradient(*to_host(total, grad_norm, scale))
+    return GradientStats(*to_host(total, grad_norm, scale))

@@ -67,7 +67,8 @@ def check_same_run(checkpoint: Checkpoint, same_run: dict[str, object], accelera
         f"{name} {old} -> {now.get(name)}" for name, old in checkpoint.state.versions.items() if now.get(name) != old
     ]
     if other:
-        say(accelerator, f"other versions than at the checkpoint, so no longer to the bit: {', '.join(other)}")
+        changes = ", ".join(other)
+        say(accelerator, f"versions have changed since the checkpoint, so the last bits may differ: {changes}")
 
 
 def choose(store: CheckpointStore, config: Config, accelerator: Accelerator) -> Checkpoint | None:
@@ -111,7 +112,8 @@ def restore(training: Training, checkpoint: Checkpoint) -> None:
         raise ExitWith(ExitCode.FINGERPRINT_MISMATCH, f"{checkpoint.path}: {error}") from None
     now, before = checkpoint_layout(training), _saved_layout(checkpoint)
     if before != now:
-        say(training.accelerator, f"another layout than before: {before} -> {now}, same samples a step")
+        changes = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+        say(training.accelerator, f"the layout has changed ({', '.join(changes)}); each step has the same samples")
 
 
 def save_state(

@@ -74,7 +74,7 @@ class Saver:
             count = f"{self.failures} of at most {MAX_FAILED_SAVES} failures in a row"
             goes_on = "training goes on"
             if step == self.training.total_steps:
-                goes_on = "training is over, final/ is written; repeating the command would train the last steps again"
+                goes_on = "training is over, final/ follows; repeating the command would train the last steps again"
             say(self.training.accelerator, f"\n{redact(end.reason)}\n{goes_on}, {stands}; {count}")
             return
         self.saved, self.failures = step, 0

@@ -82,7 +82,7 @@ class CheckpointStore:
         reason = self.defect(target)
         if reason:
             raise ExitWith(ExitCode.SAVE_FAILED, f"{target} does not read back: {reason}; older checkpoints stand")
-        self._retain()
+        self._prune()
         return target
 
     def latest(self) -> Checkpoint | None:
@@ -95,7 +95,7 @@ class CheckpointStore:
         for folder in candidates:
             reason = self.defect(folder)
             if not reason:
-                self._retain()  # a kill may have come between save and retention
+                self._prune()  # a kill may have come between save and retention
                 return contents.read(folder)
             if reason != OTHER_RUN:
                 reason += f"; kept as {_set_aside(folder, 'quarantine').name}"
@@ -157,7 +157,7 @@ class CheckpointStore:
                     measured.append((loss, folder))
         return min(measured)[::-1] if measured else None
 
-    def _retain(self) -> None:
+    def _prune(self) -> None:
         """Removes all but the newest `keep` checkpoints and the best one, provided that the newest ones verify."""
         folders, best = self._folders(), self.best()
         if len(folders) <= self.keep:

@@ -55,7 +55,7 @@ class Plan:
         text += f"; {self.num_cached} keep dequantised weights" if self.num_cached else ""
         if self.streamed:
             text += f"; {len(self.streamed)} blocks' weights are streamed from host memory"
-            text += "" if self.needs_host else ", which is faster (it would fit without)"
+            text += "" if self.needs_host else ", which is predicted to be faster (it would fit without)"
         elif self.parts:
             text += "; all weights are on the GPU, nothing is streamed"
         text += "; block inputs are offloaded to host memory" if self.offloads_inputs else ""

@@ -1,4 +1,4 @@
-"""The GPUs that we know, and what the plan and MFU need of any: memory, capability and rates. Their only owner."""
+"""The GPUs that we know, the only table of them, and what the plan and MFU need: memory, capability, rates."""
 
 import math
 import os

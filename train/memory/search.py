@@ -19,7 +19,7 @@ from train.memory.time import step_seconds
 # Share of the budget that is planned with. The rest is for the allocator's waste and for the prediction's error, which
 # was -1.4 to +5.8 % in 18 measured cases (docs/LOG.md)
 MARGIN = 0.92
-MIN_GAIN = 0.02  # share of a step's time that must be won by using host memory: the prediction of time is no better
+MIN_GAIN = 0.02  # share of a step's time by which using host memory must be faster: predictions are no more exact
 MLP_TILE = 1024  # tokens of a tile, where the MLP's activations of all tokens do not fit at once
 MAX_MERGED_TOKENS = 16384  # matrix products are not faster beyond
 MAX_GRAPH_TOKENS = 4096  # longer micro-batches run eagerly: the GPU computes longer than the host launches
@@ -34,8 +34,9 @@ class Planner:
     memory: MemoryConfig
 
     def best(self, budget: int | None, saved: MicroBatchShape | None = None, min_streamed: int = 0) -> Plan:
-        """The fastest plan whose peak fits in `budget` bytes; None is no limit, and nothing is streamed then.
+        """The fastest plan whose peak fits in `budget` bytes; None is no limit.
 
+        Without a limit blocks are streamed only with memory.offload stream.
         Where nothing fits, MLPs run in tiles; where nothing fits even so, the smallest plan: its peak tells what is
         missing. A resumed run gives the shape that it was `saved` with, which is kept. `min_streamed` blocks are in
         host memory already and stay there.

@@ -21,11 +21,13 @@ STREAMING_SLOWDOWN, OFFLOADING_SLOWDOWN = 0.02, 0.01
 
 def step_seconds(job: Job, c: Candidate) -> float:
     """All micro-batches of a step: every block forward and backward, and the head."""
-    one_way = max(forward(job, c), forward_launches(c), weights_bus(job, c), inputs_bus(job, c))
+    forward_seconds = max(forward(job, c), forward_launches(c), weights_bus(job, c), inputs_bus(job, c))
     recomputing = recomputed_share(job, c) * recomputation(job, c)
     # to the host and from it the bus moves at full rate each; weights and inputs that come back share one direction
-    other_way = max(backward(job, c) + recomputing, backward_launches(job, c), weights_bus(job, c) + inputs_bus(job, c))
-    blocks = job.sizes.num_blocks * (one_way + other_way) * slowdown(job, c)
+    backward_seconds = max(
+        backward(job, c) + recomputing, backward_launches(job, c), weights_bus(job, c) + inputs_bus(job, c)
+    )
+    blocks = job.sizes.num_blocks * (forward_seconds + backward_seconds) * slowdown(job, c)
     return c.num_micro_batches * (blocks + head(job, c))
 
 

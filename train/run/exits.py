@@ -4,7 +4,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Process exit codes; 75 to 78 keep their sysexits.h meaning (temporary failure, ..., bad configuration)."""
+    """Process exit codes; 75 and 78 are those of sysexits.h (temporary failure, bad configuration), the others ours."""
 
     FINISHED = 0
     INTERRUPTED = 75  # a checkpoint is durable: run the same command again

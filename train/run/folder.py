@@ -103,8 +103,9 @@ class RunFolder:
     def archive(self) -> None:
         """Moves the earlier run to the next previous-N and says so; nothing is deleted. Raises OSError.
 
-        What moves is every name above but the lock, and what a run writes beside them. A tracker writes only where
-        this class tells it, so its folder cannot be missing here. What a user has put into the folder stays.
+        What moves is every name above but the lock, and what a run writes beside them; exit.json is gone since this
+        job took the lock, and attempts.jsonl says the same. A tracker writes only where this class tells it, so its
+        folder cannot be missing here. What a user has put into the folder stays.
         Where there is no run, nothing moves.
         """
         entries = sorted(self.path.iterdir())

@@ -32,7 +32,7 @@ class Listener(Protocol):
         ...
 
     def log(self, row: Row) -> None:
-        """Takes one step's row of metrics: numbers and text, with the step as `step`."""
+        """Takes one step's row of metrics, numbers alone, with the step as `step`."""
         ...
 
     def finish(self) -> str:
@@ -49,15 +49,15 @@ class Listener(Protocol):
         return
 
     def abandon(self) -> None:
-        """Ends, from the main thread, what would keep this process alive after a failure; usually there is nothing."""
+        """Ends, from the main thread, helper processes that would block the interpreter's exit after a failure."""
         return
 
 
 class Isolated:
     """A listener in a thread of its own behind a bounded queue.
 
-    What a killed attempt did not deliver is sent out of metrics.jsonl, each step once. A listener that fails is heard
-    of once, and told nothing more.
+    What a killed attempt did not deliver is sent out of metrics.jsonl, each step once. A listener that fails is
+    reported once and told nothing more.
     """
 
     def __init__(self, listener: Listener, run_uid: str, metrics: Path) -> None:
@@ -133,8 +133,8 @@ class Isolated:
 
 
 def _told(row: Row) -> Row:
-    """The row without lists, which metrics.jsonl alone keeps."""
-    return {name: value for name, value in row.items() if not isinstance(value, list)}
+    """The numbers of a row; text, such as a warning that names files, and lists stay in metrics.jsonl."""
+    return {name: value for name, value in row.items() if isinstance(value, int | float)}
 
 
 def _say(text: str) -> None:

@@ -46,4 +46,6 @@ class LossWatch:
         self.recent.clear()  # the next comparison is of other steps
         if before - after >= MIN_FALL * before:
             return ""
-        return f"the loss has not fallen for {SPAN} steps: {before:.4f} before them, {after:.4f} over them"
+        return (
+            f"the loss has not fallen: mean {after:.4f} over the last {SPAN} steps, {before:.4f} over those before them"
+        )

@@ -156,5 +156,5 @@ def test_an_old_checkpoint_names_its_layout_otherwise(
     for saved in (layout, old, older, older | {"processes": 2}):
         state = TrainerState(1, 0, {}, saved, {})
         restore(training, Checkpoint(tmp_path, adapters, optimizer, state))
-        said = "another layout than before" in capsys.readouterr().out
+        said = "the layout has changed" in capsys.readouterr().out
         assert said == (saved.get("processes") == 2)

@@ -4,7 +4,7 @@
 #   --quick        style, types, and the unit and parity tests (under 2 minutes)
 #   --faults full  the faults alone, as often as docs/RELIABILITY.md says, and then its table (half an hour)
 . "$(dirname "$0")/_common.sh"
-quick=(tests/test_project.py tests/unit tests/parity)
+quick=(tests/project tests/unit tests/parity)
 tests=()
 case "${1:-}" in
     --quick)

@@ -1,0 +1,69 @@
+"""README, CHANGELOG and the pages in docs/ say what is there."""
+
+import json
+import re
+import tomllib
+
+from benchmarks.faults import FAULTS
+from tests.conftest import ROOT
+from tests.project.sources import SOURCES
+
+
+def test_readme_shows_the_tree() -> None:
+    """README's *Read the code* names every package and module, and nothing that is not there."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = readme.partition("## Read the code")[2].partition("```\n")[2].partition("```")[0]
+    sections = dict(re.findall(r"^(\S+/) (.*(?:\n +.*)*)", tree, re.MULTILINE))
+    packages = {f"train/{path.name}/" for path in (ROOT / "train").iterdir() if (path / "__init__.py").exists()}
+    assert packages | {"data_tools/"} <= set(sections)
+    for path in SOURCES:
+        name = path.relative_to(ROOT).as_posix()
+        if path.name == "__init__.py":
+            continue
+        if path.parent == ROOT / "train":
+            assert name in tree, name
+        else:
+            words = re.findall(r"\w+", sections[f"{path.parent.relative_to(ROOT).as_posix()}/"])
+            assert path.stem in words, name
+    named = re.findall(r"(?<!\S)(?:train|data_tools)/\S+", tree)
+    assert all((ROOT / name).exists() for name in named), named
+
+
+def test_the_changelog_knows_the_version() -> None:
+    """CHANGELOG has a section for the package's version, below the one for what is not released."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    sections = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sections[:2] == ["Unreleased", version]
+
+
+def test_the_log_can_be_used() -> None:
+    """Newest first, a verdict an idea; each constant's entry exists, and so does each file of standing results."""
+    log = (ROOT / "docs" / "LOG.md").read_text(encoding="utf-8")
+    dates = re.findall(r"^## (\d{4}-\d\d-\d\d)$", log, re.MULTILINE)
+    assert len(dates) >= 4
+    assert dates == sorted(dates, reverse=True)
+    known = {"kept", "deleted", "failed", "not built", "mended", "measured", "superseded"}
+    assert known <= set(re.findall(r"\*\*([a-z ]+)\*\* \(", log.partition("## Standing results")[0].replace("\n", " ")))
+    headings = re.findall(r"^### (.+)$", log, re.MULTILINE)
+    assert len(headings) > 50
+    for heading in headings:
+        assert heading.rpartition(": ")[2].partition(",")[0] in known, heading
+    constants = log.partition("## Where the constants come from")[2].partition("\n## ")[0]
+    entries = re.findall(r"\| \*(.+)\* \|$", constants, re.MULTILINE)
+    assert len(entries) > 15
+    for entry in entries:
+        assert any(heading.startswith(entry) for heading in headings), entry
+    standing = log.partition("## Standing results")[2].partition("\n## ")[0]
+    files = set(re.findall(r"\w+\.json", standing))
+    assert files == {path.name for path in (ROOT / "benchmarks" / "results").glob("*.json")}
+
+
+def test_every_fault_has_a_test_and_a_row() -> None:
+    """The faults that tests are marked with are those of the table in docs/RELIABILITY.md, T1 to T25."""
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "faults").glob("test_*.py")]
+    marked = {number for source in sources for number in re.findall(r'pytest\.mark\.fault\("(T\d+)"\)', source)}
+    assert marked == set(FAULTS) == {f"T{number}" for number in range(1, 26)}
+    results = json.loads((ROOT / "benchmarks" / "results" / "faults.json").read_text(encoding="utf-8"))
+    table = (ROOT / "docs" / "RELIABILITY.md").read_text(encoding="utf-8")
+    for row in results["rows"]:
+        assert f"| {row['test']} | {FAULTS[row['test']]} | {row['count']:,} | {row['failures']} |" in table

@@ -1,4 +1,4 @@
-"""The fixture that counts every try of a fault."""
+"""Fixtures of the fault tests: what counts every try, and checkpoints to damage."""
 
 import json
 import os
@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.saves import KEEP, identity, save
+from tests.power_cut import Tree, tree_of
 from tests.tally import Tally
+from train.checkpoints.store import CheckpointStore
+from train.run.folder import RunFolder
 
 
 @pytest.fixture
@@ -32,3 +36,20 @@ def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
             file.write(json.dumps(record) + "\n")
     assert counted.count, "the test has checked nothing"
     assert not counted.failures, f"{len(counted.failures)} of {counted.count}: " + "; ".join(counted.failures[:10])
+
+
+@pytest.fixture
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes fsync do nothing: the replay needs no durable disk."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    """A run folder with the checkpoints of steps 1 and 2."""
+    root = tmp_path_factory.mktemp("two") / "run"
+    store = CheckpointStore(RunFolder(root), KEEP)
+    identity(store)
+    for step in (1, 2):
+        save(store, step)
+    return tree_of(root)

@@ -1,13 +1,15 @@
-"""Fixtures of the fault tests: what counts every try, and checkpoints to damage."""
+"""Fixtures of the fault tests: what counts every try, checkpoints to damage, an empty cache, a tokenizer."""
 
 import json
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.conftest import tokenizer_at
 from tests.faults.saves import KEEP, identity, save
 from tests.power_cut import Tree, tree_of
 from tests.tally import Tally
@@ -53,3 +55,16 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Tree:
     for step in (1, 2):
         save(store, step)
     return tree_of(root)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """The bundled tokenizer."""
+    return tokenizer_at()
+
+
+@pytest.fixture
+def caught(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A test folder with an empty cache of prepared data in it."""
+    monkeypatch.setenv("HANDLOOP_CACHE", str(tmp_path / "cache"))
+    return tmp_path

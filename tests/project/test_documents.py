@@ -67,3 +67,12 @@ def test_every_fault_has_a_test_and_a_row() -> None:
     table = (ROOT / "docs" / "RELIABILITY.md").read_text(encoding="utf-8")
     for row in results["rows"]:
         assert f"| {row['test']} | {FAULTS[row['test']]} | {row['count']:,} | {row['failures']} |" in table
+
+
+def test_every_claim_names_a_test_that_exists() -> None:
+    """Every test that docs/SECURITY.md names exists."""
+    text = (ROOT / "docs" / "SECURITY.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+)`", text)
+    assert len(named) > 20
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name in named if f"def {name}(" not in sources] == []

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 from tests.conftest import BUNDLED_BASE, training_of
-from tests.parity.test_engine import FAMILIES, NOTHING, adapted_model, gradients_of, packed, plan
+from tests.parity.models import FAMILIES, NOTHING, adapted_model, gradients_of, packed, plan
 from train.config import Config, EngineConfig
 from train.engine import lora_linear
 from train.engine.decoder import FusedDecoder
@@ -21,11 +21,6 @@ from train.loss import summed_cross_entropy
 from train.step import optimizer_step
 
 SCALE = 2.0**12
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
 
 
 def halved(adapted: Any) -> Any:

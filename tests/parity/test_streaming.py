@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from data_tools.prepare import first_conversations
 from tests.conftest import training_of
-from tests.parity.test_engine import ALL, SIZES, adapted_model, gradients_of, packed
+from tests.parity.models import ALL, SIZES, adapted_model, gradients_of, packed
 from train.collate import MicroBatch
 from train.config import Config, EngineConfig, LoraConfig, MemoryConfig, ModelConfig
 from train.data import prepare_settings
@@ -35,11 +35,6 @@ from train.models.tokenizer import load_tokenizer
 from train.step import optimizer_step
 
 NUM_BLOCKS = 5
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
 
 
 Clock = dict[str, int]  # of each queue, how much of its work is known to be done

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.parity.test_engine import ALL, FAMILIES, adapted_model
+from tests.parity.models import ALL, FAMILIES, adapted_model
 from tests.unit.memory.examples import GIB, H200, LLAMA_8B, LONG, PACKED, SHORT, first_candidate, planned, planner_for
 from train import loss
 from train.batching import LengthStatistics, MicroBatchShape

@@ -1,93 +1,17 @@
 """Listeners that hang, raise or fall behind, and what the run is told of them."""
 
 import json
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.unit.track.listeners import Fake, Minimal
 from train.track import isolated
 from train.track.isolated import Isolated, Listener
-from train.track.metrics_file import MetricsFile, last_step, read_metrics
-from train.track.trackers import Trackers
 
 METHODS = ("start", "catch_up", "log", "table", "finish")
-
-
-class Minimal(Listener):
-    """No more than a listener must have."""
-
-    name = "Minimal"
-
-    def __init__(self, has: int = 0) -> None:
-        self.has = has
-        self.rows: list[Any] = []
-
-    def start(self, run_uid: str) -> int:
-        return self.has
-
-    def log(self, row: Any) -> None:
-        self.rows.append(dict(row))
-
-    def finish(self) -> str:
-        return ""
-
-
-class Fake(Minimal):
-    """Notes every call, and calls `acts[method]` in it."""
-
-    name = "Fake"
-
-    def __init__(self, has: int = 0, acts: dict[str, Callable[[], object]] | None = None) -> None:
-        super().__init__(has)
-        self.acts = acts or {}
-        self.calls: list[str] = []
-
-    def _act(self, method: str) -> None:
-        self.calls.append(method)
-        self.acts.get(method, lambda: None)()
-
-    def start(self, run_uid: str) -> int:
-        assert run_uid == "uid"
-        self._act("start")
-        return super().start(run_uid)
-
-    def catch_up(self, rows: Sequence[Any]) -> None:
-        self._act("catch_up")
-        super().catch_up(rows)
-
-    def log(self, row: Any) -> None:
-        self._act("log")
-        super().log(row)
-
-    def table(self, name: str, rows: Sequence[Any]) -> None:
-        self._act("table")
-        self.rows.append((name, rows))
-
-    def finish(self) -> str:
-        self._act("finish")
-        return "Fake is at rest"
-
-    def abandon(self) -> None:
-        self._act("abandon")
-
-
-@pytest.fixture
-def metrics(tmp_path: Path) -> Path:
-    path = tmp_path / "metrics.jsonl"
-    path.touch()
-    return path
-
-
-@pytest.fixture
-def hang() -> Iterator[Callable[[], object]]:
-    """Waits until the test is over."""
-    over = threading.Event()
-    yield lambda: over.wait(30)
-    over.set()
 
 
 @pytest.fixture
@@ -232,70 +156,3 @@ def test_a_terminal_that_is_gone_does_not_keep_the_service_alive(
     fake = Fake(acts={"log": fail})
     a_whole_run(fake, metrics)
     assert fake.calls[-1] == "abandon"
-
-
-def test_listeners_share_one_patience(
-    metrics: Path, hang: Callable[[], object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Three that hang cost as much as one."""
-    monkeypatch.setattr(isolated, "PATIENCE_SECONDS", 1.0)
-    fakes = [Fake(acts={"start": hang}) for _ in range(3)]
-    trackers = Trackers(listeners=[Isolated(fake, "uid", metrics) for fake in fakes])
-    began = time.monotonic()
-    trackers.finish()
-    assert 1.0 <= time.monotonic() - began < 2.5
-    assert all(fake.calls == ["start", "abandon"] for fake in fakes)
-
-
-class Screen:
-    """A display that fails at the second row, or at its end."""
-
-    def __init__(self, failing: str) -> None:
-        self.failing = failing
-        self.rows: list[Any] = []
-
-    def log(self, row: Any) -> None:
-        if self.failing == "log" and self.rows:
-            raise ValueError("no such colour")
-        self.rows.append(row)
-
-    def finish(self) -> None:
-        if self.failing == "finish":
-            raise ValueError("no such colour")
-
-
-@pytest.mark.parametrize("failing", ["log", "finish"])
-def test_what_fails_is_left_out_and_the_others_go_on(
-    failing: str, metrics: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A display that raises is told nothing more; the metrics file and the listener get every row."""
-    screen, fake = Screen(failing), Fake()
-    trackers = Trackers(MetricsFile(metrics, 0), screen, [Isolated(fake, "uid", metrics)])
-    for step in (1, 2, 3):
-        trackers.log({"step": step})
-    trackers.table("answers", [{"question": "q"}])
-    assert trackers.metrics_bytes() == metrics.stat().st_size > 0
-    trackers.finish()
-    assert [row["step"] for row in read_metrics(metrics)] == [1, 2, 3]
-    assert [row["step"] for row in fake.rows[:3]] == [1, 2, 3]
-    assert len(screen.rows) == (1 if failing == "log" else 3)
-    assert capsys.readouterr().err == "Screen is left out from now on: no such colour\n"
-
-
-def test_a_process_that_tells_nobody() -> None:
-    """All but the first process of a run: nothing is written, nothing fails."""
-    trackers = Trackers()
-    trackers.log({"step": 1})
-    trackers.table("answers", [])
-    trackers.finish()
-    assert trackers.metrics_bytes() == 0
-
-
-@pytest.mark.parametrize(
-    ("content", "step"), [("", 0), ('{"step": 7}\n', 7), ('{"step": 7}\n{"step": 8, "tr', 7), ('{"st', 0), ("[1]\n", 0)]
-)
-def test_the_last_step_is_read_from_the_end(content: str, step: int, metrics: Path) -> None:
-    """Of whole rows; a torn last line, or a file that is not there, is no error."""
-    metrics.write_text(content)
-    assert last_step(metrics) == step
-    assert last_step(metrics.with_name("none")) == 0

@@ -1,24 +1,19 @@
-"""What only a GPU can show of the engine: Triton kernels, bf16, CUDA graphs, cuDNN, the host's embedding."""
+"""What only a GPU can show of the engine: bf16 steps, CUDA graphs, tiles."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
 
 from tests.conftest import training_of, with_batch
+from tests.gpu.kernel_calls import GPU
 from train.assemble import assemble
 from train.collate import collate_packed
 from train.config import Config, EngineConfig, LoraConfig
-from train.engine import attention, graphs, lora_linear, operations, plan
-from train.engine.attention import PackedAttention
-from train.engine.embedding import HostEmbedding
-from train.engine.lora_linear import dequantize
-from train.engine.operations import Dropout
+from train.engine import graphs, plan
 from train.memory import search as planning
 from train.seeds import seed_forward
 from train.step import Training, optimizer_step
@@ -28,88 +23,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; the CPU suite covers the same code"),
 ]
-
-GPU = torch.device("cuda", 0)
-
-
-def rms_norm() -> list[torch.Tensor]:
-    x, weight, wide = random(77, 4096), random(4096), random(77, 4160)
-    rstd = operations.rms_norm(x, weight, 1e-5, wide[:, :4096])
-    grad = random(77, 4200)
-    operations.rms_norm_backward(random(77, 4096), x, weight, rstd, grad[:, :4096], add=True)
-    fresh = torch.full_like(x, torch.nan)
-    operations.rms_norm_backward(random(77, 4096), x, weight, rstd, fresh, add=False)
-    return [wide, rstd, grad, fresh]
-
-
-def rotate() -> list[torch.Tensor]:
-    heads, angle = random(77, 6192), random(77, 64).repeat(1, 2)
-    operations.rotate(heads[:, :5120], heads[:, :5120], angle.cos(), angle.sin())
-    out = random(77, 4160)
-    operations.rotate(random(77, 4096), out[:, :4096], angle.cos(), angle.sin(), sign=-1)
-    return [heads, out]
-
-
-def swiglu() -> list[torch.Tensor]:
-    gate_up, out, grad = random(77, 11300), random(77, 5696), random(77, 5632)
-    operations.swiglu(gate_up, out[:, :5632])
-    operations.swiglu_backward(gate_up, grad)
-    return [gate_up, out, grad]
-
-
-def dropout() -> list[torch.Tensor]:
-    out, seed = random(77, 4160), torch.tensor(12345, device=GPU)
-    operations.dropout(random(77, 4096), out[:, :4096], Dropout(0.05, seed, 3))
-    first = out.clone()
-    operations.dropout(random(77, 4096), out[:, :4096], Dropout(0.3, seed, 4, first=50), add=True)
-    return [first, out]
-
-
-def cross_entropy() -> list[torch.Tensor]:
-    logits = 5 * random(33, 10007)
-    losses = operations.cross_entropy(logits, torch.randint(10007, (33,), device=GPU))
-    return [losses, logits]
-
-
-def random(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, device=GPU, dtype=torch.bfloat16)
-
-
-@pytest.mark.parametrize("operation", [rms_norm, rotate, swiglu, dropout, cross_entropy])
-def test_kernels_are_their_torch_lines(
-    operation: Callable[[], list[torch.Tensor]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same inputs through Triton and through torch: equal up to bf16's last bit, also beside the written range."""
-    assert operations.kernels_for(GPU) is not None
-    torch.manual_seed(0)
-    ours = operation()
-    monkeypatch.setattr(operations, "kernels_for", lambda _: None)
-    torch.manual_seed(0)
-    for found, wanted in zip(ours, operation(), strict=True):
-        assert (found.float() - wanted.float()).norm() <= 4e-3 * wanted.float().norm()
-
-
-@pytest.mark.parametrize("compress", [False, True])
-@pytest.mark.parametrize("shape", [(1024, 4096), (256, 2048), (2048, 5632)])
-def test_one_launch_dequantises_as_bitsandbytes(compress: bool, shape: tuple[int, int]) -> None:
-    """To the bit, with nested scales and without."""
-    assert lora_linear.kernels_for(GPU) is not None
-    kind: Any = bnb.nn.Params4bit
-    weight = kind(torch.randn(shape), requires_grad=False, compress_statistics=compress, quant_type="nf4").to(GPU)
-    out = torch.zeros(shape[0], shape[1] + 64, device=GPU, dtype=torch.bfloat16)
-    dequantize(weight, out[:, : shape[1]])
-    wanted = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(torch.bfloat16)
-    assert torch.equal(out[:, : shape[1]], wanted)
-    assert not out[:, shape[1] :].any()
-
-
-def test_the_embedding_in_host_memory() -> None:
-    """The GPU reads the rows that it is asked for, and the weights take no GPU memory."""
-    table = torch.randn(1000, 100, device=GPU, dtype=torch.bfloat16)
-    embedding = HostEmbedding(table)
-    assert not embedding.weight.is_cuda
-    ids = torch.randint(1000, (3, 57), device=GPU)
-    assert torch.equal(embedding(ids), table[ids])
 
 
 def build(config: Config, **changes: Any) -> Training:
@@ -287,23 +200,3 @@ def test_a_capture_that_took_too_much_is_given_back(
         else:
             assert len(own.graphs) > 1
     assert torch.cosine_similarity(found[0], found[1], dim=0) > 0.99
-
-
-def test_samples_of_one_length_go_to_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuDNN's attention and its gradients are varlen_attn's within bf16's noise."""
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("cuDNN is used on Hopper only")
-    rows = [{"input_ids": [1] * 1024, "trained": [True] * 1024}] * 3
-    batch: Any = collate_packed(rows).to(GPU)
-    inputs = [random(3072, heads, 128).requires_grad_() for heads in (8, 2, 2)]
-    upstream = random(3072, 8, 128)
-    called: list[int] = []
-    real: Any = attention.varlen_attn
-    monkeypatch.setattr(attention, "varlen_attn", lambda *a, **k: called.append(1) or real(*a, **k))
-    results = []
-    for each in (batch, replace(batch, uniform_length=0)):
-        out = PackedAttention(each, None, 128**-0.5)(inputs[0], inputs[1], inputs[2])
-        results.append([out, *torch.autograd.grad(out, inputs, upstream)])
-        assert len(called) == len(results) - 1
-    for found, wanted in zip(*results, strict=True):
-        assert (found.float() - wanted.float()).norm() < 1e-2 * wanted.float().norm()

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from tests.conftest import BUNDLED_BASE, training_of
-from tests.gpu import test_engine_cuda
+from tests.gpu import kernel_calls
 from train.config import Config
 from train.engine import attention, operations
 from train.engine.embedding import HostEmbedding
@@ -127,11 +127,11 @@ def test_an_overflow_is_computed_again(
 @pytest.mark.parametrize(
     "operation",
     [
-        test_engine_cuda.rms_norm,
-        test_engine_cuda.rotate,
-        test_engine_cuda.swiglu,
-        test_engine_cuda.dropout,
-        test_engine_cuda.cross_entropy,
+        kernel_calls.rms_norm,
+        kernel_calls.rotate,
+        kernel_calls.swiglu,
+        kernel_calls.dropout,
+        kernel_calls.cross_entropy,
     ],
 )
 def test_kernels_in_fp16_are_their_torch_lines(
@@ -142,7 +142,7 @@ def test_kernels_in_fp16_are_their_torch_lines(
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=GPU, dtype=torch.float16)
 
-    monkeypatch.setattr(test_engine_cuda, "random", random)
+    monkeypatch.setattr(kernel_calls, "random", random)
     assert operations.kernels_for(GPU) is not None
     results = []
     for _ in range(2):

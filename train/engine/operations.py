@@ -1,7 +1,7 @@
 """What lies between a block's matrix products, forward and backward, written into tensors that the caller gives.
 
 On a GPU with Triton each function is one kernel; elsewhere the torch lines compute the same (compared in
-tests/gpu/test_engine_cuda.py).
+tests/gpu/test_kernels_cuda.py).
 """
 
 import importlib.util

@@ -1,0 +1,78 @@
+"""What only a GPU can show of single functions: Triton kernels, cuDNN, the host's embedding."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+
+from tests.gpu.kernel_calls import GPU, cross_entropy, dropout, random, rms_norm, rotate, swiglu
+from train.collate import collate_packed
+from train.engine import attention, lora_linear, operations
+from train.engine.attention import PackedAttention
+from train.engine.embedding import HostEmbedding
+from train.engine.lora_linear import dequantize
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; the CPU suite covers the same code"),
+]
+
+
+@pytest.mark.parametrize("operation", [rms_norm, rotate, swiglu, dropout, cross_entropy])
+def test_kernels_are_their_torch_lines(
+    operation: Callable[[], list[torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same inputs through Triton and through torch: equal up to bf16's last bit, also beside the written range."""
+    assert operations.kernels_for(GPU) is not None
+    torch.manual_seed(0)
+    ours = operation()
+    monkeypatch.setattr(operations, "kernels_for", lambda _: None)
+    torch.manual_seed(0)
+    for found, wanted in zip(ours, operation(), strict=True):
+        assert (found.float() - wanted.float()).norm() <= 4e-3 * wanted.float().norm()
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("shape", [(1024, 4096), (256, 2048), (2048, 5632)])
+def test_one_launch_dequantises_as_bitsandbytes(compress: bool, shape: tuple[int, int]) -> None:
+    """To the bit, with nested scales and without."""
+    assert lora_linear.kernels_for(GPU) is not None
+    kind: Any = bnb.nn.Params4bit
+    weight = kind(torch.randn(shape), requires_grad=False, compress_statistics=compress, quant_type="nf4").to(GPU)
+    out = torch.zeros(shape[0], shape[1] + 64, device=GPU, dtype=torch.bfloat16)
+    dequantize(weight, out[:, : shape[1]])
+    wanted = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(torch.bfloat16)
+    assert torch.equal(out[:, : shape[1]], wanted)
+    assert not out[:, shape[1] :].any()
+
+
+def test_the_embedding_in_host_memory() -> None:
+    """The GPU reads the rows that it is asked for, and the weights take no GPU memory."""
+    table = torch.randn(1000, 100, device=GPU, dtype=torch.bfloat16)
+    embedding = HostEmbedding(table)
+    assert not embedding.weight.is_cuda
+    ids = torch.randint(1000, (3, 57), device=GPU)
+    assert torch.equal(embedding(ids), table[ids])
+
+
+def test_samples_of_one_length_go_to_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's attention and its gradients are varlen_attn's within bf16's noise."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("cuDNN is used on Hopper only")
+    rows = [{"input_ids": [1] * 1024, "trained": [True] * 1024}] * 3
+    batch: Any = collate_packed(rows).to(GPU)
+    inputs = [random(3072, heads, 128).requires_grad_() for heads in (8, 2, 2)]
+    upstream = random(3072, 8, 128)
+    called: list[int] = []
+    real: Any = attention.varlen_attn
+    monkeypatch.setattr(attention, "varlen_attn", lambda *a, **k: called.append(1) or real(*a, **k))
+    results = []
+    for each in (batch, replace(batch, uniform_length=0)):
+        out = PackedAttention(each, None, 128**-0.5)(inputs[0], inputs[1], inputs[2])
+        results.append([out, *torch.autograd.grad(out, inputs, upstream)])
+        assert len(called) == len(results) - 1
+    for found, wanted in zip(*results, strict=True):
+        assert (found.float() - wanted.float()).norm() < 1e-2 * wanted.float().norm()

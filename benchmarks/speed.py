@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.interrupted_run import commit
+from benchmarks.speed_limits import against_limits, matmul_rate
+from benchmarks.speed_workloads import WORKLOADS, Run, Workload
 from data_tools.prepare import prepare
 from train.cli import parse
 from train.data import BatchLayout, TrainingData, prepare_settings
-from train.memory.gpus import peak_flops
-from train.metrics import flops_per_token
 from train.models.tokenizer import load_tokenizer
 from train.run.folder import RunFolder, read_object
 from train.run.versions import versions
@@ -42,82 +41,6 @@ ROOT = Path(__file__).resolve().parent.parent
 # Peers may want other versions of packages that we use too: a folder with theirs, first on their path and last on ours
 PEERS_PATH = os.environ.get("HANDLOOP_PEERS_PATH", "")
 sys.path += [PEERS_PATH] if PEERS_PATH else []
-FIELDS = ("--data.fields", "prompt=question", "response=answer")
-COMMON = ("--track.wandb", "off", "--compare.num-questions", "0", "--optim.schedule", "constant", "--data.gate", "warn")
-BIG = ("--profile", "a100", "--lora.r", "16", "--lora.alpha", "32", "--lora.dropout", "0", *COMMON)
-SMALL = ("--profile", "4gb", "--lora.r", "16", "--lora.alpha", "32", "--optim.warmup", "0", *COMMON)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One system at one setting."""
-
-    system: str
-    per_device: int
-    accumulation: int
-    checkpointing: bool  # of a peer; of ours it is among the words
-    words: tuple[str, ...] = ()  # for ours
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is trained and by whom; `words` is the part of our command that tells the rows and the recipe."""
-
-    words: tuple[str, ...]
-    runs: tuple[Run, ...]
-    peer_steps: int
-    our_steps: int
-    warmup: int
-    our_warmup: int
-    cap_gib: float = 0.0
-
-
-NO_MERGE = ("--batch.merge", "off")
-WORKLOADS = {
-    "short": Workload(
-        (*BIG, *FIELDS),
-        (
-            Run("handloop", 2, 4, False, note="defaults: one unpadded pass, graphs, bf16 copies of weights"),
-            Run("handloop", 2, 4, False, ("--memory.budget", "16GiB"), note="16 GiB"),
-            Run("handloop", 2, 4, False, ("--memory.budget", "6GiB"), note="6 GiB"),
-            Run("unsloth", 2, 4, True, note="its defaults"),
-            Run("unsloth", 8, 1, False, note="one padded batch, nothing recomputed"),
-            Run("trl+liger", 8, 1, False, note="one padded batch, nothing recomputed"),
-            Run("seed", 2, 4, True, note="the notebook's recipe"),
-        ),
-        peer_steps=8, our_steps=40, warmup=3, our_warmup=20,
-    ),
-    "packed": Workload(
-        (*BIG, "--data.max-length", "2048", "--data.text-overlap", "0"),
-        (
-            Run("handloop", 4, 4, False, ("--memory.budget", "37GiB"), note="37 GiB"),
-            Run("unsloth", 4, 4, False),
-            Run("trl+liger", 4, 4, False),
-            Run("handloop", 4, 4, True, ("--memory.checkpointing", "full", *NO_MERGE)),
-            Run("handloop", 4, 4, True, ("--memory.budget", "7.5GiB"), note="7.5 GiB"),
-            Run("unsloth", 4, 4, True),
-        ),
-        peer_steps=5, our_steps=8, warmup=2, our_warmup=2,
-    ),
-    "lines": Workload(
-        ("--profile", "a100", *COMMON, "--data.format", "text"),
-        (
-            Run("handloop", 2, 4, False, note="defaults, with the recipe's dropout of 0.05"),
-            Run("seed", 2, 4, True, note="the notebook's recipe"),
-        ),
-        peer_steps=8, our_steps=50, warmup=3, our_warmup=25,
-    ),
-    "small": Workload(
-        (*SMALL, *FIELDS),
-        (
-            Run("handloop", 1, 16, True, ("--memory.budget", "2GiB"), note="2 GiB"),
-            Run("handloop", 1, 16, False, note="4 GiB"),
-            Run("unsloth", 1, 16, True),
-        ),
-        peer_steps=8, our_steps=40, warmup=3, our_warmup=20, cap_gib=4.0,
-    ),
-}  # fmt: skip
 
 
 def main() -> None:
@@ -144,15 +67,6 @@ def main() -> None:
             rows.append({"workload": options.workload, **row, **against_limits(row, shape, rate)})
             record(options.out, options.workload, rows, rate)
     table(rows, rate)
-
-
-def against_limits(row: dict[str, Any], shape: Any, rate: float) -> dict[str, Any]:
-    """MFU by datasheet, and the tokens a second of nothing but products at the rate measured here."""
-    flops = flops_per_token(linear_weights(shape), shape, row["mean_length"])
-    peak = peak_flops(torch.device("cuda"))
-    recomputed = 2 * recomputed_weights(shape) * row["recomputed_share"]
-    mfu = round(row["tokens_per_second"] * flops / peak, 4) if peak else None
-    return {"mfu": mfu, "limit": round(rate / (flops + recomputed))}
 
 
 def measure(work: Workload, systems: list[str], words: list[str], folder: Path) -> Iterator[dict[str, Any]]:
@@ -316,31 +230,6 @@ def random_base(shape: Path, target: Path) -> None:
             shutil.copy(file, target / file.name)
     del model
     torch.cuda.empty_cache()
-
-
-def linear_weights(shape: Any) -> int:
-    """Weights of all linear layers, the head among them."""
-    width, inner = shape.hidden_size, shape.intermediate_size
-    key = width // shape.num_attention_heads * shape.num_key_value_heads
-    return shape.num_hidden_layers * (2 * width * (width + key) + 3 * width * inner) + width * shape.vocab_size
-
-
-def recomputed_weights(shape: Any) -> int:
-    """Weights that a backward pass must read again where no activations are kept: all but down_proj and the head."""
-    kept = shape.num_hidden_layers * shape.hidden_size * shape.intermediate_size + shape.hidden_size * shape.vocab_size
-    return linear_weights(shape) - kept
-
-
-def matmul_rate(seconds: float = 2.0) -> float:
-    """FLOP/s that bf16 products of random numbers reach when they follow one another, hot and at the power limit."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in "ab")
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        for _ in range(20):
-            torch.mm(a, b)
-        torch.cuda.synchronize()
-        count += 20
-    return 2 * 8192**3 * count / (time.perf_counter() - start)
 
 
 def record(out: Path, workload: str, rows: list[dict[str, Any]], rate: float) -> None:

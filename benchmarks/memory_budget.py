@@ -170,7 +170,7 @@ def table(found: dict[str, Any]) -> None:
 
 
 def bus_rate() -> float:
-    """Bytes a second from page-locked host memory to the GPU."""
+    """Bytes a second from pinned host memory to the GPU."""
     host = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
     device = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     for _ in range(3):

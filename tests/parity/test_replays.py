@@ -11,6 +11,7 @@ from tests.parity.streamed import NUM_BLOCKS, streaming
 from train.engine.decoder import FusedDecoder
 from train.engine.families import decoder_layers
 from train.engine.packed_source import packed_source
+from train.engine.plan import NUM_SLOTS
 from train.engine.weight_store import WeightStore
 
 
@@ -111,9 +112,11 @@ class Captured:
         self.replay(1)
 
     def answer(self) -> None:
-        decoder, batch = self.causal_lm.base_model, packed()
+        decoder, batch, before = self.causal_lm.base_model, packed(), self.tape.num_copies
         with self.source.lent(), torch.no_grad():
             decoder(batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+        # all streamed blocks came, but for those that may have been in the slots already
+        assert self.tape.num_copies - before >= len(self.host.numbers) - NUM_SLOTS
 
 
 @pytest.mark.parametrize("numbers", [[0, 1, 2, 3, 4], [1, 3, 4], [0, 2], [4]])

@@ -26,7 +26,7 @@ class FusedDecoder:
     """The decoder of `causal_lm` (with PEFT's adapters in it), run block by block by our own code."""
 
     def __init__(self, causal_lm: CausalLM, plan: Plan, host: HostBlocks) -> None:
-        """Allocates what the plan needs; weights of blocks in `host` are streamed from there."""
+        """Allocates slots and host buffers; matrices and graphs follow on demand. Blocks in `host` are streamed."""
         family = family_of(causal_lm)
         self.decoder = causal_lm.base_model
         layers, norm = family.decoder_layers(causal_lm), self.decoder.norm

@@ -240,17 +240,18 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, graph: CapturedGraph, stack: Stack, num_tokens: int, _: torch.nn.Parameter) -> torch.Tensor:
-        ctx.graph, ctx.stack, ctx.num_tokens = graph, stack, num_tokens
+        ctx.graph, ctx.store, ctx.order, ctx.num_tokens = graph, stack.store, stack.backward_order, num_tokens
         _replay(graph.forward, stack.store, stack.forward_order)
         return graph.static.out[:num_tokens].detach()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[None, None, None, None]:
-        graph, ctx.graph = ctx.graph, None  # the loss may outlive it: its memory would not be free
+        graph, store = ctx.graph, ctx.store
+        ctx.graph = ctx.store = None  # the loss may outlive the engine, whose memory would not be free
         grad_out = graph.static.grad_out
         grad_out[: ctx.num_tokens].copy_(grad_outputs[0])
         grad_out[ctx.num_tokens :].zero_()  # a larger graph's surplus tokens have no gradient
-        _replay(graph.backward, ctx.stack.store, ctx.stack.backward_order)
+        _replay(graph.backward, store, ctx.order)
         return None, None, None, None
 
 

@@ -62,7 +62,8 @@ class HostStream:
     """The packed source (packed_source.py) of blocks in host memory: one copy a block, ahead of its use.
 
     The k-th of these blocks always uses slot k modulo NUM_SLOTS, so that a captured graph and its replays agree on it.
-    A copy into a slot waits for the slot's last reader, and a slot's reader waits for the copy; nothing else waits.
+    A copy into a slot waits for the slot's last reader, the first copies of a pass for all work before it, and a slot's
+    reader for the copy; nothing else waits.
     """
 
     def __init__(self, host: HostBlocks, layers: Sequence[DecoderLayer], device: torch.device, copies: Copies) -> None:

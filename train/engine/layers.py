@@ -16,8 +16,8 @@ class Norm(Protocol):
     variance_epsilon: float
 
 
-class FrozenLinear(Protocol):
-    """A linear layer of the base, quantised or not."""
+class Linear(Protocol):
+    """A linear layer: one of the base, quantised or not, or half of an adapter."""
 
     weight: torch.nn.Parameter  # [N, K], or bitsandbytes' packed bytes
     bias: torch.Tensor | None  # [N]
@@ -28,9 +28,9 @@ class FrozenLinear(Protocol):
 class AdaptedLinear(Protocol):
     """PEFT's layer around a frozen one; adapters by name."""
 
-    base_layer: FrozenLinear
-    lora_A: Mapping[str, FrozenLinear]
-    lora_B: Mapping[str, FrozenLinear]
+    base_layer: Linear
+    lora_A: Mapping[str, Linear]
+    lora_B: Mapping[str, Linear]
     lora_dropout: Mapping[str, torch.nn.Module]
     scaling: Mapping[str, float]
 
@@ -157,14 +157,14 @@ class Adapter:
 class Projection:
     """A linear layer of the base with its adapter, if it has one."""
 
-    base: FrozenLinear
+    base: Linear
     adapter: Adapter | None
 
     @classmethod
     def of(cls, module: torch.nn.Module) -> "Projection":
         """Reads PEFT's layer, or a plain one."""
         if not hasattr(module, "lora_A"):
-            return cls(cast(FrozenLinear, module), None)
+            return cls(cast(Linear, module), None)
         adapted = cast(AdaptedLinear, module)
         dropout = getattr(adapted.lora_dropout[ADAPTER], "p", 0.0)  # PEFT puts an Identity where there is none
         a, b = adapted.lora_A[ADAPTER].weight, adapted.lora_B[ADAPTER].weight
@@ -186,6 +186,6 @@ class DecoderLayer:
     scaling: float  # of attention's scores
 
     @property
-    def linears(self) -> list[FrozenLinear]:
+    def linears(self) -> list[Linear]:
         """The frozen layers: q, k, v, o, gate, up, down."""
         return [projection.base for projection in (*self.qkv, self.o, *self.gate_up, self.down)]

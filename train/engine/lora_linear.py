@@ -16,7 +16,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 
-from train.engine.layers import FrozenLinear, Projection
+from train.engine.layers import Linear, Projection
 from train.engine.operations import Dropout, dropout, kernels_for
 
 
@@ -136,7 +136,7 @@ class LoraGroup:
         return gradients
 
 
-def _stacked_bias(bases: Sequence[FrozenLinear]) -> torch.Tensor | None:
+def _stacked_bias(bases: Sequence[Linear]) -> torch.Tensor | None:
     """[N], zeros where a layer has none; None where no layer has one."""
     like = next((base.bias for base in bases if base.bias is not None), None)
     if like is None:

@@ -8,7 +8,7 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState
 
-from train.engine.layers import FrozenLinear
+from train.engine.layers import Linear
 
 ALIGNMENT = 512  # bytes, as CUDA's own allocations have; kernels read words of 16 bytes
 NESTED_BLOCK = 256  # NF4 scales that share a scale, where the scales are quantised too
@@ -33,7 +33,7 @@ class PackedLayout:
     Norms and biases stay on the device: 16 KB of a block's 107 MiB in Llama-3.1-8B.
     """
 
-    def __init__(self, linears: Sequence[FrozenLinear]) -> None:
+    def __init__(self, linears: Sequence[Linear]) -> None:
         self.fields: list[list[_Field]] = []  # of each layer
         self.states: list[QuantState | None] = []  # of each layer of the block that this was made for
         self.codes: dict[tuple[int, torch.device], torch.Tensor] = {}  # NF4's tables, by id of the first and device
@@ -47,7 +47,7 @@ class PackedLayout:
             self.fields.append(fields)
             self.states.append(_without_tensors(getattr(linear.weight, "quant_state", None)))
 
-    def write(self, linears: Sequence[FrozenLinear], buffer: torch.Tensor) -> None:
+    def write(self, linears: Sequence[Linear], buffer: torch.Tensor) -> None:
         """Copies the layers' weights into the buffer; raises ValueError if they do not have this layout."""
         for linear, fields in zip(linears, self.fields, strict=True):
             for tensor, field in zip(_tensors(linear.weight), fields, strict=True):
@@ -85,7 +85,7 @@ class PackedLayout:
         return self.codes.setdefault((id(code), device), code.to(device))
 
 
-def packed_bytes(linear: FrozenLinear) -> int:
+def packed_bytes(linear: Linear) -> int:
     """Bytes of a layer's weight as it is packed; its values need not be there yet (meta device)."""
     weight, sizes = linear.weight, [linear.weight.numel() * linear.weight.element_size()]
     if isinstance(weight, bnb.nn.Params4bit):
@@ -118,7 +118,7 @@ def _tensors(weight: torch.Tensor) -> list[torch.Tensor]:
     return [weight.detach(), state.absmax, *([state.state2.absmax, state.offset] if state.nested else [])]
 
 
-def put(linears: Sequence[FrozenLinear], weights: Sequence[torch.nn.Parameter]) -> None:
+def put(linears: Sequence[Linear], weights: Sequence[torch.nn.Parameter]) -> None:
     """Replaces the layers' weights, and the second reference to their state that bitsandbytes' layers hold."""
     for linear, weight in zip(linears, weights, strict=True):
         linear.weight = weight

@@ -99,6 +99,7 @@ class Stack:
                 activations = block.forward(matrices, self.inputs.take(), context)
             gradients = block.backward(matrices, activations, of_block.low_rank, grad, context)
             totals = [parameter.grad for parameter in block.parameters if parameter.grad is not None]
+            assert len(totals) == len(gradients), "every adapter has a gradient to add to (optim.FlatParameters)"
             torch._foreach_add_(totals, gradients)
             del activations, of_block, gradients
 

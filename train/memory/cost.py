@@ -11,7 +11,7 @@ from train.engine.plan import NUM_SLOTS, padded
 from train.memory.candidate import Candidate, Job
 from train.memory.sizes import ModelSizes
 
-CUBLAS_BYTES = 2**26  # bytes of cuBLAS's workspaces (measured: 32 to 100 MiB)
+CUBLAS_BYTES = 2**26  # bytes of cuBLAS's workspaces, which torch keeps once a stream has used them
 FP32_BYTES = 4
 MIN_HEAD_SIZE = 64  # elements of an attention head, at least
 SMALL_TENSOR_BYTES = 2**20  # up to this size torch's allocator takes a tensor from segments of their own

@@ -36,7 +36,7 @@ class Planner:
     def best(self, budget: int | None, saved: MicroBatchShape | None = None, min_streamed: int = 0) -> Plan:
         """The fastest plan whose peak fits in `budget` bytes; None is no limit.
 
-        Without a limit blocks are streamed only with memory.offload stream.
+        Without a limit blocks are streamed only where memory.offload or `min_streamed` asks for it.
         Where nothing fits, MLPs run in tiles; where nothing fits even so, the smallest plan: its peak tells what is
         missing. A resumed run gives the shape that it was `saved` with, which is kept. `min_streamed` blocks are in
         host memory already and stay there.

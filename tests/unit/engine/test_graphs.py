@@ -169,18 +169,18 @@ def test_when_there_are_enough_the_next_larger_one_serves(monkeypatch: pytest.Mo
 
 
 def test_a_loss_does_not_keep_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph that was released is freed although the last micro-batch's loss is still there."""
+    """A graph that was released is freed although the last micro-batch's loss is still there, and so is the stack."""
     monkeypatch.setattr(graphs, "_replay", lambda *_, **__: None)
     anchor = torch.nn.Parameter(torch.zeros(1))
     static = StaticBuffers(*(torch.zeros(8, 4) for _ in range(5)))
     nothing: Any = None
     graph = CapturedGraph(static, nothing, nothing, nothing, nothing)
-    stack = SimpleNamespace(store=None, forward_order=(), backward_order=())
+    stack = type("Stack", (), {"store": object(), "forward_order": (), "backward_order": ()})()
     loss = graphs._Replay.apply(graph, stack, 6, anchor).sum()
     loss.backward()
     assert static.grad_out[:6].eq(1).all()
     assert not static.grad_out[6:].any()
-    kept = weakref.ref(graph)
-    del graph
-    assert kept() is None
+    kept = [weakref.ref(graph), weakref.ref(stack)]
+    del graph, stack
+    assert [each() for each in kept] == [None, None]
     assert loss == 0

@@ -17,7 +17,9 @@ def test_both_models_fit_into_4_gib(capsys: pytest.CaptureFixture, llama31_8b: P
         """The exit code, and whether weights are streamed because they would not fit."""
         code = main(["plan", "--profile", profile, "--model.name_or_path", str(base), "--gpu", size])
         text = " ".join(capsys.readouterr().out.split())
-        return code, bool(re.search(r"\d+ blocks' weights are streamed from host memory(?!, which is predicted to be faster)", text))
+        return code, bool(
+            re.search(r"\d+ blocks' weights are streamed from host memory(?!, which is predicted to be faster)", text)
+        )
 
     assert forecast("4gb", tinyllama_1b, "4GiB") == (0, False)
     assert forecast("4gb", tinyllama_1b, "2GiB") == (0, False)

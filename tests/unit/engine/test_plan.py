@@ -25,7 +25,8 @@ def test_a_plan_is_told_in_full() -> None:
     )  # fmt: skip
     assert str(small) == (
         "1 of 4 blocks keep their activations, 3 recompute them; 2 blocks' weights are streamed from host memory, "
-        "which is faster (it would fit without); block inputs are offloaded to host memory; MLPs run in tiles of 1,024 "
+        "which is predicted to be faster (it would fit without); block inputs are offloaded to host memory; "
+        "MLPs run in tiles of 1,024 "
         "tokens; predicted peak 1.50 GiB, 2.0 GiB of host memory"
     )
     assert str(Plan(True, True, 900, 4, 4, num_cached=2)).endswith("; 2 keep dequantised weights")

@@ -23,8 +23,8 @@ import torch
 
 from benchmarks.interrupted_run import ROOT, adapter, commit, start
 from train.run.folder import RunFolder
+from train.run.json_lines import last_step as last_metrics_step
 from train.run.versions import versions
-from train.track.metrics_file import last_step as last_metrics_step
 from train.track.metrics_file import read_metrics
 
 

@@ -9,7 +9,7 @@ tests=()
 case "${1:-}" in
     --quick)
         shift
-        tests=("${quick[@]}")
+        tests=(-m "not slow" "${quick[@]}")
         ;;
     --faults)
         [ "${2:-}" = full ] || {

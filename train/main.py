@@ -50,7 +50,7 @@ from train.run.processes import advice_to_repeat, on_first_process, peer_failure
 from train.step import Training
 from train.track.display import Display
 from train.track.isolated import Isolated, Listener
-from train.track.metrics_file import MetricsFile, last_step
+from train.track.metrics_file import MetricsFile
 from train.track.trackers import Trackers, wanted_listeners
 from train.validation import validate
 
@@ -73,7 +73,7 @@ def main(argv: list[str], stop: StopRequest | None = None) -> ExitCode:
             if is_recorder(code, folder.exit):
                 with suppress(OSError):  # a disk so full that not even this fits
                     folder.write_exit(code, redact(reason))
-                log.end(code, reason, last_step(folder.metrics))
+                log.end(code, reason)
     except ExitWith as end:  # the configuration cannot be used, or another job has the run folder
         code, reason = end.code, end.reason
     launcher = os.environ.get("HANDLOOP_LAUNCHER")

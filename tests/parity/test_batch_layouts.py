@@ -131,6 +131,7 @@ def test_gradient_checkpointing_changes_nothing(unclipped: Config) -> None:
     assert torch.equal(recomputed[1], kept[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["reference", "fused"])
 def test_two_processes_train_the_same_samples_to_the_same_losses(
     kind: Literal["reference", "fused"], config: Config, tmp_path: Path

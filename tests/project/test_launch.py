@@ -66,7 +66,7 @@ def test_the_modes_of_the_test_script(tmp_path: Path) -> None:
     checks, suite = ["ruff check .", "ruff format --check .", "pyrefly check"], "pytest -q -n 2 --dist worksteal"
     assert said() == [*checks, suite]
     assert said("-k", "name") == [*checks, f"{suite} -k name"]
-    assert said("--quick", "-x") == [*checks, f"{suite} tests/project tests/unit tests/parity -x"]
+    assert said("--quick", "-x") == [*checks, f"{suite} -m not slow tests/project tests/unit tests/parity -x"]
     assert said("--faults", "full", "-x") == [
         f"{suite} tests/faults -x",
         f"python -m benchmarks.faults {tmp_path}/runs/tally.jsonl",

@@ -22,6 +22,7 @@ def refusal(*words: str) -> str:
     return caught.value.reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROFILES)
 def test_every_profile_through_the_real_command(name: str) -> None:
     """`train/main.py --profile NAME --print-config` prints the complete configuration and trains nothing."""

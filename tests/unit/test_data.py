@@ -138,3 +138,17 @@ def test_packed_rows_are_what_is_counted() -> None:
     assert data.steps_per_epoch == -(-len(data.rows) // 4) < 12
     assert data.fill_rate(128) > 0.95
     assert all(tokens <= 128 for tokens in data.row_tokens)
+
+
+def test_a_batch_that_was_made_ahead_is_that_of_its_plan() -> None:
+    """The same step by the same plan is the batch made ahead; by another plan, or another step, it is made anew."""
+    data = ordered(7, BatchLayout(2, 2, 1, 0))
+    packed = replace(AS_CONFIGURED, is_fused=True, merges=True, micro_batch_tokens=100)
+    data.prefetch(1, AS_CONFIGURED)
+    ahead = data.batch(1, AS_CONFIGURED)
+    assert data.batch(1, AS_CONFIGURED) is ahead
+    assert len(ahead.micro_batches) == 2
+    merged = data.batch(1, packed)
+    assert [batch.cu_seqlens is not None for batch in merged.micro_batches] == [True]
+    assert merged.sample_ids == ahead.sample_ids
+    assert data.batch(2, AS_CONFIGURED).sample_ids != ahead.sample_ids

@@ -17,7 +17,7 @@ from typing import Any
 from train.run.durable import write_atomically
 from train.run.exits import ExitCode
 from train.run.folder import RunFolder
-from train.run.json_lines import append_line, read_lines
+from train.run.json_lines import append_line, last_step, read_lines
 from train.run.redact import redact
 
 
@@ -39,20 +39,32 @@ class AttemptLog:
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
         self.number = 0  # not begun
+        self.from_step = 0
         self.is_refused = False
 
     def begin(self, config: Mapping[str, Any], plan: Mapping[str, Any], start: Mapping[str, Any]) -> None:
         """Writes config.json and plan.json, and the line of the start."""
-        self._try(lambda: write_atomically(self.folder.config, _document(config)))
-        self._try(lambda: write_atomically(self.folder.plan, _document(plan)))
+        self._try(lambda: self._write(self.folder.config, config))
+        self._try(lambda: self._write(self.folder.plan, plan))
         self.number = 1 + max((attempt.number for attempt in read_attempts(self.folder)), default=0)
+        self.from_step = int(start.get("from_step", 0))
         self._append("start", start)
 
-    def end(self, code: ExitCode, reason: str, last_step: int) -> None:
-        """Writes the line of the end, if this attempt was begun; `last_step` is the last in metrics.jsonl."""
+    def end(self, code: ExitCode, reason: str) -> None:
+        """Writes the line of the end, if this attempt was begun, with the last step in metrics.jsonl.
+
+        A process that is left when the first has died ends the attempt that the first had begun.
+        """
+        if not self.number and code == ExitCode.PEER_FAILURE:
+            self.number = max((each.number for each in read_attempts(self.folder) if each.end is None), default=0)
         if self.number:
-            end = {"code": int(code), "name": code.name.lower(), "reason": reason, "last_step": last_step}
-            self._append("end", end)
+            step = max(self.from_step, last_step(self.folder.metrics))
+            self._append("end", {"code": int(code), "name": code.name.lower(), "reason": reason, "last_step": step})
+
+    def _write(self, path: Path, content: Mapping[str, Any]) -> None:
+        if self.folder.is_foreign(path):
+            raise FileExistsError(f"{path.name} is no record of a run and stays as it is")
+        write_atomically(path, _document(content))
 
     def _append(self, event: str, fields: Mapping[str, Any]) -> None:
         now = datetime.now(UTC).isoformat(timespec="seconds")

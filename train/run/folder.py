@@ -100,13 +100,19 @@ class RunFolder:
             write_atomically(self.identity, json.dumps({**known, name: made}) + "\n")
             return made
 
+    def is_foreign(self, path: Path) -> bool:
+        """Whether this config.json or plan.json is none of a run's: a model's folder has a config.json, too."""
+        return path.exists() and not RECORD_KEYS[path.name] <= read_object(path).keys()
+
     def archive(self) -> None:
         """Moves the earlier run to the next previous-N and says so; nothing is deleted. Raises OSError.
 
         What moves is every name above but the lock, and what a run writes beside them; exit.json is gone since this
         job took the lock, and attempts.jsonl says the same. A tracker writes only where this class tells it, so its
-        folder cannot be missing here. What a user has put into the folder stays.
-        Where there is no run, nothing moves.
+        folder cannot be missing here. What a user has put into the folder stays. Where there is no run, nothing moves.
+
+        The identity goes first, so that a run that starts after an interruption here is another one, or is taken from
+        the checkpoints, which go last; and the metrics second, which such a start would shorten.
         """
         entries = sorted(self.path.iterdir())
         if not any(_holds_a_run(entry) for entry in entries):
@@ -114,14 +120,18 @@ class RunFolder:
         taken = [int(entry.name.rpartition("-")[2]) for entry in entries if PREVIOUS.fullmatch(entry.name)]
         target = self.path / f"previous-{1 + max(taken, default=0)}"
         target.mkdir()
-        for entry in entries:
-            if is_of_a_run(entry.name) and entry.name != LOCK:
+        middle = [entry for entry in entries if entry not in (self.identity, self.metrics, self.checkpoints)]
+        for entry in (self.identity, self.metrics, *middle, self.checkpoints):
+            is_a_run_s = is_of_a_run(entry.name) and entry.name != LOCK
+            if entry.exists() and is_a_run_s and not (entry.name in RECORD_KEYS and self.is_foreign(entry)):
                 os.rename(entry, target / entry.name)
         sync(target)
         sync(self.path)
         print(f"the earlier run is kept in {target}", flush=True)
 
 
+# keys by which a run's own config.json and plan.json are known
+RECORD_KEYS = {"config.json": {"profile", "run"}, "plan.json": {"engine", "summary"}}
 OURS = {entry.name for entry in vars(RunFolder).values() if isinstance(entry, Entry)}
 # notes on steps, and what a killed process was writing
 OURS_TOO = re.compile(r"nonfinite-step-\d+\.json|\.(tmp|trash)-.*|\..*\.tmp-\d+")
@@ -143,7 +153,7 @@ def is_of_a_run(name: str) -> bool:
 
 
 def _holds_a_run(entry: Path) -> bool:
-    """Whether this is left of a run: an identity alone is not, nor an empty folder."""
-    if entry.name not in OURS - {IDENTITY, LOCK}:
+    """Whether this is left of a run: an identity or a configuration alone is not, nor an empty folder."""
+    if entry.name not in OURS - {IDENTITY, LOCK} - RECORD_KEYS.keys():
         return False
     return not entry.is_dir() or any(entry.iterdir())

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -36,3 +37,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             if isinstance(row, dict):
                 rows.append(row)
     return rows
+
+
+def last_step(path: Path) -> int:
+    """The last `step` in a file of rows such as metrics.jsonl, read from its end; 0 where there is none."""
+    with suppress(OSError), path.open("rb") as file:
+        for line in reversed(deque(file, maxlen=2)):  # the last of all may be half a line
+            with suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
+                return int(json.loads(line)["step"])
+    return 0

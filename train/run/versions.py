@@ -18,16 +18,18 @@ def versions() -> dict[str, str]:
 
 
 def code_version() -> str:
-    """This program's git commit, with -dirty where files differ from it; elsewhere the installed package's version."""
+    """This program's git commit, with -dirty where files differ from it; without a checkout the package's version."""
     if (ROOT / ".git").exists():
         command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
         with suppress(OSError, subprocess.SubprocessError):
-            # without the lock git leaves the index alone, which another git may be writing
-            environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+            # a hook's GIT_DIR names another repository; without the lock git leaves the index alone
+            environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+            environment["GIT_OPTIONAL_LOCKS"] = "0"
             done = subprocess.run(
                 command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=MAX_GIT_SECONDS, check=True
             )
             return done.stdout.strip()
+        return "unknown"
     with suppress(PackageNotFoundError):
         return version("handloop")
     return "unknown"

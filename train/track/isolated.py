@@ -90,6 +90,8 @@ class Isolated:
 
     def finish(self) -> None:
         """Waits until the deadline for what is under way, and says what became of it."""
+        if self.deadline == float("inf"):
+            self.request_finish()
         if not self.failure:
             self.thread.join(max(0.0, self.deadline - time.monotonic()))
             if self.thread.is_alive():

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import sys
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,12 +59,3 @@ class MetricsFile:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a last line that a killed process left unfinished is left out. Raises OSError."""
     return read_lines(path)
-
-
-def last_step(path: Path) -> int:
-    """The last step in a metrics.jsonl, without reading all of it as JSON; 0 where there is none."""
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        for line in reversed(deque(file, maxlen=2)):  # the last of all may be half a line
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                return int(json.loads(line)["step"])
-    return 0

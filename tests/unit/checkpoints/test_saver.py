@@ -131,6 +131,7 @@ def test_the_size_is_known_before_the_first_step(name: str, rank: int, config: C
     assert real <= predicted <= 1.01 * real + 25_000
 
 
+@pytest.mark.slow
 def test_minutes_and_best_through_the_command(config: Config, pairs: Path, tmp_path: Path) -> None:
     """A clock that is always due saves behind every step; the state of a validated step holds its loss."""
     data = DataConfig(path=(str(pairs),), max_length=128, validation_fraction=0.2)

@@ -160,6 +160,7 @@ def test_bad_records_can_be_skipped_and_are_named(tokenizer, tmp_path: Path) -> 
         prepare(skipping, tokenizer)
 
 
+@pytest.mark.slow
 def test_an_interrupted_preparation_is_made_again(pairs: Path, config: Config) -> None:
     """A run killed before its samples are published leaves no prepared folder, and the next run prepares them."""
     (pairs.parent / "other.jsonl").write_text(GOOD * 3)

@@ -11,20 +11,14 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from train.run import attempts as attempts_module
+from tests.unit.run.folders import fill, names_in
 from train.run import versions as versions_module
-from train.run.attempts import Attempt, AttemptLog, plain, read_attempts
+from train.run.attempts import plain
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import OURS, RunFolder, read_object
-from train.run.json_lines import append_line, read_lines
 from train.run.versions import code_version
 
 NAMES_ALSO_ELSEWHERE = {"config.json": "train/models/"}  # the base's folder has one too
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> RunFolder:
-    return RunFolder(tmp_path / "run")
 
 
 def strings(path: Path) -> Iterator[str]:
@@ -63,21 +57,6 @@ def test_every_name_is_in_the_folder(folder: RunFolder) -> None:
     assert len(paths) == len(OURS) >= 13
 
 
-def fill(folder: RunFolder, names: list[str]) -> None:
-    """Files with their name as content; one that ends in / is a folder with a file."""
-    for name in names:
-        path = folder.path / name
-        if name.endswith("/"):
-            path.mkdir(parents=True)
-            path = path / "file"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(name)
-
-
-def names_in(path: Path) -> set[str]:
-    return {entry.name for entry in path.iterdir()}
-
-
 def test_everything_of_a_run_moves_and_nothing_else(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     """All that a run can write, also what a kill left half-written; not what a user has put beside it."""
     listed = ["run.json", "config.json", "plan.json", "attempts.jsonl", "metrics.jsonl", "exit.json", "answers.json"]
@@ -85,6 +64,8 @@ def test_everything_of_a_run_moves_and_nothing_else(folder: RunFolder, capsys: p
     listed += [".tmp-final-0123abcd/", ".run.json.tmp-17"]
     stays = [".lock", "previous-1/", "previous-9/", "log.txt", "rows.jsonl", "texts/", "nonfinite-step-x.json"]
     fill(folder, [*listed, *stays])
+    folder.config.write_text('{"profile": "demo", "run": {}}')
+    folder.plan.write_text('{"engine": "fused", "summary": ""}')
     assert {name.rstrip("/") for name in listed} >= OURS - {".lock"}
     folder.archive()
     assert names_in(folder.path) == {name.rstrip("/") for name in stays} | {"previous-10"}
@@ -132,111 +113,28 @@ def test_ids_do_not_cost_each_other(folder: RunFolder) -> None:
     assert folder.identifier("run_uid", lambda: "other") == "u"
 
 
-def begun(folder: RunFolder, step: int) -> AttemptLog:
-    folder.path.mkdir(exist_ok=True)
-    log = AttemptLog(folder)
-    log.begin({"run": {"dir": "x"}}, {"engine": "fused"}, {"from_step": step})
-    return log
-
-
-def test_attempts_are_numbered_and_end(folder: RunFolder) -> None:
-    """A finished one, a killed one, one that goes on: in order, each with its own start and end."""
-    assert read_attempts(folder) == []
-    begun(folder, 0).end(ExitCode.INTERRUPTED, "stopped", 4)
-    begun(folder, 4)
-    begun(folder, 4).end(ExitCode.FINISHED, "finished", 6)
-    first, killed, last = read_attempts(folder)
-    assert [a.number for a in (first, killed, last)] == [1, 2, 3]
-    assert [a.start["from_step"] for a in (first, killed, last)] == [0, 4, 4]
-    assert first.end is not None
-    assert {"code": 75, "name": "interrupted", "reason": "stopped", "last_step": 4}.items() <= first.end.items()
-    assert killed.end is None
-    assert last.end is not None
-    assert last.end["time"] >= last.start["time"] > "2020-"
-    assert read_object(folder.plan) == {"engine": "fused"}
-
-
-def test_an_attempt_that_never_began_has_no_end(folder: RunFolder) -> None:
-    """Bad data ends a start before there is a plan: exit.json tells of it, no line is put on a killed attempt."""
-    begun(folder, 0)
-    AttemptLog(folder).end(ExitCode.BAD_INPUT, "bad", 0)
-    assert [attempt.end for attempt in read_attempts(folder)] == [None]
-
-
-@pytest.mark.parametrize("length", [1, 20, 60])
-def test_a_torn_line_costs_itself_alone(length: int, folder: RunFolder) -> None:
-    """Killed within a line: readers leave it out, the next attempt writes on a new line."""
-    begun(folder, 0)
-    whole = folder.attempts.read_bytes()
-    folder.attempts.write_bytes(whole + whole[:length])
-    assert [attempt.number for attempt in read_attempts(folder)] == [1]
-    begun(folder, 2).end(ExitCode.FINISHED, "finished", 3)
-    assert [(a.number, a.end is not None) for a in read_attempts(folder)] == [(1, False), (2, True)]
-    assert read_attempts(folder)[1].start["from_step"] == 2
-
-
-def test_lines_that_are_none_of_ours(folder: RunFolder) -> None:
-    """Other JSON, other events and bytes that are no text do not reach a reader."""
-    begun(folder, 0)
-    with folder.attempts.open("ab") as file:
-        file.write(
-            b'[1]\n7\n{"attempt": "x", "event": "start"}\n{"attempt": 2, "event": "?"}\n\xff\xfe\n' + b"[" * 5000
-        )
-    assert [attempt.number for attempt in read_attempts(folder)] == [1]
-    assert isinstance(read_attempts(folder)[0], Attempt)
-
-
-def test_a_full_disk_is_said_once(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("moved", [0, 1, 2, 5])
+def test_a_start_anew_that_is_cut_short_loses_no_metrics(
+    moved: int, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """None of the records can be written: nothing is raised, one line, and later records are written again."""
+    """Identity and metrics go first, checkpoints last: what is left is never another run's beginning."""
+    fill(folder, ["run.json", "metrics.jsonl", "attempts.jsonl", "answers.json", "checkpoints/", "final/"])
+    real, count = os.rename, iter(range(100))
 
-    def full(*arguments: object) -> None:
-        raise OSError(28, "No space left on device")
+    def rename(source: Path, target: Path) -> None:
+        if next(count) == moved:
+            raise OSError(16, "Device or resource busy")
+        real(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(attempts_module, "write_atomically", full)
-        patch.setattr(attempts_module, "append_line", full)
-        log = begun(folder, 0)
-        log.end(ExitCode.FINISHED, "finished", 6)
-    assert capsys.readouterr().err.count("No space left on device") == 1
-    assert not folder.attempts.exists()
-    log.end(ExitCode.FINISHED, "finished", 6)
-    (attempt,) = read_attempts(folder)
-    assert attempt.start == {}
-    assert attempt.end is not None
-
-
-def test_half_a_write_is_completed_or_left_as_a_torn_line(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A write of a few bytes is gone on with; where the disk is full after it, the next line is whole."""
-    folder.path.mkdir()
-    real, limits = os.write, [3, 0]
-
-    def write(descriptor: int, content: bytes) -> int:
-        limit = limits.pop(0) if limits else len(content)
-        if not limit:
-            raise OSError(28, "No space left on device")
-        return real(descriptor, content[:limit])
-
-    monkeypatch.setattr(os, "write", write)
-    with pytest.raises(OSError, match="No space"):
-        append_line(folder.attempts, {"a": 1})
-    limits[:] = [2]
-    append_line(folder.attempts, {"b": 2})
-    assert read_lines(folder.attempts) == [{"b": 2}]
-
-
-def test_secrets_are_taken_out(folder: RunFolder) -> None:
-    """Wherever they stand in the records: values, lists, names of fields, the reason of the end."""
-    token, url = "hf_" + "Canary" * 5, "https://someone:c4nary@host/x"
-    folder.path.mkdir()
-    log = AttemptLog(folder)
-    log.begin({"data": {"path": (url, Path("a"))}}, {"reason": token}, {"data": {"ignored": {token: 1}}})
-    log.end(ExitCode.BAD_INPUT, f"cannot read {url}", 0)
-    for path in (folder.config, folder.plan, folder.attempts):
-        text = path.read_text()
-        assert "anary" not in text
-        assert "[secret]" in text
+        patch.setattr(os, "rename", rename)
+        with pytest.raises(OSError, match="busy"):
+            folder.archive()
+    there = names_in(folder.path)
+    assert "checkpoints" in there
+    assert "metrics.jsonl" not in there or "run.json" not in there or not moved
+    kept = [path for path in (folder.metrics, folder.path / "previous-1" / "metrics.jsonl") if path.exists()]
+    assert [path.read_text() for path in kept] == ["metrics.jsonl"]
 
 
 def test_values_are_plain_json() -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
 
 from tests.unit.memory.examples import GIB, H200, LONG, SHORT, planner_for
 from train.batching import LengthStatistics, MicroBatchShape
@@ -15,26 +14,9 @@ from train.memory.outlook import Outlook
 from train.run.exits import ExitWith
 
 
-@pytest.fixture(scope="session")
-def llama_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the shape of Llama-3.1-8B."""
-    folder = tmp_path_factory.mktemp("llama_8b")
-    LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=4096,
-        intermediate_size=14_336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=131_072,
-        tie_word_embeddings=False,
-    ).save_pretrained(folder)
-    return folder
-
-
-def test_what_would_fit_instead(config: Config, llama_8b: Path) -> None:
+def test_what_would_fit_instead(config: Config, llama31_8b: Path) -> None:
     """An 8B with rows of 100,000 tokens in 4 GiB: refused before a weight is read, with a length that would fit."""
-    config = replace(config, model=ModelConfig(str(llama_8b), dtype="bf16"), memory=MemoryConfig())
+    config = replace(config, model=ModelConfig(str(llama31_8b), dtype="bf16"), memory=MemoryConfig())
     rows = LengthStatistics((100_000,), 100_000, 0, 100_000)
     ahead = Outlook.on_gpu(config, H200, rows, 4 * GIB)
     with pytest.raises(ExitWith, match=r"What would fit: --data\.max_length \d+") as error:
@@ -54,11 +36,11 @@ def test_what_would_fit_instead(config: Config, llama_8b: Path) -> None:
     ],
 )
 def test_remedies_are_those_that_help(
-    offload: Any, gib: int, r: int, remedies: set[str], config: Config, llama_8b: Path
+    offload: Any, gib: int, r: int, remedies: set[str], config: Config, llama31_8b: Path
 ) -> None:
     """Streaming where it was forbidden, a lower rank where adapters are the matter, a budget where one was set."""
     memory = MemoryConfig(offload=offload, budget=f"{gib}GiB")
-    asked = replace(config, model=ModelConfig(str(llama_8b), dtype="bf16"), memory=memory)
+    asked = replace(config, model=ModelConfig(str(llama31_8b), dtype="bf16"), memory=memory)
     ahead = Outlook.on_gpu(replace(asked, lora=LoraConfig(r=r)), H200, LONG, gib * GIB)
     with pytest.raises(ExitWith, match="What would fit") as error:
         ahead.first_plan()

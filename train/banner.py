@@ -85,13 +85,13 @@ def _warnings(training: Training, statistics: Statistics) -> list[str]:
         lines.append(f"warning   {warning}")
     if config.data.path == (GLOSSARY,) and config.profile != "demo":
         lines.append("warning   without --data.path, this run trains on the bundled glossary")
-    longer = f"of {statistics.num_records} records, longer than data.max_length = {config.data.max_length} tokens,"
+    longer = f"longer than data.max_length = {config.data.max_length} tokens (data.truncation {config.data.truncation})"
     if statistics.num_dropped:
-        lines.append(
-            f"warning   {statistics.num_dropped} {longer} were dropped (data.truncation {config.data.truncation})"
-        )
+        dropped = f"{statistics.num_dropped} of {statistics.num_records} records were dropped"
+        lines.append(f"warning   {dropped}: {longer}, or without a supervised token; handloop audit names them")
     if statistics.num_cut_answers:
-        lines.append(f"warning   {statistics.num_cut_answers} {longer} lost part of an answer")
+        cut = f"{statistics.num_cut_answers} of {statistics.num_records} records lost part of an answer"
+        lines.append(f"warning   {cut}: {longer}")
     if statistics.num_skipped:
         lines.append(f"warning   {statistics.num_skipped} bad records were skipped (data.on_error skip):")
         lines += [f"          {line}" for line in statistics.skipped]

@@ -6,7 +6,7 @@ Workloads: `short` and `small` train question/answer rows (small in a 4 GiB cap,
 text in rows of 2,048 tokens, `lines` the lines of text files by the wildfire notebook's recipe. SHAPE_FOLDER holds
 config.json and a tokenizer; the weights are random, made here. Peers that are not installed are named and left out.
 Ours is the real command, with its checkpoints and metrics; a peer's step is its trainer's. All take the same rows in
-the same order; ours is measured at later steps than the peers, when its graphs are recorded. Peers get padded batches.
+the same order; ours is measured at later steps than the peers, when its graphs are captured. Peers get padded batches.
 """
 
 import argparse

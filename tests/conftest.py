@@ -86,8 +86,8 @@ def write_shape(folder: Path, vocab_size: int) -> None:
 @pytest.fixture(scope="session")
 def llama31_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the published shape of Llama-3.1-8B as config.json: no tokenizer, no weights."""
-    folder = tmp_path_factory.mktemp("llama31_8b")
-    LlamaConfig(
+    return published_llama(
+        tmp_path_factory.mktemp("llama31_8b"),
         vocab_size=128256,
         hidden_size=4096,
         intermediate_size=14336,
@@ -95,7 +95,6 @@ def llama31_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=32,
         num_key_value_heads=8,
         max_position_embeddings=131072,
-        rms_norm_eps=1e-5,
         rope_parameters={
             "rope_type": "llama3",
             "rope_theta": 500000.0,
@@ -106,18 +105,14 @@ def llama31_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         bos_token_id=128000,
         eos_token_id=128001,
-        tie_word_embeddings=False,
-        dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
-    ).save_pretrained(folder)
-    return folder
+    )
 
 
 @pytest.fixture(scope="session")
 def tinyllama_1b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same for TinyLlama-1.1B-Chat."""
-    folder = tmp_path_factory.mktemp("tinyllama_1b")
-    LlamaConfig(
+    return published_llama(
+        tmp_path_factory.mktemp("tinyllama_1b"),
         vocab_size=32000,
         hidden_size=2048,
         intermediate_size=5632,
@@ -125,6 +120,13 @@ def tinyllama_1b(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=32,
         num_key_value_heads=4,
         max_position_embeddings=2048,
+    )
+
+
+def published_llama(folder: Path, **settings: Any) -> Path:
+    """The folder, with config.json as Llama's checkpoints have it."""
+    LlamaConfig(
+        **settings,
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
         dtype="bfloat16",

@@ -19,9 +19,7 @@ class LengthStatistics:
     mean_micro_batch: float  # mean tokens of a micro-batch as configured
     deviation: float  # standard deviation of a micro-batch's tokens
     mean_length: float  # mean tokens of a sample
-    length_deviation: float = (
-        0.0  # standard deviation of a sample's tokens; math.inf where samples are grouped by length
-    )
+    length_deviation: float = 0.0  # standard deviation of a sample's tokens; math.inf where grouped by length
     max_samples: int = 1  # samples in a micro-batch as configured
     longest_validation: int = 0  # tokens of the longest validation sample; 0 without validation
 

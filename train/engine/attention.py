@@ -62,19 +62,23 @@ def varlen_attention(
     if options.get("dropout"):
         raise ValueError("the base's attention_dropout is not 0, and attention over packed rows has no dropout")
     flat = [states[0].transpose(0, 1) for states in (query, key, value)]  # [T, H, D], [T, G, D]
-    window, scale = options.get("sliding_window"), options.get("scaling")
-    return _varlen(flat, cu_seqlens, options["max_length_q"], window, scale)[None], None
+    reach = reach_of(options.get("sliding_window"))
+    return _varlen(flat, cu_seqlens, options["max_length_q"], reach, options.get("scaling"))[None], None
+
+
+def reach_of(sliding_window: int | None) -> int:
+    """How many tokens before its own a token sees; -1 is all of them."""
+    return -1 if sliding_window is None else sliding_window - 1
 
 
 def _varlen(
     states: Sequence[torch.Tensor],
     cu_seqlens: torch.Tensor,
     max_length: int,
-    sliding_window: int | None,
+    reach: int,
     scale: float | None,
 ) -> torch.Tensor:
     query, key, value = states
-    reach = -1 if sliding_window is None else sliding_window - 1
     options: dict[str, Any] = {"scale": scale, "window_size": (reach, 0), **GROUPED}
     attended = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_length, max_length, **options)
     return cast(torch.Tensor, attended)  # a tuple only where the softmax's sums are asked for
@@ -92,8 +96,7 @@ class PackedAttention:
         self.cu_seqlens = batch.cu_seqlens
         self.max_length = batch.max_length
         self.uniform_length = batch.uniform_length
-        self.sliding_window = sliding_window
-        self.reach = -1 if sliding_window is None else sliding_window - 1  # tokens before its own that a token sees
+        self.reach = reach_of(sliding_window)
         self.scale = scale
         self.uses_cudnn = self._uses_cudnn()
 
@@ -103,7 +106,7 @@ class PackedAttention:
             return self._sample_by_sample(query, key, value)
         if self.uses_cudnn:
             return self._uniform(query, key, value)
-        return _varlen((query, key, value), self.cu_seqlens, self.max_length, self.sliding_window, self.scale)
+        return _varlen((query, key, value), self.cu_seqlens, self.max_length, self.reach, self.scale)
 
     def _uses_cudnn(self) -> bool:
         """Whether the samples have one length and are long, on a Hopper GPU.

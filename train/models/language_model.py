@@ -17,7 +17,7 @@ from train.engine.attention import attention_kind
 from train.engine.decoder import FusedDecoder
 from train.engine.families import decoder_layers, unsupported_reason
 from train.engine.host_stream import HostBlocks
-from train.engine.layers import CausalLM, as_causal_lm
+from train.engine.layers import ADAPTER, CausalLM, as_causal_lm
 from train.engine.plan import Plan
 from train.loss import summed_cross_entropy
 from train.models.base import load_base, skeleton
@@ -110,7 +110,7 @@ class LanguageModel(torch.nn.Module):
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The adapters' parameters, by the names that PEFT gives them in adapter_model.safetensors."""
         named = self.adapted.named_parameters()
-        return {name.replace(".default", ""): p for name, p in named if p.requires_grad}
+        return {name.replace(f".{ADAPTER}", ""): p for name, p in named if p.requires_grad}
 
 
 def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageModel:
@@ -212,7 +212,7 @@ def _with_adapters(base: PreTrainedModel, config: Config, low_cpu_mem_usage: boo
 
 def adapter_config(model: LanguageModel) -> dict[str, object]:
     """What PEFT writes to adapter_config.json."""
-    values = model.adapted.peft_config["default"].to_dict()
+    values = model.adapted.peft_config[ADAPTER].to_dict()
     return {key: sorted(v) if isinstance(v, set) else v for key, v in values.items()} | {"inference_mode": True}
 
 

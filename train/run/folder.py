@@ -101,8 +101,8 @@ class RunFolder:
             return made
 
     def is_foreign(self, path: Path) -> bool:
-        """Whether this config.json or plan.json is none of a run's: a model's folder has a config.json, too."""
-        return path.exists() and not RECORD_KEYS[path.name] <= read_object(path).keys()
+        """Whether this is a config.json or plan.json that is none of a run's: a model's folder has one, too."""
+        return path.exists() and not RECORD_KEYS.get(path.name, set()) <= read_object(path).keys()
 
     def archive(self) -> None:
         """Moves the earlier run to the next previous-N and says so; nothing is deleted. Raises OSError.
@@ -120,10 +120,9 @@ class RunFolder:
         taken = [int(entry.name.rpartition("-")[2]) for entry in entries if PREVIOUS.fullmatch(entry.name)]
         target = self.path / f"previous-{1 + max(taken, default=0)}"
         target.mkdir()
-        middle = [entry for entry in entries if entry not in (self.identity, self.metrics, self.checkpoints)]
-        for entry in (self.identity, self.metrics, *middle, self.checkpoints):
-            is_a_run_s = is_of_a_run(entry.name) and entry.name != LOCK
-            if entry.exists() and is_a_run_s and not (entry.name in RECORD_KEYS and self.is_foreign(entry)):
+        order = {self.identity: 0, self.metrics: 1, self.checkpoints: 3}
+        for entry in sorted(entries, key=lambda entry: order.get(entry, 2)):
+            if is_of_a_run(entry.name) and entry != self.lock and not self.is_foreign(entry):
                 os.rename(entry, target / entry.name)
         sync(target)
         sync(self.path)
@@ -131,7 +130,7 @@ class RunFolder:
 
 
 # keys by which a run's own config.json and plan.json are known
-RECORD_KEYS = {"config.json": {"profile", "run"}, "plan.json": {"engine", "summary"}}
+RECORD_KEYS: dict[str, set[str]] = {"config.json": {"profile", "run"}, "plan.json": {"engine", "summary"}}
 OURS = {entry.name for entry in vars(RunFolder).values() if isinstance(entry, Entry)}
 # notes on steps, and what a killed process was writing
 OURS_TOO = re.compile(r"nonfinite-step-\d+\.json|\.(tmp|trash)-.*|\..*\.tmp-\d+")

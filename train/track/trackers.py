@@ -49,10 +49,10 @@ class Trackers:
         listeners: Sequence[Isolated] = (),
     ) -> None:
         self.metrics = metrics
-        self.listeners = list(listeners)
+        self.listeners = listeners
         # metrics.jsonl first: what a listener lacks is read from it
         self.watchers: list[Watcher] = [one for one in (metrics, *listeners, display) if one is not None]
-        self.left_out: list[Any] = []  # those that failed
+        self.left_out: set[Any] = set()  # those that failed
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Tells all of them the row."""
@@ -64,21 +64,21 @@ class Trackers:
 
     def finish(self) -> None:
         """Ends all of them, also those that were left out; the listeners together, so that patience is spent once."""
-        everyone, self.left_out = self.left_out, []
+        self.left_out.clear()
         self._each(self.listeners, lambda listener: listener.request_finish())
-        self._each([*everyone, *self.watchers], lambda watcher: watcher.finish())
+        self._each(self.watchers, lambda watcher: watcher.finish())
 
     def metrics_bytes(self) -> int:
         """Length of metrics.jsonl, made durable; 0 in a process that writes none. Raises OSError."""
         return self.metrics.durable_bytes() if self.metrics else 0
 
     def _each(self, members: Sequence[T], tell: Callable[[T], None]) -> None:
-        for member in list(members):
+        for member in members:
+            if member in self.left_out:
+                continue
             try:
                 tell(member)
             except Exception as error:  # whatever it is, it must not reach training
-                self.left_out.append(member)
-                self.listeners = [one for one in self.listeners if one is not member]
-                self.watchers = [one for one in self.watchers if one is not member]
+                self.left_out.add(member)
                 with contextlib.suppress(OSError):
                     print(f"{type(member).__name__} is left out from now on: {error}", file=sys.stderr, flush=True)

@@ -2,29 +2,35 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from data_tools.messages import (
+    ROLES,
+    Message,
+    arguments_of,
+    encodable,
+    is_absent,
+    message_of,
+    tools_of,
+    turns_of,
+)
+from data_tools.strict_json import parse_json
+
 PAIR_NAMES = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("input", "output"))
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-SHAREGPT_ROLES |= {"tool": "tool", "observation": "tool", "function_response": "tool"}
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn; `train` says whether the model is to learn to write it."""
-
-    role: str
-    content: str
-    train: bool = False
-    extra: tuple[tuple[str, Any], ...] = ()  # other fields for the chat template, such as tool calls
-
-    def as_turn(self) -> dict[str, Any]:
-        """The turn as a chat template expects it."""
-        return {"role": self.role, "content": self.content, **dict(self.extra)}
-
+SHARED_FIELDS = ("system", "tools", "chat_template_kwargs")  # read in every row that is a conversation
 
 Row = Mapping[str, Any]
 Turns = tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """What a row says of a conversation: its turns, the tools, and arguments for the chat template."""
+
+    messages: Turns
+    tools: tuple[dict[str, Any], ...] = ()
+    template_arguments: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -34,15 +40,29 @@ class Format:
     name: str
     fields: tuple[str, ...]  # required in every row
     optional: tuple[str, ...]  # read where present
-    read: Callable[[Row], Turns | str]
+    turns: Callable[[Row], Turns] | None  # None: a document
 
     def matches(self, row: Row) -> bool:
-        """Whether the row has this format's required fields."""
-        return all(name in row for name in self.fields)
+        """Whether the row has this format's required fields; a null, which Arrow fills in, is none."""
+        return all(row.get(name) is not None for name in self.fields)
 
     def ignored_fields(self, row: Row) -> set[str]:
-        """Fields of the row that this format does not read."""
-        return set(row) - set(self.fields) - set(self.optional)
+        """Fields of the row that have a value and that this format does not read."""
+        ignored = set(row) - set(self.fields) - set(self.optional)
+        return {name for name in ignored if not is_absent(row[name])}
+
+    def read(self, row: Row) -> Dialogue | str:
+        """The row's conversation or text; raises ValueError saying what cannot be read."""
+        if self.turns is None:
+            return _string(row, self.fields[0])
+        turns, system = self.turns(row), _system(row)
+        if system and turns[0].role == "system":
+            raise ValueError(f"there is a system prompt in 'system' and another in {self.fields[0]!r}; keep one")
+        messages = (*system, *turns)
+        if not any(message.train for message in messages):
+            raise ValueError(f"{self.fields[-1]!r} has no assistant turn to train")
+        arguments = arguments_of(row.get("chat_template_kwargs"), "chat_template_kwargs")
+        return Dialogue(messages, tools_of(row.get("tools")), tuple(sorted(arguments.items())))
 
 
 def detect(row: Row, wanted: str, field_map: Mapping[str, str]) -> Format:
@@ -52,99 +72,68 @@ def detect(row: Row, wanted: str, field_map: Mapping[str, str]) -> Format:
         if candidate.matches(row):
             return candidate
     known = "; ".join(" and ".join(map(repr, candidate.fields)) for candidate in candidates)
-    found = ", ".join(sorted(map(str, row))) or "none"
+    found = ", ".join(sorted(str(name) for name, value in row.items() if value is not None)) or "none"
     raise ValueError(f"unknown fields ({found}); known are {known}; name others with --data.fields")
 
 
 def _formats(field_map: Mapping[str, str]) -> list[Format]:
     """All formats, the most specific first; a field map is a prompt/response format with those field names."""
-    pairs = [(field_map["prompt"], field_map["response"])] if field_map else PAIR_NAMES
+    names = [(field_map["prompt"], field_map["response"])] if field_map else PAIR_NAMES
+    pairs = [Format("prompt_response", pair, SHARED_FIELDS, partial(_pair, *pair)) for pair in names]
     return [
-        *(Format("prompt_response", pair, ("system",), _pair(*pair)) for pair in pairs if field_map),
-        Format("messages", ("messages",), ("tools",), lambda row: _turns(row["messages"], "messages")),
-        Format("sharegpt", ("conversations",), ("system", "tools"), _sharegpt),
-        Format("alpaca", ("instruction", "output"), ("input", "system"), _alpaca),
-        *(Format("prompt_response", pair, ("system",), _pair(*pair)) for pair in pairs if not field_map),
-        Format("text", ("text",), (), lambda row: _string(row, "text")),
+        *(pairs if field_map else ()),
+        Format("messages", ("messages",), SHARED_FIELDS, partial(_listed, "messages")),
+        Format("sharegpt", ("conversations",), SHARED_FIELDS, partial(_listed, "conversations")),
+        Format("alpaca", ("instruction", "output"), ("input", "history", *SHARED_FIELDS), _alpaca),
+        *(() if field_map else pairs),
+        Format("text", ("text",), (), None),
     ]
 
 
-def _pair(prompt: str, response: str) -> Callable[[Row], Turns]:
-    def read(row: Row) -> Turns:
-        question, answer = _string(row, prompt), _string(row, response)
-        return (*_system(row), Message("user", question), Message("assistant", answer, train=True))
+def _listed(field: str, row: Row) -> Turns:
+    return turns_of(row[field], field)
 
-    return read
+
+def _pair(prompt: str, response: str, row: Row) -> Turns:
+    """A question and an answer: two strings, or lists of turns; in the question's, only flagged turns are trained."""
+    question, answer = (_turns_or_text(row[name]) for name in (prompt, response))
+    asked = [Message("user", _string(row, prompt))] if question is None else turns_of(question, prompt, only_flagged=True)
+    if answer is None:
+        return (*asked, Message("assistant", _string(row, response), train=True))
+    return (*asked, *turns_of(answer, response))
+
+
+def _turns_or_text(value: Any) -> list[Any] | None:
+    """The list of turns in a value, which JSON text may hold; None for any other text."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = parse_json(value)
+        except ValueError:
+            return None
+        is_turns = isinstance(value, list) and value and all(isinstance(turn, Mapping) for turn in value)
+        return value if is_turns and all(turn.get("role", turn.get("from")) in ROLES for turn in value) else None
+    return value if isinstance(value, list) else None
 
 
 def _alpaca(row: Row) -> Turns:
-    """Instruction and input become one user turn; the chat template replaces Alpaca's own prompt template."""
+    """Instruction and input become one user turn; the chat template replaces Alpaca's own prompt template.
+
+    `history` is a list of earlier [question, answer] pairs.
+    """
     question = _string(row, "instruction")
     if row.get("input"):
         question += "\n\n" + _string(row, "input")
-    return (*_system(row), Message("user", question), Message("assistant", _string(row, "output"), train=True))
-
-
-def _sharegpt(row: Row) -> Turns:
-    return (*_system(row), *_turns(row["conversations"], "conversations"))
+    earlier: list[Message] = []
+    for number, pair in enumerate(row.get("history") or (), start=1):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f"'history', entry {number}: expected a list of a question and an answer")
+        turns = ({"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True))
+        earlier += [message_of(turn) for turn in turns]
+    return (*earlier, Message("user", question), Message("assistant", _string(row, "output"), train=True))
 
 
 def _system(row: Row) -> Turns:
     return (Message("system", _string(row, "system")),) if row.get("system") else ()
-
-
-def _turns(entries: Any, field: str) -> Turns:
-    """Turns with `role`/`content` or `from`/`value`; `train: false` or `weight: 0` masks an assistant turn."""
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{field!r} must be a list of at least one turn")
-    turns = []
-    for number, entry in enumerate(entries, start=1):
-        try:
-            turns.append(_turn(entry))
-        except ValueError as error:
-            raise ValueError(f"turn {number}: {error}") from None
-    if not any(turn.train for turn in turns):
-        raise ValueError(f"{field!r} has no assistant turn to train")
-    return tuple(turns)
-
-
-def _turn(entry: Any) -> Message:
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"expected an object with role and content, not {type(entry).__name__}")
-    named = entry.get("role", entry.get("from"))
-    role = SHAREGPT_ROLES.get(named) if isinstance(named, str) else None
-    if role is None:
-        raise ValueError(f"unknown role {named!r}; known: {', '.join(sorted(SHAREGPT_ROLES))}")
-    # Arrow fills in None for keys that only other rows have
-    extra = tuple((key, entry[key]) for key in ("tool_calls", "name", "tool_call_id") if entry.get(key) is not None)
-    content = _content(entry.get("content", entry.get("value")), has_tool_calls="tool_calls" in dict(extra))
-    return Message(role, content, _is_trained(entry, role), extra)
-
-
-def _content(value: Any, has_tool_calls: bool) -> str:
-    """A turn's text: a string, or the joined parts of a list; only a turn with tool calls may have none."""
-    if isinstance(value, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in value):
-        value = "".join(str(part.get("text", "")) for part in value)
-    if value is None and has_tool_calls:
-        return ""
-    if not isinstance(value, str):
-        raise ValueError(f"the content must be a string, not {type(value).__name__}")
-    if not value.strip() and not has_tool_calls:
-        raise ValueError("the content is empty")
-    return _encodable(value)
-
-
-def _is_trained(entry: Row, role: str) -> bool:
-    given = entry.get("train")
-    weight = entry.get("weight")
-    if given is not None and not isinstance(given, bool):
-        raise ValueError(f"'train' must be true or false, not {given!r}")
-    if weight is not None and weight not in (0, 1):
-        raise ValueError(f"'weight' must be 0 or 1, not {weight!r}")
-    wanted = given if given is not None else weight != 0
-    if role != "assistant" and (given or weight):
-        raise ValueError(f"a {role} turn cannot be trained; only assistant turns are")
-    return role == "assistant" and wanted
 
 
 def _string(row: Row, name: str) -> str:
@@ -153,14 +142,4 @@ def _string(row: Row, name: str) -> str:
         raise ValueError(f"{name!r} must be a string, not {type(value).__name__}")
     if not value.strip():
         raise ValueError(f"{name!r} is empty")
-    return _encodable(value)
-
-
-def _encodable(text: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"character {error.start} is half of a surrogate pair; the text was cut or badly escaped"
-        ) from None
-    return text
+    return encodable(value)

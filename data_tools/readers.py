@@ -1,25 +1,68 @@
-"""Files and hub data sets -> rows, one at a time, each with its place."""
+"""Files and data sets -> rows, one at a time, each with its place."""
 
+import bz2
 import csv
+import gzip
 import hashlib
+import io
 import json
+import lzma
+import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import datasets
+import pyarrow
 import pyarrow.parquet
 
+from data_tools.strict_json import json_reason, parse_json, strict_decoder
+
 MAX_ROW_BYTES = 8 * 2**20
-PARQUET_BATCH_ROWS = 256
+BATCH_ROWS = 256
 
 # What the datasets library raises; RuntimeError if the data set would have to run a script.
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, pyarrow.ArrowException)
+# What the decompressors raise for a damaged or cut file.
+DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException)
+COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
+    ".gz": lambda path: gzip.open(path, "rb"),
+    ".bz2": lambda path: bz2.open(path, "rb"),
+    ".xz": lambda path: lzma.open(path, "rb"),
+    ".zst": lambda path: io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd")),
+    ".lz4": lambda path: io.BufferedReader(pyarrow.input_stream(str(path), compression="lz4")),
+}
 
 Place = str  # file:line, file:entry, or file:row
 Row = dict[str, Any]
 ReportProblem = Callable[[Place, str], None]
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def kind_of(path: Path) -> str:
+    """The extension that says how a file is read, in lower case: `.jsonl` also of rows.jsonl.gz."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    is_compressed = len(suffixes) == 2 and suffixes[1] in COMPRESSIONS and suffixes[0] != ".parquet"
+    return suffixes[0] if is_compressed else path.suffix.lower()
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """The file's content, decompressed as its name says."""
+    opener = COMPRESSIONS.get(path.suffix.lower())
+    return opener(path) if opener else path.open("rb")
+
+
+def _open_text(path: Path, newline: str | None = None) -> TextIO:
+    return io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline=newline)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of the file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -43,24 +86,29 @@ class RowFile:
             num_seen += 1
             report(place, reason)
 
-        for place, row in READERS[self.path.suffix.lower()](self.path, report_and_count):
-            if isinstance(row, dict):
-                num_seen += 1
-                yield place, row
-            else:
-                report_and_count(place, f"expected a JSON object, not {type(row).__name__}")
+        try:
+            for place, row in READERS[kind_of(self.path)](self.path, report_and_count):
+                if isinstance(row, dict):
+                    num_seen += 1
+                    yield place, row
+                else:
+                    report_and_count(place, f"expected a JSON object, not {type(row).__name__}")
+        except (*DAMAGE, OSError) as error:
+            if self.path.suffix.lower() not in COMPRESSIONS:
+                raise
+            reason = f"cannot be decompressed after {num_seen:,} rows: {_first_line(error)}; the rest was not read"
+            report_and_count(str(self.path), reason)
         if num_seen == 0:
             report(str(self.path), "the file has no rows")
 
     def digest(self) -> str:
         """sha256 of the file's bytes."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(self.path)
 
 
 @dataclass(frozen=True)
 class HubData:
-    """A data set on the hub as `owner/name` or `owner/name:split`, loaded without running code from it."""
+    """A data set on the hub as `owner/name`, `owner/name:split` or `owner/name:subset:split`; runs no code from it."""
 
     name: str
 
@@ -69,8 +117,9 @@ class HubData:
 
     def load(self) -> datasets.Dataset:
         """The named split, or `train`, memory-mapped; raises one of LOAD_ERRORS."""
-        name, _, split = self.name.partition(":")
-        loaded = datasets.load_dataset(name, split=split or "train")
+        name, *rest = self.name.split(":")
+        subset, split = rest[:-1], rest[-1] if rest and rest[-1] else "train"
+        loaded = datasets.load_dataset(name, *subset, split=split)
         assert isinstance(loaded, datasets.Dataset)
         return loaded
 
@@ -79,10 +128,11 @@ class HubData:
         try:
             loaded = self.load()
         except LOAD_ERRORS as error:
-            report(self.name, f"no such file or folder, and the hub data set cannot be loaded: {_first_line(error)}")
+            way_out = "; write owner/name:subset:split" if "onfig name is missing" in str(error) else ""
+            reason = f"no such file or folder, and the hub data set cannot be loaded: {_first_line(error)}{way_out}"
+            report(self.name, reason)
             return
-        for number, row in enumerate(loaded, start=1):
-            yield f"{self.name}:{number}", dict(row)
+        yield from _rows_of(loaded, self.name)
 
     def digest(self) -> str:
         """The datasets library's fingerprint of the loaded data."""
@@ -92,8 +142,45 @@ class HubData:
             return "unreachable"
 
 
+@dataclass(frozen=True)
+class SavedData:
+    """A folder that `Dataset.save_to_disk` wrote."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def rows(self, report: ReportProblem) -> Iterator[tuple[Place, Row]]:
+        """The rows in order; a folder that cannot be loaded goes to `report`."""
+        try:
+            loaded = datasets.load_from_disk(str(self.path))
+        except LOAD_ERRORS as error:
+            report(str(self.path), f"was saved with save_to_disk, and cannot be loaded: {_first_line(error)}")
+            return
+        assert isinstance(loaded, datasets.Dataset)
+        yield from _rows_of(loaded, str(self.path))
+
+    def digest(self) -> str:
+        """sha256 of the bytes of the folder's files."""
+        digest = hashlib.sha256()
+        for file in sorted(self.path.iterdir()):
+            if file.is_file():
+                digest.update(f"{file.name} {file_digest(file)}\n".encode())
+        return digest.hexdigest()
+
+
+def _rows_of(loaded: datasets.Dataset, name: str) -> Iterator[tuple[Place, Row]]:
+    number = 0
+    batches: Any = loaded.with_format("arrow")
+    for table in batches.iter(batch_size=BATCH_ROWS):
+        for row in table.to_pylist():
+            number += 1
+            yield f"{name}:{number}", row
+
+
 def _jsonl(path: Path, report: ReportProblem) -> Iterator[tuple[Place, Any]]:
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         number = 0
         while line := file.readline(MAX_ROW_BYTES + 1):
             number += 1
@@ -114,40 +201,64 @@ def _jsonl(path: Path, report: ReportProblem) -> Iterator[tuple[Place, Any]]:
 
 def _json(path: Path, report: ReportProblem) -> Iterator[tuple[Place, Any]]:
     """The entries of a JSON array, which is never held as a whole."""
-    decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant)
-    with path.open(encoding="utf-8-sig") as file:
-        number = 0
+    decoder, number = strict_decoder(), 0
+    with _open_text(path) as file:
+        window = _Window(file)
         try:
-            buffer = file.read(MAX_ROW_BYTES).lstrip()
-            if not buffer.startswith("["):
+            if window.next_character() != "[":
                 report(str(path), "expected a JSON array of objects; name a file of one object per line .jsonl")
                 return
-            buffer = buffer[1:].lstrip()
-            while not buffer.startswith("]"):
+            window.position += 1
+            while window.next_character() != "]":
                 number += 1
-                if len(buffer) < MAX_ROW_BYTES:
-                    buffer += file.read(MAX_ROW_BYTES)
-                entry, length = decoder.raw_decode(buffer)
+                entry, window.position = decoder.raw_decode(window.text, window.position)
                 yield f"{path}:{number}", entry
-                buffer = buffer[length:].lstrip()
-                if not buffer.startswith((",", "]")):
+                separator = window.next_character()
+                if separator not in (",", "]"):
                     raise ValueError("not JSON: expected ',' or ']' after this entry")
-                buffer = buffer.removeprefix(",").lstrip() or file.read(MAX_ROW_BYTES).lstrip()
+                window.position += separator == ","
+            window.position += 1
+            if window.next_character():
+                report(str(path), "something follows the array's end, as where two files were joined; nothing of it is read")
         except UnicodeDecodeError as error:
             report(f"{path}:{number or 1}", f"not UTF-8 (byte {error.start}); convert the file")
         except (ValueError, RecursionError) as error:
-            report(f"{path}:{number}", f"{_json_reason(error)}; the rest of the file was not read")
+            report(f"{path}:{number}", f"{json_reason(error)}; the rest of the file was not read")
+
+
+class _Window:
+    """A text read piece by piece: from `position` on it holds a whole row, or the file's end."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file, self.text, self.position = file, "", 0
+
+    def next_character(self) -> str:
+        """Moves behind white space and returns what stands there; empty at the end."""
+        while True:
+            if len(self.text) - self.position < MAX_ROW_BYTES and (more := self.file.read(MAX_ROW_BYTES)):
+                self.text, self.position = self.text[self.position :] + more, 0
+            match = _SPACE.match(self.text, self.position)
+            assert match is not None
+            self.position = match.end()
+            if self.position < len(self.text) or not self.text:
+                return self.text[self.position : self.position + 1]
+            self.text, self.position = "", 0
 
 
 def _csv(path: Path, report: ReportProblem) -> Iterator[tuple[Place, Any]]:
     csv.field_size_limit(MAX_ROW_BYTES)
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with _open_text(path, newline="") as file:
         reader = csv.DictReader(_lines(file), strict=True)
         try:
+            names = list(reader.fieldnames or ())
+            repeated = next((name for name in names if names.count(name) > 1), None)
+            if repeated is not None:
+                report(f"{path}:1", f"the column {repeated!r} appears twice; rename or remove one")
+                return
             for row in reader:
                 place = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():
-                    report(place, f"expected {len(reader.fieldnames or ())} columns, as in the first line")
+                    report(place, f"expected {len(names)} columns, as in the first line")
                 else:
                     yield place, row
         except UnicodeDecodeError as error:
@@ -166,7 +277,13 @@ def _lines(file: TextIO) -> Iterator[str]:
 def _parquet(path: Path, report: ReportProblem) -> Iterator[tuple[Place, Any]]:
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(PARQUET_BATCH_ROWS):
+        file = pyarrow.parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated is not None:
+            report(str(path), f"the column {repeated!r} appears twice; rename or remove one")
+            return
+        for batch in file.iter_batches(BATCH_ROWS):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}:{number}", row
@@ -187,32 +304,21 @@ READERS: dict[str, Callable[[Path, ReportProblem], Iterator[tuple[Place, Any]]]]
 }
 
 
-def parse_json(text: str) -> Any:
-    """One JSON value; raises ValueError also for NaN and repeated keys, which json accepts, and for deep nesting."""
+def is_rows_in_disguise(text: str) -> bool:
+    """Whether a text is rows: JSON objects one a line, or an array of them."""
+    begin = text.lstrip()
+    if begin.startswith("["):
+        try:
+            entries = json.loads(text)
+        except (ValueError, RecursionError):
+            return False
+        return bool(entries) and all(isinstance(entry, dict) for entry in entries)
+    lines = [line for line in begin[:MAX_ROW_BYTES].splitlines()[:3] if line.strip()]
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(_json_reason(error)) from None
+        return bool(lines) and all(isinstance(json.loads(line), dict) for line in lines)
+    except (ValueError, RecursionError):
+        return False
 
 
-def _json_reason(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> Row:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the field {repeated!r} appears twice")
-    return row
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

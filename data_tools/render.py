@@ -1,230 +1,208 @@
 """Records -> token ids and which of them are trained, made together: no marker is searched for in the ids later."""
 
 import json
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from data_tools.records import Conversation, Document, Message
+from data_tools.chat_template import ChatTemplate
+from data_tools.encode import ESCAPED_PRIVATE, Encoded, Encoder, SpelledTokens, special_tokens
+from data_tools.questions import Questions
+from data_tools.records import Conversation, Document
+from data_tools.turns import Dialogue, DialogueText, History, Rendering, TrainedTurn, find_value
 
-# A chat template may come from a stranger: it runs in transformers' sandbox, within these limits.
-MAX_TEMPLATE_SECONDS = 30.0  # a row of 8 MiB takes less than one
-MAX_RENDERED_CHARACTERS = 32 * 2**20  # four times the longest row
-
-# For a tokenizer without a chat template: role markers in plain text, and the tokenizer's end token.
-PLAIN_TEMPLATE = (
-    "{{ bos_token or '' }}{% for message in messages %}"
-    "{{ '### ' + message['role'] | capitalize + ':\n' + message['content'] | trim }}"
-    "{{ eos_token if message['role'] == 'assistant' else '' }}{{ '\n\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"
+WAYS_OUT = (
+    "choose a --data.chat_template that has it, leave it out with --data.leave_out, or skip such rows with "
+    "--data.on_error skip"
 )
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids, and for each whether it is trained (supervised); both lists have the same length."""
+    """Token ids, and for each whether it is trained (supervised); both lists have the same length.
+
+    `questions` has, for each run of trained tokens, what the user said last before it; empty where it is no answer.
+    """
 
     source: str
     input_ids: list[int]
     trained: list[bool]
+    questions: tuple[str, ...] = ()
 
     @property
     def num_supervised_tokens(self) -> int:
         """The number of supervised tokens; the first is never one, because nothing predicts it."""
         return sum(self.trained[1:])
 
-
-def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
-    """The text of the conversation with the generation prompt, after which the model writes the assistant's turn."""
-    return _template(tokenizer, messages, add_generation_prompt=True)
-
-
-def render_conversation(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Sample:
-    """A sample in which exactly the assistant turns marked `train`, with their end-of-turn tokens, are trained.
-
-    A turn's span is found in two ways: as the difference between the text up to its generation prompt and the text
-    through the turn, and as the place where texts with two other answers in this turn differ. Token boundaries are
-    cross-checked by tokenising the prompt alone. Raises ValueError, naming the turn, if the two disagree, if neither
-    works, or if no end token follows the answer.
-    """
-    turns = _Turns(tokenizer, conversation.messages)
-    trained = [False] * len(turns.ids)
-    for number, message in enumerate(conversation.messages):
-        if not message.train:
-            continue
-        try:
-            first, last = turns.trained_tokens(number)
-        except ValueError as error:
-            raise ValueError(f"turn {number + 1}: {error}") from None
-        trained[first : last + 1] = [True] * (last + 1 - first)
-    return Sample(conversation.source, turns.ids, trained)
+    def runs(self) -> list[tuple[int, int]]:
+        """[start, end) of each run of trained tokens."""
+        edges = [i for i, (before, now) in enumerate(pairwise([False, *self.trained, False])) if before != now]
+        return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-class _Turns:
-    """A rendered conversation, and the span of each turn in its text and tokens; spans are [start, end)."""
+@dataclass(frozen=True)
+class RenderSettings:
+    """What decides how a conversation is rendered, beside its tokenizer and template."""
 
-    def __init__(self, tokenizer: Any, messages: Sequence[Message]) -> None:
-        self.tokenizer = tokenizer
-        self.messages = messages
-        self.text = _template(tokenizer, messages)
-        self.literal_spans = self._spans_with_special_tokens()
-        self.ids, self.offsets = self._encode(len(self.text))
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # for the chat template
+    today: date = date(2000, 1, 1)
+    history: History = "each"
+    empty_reasoning: Literal["mask", "train"] = "mask"
+    leave_out: tuple[str, ...] = ()
 
-    def trained_tokens(self, number: int) -> tuple[int, int]:
-        """Indices of the first token that the model writes in turn `number`, and of the turn's end token."""
-        content, turn = self._content_span(number), self._turn_span(number)
-        if content is not None and turn is not None and not turn[0] <= content[0] <= content[1] <= turn[1]:
-            raise ValueError("the two ways of locating the answer in the chat template's text disagree")
-        span = turn or content
-        if span is None:
-            raise ValueError("the chat template rewrites the conversation, so the answer cannot be located")
-        first = next(i for i, (_, end) in enumerate(self.offsets) if end > span[0])
-        is_merged = bool(self.text[self.offsets[first][0] : span[0]].strip())
-        if is_merged or (turn is not None and self._encode(turn[0])[0] != self.ids[:first]):
+
+@dataclass(frozen=True)
+class Rendered:
+    """The samples of a conversation, and what is to be said about it."""
+
+    samples: list[Sample]
+    num_left_out: int = 0  # trained turns that data.history leaves out
+    num_empty_reasonings: int = 0  # trained turns with an empty think block
+    unread: tuple[str, ...] = ()  # keys of its turns that the template does not read
+
+
+class ConversationRenderer:
+    """Renders conversations with one tokenizer, template and settings."""
+
+    def __init__(self, tokenizer: Any, settings: RenderSettings) -> None:
+        self.settings = settings
+        self.template = ChatTemplate(tokenizer, settings.arguments, settings.today)
+        self.encoder = Encoder(tokenizer)
+        self.questions = Questions(self.template)
+
+    def render(self, conversation: Conversation) -> Rendered:
+        """Samples in which exactly the turns marked `train`, with the tokens that end them, are trained.
+
+        Raises ValueError, naming the turn, where the template loses a part of the conversation, where what is trained
+        is not what generation would see, or where nothing ends an answer.
+        """
+        conversation = self._wanted(conversation)
+        spelled = self._spelled(conversation)
+        verdict = self.questions.ask(conversation)
+        if verdict.lost:
+            raise ValueError(f"{_listed(verdict.lost)} would be lost: the chat template leaves it out; {WAYS_OUT}")
+        dialogue = Dialogue(
+            conversation.messages, conversation.tools, dict(conversation.template_arguments), verdict.dialect
+        )
+        if spelled is not None:
+            dialogue = _hidden(dialogue, spelled)
+        texts = DialogueText(self.template, self.encoder, dialogue)
+        renderings = texts.renderings(self.settings.history, self.settings.empty_reasoning == "mask")
+        self._check_context(texts, renderings)
+        samples = [self._sample(conversation, rendering, spelled) for rendering in renderings]
+        return Rendered(
+            samples,
+            num_left_out=sum(rendering.num_left_out for rendering in renderings),
+            num_empty_reasonings=sum(turn.written > turn.start for each in renderings for turn in each.turns),
+            unread=verdict.unread,
+        )
+
+    def _wanted(self, conversation: Conversation) -> Conversation:
+        """The conversation without what data.leave_out names."""
+        unwanted = self.settings.leave_out
+        if not unwanted:
+            return conversation
+        messages = conversation.messages
+        if "system" in unwanted:
+            messages = tuple(message for message in messages if message.role != "system")
+        if "reasoning" in unwanted:
+            messages = tuple(replace(message, reasoning="") for message in messages)
+        tools = () if "tools" in unwanted else conversation.tools
+        return replace(conversation, messages=messages, tools=tools)
+
+    def _spelled(self, conversation: Conversation) -> SpelledTokens | None:
+        """The special tokens that the conversation's strings spell, at every depth; None, as a rule, for none."""
+        strings = "\n".join(_strings(conversation))
+        pattern = self.encoder.special_pattern
+        return SpelledTokens(pattern, strings) if pattern.search(strings) else None
+
+    def _check_context(self, texts: DialogueText, renderings: Sequence[Rendering]) -> None:
+        """Raises ValueError if a turn before a trained one, which the model is to read, has no influence on any text."""
+        text = "\n".join(rendering.text for rendering in renderings)
+        last = max(turn.number for rendering in renderings for turn in rendering.turns)
+        for number, message in enumerate(texts.messages[:last]):
+            if message.role == "assistant" or not message.content.strip():
+                continue
+            if find_value(text, message.content) < 0 and not texts.has_influence(number):
+                raise ValueError(
+                    f"turn {number + 1}: the {message.role} turn's content would be lost: the chat template leaves it "
+                    f"out; {WAYS_OUT}"
+                )
+
+    def _sample(self, conversation: Conversation, rendering: Rendering, spelled: SpelledTokens | None) -> Sample:
+        if spelled is not None and ESCAPED_PRIVATE.search(rendering.text):
+            raise ValueError("it spells a special token that the chat template escapes, so it cannot be kept as text")
+        encoded = self.encoder.encode(rendering.text, spelled)
+        trained = [False] * len(encoded.ids)
+        questions = []
+        for turn in rendering.turns:
+            try:
+                first, last = self._tokens(rendering.text, encoded, turn, spelled)
+            except ValueError as error:
+                raise ValueError(f"turn {turn.number + 1}: {error}") from None
+            trained[first : last + 1] = [True] * (last + 1 - first)
+            asked = (message.content for message in conversation.messages[turn.number - 1 :: -1])
+            questions.append(next(asked, "") if turn.number else "")
+        return Sample(conversation.source, encoded.ids, trained, tuple(questions))
+
+    def _tokens(
+        self, text: str, encoded: Encoded, turn: TrainedTurn, spelled: SpelledTokens | None
+    ) -> tuple[int, int]:
+        """Indices of the first token that the model writes in a turn, and of the turn's end token."""
+        offsets = encoded.offsets
+        first = next(i for i, (_, end) in enumerate(offsets) if end > turn.written)
+        is_merged = bool(text[offsets[first][0] : turn.written].strip())
+        if is_merged or not self.encoder.is_prefix(encoded, text, turn.written, first, spelled):
             raise ValueError(
                 "the tokenizer merges the end of the prompt with the beginning of the answer, often a newline or space"
             )
-        last = self._end_of_turn(first, (content or span)[1] if content else None, span[1])
-        if last is None:
+        last = next(i for i in range(len(offsets) - 1, -1, -1) if offsets[i][0] < turn.end)
+        if last < first or encoded.ids[last] not in self.encoder.special:
             raise ValueError("the chat template ends the answer without a special token at which to stop")
         return first, last
 
-    def _turn_span(self, number: int) -> tuple[int, int] | None:
-        """The turn's span by prefix difference; None if the template does not build the text turn by turn."""
-        try:
-            prefix = render_prompt(self.tokenizer, self.messages[:number])
-            through = _template(self.tokenizer, self.messages[: number + 1])
-        except ValueError:
-            return None
-        if through.startswith(prefix) and self.text.startswith(through):
-            return len(prefix), len(through)
-        return None
 
-    def _content_span(self, number: int) -> tuple[int, int] | None:
-        """The content's span, where texts with two other contents differ; None if the template changes the content."""
-        content = self.messages[number].content
-        if not content.strip():
-            return None
-        probed_texts = []
-        for probe in "XY":
-            probed = replace(self.messages[number], content=probe)
-            try:
-                probed_texts.append(
-                    _template(self.tokenizer, [*self.messages[:number], probed, *self.messages[number + 1 :]])
-                )
-            except ValueError:
-                return None
-        start = next((i for i, (one, other) in enumerate(zip(*probed_texts, strict=False)) if one != other), None)
-        if start is None:  # the template leaves this turn out
-            return None
-        end = len(self.text) - (len(probed_texts[0]) - start - 1)
-        is_kept = probed_texts[0][:start] == self.text[:start] and probed_texts[0][start + 1 :] == self.text[end:]
-        return (start, end) if is_kept and self.text[start:end].strip() == content.strip() else None
-
-    def _end_of_turn(self, first: int, content_end: int | None, turn_end: int) -> int | None:
-        """Index of the special token that ends the answer, which only white space may separate from the content.
-
-        For a turn without a content span (a tool call) it is the turn's last token, apart from white space.
-        """
-        special = _special_tokens(self.tokenizer, len(self.tokenizer))
-        if content_end is not None:
-            after = (i for i in range(first, len(self.ids)) if self.offsets[i][1] > content_end)
-            end = next((i for i in after if self.ids[i] in special), None)
-            return end if end is not None and not self.text[content_end : self.offsets[end][0]].strip() else None
-        inside = [i for i in range(first, len(self.ids)) if self.offsets[i][0] < turn_end]
-        end = next((i for i in reversed(inside) if self.text[slice(*self.offsets[i])].strip()), None)
-        return end if end is not None and self.ids[end] in special else None
-
-    def _spans_with_special_tokens(self) -> list[tuple[int, int]]:
-        """Spans of contents that spell a special token; they are encoded as text, or the data could forge a turn."""
-        names = _special_tokens(self.tokenizer, len(self.tokenizer)).values()
-        spans = []
-        for number, message in enumerate(self.messages):
-            special = next((name for name in names if name in message.content), None)
-            if special is not None:
-                span = self._content_span(number)
-                if span is None:
-                    raise ValueError(f"turn {number + 1}: it contains {special} and cannot be located in the text")
-                spans.append(span)
-        return spans
-
-    def _encode(self, length: int) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and offsets of the first `length` characters; special tokens in contents are encoded as text."""
-        ids: list[int] = []
-        offsets: list[tuple[int, int]] = []
-        cuts = sorted({0, length, *(min(edge, length) for span in self.literal_spans for edge in span)})
-        for start, end in pairwise(cuts):
-            is_literal = any(span[0] <= start < span[1] for span in self.literal_spans)
-            piece = self.tokenizer(
-                self.text[start:end],
-                add_special_tokens=False,
-                return_offsets_mapping=True,
-                split_special_tokens=is_literal,
-            )
-            ids += piece["input_ids"]
-            offsets += [(start + a, start + b) for a, b in piece["offset_mapping"]]
-        return ids, offsets
+def _strings(conversation: Conversation) -> Iterator[str]:
+    for message in conversation.messages:
+        yield message.content
+        yield message.reasoning
+        yield message.name
+        if message.tool_calls or message.extra:
+            yield json.dumps([message.tool_calls, message.extra], ensure_ascii=False)
+    if conversation.tools or conversation.template_arguments:
+        yield json.dumps([conversation.tools, conversation.template_arguments], ensure_ascii=False)
 
 
-def _template(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-    """The conversation as text; raises ValueError if the template fails on it, TimeoutError if it does not end."""
-    turns = [message.as_turn() for message in messages]
-    try:
-        with _time_limit(MAX_TEMPLATE_SECONDS):
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TimeoutError:
-        raise
-    except Exception as error:  # a template can raise anything
-        raise ValueError(f"the chat template refuses this conversation: {error}") from None
-    if len(text) > MAX_RENDERED_CHARACTERS:
-        raise ValueError(f"the chat template renders {len(text):,} characters, more than {MAX_RENDERED_CHARACTERS:,}")
-    return text
+def _hidden(dialogue: Dialogue, spelled: SpelledTokens) -> Dialogue:
+    """The dialogue with private characters in the place of the special tokens that its strings spell."""
+    messages = tuple(
+        replace(
+            message,
+            content=spelled.hide(message.content),
+            reasoning=spelled.hide(message.reasoning),
+            name=spelled.hide(message.name),
+            tool_calls=spelled.hide(message.tool_calls),
+            extra=spelled.hide(message.extra),
+        )
+        for message in dialogue.messages
+    )
+    return replace(
+        dialogue, messages=messages, tools=spelled.hide(dialogue.tools), arguments=spelled.hide(dialogue.arguments)
+    )
 
 
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError inside the `with` block after `seconds`; without effect outside the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: object) -> None:
-        raise TimeoutError(f"the chat template did not end within {seconds:g} s; choose another --data.chat_template")
-
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids of all special tokens, including those without a named role (Llama-3's <|eot_id|>)."""
-    return frozenset(_special_tokens(tokenizer, len(tokenizer)))
-
-
-@lru_cache(maxsize=4)
-def _special_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, str]:
-    """Special tokens by id; cached by vocabulary size, because asking the tokenizer is slower than tokenising a row."""
-    added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+def _listed(items: Sequence[str]) -> str:
+    return " and ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> set[int]:
     """The special tokens that end this sample's trained spans, which teach the model to stop."""
-    following = [*sample.trained[1:], False]
-    pairs = zip(sample.input_ids, sample.trained, following, strict=True)
-    special = _special_tokens(tokenizer, len(tokenizer))
-    return {token for token, now, after in pairs if now and not after and token in special}
+    special = special_tokens(tokenizer, len(tokenizer))
+    return {sample.input_ids[end - 1] for _, end in sample.runs()} & special.keys()
 
 
 def render_document(

@@ -1,0 +1,161 @@
+"""A chat template: turns -> text, within limits of time and size, and with the clock as an input."""
+
+import json
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import date, datetime, time
+from typing import Any
+
+from jinja2 import Template
+from transformers.utils import chat_template_utils
+
+from data_tools.messages import REASONING_KEYS, Message
+
+# A chat template may come from a stranger: it runs in transformers' sandbox, within these limits.
+MAX_TEMPLATE_SECONDS = 30.0  # a row of 8 MiB takes less than one
+MAX_RENDERED_CHARACTERS = 32 * 2**20  # four times the longest row
+
+CLOCK = "strftime_now"  # the one function by which transformers lets a template ask for the time
+
+# Arguments by which templates are told whether the model is to think first.
+THINKING_SWITCHES = ("enable_thinking", "thinking", "enable_reasoning")
+
+# For a tokenizer without a chat template: role markers in plain text, and the tokenizer's end token.
+PLAIN_TEMPLATE = (
+    "{{ bos_token or '' }}{% for message in messages %}"
+    "{{ '### ' + message['role'] | capitalize + ':\n' + message['content'] | trim }}"
+    "{{ eos_token if message['role'] == 'assistant' else '' }}{{ '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a template wants a turn's parts, where templates differ."""
+
+    arguments_as_text: bool = False  # a call's arguments as JSON text, not as an object
+    content_as_parts: bool = False  # [{"type": "text", "text": ...}], not a string
+    reasoning_as_part: bool = False  # a part of type "thinking", not a field of the turn
+    empty_content: str | None = ""  # the content of a turn that has none, such as a call
+
+    def turn(self, message: Message) -> dict[str, Any]:
+        """The turn as the template expects it."""
+        turn: dict[str, Any] = {"role": message.role, "content": message.content or self.empty_content}
+        parts: list[dict[str, str]] = []
+        if message.reasoning and self.reasoning_as_part:
+            parts.append({"type": "thinking", "thinking": message.reasoning})
+        elif message.reasoning:
+            turn |= dict.fromkeys(REASONING_KEYS, message.reasoning)
+        if message.content and (self.content_as_parts or parts):
+            parts.append({"type": "text", "text": message.content})
+        if parts:
+            turn["content"] = parts
+        if message.tool_calls:
+            turn["tool_calls"] = [self._call(call) for call in message.tool_calls]
+        known = {"name": message.name, "tool_call_id": message.tool_call_id}
+        return turn | {key: value for key, value in known.items() if value} | dict(message.extra)
+
+    def _call(self, call: dict[str, Any]) -> dict[str, Any]:
+        if not self.arguments_as_text:
+            return call
+        function = call["function"]
+        return {**call, "function": {**function, "arguments": chat_template_json(function["arguments"])}}
+
+
+def chat_template_json(value: Any) -> str:
+    """The value as the templates' own filter `tojson` spells it."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+# Tried in this order until one loses nothing of a conversation.
+DIALECTS = (
+    Dialect(),
+    Dialect(arguments_as_text=True),
+    Dialect(content_as_parts=True),
+    Dialect(reasoning_as_part=True),
+    Dialect(empty_content=None),
+    Dialect(arguments_as_text=True, empty_content=None),
+)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A tokenizer's chat template with the arguments and the date that it is given; renders, and counts nothing."""
+
+    tokenizer: Any
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    today: date = date(2000, 1, 1)
+
+    def source(self, with_tools: bool = False) -> str:
+        """The Jinja text; some tokenizers have another one for conversations with tools."""
+        return self.tokenizer.get_chat_template(tools=[{}] if with_tools else None)
+
+    @property
+    def has_clock(self) -> bool:
+        """Whether the template asks for the date."""
+        return CLOCK in self.source() or CLOCK in self.source(with_tools=True)
+
+    @property
+    def knows_reasoning(self) -> bool:
+        """Whether the template may treat reasoning; False is certain."""
+        return any("think" in text or "reasoning" in text for text in (self.source(), self.source(with_tools=True)))
+
+    def switches(self, with_tools: bool, given: Mapping[str, Any]) -> list[str]:
+        """The switches for thinking that the template names, and that neither the row nor the user has set."""
+        source = self.source(with_tools)
+        return [name for name in THINKING_SWITCHES if name in source and name not in {**self.arguments, **given}]
+
+    def render(
+        self,
+        turns: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        arguments: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """The conversation as text; raises ValueError if the template fails on it, TimeoutError if it does not end."""
+        try:
+            with _time_limit(MAX_TEMPLATE_SECONDS):
+                text = self._compiled(bool(tools)).render(
+                    messages=turns,
+                    tools=tools or None,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                    strftime_now=self._now,
+                    **{**self.tokenizer.special_tokens_map, **self.arguments, **(arguments or {})},
+                )
+        except TimeoutError:
+            raise
+        except Exception as error:  # a template can raise anything
+            raise ValueError(f"the chat template refuses this conversation: {error}") from None
+        if len(text) > MAX_RENDERED_CHARACTERS:
+            limit = f"{MAX_RENDERED_CHARACTERS:,}"
+            raise ValueError(f"the chat template renders {len(text):,} characters, more than {limit}")
+        return text
+
+    def _compiled(self, with_tools: bool) -> Template:
+        return chat_template_utils._compile_jinja_template(self.source(with_tools))
+
+    def _now(self, spelling: str) -> str:
+        return datetime.combine(self.today, time()).strftime(spelling)
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError inside the `with` block after `seconds`; without effect outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise TimeoutError(f"the chat template did not end within {seconds:g} s; choose another --data.chat_template")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)

@@ -19,6 +19,7 @@ from data_tools.messages import Message
 
 History = Literal["each", "last", "refuse"]
 
+EMPTY_ELEMENT = re.compile(r"(<|\[)(\w+)(>|\])\1/\2\3")
 MARK = "\uf8ff"  # a private character, with which no answer begins
 
 
@@ -140,19 +141,37 @@ class DialogueText:
                     return other, text[len(other) :]
         if through.startswith(prompt):
             return prompt, through[len(prompt) :]
-        shared = len(os.path.commonprefix([prompt, through]))
-        extra, rest = prompt[shared:].strip(), through[shared:]
-        if extra and not thinks:
-            opening, closing, _ = self._around_reasoning(number)
-            if "".join(opening[shared:].split()) + "".join(closing.split()) == "".join(extra.split()):
-                return prompt, rest
-        if not extra:
-            return prompt, rest.lstrip()
+        if place := _end_aside_space(through, prompt):
+            return through[:place], through[place:]
+        shared = self._shared(prompt, through)
+        if not thinks and self._is_empty_block(number, prompt, shared):
+            return prompt, through[shared:]
         raise ValueError(
             "the chat template rewrites the conversation, so generation would see another text than is trained: "
-            f"its generation prompt goes on with {prompt[shared:][:40]!r} where the turn has {rest[:40]!r}; choose "
-            "another --data.chat_template, or arguments for this one (--data.template_arguments)"
+            f"its generation prompt goes on with {prompt[shared:][:40]!r} where the turn has {through[shared:][:40]!r}; "
+            "choose another --data.chat_template or arguments for this one (--data.template_arguments), or, if the "
+            "model is to think first, give the turn a reasoning"
         )
+
+    def _shared(self, prompt: str, through: str) -> int:
+        """The number of characters with which both begin, without a part of a token."""
+        shared = len(os.path.commonprefix([prompt, through]))
+        opened = max(prompt.rfind(bracket, 0, shared) for bracket in "<[")
+        return opened if opened >= 0 and not re.search(r"[>\]\s]", prompt[opened:shared]) else shared
+
+    def _is_empty_block(self, number: int, prompt: str, shared: int) -> bool:
+        """Whether the generation prompt goes on, where the turn does not, with a think block that is empty and closed.
+
+        It is one if it is what the template puts around a reasoning; or what it adds where thinking is switched off;
+        or an element that is opened and closed.
+        """
+        extra = "".join(prompt[shared:].split())
+        opening, closing, _ = self._around_reasoning(number)
+        if "".join((opening[shared:] + closing).split()) == extra or EMPTY_ELEMENT.fullmatch(extra):
+            return True
+        header = prompt[max(shared - 20, 0) : shared].strip()
+        thinking = (self._prompt(self._turns[:number], **{switch: True}) for switch in self._switches())
+        return any(text.rstrip().endswith(header) for text in thinking)
 
     def _switches(self) -> list[str]:
         return self.template.switches(bool(self.dialogue.tools), self.dialogue.arguments)
@@ -259,6 +278,18 @@ class DialogueText:
 
 def _stands_in(text: str, answer: Answer) -> bool:
     return text.startswith(answer.prompt) and text.startswith(answer.text, len(answer.prompt))
+
+
+def _end_aside_space(text: str, beginning: str) -> int:
+    """Where `beginning` ends in a text that begins with it but for white space, and the white space after it; or 0."""
+    wanted, seen = "".join(beginning.split()), 0
+    if not wanted or not "".join(text[: 2 * len(beginning) + 64].split()).startswith(wanted):
+        return 0
+    for place, character in enumerate(text):
+        if seen == len(wanted) and not character.isspace():
+            return place
+        seen += not character.isspace()
+    return len(text)
 
 
 def parts_of(message: Message) -> Iterator[tuple[str, Any]]:

@@ -85,7 +85,7 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], bool]] = {
 SPECIAL = re.compile(
     r"<\|[^|<>\s'\"]{1,48}\|>|<｜[^｜<>\s'\"]{1,48}｜>|<\|[^|<>\s'\"]{1,48}>|<[^|<>\s'\"]{1,48}\|>|</?s>|\[/?[A-Z_]{2,24}\]"
     r"|<(?:bos|eos|sop|pad|unk)>|<(?:start|end)_of_[a-z_]+>|<[a-z_]+_of_[a-z_]+>|<extra_id_\d>|\[gMASK\]|</?[a-z]+_(?:start|end)>"
-    r"|</?reserved_\d+>|<eos:\w+>|\[\|[a-z_]+\|\]|<SPECIAL_\d+>|<｜hy_[^｜]*｜>|<(?:start|end)_function_[a-z]+>|<(?:turn|channel)\||<\|(?:turn|channel)>|\]~!b\[|\]~b\]|\[e~\["
+    r"|</?reserved_\d+>|<[a-z]+:\w+>|\[\|[a-z_]+\|\]|<SPECIAL_\d+>|<｜hy_[^｜]*｜>|<(?:start|end)_function_[a-z]+>|<(?:turn|channel)\||<\|(?:turn|channel)>|\]~!b\[|\]~b\]|\[e~\["
 )
 PRINTED = re.compile(r"""'room': '|['"]type['"]: ?['"](text|thinking)['"]""")  # an object where text was meant
 NOT_SPECIAL = re.compile(r"</?(think|tool_call|tool_calls|tool_response|tools|answer)>")
@@ -191,8 +191,8 @@ class Oracle:
 
     def _run_problems(self, number: int, before: str, written: str, last: int) -> Iterator[str]:
         prompts = self.prompts(number)
-        block = ""
-        if before not in prompts:
+        bare = ["".join(prompt.split()) for prompt in prompts]
+        if before not in prompts and "".join(before.split()) not in bare:
             # an empty think block may stand between the generation prompt and what is trained
             inner = [before[len(prompt) :] for prompt in prompts if before.startswith(prompt)]
             block = min(inner, key=len, default="?")

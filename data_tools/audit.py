@@ -1,16 +1,17 @@
 """Audits prepared data before training: what is wrong with it, where, and whether training should be refused."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 from rich.console import Console
 from rich.text import Text
 
-from data_tools.prepare import PrepareSettings
-from data_tools.scan import CUT, MASKED, NUM_PLACES, TRAINED, Finding, RecordScan, column, read_samples
+from data_tools.abilities import Abilities
+from data_tools.data_lines import data_lines, data_warnings, described
+from data_tools.prepare import DataSplit, Statistics
+from data_tools.scan import CUT, MASKED, NUM_PLACES, TRAINED, Finding, Scan, column
 from data_tools.similarity import first_equal, first_near
 from data_tools.terminal import printable
 
@@ -46,6 +47,9 @@ RULES = {
     ),
     "double_bos_rows": Rule("rows have two BOS tokens in a row", REFUSE_ANY, "remove one from the chat template"),
     "leaked_rows": Rule("validation rows are also training rows", REFUSE_ANY, "remove them from one of the two"),
+    "near_leaked_rows": Rule(
+        "validation rows nearly repeat a training row", WARN_ONLY, "remove them from one of the two"
+    ),
     "leaked_prompts": Rule("validation rows share the prompt of a training row", WARN_ONLY, "split the data by prompt"),
     "duplicates": Rule("rows repeat an earlier row exactly", WARN_ONLY, "keep one of each"),
     "normalised_duplicates": Rule(
@@ -64,14 +68,6 @@ RULES = {
     "dropped_rows": Rule("rows are longer than data.max_length and were dropped", MAX_LOST, "raise data.max_length"),
     "skipped_rows": Rule("rows cannot be read or rendered and were skipped", MAX_LOST, "fix them"),
 }
-
-
-@dataclass(frozen=True)
-class DataSplit:
-    """The training or the validation data: its samples, and the settings that they were prepared with."""
-
-    settings: PrepareSettings
-    samples: Dataset
 
 
 @dataclass(frozen=True)
@@ -94,11 +90,10 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Audit:
-    """Statistics and findings of the training data; `findings` has an entry for each of RULES."""
+class SplitAudit:
+    """Statistics and findings of one split of the data; `findings` has an entry for each of RULES."""
 
     rows: int
-    validation_rows: int
     samples: int
     tokens: int
     supervised_tokens: int
@@ -108,83 +103,127 @@ class Audit:
     findings: Mapping[str, Finding]
     length_histogram: tuple[tuple[int, int, int], ...]  # (fewest tokens, most tokens, samples)
     longest: tuple[tuple[str, int], ...]  # (source, tokens)
-    schedule: Schedule
 
     def share(self, name: str) -> float:
         """The share of rows with this finding, as its rule limits it."""
+        count = self.findings[name].count
         if name == "end_token_untrained_rows":
             return self.end_token_masked_fraction + self.end_token_cut_fraction
-        if name == "normalised_duplicates" and self.findings[name].count:  # exact ones are too
-            return (self.findings[name].count + self.findings["duplicates"].count) / max(self.rows, 1)
+        if name == "normalised_duplicates" and count:  # exact ones are too
+            return (count + self.findings["duplicates"].count) / max(self.rows, 1)
         if name == "skipped_rows":  # rows that cannot be read are not counted in `rows`
-            return self.findings[name].count / max(self.rows + self.findings[name].count, 1)
-        rows = self.validation_rows if name.startswith("leaked") else self.rows
-        return self.findings[name].count / max(rows, 1)
+            return count / max(self.rows + count, 1)
+        return count / max(self.rows, 1)
 
     def as_json(self) -> dict[str, Any]:
-        """All fields, the count of each finding under its name, and the verdict."""
+        """All fields, and the count of each finding under its name."""
         return {
-            **{name: value for name, value in vars(self).items() if name not in ("findings", "schedule")},
+            **{field.name: getattr(self, field.name) for field in fields(SplitAudit) if field.name != "findings"},
             **{name: finding.count for name, finding in self.findings.items()},
             "length_histogram": [
                 {"from": low, "through": high, "samples": count} for low, high, count in self.length_histogram
             ],
             "longest": [{"source": source, "tokens": tokens} for source, tokens in self.longest],
             "places": {name: finding.places for name, finding in self.findings.items() if finding.count},
+        }
+
+
+@dataclass(frozen=True)
+class Audit(SplitAudit):
+    """The training data, the validation data beside it, and what both were read from."""
+
+    validation: SplitAudit | None
+    statistics: Statistics
+    notes: tuple[str, ...]
+    schedule: Schedule
+
+    @property
+    def validation_rows(self) -> int:
+        """The number of validation rows."""
+        return self.validation.rows if self.validation else 0
+
+    def share(self, name: str) -> float:
+        """The share of rows with this finding; of leaks it is a share of the validation rows."""
+        if "leaked" in name:
+            return self.findings[name].count / max(self.validation_rows, 1)
+        return super().share(name)
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields, the count of each finding under its name, and the verdict."""
+        return {
+            **super().as_json(),
+            "validation_rows": self.validation_rows,
+            "validation": self.validation.as_json() if self.validation else None,
             **asdict(self.schedule),
             "units_per_step": self.schedule.units_per_step,
+            **described(self.statistics, self.notes),
             "failures": failures(self),
-            "warnings": warnings(self),
+            "warnings": [*warnings(self), *data_warnings(self.statistics)],
         }
 
 
 def audit(training: DataSplit, validation: DataSplit | None, tokenizer: Any, schedule: Schedule) -> Audit:
-    """Reads all samples and records once; keeps about 200 bytes per record and none of the text.
+    """Reads all samples, and the facts of all records.
 
-    `validation` comes from files of its own, or holds records of the training files that were held out; in the second
-    case both splits have the same settings.
+    `validation` comes from files of its own, or holds records of the training files that were held out.
     """
-    facts = read_samples(training.samples, tokenizer)
-    validation_rows = np.unique(column(validation.samples, "record")) if validation else np.zeros(0, np.int64)
-    is_held_out = validation is not None and validation.settings == training.settings
-    is_held_out = is_held_out and not np.isin(validation_rows, np.flatnonzero(facts.num_tokens)).any()
-    scan = RecordScan(training.settings, tokenizer, facts, set(validation_rows.tolist()) if is_held_out else set())
-    rows = np.setdiff1d(np.arange(len(scan.exact)), validation_rows if is_held_out else [])
-    findings = {**scan.findings, **_repeats(scan, rows)}
-    num_validation_rows = 0
+    held_out = np.unique(column(validation.samples, "record")) if validation else np.zeros(0, np.int64)
+    is_same = validation is not None and validation.prepared.fingerprint == training.prepared.fingerprint
+    # the same files named twice are not held out
+    is_fraction = is_same and not np.isin(held_out, column(training.samples, "record")).any()
+    rows = np.arange(len(training.prepared.facts))
+    scan = Scan(training, np.setdiff1d(rows, held_out) if is_fraction else rows, tokenizer)
+    findings, validated = _split_findings(scan), None
     if validation is not None:
-        validation_scan = scan
-        if not is_held_out:
-            validation_facts = read_samples(validation.samples, tokenizer)
-            validation_scan = RecordScan(validation.settings, tokenizer, validation_facts, set())
-            validation_rows = np.arange(len(validation_scan.exact))
-        num_validation_rows = len(validation_rows)
-        findings |= _leaks(scan, rows, validation_scan, validation_rows)
-    lengths = column(training.samples, "num_tokens")
-    longest = np.argsort(-lengths, kind="stable")[:NUM_LONGEST].tolist()
+        validation_rows = held_out if is_fraction else np.arange(len(validation.prepared.facts))
+        validation_scan = Scan(validation, validation_rows, tokenizer)
+        findings |= _leaks(scan, validation_scan)
+        lost = {} if is_fraction else _skipped(validation)
+        found = _split_findings(validation_scan) | lost
+        validated = SplitAudit(**_split(validation, validation_scan, found))
     return Audit(
-        rows=len(rows),
-        validation_rows=num_validation_rows,
-        samples=len(training.samples),
-        tokens=int(lengths.sum()),
-        supervised_tokens=int(facts.num_supervised_tokens.sum()),
-        end_token_trained_fraction=facts.end_fraction(TRAINED),
-        end_token_masked_fraction=facts.end_fraction(MASKED),
-        end_token_cut_fraction=facts.end_fraction(CUT),
-        findings={name: findings.get(name, Finding()) for name in RULES},
-        length_histogram=_histogram(lengths),
-        longest=tuple((training.samples[i]["source"], int(lengths[i])) for i in longest),
+        **_split(training, scan, findings | _skipped(training)),
+        validation=validated,
+        statistics=training.prepared.statistics,
+        notes=training.prepared.notes + (() if validation is None or is_same else validation.prepared.notes),
         schedule=schedule,
     )
 
 
-def _repeats(scan: RecordScan, rows: np.ndarray) -> dict[str, Finding]:
-    """Rows that repeat or contradict an earlier one of `rows`; each counts once, as the strictest kind it is."""
-    own = np.arange(len(rows))
-    exact, normalised = first_equal(scan.exact[rows]), first_equal(scan.normalised[rows])
-    near, prompt = first_near(scan.sketches[rows]), first_equal(scan.prompts[rows])
+def _split(split: DataSplit, scan: Scan, findings: Mapping[str, Finding]) -> dict[str, Any]:
+    """The fields of SplitAudit."""
+    facts, lengths = scan.samples, column(split.samples, "num_tokens")
+    longest = np.argsort(-lengths, kind="stable")[:NUM_LONGEST].tolist()
+    return {
+        "rows": len(scan.rows),
+        "samples": len(split.samples),
+        "tokens": int(lengths.sum()),
+        "supervised_tokens": int(facts.num_supervised_tokens.sum()),
+        "end_token_trained_fraction": facts.end_fraction(TRAINED),
+        "end_token_masked_fraction": facts.end_fraction(MASKED),
+        "end_token_cut_fraction": facts.end_fraction(CUT),
+        "findings": {name: findings.get(name, Finding()) for name in RULES},
+        "length_histogram": _histogram(lengths),
+        "longest": tuple((split.samples[i]["source"], int(lengths[i])) for i in longest),
+    }
+
+
+def _split_findings(scan: Scan) -> dict[str, Finding]:
+    return scan.findings() | _repeats(scan)
+
+
+def _skipped(split: DataSplit) -> dict[str, Finding]:
+    statistics = split.prepared.statistics
+    return {"skipped_rows": Finding(statistics.num_skipped, statistics.skipped[:NUM_PLACES])}
+
+
+def _repeats(scan: Scan) -> dict[str, Finding]:
+    """Rows that repeat or contradict an earlier one of the split; each counts once, as the strictest kind it is."""
+    own = np.arange(len(scan.rows))
+    exact, normalised = first_equal(scan.exact), first_equal(scan.normalised)
+    near, prompt = first_near(scan.sketches), first_equal(scan.prompts)
     is_exact, is_normalised, is_near = exact != own, normalised != own, near != own
-    is_conflict = (prompt != own) & (scan.prompts[rows] != 0) & ~is_normalised
+    is_conflict = (prompt != own) & (scan.prompts != 0) & ~is_normalised
     repeated = {
         "duplicates": (exact, is_exact),
         "normalised_duplicates": (normalised, is_normalised & ~is_exact),
@@ -193,27 +232,26 @@ def _repeats(scan: RecordScan, rows: np.ndarray) -> dict[str, Finding]:
     }
     findings = {}
     for name, (first, found) in repeated.items():
-        pairs = ((rows[i], rows[first[i]]) for i in np.flatnonzero(found)[:NUM_PLACES])
-        places = [_pair(scan.places[number], scan.places[twin]) for number, twin in pairs]
+        places = [_pair(scan.place(i), scan.place(first[i])) for i in np.flatnonzero(found)[:NUM_PLACES]]
         findings[name] = Finding(int(found.sum()), places)
     return findings
 
 
-def _leaks(
-    scan: RecordScan, rows: np.ndarray, validation: RecordScan, validation_rows: np.ndarray
-) -> dict[str, Finding]:
-    """Validation rows whose text, or whose prompt, is also in the training `rows`."""
-    is_leaked = np.isin(validation.normalised[validation_rows], scan.normalised[rows])
-    prompts = validation.prompts[validation_rows]
-    is_prompt = np.isin(prompts, scan.prompts[rows]) & (prompts != 0) & ~is_leaked
+def _leaks(scan: Scan, validation: Scan) -> dict[str, Finding]:
+    """Validation rows whose text, nearly or wholly, or whose prompt, is also in the training data."""
+    num_trained = len(scan.rows)
+    near = first_near(np.concatenate([scan.sketches, validation.sketches]))[num_trained:]
+    is_leaked = np.isin(validation.normalised, scan.normalised)
+    is_near = (near < num_trained) & ~is_leaked
+    is_prompt = np.isin(validation.prompts, scan.prompts) & (validation.prompts != 0) & ~is_leaked & ~is_near
+    twins = {
+        "leaked_rows": (is_leaked, lambda i: int(np.argmax(scan.normalised == validation.normalised[i]))),
+        "near_leaked_rows": (is_near, lambda i: int(near[i])),
+        "leaked_prompts": (is_prompt, lambda i: int(np.argmax(scan.prompts == validation.prompts[i]))),
+    }
     findings = {}
-    for name, trained, validated, found in (
-        ("leaked_rows", scan.normalised[rows], validation.normalised, is_leaked),
-        ("leaked_prompts", scan.prompts[rows], validation.prompts, is_prompt),
-    ):
-        first = validation_rows[found][:NUM_PLACES]
-        twins = ((number, rows[np.argmax(trained == validated[number])]) for number in first)
-        places = [_pair(validation.places[number], scan.places[twin]) for number, twin in twins]
+    for name, (found, twin) in twins.items():
+        places = [_pair(validation.place(i), scan.place(twin(i))) for i in np.flatnonzero(found)[:NUM_PLACES]]
         findings[name] = Finding(int(found.sum()), places)
     return findings
 
@@ -243,10 +281,13 @@ def failures(audit: Audit) -> list[str]:
 def warnings(audit: Audit) -> list[str]:
     """Findings that do not forbid training."""
     found = [name for name in RULES if audit.findings[name].count]
-    return [_sentence(audit, name) for name in found if audit.share(name) <= RULES[name].max_share]
+    lines = [_sentence(audit, name) for name in found if audit.share(name) <= RULES[name].max_share]
+    if validation := audit.validation:
+        lines += [f"validation: {_sentence(validation, name)}" for name in RULES if validation.findings[name].count]
+    return lines
 
 
-def _sentence(audit: Audit, name: str) -> str:
+def _sentence(audit: SplitAudit, name: str) -> str:
     rule, finding, share = RULES[name], audit.findings[name], audit.share(name)
     limit = f"; the limit is {rule.max_share:.0%}" if share > rule.max_share else ""
     more = ", ..." if finding.count > len(finding.places) else ""
@@ -254,13 +295,25 @@ def _sentence(audit: Audit, name: str) -> str:
     return f"{finding.count:,} {rule.message} ({share:.1%}{limit}): {places}; {rule.remedy}"
 
 
-def show_audit(audit: Audit, console: Console) -> None:
+def _validation(audit: Audit) -> str:
+    """How many validation rows there are, and how many of them are left out."""
+    split = audit.validation
+    if split is None:
+        return ""
+    skipped = split.findings["skipped_rows"].count
+    lost = split.findings["dropped_rows"].count + split.findings["rows_without_supervision"].count + skipped
+    left_out = f", of which {lost:,} of {split.rows + skipped:,} are left out" if lost else ""
+    return f", {split.rows:,} more for validation ({split.supervised_tokens:,} tokens of answers){left_out}"
+
+
+def show_audit(audit: Audit, console: Console, abilities: Abilities) -> None:
     """Prints the audit: counts, a histogram of the lengths, the longest samples, findings and verdict."""
-    schedule, reasons = audit.schedule, failures(audit)
-    held_out = f", {audit.validation_rows:,} more for validation" if audit.validation_rows else ""
+    schedule, reasons, doubts = audit.schedule, failures(audit), [*warnings(audit), *data_warnings(audit.statistics)]
     supervised_share = audit.supervised_tokens / max(audit.tokens, 1)
     lines = [
-        f"rows      {audit.rows:,}{held_out}",
+        *data_lines(audit.statistics, audit.notes),
+        *(f"template  {line}" for line in abilities.lines()),
+        f"rows      {audit.rows:,}{_validation(audit)}",
         f"samples   {audit.samples:,} of {audit.tokens / max(audit.samples, 1):,.0f} tokens on average",
         f"tokens    {audit.tokens:,}, {audit.supervised_tokens:,} of them trained ({supervised_share:.0%})",
         f"end token trained in {audit.end_token_trained_fraction:.1%} of the rows, present but masked in "
@@ -274,10 +327,10 @@ def show_audit(audit: Audit, console: Console) -> None:
         "longest   " + ", ".join(f"{printable(source)} ({tokens:,} tokens)" for source, tokens in audit.longest),
     ]
     console.print(Text("\n".join(lines)), soft_wrap=True)
-    for style, label, sentences in (("yellow", "warning", warnings(audit)), ("bold red", "failure", reasons)):
+    for style, label, sentences in (("yellow", "warning", doubts), ("bold red", "failure", reasons)):
         for sentence in sentences:
             console.print(Text.assemble((f"{label}   ", style), sentence), soft_wrap=True)
-    good = "nothing found" if not warnings(audit) else "nothing that forbids training"
+    good = "nothing found" if not doubts else "nothing that forbids training"
     verdict = Text(f"verdict   {len(reasons)} reason{'s' * (len(reasons) > 1)} not to train on this", "bold red")
     console.print(verdict if reasons else Text(f"verdict   {good}", "bold green"), soft_wrap=True)
 

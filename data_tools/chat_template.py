@@ -7,9 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
+from functools import cache, cached_property
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from jinja2 import Template
+from jinja2 import Template, TemplateError
 from transformers.utils import chat_template_utils
 
 from data_tools.messages import REASONING_KEYS, Message
@@ -91,7 +94,16 @@ class ChatTemplate:
 
     def source(self, with_tools: bool = False) -> str:
         """The Jinja text; some tokenizers have another one for conversations with tools."""
-        return self.tokenizer.get_chat_template(tools=[{}] if with_tools else None)
+        return self._sources[with_tools]
+
+    @cached_property
+    def _sources(self) -> tuple[str, str]:
+        """Without and with tools."""
+        return self.tokenizer.get_chat_template(), self.tokenizer.get_chat_template(tools=[{}])
+
+    @cached_property
+    def _given(self) -> dict[str, Any]:
+        return {**self.tokenizer.special_tokens_map, **self.arguments}
 
     @property
     def has_clock(self) -> bool:
@@ -112,50 +124,108 @@ class ChatTemplate:
         self,
         turns: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] = (),
-        arguments: Mapping[str, Any] | None = None,
+        arguments: Mapping[str, Any] = MappingProxyType({}),
         add_generation_prompt: bool = False,
     ) -> str:
-        """The conversation as text; raises ValueError if the template fails on it, TimeoutError if it does not end."""
+        """The conversation as text; raises ValueError if the template fails on it.
+
+        To be called inside `time_limit()`, whose TimeoutError ends a template that does not end.
+        """
         try:
-            with _time_limit(MAX_TEMPLATE_SECONDS):
-                text = self._compiled(bool(tools)).render(
-                    messages=turns,
-                    tools=tools or None,
-                    documents=None,
-                    add_generation_prompt=add_generation_prompt,
-                    strftime_now=self._now,
-                    **{**self.tokenizer.special_tokens_map, **self.arguments, **(arguments or {})},
-                )
+            text = self._compiled(bool(tools)).render(
+                messages=turns,
+                tools=tools or None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                strftime_now=self._now,
+                **(self._given | arguments if arguments else self._given),
+            )
         except TimeoutError:
             raise
         except Exception as error:  # a template can raise anything
-            raise ValueError(f"the chat template refuses this conversation: {error}") from None
+            raise ValueError(f"the chat template refuses this conversation: {error}{_in_line(error)}") from None
         if len(text) > MAX_RENDERED_CHARACTERS:
             limit = f"{MAX_RENDERED_CHARACTERS:,}"
             raise ValueError(f"the chat template renders {len(text):,} characters, more than {limit}")
         return text
 
+    def check(self) -> None:
+        """Raises ValueError, with the line, if the template fails on a question and its answer; or TimeoutError."""
+        turns = [Message("user", "What is AOG?"), Message("assistant", "Aircraft on ground.")]
+        failures = []
+        for dialect in DIALECTS:
+            try:
+                with time_limit():
+                    self.render([dialect.turn(turn) for turn in turns])
+                return
+            except ValueError as error:
+                failures.append(error)
+        raise failures[0]
+
     def _compiled(self, with_tools: bool) -> Template:
-        return chat_template_utils._compile_jinja_template(self.source(with_tools))
+        return self._templates[with_tools]
+
+    @cached_property
+    def _templates(self) -> tuple[Template, ...]:
+        return tuple(map(chat_template_utils._compile_jinja_template, self._sources))
 
     def _now(self, spelling: str) -> str:
         return datetime.combine(self.today, time()).strftime(spelling)
 
 
+def _in_line(error: BaseException) -> str:
+    """The line of the template in which the error was raised, if it was in the template."""
+    line, trace = getattr(error, "lineno", None), error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == "<template>":
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return f" (line {line} of the template)" if line else ""
+
+
+def read_template(path: Path) -> str:
+    """The text of a template file; raises ValueError with its place and what is wrong with it."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start}); convert the file") from None
+    if not text.strip():
+        raise ValueError(f"{path}: the file is empty; a chat template is Jinja text")
+    if text.lstrip().startswith(("{", "[")) and not text.lstrip().startswith(("{%", "{{", "{#")):
+        try:
+            holds = json.loads(text)
+        except ValueError:
+            holds = None
+        if holds is not None:
+            key = "; put the text of its 'chat_template' into a file" if "chat_template" in holds else ""
+            raise ValueError(f"{path}:1: JSON, not a Jinja template{key}")
+    try:
+        chat_template_utils._compile_jinja_template(text)
+    except TemplateError as error:
+        raise ValueError(f"{path}:{getattr(error, 'lineno', None) or 1}: not a Jinja template: {error}") from None
+    return text
+
+
 @contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError inside the `with` block after `seconds`; without effect outside the main thread."""
+def time_limit() -> Iterator[None]:
+    """Raises TimeoutError in the `with` block after MAX_TEMPLATE_SECONDS; without effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def stop(number: int, frame: object) -> None:
-        raise TimeoutError(f"the chat template did not end within {seconds:g} s; choose another --data.chat_template")
-
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    _listen()
+    signal.setitimer(signal.ITIMER_REAL, MAX_TEMPLATE_SECONDS)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+
+
+@cache
+def _listen() -> None:
+    """Once a process, because it takes as long as rendering a row; nothing else here uses this signal."""
+    signal.signal(signal.SIGALRM, _stop)
+
+
+def _stop(number: int, frame: object) -> None:
+    seconds = f"{MAX_TEMPLATE_SECONDS:g} s"
+    raise TimeoutError(f"the chat template did not end within {seconds}; choose another --data.chat_template")

@@ -115,7 +115,7 @@ class Encoder:
     def is_prefix(self, encoded: Encoded, text: str, end: int, first: int, spelled: SpelledTokens | None) -> bool:
         """Whether the text up to `end`, encoded alone as for generation, gives the first `first` tokens."""
         start = next((i for i in range(first - 1, -1, -1) if encoded.ids[i] in self.special), None)
-        header = text[: end] if start is None else text[encoded.offsets[start][0] : end]
+        header = text[:end] if start is None else text[encoded.offsets[start][0] : end]
         if spelled is not None and any(character in header for character in spelled.names):
             return self.encode(text[:end], spelled).ids == encoded.ids[:first]
         return list(self._header_ids(header)) == encoded.ids[start or 0 : first]

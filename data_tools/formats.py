@@ -97,10 +97,12 @@ def _listed(field: str, row: Row) -> Turns:
 def _pair(prompt: str, response: str, row: Row) -> Turns:
     """A question and an answer: two strings, or lists of turns; in the question's, only flagged turns are trained."""
     question, answer = (_turns_or_text(row[name]) for name in (prompt, response))
-    asked = [Message("user", _string(row, prompt))] if question is None else turns_of(question, prompt, only_flagged=True)
-    if answer is None:
-        return (*asked, Message("assistant", _string(row, response), train=True))
-    return (*asked, *turns_of(answer, response))
+    asked: Turns = (
+        (Message("user", _string(row, prompt)),) if question is None else turns_of(question, prompt, only_flagged=True)
+    )
+    if answer is not None:
+        return (*asked, *turns_of(answer, response))
+    return (*asked, Message("assistant", _string(row, response), train=True))
 
 
 def _turns_or_text(value: Any) -> list[Any] | None:

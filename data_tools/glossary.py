@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from data_tools.glossary_files import Glossary, Term, read_terms
-from data_tools.records import DataError, Report
+from data_tools.report import DataError, Report
 
 # Two terms are compared if they differ in one letter, if one is a prefix of the other, or from this difflib ratio on:
 # dry lease and wet lease have 0.67, light jet and regional jet 0.48.

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from data_tools.records import Report
+from data_tools.report import Report
 
 FIELDS = ("term", "definition", "domain", "examples")
 
@@ -51,15 +51,15 @@ def read_terms(path: Path) -> Glossary:
 
     A Python file is parsed, never executed: the first list or dict that it assigns is the glossary.
     """
-    report = Report()
-    terms, num_duplicates = _merge(_read(path, report), report)
+    report, ignored_fields = Report(), Counter[str]()
+    terms, num_duplicates = _merge(_read(path, report, ignored_fields), report)
     if not terms and not report.total:
         report.add(str(path), "contains no terms")
     report.raise_if_any()
-    return Glossary(tuple(terms), num_duplicates, report.ignored_fields)
+    return Glossary(tuple(terms), num_duplicates, ignored_fields)
 
 
-def _read(path: Path, report: Report) -> Iterator[Term]:
+def _read(path: Path, report: Report, ignored_fields: Counter[str]) -> Iterator[Term]:
     """The valid terms of a file; problems are added to `report`."""
     reader = READERS.get(path.suffix.lower())
     if not path.is_file():
@@ -78,7 +78,7 @@ def _read(path: Path, report: Report) -> Iterator[Term]:
         return
     for where, content in entries:
         try:
-            yield _term(where, content, report.ignored_fields)
+            yield _term(where, content, ignored_fields)
         except ValueError as error:
             report.add(where, str(error))
 

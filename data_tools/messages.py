@@ -22,8 +22,18 @@ TRAINED_FLAGS = ("train", "weight", "training", "trainable", "loss", "loss_mask"
 MASKED_FLAGS = ("masked", "ignore_loss")  # true or 1 is not trained
 # flags whose meaning differs between trainers, or that select parts of a turn: honouring one would be a guess
 REFUSED_FLAGS = ("mask", "train_detail", "training_detail", "weights", "loss_weights")
-READ_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", "name", "tool_call_id", *REASONING_KEYS}
-READ_KEYS |= {*TRAINED_FLAGS, *MASKED_FLAGS, *REFUSED_FLAGS}
+FLAGS = {*TRAINED_FLAGS, *MASKED_FLAGS, *REFUSED_FLAGS}
+READ_KEYS = FLAGS | {
+    "role",
+    "from",
+    "content",
+    "value",
+    "tool_calls",
+    "function_call",
+    "name",
+    "tool_call_id",
+    *REASONING_KEYS,
+}
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,8 @@ def message_of(entry: Any, only_flagged: bool = False) -> Message:
     if not (content.strip() or calls or role == "tool"):
         raise ValueError("the content is empty" if value is not None else "it has no content")
     extra = {str(key): without_absent(value) for key, value in entry.items() if key not in READ_KEYS}
-    check_encodable([calls, extra])
+    if calls or extra:
+        check_encodable([calls, extra])
     return Message(
         role,
         content,
@@ -190,7 +201,8 @@ def _part(part: Any, number: int, role: str) -> tuple[str, str]:
         if kind == "text" and isinstance(part.get("text"), str):
             return "text", part["text"]
         if kind in ("thinking", "reasoning") and role == "assistant":
-            inner = next((part[key] for key in (kind, "thinking", "reasoning", "text") if not is_absent(part.get(key))), "")
+            names = (kind, "thinking", "reasoning", "text")
+            inner = next((part[name] for name in names if not is_absent(part.get(name))), "")
             texts = inner if isinstance(inner, list) else [inner]
             return "reasoning", "".join(_part(text, number, "reasoning")[1] for text in texts)
         keys = ", ".join(sorted(key for key, value in part.items() if value is not None))
@@ -204,8 +216,8 @@ def _part(part: Any, number: int, role: str) -> tuple[str, str]:
 
 def _is_trained(entry: Mapping[str, Any], role: str, only_flagged: bool) -> bool:
     flags: dict[str, bool] = {}
-    for key in (*TRAINED_FLAGS, *MASKED_FLAGS, *REFUSED_FLAGS):
-        value = entry.get(key)
+    for key in entry.keys() & FLAGS:
+        value = entry[key]
         if is_absent(value):
             continue
         if key in REFUSED_FLAGS:

@@ -1,62 +1,34 @@
-"""Files -> tokenised samples on disk: an Arrow table in a folder named by the fingerprint of all its inputs."""
+"""Files -> tokenised samples on disk: Arrow tables in a folder named by the fingerprint of all their inputs."""
 
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import uuid
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from itertools import islice
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-from datasets import Dataset, Features, List, Value
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
 from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerBase
 
-from data_tools.records import (
-    Conversation,
-    DataError,
-    Document,
-    Record,
-    Report,
-    Source,
-    find_sources,
-    read_records,
-)
-from data_tools.render import (
-    Sample,
-    begin_ids,
-    end_tokens,
-    render_conversation,
-    render_document,
-    tokenizer_identity,
-)
-from data_tools.truncation import Fitted, Policy, fit
+from data_tools.chat_template import ChatTemplate
+from data_tools.facts import SCHEMA
+from data_tools.making import FEATURES, Made, Maker, MakeSettings, made_in_chunks
+from data_tools.progress import Progress
+from data_tools.records import read_raw
+from data_tools.render import RenderSettings, tokenizer_identity
+from data_tools.report import DataError, Report
+from data_tools.sources import Source, Survey, survey
+from data_tools.truncation import Policy
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes divide the records; a call needs no threads
-MAX_WORKERS = 16
-MIN_PARALLEL_BYTES = 4 * 2**20  # for less, starting processes takes longer than it saves
-CHUNK_RECORDS = 128
-
-FORMAT_VERSION = 3  # raise it when the same input would give different samples
-FEATURES = Features(
-    {
-        "source": Value("string"),
-        "path_number": Value("int32"),  # which of the user's paths the sample comes from
-        "record": Value("int32"),  # number of the row or text file, over all paths
-        "input_ids": List(Value("int32")),
-        "trained": List(Value("bool")),
-        "num_tokens": Value("int32"),
-        "num_supervised_tokens": Value("int32"),
-    }
-)
+FORMAT_VERSION = 4  # raise it when the same input would give different samples
 
 
 @dataclass(frozen=True)
@@ -70,10 +42,16 @@ class PrepareSettings:
     truncation: Policy = "drop"
     fields: tuple[str, ...] = ()
     on_error: str = "stop"
+    render: RenderSettings = field(default_factory=RenderSettings)
 
-    def sources(self) -> list[Source]:
-        """The files and hub data sets that the paths name; raises DataError if any is missing."""
-        return find_sources(self.paths, self.format, self.fields)
+    def survey(self) -> Survey:
+        """The files and data sets that the paths name; raises DataError if any is missing."""
+        return survey(self.paths, self.format, self.fields)
+
+    @property
+    def make(self) -> MakeSettings:
+        """What of it decides a record's samples."""
+        return MakeSettings(self.max_length, self.text_overlap, self.truncation, self.render)
 
 
 @dataclass(frozen=True)
@@ -85,21 +63,37 @@ class Statistics:
     num_tokens: int
     num_supervised_tokens: int
     num_dropped: int  # records that are too long, or have no supervised tokens
-    num_cut_answers: int  # records with an answer that lost tokens to truncation
+    num_cut_answers: int  # records that lost an answer, or a part of one, to truncation
+    num_rewritten: int  # records whose earlier answers the template renders otherwise than the last one
+    num_history_tokens: int  # tokens in the additional samples that data.history each makes of them
+    num_left_out_turns: int  # trained turns that data.history last leaves out
+    num_empty_reasonings: int  # answers behind an empty think block
     num_skipped: int  # records that could not be read, with on_error skip
     skipped: list[str]  # the first of them, with their reasons
     end_token_ids: list[int]
-    ignored_fields: dict[str, int]
+    ignored_fields: dict[str, int]  # fields of rows that nothing reads
+    unread_keys: dict[str, int]  # keys of turns that nothing reads
     formats: list[str]
+    date: str  # that the template was given, if it asks for one
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Memory-mapped samples; two fingerprints are equal exactly when the samples are."""
+    """Memory-mapped samples and facts of the records; two fingerprints are equal exactly when the samples are."""
 
     fingerprint: str
     dataset: Dataset
+    facts: pa.Table
     statistics: Statistics
+    notes: tuple[str, ...] = ()  # on the files that were taken and left
+
+
+@dataclass(frozen=True)
+class DataSplit:
+    """Training or validation data: some or all samples of prepared data."""
+
+    prepared: Prepared
+    samples: Dataset
 
 
 def prepare(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase) -> Prepared:
@@ -108,39 +102,41 @@ def prepare(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase) -> Pr
     Bad data leaves nothing in the cache, and an interrupted preparation nothing that looks complete: samples are
     written to a temporary folder, which is renamed at the end.
     """
-    sources = settings.sources()
-    fingerprint = _fingerprint(settings, sources, tokenizer)
+    found = settings.survey()
+    fingerprint = _fingerprint(settings, found.sources, tokenizer)
     folder = cache_root() / fingerprint
     locks = cache_root().parent / "locks"
     for parent in (folder.parent, locks):
         parent.mkdir(parents=True, exist_ok=True)
     with (locks / fingerprint[:2]).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process prepares; others that need the same samples wait
-        found = _cached(folder)
-        if found is None:
+        prepared = _cached(folder, found.notes)
+        if prepared is None:
             shutil.rmtree(folder, ignore_errors=True)
-            _make(sources, settings, tokenizer, folder)
-            found = _cached(folder)
-            assert found is not None
-    return found
+            _make(found.sources, settings, tokenizer, folder)
+            prepared = _cached(folder, found.notes)
+            assert prepared is not None
+    return prepared
 
 
-def _cached(folder: Path) -> Prepared | None:
+def _cached(folder: Path, notes: Sequence[str]) -> Prepared | None:
     """The samples in the cache; None if there are none, or if they are damaged or of another version."""
     try:
         statistics = Statistics(**json.loads((folder / "statistics.json").read_text(encoding="utf-8")))
         samples = Dataset.from_file(str(folder / "samples.arrow"))
-    except (OSError, ValueError, TypeError, KeyError, pyarrow.ArrowException):
+        facts = pa.ipc.open_file(pa.memory_map(str(folder / "records.arrow"))).read_all()
+    except (OSError, ValueError, TypeError, KeyError, pa.ArrowException):
         return None
     is_valid = samples.features == FEATURES and len(samples) == statistics.num_samples
-    return Prepared(folder.name, samples, statistics) if is_valid else None
+    is_valid = is_valid and facts.schema == SCHEMA and len(facts) == statistics.num_records
+    return Prepared(folder.name, samples, facts, statistics, tuple(notes)) if is_valid else None
 
 
 def _make(sources: Sequence[Source], settings: PrepareSettings, tokenizer: Any, folder: Path) -> None:
     temporary = folder.with_name(f".tmp-{folder.name[:16]}-{uuid.uuid4().hex[:8]}")
     temporary.mkdir(mode=0o700)  # it holds the user's data as text
     try:
-        statistics = _write(sources, settings, tokenizer, temporary / "samples.arrow")
+        statistics = _write(sources, settings, tokenizer, temporary)
         (temporary / "statistics.json").write_text(json.dumps(asdict(statistics)), encoding="utf-8")
         for file in temporary.iterdir():
             with file.open("rb") as written:
@@ -148,12 +144,6 @@ def _make(sources: Sequence[Source], settings: PrepareSettings, tokenizer: Any, 
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def first_conversations(settings: PrepareSettings, count: int) -> list[Conversation]:
-    """The first `count` conversations of the files, whose questions are asked after training."""
-    records = read_records(settings.sources(), Report())
-    return list(islice((record for record in records if isinstance(record, Conversation)), count))
 
 
 def cache_root() -> Path:
@@ -166,114 +156,82 @@ def _fingerprint(settings: PrepareSettings, sources: Sequence[Source], tokenizer
     digest = hashlib.sha256(tokenizer_identity(tokenizer).encode())
     for source in sources:
         digest.update(f"{source.path_number} {source.digest()}\n".encode())
-    decisive = (settings.max_length, settings.text_overlap, settings.truncation, settings.on_error)
+    render = settings.render
+    decisive = (
+        settings.max_length,
+        settings.text_overlap,
+        settings.truncation,
+        settings.on_error,
+        json.dumps(render.arguments, sort_keys=True),
+        render.history,
+        render.empty_reasoning,
+        render.leave_out,
+        _date(settings, tokenizer),
+    )
     digest.update(f"{FORMAT_VERSION} {decisive}".encode())
     return digest.hexdigest()
 
 
-def _write(sources: Sequence[Source], settings: PrepareSettings, tokenizer: Any, path: Path) -> Statistics:
+def _date(settings: PrepareSettings, tokenizer: Any) -> str:
+    """The date that the template is given; empty if it asks for none."""
+    return settings.render.today.isoformat() if ChatTemplate(tokenizer).has_clock else ""
+
+
+def _write(sources: Sequence[Source], settings: PrepareSettings, tokenizer: Any, folder: Path) -> Statistics:
+    """Writes samples.arrow and records.arrow into the folder; raises DataError if the data cannot be used."""
     if tokenizer.eos_token_id is None:
         raise DataError(
             "the tokenizer has no end token, so no model could learn to stop; set eos_token in tokenizer_config.json"
         )
     report = Report()
-    counts: Counter[str] = Counter()
-    ends: set[int] = set()
-    with ArrowWriter(features=FEATURES, path=str(path)) as writer:
-        fitted_records = _fitted(read_records(sources, report), _Renderer(tokenizer, settings), sources)
-        for number, (record, fitted) in enumerate(fitted_records):
-            counts["records"] += 1
-            if isinstance(fitted, str):
-                report.add(record.source, fitted)
-                continue
-            counts["dropped"] += not fitted.samples
-            counts["cut"] += fitted.is_answer_cut
-            for sample in fitted.samples:
-                writer.write(_row(sample, record, number))
-                counts["samples"] += 1
-                counts["tokens"] += len(sample.input_ids)
-                counts["supervised"] += sample.num_supervised_tokens
-                ends |= end_tokens(tokenizer, sample)
-        writer.finalize()
-    if settings.on_error == "stop" or not counts["samples"]:
-        report.raise_if_any()
-    if not counts["samples"]:
-        raise DataError(
-            f"all {counts['records']} records are longer than data.max_length = {settings.max_length} tokens; "
-            "raise it, or choose another --data.truncation"
-        )
+    total = Made(FEATURES.arrow_schema.empty_table(), SCHEMA.empty_table())
+    num_bytes = sum(source.num_bytes() for source in sources)
+    with (
+        ArrowWriter(features=FEATURES, path=str(folder / "samples.arrow")) as samples,
+        pa.OSFile(str(folder / "records.arrow"), "wb") as file,
+        pa.ipc.new_file(file, SCHEMA) as facts,
+        Progress("preparing") as progress,
+    ):
+        for made in made_in_chunks(read_raw(sources), Maker(tokenizer, settings.make), num_bytes):
+            _add(made, total)
+            numbers = made.samples["record"].to_numpy() + total.counts["num_records"] - made.counts["num_records"]
+            numbered = pa.array(numbers.astype(np.int32))
+            if len(made.samples):
+                column = made.samples.schema.get_field_index("record")
+                samples.write_table(made.samples.set_column(column, made.samples.schema.field(column), numbered))
+            facts.write_table(made.facts)
+            for problem in made.problems:
+                report.add(problem.place, problem.reason)
+            progress.show(total.counts["num_records"] + report.total)
+        samples.finalize()
+    _check(settings, report, total.counts)
     return Statistics(
-        num_records=counts["records"],
-        num_samples=counts["samples"],
-        num_tokens=counts["tokens"],
-        num_supervised_tokens=counts["supervised"],
-        num_dropped=counts["dropped"],
-        num_cut_answers=counts["cut"],
-        num_skipped=report.total,
+        **{name: total.counts[name] for name, kind in Statistics.__annotations__.items() if kind is int}
+        | {"num_skipped": report.total},
         skipped=report.lines,
-        end_token_ids=sorted(ends),
-        ignored_fields=dict(report.ignored_fields),
-        formats=sorted(report.formats),
+        end_token_ids=sorted(total.ends),
+        ignored_fields=dict(total.ignored_fields),
+        unread_keys=dict(total.unread_keys),
+        formats=sorted(total.formats),
+        date=_date(settings, tokenizer),
     )
 
 
-def _row(sample: Sample, record: Record, number: int) -> dict[str, object]:
-    return {
-        "source": sample.source,
-        "input_ids": sample.input_ids,
-        "trained": sample.trained,
-        "path_number": record.path_number,
-        "record": number,
-        "num_tokens": len(sample.input_ids),
-        "num_supervised_tokens": sample.num_supervised_tokens,
-    }
+def _add(made: Made, total: Made) -> None:
+    total.counts.update(made.counts)
+    total.ignored_fields.update(made.ignored_fields)
+    total.unread_keys.update(made.unread_keys)
+    total.ends |= made.ends
+    total.formats |= made.formats
 
 
-@dataclass(frozen=True)
-class _Renderer:
-    """Turns records into samples of at most data.max_length tokens."""
-
-    tokenizer: Any
-    settings: PrepareSettings
-
-    def fit(self, record: Record) -> Fitted | str:
-        """The samples of a record, or the reason why it cannot be used."""
-        settings = self.settings
-        if isinstance(record, Document):
-            pieces = render_document(self.tokenizer, record, settings.max_length, settings.text_overlap)
-            return Fitted([piece for piece in pieces if piece.num_supervised_tokens])
-        try:
-            sample = render_conversation(self.tokenizer, record)
-        except ValueError as error:
-            return str(error)
-        except TimeoutError as error:  # the next record would time out too
-            raise DataError(f"{record.source}: {error}") from None
-        return fit(sample, settings.max_length, settings.truncation, begin_ids(self.tokenizer))
-
-
-_worker_renderer: list[_Renderer] = []  # in a worker process: its renderer, which is slow to send with each chunk
-
-
-def _fit_in_worker(records: list[Record]) -> list[Fitted | str]:
-    return [_worker_renderer[0].fit(record) for record in records]
-
-
-def _fitted(
-    records: Iterator[Record], renderer: _Renderer, sources: Sequence[Source]
-) -> Iterator[tuple[Record, Fitted | str]]:
-    """Each record with its samples, in order; the cores divide a large data set, a few chunks at a time."""
-    num_workers = min(os.cpu_count() or 1, MAX_WORKERS)
-    if num_workers == 1 or sum(source.num_bytes() for source in sources) < MIN_PARALLEL_BYTES:
-        yield from ((record, renderer.fit(record)) for record in records)
-        return
-    # forked workers inherit the renderer; none of them touches a GPU
-    fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(num_workers, fork, initializer=_worker_renderer.append, initargs=(renderer,)) as pool:
-        pending: deque[tuple[list[Record], Future[list[Fitted | str]]]] = deque()
-        while chunk := list(islice(records, CHUNK_RECORDS)):
-            pending.append((chunk, pool.submit(_fit_in_worker, chunk)))
-            if len(pending) > 2 * num_workers:
-                waiting, future = pending.popleft()
-                yield from zip(waiting, future.result(), strict=True)
-        for waiting, future in pending:
-            yield from zip(waiting, future.result(), strict=True)
+def _check(settings: PrepareSettings, report: Report, counts: Counter[str]) -> None:
+    """Raises DataError for problems that are not to be skipped, and where nothing is left."""
+    if settings.on_error == "stop" or not counts["num_samples"]:
+        is_partly_good = bool(counts["num_samples"])
+        report.raise_if_any("--data.on_error skip leaves such rows out" if is_partly_good else "")
+    if not counts["num_samples"]:
+        raise DataError(
+            f"all {counts['num_records']} records are longer than data.max_length = {settings.max_length} tokens; "
+            "raise it, or choose another --data.truncation"
+        )

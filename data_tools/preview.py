@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from data_tools.render import special_ids
+from data_tools.encode import special_ids
 from data_tools.terminal import printable, visible
 
 REPLACEMENT = "\ufffd"

@@ -3,7 +3,6 @@
 Answers depend on the conversation's shape (roles, and which parts each turn has), so each shape is asked once.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -162,15 +161,19 @@ def _arguments(call: Mapping[str, Any], sign: str) -> dict[str, str]:
 def _shape(conversation: Conversation) -> str:
     """Everything of a conversation but its strings; equal for conversations that a template treats alike."""
     turns = [
-        (
-            message.role,
-            bool(message.content.strip()),
-            bool(message.reasoning),
-            [(sorted(call), bool(call["function"]["arguments"])) for call in message.tool_calls],
-            bool(message.name),
-            bool(message.tool_call_id),
-            [(key, None if isinstance(value, str) else value) for key, value in message.extra],
-        )
+        (message.role, bool(message.content.strip()), bool(message.reasoning), *_more(message))
         for message in conversation.messages
     ]
-    return json.dumps([turns, len(conversation.tools), conversation.template_arguments])
+    return repr((turns, len(conversation.tools), conversation.template_arguments))
+
+
+def _more(message: Message) -> tuple[Any, ...]:
+    """What of a turn's shape most turns do not have."""
+    if not (message.tool_calls or message.name or message.tool_call_id or message.extra):
+        return ()
+    return (
+        [(sorted(call), bool(call["function"]["arguments"])) for call in message.tool_calls],
+        bool(message.name),
+        bool(message.tool_call_id),
+        [(key, None if isinstance(value, str) else value) for key, value in message.extra],
+    )

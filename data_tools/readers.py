@@ -28,9 +28,9 @@ LOAD_ERRORS = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsEr
 # What the decompressors raise for a damaged or cut file.
 DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException)
 COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
-    ".gz": lambda path: gzip.open(path, "rb"),
-    ".bz2": lambda path: bz2.open(path, "rb"),
-    ".xz": lambda path: lzma.open(path, "rb"),
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
     ".zst": lambda path: io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd")),
     ".lz4": lambda path: io.BufferedReader(pyarrow.input_stream(str(path), compression="lz4")),
 }
@@ -219,7 +219,10 @@ def _json(path: Path, report: ReportProblem) -> Iterator[tuple[Place, Any]]:
                 window.position += separator == ","
             window.position += 1
             if window.next_character():
-                report(str(path), "something follows the array's end, as where two files were joined; nothing of it is read")
+                report(
+                    str(path),
+                    "something follows the array's end, as where two files were joined; it was not read",
+                )
         except UnicodeDecodeError as error:
             report(f"{path}:{number or 1}", f"not UTF-8 (byte {error.start}); convert the file")
         except (ValueError, RecursionError) as error:

@@ -61,9 +61,7 @@ class RawRow:
         content = self.format.read(self.row)
         if isinstance(content, str):
             return Document(self.place, content, self.path_number)
-        return Conversation(
-            self.place, content.messages, self.path_number, content.tools, content.template_arguments
-        )
+        return Conversation(self.place, content.messages, self.path_number, content.tools, content.template_arguments)
 
 
 Raw = RawRow | Document | Problem
@@ -82,13 +80,13 @@ def _document(source: Source, file: TextFile) -> Document | Problem:
     try:
         text = file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        return Problem(
-            str(file), f"not UTF-8 (byte {error.start}); convert it, for example with iconv -t utf-8"
-        )
+        return Problem(str(file), f"not UTF-8 (byte {error.start}); convert it, for example with iconv -t utf-8")
     if not text.strip():
         return Problem(str(file), "the file contains only white space" if text else "the file is empty")
     if source.format == "auto" and is_rows_in_disguise(text):
-        reason = "holds rows of JSON: name it .jsonl (or .json) to train them, or train its text with --data.format text"
+        reason = (
+            "holds rows of JSON: name it .jsonl (or .json) to train them, or train its text with --data.format text"
+        )
         return Problem(str(file), reason)
     return Document(str(file), text, source.path_number)
 

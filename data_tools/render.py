@@ -1,15 +1,17 @@
 """Records -> token ids and which of them are trained, made together: no marker is searched for in the ids later."""
 
 import json
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from data_tools.chat_template import ChatTemplate
+from data_tools.chat_template import ChatTemplate, time_limit
 from data_tools.encode import ESCAPED_PRIVATE, Encoded, Encoder, SpelledTokens, special_tokens
 from data_tools.questions import Questions
 from data_tools.records import Conversation, Document
@@ -36,12 +38,16 @@ class Sample:
     @property
     def num_supervised_tokens(self) -> int:
         """The number of supervised tokens; the first is never one, because nothing predicts it."""
-        return sum(self.trained[1:])
+        return self.trained.count(True) - self.trained[0]
 
     def runs(self) -> list[tuple[int, int]]:
         """[start, end) of each run of trained tokens."""
-        edges = [i for i, (before, now) in enumerate(pairwise([False, *self.trained, False])) if before != now]
-        return list(zip(edges[::2], edges[1::2], strict=True))
+        flags, found, end = bytes(self.trained), [], 0
+        while (start := flags.find(1, end)) >= 0:
+            end = flags.find(0, start)
+            end = len(flags) if end < 0 else end
+            found.append((start, end))
+        return found
 
 
 @dataclass(frozen=True)
@@ -78,9 +84,12 @@ class ConversationRenderer:
         """Samples in which exactly the turns marked `train`, with the tokens that end them, are trained.
 
         Raises ValueError, naming the turn, where the template loses a part of the conversation, where what is trained
-        is not what generation would see, or where nothing ends an answer.
+        is not what generation would see, or where nothing ends an answer; TimeoutError where the template does not end.
         """
-        conversation = self._wanted(conversation)
+        with time_limit():
+            return self._rendered(self._wanted(conversation))
+
+    def _rendered(self, conversation: Conversation) -> Rendered:
         spelled = self._spelled(conversation)
         verdict = self.questions.ask(conversation)
         if verdict.lost:
@@ -121,7 +130,7 @@ class ConversationRenderer:
         return SpelledTokens(pattern, strings) if pattern.search(strings) else None
 
     def _check_context(self, texts: DialogueText, renderings: Sequence[Rendering]) -> None:
-        """Raises ValueError if a turn before a trained one, which the model is to read, has no influence on any text."""
+        """Raises ValueError if a turn before a trained one, which the model is to read, is in no text."""
         text = "\n".join(rendering.text for rendering in renderings)
         last = max(turn.number for rendering in renderings for turn in rendering.turns)
         for number, message in enumerate(texts.messages[:last]):
@@ -149,18 +158,16 @@ class ConversationRenderer:
             questions.append(next(asked, "") if turn.number else "")
         return Sample(conversation.source, encoded.ids, trained, tuple(questions))
 
-    def _tokens(
-        self, text: str, encoded: Encoded, turn: TrainedTurn, spelled: SpelledTokens | None
-    ) -> tuple[int, int]:
+    def _tokens(self, text: str, encoded: Encoded, turn: TrainedTurn, spelled: SpelledTokens | None) -> tuple[int, int]:
         """Indices of the first token that the model writes in a turn, and of the turn's end token."""
         offsets = encoded.offsets
-        first = next(i for i, (_, end) in enumerate(offsets) if end > turn.written)
+        first = bisect_right(offsets, turn.written, key=itemgetter(1))
         is_merged = bool(text[offsets[first][0] : turn.written].strip())
         if is_merged or not self.encoder.is_prefix(encoded, text, turn.written, first, spelled):
             raise ValueError(
                 "the tokenizer merges the end of the prompt with the beginning of the answer, often a newline or space"
             )
-        last = next(i for i in range(len(offsets) - 1, -1, -1) if offsets[i][0] < turn.end)
+        last = bisect_left(offsets, turn.end, key=itemgetter(0)) - 1
         if last < first or encoded.ids[last] not in self.encoder.special:
             raise ValueError("the chat template ends the answer without a special token at which to stop")
         return first, last

@@ -1,6 +1,5 @@
 """Problems in the data, collected with their places and told together."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from data_tools.terminal import escaped
@@ -24,9 +23,10 @@ class Report:
         if len(self.lines) < self.limit:
             self.lines.append(escaped(f"{where}: {reason}"))
 
-    def raise_if_any(self, ways_out: Sequence[str] = ()) -> None:
+    def raise_if_any(self, way_out: str = "") -> None:
         """Raises DataError with all problems, if there are any, and what can be done about them."""
         if self.total:
             more = [f"... and {self.total - len(self.lines)} more"] if self.total > len(self.lines) else []
-            heading = f"{self.total} problem{'s' if self.total > 1 else ''} in the data, so none of it was used:"
-            raise DataError("\n".join([heading, *self.lines, *more, *ways_out]))
+            problems = f"{self.total} problem{'s' if self.total > 1 else ''} in the data"
+            heading = f"{problems}, so none of it was used{f' ({way_out})' if way_out else ''}:"
+            raise DataError("\n".join([heading, *self.lines, *more]))

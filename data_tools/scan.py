@@ -1,44 +1,20 @@
-"""What an audit reads: how each sample begins and ends, and each record's text, of which only hashes are kept."""
+"""What an audit reads: how each sample begins and ends, and the facts of each record."""
 
-import re
-from array import array
-from collections import defaultdict
-from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from data_tools.prepare import PrepareSettings
-from data_tools.records import Conversation, Message, Record, Report, read_records
-from data_tools.render import render_conversation, special_ids
-from data_tools.similarity import NUM_MINIMA, fingerprint, normalise, sketch
+from data_tools.encode import special_ids
+from data_tools.prepare import DataSplit
+from data_tools.similarity import NUM_MINIMA
 
 NUM_PLACES = 5  # rows named per finding
 SAMPLES_AT_ONCE = 1000
 # What became of a record's end tokens; if there are several, the worst (largest) counts.
 NO_TARGET, TRAINED, CUT, MASKED = range(4)
-
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-
-
-def _misread(low: int, high: int) -> str:
-    """A `re` character set: what the bytes in range(low, high) become when read as Latin-1 or Windows-1252."""
-    data = bytes(range(low, high))
-    return f"[{re.escape(data.decode('latin-1') + data.decode('cp1252', 'ignore'))}]"
-
-
-_NEXT = _misread(0x80, 0xC0)  # every byte of a UTF-8 character except its first
-# UTF-8 that was decoded wrongly, told by its first bytes (Latin letters, punctuation, emoji, two letters of Cyrillic),
-# and the replacement character. After an upper-case letter Ã is not counted: IRMÃ» is a word in capitals and a quote.
-MOJIBAKE = re.compile(
-    rf"\ufffd|ï¿½|(?<![A-ZÀ-Þ])Ã{_NEXT}|Â[\u0080-\u00bf]|â{_misread(0x80, 0x85)}{_NEXT}|ð[Ÿ\u009f]|(?:[ÐÑ]{_NEXT}){{2}}"
-)
-LEADING_ROLES = ("system", "developer")
-FOLLOWS = {("user", "assistant"), ("assistant", "user"), ("assistant", "tool"), ("tool", "tool"), ("tool", "assistant")}
 
 
 @dataclass
@@ -47,12 +23,6 @@ class Finding:
 
     count: int = 0
     places: list[str] = field(default_factory=list)
-
-    def add(self, place: str, note: str = "") -> None:
-        """Counts one more row."""
-        self.count += 1
-        if len(self.places) < NUM_PLACES:
-            self.places.append(f"{place} ({note})" if note else place)
 
 
 @dataclass(frozen=True)
@@ -69,7 +39,7 @@ class SampleFacts:
         return float((self.ends == state).sum() / max((self.ends != NO_TARGET).sum(), 1))
 
 
-def read_samples(samples: Dataset, tokenizer: Any) -> SampleFacts:
+def read_samples(samples: Dataset, num_records: int, tokenizer: Any) -> SampleFacts:
     """Reads all tokens, `SAMPLES_AT_ONCE` samples at a time."""
     special = np.array(sorted(special_ids(tokenizer)))
     records = column(samples, "record")
@@ -86,11 +56,12 @@ def read_samples(samples: Dataset, tokenizer: Any) -> SampleFacts:
     # a record that continues in the next sample is not cut
     continued = np.append(records[1:] == records[:-1], False)
     end = np.where(at_end & ~continued, np.maximum(end, CUT), end)
-    size = int(records.max()) + 1
-    worst, double = np.zeros(size, np.uint8), np.zeros(size, bool)
+    worst, double = np.zeros(num_records, np.uint8), np.zeros(num_records, bool)
     np.maximum.at(worst, records, end)
     double[records[np.concatenate(doubles)]] = True
-    sums = [np.bincount(records, column(samples, name), size) for name in ("num_tokens", "num_supervised_tokens")]
+    sums = [
+        np.bincount(records, column(samples, name), num_records) for name in ("num_tokens", "num_supervised_tokens")
+    ]
     return SampleFacts(sums[0].astype(np.int64), sums[1].astype(np.int64), worst, double)
 
 
@@ -134,111 +105,56 @@ def _double_bos(ids: np.ndarray, offsets: np.ndarray, bos: int | None, eos: int 
     return double
 
 
-class Places:
-    """The place of each record as file:line, in 16 bytes per record; each file's name is kept once."""
+class Scan:
+    """A split's records: their hashes as arrays, and findings in their samples and texts.
 
-    def __init__(self) -> None:
-        self._names: dict[str, int] = {}
-        self._files, self._lines = array("q"), array("q")
-
-    def add(self, source: str) -> None:
-        """Appends the place of the next record."""
-        name, _, line = source.rpartition(":")
-        if not (name and line.isdecimal()):
-            name, line = source, "-1"
-        self._files.append(self._names.setdefault(name, len(self._names)))
-        self._lines.append(int(line))
-
-    def __getitem__(self, number: int) -> str:
-        name = list(self._names)[self._files[number]]
-        return name if self._lines[number] < 0 else f"{name}:{self._lines[number]}"
-
-
-class RecordScan:
-    """Hashes of every record of a split (about 180 bytes each) and what is odd about each record, from one reading.
-
-    Records in `held_out` belong to the validation data: they are hashed, but not checked.
+    `rows` are the numbers of its records in the prepared data; those without a sample belong to it where the whole
+    data does.
     """
 
-    def __init__(self, settings: PrepareSettings, tokenizer: Any, facts: SampleFacts, held_out: Set[int]) -> None:
-        self.settings, self.tokenizer, self.facts = settings, tokenizer, facts
-        self.places = Places()
-        self.findings: defaultdict[str, Finding] = defaultdict(Finding)
-        report = Report(limit=NUM_PLACES)
-        exact, normalised, prompts, sketches = array("Q"), array("Q"), array("Q"), array("I")
-        for number, record in enumerate(read_records(settings.sources(), report)):
-            turns = record.messages if isinstance(record, Conversation) else (Message("text", record.text, train=True),)
-            spoken = normalise("\n".join(turn.content for turn in turns if turn.role not in LEADING_ROLES))
-            prompt = turns[: next((i for i, turn in enumerate(turns) if turn.train), 0)]
-            self.places.add(record.source)
-            exact.append(_hash(turns, str))
-            # texts of punctuation alone would all be equal, so they are not normalised
-            normalised.append(_hash(turns, normalise) if spoken else exact[-1])
-            prompts.append(_hash(prompt, normalise) if prompt else 0)
-            sketches.frombytes(sketch(spoken).tobytes())
-            if number not in held_out:
-                self._check_samples(number, record)
-                self._check_text(record)
-        for line in report.lines:
-            self.findings["skipped_rows"].add(line)
-        self.findings["skipped_rows"].count += report.total - len(report.lines)
-        self.exact, self.normalised, self.prompts = (np.array(hashes) for hashes in (exact, normalised, prompts))
-        self.sketches = np.array(sketches).reshape(-1, NUM_MINIMA)  # [records, NUM_MINIMA]
+    def __init__(self, split: DataSplit, rows: np.ndarray, tokenizer: Any) -> None:
+        facts = split.prepared.facts
+        self.rows, self.table = rows, facts
+        self.samples = read_samples(split.samples, len(facts), tokenizer)
+        self.exact, self.normalised, self.prompts = (
+            facts[name].to_numpy()[rows] for name in ("exact", "normalised", "prompt")
+        )
+        sketches = np.frombuffer(b"".join(facts["sketch"].to_pylist()), np.uint32)
+        self.sketches = sketches.reshape(-1, NUM_MINIMA)[rows]  # [records, NUM_MINIMA]
 
-    def _check_samples(self, number: int, record: Record) -> None:
-        """Whether the record became samples, untruncated, with supervised tokens and a trained end token."""
-        facts, place = self.facts, record.source
-        num_tokens = int(facts.num_tokens[number]) if number < len(facts.num_tokens) else 0
-        if num_tokens and facts.double_bos[number]:
-            self.findings["double_bos_rows"].add(place)
-        if num_tokens and facts.ends[number] in (MASKED, CUT):
-            note = "masked" if facts.ends[number] == MASKED else "cut"
-            self.findings["end_token_untrained_rows"].add(place, note)
-        if num_tokens and not facts.num_supervised_tokens[number]:
-            self.findings["rows_without_supervision"].add(place)
-        # with `drop` a record is in the samples whole or not at all, so it is rendered only if it is missing
-        if isinstance(record, Conversation) and (not num_tokens or self.settings.truncation != "drop"):
-            self._check_length(record, num_tokens)
+    def place(self, i: int) -> str:
+        """The place of the split's record `i` as file:line."""
+        return self.table["place"][int(self.rows[i])].as_py()
 
-    def _check_length(self, record: Conversation, num_tokens: int) -> None:
-        try:
-            whole = render_conversation(self.tokenizer, record)
-        except ValueError as error:
-            self.findings["skipped_rows"].add(record.source, str(error))
-            return
-        length = len(whole.input_ids)
-        if num_tokens and num_tokens < length:
-            self.findings["truncated_rows"].add(record.source, f"{num_tokens} of {length} tokens")
-        elif not num_tokens and whole.num_supervised_tokens:
-            self.findings["dropped_rows"].add(record.source, f"{length} tokens")
-        elif not num_tokens:
-            self.findings["rows_without_supervision"].add(record.source)
+    def findings(self) -> dict[str, Finding]:
+        """What is wrong with single records: how they were tokenised and cut, and garbage in their texts."""
+        facts, rows = self.samples, self.rows
+        kept = facts.num_tokens[rows]
+        whole, supervised = (self.table[name].to_numpy()[rows] for name in ("num_tokens", "num_supervised_tokens"))
+        is_conversation = whole > 0
+        ends = facts.ends[rows]
+        found = {
+            "double_bos_rows": self._found(facts.double_bos[rows]),
+            "end_token_untrained_rows": self._found(
+                (ends == MASKED) | (ends == CUT), lambda i: "masked" if ends[i] == MASKED else "cut"
+            ),
+            "rows_without_supervision": self._found(
+                (is_conversation & (supervised == 0)) | ((kept > 0) & (facts.num_supervised_tokens[rows] == 0))
+            ),
+            "truncated_rows": self._found(
+                is_conversation & (kept > 0) & (kept < whole), lambda i: f"{kept[i]} of {whole[i]} tokens"
+            ),
+            "dropped_rows": self._found(
+                is_conversation & (kept == 0) & (supervised > 0), lambda i: f"{whole[i]} tokens"
+            ),
+        }
+        for name in ("control_character_rows", "mojibake_rows", "role_order_rows"):
+            notes = self.table[name].take(pa.array(rows))
+            has_note = notes.to_numpy() != ""
+            found[name] = self._found(has_note, lambda i, notes=notes: notes[int(i)].as_py())
+        return found
 
-    def _check_text(self, record: Record) -> None:
-        """Garbage in any turn, and turns in an unusual order."""
-        texts = [turn.content for turn in record.messages] if isinstance(record, Conversation) else [record.text]
-        for name, pattern in (("control_character_rows", CONTROL), ("mojibake_rows", MOJIBAKE)):
-            matches = ((text, match) for text in texts if (match := pattern.search(text)))
-            text, match = next(matches, ("", None))
-            if match is not None:
-                spelled = " ".join(f"U+{ord(character):04X}" for character in match[0])
-                self.findings[name].add(record.source, f"{spelled} in line {text.count(chr(10), 0, match.start()) + 1}")
-        problem = role_problem([turn.role for turn in record.messages]) if isinstance(record, Conversation) else ""
-        if problem:
-            self.findings["role_order_rows"].add(record.source, problem)
-
-
-def _hash(turns: Sequence[Message], spelling: Callable[[str], str]) -> int:
-    parts = [f"{turn.role}\x1f{spelling(turn.content)}\x1f{turn.extra or ''}" for turn in turns]
-    return fingerprint("\x1e".join(parts))
-
-
-def role_problem(roles: Sequence[str]) -> str:
-    """What is unusual about the order of a conversation's roles; empty if nothing is."""
-    turns = list(roles[1:] if roles[:1] and roles[0] in LEADING_ROLES else roles)
-    if turns[:1] != ["user"]:
-        return f"begins with {turns[0]}" if turns else "nothing follows the system turn"
-    for before, after in pairwise(turns):
-        if (before, after) not in FOLLOWS:
-            return f"{after} after {before}"
-    return f"ends with {turns[-1]}" if turns[-1] != "assistant" else ""
+    def _found(self, has_it: np.ndarray, note: Any = None) -> Finding:
+        first = np.flatnonzero(has_it)[:NUM_PLACES]
+        places = [f"{self.place(i)} ({note(i)})" if note else self.place(i) for i in first]
+        return Finding(int(has_it.sum()), places)

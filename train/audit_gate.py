@@ -3,19 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-from datasets import Dataset
-
-from data_tools.audit import Audit, DataSplit, Schedule, audit, failures, warnings
+from data_tools.audit import Audit, Schedule, audit, failures, warnings
 from train.config import Config
-from train.data import TrainingData, prepare_settings
+from train.data import Splits, TrainingData
 from train.run.exits import ExitCode, ExitWith
 
 
-def run_audit(config: Config, tokenizer: Any, data: TrainingData, validation: Dataset | None) -> Audit:
-    """Audits the training data, also for rows that leak into the validation data."""
-    settings = validation_settings = prepare_settings(config, config.data.path)
-    if config.data.validation_path:
-        validation_settings = prepare_settings(config, config.data.validation_path)
+def run_audit(config: Config, tokenizer: Any, data: TrainingData, splits: Splits) -> Audit:
+    """Audits the training and the validation data, also for rows that are in both."""
     layout = data.layout
     schedule = Schedule(
         per_device=layout.per_device,
@@ -27,8 +22,7 @@ def run_audit(config: Config, tokenizer: Any, data: TrainingData, validation: Da
         epochs=config.train.epochs,
         total_steps=data.total_steps(config.train),
     )
-    held_out = DataSplit(validation_settings, validation) if validation is not None else None
-    return audit(DataSplit(settings, data.samples), held_out, tokenizer, schedule)
+    return audit(splits.training, splits.validation, tokenizer, schedule)
 
 
 def enforce_gate(config: Config, found: Audit) -> Sequence[str]:

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 
+from data_tools.data_lines import data_lines, data_warnings
 from data_tools.prepare import Statistics
 from train.checkpoints.contents import Checkpoint
 from train.config import Config
+from train.data import Splits
 from train.profiles import GLOSSARY
 from train.run import devices
 from train.run.devices import device_name
@@ -12,15 +14,14 @@ from train.run.versions import versions
 from train.step import Training
 
 
-def banner(
-    training: Training, tokenizer_notes: Sequence[str], statistics: Statistics, checkpoint: Checkpoint | None
-) -> str:
+def banner(training: Training, tokenizer_notes: Sequence[str], splits: Splits, checkpoint: Checkpoint | None) -> str:
     """Lines on the model, the data, the batch arithmetic, memory and versions, and warnings."""
     config, data = training.config, training.data
+    prepared, validation = splits.training.prepared, splits.validation
+    statistics = prepared.statistics
     layout = data.layout
     trainable = sum(p.numel() for p in training.parameters.values())
     device = training.accelerator.device
-    held_out = statistics.num_samples - len(data.samples)
     compute = devices.compute_type(config.model.dtype, device)
     start = f"continues after step {checkpoint.state.step}" if checkpoint else "starts fresh"
     lines = [
@@ -33,7 +34,8 @@ def banner(
         f"{', '.join(config.lora.target_modules)}: {trainable:,} trainable parameters",
         f"data      {', '.join(config.data.path)}: {statistics.num_records:,} records "
         f"({' and '.join(statistics.formats)}), {len(data.samples):,} samples"
-        + (f", {held_out:,} held out for validation" if held_out else ""),
+        + (f", {len(validation.samples):,} held out for validation" if validation else ""),
+        *data_lines(statistics, prepared.notes),
         f"tokens    {sum(data.row_tokens):,} per epoch, {data.supervised_tokens_per_epoch():,} of them trained",
         f"batch     {layout.per_device} per device x {layout.accumulation} accumulated x {layout.num_processes} "
         f"process{'es' if layout.num_processes > 1 else ''} = {layout.samples_per_step} samples per step"
@@ -46,7 +48,7 @@ def banner(
         *(f"tokenizer {note}" for note in tokenizer_notes),
         "versions  " + ", ".join(f"{name} {number}" for name, number in versions().items()),
     ]
-    return "\n".join([*lines, *_warnings(training, statistics)])
+    return "\n".join([*lines, *_warnings(training, splits)])
 
 
 def _parts(training: Training) -> list[str]:
@@ -78,28 +80,37 @@ def _base(config: Config) -> str:
     return f"{config.model.name_or_path} ({kind}, {weights})"
 
 
-def _warnings(training: Training, statistics: Statistics) -> list[str]:
+def _warnings(training: Training, splits: Splits) -> list[str]:
     """What a user should know before waiting for the result."""
     config, lines = training.config, []
+    statistics = splits.training.prepared.statistics
     if warning := devices.int8_warning(config.model.quantization, training.accelerator.device):
         lines.append(f"warning   {warning}")
     if config.data.path == (GLOSSARY,) and config.profile != "demo":
         lines.append("warning   without --data.path, this run trains on the bundled glossary")
-    longer = f"longer than data.max_length = {config.data.max_length} tokens (data.truncation {config.data.truncation})"
-    if statistics.num_dropped:
-        dropped = f"{statistics.num_dropped} of {statistics.num_records} records were dropped"
-        lines.append(f"warning   {dropped}: {longer}, or without a supervised token; handloop audit names them")
-    if statistics.num_cut_answers:
-        cut = f"{statistics.num_cut_answers} of {statistics.num_records} records lost part of an answer"
-        lines.append(f"warning   {cut}: {longer}")
-    if statistics.num_skipped:
-        lines.append(f"warning   {statistics.num_skipped} bad records were skipped (data.on_error skip):")
-        lines += [f"          {line}" for line in statistics.skipped]
-    for name, count in statistics.ignored_fields.items():
-        lines.append(f"warning   the field {name!r} of {count} rows is ignored")
+    lines += [f"warning   {line}" for line in _lost(config, statistics)]
+    if config.data.validation_path and splits.validation is not None:
+        lost = _lost(config, splits.validation.prepared.statistics)
+        lines += [f"warning   validation: {line}" for line in lost]
     if config.optim.warmup >= training.total_steps:
         lines.append(
             f"warning   optim.warmup = {config.optim.warmup} is not less than the run's {training.total_steps} steps, "
             "so the learning rate hardly reaches its peak"
         )
     return lines
+
+
+def _lost(config: Config, statistics: Statistics) -> list[str]:
+    """What of the data is not in the samples."""
+    longer = f"longer than data.max_length = {config.data.max_length} tokens (data.truncation {config.data.truncation})"
+    lines = []
+    if statistics.num_dropped:
+        dropped = f"{statistics.num_dropped} of {statistics.num_records} records were dropped"
+        lines.append(f"{dropped}: {longer}, or without a supervised token; handloop audit names them")
+    if statistics.num_cut_answers:
+        cut = f"{statistics.num_cut_answers} of {statistics.num_records} records lost an answer or part of one"
+        lines.append(f"{cut}: {longer}")
+    if statistics.num_skipped:
+        lines.append(f"{statistics.num_skipped} bad records were skipped (data.on_error skip):")
+        lines += [f"  {line}" for line in statistics.skipped]
+    return [*lines, *data_warnings(statistics)]

@@ -1,9 +1,11 @@
 """What a run is made of: frozen dataclasses, one docstring a field, and every problem found at once."""
 
+import datetime
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 LLAMA_LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -15,6 +17,20 @@ def parse_bytes(text: str) -> int:
     if match is None or match[2] not in _UNITS:
         raise ValueError(f"{text!r} is not a size; write for example 4GiB")
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def parse_argument(text: str) -> tuple[str, Any]:
+    """(name, value) of `name=value`, the value as JSON where it is JSON; raises ValueError for anything else."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise ValueError("write name=value, such as enable_thinking=false")
+    if name in ("messages", "tools", "documents", "add_generation_prompt", "strftime_now"):
+        raise ValueError(f"{name} is what the template is given anyway")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        # as Python spells them, which JSON does not
+        return name, {"True": True, "False": False, "None": None}.get(value, value)
 
 
 @dataclass(frozen=True)
@@ -53,7 +69,8 @@ class DataConfig:
     """What is trained on."""
 
     path: tuple[str, ...]
-    """Files (.jsonl .json .csv .parquet .txt .md), folders, globs, or hub data sets (owner/name:split); repeatable."""
+    """Files (.jsonl .json .csv .parquet .txt .md, also compressed), folders, globs, or hub data sets (owner/name,
+    :split or :subset:split); repeatable."""
     weights: tuple[float, ...] = ()
     """How often each path's samples are seen in an epoch, one number a path; a part such as 0.5 leaves some out."""
     format: Literal["auto", "text", "prompt_response", "messages", "alpaca", "sharegpt"] = "auto"
@@ -70,6 +87,18 @@ class DataConfig:
     """Share of the records (rows, or whole text files) held out of `path` when validation_path is empty."""
     chat_template: str = ""
     """Jinja file used instead of the tokenizer's own chat template."""
+    template_arguments: tuple[str, ...] = ()
+    """What the chat template is given beside the conversation, such as enable_thinking=false; a row's own
+    chat_template_kwargs come on top."""
+    history: Literal["each", "last", "refuse"] = "each"
+    """Where the template renders earlier answers otherwise than the last one: each is a sample as it would be
+    generated, or the last answer alone is trained, or the conversation is refused."""
+    empty_reasoning: Literal["mask", "train"] = "mask"
+    """An empty think block before an answer without reasoning is context, or is trained."""
+    leave_out: tuple[Literal["reasoning", "system", "tools"], ...] = ()
+    """Parts of the rows' conversations that are not wanted: neither rendered nor trained."""
+    date: str = "auto"
+    """The day (YYYY-MM-DD) for templates that ask for it; auto: the day on which the run started."""
     max_length: int = 1024
     """Tokens in a sample at most. Text is cut into such pieces; for longer conversations see truncation."""
     truncation: Literal["drop", "left", "right", "split"] = "drop"
@@ -256,6 +285,7 @@ class Config:
             yield "data.path", "(empty)", "name at least one file or folder"
         if self.data.fields and sorted(field.partition("=")[0] for field in self.data.fields) != ["prompt", "response"]:
             yield "data.fields", " ".join(self.data.fields), "write prompt=COLUMN response=COLUMN"
+        yield from self._template_checks()
         if self.data.weights and len(self.data.weights) != len(self.data.path):
             yield "data.weights", " ".join(map(str, self.data.weights)), f"one for each of {len(self.data.path)} paths"
         if not all(0 < weight <= 100 for weight in self.data.weights):
@@ -268,6 +298,18 @@ class Config:
                 self.data.validation_fraction,
                 "use it or data.validation_path, not both",
             )
+
+    def _template_checks(self) -> Iterator[tuple[str, object, str]]:
+        for argument in self.data.template_arguments:
+            try:
+                parse_argument(argument)
+            except ValueError as error:
+                yield "data.template_arguments", argument, str(error)
+        if self.data.date != "auto":
+            try:
+                datetime.date.fromisoformat(self.data.date)
+            except ValueError:
+                yield "data.date", self.data.date, "write a day such as 2026-01-31, or auto"
 
     def _number_checks(self) -> Iterator[tuple[str, object, str]]:
         at_least = [

@@ -1,22 +1,27 @@
 """Which samples each optimizer step trains on, as a pure function of seed and step, and its micro-batches."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from itertools import accumulate
 from statistics import fmean, pstdev
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
 
 from data_tools.packing import pack
-from data_tools.prepare import Prepared, PrepareSettings, prepare
-from data_tools.records import DataError
+from data_tools.prepare import DataSplit, Prepared, PrepareSettings, prepare
+from data_tools.render import RenderSettings
+from data_tools.report import DataError
+from data_tools.similarity import first_equal
 from train.batching import LengthStatistics, StepPlan, regroup
 from train.collate import MicroBatch, collate, collate_packed, packed_tokens
-from train.config import BatchConfig, Config, TrainConfig
+from train.config import BatchConfig, Config, TrainConfig, parse_argument
 from train.seeds import derived_seed
 
 
@@ -76,6 +81,10 @@ class TrainingData:
         self._epoch_order: tuple[int, list[int]] = (-1, [])
         self._prefetched: tuple[int, StepPlan, StepBatch] | None = None
         self.steps_per_epoch = math.ceil(len(self.rows) / layout.samples_per_step)
+
+    def trained_samples(self) -> list[int]:
+        """The samples that every epoch visits, in the data's order."""
+        return sorted({i for row in self.rows for i in row})
 
     def total_steps(self, train: TrainConfig) -> int:
         """Optimizer steps in the whole run."""
@@ -200,41 +209,69 @@ def weighted(path_numbers: Sequence[int], weights: Sequence[float], seed: int) -
     return chosen
 
 
-def prepare_settings(config: Config, paths: Sequence[str]) -> PrepareSettings:
-    """How the files at `paths` are to be prepared for this run."""
-    overlap = int(config.data.max_length * config.data.text_overlap)
+def run_date(config: Config, started: date) -> date:
+    """The date that chat templates see: data.date, or the day on which the run started."""
+    return started if config.data.date == "auto" else date.fromisoformat(config.data.date)
+
+
+def prepare_settings(config: Config, paths: Sequence[str], today: date) -> PrepareSettings:
+    """How the files at `paths` are to be prepared for this run; templates that ask for the date see `today`."""
     data = config.data
+    render = RenderSettings(
+        dict(map(parse_argument, data.template_arguments)), today, data.history, data.empty_reasoning, data.leave_out
+    )
+    overlap = int(data.max_length * data.text_overlap)
     return PrepareSettings(
-        tuple(paths), data.format, data.max_length, overlap, data.truncation, data.fields, data.on_error
+        tuple(paths), data.format, data.max_length, overlap, data.truncation, data.fields, data.on_error, render
     )
 
 
-def hold_out(config: Config, prepared: Prepared, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
-    """(training, validation) samples; there may be no validation."""
+@dataclass(frozen=True)
+class Splits:
+    """The training data, and the validation data if there is any."""
+
+    training: DataSplit
+    validation: DataSplit | None
+
+
+def read_data(config: Config, tokenizer: Any, today: date) -> Splits:
+    """The prepared data of a run, divided; raises DataError where it cannot be used."""
+    prepared = prepare(prepare_settings(config, config.data.path, today), tokenizer)
     if config.data.validation_path:
-        return prepared.dataset, prepare(prepare_settings(config, config.data.validation_path), tokenizer).dataset
+        held_out = prepare(prepare_settings(config, config.data.validation_path, today), tokenizer)
+        return Splits(DataSplit(prepared, prepared.dataset), DataSplit(held_out, held_out.dataset))
     if config.data.validation_fraction:
         return split_validation(prepared, config.data.validation_fraction, config.train.seed)
-    return prepared.dataset, None
+    return Splits(DataSplit(prepared, prepared.dataset), None)
 
 
-def split_validation(prepared: Prepared, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """(training, validation) samples; whole records are held out, so no piece of a text stands on both sides.
+def split_validation(prepared: Prepared, fraction: float, seed: int) -> Splits:
+    """Whole records are held out, and with each all that are equal to it but for case, white space and punctuation.
 
-    Raises DataError when either side would be empty.
+    So no piece of a text stands on both sides. Raises DataError where either side would be empty.
     """
-    num_records = prepared.statistics.num_records
-    num_held = round(num_records * fraction)
-    if not 0 < num_held < num_records:
+    of_sample: np.ndarray = np.asarray(prepared.dataset["record"][:])
+    records = np.unique(of_sample)  # those that were dropped have no sample
+    groups = first_equal(prepared.facts["normalised"].to_numpy()[records])
+    sizes = Counter(groups.tolist())
+    num_held = round(len(records) * fraction)
+    held: set[int] = set()
+    count = 0
+    members = sorted(sizes)
+    for position in _permutation(derived_seed(seed, "held out"), len(members)):
+        group = members[position]
+        if count + sizes[group] <= num_held:
+            held.add(group)
+            count += sizes[group]
+    if num_held and not held:  # every group has more records than are to be held out
+        held = {min(members, key=lambda group: sizes[group])}
+        count = sizes[min(held)]
+    if not held or len(held) == len(members):
         raise DataError(
-            f"--data.validation_fraction {fraction}: of {num_records} records {num_held} would be held out; "
-            "both sides need at least one"
+            f"--data.validation_fraction {fraction}: of {len(records)} records in {len(members)} groups of equal ones "
+            f"{count} would be held out; both sides need at least one"
         )
-    held = set(_permutation(derived_seed(seed, "held out"), num_records)[:num_held])
-    records: list[int] = prepared.dataset["record"][:]
-    train = [i for i, record in enumerate(records) if record not in held]
-    validation = [i for i, record in enumerate(records) if record in held]
-    if not (train and validation):
-        raise DataError(f"--data.validation_fraction {fraction}: all samples of one side were too long; choose another")
+    is_held = np.isin(of_sample, records[np.isin(groups, sorted(held))])
     samples: Any = prepared.dataset
-    return samples.select(train), samples.select(validation)
+    sides = [samples.select(np.flatnonzero(side).tolist()) for side in (~is_held, is_held)]
+    return Splits(*(DataSplit(prepared, side) for side in sides))

@@ -14,15 +14,14 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 import json
 import os
 from contextlib import ExitStack, nullcontext, suppress
+from datetime import date
 from functools import partial
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from rich.console import Console
 
-from data_tools.prepare import Prepared, first_conversations, prepare
-from data_tools.records import DataError
+from data_tools.report import DataError
 from train.assemble import assemble
 from train.attempt_record import record_start
 from train.audit_gate import enforce_gate, run_audit
@@ -33,10 +32,11 @@ from train.checkpoints.saver import Saver, check_disk
 from train.checkpoints.store import CheckpointStore
 from train.cli import parse
 from train.config import Config
-from train.data import BatchLayout, TrainingData, hold_out, prepare_settings
+from train.data import BatchLayout, Splits, TrainingData, read_data, run_date
 from train.deliver.compare import as_rows, compare, show_answers
 from train.deliver.final import publish_final
 from train.deliver.generation import Generator
+from train.deliver.questions import questions_of
 from train.engine.copies import HostMemoryError
 from train.loop import training_loop
 from train.models.language_model import adapter_config
@@ -126,23 +126,26 @@ def run(config: Config, stop: StopRequest, closing: ExitStack, log: AttemptLog) 
     listeners = wanted_listeners(config)
     tokenizer = load_tokenizer(config)
     check_fits(config, tokenizer.backend)
-    prepared = prepare(prepare_settings(config, config.data.path), tokenizer.backend)
-    samples, validation = hold_out(config, prepared, tokenizer.backend)
+    folder = RunFolder.of(config)
+    today = run_date(config, folder.start_date(config.run.resume))
+    splits = read_data(config, tokenizer.backend, today)
+    prepared, validation = splits.training.prepared, splits.validation and splits.validation.samples
     closing.callback(close_group, together=False)
     accelerator = start_accelerator(config)
     data = TrainingData(
-        samples,
+        splits.training.samples,
         config,
         BatchLayout.of(config.batch, accelerator),
         tokenizer.backend.pad_token_id,
     )
-    run_identity = identity(config, prepared.fingerprint, data, accelerator.device)
-    store = CheckpointStore(RunFolder.of(config), config.checkpoint.keep)
+    run_identity = identity(config, prepared, data, accelerator.device)
+    store = CheckpointStore(folder, config.checkpoint.keep)
     checkpoint = choose(store, config, accelerator)
+    on_first_process(accelerator, lambda: keep_date(folder, today))
     if checkpoint is not None:
         check_same_run(checkpoint, run_identity, accelerator)
     else:
-        on_first_process(accelerator, lambda: report_audit(config, tokenizer, data, validation))
+        on_first_process(accelerator, lambda: report_audit(config, tokenizer, data, splits))
     raise_if_stopped(config, accelerator, stop)
     say(accelerator, f"loading {config.model.name_or_path}")
     saved = saved_shape(checkpoint, data, config.batch.merge)
@@ -150,7 +153,7 @@ def run(config: Config, stop: StopRequest, closing: ExitStack, log: AttemptLog) 
     training = assemble(config, accelerator, data, saved, longest_validation)
     if checkpoint is not None:
         restore(training, checkpoint)
-    say(accelerator, banner(training, tokenizer.notes, prepared.statistics, checkpoint))
+    say(accelerator, banner(training, tokenizer.notes, splits, checkpoint))
 
     on_first_process(accelerator, lambda: check_disk(training, store))
     raise_if_stopped(config, accelerator, stop)
@@ -164,12 +167,18 @@ def run(config: Config, stop: StopRequest, closing: ExitStack, log: AttemptLog) 
     training_loop(training, saver.saved, stop, trackers, saver, measure)
     close_group(together=True)
     if accelerator.is_main_process:
-        deliver(training, tokenizer, prepared, trackers, stop)
+        deliver(training, tokenizer, splits, trackers, stop)
 
 
-def report_audit(config: Config, tokenizer: Tokenizer, data: TrainingData, validation: Dataset | None) -> int:
+def keep_date(folder: RunFolder, today: date) -> int:
+    """Keeps the date that templates see, which a resumed run is to see again."""
+    folder.keep_start_date(today)
+    return 0
+
+
+def report_audit(config: Config, tokenizer: Tokenizer, data: TrainingData, splits: Splits) -> int:
     """Prints the audit's warnings; raises ExitWith(BAD_INPUT) if the data must not be trained on."""
-    for line in enforce_gate(config, run_audit(config, tokenizer.backend, data, validation)):
+    for line in enforce_gate(config, run_audit(config, tokenizer.backend, data, splits)):
         print(f"data      {line}", flush=True)
     return 0
 
@@ -189,37 +198,53 @@ def open_trackers(
     return Trackers(metrics, display, isolated)
 
 
-def deliver(
-    training: Training, tokenizer: Tokenizer, prepared: Prepared, trackers: Trackers, stop: StopRequest
-) -> None:
-    """Publishes final/, then answers questions of the data without and with the adapters."""
-    config, end_token_ids = training.config, prepared.statistics.end_token_ids
+def deliver(training: Training, tokenizer: Tokenizer, splits: Splits, trackers: Trackers, stop: StopRequest) -> None:
+    """Publishes final/, then answers questions of the data without and with the adapters.
+
+    Once final/ stands nothing undoes the training: what fails afterwards is ExitWith(DELIVERY_FAILED).
+    """
+    config, end_token_ids = training.config, splits.training.prepared.statistics.end_token_ids
     folder = RunFolder.of(config)
     try:
         files = (training.parameters, adapter_config(training.model), tokenizer.backend, end_token_ids)
         publish_final(folder.final, *files)
     except OSError as error:
         raise ExitWith(ExitCode.SAVE_FAILED, f"{folder.final} could not be written: {error}") from None
-    console = Console()
+    try:
+        ask(training, tokenizer, splits, trackers, stop)
+    except ExitWith:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ExitWith(
+            ExitCode.DELIVERY_FAILED,
+            f"training is finished and {folder.final} is complete, but asking the questions failed: {reason}\n"
+            "repeat the command to ask again, or with --compare.num_questions 0 to ask none",
+        ) from error
+
+
+def ask(training: Training, tokenizer: Tokenizer, splits: Splits, trackers: Trackers, stop: StopRequest) -> None:
+    """Answers questions of the trained and of the held-out samples; raises ExitWith(INTERRUPTED) when stopped."""
+    config, folder, console = training.config, RunFolder.of(training.config), Console()
+    end_token_ids = splits.training.prepared.statistics.end_token_ids
     generator = Generator(training.model, tokenizer.backend, end_token_ids, config.compare.max_new_tokens)
-    asked = (
-        ("trained", config.data.path, folder.answers),
-        ("held out", config.data.validation_path, folder.held_out_answers),
-    )
-    for kind, paths, path in asked:
-        conversations = first_conversations(prepare_settings(config, paths), config.compare.num_questions)
-        if conversations:
-            console.print(
-                f"asking {len(conversations)} {kind} questions, without and with the adapters", highlight=False
-            )
-            answers = compare(generator, conversations, stop.is_received)
-            if stop.is_received():
-                reason = f"stopped by {stop.received}; {folder.final} is complete; repeat the command to ask on"
-                raise ExitWith(ExitCode.INTERRUPTED, reason)
-            rows = as_rows(answers)
-            write_atomically(path, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
-            trackers.table(path.stem, rows)
-            show_answers(console, f"{kind} questions", answers)
+    asked = [("trained", training.data.samples, training.data.trained_samples(), folder.answers)]
+    if splits.validation is not None:
+        samples = splits.validation.samples
+        asked.append(("held out", samples, range(len(samples)), folder.held_out_answers))
+    for kind, samples, chosen, path in asked:
+        questions = questions_of(samples, chosen, tokenizer.backend, config.compare.num_questions)
+        if not questions:
+            continue
+        console.print(f"asking {len(questions)} {kind} questions, without and with the adapters", highlight=False)
+        answers = compare(generator, questions, stop.is_received)
+        if stop.is_received():
+            reason = f"stopped by {stop.received}; {folder.final} is complete; repeat the command to ask on"
+            raise ExitWith(ExitCode.INTERRUPTED, reason)
+        rows = as_rows(answers)
+        write_atomically(path, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+        trackers.table(path.stem, rows)
+        show_answers(console, f"{kind} questions", answers)
     console.print(f"the adapter is in {folder.final}", highlight=False, soft_wrap=True)
 
 

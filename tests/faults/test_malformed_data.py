@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools.prepare import PrepareSettings, prepare
-from data_tools.records import DataError
+from data_tools.report import DataError
 from tests.conftest import tokenizer_at
 from tests.tally import Tally
 from train.commands.handloop import main as command

@@ -123,7 +123,7 @@ class RaiseInRun:
 
         import train.checkpoints.store
         import train.main
-        from data_tools.records import DataError
+        from data_tools.report import DataError
         from train.run.exits import ExitCode, ExitWith
 
         errors: dict[str, Exception] = {

@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset
 
 from data_tools.prepare import PrepareSettings, prepare
-from data_tools.records import DataError
+from data_tools.report import DataError
 from tests.conftest import BUNDLED_BASE, tokenizer_at
 from train.data import BatchLayout, TrainingData, split_validation
 from train.engine.plan import Plan

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from data_tools.prepare import Prepared
 from train.batching import MicroBatchShape
 from train.checkpoints.contents import Checkpoint, TrainerState, adapter_files
 from train.checkpoints.store import CheckpointStore
@@ -27,13 +28,13 @@ IDENTITY_SECTIONS = ("lora", "optim")  # every field of these, and the single fi
 OLD_LAYOUT_NAMES = {"tokens in a pass": "micro_batch_tokens", "tokens in a tile": "mlp_tile_tokens"}
 
 
-def identity(config: Config, data_fingerprint: str, data: TrainingData, device: torch.device) -> dict[str, object]:
+def identity(config: Config, prepared: Prepared, data: TrainingData, device: torch.device) -> dict[str, object]:
     """Everything that makes a run this run: a checkpoint is continued only if all of it is equal."""
     values: dict[str, object] = {
         "model.base": base_fingerprint(config),
         "model.quantization": config.model.quantization,
         "model.dtype": compute_type(config.model.dtype, device).name,
-        "data": data_fingerprint,
+        "data": prepared.fingerprint,
         "data.validation_fraction": config.data.validation_fraction,
         "data.weights": list(config.data.weights),
         "data.packing": config.data.packing,
@@ -42,6 +43,8 @@ def identity(config: Config, data_fingerprint: str, data: TrainingData, device: 
         "train.seed": config.train.seed,
         "total optimizer steps": data.total_steps(config.train),
     }
+    if prepared.statistics.date:  # says why the data's fingerprint differs on another day
+        values["data.date"] = prepared.statistics.date
     for section in IDENTITY_SECTIONS:
         for name, value in asdict(getattr(config, section)).items():
             values[f"{section}.{name}"] = list(value) if isinstance(value, tuple) else value

@@ -1,6 +1,7 @@
 """`handloop audit`."""
 
 import json
+from datetime import date
 
 from rich.console import Console
 
@@ -16,24 +17,25 @@ def main(words: list[str]) -> int:
     )
     own.add_argument("--json", action="store_true", help="print everything as one JSON object")
     options, rest = own.parse_known_args(words)
+    from data_tools.abilities import abilities_of
     from data_tools.audit import failures, show_audit
-    from data_tools.prepare import prepare
     from train.audit_gate import run_audit
-    from train.data import BatchLayout, TrainingData, hold_out, prepare_settings
+    from train.data import BatchLayout, TrainingData, prepare_settings, read_data, run_date
     from train.models.tokenizer import load_tokenizer
 
     config = own.config(rest)
     tokenizer = load_tokenizer(config).backend
-    prepared = prepare(prepare_settings(config, config.data.path), tokenizer)
-    samples, validation = hold_out(config, prepared, tokenizer)
+    today = run_date(config, date.today())
+    splits = read_data(config, tokenizer, today)
+    abilities = abilities_of(tokenizer, prepare_settings(config, config.data.path, today).render)
     # one process, because only accelerate launch knows their number
     layout = BatchLayout(config.batch.per_device, config.batch.accumulation, num_processes=1, rank=0)
-    found = run_audit(config, tokenizer, TrainingData(samples, config, layout, pad_token_id=0), validation)
+    found = run_audit(config, tokenizer, TrainingData(splits.training.samples, config, layout, 0), splits)
     reasons = failures(found)
     if options.json:
-        print(json.dumps(found.as_json(), indent=2, ensure_ascii=False))
+        print(json.dumps({**found.as_json(), "template": abilities.as_json()}, indent=2, ensure_ascii=False))
     else:
-        show_audit(found, Console())
+        show_audit(found, Console(), abilities)
     if reasons:
         number = "a reason" if len(reasons) == 1 else f"{len(reasons)} reasons"
         raise ExitWith(ExitCode.BAD_INPUT, f"the audit found {number} not to train on this data")

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from data_tools.records import DataError
+from data_tools.report import DataError
 from train.run.exits import ExitCode, ExitWith
 from train.run.redact import redact
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,28 +21,43 @@ def main(words: list[str]) -> int:
     own = Options("preview", "Shows the samples token by token, trained and masked.")
     own.add_argument("--rows", type=positive_number, default=5, metavar="K", help="how many samples (default 5)")
     own.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained HTML page instead")
-    own.add_argument("--json", action="store_true", help="print one JSON object per sample")
+    own.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object per sample, the first with `about`: what is said of data and template",
+    )
     options, rest = own.parse_known_args(words)
     # imported here because they take seconds, for which --help should not wait
+    from data_tools.abilities import abilities_of
+    from data_tools.data_lines import data_lines, data_warnings, described
     from data_tools.prepare import prepare
     from data_tools.preview import as_html, show_samples
     from data_tools.preview import preview as token_views
-    from train.data import BatchLayout, TrainingData, prepare_settings
+    from train.data import BatchLayout, TrainingData, prepare_settings, run_date
     from train.models.tokenizer import load_tokenizer
 
     config = own.config(rest)
     tokenizer = load_tokenizer(config).backend
-    samples = prepare(prepare_settings(config, config.data.path), tokenizer).dataset
+    settings = prepare_settings(config, config.data.path, run_date(config, date.today()))
+    prepared = prepare(settings, tokenizer)
+    samples, statistics = prepared.dataset, prepared.statistics
+    abilities = abilities_of(tokenizer, settings.render)
     data = TrainingData(samples, config, BatchLayout(1, 1, num_processes=1, rank=0), pad_token_id=0)
     rows = list(token_views(_first_rows(data, options.rows), tokenizer))
+    about = {**described(statistics, prepared.notes), "template": abilities.as_json()}
     if options.json:
-        for row in rows:
-            print(json.dumps(row.as_json(), ensure_ascii=False))
+        for number, row in enumerate(rows):
+            print(json.dumps({**row.as_json(), **({} if number else {"about": about})}, ensure_ascii=False))
     if options.html:
         subtitle = f"{len(rows):,} of {len(samples):,} samples of {', '.join(config.data.path)}, tokenised for "
         write_atomically(options.html, as_html(rows, f"{subtitle}{config.model.name_or_path}"))
         print(f"written to {options.html}", file=sys.stderr)
-    if not (options.json or options.html):
+    lines = [*data_lines(statistics, prepared.notes), *(f"template  {line}" for line in abilities.lines())]
+    lines += [f"warning   {line}" for line in data_warnings(statistics)]
+    if options.json or options.html:
+        print("\n".join(lines), file=sys.stderr)
+    else:
+        print("\n".join(lines), end="\n\n")
         show_samples(rows, Console())
     return 0
 

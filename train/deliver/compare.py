@@ -8,10 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data_tools.records import Conversation
-from data_tools.render import render_prompt
 from data_tools.terminal import printable
 from train.deliver.generation import Completion, Generator, in_batches
+from train.deliver.questions import Question
 
 ROWS_SHOWN = 6
 
@@ -30,33 +29,32 @@ class Answer:
     before_stopped: bool
 
 
-def compare(generator: Generator, conversations: Sequence[Conversation], must_stop: Callable[[], bool]) -> list[Answer]:
-    """Answers each conversation's last question with adapters off and on; ends early when `must_stop` returns True."""
-    model, tokenizer = generator.model, generator.tokenizer
+def compare(generator: Generator, questions: Sequence[Question], must_stop: Callable[[], bool]) -> list[Answer]:
+    """Answers each question with adapters off and on; ends early when `must_stop` returns True."""
+    model = generator.model
 
-    def generate_both(batch: Sequence[Conversation]) -> tuple[list[Completion], list[Completion]]:
-        prompts = [render_prompt(tokenizer, conversation.messages[:-1]) for conversation in batch]
+    def generate_both(batch: Sequence[Question]) -> tuple[list[Completion], list[Completion]]:
+        prompts = [question.prompt for question in batch]
         with model.adapted.disable_adapter():
             before = generator(prompts)
         return before, generator(prompts)
 
     answers: list[Answer] = []
     with model.generating():
-        for batch, completions in in_batches(conversations, generate_both, must_stop):
+        for batch, completions in in_batches(questions, generate_both, must_stop):
             answers += [_answer(*each) for each in zip(batch, *completions, strict=True)]
     return answers
 
 
-def _answer(conversation: Conversation, before: Completion, after: Completion) -> Answer:
-    question, reference = conversation.messages[-2].content, conversation.messages[-1].content.strip()
+def _answer(question: Question, before: Completion, after: Completion) -> Answer:
     return Answer(
-        question=question,
-        reference=reference,
+        question=question.text,
+        reference=question.reference,
         before=before.text,
         after=after.text,
-        exact=after.text == reference,
+        exact=after.text == question.reference,
         stopped=after.is_stopped,
-        before_exact=before.text == reference,
+        before_exact=before.text == question.reference,
         before_stopped=before.is_stopped,
     )
 

@@ -33,13 +33,16 @@ class Generator:
     max_new_tokens: int
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[str]) -> list[Completion]:
-        """The completion of each rendered prompt; must be called inside `model.generating()`."""
+    def __call__(self, prompts: Sequence[Sequence[int]]) -> list[Completion]:
+        """The completion of each prompt, given as token ids; must be called inside `model.generating()`."""
         causal_lm: Any = self.model.adapted
         tokenizer: Any = self.tokenizer
-        inputs = tokenizer(
-            list(prompts), add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
-        ).to(causal_lm.device)
+        longest = max(map(len, prompts))
+        input_ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)  # padded on the left
+        attention_mask = torch.zeros_like(input_ids)
+        for row, prompt in enumerate(prompts):
+            input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            attention_mask[row, longest - len(prompt) :] = 1
         settings = GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
@@ -48,11 +51,11 @@ class Generator:
             use_cache=True,
         )
         generated = causal_lm.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+            input_ids=input_ids.to(causal_lm.device),
+            attention_mask=attention_mask.to(causal_lm.device),
             generation_config=settings,
         )
-        return [self._completion(tokens) for tokens in generated[:, inputs["input_ids"].shape[1] :].tolist()]
+        return [self._completion(tokens) for tokens in generated[:, longest:].tolist()]
 
     def _completion(self, tokens: list[int]) -> Completion:
         end = next((i for i, token in enumerate(tokens) if token in self.end_token_ids), None)

@@ -7,8 +7,8 @@ from typing import Any
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from data_tools.render import PLAIN_TEMPLATE
-from train.config import Config
+from data_tools.chat_template import PLAIN_TEMPLATE, ChatTemplate, read_template
+from train.config import Config, parse_argument
 from train.models.base import model_shape, not_found, where
 from train.run.exits import ExitCode, ExitWith
 
@@ -37,8 +37,9 @@ def load_tokenizer(config: Config) -> Tokenizer:
         raise not_found(config.model, "a tokenizer", error) from None
     if config.data.chat_template:
         try:
-            tokenizer.chat_template = Path(config.data.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            tokenizer.chat_template = read_template(Path(config.data.chat_template).expanduser())
+            ChatTemplate(tokenizer, dict(map(parse_argument, config.data.template_arguments))).check()
+        except (OSError, ValueError, TimeoutError) as error:
             raise ExitWith(ExitCode.BAD_INPUT, f"--data.chat_template {config.data.chat_template}: {error}") from None
         notes.append(f"chat template: {config.data.chat_template}")
     elif tokenizer.chat_template is None:

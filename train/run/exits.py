@@ -14,6 +14,7 @@ class ExitCode(IntEnum):
     NON_FINITE = 79  # loss or gradient is not a finite number
     NO_VALID_CHECKPOINT = 80  # there are checkpoints, but none passes verification
     PEER_FAILURE = 81  # another process died or hangs
+    DELIVERY_FAILED = 82  # training is finished and final/ complete; what comes after it is not
 
 
 class ExitWith(Exception):

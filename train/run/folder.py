@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from train.run.durable import make_folder, sync, write_atomically
 from train.run.exits import ExitCode, ExitWith
 
 IDENTITY, LOCK = "run.json", ".lock"
+START_DATE = "start_date"  # in run.json
 
 
 class Entry:
@@ -99,6 +101,20 @@ class RunFolder:
             make_folder(self.path)
             write_atomically(self.identity, json.dumps({**known, name: made}) + "\n")
             return made
+
+    def start_date(self, resume: str) -> date:
+        """The day on which the run that `--run.resume` continues was started; today for one that starts now."""
+        folders = {"auto": [self], "must": [self], "never": []}.get(resume)
+        if folders is None:  # a checkpoint, which may be another run's
+            folders = [RunFolder(Path(resume).resolve().parent.parent), self]
+        for folder in folders:
+            with suppress(ValueError):
+                return date.fromisoformat(str(read_object(folder.identity).get(START_DATE)))
+        return date.today()
+
+    def keep_start_date(self, day: date) -> None:
+        """Keeps the day for later attempts; raises OSError."""
+        self.identifier(START_DATE, day.isoformat)
 
     def is_foreign(self, path: Path) -> bool:
         """Whether this is a config.json or plan.json that is none of a run's: a model's folder has one, too."""

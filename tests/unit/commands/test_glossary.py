@@ -7,7 +7,7 @@ import pytest
 
 from data_tools.glossary import PairSettings, main, make_pairs
 from data_tools.glossary_files import read_terms
-from data_tools.records import DataError
+from data_tools.report import DataError
 from tests.unit.data_tools.glossaries import BUNDLED, write_as
 from train.commands.handloop import main as handloop
 from train.run.exits import ExitCode

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from data_tools.audit import RULES, Audit, DataSplit, Schedule, audit, failures, warnings
 from data_tools.prepare import FEATURES, PrepareSettings, prepare
-from data_tools.records import DataError
+from data_tools.report import DataError
 from tests.conftest import tokenizer_at
 from tests.unit.data_tools.rows import numbered, write
 from train.commands.handloop import main

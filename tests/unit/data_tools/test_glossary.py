@@ -8,7 +8,7 @@ import pytest
 from data_tools import glossary as module
 from data_tools.glossary import WORDINGS, Pairs, PairSettings, make_pairs, similar_pairs
 from data_tools.glossary_files import Term, read_terms
-from data_tools.records import DataError
+from data_tools.report import DataError
 from tests.unit.data_tools.glossaries import BUNDLED
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from data_tools.glossary import PairSettings, make_pairs
 from data_tools.glossary_files import Term, read_terms
-from data_tools.records import DataError
+from data_tools.report import DataError
 from tests.unit.data_tools.glossaries import ENTRIES, write_as
 
 KINDS = ["csv", "json list", "json mapping", "yaml list", "yaml mapping", "yml list", "py list", "py mapping"]

@@ -117,18 +117,6 @@ def test_only_numbers_leave_the_run(metrics: Path) -> None:
     assert fake.rows == [{"step": 1, "train/loss": 0.5}, {"step": 2, "train/loss": 0.5}]
 
 
-def test_only_numbers_leave_the_run(metrics: Path) -> None:
-    """A warning may name a file of the user's, sample ids are a list: both stay in metrics.jsonl, also in a replay."""
-    row = {"step": 1, "train/loss": 0.5, "warning": "step 1 is skipped: /home/me/rows.jsonl:3", "data/sample_ids": [7]}
-    metrics.write_text(json.dumps(row) + "\n")
-    fake = Fake()
-    telling = Isolated(fake, "uid", metrics)
-    telling.log({**row, "step": 2})
-    telling.request_finish()
-    telling.finish()
-    assert fake.rows == [{"step": 1, "train/loss": 0.5}, {"step": 2, "train/loss": 0.5}]
-
-
 def test_a_slow_listener_is_waited_for(metrics: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All of it arrives where patience is long enough."""
     fake = Fake(acts={"log": lambda: time.sleep(0.1), "finish": lambda: time.sleep(0.1)})

@@ -21,10 +21,10 @@ from typing import Any
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.interrupted_run import commit
+from data_tools.chat_template import PLAIN_TEMPLATE, Dialect
 from data_tools.packing import pack
 from data_tools.prepare import Prepared, PrepareSettings, prepare
-from data_tools.records import Conversation, Report, read_records
-from data_tools.render import PLAIN_TEMPLATE
+from data_tools.records import Conversation, Tally, read_records
 from train.run.versions import versions
 
 MAX_LENGTH = 1024
@@ -129,9 +129,9 @@ def compare(theirs: list[dict[str, Any]], prepared: Prepared, tokenizer: Any) ->
 
 def as_trl(settings: PrepareSettings) -> Iterator[dict[str, Any]]:
     """The rows in the conversational prompt/completion layout, or as texts."""
-    for record in read_records(settings.sources(), Report()):
+    for record in read_records(settings.survey().sources, Tally.empty()):
         if isinstance(record, Conversation):
-            turns = [message.as_turn() for message in record.messages]
+            turns = [Dialect().turn(message) for message in record.messages]
             yield {"prompt": turns[:-1], "completion": turns[-1:]}
         else:
             yield {"text": record.text}
@@ -159,7 +159,7 @@ def a_million(tokenizer: Any, scratch: Path) -> dict[str, Any]:
 
 def figures(system: str, settings: PrepareSettings, seconds: float, num_tokens: int) -> dict[str, Any]:
     """The row that every measurement begins with."""
-    num_bytes = sum(source.num_bytes() for source in settings.sources())
+    num_bytes = sum(source.num_bytes() for source in settings.survey().sources)
     return {
         "system": system,
         "data": Path(settings.paths[0]).name,

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.interrupted_run import commit
 from benchmarks.speed_limits import against_limits, matmul_rate
 from benchmarks.speed_workloads import WORKLOADS, Run, Workload
-from data_tools.prepare import prepare
 from train.cli import parse
-from train.data import BatchLayout, TrainingData, prepare_settings
+from train.data import BatchLayout, TrainingData, read_data
 from train.models.tokenizer import load_tokenizer
 from train.run.folder import RunFolder, read_object
 from train.run.versions import versions
@@ -192,9 +192,9 @@ def data_of(words: list[str], run: Run) -> tuple[Any, TrainingData, int]:
     cut = ["--batch.per-device", str(run.per_device), "--batch.accumulation", str(run.accumulation)]
     config = parse([*words, *cut])
     tokenizer = load_tokenizer(config).backend
-    prepared = prepare(prepare_settings(config, config.data.path), tokenizer)
+    samples = read_data(config, tokenizer, date.today()).training.samples
     layout = BatchLayout(run.per_device, run.accumulation, 1, 0)
-    return config, TrainingData(prepared.dataset, config, layout, tokenizer.pad_token_id), tokenizer.pad_token_id
+    return config, TrainingData(samples, config, layout, tokenizer.pad_token_id), tokenizer.pad_token_id
 
 
 def mean_length(words: list[str], run: Run) -> float:

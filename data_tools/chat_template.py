@@ -138,7 +138,7 @@ class ChatTemplate:
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 strftime_now=self._now,
-                **(self._given | arguments if arguments else self._given),
+                **{**self._given, **arguments},
             )
         except TimeoutError:
             raise

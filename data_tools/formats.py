@@ -5,17 +5,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from data_tools.messages import (
-    ROLES,
-    Message,
-    arguments_of,
-    encodable,
-    is_absent,
-    message_of,
-    tools_of,
-    turns_of,
-)
+from data_tools.messages import ROLES, Message, message_of, turns_of
 from data_tools.strict_json import parse_json
+from data_tools.tool_calls import arguments_of, tools_of
+from data_tools.values import encodable, is_absent
 
 PAIR_NAMES = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("input", "output"))
 SHARED_FIELDS = ("system", "tools", "chat_template_kwargs")  # read in every row that is a conversation

@@ -104,7 +104,9 @@ def prepare(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase) -> Pr
     """
     found = settings.survey()
     fingerprint = _fingerprint(settings, found.sources, tokenizer)
-    folder = cache_root() / fingerprint
+    # places name files, so equal content elsewhere is prepared again
+    named = hashlib.sha256("\n".join(str(source.origin) for source in found.sources).encode()).hexdigest()
+    folder = cache_root() / f"{fingerprint}-{named[:8]}"
     locks = cache_root().parent / "locks"
     for parent in (folder.parent, locks):
         parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +131,8 @@ def _cached(folder: Path, notes: Sequence[str]) -> Prepared | None:
         return None
     is_valid = samples.features == FEATURES and len(samples) == statistics.num_samples
     is_valid = is_valid and facts.schema == SCHEMA and len(facts) == statistics.num_records
-    return Prepared(folder.name, samples, facts, statistics, tuple(notes)) if is_valid else None
+    fingerprint = folder.name.partition("-")[0]
+    return Prepared(fingerprint, samples, facts, statistics, tuple(notes)) if is_valid else None
 
 
 def _make(sources: Sequence[Source], settings: PrepareSettings, tokenizer: Any, folder: Path) -> None:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from data_tools.chat_template import DIALECTS, ChatTemplate, Dialect
+from data_tools.locate import leaves
 from data_tools.messages import Message
 from data_tools.records import Conversation
-from data_tools.turns import leaves
 
 # An object as Python prints it, or a part of a content as JSON; a template that was given text writes neither.
 PRINTED = re.compile(r"""'zq\w+key7qz'|['"]type['"]: ?['"](text|thinking)['"]""")

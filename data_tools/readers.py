@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 
@@ -23,8 +22,6 @@ from data_tools.strict_json import json_reason, parse_json, strict_decoder
 MAX_ROW_BYTES = 8 * 2**20
 BATCH_ROWS = 256
 
-# What the datasets library raises; RuntimeError if the data set would have to run a script.
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, pyarrow.ArrowException)
 # What the decompressors raise for a damaged or cut file.
 DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException)
 COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
@@ -96,7 +93,7 @@ class RowFile:
         except (*DAMAGE, OSError) as error:
             if self.path.suffix.lower() not in COMPRESSIONS:
                 raise
-            reason = f"cannot be decompressed after {num_seen:,} rows: {_first_line(error)}; the rest was not read"
+            reason = f"cannot be decompressed after {num_seen:,} rows: {first_line(error)}; the rest was not read"
             report_and_count(str(self.path), reason)
         if num_seen == 0:
             report(str(self.path), "the file has no rows")
@@ -104,79 +101,6 @@ class RowFile:
     def digest(self) -> str:
         """sha256 of the file's bytes."""
         return file_digest(self.path)
-
-
-@dataclass(frozen=True)
-class HubData:
-    """A data set on the hub as `owner/name`, `owner/name:split` or `owner/name:subset:split`; runs no code from it."""
-
-    name: str
-
-    def __str__(self) -> str:
-        return self.name
-
-    def load(self) -> datasets.Dataset:
-        """The named split, or `train`, memory-mapped; raises one of LOAD_ERRORS."""
-        name, *rest = self.name.split(":")
-        subset, split = rest[:-1], rest[-1] if rest and rest[-1] else "train"
-        loaded = datasets.load_dataset(name, *subset, split=split)
-        assert isinstance(loaded, datasets.Dataset)
-        return loaded
-
-    def rows(self, report: ReportProblem) -> Iterator[tuple[Place, Row]]:
-        """The rows in order; a data set that cannot be loaded goes to `report`."""
-        try:
-            loaded = self.load()
-        except LOAD_ERRORS as error:
-            way_out = "; write owner/name:subset:split" if "onfig name is missing" in str(error) else ""
-            reason = f"no such file or folder, and the hub data set cannot be loaded: {_first_line(error)}{way_out}"
-            report(self.name, reason)
-            return
-        yield from _rows_of(loaded, self.name)
-
-    def digest(self) -> str:
-        """The datasets library's fingerprint of the loaded data."""
-        try:
-            return self.load()._fingerprint
-        except LOAD_ERRORS:
-            return "unreachable"
-
-
-@dataclass(frozen=True)
-class SavedData:
-    """A folder that `Dataset.save_to_disk` wrote."""
-
-    path: Path
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-    def rows(self, report: ReportProblem) -> Iterator[tuple[Place, Row]]:
-        """The rows in order; a folder that cannot be loaded goes to `report`."""
-        try:
-            loaded = datasets.load_from_disk(str(self.path))
-        except LOAD_ERRORS as error:
-            report(str(self.path), f"was saved with save_to_disk, and cannot be loaded: {_first_line(error)}")
-            return
-        assert isinstance(loaded, datasets.Dataset)
-        yield from _rows_of(loaded, str(self.path))
-
-    def digest(self) -> str:
-        """sha256 of the bytes of the folder's files."""
-        digest = hashlib.sha256()
-        for file in sorted(self.path.iterdir()):
-            if file.is_file():
-                digest.update(f"{file.name} {file_digest(file)}\n".encode())
-        return digest.hexdigest()
-
-
-def _rows_of(loaded: datasets.Dataset, name: str) -> Iterator[tuple[Place, Row]]:
-    number = 0
-    batches: Any = loaded.with_format("arrow")
-    for table in batches.iter(batch_size=BATCH_ROWS):
-        for row in table.to_pylist():
-            number += 1
-            yield f"{name}:{number}", row
 
 
 def _jsonl(path: Path, report: ReportProblem) -> Iterator[tuple[Place, Any]]:
@@ -291,11 +215,11 @@ def _parquet(path: Path, report: ReportProblem) -> Iterator[tuple[Place, Any]]:
                 number += 1
                 yield f"{path}:{number}", row
     except (OSError, pyarrow.ArrowException) as error:
-        report(str(path), f"not Parquet: {_first_line(error)}")
+        report(str(path), f"not Parquet: {first_line(error)}")
     except (ValueError, OverflowError) as error:  # text that is not UTF-8, dates that Python cannot hold
         report(
             f"{path}:{number + 1}",
-            f"unreadable value near here: {_first_line(error)}; the rest was not read",
+            f"unreadable value near here: {first_line(error)}; the rest was not read",
         )
 
 
@@ -323,5 +247,5 @@ def is_rows_in_disguise(text: str) -> bool:
         return False
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

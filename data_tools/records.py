@@ -5,9 +5,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from data_tools.data_sets import HubData, SavedData
 from data_tools.formats import Format, Row, detect
 from data_tools.messages import Message
-from data_tools.readers import HubData, RowFile, SavedData, is_rows_in_disguise
+from data_tools.readers import RowFile, is_rows_in_disguise
 from data_tools.report import Report
 from data_tools.sources import Source, TextFile
 

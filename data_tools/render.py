@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from data_tools.chat_template import ChatTemplate, time_limit
 from data_tools.encode import ESCAPED_PRIVATE, Encoded, Encoder, SpelledTokens, special_tokens
+from data_tools.locate import find_value
 from data_tools.questions import Questions
 from data_tools.records import Conversation, Document
-from data_tools.turns import Dialogue, DialogueText, History, Rendering, TrainedTurn, find_value
+from data_tools.turns import Dialogue, DialogueText, History, Rendering, TrainedTurn
 
 WAYS_OUT = (
     "choose a --data.chat_template that has it, leave it out with --data.leave_out, or skip such rows with "

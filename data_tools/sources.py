@@ -6,16 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_tools.readers import (
-    COMPRESSIONS,
-    READERS,
-    HubData,
-    RowFile,
-    SavedData,
-    file_digest,
-    kind_of,
-    open_bytes,
-)
+from data_tools.data_sets import HubData, SavedData
+from data_tools.readers import COMPRESSIONS, READERS, RowFile, file_digest, kind_of, open_bytes
 from data_tools.report import Report
 from data_tools.terminal import escaped
 

@@ -5,15 +5,15 @@ generation. Templates that render earlier answers otherwise than the last one (Q
 one text for each answer that no other text has as it would be generated.
 """
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 from data_tools.chat_template import ChatTemplate, Dialect
 from data_tools.encode import Encoder
+from data_tools.locate import end_aside_space, find_value, parts_of, shared_prefix
 from data_tools.messages import Message
 
 History = Literal["each", "last", "refuse"]
@@ -140,7 +140,7 @@ class DialogueText:
                     return other, text[len(other) :]
         if through.startswith(prompt):
             return prompt, through[len(prompt) :]
-        if place := _end_aside_space(through, prompt):
+        if place := end_aside_space(through, prompt):
             return through[:place], through[place:]
         shared = self._shared(prompt, through)
         if not thinks and self._is_empty_block(number, prompt, shared):
@@ -154,7 +154,7 @@ class DialogueText:
 
     def _shared(self, prompt: str, through: str) -> int:
         """The number of characters with which both begin, without a part of a token."""
-        shared = len(_shared_prefix(prompt, through))
+        shared = len(shared_prefix(prompt, through))
         opened = max(prompt.rfind(bracket, 0, shared) for bracket in "<[")
         return opened if opened >= 0 and not re.search(r"[>\]\s]", prompt[opened:shared]) else shared
 
@@ -185,7 +185,7 @@ class DialogueText:
         except ValueError:
             return "", "", ""
         opening, _, after = texts[0].partition(thinking.reasoning)
-        return opening, _shared_prefix(after, texts[1].partition(thinking.reasoning)[2]), after
+        return opening, shared_prefix(after, texts[1].partition(thinking.reasoning)[2]), after
 
     def has_influence(self, number: int) -> bool:
         """Whether another content of turn `number` would change the text."""
@@ -279,68 +279,3 @@ class DialogueText:
 
 def _stands_in(text: str, answer: Answer) -> bool:
     return text.startswith(answer.prompt) and text.startswith(answer.text, len(answer.prompt))
-
-
-def _shared_prefix(one: str, other: str) -> str:
-    """The characters with which both begin."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return one[: next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))]
-
-
-def _end_aside_space(text: str, beginning: str) -> int:
-    """Where `beginning` ends in a text that begins with it but for white space, and the white space after it; or 0."""
-    wanted, seen = "".join(beginning.split()), 0
-    if not wanted or not "".join(text[: 2 * len(beginning) + 64].split()).startswith(wanted):
-        return 0
-    for place, character in enumerate(text):
-        if seen == len(wanted) and not character.isspace():
-            return place
-        seen += not character.isspace()
-    return len(text)
-
-
-def parts_of(message: Message) -> Iterator[tuple[str, Any]]:
-    """(what it is, its value) of everything that an assistant turn says."""
-    if message.reasoning:
-        yield "its reasoning", message.reasoning
-    if message.content:
-        yield "its content", message.content
-    for number, call in enumerate(message.tool_calls, start=1):
-        function = call["function"]
-        label = f"tool call {number}" if len(message.tool_calls) > 1 else "its tool call"
-        yield label, function["name"]
-        yield from ((f"an argument of {label}", leaf) for leaf in leaves(function["arguments"]))
-
-
-def leaves(value: Any) -> Iterator[Any]:
-    """The keys and values of a JSON-like value, at every depth."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield key
-            yield from leaves(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from leaves(item)
-    elif value is not None:
-        yield value
-
-
-def find_value(text: str, value: Any) -> int:
-    """Where a value ends in a text, as it is, as JSON spells it, or with other white space; -1 if it is not there."""
-    if isinstance(value, bool):
-        return _end(text.lower(), str(value).lower())
-    if not isinstance(value, str):
-        return max(_end(text, json.dumps(value)), _end(text, str(value)))
-    stripped = value.strip()
-    if (end := _end(text, stripped)) >= 0:
-        return end
-    for is_ascii in (False, True):
-        if (end := _end(text, json.dumps(stripped, ensure_ascii=is_ascii)[1:-1])) >= 0:
-            return end
-    match = re.search(r"\s*".join(map(re.escape, stripped.split())), text)
-    return match.end() if match else -1
-
-
-def _end(text: str, spelled: str) -> int:
-    place = text.find(spelled)
-    return place + len(spelled) if place >= 0 else -1

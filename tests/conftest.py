@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 BUNDLED_BASE = ROOT / "demo" / "base"
+TODAY = date(2026, 1, 31)
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
 # tests run in parallel, and OpenMP's spinning threads slow each other down if there are more of them than cores
@@ -25,7 +27,6 @@ import torch  # noqa: E402  (after the thread count)
 from accelerate import Accelerator  # noqa: E402
 from transformers import AutoTokenizer, LlamaConfig  # noqa: E402
 
-from data_tools.prepare import prepare  # noqa: E402
 from train.assemble import assemble  # noqa: E402
 from train.config import (  # noqa: E402
     BatchConfig,
@@ -42,9 +43,11 @@ from train.config import (  # noqa: E402
 )
 from train.data import (  # noqa: E402
     BatchLayout,
+    Splits,
     TrainingData,
-    prepare_settings,
+    read_data,
 )
+from train.deliver.questions import Question, questions_of  # noqa: E402
 from train.models.tokenizer import load_tokenizer  # noqa: E402
 from train.step import Training  # noqa: E402
 
@@ -185,12 +188,22 @@ def arguments(config: Config, profile: str = "demo") -> list[str]:
     return words
 
 
+def splits_of(config: Config) -> Splits:
+    """The training and validation data of `config`, prepared."""
+    return read_data(config, load_tokenizer(config).backend, TODAY)
+
+
+def asked_in(config: Config, count: int) -> list[Question]:
+    """The questions of the first `count` training samples."""
+    samples = splits_of(config).training.samples
+    return questions_of(samples, range(len(samples)), load_tokenizer(config).backend, count)
+
+
 def training_of(config: Config, accelerator: Accelerator) -> Training:
     """What train/main.py assembles for `config`."""
     tokenizer = load_tokenizer(config).backend
-    prepared = prepare(prepare_settings(config, config.data.path), tokenizer)
     data = TrainingData(
-        prepared.dataset,
+        splits_of(config).training.samples,
         config,
         BatchLayout.of(config.batch, accelerator),
         tokenizer.pad_token_id,

@@ -129,7 +129,7 @@ def run(config: Config, stop: StopRequest, closing: ExitStack, log: AttemptLog) 
     folder = RunFolder.of(config)
     today = run_date(config, folder.start_date(config.run.resume))
     splits = read_data(config, tokenizer.backend, today)
-    prepared, validation = splits.training.prepared, splits.validation and splits.validation.samples
+    prepared, validation = splits.training.prepared, splits.validation.samples if splits.validation else None
     closing.callback(close_group, together=False)
     accelerator = start_accelerator(config)
     data = TrainingData(
@@ -228,12 +228,13 @@ def ask(training: Training, tokenizer: Tokenizer, splits: Splits, trackers: Trac
     config, folder, console = training.config, RunFolder.of(training.config), Console()
     end_token_ids = splits.training.prepared.statistics.end_token_ids
     generator = Generator(training.model, tokenizer.backend, end_token_ids, config.compare.max_new_tokens)
-    asked = [("trained", training.data.samples, training.data.trained_samples(), folder.answers)]
-    if splits.validation is not None:
-        samples = splits.validation.samples
-        asked.append(("held out", samples, range(len(samples)), folder.held_out_answers))
-    for kind, samples, chosen, path in asked:
-        questions = questions_of(samples, chosen, tokenizer.backend, config.compare.num_questions)
+    count = config.compare.num_questions
+    data, validation = training.data, splits.validation
+    asked = [("trained", questions_of(data.samples, data.trained_samples(), tokenizer.backend, count), folder.answers)]
+    if validation is not None:
+        held_out = questions_of(validation.samples, range(len(validation.samples)), tokenizer.backend, count)
+        asked.append(("held out", held_out, folder.held_out_answers))
+    for kind, questions, path in asked:
         if not questions:
             continue
         console.print(f"asking {len(questions)} {kind} questions, without and with the adapters", highlight=False)

@@ -256,7 +256,7 @@ def test_memory_and_time_are_bounded(tally: Tally, tmp_path: Path) -> None:
     }
     for ending, beginning in beginnings.items():
         path = endless(tmp_path / f"large{ending}", beginning, size)
-        source = PrepareSettings((str(path),)).sources()[0]
+        source = PrepareSettings((str(path),)).survey().sources[0]
 
         def read(origin: Any = source.origin) -> None:
             problems: list[str] = []

@@ -7,10 +7,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from data_tools.prepare import first_conversations
-from tests.conftest import BUNDLED_BASE, training_of, with_batch
+from tests.conftest import BUNDLED_BASE, asked_in, training_of, with_batch
 from train.config import Config, LoraConfig, ModelConfig
-from train.data import prepare_settings
 from train.deliver.compare import compare
 from train.deliver.generation import Generator
 from train.engine.families import decoder_layers
@@ -73,7 +71,7 @@ def test_streamed_steps_have_the_resident_bits(
 def test_a_streamed_model_answers(deep: Config) -> None:
     """Streamed weights are in pinned host memory, and the answers are the resident model's."""
     tokenizer = load_tokenizer(deep).backend
-    asked = first_conversations(prepare_settings(deep, deep.data.path), 3)
+    asked = asked_in(deep, 3)
     answers = []
     for offload, place in (("none", "cuda"), ("stream", "cpu")):
         memory: Any = replace(deep.memory, offload=offload)

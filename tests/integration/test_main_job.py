@@ -13,21 +13,19 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
-from data_tools.prepare import prepare
 from tests.conftest import (
     BUNDLED_BASE,
     SHARED,
     arguments,
     needs_shared,
     run_command,
+    splits_of,
     tokenizer_at,
     training_of,
     write_shape,
 )
 from train.config import CompareConfig, Config, ModelConfig
-from train.data import prepare_settings
 from train.models.language_model import keep_one_cpu_kernel, load_adapters
-from train.models.tokenizer import load_tokenizer
 from train.track.metrics_file import read_metrics
 
 
@@ -41,12 +39,11 @@ def test_plain_peft_loads_the_result_with_the_same_logits(config: Config) -> Non
     outcome = run_command(arguments(config))
     assert outcome.returncode == 0, outcome.stderr
     run_dir = Path(config.run.dir)
-    tokenizer = load_tokenizer(config)
-    prepared = prepare(prepare_settings(config, config.data.path), tokenizer.backend)
+    samples = splits_of(config).training.samples
     ours = training_of(config, Accelerator(cpu=True)).model
     load_adapters(ours, load_file(run_dir / "final" / "adapter_model.safetensors"))
     ours.eval()
-    ids = torch.tensor([prepared.dataset[0]["input_ids"]])
+    ids = torch.tensor([samples[0]["input_ids"]])
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

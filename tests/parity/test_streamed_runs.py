@@ -11,11 +11,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
-from data_tools.prepare import first_conversations
-from tests.conftest import training_of
+from tests.conftest import asked_in, training_of
 from tests.parity.models import SIZES
 from train.config import Config, EngineConfig, LoraConfig, MemoryConfig, ModelConfig
-from train.data import prepare_settings
 from train.deliver.compare import compare
 from train.deliver.generation import Generator
 from train.engine.families import decoder_layers
@@ -78,7 +76,7 @@ def test_a_base_is_read_block_by_block(names: str, config: Config, tmp_path: Any
 def test_a_model_that_is_streamed_answers(config: Config) -> None:
     """Generation by transformers gets each layer's weights in turn: the resident model's answers, twice."""
     tokenizer = load_tokenizer(config).backend
-    asked = first_conversations(prepare_settings(config, config.data.path), 3)
+    asked = asked_in(config, 3)
     answers = []
     for each in (replace(config, engine=EngineConfig(kind="fused")), streamed(config)):
         training = training_of(each, Accelerator(cpu=True))
@@ -95,7 +93,7 @@ def test_questions_are_asked_again_where_memory_ends_within_a_pass(
 ) -> None:
     """A layer that runs out of memory once: fewer questions at a time, the same answers, weights back on the host."""
     tokenizer = load_tokenizer(config).backend
-    asked = first_conversations(prepare_settings(config, config.data.path), 4)
+    asked = asked_in(config, 4)
     training = training_of(streamed(config), Accelerator(cpu=True))
     wanted = compare(Generator(training.model, tokenizer, [0], 6), asked, lambda: False)
     causal_lm: Any = training.model.adapted.get_base_model()

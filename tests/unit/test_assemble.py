@@ -7,18 +7,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from data_tools.prepare import prepare
-from tests.conftest import arguments, training_of
+from tests.conftest import arguments, splits_of, training_of
 from train import assemble as assembling
 from train import main as command
 from train.assemble import fit_to_memory
 from train.batching import LengthStatistics
 from train.config import BatchConfig, Config, EngineConfig, LoraConfig
-from train.data import hold_out, prepare_settings
 from train.engine.plan import Plan
 from train.memory import cost, outlook
 from train.memory.outlook import Outlook
-from train.models.tokenizer import load_tokenizer
 from train.run.exits import ExitCode, ExitWith
 from train.step import optimizer_step
 
@@ -63,8 +60,6 @@ def test_out_of_memory_is_answered_by_smaller_plans(config: Config, monkeypatch:
 def test_a_run_plans_for_the_longest_sample_of_its_validation(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """train/main.py looks it up in what is held out."""
     config = replace(config, data=replace(config.data, validation_fraction=0.2))
-    tokenizer = load_tokenizer(config).backend
-    prepared = prepare(prepare_settings(config, config.data.path), tokenizer)
     seen: list[LengthStatistics] = []
 
     def look(_: Any, __: Any, rows: LengthStatistics, *___: Any) -> None:
@@ -74,9 +69,9 @@ def test_a_run_plans_for_the_longest_sample_of_its_validation(config: Config, mo
     monkeypatch.setattr(outlook.Outlook, "of", look)
     for each in (config, replace(config, data=replace(config.data, validation_fraction=0.0))):
         assert command.main(arguments(each)) == ExitCode.INTERRUPTED
-    held_out = hold_out(config, prepared, tokenizer)[1]
+    held_out = splits_of(config).validation
     assert held_out is not None
-    assert [rows.longest_validation for rows in seen] == [max(held_out["num_tokens"]), 0]
+    assert [rows.longest_validation for rows in seen] == [max(held_out.samples["num_tokens"]), 0]
 
 
 @pytest.mark.parametrize("kind", ["fused", "reference"])

@@ -69,7 +69,9 @@ def test_validation_holds_out_whole_records(tmp_path: Path) -> None:
         (tmp_path / f"{number}.txt").write_text(f"report {number}. " * 50)
     tokenizer = tokenizer_at(BUNDLED_BASE)
     prepared = prepare(PrepareSettings((str(tmp_path),), "auto", 32, 4), tokenizer)
-    train, validation = split_validation(prepared, 0.4, seed=1)
+    splits = split_validation(prepared, 0.4, seed=1)
+    assert splits.validation is not None
+    train, validation = splits.training.samples, splits.validation.samples
     assert len(set(validation["record"])) == 2
     assert set(train["record"]).isdisjoint(validation["record"])
     assert len(train) + len(validation) == len(prepared.dataset) > 20

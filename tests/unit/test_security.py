@@ -12,10 +12,12 @@ import datasets
 import pytest
 from rich.console import Console
 
-from data_tools import render
+from data_tools import chat_template
+from data_tools.data_sets import HubData
 from data_tools.prepare import PrepareSettings, cache_root, prepare
-from data_tools.readers import HubData
-from data_tools.records import DataError, Report, find_sources, read_records
+from data_tools.records import Tally, read_records
+from data_tools.report import DataError, Report
+from data_tools.sources import survey
 from tests.conftest import tokenizer_at
 from train.cli import parse
 from train.commands.handloop import main as command
@@ -68,7 +70,7 @@ def test_a_chat_template_stays_in_the_sandbox(
     name: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A template reaches no Python attribute, file or process, and its error names the row."""
-    monkeypatch.setattr(render, "MAX_RENDERED_CHARACTERS", 100_000)
+    monkeypatch.setattr(chat_template, "MAX_RENDERED_CHARACTERS", 100_000)
     tokenizer = tokenizer_at()
     canary = tmp_path / "canary"
     tokenizer.chat_template = TEMPLATES[name].replace("CANARY", str(canary))
@@ -79,7 +81,7 @@ def test_a_chat_template_stays_in_the_sandbox(
 
 def test_a_chat_template_that_does_not_end_is_stopped(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nested loops end at the first row by the time limit, even with on_error skip."""
-    monkeypatch.setattr(render, "MAX_TEMPLATE_SECONDS", 0.2)
+    monkeypatch.setattr(chat_template, "MAX_TEMPLATE_SECONDS", 0.2)
     tokenizer = tokenizer_at()
     tokenizer.chat_template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(DataError, match=r"rows\.jsonl:1: the chat template did not end within 0\.2 s"):
@@ -92,10 +94,10 @@ def test_scripts_in_data_are_never_executed(tmp_path: Path, monkeypatch: pytest.
     folder.mkdir(parents=True)
     (folder / "name.py").write_text(f"open({str(canary)!r}, 'w')\n")
     (folder / "data.jsonl").write_text(GOOD)
-    report = Report()
-    assert len(list(read_records(find_sources([str(folder)], "auto"), report))) == 1
+    assert len(list(read_records(survey([str(folder)], "auto").sources, Tally.empty()))) == 1
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    report = Report()
     assert list(HubData("owner/name").rows(report.add)) == []
     assert "scripts are no longer supported" in report.lines[0]
     assert not canary.exists()
@@ -108,10 +110,10 @@ def test_a_folder_does_not_lead_out_of_itself(tmp_path: Path) -> None:
     (tmp_path / "private.txt").write_text("a key")
     (folder / "one.txt").write_text("a text")
     (folder / "two.txt").symlink_to(folder / "one.txt")
-    assert len(find_sources([str(folder)], "auto")) == 2
+    assert len(survey([str(folder)], "auto").sources) == 2
     (folder / "three.txt").symlink_to(tmp_path / "private.txt")
     with pytest.raises(DataError, match=r"1 problem(.|\n)*three\.txt: is a link to a file outside the folder"):
-        find_sources([str(folder)], "auto")
+        survey([str(folder)], "auto")
 
 
 def test_checkpoints_and_prepared_data_are_for_their_owner_alone(

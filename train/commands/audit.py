@@ -18,7 +18,8 @@ def main(words: list[str]) -> int:
     own.add_argument("--json", action="store_true", help="print everything as one JSON object")
     options, rest = own.parse_known_args(words)
     from data_tools.abilities import abilities_of
-    from data_tools.audit import failures, show_audit
+    from data_tools.audit import failures
+    from data_tools.audit_report import show_audit
     from train.audit_gate import run_audit
     from train.data import BatchLayout, TrainingData, prepare_settings, read_data, run_date
     from train.models.tokenizer import load_tokenizer

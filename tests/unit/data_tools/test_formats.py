@@ -11,9 +11,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_tools import readers
-from data_tools.formats import Message
-from data_tools.records import Conversation, DataError, Document, Report, find_sources, read_records
+from data_tools import data_sets, readers
+from data_tools.messages import Message
+from data_tools.records import Conversation, Document, Tally, read_records
+from data_tools.report import DataError
+from data_tools.sources import survey
 from tests.conftest import SHARED, needs_shared
 
 ASKED = (Message("user", "What is AOG?"), Message("assistant", "Aircraft on ground.", train=True))
@@ -56,9 +58,9 @@ FORMATS: dict[str, tuple[dict[str, Any], tuple[Message, ...], str]] = {
 }
 
 
-def read(*paths: Path | str, data_format: str = "auto", fields: tuple[str, ...] = ()) -> tuple[list[Any], Report]:
-    report = Report()
-    return list(read_records(find_sources(list(map(str, paths)), data_format, fields), report)), report
+def read(*paths: Path | str, data_format: str = "auto", fields: tuple[str, ...] = ()) -> tuple[list[Any], Tally]:
+    tally = Tally.empty()
+    return list(read_records(survey(list(map(str, paths)), data_format, fields).sources, tally)), tally
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -68,11 +70,11 @@ def test_layouts_are_recognised_by_their_fields(name: str, tmp_path: Path) -> No
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n")
     for wanted in ("auto", layout):
-        records, report = read(path, data_format=wanted)
-        assert report.lines == []
+        records, tally = read(path, data_format=wanted)
+        assert tally.report.lines == []
         assert records == [Conversation(f"{path}:1", turns)]
-        assert report.formats == {layout}
-        assert not report.ignored_fields
+        assert tally.formats == {layout}
+        assert not tally.ignored_fields
 
 
 def test_every_kind_of_file_gives_the_same_records(tmp_path: Path) -> None:
@@ -88,8 +90,8 @@ def test_every_kind_of_file_gives_the_same_records(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
     contents = []
     for name in ("a.jsonl", "b.json", "c.csv", "d.parquet"):
-        records, report = read(tmp_path / name)
-        assert report.lines == []
+        records, tally = read(tmp_path / name)
+        assert tally.report.lines == []
         assert records[1].source.startswith(f"{tmp_path / name}:")
         contents.append([record.messages for record in records])
     assert len(contents[0]) == 700
@@ -99,9 +101,9 @@ def test_every_kind_of_file_gives_the_same_records(tmp_path: Path) -> None:
 def test_a_text_column_is_documents(tmp_path: Path) -> None:
     """Rows with a single text field become documents."""
     (tmp_path / "t.jsonl").write_text('{"text": "A report."}\n')
-    records, report = read(tmp_path / "t.jsonl")
+    records, tally = read(tmp_path / "t.jsonl")
     assert records == [Document(f"{tmp_path / 't.jsonl'}:1", "A report.")]
-    assert report.formats == {"text"}
+    assert tally.formats == {"text"}
 
 
 def test_columns_can_be_named(tmp_path: Path) -> None:
@@ -109,9 +111,9 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text('{"q": "What is AOG?", "a": "Aircraft on ground.", "id": 1}\n')
     with pytest.raises(AssertionError):
         assert read(tmp_path / "r.jsonl")[0]
-    records, report = read(tmp_path / "r.jsonl", fields=("prompt=q", "response=a"))
+    records, tally = read(tmp_path / "r.jsonl", fields=("prompt=q", "response=a"))
     assert records[0].messages == ASKED
-    assert dict(report.ignored_fields) == {"id": 1}
+    assert dict(tally.ignored_fields) == {"id": 1}
 
 
 def test_turns_can_be_left_untrained(tmp_path: Path) -> None:
@@ -127,11 +129,11 @@ def test_turns_can_be_left_untrained(tmp_path: Path) -> None:
         {"role": "assistant", "content": "Aircraft on ground."},
     ]
     (tmp_path / "m.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-    (record,), report = read(tmp_path / "m.jsonl")
-    assert report.lines == []
+    (record,), tally = read(tmp_path / "m.jsonl")
+    assert tally.report.lines == []
     assert [turn.train for turn in record.messages] == [False] * 5 + [True, False, True]
-    assert record.messages[5].as_turn() == {"role": "assistant", "content": "", "tool_calls": [CALL]}
-    assert record.messages[6].as_turn() == {"role": "tool", "content": "Aircraft on ground.", "name": "look_up"}
+    assert record.messages[5] == Message("assistant", train=True, tool_calls=(CALL,))
+    assert record.messages[6] == Message("tool", "Aircraft on ground.", name="look_up")
 
 
 BAD_MESSAGES: list[tuple[Any, str]] = [
@@ -156,11 +158,11 @@ def test_bad_conversations_are_named_by_line_and_turn(messages: Any, reason: str
     """The problem has line, turn and reason; the good row after it is still read."""
     good = json.dumps({"messages": TURNS})
     (tmp_path / "m.jsonl").write_text(f"{good}\n{json.dumps({'messages': messages})}\n{good}\n")
-    records, report = read(tmp_path / "m.jsonl")
+    records, tally = read(tmp_path / "m.jsonl")
     assert len(records) == 2
-    assert report.total == 1
-    assert report.lines[0].startswith(f"{tmp_path / 'm.jsonl'}:2: ")
-    assert reason in report.lines[0]
+    assert tally.report.total == 1
+    assert tally.report.lines[0].startswith(f"{tmp_path / 'm.jsonl'}:2: ")
+    assert reason in tally.report.lines[0]
 
 
 BAD_FILES = [
@@ -180,9 +182,9 @@ BAD_FILES = [
 def test_bad_files_are_named_by_place(name: str, content: str, reason: str, tmp_path: Path) -> None:
     """Whatever is wrong with a file of any kind, the problem has its place."""
     (tmp_path / name).write_text(content)
-    _, report = read(tmp_path / name)
-    assert report.total >= 1
-    assert f"{tmp_path / name}{reason}" in report.lines[0]
+    _, tally = read(tmp_path / name)
+    assert tally.report.total >= 1
+    assert f"{tmp_path / name}{reason}" in tally.report.lines[0]
 
 
 def test_a_line_of_fifty_megabytes_is_skipped(tmp_path: Path) -> None:
@@ -190,9 +192,9 @@ def test_a_line_of_fifty_megabytes_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     good = '{"prompt": "a", "response": "b"}\n'
     path.write_text(good + '{"prompt": "' + "x" * 50_000_000 + '"}\n' + good)
-    records, report = read(path)
+    records, tally = read(path)
     assert len(records) == 2
-    assert report.lines == [f"{path}:2: the line is longer than {readers.MAX_ROW_BYTES} bytes"]
+    assert tally.report.lines == [f"{path}:2: the line is longer than {readers.MAX_ROW_BYTES} bytes"]
 
 
 def test_folders_and_globs(tmp_path: Path) -> None:
@@ -218,7 +220,7 @@ def test_hub_data_sets_go_through_datasets(monkeypatch: pytest.MonkeyPatch) -> N
         asked.append((name, split))
         return datasets.Dataset.from_list([{"question": "What is AOG?", "answer": "Aircraft on ground."}])
 
-    monkeypatch.setattr(readers.datasets, "load_dataset", load)
+    monkeypatch.setattr(data_sets.datasets, "load_dataset", load)
     records, _ = read("somebody/glossary:validation", "somebody/glossary")
     assert [record.messages for record in records] == [ASKED, ASKED]
     assert [record.path_number for record in records] == [0, 1]
@@ -227,9 +229,9 @@ def test_hub_data_sets_go_through_datasets(monkeypatch: pytest.MonkeyPatch) -> N
     def refuse(name: str, split: str) -> None:
         raise ConnectionError("the hub cannot be reached")
 
-    monkeypatch.setattr(readers.datasets, "load_dataset", refuse)
-    _, report = read("somebody/nothing")
-    assert report.lines == [
+    monkeypatch.setattr(data_sets.datasets, "load_dataset", refuse)
+    _, tally = read("somebody/nothing")
+    assert tally.report.lines == [
         "somebody/nothing: no such file or folder, and the hub data set cannot be loaded: the hub cannot be reached"
     ]
 
@@ -242,6 +244,6 @@ def test_real_data_sets_of_three_kinds() -> None:
         ("instruct_alpaca_800.json", "alpaca", 800),
         ("glossary/training_dataset.jsonl", "prompt_response", 105),
     ):
-        records, report = read(SHARED / path)
-        assert report.formats == {data_format}
-        assert (len(records), report.total) == (count, 0)
+        records, tally = read(SHARED / path)
+        assert tally.formats == {data_format}
+        assert (len(records), tally.report.total) == (count, 0)

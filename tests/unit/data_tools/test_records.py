@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import prepare as prepare_module
+from data_tools import making
 from data_tools.prepare import PrepareSettings, cache_root, prepare
-from data_tools.records import DataError, Report, find_sources, read_records
+from data_tools.records import Tally, read_records
+from data_tools.report import DataError
+from data_tools.sources import survey
 from tests.conftest import BUNDLED_BASE, SHARED, arguments, needs_shared, run_command, tokenizer_at
 from tests.injections import Fault
 from train.config import Config
@@ -98,9 +100,9 @@ def test_a_byte_order_mark_and_windows_lines_are_read(tmp_path: Path) -> None:
     """Files written by editors on Windows are read."""
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode() * 2)
-    report = Report()
-    records = list(read_records(find_sources([str(path)], "auto"), report))
-    assert report.total == 0
+    tally = Tally.empty()
+    records = list(read_records(survey([str(path)], "auto").sources, tally))
+    assert tally.report.total == 0
     assert [record.source.rsplit(":", 1)[1] for record in records] == ["1", "2"]
 
 
@@ -139,10 +141,10 @@ def test_the_fingerprint_covers_bytes_settings_and_template(tokenizer, tmp_path:
 @needs_shared
 def test_the_real_glossary_and_reports(tmp_path: Path) -> None:
     """All 105 rows of the real glossary and all 11 real reports are read without a problem."""
-    report = Report()
+    tally = Tally.empty()
     paths = [str(SHARED / "glossary" / "training_dataset.jsonl"), str(SHARED / "wildfire")]
-    records = list(read_records(find_sources(paths, "auto"), report))
-    assert (len(records), report.total) == (116, 0)
+    records = list(read_records(survey(paths, "auto").sources, tally))
+    assert (len(records), tally.report.total) == (116, 0)
 
 
 def test_bad_records_can_be_skipped_and_are_named(tokenizer, tmp_path: Path) -> None:
@@ -181,8 +183,8 @@ def test_parallel_preparation_gives_the_same_samples(
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"prompt": "x", "response": 5}\n')
     serial = prepare(replace(settings(path), on_error="skip", max_length=32), tokenizer)
     content = serial.dataset.to_list()
-    shutil.rmtree(cache_root() / serial.fingerprint)
-    monkeypatch.setattr(prepare_module, "MIN_PARALLEL_BYTES", 0)
+    shutil.rmtree(next(cache_root().glob(f"{serial.fingerprint}-*")))
+    monkeypatch.setattr(making, "MIN_PARALLEL_BYTES", 0)
     parallel = prepare(replace(settings(path), on_error="skip", max_length=32), tokenizer)
     assert parallel.dataset.to_list() == content
     assert parallel.statistics == serial.statistics

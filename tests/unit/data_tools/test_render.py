@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.records import Conversation, Document, Message
-from data_tools.render import PLAIN_TEMPLATE, end_tokens, render_conversation, render_document, render_prompt
+from data_tools.chat_template import PLAIN_TEMPLATE
+from data_tools.messages import Message
+from data_tools.records import Conversation, Document
+from data_tools.render import ConversationRenderer, RenderSettings, Sample, end_tokens, render_document
 from tests.conftest import BUNDLED_BASE, SHARED, needs_shared, tokenizer_at
 
 ATP = Conversation("x:1", (Message("user", "What is ATP?"), Message("assistant", "Available to promise.", train=True)))
@@ -17,6 +19,12 @@ TURNS = (
     Message("user", "And BER?"),
     Message("assistant", "Beyond economical repair.", train=True),
 )
+
+
+def render_conversation(tokenizer, conversation: Conversation) -> Sample:
+    """The one sample of a conversation."""
+    (sample,) = ConversationRenderer(tokenizer, RenderSettings()).render(conversation).samples
+    return sample
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +65,8 @@ def test_every_assistant_turn_of_a_longer_conversation(bundled) -> None:
 def test_the_prompt_is_what_generation_will_see(bundled) -> None:
     """The masked beginning of a sample is, token for token, the prompt used in generation."""
     sample = render_conversation(bundled, ATP)
-    prompt = bundled(render_prompt(bundled, ATP.messages[:1]), add_special_tokens=False)["input_ids"]
+    asked = [{"role": "user", "content": ATP.messages[0].content}]
+    prompt = bundled.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert sample.input_ids[: len(prompt)] == prompt
     assert sample.trained[: len(prompt) + 1] == [False] * len(prompt) + [True]
 
@@ -77,7 +86,7 @@ def test_a_template_that_rewrites_the_conversation_is_refused() -> None:
     shifty = tokenizer_at(BUNDLED_BASE)
     shout = "{{ m['content'] | upper }}"
     shifty.chat_template = "{{ messages | length }}{% for m in messages %}" + shout + "<|end|>{% endfor %}"
-    with pytest.raises(ValueError, match="turn 2: the chat template rewrites the conversation"):
+    with pytest.raises(ValueError, match="turn 2: the assistant turn's content would be lost"):
         render_conversation(shifty, ATP)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from data_tools.scan import CONTROL, MOJIBAKE, role_problem
+from data_tools.facts import CONTROL, MOJIBAKE, role_problem
 
 
 @pytest.mark.parametrize("codec", ["cp1252", "latin-1"])

@@ -6,10 +6,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from data_tools.prepare import first_conversations
-from tests.conftest import training_of
+from tests.conftest import asked_in, training_of
 from train.config import Config
-from train.data import prepare_settings
 from train.deliver.compare import compare
 from train.deliver.generation import Generator
 from train.models.tokenizer import load_tokenizer
@@ -21,7 +19,7 @@ def test_questions_are_asked_in_smaller_batches_where_memory_ends(
 ) -> None:
     """A GPU that holds `most` answers at a time gives the answers of one that holds all; below one it is an error."""
     tokenizer = load_tokenizer(config).backend
-    asked = first_conversations(prepare_settings(config, config.data.path), 7)
+    asked = asked_in(config, 7)
     model = training_of(config, Accelerator(cpu=True)).model
     wanted = compare(Generator(model, tokenizer, [0], 6), asked, lambda: False)
     generate, sizes = Generator.__call__, []

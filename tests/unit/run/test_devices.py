@@ -11,8 +11,7 @@ import torch
 from accelerate import Accelerator
 
 import train.engine
-from data_tools.prepare import Statistics
-from tests.conftest import ROOT, training_of
+from tests.conftest import ROOT, splits_of, training_of
 from train.banner import banner
 from train.config import Config, EngineConfig
 from train.engine import attention, operations
@@ -21,7 +20,6 @@ from train.run.accelerator import bitsandbytes_options, check_machine
 from train.run.devices import ComputeType
 from train.run.exits import ExitCode, ExitWith
 
-STATISTICS = Statistics(19, 19, 900, 500, 0, 0, 0, [], [2], {}, ["prompt/response"])
 GPU = torch.device("cuda")
 CPU = torch.device("cpu")
 CARDS = [(5, 2), (6, 0), (6, 1), (7, 0), (7, 5), (8, 0), (8, 6), (9, 0), (12, 0)]
@@ -206,7 +204,7 @@ def test_the_banner_says_what_was_chosen(config: Config, card: Choose, monkeypat
     for number in ((6, 1), (7, 5), (9, 0)):
         card(number)
         for each in (training, slow):
-            texts[number, each is slow] = banner(each, (), STATISTICS, None)
+            texts[number, each is slow] = banner(each, (), splits_of(config), None)
     assert "compute in fp32 (compute capability 6.1 has no bf16 and no fast fp16)\n" in texts[(6, 1), False]
     assert "compute in fp16 (compute capability 7.5 has no bf16)\n" in texts[(7, 5), False]
     assert "compute in bf16\n" in texts[(9, 0), False]
@@ -217,7 +215,7 @@ def test_the_banner_says_what_was_chosen(config: Config, card: Choose, monkeypat
     ]
     card((6, 1))
     reference = replace(training, plan=replace(training.plan, is_fused=False))
-    assert "kernels   " not in banner(reference, (), STATISTICS, None)
+    assert "kernels   " not in banner(reference, (), splits_of(config), None)
 
 
 def test_rows_of_the_embedding_without_triton() -> None:

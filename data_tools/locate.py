@@ -1,0 +1,73 @@
+"""Where the parts of a turn stand in a text that a chat template made of them."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from data_tools.messages import Message
+
+
+def shared_prefix(one: str, other: str) -> str:
+    """The characters with which both begin."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return one[: next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))]
+
+
+def end_aside_space(text: str, beginning: str) -> int:
+    """Where `beginning` ends in a text that begins with it but for white space, and the white space after it; or 0."""
+    wanted, seen = "".join(beginning.split()), 0
+    if not wanted or not "".join(text[: 2 * len(beginning) + 64].split()).startswith(wanted):
+        return 0
+    for place, character in enumerate(text):
+        if seen == len(wanted) and not character.isspace():
+            return place
+        seen += not character.isspace()
+    return len(text)
+
+
+def parts_of(message: Message) -> Iterator[tuple[str, Any]]:
+    """(what it is, its value) of everything that an assistant turn says."""
+    if message.reasoning:
+        yield "its reasoning", message.reasoning
+    if message.content:
+        yield "its content", message.content
+    for number, call in enumerate(message.tool_calls, start=1):
+        function = call["function"]
+        label = f"tool call {number}" if len(message.tool_calls) > 1 else "its tool call"
+        yield label, function["name"]
+        yield from ((f"an argument of {label}", leaf) for leaf in leaves(function["arguments"]))
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """The keys and values of a JSON-like value, at every depth."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield key
+            yield from leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from leaves(item)
+    elif value is not None:
+        yield value
+
+
+def find_value(text: str, value: Any) -> int:
+    """Where a value ends in a text, as it is, as JSON spells it, or with other white space; -1 if it is not there."""
+    if isinstance(value, bool):
+        return _end(text.lower(), str(value).lower())
+    if not isinstance(value, str):
+        return max(_end(text, json.dumps(value)), _end(text, str(value)))
+    stripped = value.strip()
+    if (end := _end(text, stripped)) >= 0:
+        return end
+    for is_ascii in (False, True):
+        if (end := _end(text, json.dumps(stripped, ensure_ascii=is_ascii)[1:-1])) >= 0:
+            return end
+    match = re.search(r"\s*".join(map(re.escape, stripped.split())), text)
+    return match.end() if match else -1
+
+
+def _end(text: str, spelled: str) -> int:
+    place = text.find(spelled)
+    return place + len(spelled) if place >= 0 else -1

@@ -1,0 +1,43 @@
+"""The validation data is audited as the training data is, and against it."""
+
+import io
+from pathlib import Path
+
+from rich.console import Console
+
+from data_tools.abilities import abilities_of
+from data_tools.audit import failures, warnings
+from data_tools.audit_report import show_audit
+from data_tools.render import RenderSettings
+from tests.conftest import tokenizer_at
+from tests.unit.data_tools.rows import numbered, write
+from tests.unit.data_tools.test_audit import audit_of, found
+
+
+def test_near_duplicates_across_the_sides(tmp_path: Path) -> None:
+    """A validation row that differs from a training row in a word of a hundred warns, with both places."""
+    words = " ".join(f"word{i}" for i in range(120))
+    training = write(tmp_path / "train.jsonl", [*numbered(20), {"prompt": "Say all", "response": words}])
+    odd = {"prompt": "Say it all", "response": words.replace("word60 ", "other ")}
+    validation = write(tmp_path / "validation.jsonl", [*numbered(5, start=100), odd])
+    result = audit_of(training, validation)
+    assert found(result) == {"near_leaked_rows": 1}
+    assert result.findings["near_leaked_rows"].places == [f"{validation}:6 (like {training}:21)"]
+    assert failures(result) == []
+
+
+def test_the_validation_data_has_a_report_of_its_own(tmp_path: Path) -> None:
+    """Nine of ten validation rows are too long: that is said, with their places, and does not refuse training."""
+    training = write(tmp_path / "train.jsonl", numbered(20))
+    rows = [{"prompt": f"Why {i}?", "response": f"because {i} " * 90} for i in range(9)]
+    validation = write(tmp_path / "validation.jsonl", [*rows, *numbered(1, start=50)])
+    result = audit_of(training, validation, max_length=64)
+    assert result.validation is not None
+    assert (result.validation.rows, result.validation.samples) == (10, 1)
+    assert result.validation.findings["dropped_rows"].count == 9
+    (sentence,) = [line for line in warnings(result) if line.startswith("validation: 9 rows are longer")]
+    assert f"{validation}:1" in sentence
+    assert failures(result) == []
+    console = Console(file=io.StringIO(), width=200)
+    show_audit(result, console, abilities_of(tokenizer_at(), RenderSettings()))
+    assert "of which 9 of 10 are left out" in console.file.getvalue()  # pyrefly: ignore[missing-attribute]

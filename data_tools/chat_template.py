@@ -149,8 +149,8 @@ class ChatTemplate:
             raise ValueError(f"the chat template renders {len(text):,} characters, more than {limit}")
         return text
 
-    def check(self) -> None:
-        """Raises ValueError, with the line, if the template fails on a question and its answer; or TimeoutError."""
+    def check(self, path: Path) -> None:
+        """Raises ValueError, with its place in the file, if it fails on a question and its answer; or TimeoutError."""
         turns = [Message("user", "What is AOG?"), Message("assistant", "Aircraft on ground.")]
         failures = []
         for dialect in DIALECTS:
@@ -160,7 +160,7 @@ class ChatTemplate:
                 return
             except ValueError as error:
                 failures.append(error)
-        raise failures[0]
+        raise ValueError(f"{path}: it fails on a question and its answer alone: {failures[0]}")
 
     def _compiled(self, with_tools: bool) -> Template:
         return self._templates[with_tools]

@@ -244,8 +244,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     default = PairSettings()
     parser = _Parser(prog="handloop glossary", description=__doc__, allow_abbrev=False)
     parser.add_argument("source", type=Path, metavar="SOURCE", help="a .csv, .json, .yaml or .py file of terms")
-    parser.add_argument("--out", type=Path, required=True, help="JSONL file for the training rows")
-    parser.add_argument("--held-out", type=Path, required=True, help="JSONL file for the validation rows")
+    parser.add_argument("--out", type=Path, help="JSONL file for the training rows (SOURCE's name, .train.jsonl)")
+    parser.add_argument(
+        "--held-out", type=Path, help="JSONL file for the validation rows (SOURCE's name, .held_out.jsonl)"
+    )
     parser.add_argument("--forms", type=int, default=default.forms, help="training wordings per term (%(default)s)")
     parser.add_argument(
         "--held-out-forms", type=int, default=default.held_out_forms, help="held-out wordings per term (%(default)s)"
@@ -259,6 +261,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=default.seed, help="seed for wordings and order (%(default)s)")
     parser.add_argument("--context", default=default.context, help="added to each question: 'in the Embraer context'")
     options = parser.parse_args(argv)
+    for name, ending in (("out", "train"), ("held_out", "held_out")):
+        if getattr(options, name) is None:
+            chosen = options.source.with_name(f"{options.source.stem}.{ending}.jsonl")
+            if chosen.exists():  # which nobody has asked to replace
+                parser.error(f"{chosen} exists; to replace it, say --{name.replace('_', '-')} {chosen}")
+            setattr(options, name, chosen)
     if len({path.resolve() for path in (options.source, options.out, options.held_out)}) < 3:
         parser.error("SOURCE, --out and --held-out must be three different files")
     return options

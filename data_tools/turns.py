@@ -83,6 +83,7 @@ class DialogueText:
 
     def renderings(self, history: History, masks_empty_reasoning: bool) -> list[Rendering]:
         """The texts to train; raises ValueError naming the turn that cannot be trained as it would be generated."""
+        text = self.whole
         numbers = [number for number, message in enumerate(self.messages) if message.train]
         answers: dict[int, Answer] = {}
         for number in numbers:
@@ -90,7 +91,7 @@ class DialogueText:
                 answers[number] = self.answer(number, masks_empty_reasoning)
             except ValueError as error:
                 raise ValueError(f"turn {number + 1}: {error}") from None
-        text, left = self.whole, set(numbers)
+        left = set(numbers)
         covered = {number for number in numbers if _stands_in(text, answers[number])}
         if covered == left:
             return [self._rendering(text, answers, covered)]

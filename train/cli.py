@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import tyro
 
 from train.config import Config
-from train.profiles import PROFILES
+from train.profiles import PROFILES, data_alone
 from train.run.exits import ExitCode, ExitWith
 
 USAGE = "usage: accelerate launch train/main.py --profile NAME [--section.field VALUE ...] [--print-config] [--help]"
@@ -19,21 +19,22 @@ USAGE = "usage: accelerate launch train/main.py --profile NAME [--section.field 
 _PARSING = (tyro.conf.FlagConversionOff,)
 
 
-def parse(argv: Sequence[str], usage: str = USAGE) -> Config:
-    """The configuration that `argv` asks for.
+def parse(argv: Sequence[str], usage: str = USAGE, needs_profile: bool = True) -> Config:
+    """The configuration that `argv` asks for; where it needs no profile, `data_alone` stands in for one.
 
     Raises ExitWith(BAD_INPUT) with every unknown option and invalid value, and the usage; SystemExit(0) after `--help`
     or `--print-config`.
     """
     try:
-        return _parse(argv)
+        return _parse(argv, needs_profile)
     except ExitWith as end:
         raise ExitWith(end.code, f"{end.reason}\n{usage}") from None
 
 
-def _parse(argv: Sequence[str]) -> Config:
+def _parse(argv: Sequence[str], needs_profile: bool) -> Config:
     words = [word for word in argv if word != "--print-config"]
-    profile, words = _take_profile(words)
+    has_profile = any(name == "profile" for name, _ in _grouped(words))
+    profile, words = _take_profile(words) if needs_profile or has_profile else (data_alone(), words)
     if {"-h", "--help"} & set(words):
         tyro.cli(
             Config,

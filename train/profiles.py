@@ -37,6 +37,16 @@ def demo() -> Config:
     )
 
 
+def data_alone() -> Config:
+    """No profile: what the data commands look at files with, the bundled base's tokenizer unless another is named."""
+    return Config(
+        profile="none",
+        model=ModelConfig(name_or_path=str(DEMO / "base")),
+        data=DataConfig(path=(GLOSSARY,)),
+        run=RunConfig(dir="runs/none"),
+    )
+
+
 def a100() -> Config:
     """Llama-3.1-8B in NF4 on one GPU with 40 or 80 GB: batch 2 x accumulation 4."""
     return Config(

@@ -14,6 +14,7 @@ def main(words: list[str]) -> int:
     own = Options(
         "audit",
         "Audits the data before training; exit 78 if it should not be trained on. Steps are counted for one process.",
+        takes_files=True,
     )
     own.add_argument("--json", action="store_true", help="print everything as one JSON object")
     options, rest = own.parse_known_args(words)

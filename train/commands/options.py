@@ -1,6 +1,9 @@
 """Options of a `handloop` command, in addition to those of train/main.py."""
 
 import argparse
+import re
+import sys
+from itertools import takewhile
 from typing import TYPE_CHECKING, NoReturn
 
 from train.run.exits import ExitCode, ExitWith
@@ -15,10 +18,12 @@ class Options(argparse.ArgumentParser):
     Use `parse_known_args`: the remaining words are the configuration, which `config` parses.
     """
 
-    def __init__(self, command: str, description: str) -> None:
+    def __init__(self, command: str, description: str, takes_files: bool = False) -> None:
+        self.takes_files = takes_files
+        files = "[FILE ...] [--profile NAME]" if takes_files else "--profile NAME"
         super().__init__(
             prog=f"handloop {command}",
-            usage=f"handloop {command} --profile NAME [--section.field VALUE ...] [options]",
+            usage=f"handloop {command} {files} [--section.field VALUE ...] [options]",
             description=description,
             epilog="Profile, model and data are set with the options of train/main.py; "
             "python train/main.py --profile NAME --help lists them.",
@@ -26,10 +31,22 @@ class Options(argparse.ArgumentParser):
         )
 
     def config(self, words: list[str]) -> "Config":
-        """The configuration that the remaining words set; raises ExitWith(BAD_INPUT) with this command's usage."""
+        """The configuration that the remaining words set; raises ExitWith(BAD_INPUT) with this command's usage.
+
+        A command that takes files needs no profile for them; it says which tokenizer it takes then.
+        """
         from train.cli import parse
 
-        return parse(words, self.format_usage().strip())
+        files = list(takewhile(lambda word: not word.startswith("-"), words)) if self.takes_files else []
+        options = words[len(files) :]
+        names_data = bool(files) or any(re.match(r"--data[.]path\b", word) for word in options)
+        given = [*options, *(("--data.path", *files) if files else ())]
+        config = parse(given, self.format_usage().strip(), needs_profile=not (self.takes_files and names_data))
+        if config.profile == "none":
+            told = any(re.match(r"--model[.]name[_-]or[_-]path\b", word) for word in options)
+            name = config.model.name_or_path if told else "the bundled demo base (--model.name_or_path names another)"
+            print(f"no --profile: tokenizer and chat template are those of {name}", file=sys.stderr)
+        return config
 
     def error(self, message: str) -> NoReturn:
         raise ExitWith(ExitCode.BAD_INPUT, f"{message}\n{self.format_usage().strip()}")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def main(words: list[str]) -> int:
     """Shows the first samples (with packing: packed rows) token by token."""
-    own = Options("preview", "Shows the samples token by token, trained and masked.")
+    own = Options("preview", "Shows the samples token by token, trained and masked.", takes_files=True)
     own.add_argument("--rows", type=positive_number, default=5, metavar="K", help="how many samples (default 5)")
     own.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained HTML page instead")
     own.add_argument(

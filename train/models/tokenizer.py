@@ -36,11 +36,12 @@ def load_tokenizer(config: Config) -> Tokenizer:
     except (OSError, ValueError, TypeError, StrictDataclassError, HfHubHTTPError) as error:
         raise not_found(config.model, "a tokenizer", error) from None
     if config.data.chat_template:
+        path = Path(config.data.chat_template).expanduser()
         try:
-            tokenizer.chat_template = read_template(Path(config.data.chat_template).expanduser())
-            ChatTemplate(tokenizer, dict(map(parse_argument, config.data.template_arguments))).check()
+            tokenizer.chat_template = read_template(path)
+            ChatTemplate(tokenizer, dict(map(parse_argument, config.data.template_arguments))).check(path)
         except (OSError, ValueError, TimeoutError) as error:
-            raise ExitWith(ExitCode.BAD_INPUT, f"--data.chat_template {config.data.chat_template}: {error}") from None
+            raise ExitWith(ExitCode.BAD_INPUT, f"--data.chat_template: {error}") from None
         notes.append(f"chat template: {config.data.chat_template}")
     elif tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE

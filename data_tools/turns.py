@@ -7,6 +7,7 @@ one text for each answer that no other text has as it would be generated.
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -189,12 +190,13 @@ class DialogueText:
         return opening, shared_prefix(after, texts[1].partition(thinking.reasoning)[2]), after
 
     def has_influence(self, number: int) -> bool:
-        """Whether another content of turn `number` would change the text."""
-        other = self.dialogue.dialect.turn(replace(self.messages[number], content=f"{MARK}other"))
-        try:
-            return self._render([*self._turns[:number], other, *self._turns[number + 1 :]]) != self.whole
-        except ValueError:
-            return True
+        """Whether the content of turn `number` changes the text: without it, and with another, the text is another."""
+        for content in ("", f"{MARK}other"):
+            other = self.dialogue.dialect.turn(replace(self.messages[number], content=content))
+            with suppress(ValueError):
+                if self._render([*self._turns[:number], other, *self._turns[number + 1 :]]) == self.whole:
+                    return False
+        return True
 
     def _prompt(self, before: Sequence[Mapping[str, Any]], **arguments: Any) -> str:
         return self._render(before, add_generation_prompt=True, **arguments)

@@ -1,0 +1,89 @@
+"""What a template loses of a row is refused by name, and keys that it does not read are counted."""
+
+from typing import Any
+
+import pytest
+
+from data_tools.chat_template import ChatTemplate
+from data_tools.questions import Questions
+from tests.unit.data_tools.jinja import (
+    PLAIN,
+    TOOL,
+    WHOLE,
+    answer,
+    call,
+    conversation_of,
+    rendered,
+    result,
+    tokenizer_with,
+    user,
+)
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+LOST: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any], str]] = {
+    "a call": (PLAIN, [user("a"), call({"x": "y"}), user("b"), answer("c")], {}, "turn 2: its tool call would be lost"),
+    "a result": (PLAIN, [user("a"), answer("b"), result("c"), answer("d")], {}, "turn 3: the tool turn's content"),
+    "a system turn": (PLAIN, [SYSTEM, user("a"), answer("b")], {}, "turn 1: the system turn's content would be lost"),
+    "reasoning": (PLAIN, [user("a"), answer("b", reasoning="c")], {}, "turn 2: its reasoning would be lost"),
+    "tools": (PLAIN, [user("a"), answer("b")], {"tools": [TOOL]}, "the definition of tool 1 would be lost"),
+    "the second call": (
+        WHOLE.replace("{% for c in m.tool_calls or [] %}", "{% for c in (m.tool_calls or [])[:1] %}"),
+        [
+            user("a"),
+            {**call({"x": "y"}), "tool_calls": [*call({"x": "y"})["tool_calls"], *call({"x": "z"})["tool_calls"]]},
+        ],
+        {},
+        "turn 2: the arguments of tool call 2 would be lost",
+    ),
+    "arguments": (
+        WHOLE.replace("(c.function.arguments | tojson)", "'...'"),
+        [user("a"), call({"x": "y"})],
+        {},
+        "turn 2: the arguments of its tool call would be lost",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_a_template_loses_is_refused(name: str) -> None:
+    """The message has the turn, the part and the ways out."""
+    template, turns, fields, reason = LOST[name]
+    with pytest.raises(ValueError, match=reason) as caught:
+        rendered(template, *turns, **fields)
+    for way_out in ("--data.chat_template", "--data.leave_out", "--data.on_error skip"):
+        assert way_out in str(caught.value)
+
+
+def test_content_that_depends_on_the_data_is_looked_at_row_by_row() -> None:
+    """A template that drops one particular word is not caught by its shape, but by this row."""
+    picky = PLAIN.replace("m.content +", "(m.content if m.content != 'no' else '') +")
+    assert rendered(picky, user("a"), answer("yes")).samples
+    with pytest.raises(ValueError, match="turn 2: the chat template loses or changes its content"):
+        rendered(picky, user("a"), answer("no"))
+    with pytest.raises(ValueError, match="turn 1: the user turn's content would be lost"):
+        rendered(picky, user("no"), answer("yes"))
+
+
+def test_unread_keys_of_turns() -> None:
+    """A key that the template reads reaches it; one that it does not is told, once for each turn."""
+    tempered = WHOLE.replace("{{ m.content }}", "{{ m.mood or '' }}{{ m.content }}")
+    found = rendered(tempered, {**user("a"), "mood": "calm: ", "time": 3}, answer("b", time=4))
+    assert found.unread == ("time", "time")
+    assert rendered(WHOLE, {**user("a"), "mood": "calm"}, answer("b")).unread == ("mood",)
+
+
+def test_a_content_in_parts_where_the_template_wants_parts() -> None:
+    """A template that walks over parts gets them, though the row has text."""
+    walks = PLAIN.replace("m.content +", "m.content[0].text +")
+    assert len(rendered(walks, user("a"), answer("b")).samples[0].runs()) == 1
+
+
+def test_a_template_is_asked_once_for_each_shape() -> None:
+    """A thousand rows of one shape cost one question; another shape costs another."""
+    template = ChatTemplate(tokenizer_with(WHOLE))
+    asked = Questions(template)
+    for number in range(20):
+        asked.ask(conversation_of(user(f"a {number}"), answer(f"b {number}")))
+    asked.ask(conversation_of(user("a"), answer("b", reasoning="c")))
+    assert len(asked._verdicts) == 2
+    assert template.knows_reasoning

@@ -1,6 +1,7 @@
 """Paths -> the files and data sets that they name; what was taken, and what was left in a folder, is said."""
 
 import glob
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -104,8 +105,11 @@ def _origins(name: str, report: Report, notes: list[str]) -> list[Origin]:
         files = [file for file in matching if kind_of(file) in KNOWN_EXTENSIONS]
         if not files:
             report.add(name, f"no {KNOWN} file matches")
-        _refuse_both_splits(name, files, Path(), report)
-        notes.append(_said(name, files, {"of another kind": [file for file in matching if file not in files]}, Path()))
+        # what the pattern names is no split, such as the folder test in test/*.jsonl
+        shared = Path(os.path.commonpath([file.parent for file in matching])) if matching else Path()
+        _refuse_both_splits(name, files, shared, report)
+        others = [file for file in matching if file not in files]
+        notes.append(_said(name, files, {"of another kind": others}, shared))
         return [_file(file) for file in files]
     if HUB_NAME.fullmatch(name) and kind_of(Path(name.partition(":")[0])) not in KNOWN_EXTENSIONS:
         return [HubData(name)]
@@ -145,7 +149,7 @@ def _saved_splits(folder: Path, report: Report) -> list[Origin]:
     if len(splits) == 1:
         return [SavedData(splits[0])]
     names = ", ".join(split.name for split in splits) or "none"
-    example = splits[0] if splits else folder / "train"
+    example = next((split for split in splits if TRAINED.fullmatch(split.name)), folder / "train")
     report.add(str(folder), f"holds several splits ({names}); name the one to train on, such as --data.path {example}")
     return []
 

@@ -64,7 +64,7 @@ class SavedData:
         """The rows in order; a folder that cannot be loaded goes to `report`."""
         try:
             loaded = datasets.load_from_disk(str(self.path))
-        except LOAD_ERRORS as error:
+        except (*LOAD_ERRORS, KeyError, TypeError) as error:  # state.json is read as it is
             report(str(self.path), f"was saved with save_to_disk, and cannot be loaded: {first_line(error)}")
             return
         assert isinstance(loaded, datasets.Dataset)

@@ -7,13 +7,13 @@ stands in it is found by hand.
 import re
 from dataclasses import dataclass
 from datetime import date
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from typing import Any
 
 from data_tools.formats import detect
 from data_tools.records import Conversation
-from data_tools.render import ConversationRenderer, RenderSettings
+from data_tools.render import ConversationRenderer, RenderSettings, Sample
 from tests.conftest import SHARED, tokenizer_at
 from tests.field_oracle import Oracle
 
@@ -122,6 +122,7 @@ def real_templates() -> dict[str, str]:
     return dict(sorted(texts.items()))
 
 
+@lru_cache(maxsize=2)
 def tokenizer_for(template: str) -> Any:
     """The bundled tokenizer with the special tokens that the template spells."""
     tokenizer = tokenizer_at()
@@ -140,19 +141,23 @@ class Cell:
     num_samples: int = 0
 
 
-def judge(template: str, name: str, tokenizer: Any = None, **settings: Any) -> Cell:
-    """Renders a conversation, and compares what is trained with what generation would see and write."""
-    turns, has_tools = CONVERSATIONS[name]
-    tokenizer = tokenizer or tokenizer_for(template)
+def rendered_under(template: str, kind: str, settings: RenderSettings) -> tuple[Any, list[Sample]]:
+    """The tokenizer for a template, and the samples of a kind of conversation."""
+    turns, has_tools = CONVERSATIONS[kind]
+    tokenizer = tokenizer_for(template)
     row = {"messages": turns} | ({"tools": TOOLS} if has_tools else {})
     dialogue = detect(row, "auto", {}).read(row)
     assert not isinstance(dialogue, str)
-    oracle = Oracle(tokenizer, turns, TOOLS if has_tools else None)
     conversation = Conversation("row:1", dialogue.messages, 0, dialogue.tools, dialogue.template_arguments)
+    return tokenizer, ConversationRenderer(tokenizer, settings).render(conversation).samples
+
+
+def judge(template: str, kind: str) -> Cell:
+    """Renders a conversation, and compares what is trained with what generation would see and write."""
+    turns, has_tools = CONVERSATIONS[kind]
+    oracle = Oracle(tokenizer_for(template), turns, TOOLS if has_tools else None)
     try:
-        samples = (
-            ConversationRenderer(tokenizer, RenderSettings(today=date.today(), **settings)).render(conversation).samples
-        )
+        _, samples = rendered_under(template, kind, RenderSettings(today=date.today()))
     except ValueError as error:
         excuse = oracle.excuse()
         return Cell("refused" if excuse else "WRONG", f"{excuse or 'no reason found'}: {error}")

@@ -16,7 +16,50 @@ BEGIN, END = "<!-- table: python -m benchmarks.chat_templates -->", "<!-- end of
 HEADS = ("one", "many", "system", "r one", "r last", "r all", "call", "2 calls", "parts")
 MARKS = {"raises": "x", "loses": "-", "rewrites": "≠", "no end": "∞", "merges": "m"}
 # Publishers whose models are the base of others; the test has every template.
-PUBLISHERS = ["01-ai", "Apertus", "CohereForAI", "CohereLabs", "GLM", "HuggingFaceH4", "HuggingFaceTB", "LGAI-EXAONE", "LiquidAI", "MiniMaxAI", "NousResearch", "Qwen", "ServiceNow-AI", "TinyLlama", "XiaomiMiMo", "ai21labs", "allenai", "arcee-ai", "baidu", "bigcode", "ByteDance", "databricks", "deepseek-ai", "google", "ibm-granite", "inclusionAI", "internlm", "meta-llama", "microsoft", "mistralai", "moonshotai", "nvidia", "openai", "openbmb", "openchat", "stepfun-ai", "swiss-ai", "teknium", "tencent", "tiiuae", "upstage", "zai-org"]
+PUBLISHERS = [
+    "01-ai",
+    "Apertus",
+    "CohereForAI",
+    "CohereLabs",
+    "GLM",
+    "HuggingFaceH4",
+    "HuggingFaceTB",
+    "LGAI-EXAONE",
+    "LiquidAI",
+    "MiniMaxAI",
+    "NousResearch",
+    "Qwen",
+    "ServiceNow-AI",
+    "TinyLlama",
+    "XiaomiMiMo",
+    "ai21labs",
+    "allenai",
+    "arcee-ai",
+    "baidu",
+    "bigcode",
+    "ByteDance",
+    "databricks",
+    "deepseek-ai",
+    "google",
+    "ibm-granite",
+    "inclusionAI",
+    "internlm",
+    "meta-llama",
+    "microsoft",
+    "mistralai",
+    "moonshotai",
+    "nvidia",
+    "openai",
+    "openbmb",
+    "openchat",
+    "stepfun-ai",
+    "swiss-ai",
+    "teknium",
+    "tencent",
+    "tiiuae",
+    "upstage",
+    "zai-org",
+]
 
 
 def judged(item: tuple[str, str]) -> tuple[str, list[Cell]]:
@@ -45,8 +88,8 @@ def table(cells: dict[str, list[Cell]]) -> str:
     wrong = sum(total["WRONG"] for total in totals)
     lines = [
         f"{len(cells)} templates: in {sum(total['right'] for total in totals):,} cells what is trained is right, in "
-        f"{sum(total['refused'] for total in totals):,} the conversation is refused for a true reason, in {wrong} it is "
-        "silently wrong.",
+        f"{sum(total['refused'] for total in totals):,} the conversation is refused for a true reason, in {wrong} "
+        "it is silently wrong.",
         "",
         "| template | " + " | ".join(HEADS) + " |",
         "|---|" + "---|" * len(HEADS),

@@ -1,9 +1,10 @@
 """A chat template: turns -> text, within limits of time and size, and with the clock as an input."""
 
 import json
+import re
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
@@ -110,6 +111,10 @@ class ChatTemplate:
         """Whether the template asks for the date."""
         return CLOCK in self.source() or CLOCK in self.source(with_tools=True)
 
+    def unread_arguments(self, arguments: Iterable[str]) -> list[str]:
+        """Those of the names that the template does not have."""
+        return [name for name in arguments if not any(has_word(text, name) for text in self._sources)]
+
     @property
     def knows_reasoning(self) -> bool:
         """Whether the template may treat reasoning; False is certain."""
@@ -127,19 +132,17 @@ class ChatTemplate:
         arguments: Mapping[str, Any] = MappingProxyType({}),
         add_generation_prompt: bool = False,
     ) -> str:
-        """The conversation as text; raises ValueError if the template fails on it.
-
-        To be called inside `time_limit()`, whose TimeoutError ends a template that does not end.
-        """
+        """The conversation as text; raises ValueError if the template fails on it, TimeoutError if it does not end."""
         try:
-            text = self._compiled(bool(tools)).render(
-                messages=turns,
-                tools=tools or None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                strftime_now=self._now,
-                **{**self._given, **arguments},
-            )
+            with _time_limit():
+                text = self._compiled(bool(tools)).render(
+                    messages=turns,
+                    tools=tools or None,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                    strftime_now=self._now,
+                    **{**self._given, **arguments},
+                )
         except TimeoutError:
             raise
         except Exception as error:  # a template can raise anything
@@ -155,8 +158,7 @@ class ChatTemplate:
         failures = []
         for dialect in DIALECTS:
             try:
-                with time_limit():
-                    self.render([dialect.turn(turn) for turn in turns])
+                self.render([dialect.turn(turn) for turn in turns])
                 return
             except ValueError as error:
                 failures.append(error)
@@ -171,6 +173,11 @@ class ChatTemplate:
 
     def _now(self, spelling: str) -> str:
         return datetime.combine(self.today, time()).strftime(spelling)
+
+
+def has_word(source: str, name: str) -> bool:
+    """Whether a template names something; where it does not, it cannot read it."""
+    return re.search(rf"\b{re.escape(name)}\b", source) is not None
 
 
 def _in_line(error: BaseException) -> str:
@@ -191,7 +198,7 @@ def read_template(path: Path) -> str:
         raise ValueError(f"{path}: not UTF-8 (byte {error.start}); convert the file") from None
     if not text.strip():
         raise ValueError(f"{path}: the file is empty; a chat template is Jinja text")
-    if text.lstrip().startswith(("{", "[")) and not text.lstrip().startswith(("{%", "{{", "{#")):
+    if text.lstrip().startswith(("{", "[", '"')) and not text.lstrip().startswith(("{%", "{{", "{#")):
         try:
             holds = json.loads(text)
         except ValueError:
@@ -199,6 +206,8 @@ def read_template(path: Path) -> str:
         if holds is not None:
             key = "; put the text of its 'chat_template' into a file" if "chat_template" in holds else ""
             raise ValueError(f"{path}:1: JSON, not a Jinja template{key}")
+    if "{{" not in text and "{%" not in text:
+        raise ValueError(f"{path}:1: it has no Jinja in it, so it shows nothing of a conversation")
     try:
         chat_template_utils._compile_jinja_template(text)
     except TemplateError as error:
@@ -207,7 +216,7 @@ def read_template(path: Path) -> str:
 
 
 @contextmanager
-def time_limit() -> Iterator[None]:
+def _time_limit() -> Iterator[None]:
     """Raises TimeoutError in the `with` block after MAX_TEMPLATE_SECONDS; without effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield

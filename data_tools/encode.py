@@ -12,8 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-FIRST_PRIVATE, LAST_PRIVATE = 0xE000, 0xF8FF
-ESCAPED_PRIVATE = re.compile(r"\\u[eEfF][0-9a-fA-F]{3}")
+PRIVATE = range(0xE000, 0xF8FF)  # characters without a meaning
 # Beginnings of a text with which it is seen how a tokenizer treats what follows a special token.
 PROBES = ("a b", " a", "\na", ". a", "a")
 ANCHORS = ("\n", "a", ".", "0")
@@ -45,10 +44,12 @@ class SpelledTokens:
     """The special tokens that a row's strings spell, each with the private character that stands for it."""
 
     def __init__(self, pattern: re.Pattern[str], strings: str) -> None:
-        names = sorted(set(pattern.findall(strings)))
-        free = (chr(code) for code in range(FIRST_PRIVATE, LAST_PRIVATE) if chr(code) not in strings)
+        names, lower = sorted(set(pattern.findall(strings))), strings.lower()
+        free = [code for code in PRIVATE if chr(code) not in strings and f"\\u{code:04x}" not in lower]
+        if len(free) < len(names):
+            raise ValueError(f"it spells {len(names)} special tokens and uses all of Unicode's private characters")
         self.pattern = pattern
-        self.private = {name: next(free) for name in names}
+        self.private = {name: chr(code) for name, code in zip(names, free, strict=False)}
         self.names = {character: name for name, character in self.private.items()}
 
     def hide(self, value: Any) -> Any:
@@ -58,6 +59,11 @@ class SpelledTokens:
         if isinstance(value, Mapping):
             return {self.hide(key): self.hide(item) for key, item in value.items()}
         return type(value)(map(self.hide, value)) if isinstance(value, list | tuple) else value
+
+    def are_escaped(self, text: str) -> bool:
+        """Whether a template has written one of the private characters as JSON does for ASCII."""
+        lower = text.lower()
+        return any(f"\\u{ord(character):04x}" in lower for character in self.names)
 
     def restore(self, text: str) -> str:
         """The text with the special tokens spelled out."""

@@ -37,7 +37,7 @@ class Format:
 
     def matches(self, row: Row) -> bool:
         """Whether the row has this format's required fields; a null, which Arrow fills in, is none."""
-        return all(row.get(name) is not None for name in self.fields)
+        return all(row.get(name) is not None and row[name] != [] for name in self.fields)
 
     def ignored_fields(self, row: Row) -> set[str]:
         """Fields of the row that have a value and that this format does not read."""
@@ -89,25 +89,32 @@ def _listed(field: str, row: Row) -> Turns:
 
 def _pair(prompt: str, response: str, row: Row) -> Turns:
     """A question and an answer: two strings, or lists of turns; in the question's, only flagged turns are trained."""
-    question, answer = (_turns_or_text(row[name]) for name in (prompt, response))
+    question, answer = row[prompt], row[response]
+    if isinstance(question, str) and isinstance(answer, str):
+        # JSON text is turns only on both sides: an answer may well be a text about turns
+        listed = _turns_in_text(question), _turns_in_text(answer)
+        question, answer = listed if all(listed) else (question, answer)
     asked: Turns = (
-        (Message("user", _string(row, prompt)),) if question is None else turns_of(question, prompt, only_flagged=True)
+        turns_of(question, prompt, only_flagged=True)
+        if isinstance(question, list)
+        else (Message("user", _string(row, prompt)),)
     )
-    if answer is not None:
+    if isinstance(answer, list):
         return (*asked, *turns_of(answer, response))
     return (*asked, Message("assistant", _string(row, response), train=True))
 
 
-def _turns_or_text(value: Any) -> list[Any] | None:
-    """The list of turns in a value, which JSON text may hold; None for any other text."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = parse_json(value)
-        except ValueError:
-            return None
-        is_turns = isinstance(value, list) and value and all(isinstance(turn, Mapping) for turn in value)
-        return value if is_turns and all(turn.get("role", turn.get("from")) in ROLES for turn in value) else None
-    return value if isinstance(value, list) else None
+def _turns_in_text(text: str) -> list[Any]:
+    """The list of turns that JSON text holds; empty for any other text."""
+    if not text.lstrip().startswith("["):
+        return []
+    try:
+        value = parse_json(text)
+    except ValueError:
+        return []
+    named = [turn.get("role") or turn.get("from") for turn in value if isinstance(turn, Mapping)]
+    is_turns = len(named) == len(value) and all(isinstance(name, str) and name in ROLES for name in named)
+    return value if is_turns else []
 
 
 def _alpaca(row: Row) -> Turns:

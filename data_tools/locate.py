@@ -7,6 +7,11 @@ from typing import Any
 
 from data_tools.messages import Message
 
+# a thought between tags, as data sets write it into the content
+THOUGHT = re.compile(
+    r"(?P<open><(?P<tag>think|thinking|thought|reasoning)>)(?P<said>.*?)(?P<close></(?P=tag)>)", re.DOTALL
+)
+
 
 def shared_prefix(one: str, other: str) -> str:
     """The characters with which both begin."""
@@ -26,12 +31,8 @@ def end_aside_space(text: str, beginning: str) -> int:
     return len(text)
 
 
-def parts_of(message: Message) -> Iterator[tuple[str, Any]]:
-    """(what it is, its value) of everything that an assistant turn says."""
-    if message.reasoning:
-        yield "its reasoning", message.reasoning
-    if message.content:
-        yield "its content", message.content
+def said_in_calls(message: Message) -> Iterator[tuple[str, Any]]:
+    """(what it is, its value) of everything in a turn's tool calls."""
     for number, call in enumerate(message.tool_calls, start=1):
         function = call["function"]
         label = f"tool call {number}" if len(message.tool_calls) > 1 else "its tool call"
@@ -53,19 +54,43 @@ def leaves(value: Any) -> Iterator[Any]:
 
 
 def find_value(text: str, value: Any) -> int:
-    """Where a value ends in a text, as it is, as JSON spells it, or with other white space; -1 if it is not there."""
+    """Where a value ends in a text, as it is, as JSON spells it, or with other white space; -1 if it is not there.
+
+    For what the model reads, which a template may spell as it likes; what it is to write must be there as it is.
+    """
+    if isinstance(value, str) and (end := find_text(text, value)) >= 0:
+        return end
+    if (end := find_leaf(text, value)) >= 0 or not isinstance(value, str):
+        return end
+    match = re.search(r"\s*".join(map(re.escape, value.split())), text)
+    return match.end() if match else -1
+
+
+def find_leaf(text: str, value: Any) -> int:
+    """Where an argument of a call ends in a text, as it is or as JSON spells it; -1 if it is not there."""
     if isinstance(value, bool):
         return _end(text.lower(), str(value).lower())
     if not isinstance(value, str):
         return max(_end(text, json.dumps(value)), _end(text, str(value)))
     stripped = value.strip()
-    if (end := _end(text, stripped)) >= 0:
+    spellings = (json.dumps(stripped, ensure_ascii=is_ascii)[1:-1] for is_ascii in (False, True))
+    return max(_end(text, stripped), *(_end(text, spelled) for spelled in spellings))
+
+
+def find_text(text: str, value: str) -> int:
+    """Where a text ends in another, without white space around it; -1 if it is not there.
+
+    Where it begins with a thought in tags, the white space around the tags may be another.
+    """
+    stripped = value.strip()
+    if (end := _end(text, stripped)) >= 0 or "</" not in stripped:
         return end
-    for is_ascii in (False, True):
-        if (end := _end(text, json.dumps(stripped, ensure_ascii=is_ascii)[1:-1])) >= 0:
-            return end
-    match = re.search(r"\s*".join(map(re.escape, stripped.split())), text)
-    return match.end() if match else -1
+    match = THOUGHT.match(stripped)
+    if match is None:
+        return -1
+    parts = (match["open"], match["said"].strip(), match["close"], stripped[match.end() :].strip())
+    found = re.search(r"\s*".join(map(re.escape, parts)), text)
+    return found.end() if found else -1
 
 
 def _end(text: str, spelled: str) -> int:

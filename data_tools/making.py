@@ -81,7 +81,9 @@ class Maker:
                 continue
             try:
                 whole, kept = self._samples(record, made)
-            except ValueError as error:
+            except DataError:
+                raise
+            except (ValueError, RecursionError) as error:
                 made.problems.append(Problem(record.source, str(error)))
                 continue
             samples += [self._row(sample, record, len(facts), made) for sample in kept]
@@ -155,7 +157,8 @@ def made_in_chunks(rows: Iterator[Raw], maker: Maker, num_bytes: int) -> Iterato
     num_workers = min(len(os.sched_getaffinity(0)), MAX_WORKERS)
     chunks = iter(lambda: list(islice(rows, CHUNK_ROWS)), [])
     if num_workers == 1 or num_bytes < MIN_PARALLEL_BYTES:
-        yield from map(maker.make, chunks)
+        for chunk in chunks:
+            yield maker.make(chunk)
         return
     # forked workers inherit the maker; none of them touches a GPU
     fork = multiprocessing.get_context("fork")

@@ -7,7 +7,7 @@ from typing import Any
 
 from data_tools.strict_json import parse_json
 from data_tools.tool_calls import tool_calls_of
-from data_tools.values import check_encodable, encodable, is_absent, json_or_same, kind_of, without_absent
+from data_tools.values import check_plain, encodable, is_absent, json_or_same, kind_of, without_absent, without_nulls
 
 ROLES = {name: name for name in ("system", "developer", "user", "assistant", "tool")}
 ROLES |= {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
@@ -77,19 +77,19 @@ def message_of(entry: Any, only_flagged: bool = False) -> Message:
     """A turn with `role`/`content` or `from`/`value`; raises ValueError saying what of it cannot be read."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"expected an object with role and content, not {kind_of(entry)}")
-    named = entry.get("role", entry.get("from"))
+    named = _one_of(entry, "role", "from")
     is_call = named in CALL_ROLES
     role = "assistant" if is_call else ROLES.get(named) if isinstance(named, str) else None
     if role is None:
         raise ValueError(f"unknown role {named!r}; known: {', '.join(sorted({*ROLES, *CALL_ROLES}))}")
-    value = next((entry[key] for key in ("content", "value") if entry.get(key) is not None), None)
+    value = _one_of(entry, "content", "value")
     if is_call:
         content, thought, calls = "", "", tool_calls_of(json_or_same(value, "the call"))
     else:
         content, thought = _content(value, role)
-        calls = tool_calls_of(entry.get("tool_calls")) or tool_calls_of(entry.get("function_call"))
+        calls = tool_calls_of(_one_of(entry, "tool_calls", "function_call"))
     given = {_text(entry[key], key) for key in REASONING_KEYS if not is_absent(entry.get(key))}
-    given |= {thought} if thought else set()
+    given = {text for text in (*given, thought) if text.strip()}
     if len(given) > 1:
         raise ValueError(f"it has two different reasonings ({', '.join(k for k in REASONING_KEYS if entry.get(k))})")
     if role != "assistant" and (given or calls):
@@ -98,7 +98,7 @@ def message_of(entry: Any, only_flagged: bool = False) -> Message:
         raise ValueError("the content is empty" if value is not None else "it has no content")
     extra = {str(key): without_absent(value) for key, value in entry.items() if key not in READ_KEYS}
     if calls or extra:
-        check_encodable([calls, extra])
+        check_plain([calls, extra])
     return Message(
         role,
         content,
@@ -111,39 +111,55 @@ def message_of(entry: Any, only_flagged: bool = False) -> Message:
     )
 
 
+def _one_of(entry: Mapping[str, Any], *keys: str) -> Any:
+    """The value that is there under one of several names; raises ValueError if there are two different ones."""
+    found = {key: entry[key] for key in keys if not is_absent(entry.get(key))}
+    values = list(found.values())
+    if any(value != values[0] for value in values[1:]):
+        raise ValueError(f"it has {' and '.join(map(repr, found))}, which differ; keep one")
+    return values[0] if values else next((entry[key] for key in keys if entry.get(key) is not None), None)
+
+
 def _content(value: Any, role: str) -> tuple[str, str]:
-    """A turn's text and the reasoning in it: a string, or the joined parts of a list."""
-    if isinstance(value, list):
-        parts = [_part(part, number, role) for number, part in enumerate(value, start=1)]
-        texts = ["".join(text for kind, text in parts if kind == wanted) for wanted in ("text", "reasoning")]
-        return encodable(texts[0]), encodable(texts[1])
-    if isinstance(value, Mapping) and role == "tool":
-        return encodable(json.dumps(without_absent(value), ensure_ascii=False)), ""
-    if value is None:
+    """A turn's text and the reasoning before it: a string, or the joined parts of a list.
+
+    A tool's result may be any JSON value; what is no text and no list of texts is spelled as JSON.
+    """
+    if value is None or value == []:
         return "", ""
-    return _text(value, "content"), ""
+    is_texts = isinstance(value, list) and all(isinstance(part, Mapping) and "type" in part for part in value)
+    if role == "tool" and not isinstance(value, str) and not is_texts:
+        return json.dumps(without_nulls(value), ensure_ascii=False), ""
+    if not isinstance(value, list):
+        return _text(value, "content"), ""
+    parts = [_part(part, number, role) for number, part in enumerate(value, start=1)]
+    thoughts = [text for kind, text in parts if kind == "reasoning"]
+    if any(kind == "reasoning" for kind, _ in parts[len(thoughts) :]):
+        raise ValueError("a part of its reasoning follows a text; templates know reasoning before the answer alone")
+    texts = [text for kind, text in parts if kind == "text"]
+    return encodable("".join(texts)), encodable("\n\n".join(thoughts))
 
 
 def _part(part: Any, number: int, role: str) -> tuple[str, str]:
     """(text or reasoning, the text of a part of the content)."""
     if isinstance(part, str):
         return "text", part
-    if isinstance(part, Mapping):
-        kind = part.get("type") or "text"
-        if kind == "text" and isinstance(part.get("text"), str):
-            return "text", part["text"]
-        if kind in ("thinking", "reasoning") and role == "assistant":
-            names = (kind, "thinking", "reasoning", "text")
-            inner = next((part[name] for name in names if not is_absent(part.get(name))), "")
-            texts = inner if isinstance(inner, list) else [inner]
-            return "reasoning", "".join(_part(text, number, "reasoning")[1] for text in texts)
+    if not isinstance(part, Mapping):
+        raise ValueError(f"part {number} of the content must be an object with a text, not {kind_of(part)}")
+    kind = part.get("type") or "text"
+    is_thought = kind in ("thinking", "reasoning") and role == "assistant"
+    if kind != "text" and not is_thought:
+        raise ValueError(f"part {number} of the content is of type {kind!r}; only text can be trained")
+    named = {key: part[key] for key in ("text", "thinking", "reasoning") if not is_absent(part.get(key))}
+    if len(named) > 1:
+        raise ValueError(f"part {number} of the content has {' and '.join(map(repr, named))}; give each a part")
+    found = next(iter(named.values()), "" if "text" in part and part["text"] == "" else None)
+    if is_thought and isinstance(found, list):
+        found = "".join(_part(inner, number, "a thought")[1] for inner in found)
+    if not isinstance(found, str) or (kind == "text" and named.keys() - {"text"}):
         keys = ", ".join(sorted(key for key, value in part.items() if value is not None))
-        if kind != "text":
-            raise ValueError(f"part {number} of the content is of type {kind!r}; only text can be trained")
-        raise ValueError(f"part {number} of the content has no text under 'text' (it has: {keys or 'nothing'})")
-    if role == "tool":
-        return "text", json.dumps(part, ensure_ascii=False)
-    raise ValueError(f"part {number} of the content must be an object with a text, not {kind_of(part)}")
+        raise ValueError(f"part {number} of the content has no text under {kind!r} (it has: {keys or 'nothing'})")
+    return ("reasoning" if is_thought else "text"), found
 
 
 def _is_trained(entry: Mapping[str, Any], role: str, only_flagged: bool) -> bool:

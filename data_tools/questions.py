@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from data_tools.chat_template import DIALECTS, ChatTemplate, Dialect
+from data_tools.chat_template import DIALECTS, ChatTemplate, Dialect, has_word
 from data_tools.locate import leaves
 from data_tools.messages import Message
 from data_tools.records import Conversation
@@ -36,7 +36,7 @@ class Questions:
 
     def ask(self, conversation: Conversation) -> Verdict:
         """The verdict on conversations of this shape; what a template refuses altogether is lost in no dialect."""
-        shape = _shape(conversation)
+        shape = shape_of(conversation)
         if shape not in self._verdicts:
             if len(self._verdicts) >= MAX_SHAPES:
                 self._verdicts.clear()
@@ -90,7 +90,7 @@ class _Sentinels:
     def _message(self, number: int, message: Message) -> Message:
         sign = f"zq{number}"
         calls = [
-            {**call, "function": {"name": self._name(call), "arguments": _arguments(call, f"{sign}x{j}")}}
+            {**call, "function": {"name": self._name(call), "arguments": {f"{sign}x{j}key7qz": f"{sign}x{j}value7qz"}}}
             for j, call in enumerate(message.tool_calls, start=1)
         ]
         return replace(
@@ -121,8 +121,11 @@ class _Sentinels:
         text = "\n".join(texts)
         for number, tool in enumerate(self.tools, start=1):
             function = tool["function"]
-            if not all(leaf in text for leaf in (function["name"], *function["parameters"]["properties"])):
+            fields = function["parameters"]["properties"]
+            if function["name"] not in text or not all(field in text for field in fields):
                 yield f"the definition of tool {number}"
+            elif function["description"] not in text:
+                yield f"the description of tool {number}"
         for number, message in enumerate(self.messages, start=1):
             if message.content and message.content.startswith("zq") and message.content not in text:
                 yield f"turn {number}: the {message.role} turn's content"
@@ -135,12 +138,13 @@ class _Sentinels:
             function = call["function"]
             label = f"tool call {j}" if len(message.tool_calls) > 1 else "its tool call"
             arguments = list(leaves(function["arguments"]))
-            # a definition names the function, too; arguments are nowhere but in the call
-            defined = 0 if arguments else sum(tool["function"]["name"] == function["name"] for tool in self.tools)
-            if text.count(function["name"]) <= defined:
+            if not any(leaf in text for leaf in arguments) and not self._is_named_in_call(function["name"], text):
                 yield f"turn {number}: {label}"
-            elif not all(leaf in text for leaf in arguments):
+            elif not all(leaf in text for leaf in (function["name"], *arguments)):
                 yield f"turn {number}: the arguments of {label}"
+
+    def _is_named_in_call(self, name: str, text: str) -> bool:
+        return name in text and not self.tools  # a definition has the name, too
 
     def unread(self, text: str, template: ChatTemplate) -> Iterator[str]:
         """Keys of turns that cannot have had an influence on the text."""
@@ -148,17 +152,23 @@ class _Sentinels:
         for message in self.messages:
             known = {"name": message.name, "tool_call_id": message.tool_call_id}
             for key, value in (*((k, v) for k, v in known.items() if v), *message.extra):
-                is_named = re.search(rf"\b{re.escape(key)}\b", source) is not None
+                is_named = has_word(source, key)
                 is_sentinel = isinstance(value, str) and value.startswith("zq")
                 if not is_named or (is_sentinel and value not in text):
                     yield key
+            for call in message.tool_calls:
+                keys = {*call, *call["function"]} - {"type", "id", "function", "name", "arguments"}
+                yield from (f"tool_calls.{key}" for key in sorted(keys) if not has_word(source, key))
+        for name in template.unread_arguments(self.arguments):
+            yield f"chat_template_kwargs.{name}"
 
 
-def _arguments(call: Mapping[str, Any], sign: str) -> dict[str, str]:
-    return {f"{sign}key7qz": f"{sign}value7qz"} if call["function"]["arguments"] else {}
+def with_sentinels(conversation: Conversation) -> tuple[Message, ...]:
+    """The conversation's turns with sentinels in the place of their strings."""
+    return _Sentinels(conversation).messages
 
 
-def _shape(conversation: Conversation) -> str:
+def shape_of(conversation: Conversation) -> str:
     """Everything of a conversation but its strings; equal for conversations that a template treats alike."""
     turns = [
         (message.role, bool(message.content.strip()), bool(message.reasoning), *_more(message))

@@ -20,17 +20,48 @@ import pyarrow.parquet
 from data_tools.strict_json import json_reason, parse_json, strict_decoder
 
 MAX_ROW_BYTES = 8 * 2**20
+CHUNK_BYTES = 2**16
 BATCH_ROWS = 256
 
 # What the decompressors raise for a damaged or cut file.
 DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException)
 COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
+    ".bz2": lambda path: io.BufferedReader(_Streams(path, bz2.BZ2Decompressor)),
+    ".xz": lambda path: io.BufferedReader(_Streams(path, lzma.LZMADecompressor)),
     ".zst": lambda path: io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd")),
     ".lz4": lambda path: io.BufferedReader(pyarrow.input_stream(str(path), compression="lz4")),
 }
+
+
+class _Streams(io.RawIOBase):
+    """One or more compressed streams behind one another; Python's own files end in silence at one that is damaged."""
+
+    def __init__(self, path: Path, make: Callable[[], Any]) -> None:
+        self.file, self.make, self.decompressor = path.open("rb"), make, make()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Up to len(buffer) bytes; raises OSError or LZMAError for what is no stream, EOFError for one that is cut."""
+        while True:
+            packed = b""
+            if self.decompressor.eof:
+                packed = self.decompressor.unused_data.lstrip(b"\0") or self.file.read(CHUNK_BYTES).lstrip(b"\0")
+                if not packed:
+                    return 0
+                self.decompressor = self.make()
+            elif self.decompressor.needs_input and not (packed := self.file.read(CHUNK_BYTES)):
+                raise EOFError("the compressed stream is cut")
+            if found := self.decompressor.decompress(packed, len(buffer)):
+                buffer[: len(found)] = found
+                return len(found)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
 
 Place = str  # file:line, file:entry, or file:row
 Row = dict[str, Any]
@@ -232,19 +263,19 @@ READERS: dict[str, Callable[[Path, ReportProblem], Iterator[tuple[Place, Any]]]]
 
 
 def is_rows_in_disguise(text: str) -> bool:
-    """Whether a text is rows: JSON objects one a line, or an array of them."""
-    begin = text.lstrip()
-    if begin.startswith("["):
-        try:
-            entries = json.loads(text)
-        except (ValueError, RecursionError):
-            return False
-        return bool(entries) and all(isinstance(entry, dict) for entry in entries)
-    lines = [line for line in begin[:MAX_ROW_BYTES].splitlines()[:3] if line.strip()]
-    try:
-        return bool(lines) and all(isinstance(json.loads(line), dict) for line in lines)
-    except (ValueError, RecursionError):
+    """Whether a text is rows: a JSON object in its first line, or an object, or an array of them, in all of it."""
+    begin = text.strip()
+    if not begin.startswith(("{", "[")):
         return False
+    for part in (begin.partition("\n")[0], begin):
+        try:
+            value = json.loads(part)
+        except (ValueError, RecursionError):
+            continue
+        entries = value if isinstance(value, list) else [value]
+        if entries and all(isinstance(entry, dict) for entry in entries):
+            return True
+    return False
 
 
 def first_line(error: BaseException) -> str:

@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from data_tools.data_sets import HubData, SavedData
 from data_tools.formats import Format, Row, detect
 from data_tools.messages import Message
-from data_tools.readers import RowFile, is_rows_in_disguise
+from data_tools.readers import DAMAGE, RowFile, first_line, is_rows_in_disguise
 from data_tools.report import Report
 from data_tools.sources import Source, TextFile
 
@@ -55,9 +56,9 @@ class RawRow:
 
     def read(self) -> Record:
         """The record; raises ValueError saying what of the row cannot be read."""
-        missing = [name for name in self.format.fields if name not in self.row]
+        missing = [name for name in self.format.fields if self.row.get(name) is None]
         if missing:
-            found = ", ".join(sorted(map(str, self.row))) or "none"
+            found = ", ".join(sorted(str(name) for name, value in self.row.items() if value is not None)) or "none"
             raise ValueError(f"no field {' and no field '.join(map(repr, missing))} (fields here: {found})")
         content = self.format.read(self.row)
         if isinstance(content, str):
@@ -80,6 +81,8 @@ def read_raw(sources: Sequence[Source]) -> Iterator[Raw]:
 def _document(source: Source, file: TextFile) -> Document | Problem:
     try:
         text = file.read().decode("utf-8-sig")
+    except (*DAMAGE, OSError) as error:
+        return Problem(str(file), f"cannot be read: {first_line(error)}")
     except UnicodeDecodeError as error:
         return Problem(str(file), f"not UTF-8 (byte {error.start}); convert it, for example with iconv -t utf-8")
     if not text.strip():
@@ -104,11 +107,12 @@ def _rows(source: Source, origin: RowFile | HubData | SavedData) -> Iterator[Raw
         try:
             if this is None:
                 this = row_format = detect(row, source.format, field_map)
-            elif not this.matches(row) and all(name in row for name in this.fields):
-                this = detect(row, source.format, field_map)
         except ValueError as error:
             yield Problem(place, str(error))
             continue
+        if not this.matches(row) and all(name in row for name in this.fields):
+            with suppress(ValueError):  # where no other format has its fields, the file's says what is wrong
+                this = detect(row, source.format, field_map)
         yield RawRow(place, row, this, source.path_number)
     yield from problems
 
@@ -148,5 +152,7 @@ def read_one(raw: Raw, formats: set[str], ignored_fields: Counter[str]) -> Recor
         record = raw.read()
     except ValueError as error:
         return Problem(raw.place, str(error))
+    except RecursionError:
+        return Problem(raw.place, "nested too deeply")
     ignored_fields.update(raw.format.ignored_fields(raw.row))
     return record

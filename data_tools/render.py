@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from data_tools.chat_template import ChatTemplate, time_limit
-from data_tools.encode import ESCAPED_PRIVATE, Encoded, Encoder, SpelledTokens, special_tokens
-from data_tools.locate import find_value
-from data_tools.questions import Questions
+from data_tools.chat_template import ChatTemplate
+from data_tools.encode import Encoded, Encoder, SpelledTokens, special_tokens
+from data_tools.locate import find_leaf, find_value, said_in_calls
+from data_tools.questions import Questions, shape_of, with_sentinels
 from data_tools.records import Conversation, Document
 from data_tools.turns import Dialogue, DialogueText, History, Rendering, TrainedTurn
 
@@ -80,6 +80,7 @@ class ConversationRenderer:
         self.template = ChatTemplate(tokenizer, settings.arguments, settings.today)
         self.encoder = Encoder(tokenizer)
         self.questions = Questions(self.template)
+        self._num_specials: dict[str, list[int]] = {}  # of each rendering of a shape's sentinels
 
     def render(self, conversation: Conversation) -> Rendered:
         """Samples in which exactly the turns marked `train`, with the tokens that end them, are trained.
@@ -87,10 +88,7 @@ class ConversationRenderer:
         Raises ValueError, naming the turn, where the template loses a part of the conversation, where what is trained
         is not what generation would see, or where nothing ends an answer; TimeoutError where the template does not end.
         """
-        with time_limit():
-            return self._rendered(self._wanted(conversation))
-
-    def _rendered(self, conversation: Conversation) -> Rendered:
+        conversation = self._wanted(conversation)
         spelled = self._spelled(conversation)
         verdict = self.questions.ask(conversation)
         if verdict.lost:
@@ -103,7 +101,12 @@ class ConversationRenderer:
         texts = DialogueText(self.template, self.encoder, dialogue)
         renderings = texts.renderings(self.settings.history, self.settings.empty_reasoning == "mask")
         self._check_context(texts, renderings)
-        samples = [self._sample(conversation, rendering, spelled) for rendering in renderings]
+        encoded = [self._encoded(rendering, spelled) for rendering in renderings]
+        self._check_specials(conversation, dialogue, encoded)
+        samples = [
+            self._sample(conversation, rendering, each, spelled)
+            for rendering, each in zip(renderings, encoded, strict=True)
+        ]
         return Rendered(
             samples,
             num_left_out=sum(rendering.num_left_out for rendering in renderings),
@@ -131,22 +134,52 @@ class ConversationRenderer:
         return SpelledTokens(pattern, strings) if pattern.search(strings) else None
 
     def _check_context(self, texts: DialogueText, renderings: Sequence[Rendering]) -> None:
-        """Raises ValueError if a turn before a trained one, which the model is to read, is in no text."""
+        """Raises ValueError if a text does not show what was said before a trained turn, which the model is to read."""
         text = "\n".join(rendering.text for rendering in renderings)
         last = max(turn.number for rendering in renderings for turn in rendering.turns)
         for number, message in enumerate(texts.messages[:last]):
-            if message.role == "assistant" or not message.content.strip():
-                continue
-            if find_value(text, message.content) < 0 and not texts.has_influence(number):
-                raise ValueError(
-                    f"turn {number + 1}: the {message.role} turn's content would be lost: the chat template leaves it "
-                    f"out; {WAYS_OUT}"
-                )
+            if message.role == "assistant":  # an earlier answer's thought may be gone, as in generation
+                lost = next((part for part, value in said_in_calls(message) if find_leaf(text, value) < 0), "")
+            else:
+                is_shown = not message.content.strip() or find_value(text, message.content) >= 0
+                lost = "" if is_shown else f"the {message.role} turn's content"
+            if lost:
+                raise ValueError(f"turn {number + 1}: {lost} would be lost or changed by the chat template; {WAYS_OUT}")
 
-    def _sample(self, conversation: Conversation, rendering: Rendering, spelled: SpelledTokens | None) -> Sample:
-        if spelled is not None and ESCAPED_PRIVATE.search(rendering.text):
+    def _check_specials(self, conversation: Conversation, dialogue: Dialogue, found: Sequence[Encoded]) -> None:
+        """Raises ValueError if the template has made special tokens of the data, by changing or joining strings.
+
+        Conversations of one shape have as many special tokens as the same with sentinels, but for the arguments of
+        calls, of which each may have its own.
+        """
+        if any(message.tool_calls for message in conversation.messages) or conversation.tools:
+            return
+        shape = shape_of(conversation)
+        if shape not in self._num_specials:
+            sentinels = replace(dialogue, messages=with_sentinels(conversation))
+            texts = DialogueText(self.template, self.encoder, sentinels)
+            try:
+                renderings = texts.renderings(self.settings.history, self.settings.empty_reasoning == "mask")
+                counts = [self._count(self.encoder.encode(rendering.text)) for rendering in renderings]
+            except ValueError:  # it takes the data alone
+                counts = []
+            self._num_specials[shape] = counts
+        expected = self._num_specials[shape]
+        if len(expected) == len(found) and expected != list(map(self._count, found)):
+            raise ValueError("the chat template makes a special token of what the conversation says; take it out")
+
+    def _count(self, encoded: Encoded) -> int:
+        """The number of special tokens."""
+        return sum(number in self.encoder.special for number in encoded.ids)
+
+    def _encoded(self, rendering: Rendering, spelled: SpelledTokens | None) -> Encoded:
+        if spelled is not None and spelled.are_escaped(rendering.text):
             raise ValueError("it spells a special token that the chat template escapes, so it cannot be kept as text")
-        encoded = self.encoder.encode(rendering.text, spelled)
+        return self.encoder.encode(rendering.text, spelled)
+
+    def _sample(
+        self, conversation: Conversation, rendering: Rendering, encoded: Encoded, spelled: SpelledTokens | None
+    ) -> Sample:
         trained = [False] * len(encoded.ids)
         questions = []
         for turn in rendering.turns:
@@ -179,6 +212,7 @@ def _strings(conversation: Conversation) -> Iterator[str]:
         yield message.content
         yield message.reasoning
         yield message.name
+        yield message.tool_call_id
         if message.tool_calls or message.extra:
             yield json.dumps([message.tool_calls, message.extra], ensure_ascii=False)
     if conversation.tools or conversation.template_arguments:
@@ -193,6 +227,7 @@ def _hidden(dialogue: Dialogue, spelled: SpelledTokens) -> Dialogue:
             content=spelled.hide(message.content),
             reasoning=spelled.hide(message.reasoning),
             name=spelled.hide(message.name),
+            tool_call_id=spelled.hide(message.tool_call_id),
             tool_calls=spelled.hide(message.tool_calls),
             extra=spelled.hide(message.extra),
         )

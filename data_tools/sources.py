@@ -3,7 +3,7 @@
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,11 +20,9 @@ NUM_NAMED = 3  # files named of each kind
 
 LEFT_ALONE = ("__MACOSX", "__pycache__")  # what archives and Python put into a folder
 ABOUT = re.compile(r"(readme|license|licence|notice|changelog|citation|copying)\b.*", re.IGNORECASE)
-# names of splits, as the first word of a file of rows or the whole name of a folder
-TRAINED = re.compile(r"(train|training)(?![a-z]).*", re.IGNORECASE)
-HELD_OUT = re.compile(
-    r"(test|testing|valid|validation|val|dev|eval|evaluation|heldout|held[_-]out|holdout)(?![a-z]).*", re.IGNORECASE
-)
+# names of splits, as the first or last word of a file of rows, or the whole name of a text or folder
+TRAINED = {"train", "training"}
+HELD_OUT = {"test", "testing", "valid", "validation", "val", "dev", "eval", "evaluation", "heldout", "holdout"}
 
 
 @dataclass(frozen=True)
@@ -85,6 +83,10 @@ def survey(paths: Sequence[str], data_format: str, fields: Sequence[str] = ()) -
     for number, name in enumerate(paths):
         for origin in _origins(name, report, found.notes):
             found.sources.append(Source(origin, data_format, number, field_map))
+            try:
+                str(origin).encode()
+            except UnicodeEncodeError:
+                report.add(str(origin), "its name is not UTF-8; rename it")
             if isinstance(origin, TextFile) and data_format not in ("auto", "text"):
                 report.add(str(origin), f"is plain text; data.format {data_format} needs a file of rows")
     report.raise_if_any()
@@ -138,7 +140,8 @@ def _in_folder(folder: Path, report: Report, notes: list[str]) -> list[Origin]:
             report.add(str(file), "is a link to a file outside the folder; to use that file, give its own path")
     _refuse_both_splits(str(folder), files, folder, report)
     others = [file for file in present if file not in {*hidden, *files, *about}]
-    left = {"hidden": hidden, "about the data": about, "of another kind": others}
+    links = sorted(path for path in folder.rglob("*") if path.is_symlink() and path.is_dir())
+    left = {"hidden": hidden, "about the data": about, "of another kind": others, "in a linked folder": links}
     notes.append(_said(f"{folder}/", files, left, folder))
     return [_file(file) for file in files]
 
@@ -149,7 +152,7 @@ def _saved_splits(folder: Path, report: Report) -> list[Origin]:
     if len(splits) == 1:
         return [SavedData(splits[0])]
     names = ", ".join(split.name for split in splits) or "none"
-    example = next((split for split in splits if TRAINED.fullmatch(split.name)), folder / "train")
+    example = next((split for split in splits if split.name.lower() in TRAINED), folder / "train")
     report.add(str(folder), f"holds several splits ({names}); name the one to train on, such as --data.path {example}")
     return []
 
@@ -161,7 +164,7 @@ def _is_hidden(relative: Path) -> bool:
 def _refuse_both_splits(name: str, files: Sequence[Path], folder: Path, report: Report) -> None:
     """Reports files of a training split that stand beside those of a test or validation split."""
     trained, held_out = (
-        [file for file in files if _is_of_split(_relative(file, folder), pattern)] for pattern in (TRAINED, HELD_OUT)
+        [file for file in files if _is_of_split(_relative(file, folder), names)] for names in (TRAINED, HELD_OUT)
     )
     if trained and held_out:
         report.add(
@@ -172,11 +175,11 @@ def _refuse_both_splits(name: str, files: Sequence[Path], folder: Path, report: 
         )
 
 
-def _is_of_split(relative: Path, pattern: re.Pattern[str]) -> bool:
-    """By the folders' names, and by the beginning of the file's own; a text's title may begin with any word."""
-    is_text = kind_of(relative) in TEXT_EXTENSIONS
-    names = relative.parts[:-1] if is_text else relative.parts
-    return any(pattern.fullmatch(part) for part in names)
+def _is_of_split(relative: Path, names: Set[str]) -> bool:
+    """By the folders' names, and by the file's own; a text's title may begin with any word."""
+    words = re.findall(r"[a-z]+", relative.name.partition(".")[0].lower().replace("held_out", "heldout"))
+    own = {words[0], words[-1]} if words and (len(words) == 1 or kind_of(relative) not in TEXT_EXTENSIONS) else set()
+    return bool(names & (own | {part.lower() for part in relative.parts[:-1]}))
 
 
 def _said(name: str, taken: Sequence[Path], left: dict[str, list[Path]], folder: Path) -> str:

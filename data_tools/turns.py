@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from data_tools.chat_template import ChatTemplate, Dialect
 from data_tools.encode import Encoder
-from data_tools.locate import end_aside_space, find_value, parts_of, shared_prefix
+from data_tools.locate import end_aside_space, find_leaf, find_text, said_in_calls, shared_prefix
 from data_tools.messages import Message
 
 History = Literal["each", "last", "refuse"]
@@ -202,8 +202,12 @@ class DialogueText:
         return self._render(before, add_generation_prompt=True, **arguments)
 
     def _lost(self, number: int, text: str) -> str:
-        """What of a turn is not in its text, white space and escapes aside; empty if nothing is lost."""
-        return next((part for part, value in parts_of(self.messages[number]) if find_value(text, value) < 0), "")
+        """What of a turn is not in its text; empty if nothing is lost."""
+        message = self.messages[number]
+        for part, value in (("its reasoning", message.reasoning), ("its content", message.content)):
+            if value.strip() and find_text(text, value) < 0:
+                return part
+        return next((part for part, value in said_in_calls(message) if find_leaf(text, value) < 0), "")
 
     def _empty_reasoning(self, number: int, prompt: str, text: str) -> int:
         """The length of the empty think block between the prompt and a turn without reasoning; 0 if there is none.
@@ -247,7 +251,7 @@ class DialogueText:
             return end
         message, places = self.messages[number], [end]
         if message.content and not message.tool_calls:
-            places = [start + find_value(text[start:end], message.content), end]
+            places = [start + find_text(text[start:end], message.content), end]
         for place in places:
             behind = place + len(text[place:]) - len(text[place:].lstrip())
             if stop := self.encoder.begins_with_special(text, behind):

@@ -4,6 +4,7 @@ Nulls count as absent at every depth, and empty lists outside a call's arguments
 other rows have a value.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from data_tools.strict_json import parse_json
 
 def is_absent(value: Any) -> bool:
     """Whether a value is what Arrow, or an exporter, puts where there is none."""
-    return value is None or value == [] or value == {} or value == ""
+    return value is None or value in ([], {}, "")
 
 
 def without_absent(value: Any) -> Any:
@@ -55,15 +56,17 @@ def encodable(text: str) -> str:
     return text
 
 
-def check_encodable(value: Any) -> None:
-    """Raises ValueError if a string anywhere in a JSON-like value cannot be written as UTF-8."""
+def check_plain(value: Any) -> None:
+    """Raises ValueError if anything in a JSON-like value cannot be written as JSON in UTF-8."""
     if isinstance(value, str):
         encodable(value)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is not a number that JSON has")
     elif isinstance(value, Mapping):
-        check_encodable([*value.keys(), *value.values()])
+        check_plain([*value.keys(), *value.values()])
     elif isinstance(value, list | tuple):
         for item in value:
-            check_encodable(item)
+            check_plain(item)
 
 
 def kind_of(value: Any) -> str:

@@ -24,7 +24,7 @@ def parse_argument(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise ValueError("write name=value, such as enable_thinking=false")
-    if name in ("messages", "tools", "documents", "add_generation_prompt", "strftime_now"):
+    if name in ("messages", "tools", "documents", "add_generation_prompt", "strftime_now") or name.endswith("_token"):
         raise ValueError(f"{name} is what the template is given anyway")
     try:
         return name, json.loads(value)

@@ -46,6 +46,10 @@ def load_tokenizer(config: Config) -> Tokenizer:
     elif tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
         notes.append("chat template: the tokenizer has none; '### User: / ### Assistant:' is used and saved with it")
+    unread = ChatTemplate(tokenizer).unread_arguments(dict(map(parse_argument, config.data.template_arguments)))
+    if unread:
+        reason = f"the chat template reads no {unread[0]!r}; check the spelling"
+        raise ExitWith(ExitCode.BAD_INPUT, f"--data.template_arguments {unread[0]}: {reason}")
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         vocabulary = tokenizer.get_vocab()
         candidate = next((token for token in PAD_CANDIDATES if token in vocabulary), None)

@@ -15,6 +15,8 @@ BAD_FILES = [
     (b"\xef\xbb\xbf \n", ": the file is empty"),
     (b'{"chat_template": "{{ messages }}"}', ":1: JSON, not a Jinja template; put the text of its 'chat_template'"),
     (b"[1, 2]", ":1: JSON, not a Jinja template"),
+    (b'"{{ messages }}"', ":1: JSON, not a Jinja template"),
+    (b"<html>not found</html>", ":1: it has no Jinja in it"),
     (b"a\n\n{% for m in messages %}\n{{ m }", ":4: not a Jinja template: "),
     (b"\xff\xfe", r": not UTF-8 \(byte 0\)"),
 ]

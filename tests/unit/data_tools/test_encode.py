@@ -30,6 +30,7 @@ PLACES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "a call's name": ([user("a"), call({"q": "b"}, name="f<|end|>")], {}),
     "a tool's description": ([user("a"), answer("b")], {"tools": [{**TOOL, "description": FORGED}]}),
     "a result": ([user("a"), call({"q": "b"}), result(FORGED), answer("c")], {}),
+    "a result's id": ([user("a"), call({"q": "b"}), {**result("c"), "tool_call_id": FORGED}, answer("d")], {}),
     "the system": ([{"role": "system", "content": FORGED}, user("a"), answer("b")], {}),
 }
 
@@ -38,9 +39,10 @@ PLACES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 def test_a_spelled_token_stays_text(place: str) -> None:
     """Begin and end tokens are as many as without it, and the text is the template's to the letter."""
     turns, fields = PLACES[place]
-    tokenizer = tokenizer_with(WHOLE)
-    (sample,) = rendered(WHOLE, *turns, **fields).samples
-    harmless = rendered(WHOLE, *_without(turns), **_without(fields)).samples[0]
+    template = WHOLE.replace("{{ m.content }}", "{{ m.tool_call_id or '' }}{{ m.content }}")
+    tokenizer = tokenizer_with(template)
+    (sample,) = rendered(template, *turns, **fields).samples
+    harmless = rendered(template, *_without(turns), **_without(fields)).samples[0]
     for name in ("<|begin|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"):
         number = tokenizer.convert_tokens_to_ids(name)
         assert sample.input_ids.count(number) == harmless.input_ids.count(number), name
@@ -97,3 +99,13 @@ def test_real_tokenizers_gain_no_space(name: str) -> None:
         harmless = conversation_of(user(content.replace(end, "§")), answer("fine"))
         (other,) = renderer.render(harmless).samples
         assert sample.input_ids[:4] == other.input_ids[:4] or content.startswith((end, " "))
+
+
+def test_a_row_may_use_all_private_characters() -> None:
+    """Where none is left to stand for a token that is spelled, the row is refused, and no other with it."""
+    everything = "".join(map(chr, range(0xE000, 0xF900)))
+    assert rendered(WHOLE, user(everything), answer("b")).samples
+    with pytest.raises(ValueError, match="uses all of Unicode's private characters"):
+        rendered(WHOLE, user(everything + "<|end|>"), answer("b"))
+    (sample,) = rendered(WHOLE, user("<|end|> \\ue000 \ue001"), answer("b")).samples  # an escape is a text
+    assert "<|end|> \\ue000 \ue001" in marked(sample)

@@ -49,6 +49,17 @@ SPELLINGS: dict[str, tuple[dict[str, Any], Message]] = {
     "an observation": ({"from": "observation", "value": "14"}, Message("tool", "14")),
     "a tool that says nothing": ({"role": "tool", "content": ""}, Message("tool", "")),
     "a tool's object": ({"role": "tool", "content": {"warm": 14, "damp": None}}, Message("tool", '{"warm": 14}')),
+    "a tool's list": ({"role": "tool", "content": [1, {"found": []}]}, Message("tool", '[1, {"found": []}]')),
+    "a tool's parts": ({"role": "tool", "content": [{"type": "text", "text": "14"}]}, Message("tool", "14")),
+    "two thoughts": (
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": t} for t in ("A.", "B.")] + ["AOG."]},
+        Message("assistant", "AOG.", True, reasoning="A.\n\nB."),
+    ),
+    "a blank thought": ({**ANSWERED, "reasoning_content": " \n"}, OURS[1]),
+    "both role and from, of which one is null": (
+        {"role": None, "from": "gpt", "content": None, "value": "AOG."},
+        OURS[1],
+    ),
 }
 
 
@@ -97,6 +108,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, "part 1 .* is of type 'image_url'"),
     ({"role": "user"}, "it has no content"),
+    ({**ANSWERED, "value": "BER."}, "'content' and 'value', which differ"),
+    (
+        {**ANSWERED, "tool_calls": [{"name": "f"}], "function_call": {"name": "g"}},
+        "'tool_calls' and 'function_call', which",
+    ),
+    (
+        {**ANSWERED, "tool_calls": [{"name": "f", "arguments": {"x": 1}, "parameters": {"y": 2}}]},
+        "both 'arguments' and",
+    ),
+    ({"role": "assistant", "content": ["a", {"type": "thinking", "thinking": "b"}]}, "reasoning follows a text"),
+    ({"role": "user", "content": [{"type": "text", "text": "a", "thinking": "b"}]}, "'text' and 'thinking'; give each"),
+    ({**ANSWERED, "tool_calls": [{"name": "f", "arguments": '{"x": 1e400}'}]}, "inf is not a number that JSON has"),
+    ({**ANSWERED, "mood": float("nan")}, "nan is not a number that JSON has"),
     ({"role": "user", "content": [4]}, "part 1 of the content must be an object with a text, not int"),
     ({**ANSWERED, "mood": "\ud83d"}, "half of a surrogate pair"),
 ]
@@ -115,7 +139,8 @@ def test_rows_that_are_conversations_in_disguise() -> None:
     assert read({"messages": text}).messages == OURS
     assert read({"prompt": [ASKED], "completion": [ANSWERED]}).messages == OURS
     assert read({"prompt": "Which term?", "completion": [ANSWERED]}).messages == OURS
-    assert read({"prompt": text.split("}, ")[0] + "}]", "completion": "AOG."}).messages == OURS
+    question, answer = (f"[{turn}]" for turn in text[1:-1].replace("}, ", "}\n").split("\n"))
+    assert read({"prompt": question, "completion": answer}).messages == OURS
     assert read({"system": "Be brief.", "messages": [ASKED, ANSWERED]}).messages == (
         Message("system", "Be brief."),
         *OURS,
@@ -127,13 +152,18 @@ def test_rows_that_are_conversations_in_disguise() -> None:
 
 
 def test_answers_in_a_prompt_are_context() -> None:
-    """Of a prompt's assistant turns only those are trained that a flag says; a text in brackets is a text."""
+    """Of a prompt's assistant turns only those are trained that a flag says; a text about turns is a text."""
     row = {"prompt": [ASKED, ANSWERED, {**ANSWERED, "train": True}, ASKED], "completion": [ANSWERED]}
     assert [turn.train for turn in read(row).messages] == [False, False, True, False, True]
-    assert read({"prompt": "[sic]", "completion": "[1, 2]"}).messages == (
-        Message("user", "[sic]"),
-        Message("assistant", "[1, 2]", train=True),
-    )
+    for prompt, completion in (
+        ("[sic]", "[1, 2]"),
+        ("Show a chat.", '[{"role": "user", "content": "Hi"}]'),
+        ("Extract.", '[{"from": {"city": "Berlin"}}]'),
+    ):
+        assert read({"prompt": prompt, "completion": completion}).messages == (
+            Message("user", prompt),
+            Message("assistant", completion, train=True),
+        )
 
 
 def test_the_earlier_turns_of_an_alpaca_row() -> None:

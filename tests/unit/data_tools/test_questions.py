@@ -87,3 +87,56 @@ def test_a_template_is_asked_once_for_each_shape() -> None:
     asked.ask(conversation_of(user("a"), answer("b", reasoning="c")))
     assert len(asked._verdicts) == 2
     assert template.knows_reasoning
+
+
+CHANGED: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "an answer's white space": (
+        PLAIN.replace("m.content +", "(m.content.split() | join(' ')) +"),
+        [user("a"), answer("b\n  c")],
+    ),
+    "an answer's escapes": (PLAIN.replace("m.content +", "(m.content | tojson) +"), [user("a"), answer('b "c"')]),
+    "a question's end": (PLAIN.replace("m.content +", "m.content.split(';')[0] +"), [user("a; b"), answer("c")]),
+    "a masked call's arguments": (
+        WHOLE.replace("(c.function.arguments | tojson)", "c.function.arguments.keys() | join").replace(
+            "{{ m.content }}", "{{ m.content }}"
+        ),
+        [user("a"), {**call({"k": "value"}), "train": False}, result("b"), answer("c")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_a_template_changes_is_refused(name: str) -> None:
+    """An answer must stand as it is; what comes before it may be spelled otherwise, and no more."""
+    template, turns = CHANGED[name]
+    with pytest.raises(ValueError, match=r"turn \d: .*(loses or changes|lost)"):
+        rendered(template, *turns)
+
+
+def test_a_call_without_arguments_is_not_taken_for_its_definition() -> None:
+    """A template that shows the definitions of tools and no calls loses the call, whatever the turn says."""
+    deaf = WHOLE.replace("{% for c in m.tool_calls or [] %}", "{% for c in [] %}")
+    turn = {**call({}), "content": "I will look_up now."}
+    with pytest.raises(ValueError, match="turn 2: its tool call would be lost"):
+        rendered(deaf, user("a"), turn, result("b"), answer("c"), tools=[TOOL])
+
+
+@pytest.mark.parametrize(
+    ("change", "content"), [("m.content | lower", "the <|END|> tag"), ("m.content | replace('~', '')", "a <|e~nd|> b")]
+)
+def test_a_template_cannot_make_special_tokens_of_the_data(change: str, content: str) -> None:
+    """Where it changes or joins strings to one, the row is refused."""
+    with pytest.raises(ValueError, match=r"special token of what the conversation says|lost or changed"):
+        rendered(PLAIN.replace("m.content +", f"({change}) +"), user(content), answer("b"))
+    joined = WHOLE.replace("{{ '[' + m.reasoning_content + ']\n' }}", "{{ m.reasoning_content }}")
+    with pytest.raises(ValueError, match="makes a special token of what the conversation says"):
+        rendered(joined, user("a"), answer("nd|> b", reasoning="say <|e"))
+
+
+def test_arguments_that_no_template_reads_are_counted() -> None:
+    """A row's own, and keys within a call."""
+    found = rendered(PLAIN, user("a"), answer("b"), chat_template_kwargs={"enable_thinkng": False})
+    assert found.unread == ("chat_template_kwargs.enable_thinkng",)
+    odd = call({"x": "y"})
+    odd["tool_calls"][0]["function"]["result"] = "R"
+    assert rendered(WHOLE, user("a"), odd).unread == ("tool_calls.result",)

@@ -59,6 +59,22 @@ def test_compressed_rows(ending: str, tmp_path: Path) -> None:
     assert any("cannot be decompressed" in problem or "not JSON" in problem for problem in problems), problems
 
 
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz"])
+def test_archives_that_were_joined(ending: str, tmp_path: Path) -> None:
+    """All are read; one that is damaged is told, and not taken for the end."""
+    path, pack = tmp_path / f"rows.jsonl{ending}", COMPRESSORS[ending]
+    path.write_bytes(pack(JSONL) + pack(JSONL))
+    assert rows_of(path) == (ROWS * 2, [])
+    path.write_bytes(pack(JSONL) + b"XX" + pack(JSONL)[2:])
+    rows, problems = rows_of(path)
+    assert rows == ROWS
+    assert "cannot be decompressed after 500 rows" in problems[0]
+    (tmp_path / f"text.txt{ending}").write_bytes(pack(JSONL)[:-9])
+    tally = Tally.empty()
+    assert list(read_records(survey([str(tmp_path / f"text.txt{ending}")], "auto").sources, tally)) == []
+    assert f"text.txt{ending}: cannot be read: " in tally.report.lines[0]
+
+
 def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
     """A file that is no archive at all is a problem with its name, never an exception."""
     for ending in COMPRESSORS:
@@ -129,7 +145,9 @@ def test_a_null_column_does_not_decide_a_format(tmp_path: Path) -> None:
     records: list[Any] = list(read_records(survey([str(tmp_path / "a.parquet")], "auto").sources, tally))
     assert [[turn.content for turn in record.messages] for record in records] == [["2 and 3?", "5"], ["2 and 4?", "6"]]
     assert tally.formats == {"prompt_response", "messages"}
-    assert tally.report.lines[0].startswith(f"{tmp_path / 'a.parquet'}:3: unknown fields (none)")
+    assert tally.report.lines[0].startswith(
+        f"{tmp_path / 'a.parquet'}:3: no field 'prompt' and no field 'completion' (fields here: none)"
+    )
     assert not tally.ignored_fields
 
 
@@ -143,5 +161,7 @@ def test_text_that_is_rows_is_asked_about(tmp_path: Path) -> None:
     assert "--data.format text" in tally.report.lines[0]
     assert len(list(read_records(survey([str(path)], "text").sources, Tally.empty()))) == 1
     assert is_rows_in_disguise(json.dumps(ROWS))
+    assert is_rows_in_disguise('{"a": 1}\n{"a" 2}\n')
+    assert is_rows_in_disguise('{\n  "a": 1\n}')
     for text in ("[1] A list of parts.", '{"a": 1} and more', "{}{}", "[]", "[1, 2]", "A report."):
         assert not is_rows_in_disguise(text)

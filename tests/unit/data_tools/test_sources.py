@@ -1,6 +1,7 @@
 """What a folder's files are taken for: taken and left are said, and splits are not mixed."""
 
 import gzip
+import os
 from pathlib import Path
 
 import pytest
@@ -28,11 +29,12 @@ def test_hidden_files_and_other_kinds_are_left_and_said(tmp_path: Path) -> None:
     """Jupyter's copies, archives' leftovers, pictures and the README are no data; the line has them by reason."""
     put(tmp_path, "a.jsonl", "deep/b.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl", "__MACOSX/c.jsonl", "~$d.csv")
     put(tmp_path, "README.md", "LICENSE.txt", "plot.png")
+    (tmp_path / "linked").symlink_to(tmp_path / "deep")
     assert taken(tmp_path) == ["a.jsonl", "deep/b.jsonl"]
     (note,) = survey([str(tmp_path)], "auto").notes
     assert note == (
         f"{tmp_path}/: 2 files taken (a.jsonl, deep/b.jsonl); left: 3 hidden (.ipynb_checkpoints/a-checkpoint.jsonl, "
-        "__MACOSX/c.jsonl, ~$d.csv), 2 about the data (LICENSE.txt, README.md), 1 of another kind (plot.png)"
+        "__MACOSX/c.jsonl, ~$d.csv), 2 about the data (LICENSE.txt, README.md), 1 of another kind (plot.png), 1 in a linked folder (linked)"
     )
 
 
@@ -45,10 +47,14 @@ def test_hidden_files_and_other_kinds_are_left_and_said(tmp_path: Path) -> None:
         ("train/a.jsonl", "dev/b.jsonl"),
         ("training_set.json", "eval.json"),
         ("train/a.txt", "test/b.txt"),
+        ("train.txt", "test.txt"),
+        ("gsm_train.jsonl", "gsm_test.jsonl"),
+        ("replies-train.csv.gz", "replies-eval.csv.gz"),
     ],
 )
 def test_a_training_split_beside_another_is_refused(names: tuple[str, str], tmp_path: Path) -> None:
     """In a folder and in a glob; the message has both ways out, which work."""
+    tmp_path = tmp_path / "dev"  # whose own name says nothing of the files in it
     put(tmp_path, *names)
     for path in (tmp_path, tmp_path / "**" / "*.*"):
         with pytest.raises(DataError) as caught:
@@ -103,3 +109,10 @@ def test_compressed_files_are_found_and_named(tmp_path: Path) -> None:
     for name in ("c.zip", "d.parquet.gz"):
         with pytest.raises(DataError, match=r"unknown file extension; known: \.txt, .*also with \.gz"):
             survey([str(tmp_path / name)], "auto")
+
+
+def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    """It is refused by name, before it ends a preparation."""
+    (tmp_path / os.fsdecode(b"caf\xe9.jsonl")).write_text(ROW)
+    with pytest.raises(DataError, match="its name is not UTF-8; rename it"):
+        survey([str(tmp_path)], "auto")

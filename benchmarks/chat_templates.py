@@ -13,7 +13,7 @@ from tests.field_templates import CONVERSATIONS, Cell, judge, real_templates
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "FORMATS.md"
 BEGIN, END = "<!-- table: python -m benchmarks.chat_templates -->", "<!-- end of the table -->"
-HEADS = ("one", "many", "system", "r one", "r last", "r all", "call", "2 calls", "parts")
+HEADS = ("one", "many", "system", "r one", "r last", "r all", "call", "2 calls", "agent", "parts")
 MARKS = {"raises": "x", "loses": "-", "rewrites": "≠", "no end": "∞", "merges": "m"}
 # Publishers whose models are the base of others; the test has every template.
 PUBLISHERS = [

@@ -122,8 +122,22 @@ class ChatTemplate:
 
     def switches(self, with_tools: bool, given: Mapping[str, Any]) -> list[str]:
         """The switches for thinking that the template names, and that neither the row nor the user has set."""
-        source = self.source(with_tools)
-        return [name for name in THINKING_SWITCHES if name in source and name not in {**self.arguments, **given}]
+        source, taken = self.source(with_tools), {**self.arguments, **given}
+        # as a variable: message.thinking and 'thinking' in message are parts of a turn
+        named = (name for name in THINKING_SWITCHES if re.search(rf"(?<![\w.'\"]){name}(?![\w'\"])", source))
+        return [name for name in named if name not in taken]
+
+    @cached_property
+    def repeats_prompt(self) -> bool:
+        """Whether the template begins another answer behind the last one, though no generation prompt is asked for."""
+        turns = [Dialect().turn(Message(role, f"zq{role}7qz")) for role in ("user", "assistant", "user")]
+        try:
+            plain, asked = (self.render(turns[:2], add_generation_prompt=flag) for flag in (False, True))
+            longer = self.render(turns)
+        except ValueError:
+            return False
+        tails = [text.partition("zqassistant7qz")[2] for text in (plain, longer)]
+        return plain == asked and not tails[1].startswith(tails[0].rstrip())
 
     def render(
         self,

@@ -5,7 +5,7 @@ text, which special tokens the template wrote and which the data did, wherever t
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -84,10 +84,15 @@ class Encoder:
         self._header_ids = lru_cache(maxsize=4096)(lambda text: tuple(self._backend(text).ids))
         self._after_special: str | None = None
 
-    def begins_with_special(self, text: str, start: int) -> int:
-        """The end of the special token that stands at `start` in the text; 0 if none does."""
-        match = self.special_pattern.match(text, start)
-        return match.end() if match else 0
+    def specials_at(self, text: str, place: int) -> Iterator[int]:
+        """The ends of the special tokens that stand at a place in the text, with nothing but white space between."""
+        while True:
+            place += len(text[place:]) - len(text[place:].lstrip())
+            match = self.special_pattern.match(text, place)
+            if match is None:
+                return
+            place = match.end()
+            yield place
 
     def encode(self, text: str, spelled: SpelledTokens | None = None) -> Encoded:
         """The text's tokens; a private character of `spelled` becomes its special token's name, encoded as text.

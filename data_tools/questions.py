@@ -89,10 +89,7 @@ class _Sentinels:
 
     def _message(self, number: int, message: Message) -> Message:
         sign = f"zq{number}"
-        calls = [
-            {**call, "function": {"name": self._name(call), "arguments": {f"{sign}x{j}key7qz": f"{sign}x{j}value7qz"}}}
-            for j, call in enumerate(message.tool_calls, start=1)
-        ]
+        calls = [self._call(call, f"{sign}x{j}") for j, call in enumerate(message.tool_calls, start=1)]
         return replace(
             message,
             content=f"{sign}content7qz" if message.content.strip() else message.content,
@@ -101,6 +98,10 @@ class _Sentinels:
             name=self._names.get(message.name, f"{sign}name7qz") if message.name else "",
             extra=tuple((key, f"{sign}{key}7qz" if isinstance(item, str) else item) for key, item in message.extra),
         )
+
+    def _call(self, call: dict[str, Any], sign: str) -> dict[str, Any]:
+        arguments = {f"{sign}key7qz": f"{sign}value7qz"}
+        return {**call, "function": {**call["function"], "name": self._name(call), "arguments": arguments}}
 
     def _name(self, call: Mapping[str, Any]) -> str:
         name = call["function"]["name"]

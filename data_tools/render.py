@@ -12,11 +12,12 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from data_tools.chat_template import ChatTemplate
+from data_tools.dialogue import Dialogue, DialogueText
 from data_tools.encode import Encoded, Encoder, SpelledTokens, special_tokens
 from data_tools.locate import find_leaf, find_value, said_in_calls
 from data_tools.questions import Questions, shape_of, with_sentinels
 from data_tools.records import Conversation, Document
-from data_tools.turns import Dialogue, DialogueText, History, Rendering, TrainedTurn
+from data_tools.turns import History, Rendering, TrainedTurn, renderings_of
 
 WAYS_OUT = (
     "choose a --data.chat_template that has it, leave it out with --data.leave_out, or skip such rows with "
@@ -99,7 +100,7 @@ class ConversationRenderer:
         if spelled is not None:
             dialogue = _hidden(dialogue, spelled)
         texts = DialogueText(self.template, self.encoder, dialogue)
-        renderings = texts.renderings(self.settings.history, self.settings.empty_reasoning == "mask")
+        renderings = renderings_of(texts, self.settings.history, self.settings.empty_reasoning == "mask")
         self._check_context(texts, renderings)
         encoded = [self._encoded(rendering, spelled) for rendering in renderings]
         self._check_specials(conversation, dialogue, encoded)
@@ -159,7 +160,7 @@ class ConversationRenderer:
             sentinels = replace(dialogue, messages=with_sentinels(conversation))
             texts = DialogueText(self.template, self.encoder, sentinels)
             try:
-                renderings = texts.renderings(self.settings.history, self.settings.empty_reasoning == "mask")
+                renderings = renderings_of(texts, self.settings.history, self.settings.empty_reasoning == "mask")
                 counts = [self._count(self.encoder.encode(rendering.text)) for rendering in renderings]
             except ValueError:  # it takes the data alone
                 counts = []
@@ -188,8 +189,9 @@ class ConversationRenderer:
             except ValueError as error:
                 raise ValueError(f"turn {turn.number + 1}: {error}") from None
             trained[first : last + 1] = [True] * (last + 1 - first)
-            asked = (message.content for message in conversation.messages[turn.number - 1 :: -1])
-            questions.append(next(asked, "") if turn.number else "")
+            if first and trained[first - 1]:  # an answer behind an answer, with nothing that is asked between
+                continue
+            questions.append(conversation.messages[turn.number - 1].content if turn.number else "")
         return Sample(conversation.source, encoded.ids, trained, tuple(questions))
 
     def _tokens(self, text: str, encoded: Encoded, turn: TrainedTurn, spelled: SpelledTokens | None) -> tuple[int, int]:

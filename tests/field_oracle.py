@@ -90,6 +90,9 @@ class Oracle:
                 re.search(re.escape(self.said(number)[-1]) + r"[^A-Z]*" + re.escape(stop), text) for text in longer
             ):
                 yield f"turn {number + 1} ends with {stop!r}, which nothing follows"
+        is_direct = unended.endswith(self.said(number)[-1])
+        if not is_direct and any(prompt.rstrip().endswith(stop) for prompt in prompts):
+            yield f"turn {number + 1} ends with {stop!r}, behind which an answer begins"
         if last not in self.tokenizer.all_special_ids and last not in self.tokenizer.added_tokens_decoder:
             yield f"turn {number + 1} ends with token {last}, at which nothing stops"
 
@@ -125,6 +128,9 @@ class Oracle:
             all(_holds(text[len(prompt.rstrip()) :], said) for said in self.said(number)) for text, prompt in pairs
         ):
             return "loses"
+        asked = [self._one(each[: number + 1], add_generation_prompt=True) for each in spellings(self.turns)]
+        if all(text in asked for text, _ in pairs):
+            return "no end"  # another answer begins behind it
         following = FOLLOWING["tool_calls" in self.turns[number]]
         rest = [*(text for text, _ in pairs), *self.texts([*self.turns[: number + 1], following])]
         tails = [text.rpartition(self.said(number)[-1])[2] for text in rest]

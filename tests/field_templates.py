@@ -76,6 +76,17 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], bool]] = {
     ),
     "tool call": ([FIRST, _call(0), _result(0), _answer("Fourteen degrees.")], True),
     "two tool calls": ([FIRST, _call(0, 1), _result(0), _result(1), _answer("Warm enough, and dry.")], True),
+    "agent": (
+        [
+            FIRST,
+            {**_call(0), "reasoning_content": "The gauge knows."},
+            _result(0),
+            {**_call(1), "reasoning_content": "Now the other."},
+            _result(1),
+            _answer("Warm enough, and dry."),
+        ],
+        True,
+    ),
     "parts": ([_parts(FIRST), _parts(_answer("Fourteen degrees."))], False),
 }
 

@@ -1,4 +1,4 @@
-"""Hundreds of real chat templates, each with nine kinds of conversations: trained as generated, or refused rightly."""
+"""Hundreds of real chat templates, each with ten kinds of conversations: trained as generated, or refused rightly."""
 
 from collections import Counter
 

@@ -138,5 +138,5 @@ def test_arguments_that_no_template_reads_are_counted() -> None:
     found = rendered(PLAIN, user("a"), answer("b"), chat_template_kwargs={"enable_thinkng": False})
     assert found.unread == ("chat_template_kwargs.enable_thinkng",)
     odd = call({"x": "y"})
-    odd["tool_calls"][0]["function"]["result"] = "R"
-    assert rendered(WHOLE, user("a"), odd).unread == ("tool_calls.result",)
+    odd["tool_calls"][0]["function"]["verdict"] = "R"
+    assert rendered(WHOLE, user("a"), odd).unread == ("tool_calls.verdict",)

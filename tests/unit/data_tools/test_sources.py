@@ -34,7 +34,8 @@ def test_hidden_files_and_other_kinds_are_left_and_said(tmp_path: Path) -> None:
     (note,) = survey([str(tmp_path)], "auto").notes
     assert note == (
         f"{tmp_path}/: 2 files taken (a.jsonl, deep/b.jsonl); left: 3 hidden (.ipynb_checkpoints/a-checkpoint.jsonl, "
-        "__MACOSX/c.jsonl, ~$d.csv), 2 about the data (LICENSE.txt, README.md), 1 of another kind (plot.png), 1 in a linked folder (linked)"
+        "__MACOSX/c.jsonl, ~$d.csv), 2 about the data (LICENSE.txt, README.md), 1 of another kind (plot.png), "
+        "1 in a linked folder (linked)"
     )
 
 

@@ -1,5 +1,6 @@
 """One answer as generation writes it: the prompt before it, its text, and the token at which generation stops."""
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -128,8 +129,12 @@ class AnswerFinder:
             place = through.rfind(tail, 0, place)
             if place < 0:
                 return -1
-            if not self._lost(through[place + len(tail) :]):
-                return place + len(tail)
+            text = through[place + len(tail) :]
+            if not self._lost(text):
+                # behind a user's turn that looks alike the question would be trained, too
+                asked = self.texts.messages[self.number - 1].content.strip()
+                own = " ".join([self.message.content, self.message.reasoning, json.dumps(self.message.tool_calls)])
+                return place + len(tail) if asked not in text or asked in own else -1
         return -1
 
     def _header_length(self, text: str) -> int:

@@ -90,7 +90,7 @@ class Oracle:
                 re.search(re.escape(self.said(number)[-1]) + r"[^A-Z]*" + re.escape(stop), text) for text in longer
             ):
                 yield f"turn {number + 1} ends with {stop!r}, which nothing follows"
-        is_direct = unended.endswith(self.said(number)[-1])
+        is_direct = unended.endswith(self.said(number)[-1]) or "tool_calls" in self.turns[number]
         if not is_direct and any(prompt.rstrip().endswith(stop) for prompt in prompts):
             yield f"turn {number + 1} ends with {stop!r}, behind which an answer begins"
         if last not in self.tokenizer.all_special_ids and last not in self.tokenizer.added_tokens_decoder:

@@ -5,14 +5,17 @@ text, which special tokens the template wrote and which the data did, wherever t
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 PRIVATE = range(0xE000, 0xF8FF)  # characters without a meaning
+# What begins a turn or ends it, also where a tokenizer does not call it special; <think> is data's own to write.
+CONTROL = re.compile(r"<[|\uff5c].*[|\uff5c]>|\[/?[A-Z_]+\]")
 # Beginnings of a text with which it is seen how a tokenizer treats what follows a special token.
 PROBES = ("a b", " a", "\na", ". a", "a")
 ANCHORS = ("\n", "a", ".", "0")
@@ -27,8 +30,15 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 @lru_cache(maxsize=4)
 def special_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, str]:
-    """Special tokens by id; cached by vocabulary size, because asking the tokenizer is slower than tokenising a row."""
-    added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    """Special tokens by id, and those that only look so: DeepSeek's roles are not marked as special.
+
+    Cached by vocabulary size, because asking the tokenizer is slower than tokenising a row.
+    """
+    added = {
+        number: token.content
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special or CONTROL.fullmatch(token.content)
+    }
     return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 
 
@@ -80,6 +90,8 @@ class Encoder:
         self.special = special_tokens(tokenizer, len(tokenizer))
         names = sorted(filter(None, set(self.special.values())), key=lambda name: (-len(name), name))
         self.special_names = tuple(names)
+        marked = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._unmarked = [name for name in names if name not in marked | set(tokenizer.all_special_tokens)]
         self.special_pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         self._header_ids = lru_cache(maxsize=4096)(lambda text: tuple(self._backend(text).ids))
         self._after_special: str | None = None
@@ -141,9 +153,7 @@ class Encoder:
 
     def _literal(self, run: str, start: int, spelled: SpelledTokens) -> tuple[list[int], list[Span]]:
         """Ids and offsets of what stands between two special tokens, itself free of them."""
-        anchor = self._anchor() if start else ""
         restored = spelled.restore(run)
-        encoding = self._backend(anchor + restored, as_text=True)
         # where each character of the restored run stands in the text
         places: list[int] = []
         for position, character in enumerate(run):
@@ -151,12 +161,22 @@ class Encoder:
         places.append(start + len(run))
         ids: list[int] = []
         offsets: list[Span] = []
-        for token, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if begin >= len(anchor) and (end > len(anchor) or not anchor):
+        for begin, piece in _cut(restored, self._unmarked):
+            anchors = ANCHORS if begin else (self._anchor() if start else "",)
+            for token, (first, end) in self._behind(anchors, piece):
+                last = places[begin + end - 1] + 1 if end > first else places[begin + first]
                 ids.append(token)
-                last = places[end - 1 - len(anchor)] + 1 if end > begin else places[begin - len(anchor)]
-                offsets.append((places[begin - len(anchor)], last))
+                offsets.append((places[begin + first], last))
         return ids, offsets
+
+    def _behind(self, anchors: Sequence[str], piece: str) -> list[tuple[int, Span]]:
+        """The tokens of a text as it is encoded behind one of the anchors, of which it changes no token."""
+        for anchor in anchors:
+            encoding, alone = self._backend(anchor + piece, as_text=True), self._backend(anchor, as_text=True).ids
+            tokens = list(zip(encoding.ids, encoding.offsets, strict=True))[len(alone) :]
+            if encoding.ids[: len(alone)] == alone and all(first >= len(anchor) for _, (first, _) in tokens):
+                return [(token, (first - len(anchor), end - len(anchor))) for token, (first, end) in tokens]
+        raise ValueError("it spells a special token that this tokenizer cannot encode as text; take it out of the row")
 
     def _anchor(self) -> str:
         """A text that stands for the special token before a run; empty if a run is encoded as it is alone."""
@@ -173,3 +193,17 @@ class Encoder:
             "it spells a special token, and this tokenizer encodes text after a special token as it does nowhere else, "
             "so it cannot be encoded as text; take the special token out of the row"
         )
+
+
+def _cut(text: str, names: Sequence[str]) -> list[tuple[int, str]]:
+    """(begin, piece) of a text cut within each of the names, behind its first character."""
+    cuts = {place + 1 for name in names for place in _places(text, name)}
+    edges = [0, *sorted(cuts), len(text)]
+    return [(begin, text[begin:end]) for begin, end in pairwise(edges) if end > begin]
+
+
+def _places(text: str, name: str) -> Iterator[int]:
+    place = text.find(name)
+    while place >= 0:
+        yield place
+        place = text.find(name, place + 1)

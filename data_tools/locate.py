@@ -96,3 +96,23 @@ def find_text(text: str, value: str) -> int:
 def _end(text: str, spelled: str) -> int:
     place = text.find(spelled)
     return place + len(spelled) if place >= 0 else -1
+
+
+def unread_in_tool(tool: Mapping[str, Any], text: str) -> set[str]:
+    """Keywords of a tool's definition of which something is not in the text, such as `enum` or nested `properties`."""
+    lower = text.lower()  # templates write types in capitals
+
+    def walk(value: Any, keyword: str) -> Iterator[str]:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                is_name = keyword == "properties"
+                if is_name and find_value(text, key) < 0:
+                    yield keyword
+                yield from walk(item, "schema" if is_name else key)
+        elif isinstance(value, list):
+            for item in value:
+                yield from walk(item, keyword)
+        elif find_value(text, value) < 0 and find_value(lower, str(value).lower()) < 0:
+            yield keyword
+
+    return set(walk(tool["function"], "function"))

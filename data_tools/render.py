@@ -14,11 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from data_tools.chat_template import ChatTemplate
 from data_tools.dialogue import Dialogue, DialogueText
 from data_tools.encode import Encoded, Encoder, SpelledTokens, special_tokens
-from data_tools.locate import find_leaf, find_value, said_in_calls
+from data_tools.locate import find_leaf, find_value, said_in_calls, unread_in_tool
 from data_tools.questions import Questions, shape_of, with_sentinels
 from data_tools.records import Conversation, Document
 from data_tools.turns import History, Rendering, TrainedTurn, renderings_of
 
+MAX_TOOLS = 1024  # sets of definitions that are remembered
 WAYS_OUT = (
     "choose a --data.chat_template that has it, leave it out with --data.leave_out, or skip such rows with "
     "--data.on_error skip"
@@ -81,6 +82,7 @@ class ConversationRenderer:
         self.template = ChatTemplate(tokenizer, settings.arguments, settings.today)
         self.encoder = Encoder(tokenizer)
         self.questions = Questions(self.template)
+        self._unread_tools: dict[str, tuple[str, ...]] = {}
         self._num_specials: dict[str, list[int]] = {}  # of each rendering of a shape's sentinels
 
     def render(self, conversation: Conversation) -> Rendered:
@@ -112,7 +114,7 @@ class ConversationRenderer:
             samples,
             num_left_out=sum(rendering.num_left_out for rendering in renderings),
             num_empty_reasonings=sum(turn.written > turn.start for each in renderings for turn in each.turns),
-            unread=verdict.unread,
+            unread=verdict.unread + self._unread_in_tools(dialogue.tools, renderings),
         )
 
     def _wanted(self, conversation: Conversation) -> Conversation:
@@ -146,6 +148,18 @@ class ConversationRenderer:
                 lost = "" if is_shown else f"the {message.role} turn's content"
             if lost:
                 raise ValueError(f"turn {number + 1}: {lost} would be lost or changed by the chat template; {WAYS_OUT}")
+
+    def _unread_in_tools(self, tools: Sequence[dict[str, Any]], renderings: Sequence[Rendering]) -> tuple[str, ...]:
+        """What the template leaves out of the tools' definitions, which are often the same in all rows."""
+        if not tools:
+            return ()
+        key = repr(tools)
+        if key not in self._unread_tools:
+            if len(self._unread_tools) >= MAX_TOOLS:
+                self._unread_tools.clear()
+            lost = {f"tools.{name}" for tool in tools for name in unread_in_tool(tool, renderings[-1].text)}
+            self._unread_tools[key] = tuple(sorted(lost))
+        return self._unread_tools[key]
 
     def _check_specials(self, conversation: Conversation, dialogue: Dialogue, found: Sequence[Encoded]) -> None:
         """Raises ValueError if the template has made special tokens of the data, by changing or joining strings.

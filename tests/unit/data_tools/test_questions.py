@@ -140,3 +140,26 @@ def test_arguments_that_no_template_reads_are_counted() -> None:
     odd = call({"x": "y"})
     odd["tool_calls"][0]["function"]["verdict"] = "R"
     assert rendered(WHOLE, user("a"), odd).unread == ("tool_calls.verdict",)
+
+
+def test_what_a_template_leaves_out_of_a_definition_is_counted() -> None:
+    """Nested names, choices and defaults that do not reach the text are told by their keyword."""
+    deep = {
+        "name": "look_up",
+        "description": "Looks up a term.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "term": {"type": "string", "enum": ["AOG", "BER"], "description": "The term."},
+                "where": {"type": "object", "properties": {"page": {"type": "integer", "default": 7}}},
+            },
+        },
+    }
+    flat = WHOLE.replace(
+        "(tools | tojson)",
+        "(tools[0].function.name + tools[0].function.description + "
+        "(tools[0].function.parameters.properties | join(' ')))",
+    )
+    found = rendered(flat, user("a"), answer("b"), tools=[deep])
+    assert found.unread == ("tools.default", "tools.description", "tools.enum", "tools.properties", "tools.type")
+    assert rendered(WHOLE, user("a"), answer("b"), tools=[deep]).unread == ()

@@ -150,3 +150,65 @@ def test_a_call_whose_result_follows_stays_in_one_sample() -> None:
         WHOLE, user("a"), call({"x": 1}), result("b"), call({"x": 2}), result("c"), answer("d")
     ).samples
     assert len(sample.runs()) == 3
+
+
+def test_a_thought_that_is_in_the_answer_is_not_lost() -> None:
+    """A template with a thinking mode shows the reasoning there, though the answer has the same words elsewhere."""
+    switched = (
+        "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>\n' }}{% if m.role == 'assistant' %}"
+        "{{ '<think>' + m.reasoning_content if thinking and m.reasoning_content }}{{ '</think>' }}{% endif %}"
+        "{{ m.content + (eos_token if m.role == 'assistant' else '') + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' + ('<think>' if thinking else '</think>') }}{% endif %}"
+    )
+    (sample,) = rendered(switched, user("How many?"), answer("5", reasoning="5")).samples
+    assert marked(sample).endswith("<|assistant|>\n<think>⟦5</think>5<|end|>⟧\n")
+    (sample,) = rendered(switched, user("How many?"), answer("5")).samples
+    assert marked(sample).endswith("<|assistant|>\n</think>⟦5<|end|>⟧\n")
+
+
+def test_a_context_that_the_last_answer_rewrites() -> None:
+    """As gpt-oss: earlier thoughts vanish once an answer is there. Both are trained behind the prompt that had them."""
+    vanishing = (
+        "{{ bos_token }}{% set done = messages[-1].role == 'assistant' and not messages[-1].tool_calls %}"
+        "{% for m in messages %}{{ '<|user|>\nresult ' if m.role == 'tool' else '<|' + m.role + '|>\n' }}"
+        "{% if m.reasoning_content and (not done or loop.last) %}{{ '[' + m.reasoning_content + ']' }}{% endif %}"
+        "{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ 'call ' + c.function.name + (c.function.arguments | tojson) }}"
+        "{% endfor %}{{ (eos_token if m.role == 'assistant' else '') + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    turns = (user("a"), call({"x": "y"}, reasoning="hm"), result("b"), answer("c", reasoning="so"))
+    (sample,) = rendered(vanishing, *turns).samples
+    assert marked(sample) == (
+        '<|begin|><|user|>\na\n<|assistant|>\n⟦[hm]call look_up{"x": "y"}<|end|>⟧\n<|user|>\nresult b\n<|assistant|>\n'
+        "⟦[so]c<|end|>⟧\n"
+    )
+
+
+def test_two_answers_in_a_row_are_trained_apart() -> None:
+    """The token that ends the first is the one at which generation stops, not the one that begins the second."""
+    found = rendered(UNENDED, user("a"), answer("b"), answer("c"))
+    assert [marked(sample) for sample in found.samples] == [
+        "<|begin|><|user|>\na<|assistant|>\n⟦b<|user|>⟧",
+        "<|begin|><|user|>\na<|assistant|>\nb<|assistant|>\n⟦c<|user|>⟧",
+    ]
+    assert [sample.questions for sample in found.samples] == [("a",), ("b",)]
+
+
+def test_a_template_that_begins_another_answer_unasked() -> None:
+    """Its header is not taken for the end: one token that ends a turn is found, several cannot be told apart."""
+    always = PLAIN.replace("{% if add_generation_prompt %}", "{% if true %}")
+    (sample,) = rendered(always, user("a"), answer("b")).samples
+    assert marked(sample) == "<|begin|><|user|>\na\n<|assistant|>\n⟦b<|end|>⟧\n<|assistant|>\n"
+    several = always.replace("eos_token if", "'<|end|><|pad|><|end|>' if").replace(
+        "'<|assistant|>\n' }}", "'<|assistant|>' }}"
+    )
+    with pytest.raises(ValueError, match="begins another answer behind this one where none is asked for"):
+        rendered(several, user("a"), answer("b"))
+
+
+def test_an_assistant_that_begins() -> None:
+    """A template without a prompt for an empty conversation: the header is not trained."""
+    shy = PLAIN.replace("{% if add_generation_prompt %}", "{% if add_generation_prompt and messages %}")
+    (sample,) = rendered(shy, answer("Hello."), user("a"), answer("b")).samples
+    assert marked(sample).startswith("<|begin|><|assistant|>\n⟦Hello.<|end|>⟧\n")

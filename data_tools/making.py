@@ -12,10 +12,12 @@ from typing import Any
 import pyarrow as pa
 from datasets import Features, List, Value
 
+from data_tools.documents import render_document
 from data_tools.facts import SCHEMA, facts_of
 from data_tools.records import Document, Problem, Raw, Record, read_one
-from data_tools.render import ConversationRenderer, RenderSettings, Sample, begin_ids, end_tokens, render_document
+from data_tools.render import ConversationRenderer, RenderSettings
 from data_tools.report import DataError
+from data_tools.samples import Sample, begin_ids, end_tokens
 from data_tools.truncation import Policy, fit
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes divide the records; a call needs no threads

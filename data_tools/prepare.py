@@ -23,8 +23,9 @@ from data_tools.facts import SCHEMA
 from data_tools.making import FEATURES, Made, Maker, MakeSettings, made_in_chunks
 from data_tools.progress import Progress
 from data_tools.records import read_raw
-from data_tools.render import RenderSettings, tokenizer_identity
+from data_tools.render import RenderSettings
 from data_tools.report import DataError, Report
+from data_tools.samples import tokenizer_identity
 from data_tools.sources import Source, Survey, survey
 from data_tools.truncation import Policy
 

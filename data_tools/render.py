@@ -1,22 +1,20 @@
-"""Records -> token ids and which of them are trained, made together: no marker is searched for in the ids later."""
+"""Conversations -> token ids and which are trained, made together: no marker is searched for in the ids later."""
 
 import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
-from itertools import pairwise
 from operator import itemgetter
 from typing import Any, Literal
 
-from transformers import PreTrainedTokenizerBase
-
 from data_tools.chat_template import ChatTemplate
 from data_tools.dialogue import Dialogue, DialogueText
-from data_tools.encode import Encoded, Encoder, SpelledTokens, special_tokens
+from data_tools.encode import Encoded, Encoder, SpelledTokens
 from data_tools.locate import find_leaf, find_value, said_in_calls, unread_in_tool
 from data_tools.questions import Questions, shape_of, with_sentinels
-from data_tools.records import Conversation, Document
+from data_tools.records import Conversation
+from data_tools.samples import Sample
 from data_tools.turns import History, Rendering, TrainedTurn, renderings_of
 
 MAX_TOOLS = 1024  # sets of definitions that are remembered
@@ -24,33 +22,6 @@ WAYS_OUT = (
     "choose a --data.chat_template that has it, leave it out with --data.leave_out, or skip such rows with "
     "--data.on_error skip"
 )
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Token ids, and for each whether it is trained (supervised); both lists have the same length.
-
-    `questions` has, for each run of trained tokens, what the user said last before it; empty where it is no answer.
-    """
-
-    source: str
-    input_ids: list[int]
-    trained: list[bool]
-    questions: tuple[str, ...] = ()
-
-    @property
-    def num_supervised_tokens(self) -> int:
-        """The number of supervised tokens; the first is never one, because nothing predicts it."""
-        return self.trained.count(True) - self.trained[0]
-
-    def runs(self) -> list[tuple[int, int]]:
-        """[start, end) of each run of trained tokens."""
-        flags, found, end = bytes(self.trained), [], 0
-        while (start := flags.find(1, end)) >= 0:
-            end = flags.find(0, start)
-            end = len(flags) if end < 0 else end
-            found.append((start, end))
-        return found
 
 
 @dataclass(frozen=True)
@@ -256,63 +227,3 @@ def _hidden(dialogue: Dialogue, spelled: SpelledTokens) -> Dialogue:
 
 def _listed(items: Sequence[str]) -> str:
     return " and ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
-
-
-def end_tokens(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> set[int]:
-    """The special tokens that end this sample's trained spans, which teach the model to stop."""
-    special = special_tokens(tokenizer, len(tokenizer))
-    return {sample.input_ids[end - 1] for _, end in sample.runs()} & special.keys()
-
-
-def render_document(
-    tokenizer: PreTrainedTokenizerBase, document: Document, max_length: int, overlap: int
-) -> Iterator[Sample]:
-    """Samples of at most `max_length` tokens that together train each token of the text once.
-
-    Each begins with the tokenizer's begin tokens, if any; all but the first repeat `overlap` tokens as masked context;
-    the end token follows, trained, only at the document's end. A sample ends with a paragraph, or else with a line, if
-    one ends in its last quarter.
-    """
-    begin = begin_ids(tokenizer)
-    # split_special_tokens: "<|end_of_text|>" in the text does not end the document
-    encoded: Any = tokenizer(
-        document.text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True
-    )
-    body: list[int] = [*encoded["input_ids"], tokenizer.eos_token_id]
-    ranks = _break_ranks(document.text, encoded["offset_mapping"])
-    room = max_length - len(begin)
-    start = 0
-    while start < len(body):
-        context = min(overlap, start, room - 1)
-        end = start + room - context
-        if end < len(body):
-            last_quarter = range(end - (end - start) // 4, end + 1)
-            end = max(last_quarter, key=lambda position: (ranks[position - 1], position))
-        piece = body[start - context : end]
-        masked = len(begin) + context
-        trained = [False] * masked + [True] * (len(piece) - context)
-        yield Sample(f"{document.source}@{start}", begin + piece, trained)
-        start += len(piece) - context
-
-
-def _break_ranks(text: str, offsets: Sequence[tuple[int, int]]) -> list[int]:
-    """For each token: 2 if a paragraph ends with it, 1 if a line does, otherwise 0."""
-    starts = [*(start for start, _ in offsets), len(text)]
-    parts = [text[start:end] for start, end in pairwise(starts)]  # a token with what separates it from the next
-    return [2 if "\n\n" in part else 1 if "\n" in part else 0 for part in parts]
-
-
-def begin_ids(tokenizer: Any) -> list[int]:
-    """The ids that the tokenizer puts before a text: usually a begin token, or none."""
-    added: list[int] = tokenizer("")["input_ids"]
-    return added[:-1] if added and added[-1] == tokenizer.eos_token_id else added
-
-
-def tokenizer_identity(tokenizer: Any) -> str:
-    """Everything that determines the ids that the tokenizer gives to a text, as one string."""
-    settings = {
-        "specials": tokenizer.special_tokens_map,
-        "template": tokenizer.chat_template,
-        "begin": tokenizer("")["input_ids"],
-    }
-    return tokenizer.backend_tokenizer.to_str() + json.dumps(settings, sort_keys=True, default=str)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from data_tools.render import Sample
+from data_tools.samples import Sample
 
 Policy = Literal["drop", "left", "right", "split"]
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from data_tools.render import Sample
+from data_tools.samples import Sample
 
 PRINTED = re.compile(r"""'room': '|['"]type['"]: ?['"](text|thinking)['"]""")  # an object where text was meant
 FOLLOWING = {

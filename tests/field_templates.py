@@ -13,7 +13,8 @@ from typing import Any
 
 from data_tools.formats import detect
 from data_tools.records import Conversation
-from data_tools.render import ConversationRenderer, RenderSettings, Sample
+from data_tools.render import ConversationRenderer, RenderSettings
+from data_tools.samples import Sample
 from tests.conftest import SHARED, tokenizer_at
 from tests.field_oracle import Oracle
 

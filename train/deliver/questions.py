@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from data_tools.encode import special_ids
-from data_tools.render import Sample
+from data_tools.samples import Sample
 
 
 @dataclass(frozen=True)

@@ -70,3 +70,15 @@ def test_the_bundled_rows_are_those_of_the_bundled_glossary(tmp_path: Path) -> N
     assert command(BUNDLED, tmp_path, *BUNDLED_WORDS) == 0
     for made, bundled_rows in (("t.jsonl", "glossary.jsonl"), ("new/h.jsonl", "held_out.jsonl")):
         assert (tmp_path / made).read_bytes() == (BUNDLED.parent / bundled_rows).read_bytes()
+
+
+def test_a_glossary_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without names for them the two files lie beside the glossary; they are never replaced unasked."""
+    path = write_as("csv", tmp_path / "terms")
+    assert handloop(["glossary", str(path)]) == 0
+    training, held_out = tmp_path / "terms.train.jsonl", tmp_path / "terms.held_out.jsonl"
+    assert training.exists()
+    assert held_out.exists()
+    assert handloop(["glossary", str(path)]) == ExitCode.BAD_INPUT
+    assert f"{training} exists; to replace it, say --out {training}" in capsys.readouterr().err
+    assert handloop(["glossary", str(path), "--out", str(training), "--held-out", str(held_out)]) == 0

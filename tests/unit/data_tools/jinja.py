@@ -4,7 +4,8 @@ from typing import Any
 
 from data_tools.formats import detect
 from data_tools.records import Conversation
-from data_tools.render import ConversationRenderer, Rendered, RenderSettings, Sample
+from data_tools.render import ConversationRenderer, Rendered, RenderSettings
+from data_tools.samples import Sample
 from tests.conftest import tokenizer_at
 
 _HEAD = "{{ bos_token }}{% if tools %}{{ '<|system|>\n' + (tools | tojson) + '\n' }}{% endif %}"

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from data_tools.chat_template import PLAIN_TEMPLATE
+from data_tools.documents import render_document
 from data_tools.messages import Message
 from data_tools.records import Conversation, Document
-from data_tools.render import ConversationRenderer, RenderSettings, Sample, end_tokens, render_document
+from data_tools.render import ConversationRenderer, RenderSettings
+from data_tools.samples import Sample, end_tokens
 from tests.conftest import BUNDLED_BASE, SHARED, needs_shared, tokenizer_at
 
 ATP = Conversation("x:1", (Message("user", "What is ATP?"), Message("assistant", "Available to promise.", train=True)))

@@ -4,7 +4,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from data_tools.render import Sample
+from data_tools.samples import Sample
 from data_tools.truncation import Policy, fit
 from train.config import DataConfig
 

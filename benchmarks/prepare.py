@@ -1,14 +1,16 @@
 """Speed and memory of preparing data, and masks and packing beside TRL's on the same rows where TRL is installed.
 
-    python -m benchmarks.prepare --out benchmarks/results/prepare.json --tokenizer FOLDER [--million] FILE_OR_FOLDER ...
+    python -m benchmarks.prepare --out benchmarks/results/prepare.json --tokenizer FOLDER [--chat N] [--million] PATH
 
-Rows are prompt/response pairs or texts. Both sides start from the files and end with token ids and masks in an Arrow
-table; each is run once, ours first, in one process.
+Rows are prompt/response pairs, texts, or with --chat N conversations of one to three questions. Both sides start from
+the files and end with token ids and masks in an Arrow table. Each is run once, ours first; TRL in one process, which is
+its default, ours on all cores. The audit of what we prepared is timed, too.
 """
 
 import argparse
 import json
 import os
+import random
 import resource
 import tempfile
 import time
@@ -21,9 +23,10 @@ from typing import Any
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.interrupted_run import commit
+from data_tools.audit import Schedule, audit
 from data_tools.chat_template import PLAIN_TEMPLATE, Dialect
 from data_tools.packing import pack
-from data_tools.prepare import Prepared, PrepareSettings, prepare
+from data_tools.prepare import DataSplit, Prepared, PrepareSettings, prepare
 from data_tools.records import Conversation, Tally, read_records
 from train.run.versions import versions
 
@@ -53,14 +56,16 @@ def main() -> None:
     parser.add_argument(
         "--million", action="store_true", help="also a million synthetic rows, for the memory they take"
     )
-    parser.add_argument("paths", nargs="+")
+    parser.add_argument("--chat", type=int, default=0, metavar="N", help="also N synthetic conversations")
+    parser.add_argument("paths", nargs="*")
     options = parser.parse_args()
     tokenizer: Any = AutoTokenizer.from_pretrained(options.tokenizer, trust_remote_code=False)
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
     results = []
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["HANDLOOP_CACHE"] = scratch
-        for path in options.paths:
+        chats = [conversations(Path(scratch) / "chat.jsonl", options.chat)] if options.chat else []
+        for path in [*options.paths, *chats]:
             settings = PrepareSettings((path,), max_length=MAX_LENGTH)
             prepared, row = ours(settings, tokenizer)
             results.append(row)
@@ -83,7 +88,25 @@ def ours(settings: PrepareSettings, tokenizer: Any) -> tuple[Prepared, dict[str,
     lengths = prepared.dataset["num_tokens"][:]
     bins = pack(lengths, MAX_LENGTH)
     row["packing_fill"] = round(sum(lengths) / (len(bins) * MAX_LENGTH), 4)
-    return prepared, row | {"records": prepared.statistics.num_records}
+    began = time.perf_counter()
+    audit(DataSplit(prepared, prepared.dataset), None, tokenizer, Schedule(1, 1, 1, "samples", 1, 1, 1, 1))
+    row["audit_seconds"] = round(time.perf_counter() - began, 2)
+    records = prepared.statistics.num_records
+    return prepared, row | {"records": records, "records_per_second": round(records / row["seconds"])}
+
+
+def conversations(path: Path, count: int) -> str:
+    """A file of conversations of one to three questions, 320 tokens on average."""
+    draw = random.Random(0)
+    with path.open("w") as file:
+        for i in range(count):
+            turns = []
+            for k in range(draw.choice((1, 1, 1, 2, 3))):
+                question, answer = (" ".join(draw.choices(WORDS, k=draw.randint(*n))) for n in ((5, 40), (10, 80)))
+                turns.append({"role": "user", "content": f"{i}.{k}: {question}"})
+                turns.append({"role": "assistant", "content": f"{answer} {i}."})
+            file.write(json.dumps({"messages": turns}) + "\n")
+    return str(path)
 
 
 def trls(settings: PrepareSettings, tokenizer: Any, prepared: Prepared, scratch: str) -> dict[str, Any]:

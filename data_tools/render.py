@@ -12,7 +12,7 @@ from data_tools.chat_template import ChatTemplate
 from data_tools.dialogue import Dialogue, DialogueText
 from data_tools.encode import Encoded, Encoder, SpelledTokens
 from data_tools.locate import find_leaf, find_value, said_in_calls, unread_in_tool
-from data_tools.questions import Questions, shape_of, with_sentinels
+from data_tools.questions import MAX_SHAPES, Questions, shape_of, with_sentinels
 from data_tools.records import Conversation
 from data_tools.samples import Sample
 from data_tools.turns import History, Rendering, TrainedTurn, renderings_of
@@ -54,7 +54,7 @@ class ConversationRenderer:
         self.encoder = Encoder(tokenizer)
         self.questions = Questions(self.template)
         self._unread_tools: dict[str, tuple[str, ...]] = {}
-        self._num_specials: dict[str, list[int]] = {}  # of each rendering of a shape's sentinels
+        self._num_specials: dict[tuple[str, tuple[bool, ...]], list[int]] = {}  # in each text of a shape's sentinels
 
     def render(self, conversation: Conversation) -> Rendered:
         """Samples in which exactly the turns marked `train`, with the tokens that end them, are trained.
@@ -140,8 +140,10 @@ class ConversationRenderer:
         """
         if any(message.tool_calls for message in conversation.messages) or conversation.tools:
             return
-        shape = shape_of(conversation)
+        shape = shape_of(conversation), tuple(message.train for message in conversation.messages)
         if shape not in self._num_specials:
+            if len(self._num_specials) >= MAX_SHAPES:
+                self._num_specials.clear()
             sentinels = replace(dialogue, messages=with_sentinels(conversation))
             texts = DialogueText(self.template, self.encoder, sentinels)
             try:

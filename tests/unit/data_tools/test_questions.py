@@ -6,8 +6,10 @@ import pytest
 
 from data_tools.chat_template import ChatTemplate
 from data_tools.questions import Questions
+from data_tools.render import ConversationRenderer, RenderSettings
 from tests.unit.data_tools.jinja import (
     PLAIN,
+    THINKS,
     TOOL,
     WHOLE,
     answer,
@@ -163,3 +165,15 @@ def test_what_a_template_leaves_out_of_a_definition_is_counted() -> None:
     found = rendered(flat, user("a"), answer("b"), tools=[deep])
     assert found.unread == ("tools.default", "tools.description", "tools.enum", "tools.properties", "tools.type")
     assert rendered(WHOLE, user("a"), answer("b"), tools=[deep]).unread == ()
+
+
+def test_masked_turns_change_no_count_of_special_tokens() -> None:
+    """Conversations of one shape with other turns trained are other texts: none is refused for another's tokens."""
+    template = THINKS
+    settings = RenderSettings()
+    renderer = ConversationRenderer(tokenizer_with(template), settings)
+    counts = []
+    for flags in ((True, True), (False, True), (True, False)):
+        turns = [user("a"), answer("b", train=flags[0]), user("c"), answer("d", train=flags[1])]
+        counts.append(len(renderer.render(conversation_of(*turns)).samples))
+    assert counts == [2, 1, 1]

@@ -4,8 +4,7 @@ import json
 import re
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from functools import cache, cached_property
@@ -122,10 +121,16 @@ class ChatTemplate:
 
     def switches(self, with_tools: bool, given: Mapping[str, Any]) -> list[str]:
         """The switches for thinking that the template names, and that neither the row nor the user has set."""
-        source, taken = self.source(with_tools), {**self.arguments, **given}
-        # as a variable: message.thinking and 'thinking' in message are parts of a turn
-        named = (name for name in THINKING_SWITCHES if re.search(rf"(?<![\w.'\"]){name}(?![\w'\"])", source))
-        return [name for name in named if name not in taken]
+        named = self._switches[with_tools]
+        return [name for name in named if name not in self.arguments and name not in given] if named else []
+
+    @cached_property
+    def _switches(self) -> tuple[list[str], ...]:
+        """Without and with tools; as a variable: message.thinking and 'thinking' in message are parts of a turn."""
+        patterns = {name: rf"(?<![\w.'\"]){name}(?![\w'\"])" for name in THINKING_SWITCHES}
+        return tuple(
+            [name for name, pattern in patterns.items() if re.search(pattern, source)] for source in self._sources
+        )
 
     @cached_property
     def repeats_prompt(self) -> bool:
@@ -147,20 +152,22 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
     ) -> str:
         """The conversation as text; raises ValueError if the template fails on it, TimeoutError if it does not end."""
+        _limit_time(MAX_TEMPLATE_SECONDS)
         try:
-            with _time_limit():
-                text = self._compiled(bool(tools)).render(
-                    messages=turns,
-                    tools=tools or None,
-                    documents=None,
-                    add_generation_prompt=add_generation_prompt,
-                    strftime_now=self._now,
-                    **{**self._given, **arguments},
-                )
+            text = self._compiled(bool(tools)).render(
+                messages=turns,
+                tools=tools or None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                strftime_now=self._now,
+                **{**self._given, **arguments},
+            )
         except TimeoutError:
             raise
         except Exception as error:  # a template can raise anything
             raise ValueError(f"the chat template refuses this conversation: {error}{_in_line(error)}") from None
+        finally:
+            _limit_time(0)
         if len(text) > MAX_RENDERED_CHARACTERS:
             limit = f"{MAX_RENDERED_CHARACTERS:,}"
             raise ValueError(f"the chat template renders {len(text):,} characters, more than {limit}")
@@ -229,18 +236,11 @@ def read_template(path: Path) -> str:
     return text
 
 
-@contextmanager
-def _time_limit() -> Iterator[None]:
-    """Raises TimeoutError in the `with` block after MAX_TEMPLATE_SECONDS; without effect outside the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    _listen()
-    signal.setitimer(signal.ITIMER_REAL, MAX_TEMPLATE_SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+def _limit_time(seconds: float) -> None:
+    """Lets TimeoutError be raised here after `seconds`; 0 takes it back. Without effect outside the main thread."""
+    if threading.current_thread() is threading.main_thread():
+        _listen()
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 @cache

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from data_tools.messages import Message
 from data_tools.records import Conversation, Record
-from data_tools.similarity import NUM_MINIMA, fingerprint, normalise, sketch
+from data_tools.similarity import NUM_MINIMA, fingerprint, normalise
 
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
@@ -48,7 +48,7 @@ SCHEMA = pa.schema(
 
 
 def facts_of(record: Record) -> dict[str, Any]:
-    """A row of SCHEMA without its token counts."""
+    """A row of SCHEMA without its token counts, with `spoken`, the normalised text, where the sketch is to be."""
     is_conversation = isinstance(record, Conversation)
     turns = record.messages if is_conversation else (Message("text", record.text, train=True),)
     plain = [normalise(turn.content) for turn in turns]
@@ -64,7 +64,7 @@ def facts_of(record: Record) -> dict[str, Any]:
         # texts of punctuation alone would all be equal, so they are not normalised
         "normalised": _hash(plain, turns, tools) if spoken else exact,
         "prompt": _hash(plain[:beginning], turns[:beginning], tools) if beginning else 0,
-        "sketch": sketch(spoken).tobytes(),
+        "spoken": spoken,
         "control_character_rows": _note(CONTROL, texts),
         "mojibake_rows": _note(MOJIBAKE, texts),
         "role_order_rows": role_problem([turn.role for turn in turns]) if is_conversation else "",

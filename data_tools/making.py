@@ -1,5 +1,6 @@
 """Records -> samples and facts, chunk by chunk; the cores divide a large data set among them."""
 
+import gc
 import multiprocessing
 import os
 from collections import Counter, deque
@@ -18,6 +19,7 @@ from data_tools.records import Document, Problem, Raw, Record, read_one
 from data_tools.render import ConversationRenderer, RenderSettings
 from data_tools.report import DataError
 from data_tools.samples import Sample, begin_ids, end_tokens
+from data_tools.similarity import sketches
 from data_tools.truncation import Policy, fit
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes divide the records; a call needs no threads
@@ -96,6 +98,8 @@ class Maker:
                     "num_supervised_tokens": sum(sample.num_supervised_tokens for sample in whole),
                 }
             )
+        for row, minima in zip(facts, sketches([row.pop("spoken") for row in facts]), strict=True):
+            row["sketch"] = minima.tobytes()
         made.samples = _table(samples, FEATURES.arrow_schema)
         made.facts = _table(facts, SCHEMA)
         made.counts["num_records"] = len(facts)
@@ -150,6 +154,11 @@ def _table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
 _worker_maker: list[Maker] = []  # in a worker process: its maker, which is slow to send with each chunk
 
 
+def _begin_work(maker: Maker) -> None:
+    gc.freeze()  # what was inherited is not looked through again and again
+    _worker_maker.append(maker)
+
+
 def _make_in_worker(rows: list[Raw]) -> Made:
     return _worker_maker[0].make(rows)
 
@@ -164,7 +173,7 @@ def made_in_chunks(rows: Iterator[Raw], maker: Maker, num_bytes: int) -> Iterato
         return
     # forked workers inherit the maker; none of them touches a GPU
     fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(num_workers, fork, initializer=_worker_maker.append, initargs=(maker,)) as pool:
+    with ProcessPoolExecutor(num_workers, fork, initializer=_begin_work, initargs=(maker,)) as pool:
         pending: deque[Future[Made]] = deque()
         for chunk in chunks:
             pending.append(pool.submit(_make_in_worker, chunk))

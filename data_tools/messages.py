@@ -1,7 +1,7 @@
 """The border: a turn as people write it, in whichever trainer's spelling, becomes our `Message`, or is refused."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ ROLES |= {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": 
 ROLES |= dict.fromkeys(("observation", "function", "function_response", "tool_response", "ipython"), "tool")
 CALL_ROLES = ("function_call", "tool_call")  # an assistant turn whose text is the call, as JSON
 
+# names for one thing; a turn has one of each
+ROLE_KEYS, CONTENT_KEYS, CALL_KEYS = {"role", "from"}, {"content", "value"}, {"tool_calls", "function_call"}
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # Whether a turn counts in the loss, under the names that trainers give it: true or 1 is trained
 TRAINED_FLAGS = ("train", "weight", "training", "trainable", "loss", "loss_mask", "loss_weight", "train_on_turn")
@@ -77,18 +79,18 @@ def message_of(entry: Any, only_flagged: bool = False) -> Message:
     """A turn with `role`/`content` or `from`/`value`; raises ValueError saying what of it cannot be read."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"expected an object with role and content, not {kind_of(entry)}")
-    named = _one_of(entry, "role", "from")
+    named = _one_of(entry, ROLE_KEYS)
     is_call = named in CALL_ROLES
     role = "assistant" if is_call else ROLES.get(named) if isinstance(named, str) else None
     if role is None:
         raise ValueError(f"unknown role {named!r}; known: {', '.join(sorted({*ROLES, *CALL_ROLES}))}")
-    value = _one_of(entry, "content", "value")
+    value = _one_of(entry, CONTENT_KEYS)
     if is_call:
         content, thought, calls = "", "", tool_calls_of(json_or_same(value, "the call"))
     else:
         content, thought = _content(value, role)
-        calls = tool_calls_of(_one_of(entry, "tool_calls", "function_call"))
-    given = {_text(entry[key], key) for key in REASONING_KEYS if not is_absent(entry.get(key))}
+        calls = tool_calls_of(_one_of(entry, CALL_KEYS))
+    given = {_text(entry[key], key) for key in REASONING_KEYS if key in entry and not is_absent(entry[key])}
     given = {text for text in (*given, thought) if text.strip()}
     if len(given) > 1:
         raise ValueError(f"it has two different reasonings ({', '.join(k for k in REASONING_KEYS if entry.get(k))})")
@@ -111,12 +113,14 @@ def message_of(entry: Any, only_flagged: bool = False) -> Message:
     )
 
 
-def _one_of(entry: Mapping[str, Any], *keys: str) -> Any:
+def _one_of(entry: Mapping[str, Any], keys: Set[str]) -> Any:
     """The value that is there under one of several names; raises ValueError if there are two different ones."""
+    if len(keys & entry.keys()) < 2:  # as in nearly all rows
+        return next((entry[key] for key in keys if key in entry), None)
     found = {key: entry[key] for key in keys if not is_absent(entry.get(key))}
     values = list(found.values())
     if any(value != values[0] for value in values[1:]):
-        raise ValueError(f"it has {' and '.join(map(repr, found))}, which differ; keep one")
+        raise ValueError(f"it has {' and '.join(map(repr, sorted(found)))}, which differ; keep one")
     return values[0] if values else next((entry[key] for key in keys if entry.get(key) is not None), None)
 
 

@@ -158,7 +158,7 @@ class ConversationRenderer:
 
     def _count(self, encoded: Encoded) -> int:
         """The number of special tokens."""
-        return sum(number in self.encoder.special for number in encoded.ids)
+        return sum(map(self.encoder.special.__contains__, encoded.ids))
 
     def _encoded(self, rendering: Rendering, spelled: SpelledTokens | None) -> Encoded:
         if spelled is not None and spelled.are_escaped(rendering.text):

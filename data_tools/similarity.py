@@ -3,6 +3,7 @@
 import hashlib
 import unicodedata
 import zlib
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -37,22 +38,45 @@ def _punctuation() -> dict[int, str]:
     return {number: " " for number in range(0x10000) if unicodedata.category(chr(number)).startswith("P")}
 
 
-def sketch(normalised: str) -> np.ndarray:
-    """[NUM_MINIMA] MinHash minima (Broder 1997) of the text's word 5-grams, uint32; a shorter text is one gram."""
+def sketches(texts: Sequence[str]) -> np.ndarray:
+    """[texts, NUM_MINIMA] MinHash minima (Broder 1997) of each normalised text's word 5-grams, uint32.
+
+    A shorter text is one gram; a text without words has the largest minima.
+    """
+    grams = [_grams(text) for text in texts]
+    ends = np.cumsum([len(each) for each in grams])
+    minima = np.full((len(texts), NUM_MINIMA), _EMPTY)
+    hashed, start = np.concatenate([*grams, np.zeros(0, np.uint64)]), 0
+    while start < len(texts):  # as many texts at once as fit into a chunk, or one that is longer
+        begin = ends[start] - len(grams[start])
+        stop = max(int(np.searchsorted(ends, begin + CHUNK, side="right")), start + 1)
+        _fill(minima[start:stop], hashed[begin : ends[stop - 1]], [len(each) for each in grams[start:stop]])
+        start = stop
+    return minima
+
+
+def _grams(normalised: str) -> np.ndarray:
+    """The hashes of a text's word 5-grams, uint64."""
     words = np.array([zlib.crc32(word) for word in normalised.encode("utf-8", "surrogatepass").split()], np.uint64)
-    if not len(words):
-        return _EMPTY
     width = min(GRAM_WORDS, len(words))
-    count = len(words) - width + 1
+    count = len(words) - width + 1 if width else 0
     grams = np.zeros(count, np.uint64)
     for i in range(width):
         grams += words[i : i + count] * _GRAM_FACTORS[i]  # modulo 2**64
-    grams ^= grams >> np.uint64(29)
-    minima = _EMPTY
-    for start in range(0, len(grams), CHUNK):
-        hashes = np.outer(_FACTORS, grams[start : start + CHUNK]) + _OFFSETS[:, None]  # [minima, grams], modulo 2**64
-        minima = np.minimum(minima, (hashes >> np.uint64(32)).astype(np.uint32).min(axis=1))
-    return minima
+    return grams ^ (grams >> np.uint64(29))
+
+
+def _fill(minima: np.ndarray, grams: np.ndarray, counts: Sequence[int]) -> None:
+    """Writes the minima of some texts, whose grams stand behind one another, CHUNK of them at a time."""
+    starts = np.cumsum([0, *counts[:-1]])
+    filled = np.flatnonzero(counts)
+    for begin in range(0, len(grams), CHUNK):
+        part = grams[begin : begin + CHUNK]
+        hashes = (np.outer(_FACTORS, part) + _OFFSETS[:, None]) >> np.uint64(32)  # [minima, grams], modulo 2**64
+        if len(filled) == 1:
+            minima[filled[0]] = np.minimum(minima[filled[0]], hashes.min(axis=1).astype(np.uint32))
+        else:
+            minima[filled] = np.minimum.reduceat(hashes, starts[filled], axis=1).T.astype(np.uint32)
 
 
 def first_equal(hashes: np.ndarray) -> np.ndarray:

@@ -184,6 +184,7 @@ ALLOWED_MODULES = {
         "data_tools.render",
         "data_tools.report",
         "data_tools.samples",
+        "data_tools.similarity",
         "data_tools.truncation",
     },
     "data_tools.messages": {"data_tools.strict_json", "data_tools.tool_calls", "data_tools.values"},

@@ -111,7 +111,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**ANSWERED, "value": "BER."}, "'content' and 'value', which differ"),
     (
         {**ANSWERED, "tool_calls": [{"name": "f"}], "function_call": {"name": "g"}},
-        "'tool_calls' and 'function_call', which",
+        "'function_call' and 'tool_calls', which",
     ),
     (
         {**ANSWERED, "tool_calls": [{"name": "f", "arguments": {"x": 1}, "parameters": {"y": 2}}]},

@@ -1,8 +1,10 @@
 """Equal and nearly equal texts are found from hashes."""
 
 import numpy as np
+import pytest
 
-from data_tools.similarity import NEAR_SIMILARITY, first_equal, first_near, normalise, sketch
+from data_tools import similarity
+from data_tools.similarity import NEAR_SIMILARITY, first_equal, first_near, normalise, sketches
 
 
 def test_normalisation() -> None:
@@ -25,7 +27,7 @@ def test_near_duplicates_agree_with_the_true_similarity() -> None:
         first, second = ({tuple(w[i : i + 5]) for i in range(96)} for w in (words, edited))
         similarity = len(first & second) / len(first | second)
         if abs(similarity - NEAR_SIMILARITY) > 0.15 or similarity > 0.9:
-            is_found = first_near(np.stack([sketch(" ".join(words)), sketch(" ".join(edited))])).tolist() == [0, 0]
+            is_found = first_near(sketches([" ".join(words), " ".join(edited)])).tolist() == [0, 0]
             tally = hits[similarity > NEAR_SIMILARITY]
             tally[0] += is_found
             tally[1] += 1
@@ -39,4 +41,16 @@ def test_first_equal() -> None:
     """Each item maps to the first equal one; empty input gives empty output."""
     assert first_equal(np.array([3, 1, 3, 2, 1, 3], np.uint64)).tolist() == [0, 1, 0, 3, 1, 0]
     assert first_equal(np.zeros(0, np.uint64)).tolist() == []
-    assert first_near(np.stack([sketch(""), sketch("")])).tolist() == [0, 1]
+    assert first_near(sketches(["", ""])).tolist() == [0, 1]
+
+
+def test_sketches_do_not_depend_on_their_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text has the same sketch alone, beside others, empty ones among them, and in pieces where it is long."""
+    texts = ["", "one two", " ".join(f"word{i}" for i in range(300)), "", "five words are one gram", "x " * 40]
+    alone = np.stack([sketches([text])[0] for text in texts])
+    assert (sketches(texts) == alone).all()
+    assert (alone[0] == alone[3]).all()
+    assert len({row.tobytes() for row in alone}) == 5
+    monkeypatch.setattr(similarity, "CHUNK", 7)
+    assert (sketches(texts) == alone).all()
+    assert sketches([]).shape == (0, similarity.NUM_MINIMA)

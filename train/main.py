@@ -141,7 +141,6 @@ def run(config: Config, stop: StopRequest, closing: ExitStack, log: AttemptLog) 
     run_identity = identity(config, prepared, data, accelerator.device)
     store = CheckpointStore(folder, config.checkpoint.keep)
     checkpoint = choose(store, config, accelerator)
-    on_first_process(accelerator, lambda: keep_date(folder, today))
     if checkpoint is not None:
         check_same_run(checkpoint, run_identity, accelerator)
     else:
@@ -156,6 +155,8 @@ def run(config: Config, stop: StopRequest, closing: ExitStack, log: AttemptLog) 
     say(accelerator, banner(training, tokenizer.notes, splits, checkpoint))
 
     on_first_process(accelerator, lambda: check_disk(training, store))
+    if prepared.statistics.date:
+        on_first_process(accelerator, lambda: keep_date(folder, today))
     raise_if_stopped(config, accelerator, stop)
 
     trackers = open_trackers(training, store, checkpoint, listeners)

@@ -52,7 +52,7 @@ CASES: dict[str, tuple[bytes, str]] = {
     "nested 10,000 deep": (b"[" * 10_000 + b"]" * 10_000 + b"\n", "nested too deeply"),
     "a field twice": (b'{"prompt": "a", "prompt": "b", "response": "c"}\n', "the field 'prompt' appears twice"),
     "NaN": (b'{"prompt": "a", "response": NaN}\n', "NaN is not JSON"),
-    "a wrong type": (b'{"prompt": ["a"], "response": "b"}\n', "'prompt' must be a string, not list"),
+    "a wrong type": (b'{"prompt": {"a": 1}, "response": "b"}\n', "'prompt' must be a string, not dict"),
     "a missing field": (b'{"prompt": "a"}\n', "no field 'response'"),
     "half a surrogate pair": (b'{"prompt": "\\ud800", "response": "b"}\n', "half of a surrogate pair"),
     "an integer of 5,000 digits": (b'{"prompt": ' + b"1" * 5000 + b"}\n", "Exceeds the limit"),

@@ -207,7 +207,7 @@ def test_pickles_in_the_cache(tally: Tally, malware: Malware, caught: Path, toke
     path.write_text(GOOD * 2)
     settings = PrepareSettings((str(path),))
     prepared = prepare(settings, tokenizer)
-    samples, folder = prepared.dataset.to_list(), cache_root() / prepared.fingerprint
+    samples, folder = prepared.dataset.to_list(), next(cache_root().glob(f"{prepared.fingerprint}-*"))
     for kind, content in malware.contents.items():
         arrow = io.BytesIO()
         schema = with_extension(content)

@@ -136,7 +136,7 @@ class RaiseInRun:
         def fail(*arguments: object, **options: object) -> None:
             raise errors[self.kind]
 
-        holder, name = (train.checkpoints.store, "_write") if self.kind == "save" else (train.main, "prepare")
+        holder, name = (train.checkpoints.store, "_write") if self.kind == "save" else (train.main, "read_data")
         setattr(holder, name, fail)
 
 

@@ -24,7 +24,7 @@ CASES = {
     "no model": (["--model.name_or_path", "{tmp}"], ["--model.name_or_path", "name a folder"]),
     "unreachable model": (["--model.name_or_path", "nobody/nothing"], ["nobody/nothing", "hf auth login"]),
     "no such layer": (["--lora.target_modules", "w_q"], ["--lora.target_modules", "w_q"]),
-    "no template": (["--data.chat_template", "gone.jinja"], ["--data.chat_template gone.jinja"]),
+    "no template": (["--data.chat_template", "gone.jinja"], ["--data.chat_template", "No such file", "gone.jinja"]),
     "impossible split": (["--data.validation_fraction", "0.001"], ["--data.validation_fraction 0.001"]),
 }
 

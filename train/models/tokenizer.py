@@ -41,7 +41,8 @@ def load_tokenizer(config: Config) -> Tokenizer:
             tokenizer.chat_template = read_template(path)
             ChatTemplate(tokenizer, dict(map(parse_argument, config.data.template_arguments))).check(path)
         except (OSError, ValueError, TimeoutError) as error:
-            raise ExitWith(ExitCode.BAD_INPUT, f"--data.chat_template: {error}") from None
+            place = "" if str(path) in str(error) else f" {path}:"
+            raise ExitWith(ExitCode.BAD_INPUT, f"--data.chat_template{place} {error}") from None
         notes.append(f"chat template: {config.data.chat_template}")
     elif tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE

@@ -134,7 +134,12 @@ def test_what_is_left_out_on_purpose() -> None:
 def test_the_prompt_is_transformers_own() -> None:
     """Token for token: before each trained answer stands what apply_chat_template gives for generation."""
     tokenizer = tokenizer_with(THINKS)
-    turns = [user("Warm?"), answer("Yes.", reasoning="Feels so."), user("Damp?"), answer("No.", reasoning="Dry walls.")]
+    turns = [
+        user("Warm?"),
+        answer("Yes.", reasoning_content="Feels so."),
+        user("Damp?"),
+        answer("No.", reasoning_content="Dry walls."),
+    ]
     for number, sample in zip((1, 3), rendered(THINKS, *turns).samples, strict=True):
         prompt = tokenizer.apply_chat_template(turns[:number], add_generation_prompt=True, return_dict=True)
         ((start, end),) = sample.runs()

@@ -20,7 +20,8 @@ MAX_HEADERS = 8  # that one turn may have: a thought, calls and an answer have o
 class Answer:
     """A turn as generation writes it, the last of its conversation."""
 
-    prompt: str
+    prompt: str | None  # None where it is known to be the beginning of a text
+    start: int  # its length
     text: str  # with the token that stops generation
     rest: str  # what the template writes behind it
     written: int  # where the text begins to be trained: behind an empty think block, or 0
@@ -44,7 +45,7 @@ class AnswerFinder:
             raise ValueError(f"the chat template loses or changes {lost}, which was to be trained")
         written = self._empty_reasoning(prompt, text) if masks_empty_reasoning and not self.thinks else 0
         said, rest = self._stopped(text)
-        return Answer(prompt, said, rest, written)
+        return Answer(prompt, len(prompt), said, rest, written)
 
     def _prompt_and_turn(self) -> tuple[str, str]:
         """The generation prompt and what stands behind it; raises ValueError where generation would see another text.

@@ -6,7 +6,7 @@ one text for each answer that no other text has as it would be generated.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from data_tools.answers import Answer, AnswerFinder
@@ -38,16 +38,22 @@ def renderings_of(texts: DialogueText, history: History, masks_empty_reasoning: 
     """The texts to train; raises ValueError naming the turn that cannot be trained as it would be generated."""
     whole = texts.through(len(texts.messages))
     answers: dict[int, Answer] = {}
+    covered = set()
     for number, message in enumerate(texts.messages):
         if message.train:
             try:
-                answers[number] = AnswerFinder(texts, number).find(masks_empty_reasoning)
+                answer = AnswerFinder(texts, number).find(masks_empty_reasoning)
             except ValueError as error:
                 raise ValueError(f"turn {number + 1}: {error}") from None
+            if _stands_in(whole, answer):
+                covered.add(number)
+                answer = replace(answer, prompt=None)  # all of a long conversation's would take much memory
+            answers[number] = answer
     left = set(answers)
-    covered = {number for number in left if _stands_in(whole, answers[number])}
     if covered == left:
         return [_rendering(whole, answers, covered)]
+    # the beginnings of the whole are not known by other texts, which may begin otherwise
+    answers = {n: each if each.prompt else replace(each, prompt=whole[: each.start]) for n, each in answers.items()}
     if history == "refuse":
         other = min(left - covered) + 1
         raise ValueError(
@@ -57,7 +63,7 @@ def renderings_of(texts: DialogueText, history: History, masks_empty_reasoning: 
     found: list[Rendering] = []
     while left:
         latest = answers[max(left)]
-        text = latest.prompt + latest.text + latest.rest
+        text = f"{latest.prompt}{latest.text}{latest.rest}"
         covered = {number for number in left if _stands_in(text, answers[number])}
         left -= covered
         found.append(_rendering(text, answers, covered, len(left) if history == "last" else 0))
@@ -67,12 +73,12 @@ def renderings_of(texts: DialogueText, history: History, masks_empty_reasoning: 
 
 
 def _stands_in(text: str, answer: Answer) -> bool:
-    return text.startswith(answer.prompt) and text.startswith(answer.text, len(answer.prompt))
+    return text.startswith(answer.prompt or "") and text.startswith(answer.text, answer.start)
 
 
 def _rendering(text: str, answers: Mapping[int, Answer], covered: set[int], num_left_out: int = 0) -> Rendering:
     turns = []
     for number in sorted(covered):
-        start = len(answers[number].prompt)
-        turns.append(TrainedTurn(number, start, start + answers[number].written, start + len(answers[number].text)))
+        answer = answers[number]
+        turns.append(TrainedTurn(number, answer.start, answer.start + answer.written, answer.start + len(answer.text)))
     return Rendering(text, tuple(turns), num_left_out)

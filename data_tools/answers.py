@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from data_tools.dialogue import DialogueText
-from data_tools.locate import end_aside_space, find_leaf, find_text, said_in_calls, shared_prefix
+from data_tools.locate import end_aside_space, find_leaf, find_text, is_printed, said_in_calls, shared_prefix
 from data_tools.messages import Message
 
+EMPTY_THOUGHT = re.compile(r"\s*<(\w*(?:think|thought|reason)\w*)>\s*</\1>\s*")
 EMPTY_ELEMENT = re.compile(r"(<|\[)(\w+)(>|\])\1/\2\3")
 MARK = "\uf8ff"  # a private character, with which no answer begins
 MAX_HEADERS = 8  # that one turn may have: a thought, calls and an answer have one each
@@ -165,7 +166,8 @@ class AnswerFinder:
         for part, value in (("its reasoning", message.reasoning), ("its content", message.content)):
             if value.strip() and find_text(text, value) < 0:
                 return part
-        return next((part for part, value in said_in_calls(message) if find_leaf(text, value) < 0), "")
+        lost = next((part for part, value in said_in_calls(message) if find_leaf(text, value) < 0), "")
+        return lost or ("an argument, printed as Python does," if is_printed(message, text) else "")
 
     def _empty_reasoning(self, prompt: str, text: str) -> int:
         """The length of the empty think block between the prompt and a turn without reasoning; 0 if there is none.
@@ -180,6 +182,9 @@ class AnswerFinder:
                 other = self.texts.prompt(self.number, **{switch: False})
                 if len(other) > len(prompt) and (prompt + text).startswith(other):
                     return len(other) - len(prompt)
+        block = EMPTY_THOUGHT.match(text)
+        if block and not self.message.content.lstrip().startswith("<"):
+            return block.end()
         opening, closing, after = self._around_reasoning()
         if not (closing.strip() and text.endswith(after) and opening.startswith(prompt.rstrip())):
             return 0

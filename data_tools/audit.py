@@ -49,7 +49,7 @@ RULES = {
     "leaked_prompts": Rule("validation rows share the prompt of a training row", WARN_ONLY, "split the data by prompt"),
     "duplicates": Rule("rows repeat an earlier row exactly", WARN_ONLY, "keep one of each"),
     "normalised_duplicates": Rule(
-        "rows repeat an earlier row except for case, white space and punctuation", WARN_ONLY, "keep one of each"
+        "rows repeat an earlier row except for case, white space, punctuation and flags", WARN_ONLY, "keep one of each"
     ),
     "near_duplicates": Rule("rows nearly repeat an earlier row", WARN_ONLY, "keep one of each"),
     "conflicting_answers": Rule(
@@ -181,7 +181,7 @@ def audit(training: DataSplit, validation: DataSplit | None, tokenizer: Any, sch
         **_split(training, scan, findings | _skipped(training)),
         validation=validated,
         statistics=training.prepared.statistics,
-        notes=training.prepared.notes + (() if validation is None or is_same else validation.prepared.notes),
+        notes=training.prepared.notes + (() if validation is None or is_fraction else validation.prepared.notes),
         schedule=schedule,
     )
 
@@ -255,7 +255,8 @@ def _leaks(scan: Scan, validation: Scan) -> dict[str, Finding]:
 def _pair(place: str, twin: str) -> str:
     """A row's place and that of the row it resembles, by its line alone when both are in one file."""
     name, _, line = twin.rpartition(":")
-    return f"{place} (like line {line})" if name and place.startswith(f"{name}:") else f"{place} (like {twin})"
+    is_line = line.isdecimal() and place.startswith(f"{name}:")
+    return f"{place} (like line {line})" if is_line else f"{place} (like {twin})"
 
 
 def _histogram(lengths: np.ndarray) -> tuple[tuple[int, int, int], ...]:

@@ -112,7 +112,17 @@ class ChatTemplate:
 
     def unread_arguments(self, arguments: Iterable[str]) -> list[str]:
         """Those of the names that the template does not have."""
-        return [name for name in arguments if not any(has_word(text, name) for text in self._sources)]
+        return [name for name in arguments if not self.names(name)]
+
+    def names(self, name: str) -> bool:
+        """Whether the template has this word; where it has not, it cannot read what is called so."""
+        if name not in self._named:
+            self._named[name] = any(has_word(text, name) for text in self._sources)
+        return self._named[name]
+
+    @cached_property
+    def _named(self) -> dict[str, bool]:
+        return {}
 
     @property
     def knows_reasoning(self) -> bool:

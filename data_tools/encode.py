@@ -14,6 +14,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 PRIVATE = range(0xE000, 0xF8FF)  # characters without a meaning
+PRIVATE_CHARACTER = re.compile("[\ue000-\uf8ff]")
+PRIVATE_ESCAPE = re.compile(r"\\u([eEfF][0-9a-fA-F]{3})")
 # What begins a turn or ends it, also where a tokenizer does not call it special; <think> is data's own to write.
 CONTROL = re.compile(r"<[|\uff5c].*[|\uff5c]>|\[/?[A-Z_]+\]")
 # Beginnings of a text with which it is seen how a tokenizer treats what follows a special token.
@@ -54,8 +56,10 @@ class SpelledTokens:
     """The special tokens that a row's strings spell, each with the private character that stands for it."""
 
     def __init__(self, pattern: re.Pattern[str], strings: str) -> None:
-        names, lower = sorted(set(pattern.findall(strings))), strings.lower()
-        free = [code for code in PRIVATE if chr(code) not in strings and f"\\u{code:04x}" not in lower]
+        names = sorted(set(pattern.findall(strings)))
+        taken = {ord(character) for character in PRIVATE_CHARACTER.findall(strings)}
+        taken |= {int(digits, 16) for digits in PRIVATE_ESCAPE.findall(strings)}
+        free = [code for code in PRIVATE if code not in taken]
         if len(free) < len(names):
             raise ValueError(f"it spells {len(names)} special tokens and uses all of Unicode's private characters")
         self.pattern = pattern
@@ -134,6 +138,18 @@ class Encoder:
                 ids.append(token)
                 offsets.append((start, end))
         return Encoded(ids, offsets)
+
+    def encode_apart(self, text: str, place: int) -> Encoded | None:
+        """The text's tokens, those up to `place` as they are alone; None where no anchor shows what follows alone."""
+        before = self.encode(text[:place])
+        for anchor in ANCHORS:
+            whole, alone = self._backend(anchor + text[place:]), self._backend(anchor).ids
+            rest = whole.offsets[len(alone) :]
+            if whole.ids[: len(alone)] == alone and all(start >= len(anchor) for start, _ in rest):
+                shift = place - len(anchor)
+                offsets = [(start + shift, end + shift) for start, end in rest]
+                return Encoded(before.ids + whole.ids[len(alone) :], before.offsets + offsets)
+        return None
 
     def is_prefix(self, encoded: Encoded, text: str, end: int, first: int, spelled: SpelledTokens | None) -> bool:
         """Whether the text up to `end`, encoded alone as for generation, gives the first `first` tokens."""

@@ -56,13 +56,15 @@ def facts_of(record: Record) -> dict[str, Any]:
     texts = [text for turn in turns for text in (turn.content, turn.reasoning) if text]
     beginning = next((i for i, turn in enumerate(turns) if turn.train), 0)
     tools = json.dumps(record.tools) if is_conversation and record.tools else ""
-    exact = _hash([turn.content for turn in turns], turns, tools)
+    flags = [(turn.train, turn.name, turn.tool_call_id) for turn in turns]
+    told = f"{flags} {record.template_arguments}" if is_conversation else ""
+    exact = _hash([turn.content for turn in turns], turns, tools + told)
     return {
         "place": record.source,
         "path_number": record.path_number,
         "exact": exact,
         # texts of punctuation alone would all be equal, so they are not normalised
-        "normalised": _hash(plain, turns, tools) if spoken else exact,
+        "normalised": _hash(plain if spoken else [turn.content for turn in turns], turns, tools),
         "prompt": _hash(plain[:beginning], turns[:beginning], tools) if beginning else 0,
         "spoken": spoken,
         "control_character_rows": _note(CONTROL, texts),

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from data_tools.messages import ROLES, Message, message_of, turns_of
+from data_tools.messages import ROLES, Message, turns_of
 from data_tools.strict_json import parse_json
 from data_tools.tool_calls import arguments_of, tools_of
-from data_tools.values import encodable, is_absent
+from data_tools.values import encodable, is_absent, json_or_same
 
 PAIR_NAMES = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("input", "output"))
 SHARED_FIELDS = ("system", "tools", "chat_template_kwargs")  # read in every row that is a conversation
@@ -18,7 +18,7 @@ Turns = tuple[Message, ...]
 
 
 @dataclass(frozen=True)
-class Dialogue:
+class RowConversation:
     """What a row says of a conversation: its turns, the tools, and arguments for the chat template."""
 
     messages: Turns
@@ -44,7 +44,7 @@ class Format:
         ignored = set(row) - set(self.fields) - set(self.optional)
         return {name for name in ignored if not is_absent(row[name])}
 
-    def read(self, row: Row) -> Dialogue | str:
+    def read(self, row: Row) -> RowConversation | str:
         """The row's conversation or text; raises ValueError saying what cannot be read."""
         if self.turns is None:
             return _string(row, self.fields[0])
@@ -55,7 +55,7 @@ class Format:
         if not any(message.train for message in messages):
             raise ValueError(f"{self.fields[-1]!r} has no assistant turn to train")
         arguments = arguments_of(row.get("chat_template_kwargs"), "chat_template_kwargs")
-        return Dialogue(messages, tools_of(row.get("tools")), tuple(sorted(arguments.items())))
+        return RowConversation(messages, tools_of(row.get("tools")), tuple(sorted(arguments.items())))
 
 
 def detect(row: Row, wanted: str, field_map: Mapping[str, str]) -> Format:
@@ -123,19 +123,26 @@ def _alpaca(row: Row) -> Turns:
     `history` is a list of earlier [question, answer] pairs.
     """
     question = _string(row, "instruction")
-    if row.get("input"):
+    if not _is_blank(row.get("input")):
         question += "\n\n" + _string(row, "input")
     earlier: list[Message] = []
-    for number, pair in enumerate(row.get("history") or (), start=1):
+    for number, pair in enumerate(json_or_same(row.get("history"), "'history'") or (), start=1):
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError(f"'history', entry {number}: expected a list of a question and an answer")
-        turns = ({"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True))
-        earlier += [message_of(turn) for turn in turns]
+        turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
+        try:
+            earlier += turns_of(turns, "history")
+        except ValueError as error:
+            raise ValueError(f"'history', entry {number}: {error}") from None
     return (*earlier, Message("user", question), Message("assistant", _string(row, "output"), train=True))
 
 
 def _system(row: Row) -> Turns:
-    return (Message("system", _string(row, "system")),) if row.get("system") else ()
+    return () if _is_blank(row.get("system")) else (Message("system", _string(row, "system")),)
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _string(row: Row, name: str) -> str:

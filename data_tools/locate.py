@@ -40,6 +40,15 @@ def said_in_calls(message: Message) -> Iterator[tuple[str, Any]]:
         yield from ((f"an argument of {label}", leaf) for leaf in leaves(function["arguments"]))
 
 
+def is_printed(message: Message, text: str) -> bool:
+    """Whether a nested argument of a call stands in the text as Python prints it, and not as JSON."""
+    for call in message.tool_calls:
+        for value in call["function"]["arguments"].values():
+            if isinstance(value, Mapping | list) and repr(value) in text and json.dumps(value) != repr(value):
+                return True
+    return False
+
+
 def leaves(value: Any) -> Iterator[Any]:
     """The keys and values of a JSON-like value, at every depth."""
     if isinstance(value, Mapping):
@@ -54,7 +63,7 @@ def leaves(value: Any) -> Iterator[Any]:
 
 
 def find_value(text: str, value: Any) -> int:
-    """Where a value ends in a text, as it is, as JSON spells it, or with other white space; -1 if it is not there.
+    """Where a value ends in a text; its end if it stands there with other white space; -1 if it is not there.
 
     For what the model reads, which a template may spell as it likes; what it is to write must be there as it is.
     """
@@ -62,8 +71,7 @@ def find_value(text: str, value: Any) -> int:
         return end
     if (end := find_leaf(text, value)) >= 0 or not isinstance(value, str):
         return end
-    match = re.search(r"\s*".join(map(re.escape, value.split())), text)
-    return match.end() if match else -1
+    return len(text) if "".join(value.split()) in "".join(text.split()) else -1
 
 
 def find_leaf(text: str, value: Any) -> int:

@@ -96,7 +96,7 @@ def message_of(entry: Any, only_flagged: bool = False) -> Message:
         raise ValueError(f"it has two different reasonings ({', '.join(k for k in REASONING_KEYS if entry.get(k))})")
     if role != "assistant" and (given or calls):
         raise ValueError(f"a {role} turn cannot have {'reasoning' if given else 'tool calls'}; only assistant turns do")
-    if not (content.strip() or calls or role == "tool"):
+    if not (content.strip() or calls or role == "tool" or (role in ("system", "developer") and value is not None)):
         raise ValueError("the content is empty" if value is not None else "it has no content")
     extra = {str(key): without_absent(value) for key, value in entry.items() if key not in READ_KEYS}
     if calls or extra:

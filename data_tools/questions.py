@@ -36,12 +36,32 @@ class Questions:
 
     def ask(self, conversation: Conversation) -> Verdict:
         """The verdict on conversations of this shape; what a template refuses altogether is lost in no dialect."""
-        shape = shape_of(conversation)
+        shape = self.shape_of(conversation)
         if shape not in self._verdicts:
             if len(self._verdicts) >= MAX_SHAPES:
                 self._verdicts.clear()
             self._verdicts[shape] = self._asked(conversation)
         return self._verdicts[shape]
+
+    def shape_of(self, conversation: Conversation) -> str:
+        """Everything of a conversation but its strings, and what the template does not name; equal for those alike."""
+        turns = [
+            (message.role, bool(message.content.strip()), bool(message.reasoning), *self._more(message))
+            for message in conversation.messages
+        ]
+        return repr((turns, len(conversation.tools), conversation.template_arguments))
+
+    def _more(self, message: Message) -> tuple[Any, ...]:
+        """What of a turn's shape most turns do not have."""
+        if not (message.tool_calls or message.name or message.tool_call_id or message.extra):
+            return ()
+        told = {key: None if isinstance(value, str) else value for key, value in message.extra}
+        return (
+            [(sorted(call), bool(call["function"]["arguments"])) for call in message.tool_calls],
+            bool(message.name),
+            bool(message.tool_call_id),
+            [(key, value if self.template.names(key) else None) for key, value in told.items()],
+        )
 
     def _asked(self, conversation: Conversation) -> Verdict:
         sentinels = _Sentinels(conversation)
@@ -167,24 +187,3 @@ class _Sentinels:
 def with_sentinels(conversation: Conversation) -> tuple[Message, ...]:
     """The conversation's turns with sentinels in the place of their strings."""
     return _Sentinels(conversation).messages
-
-
-def shape_of(conversation: Conversation) -> str:
-    """Everything of a conversation but its strings; equal for conversations that a template treats alike."""
-    turns = [
-        (message.role, bool(message.content.strip()), bool(message.reasoning), *_more(message))
-        for message in conversation.messages
-    ]
-    return repr((turns, len(conversation.tools), conversation.template_arguments))
-
-
-def _more(message: Message) -> tuple[Any, ...]:
-    """What of a turn's shape most turns do not have."""
-    if not (message.tool_calls or message.name or message.tool_call_id or message.extra):
-        return ()
-    return (
-        [(sorted(call), bool(call["function"]["arguments"])) for call in message.tool_calls],
-        bool(message.name),
-        bool(message.tool_call_id),
-        [(key, None if isinstance(value, str) else value) for key, value in message.extra],
-    )

@@ -181,7 +181,9 @@ def _json(path: Path, report: ReportProblem) -> Iterator[tuple[Place, Any]]:
         except UnicodeDecodeError as error:
             report(f"{path}:{number or 1}", f"not UTF-8 (byte {error.start}); convert the file")
         except (ValueError, RecursionError) as error:
-            report(f"{path}:{number}", f"{json_reason(error)}; the rest of the file was not read")
+            is_cut = isinstance(error, json.JSONDecodeError) and len(window.text) - window.position >= MAX_ROW_BYTES
+            reason = f"the entry is longer than {MAX_ROW_BYTES} bytes, or not JSON" if is_cut else json_reason(error)
+            report(f"{path}:{number}", f"{reason}; the rest of the file was not read")
 
 
 class _Window:

@@ -3,6 +3,7 @@
 import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
 from operator import itemgetter
@@ -11,8 +12,9 @@ from typing import Any, Literal
 from data_tools.chat_template import ChatTemplate
 from data_tools.dialogue import Dialogue, DialogueText
 from data_tools.encode import Encoded, Encoder, SpelledTokens
-from data_tools.locate import find_leaf, find_value, said_in_calls, unread_in_tool
-from data_tools.questions import MAX_SHAPES, Questions, shape_of, with_sentinels
+from data_tools.locate import THOUGHT, find_leaf, find_value, said_in_calls, unread_in_tool
+from data_tools.messages import Message
+from data_tools.questions import MAX_SHAPES, Questions, with_sentinels
 from data_tools.records import Conversation
 from data_tools.samples import Sample
 from data_tools.turns import History, Rendering, TrainedTurn, renderings_of
@@ -63,6 +65,16 @@ class ConversationRenderer:
         is not what generation would see, or where nothing ends an answer; TimeoutError where the template does not end.
         """
         conversation = self._wanted(conversation)
+        try:
+            return self._rendered(conversation)
+        except ValueError:
+            apart = _with_thoughts_apart(conversation)
+            with suppress(ValueError):
+                if apart != conversation:
+                    return self._rendered(apart)
+            raise
+
+    def _rendered(self, conversation: Conversation) -> Rendered:
         spelled = self._spelled(conversation)
         verdict = self.questions.ask(conversation)
         if verdict.lost:
@@ -75,7 +87,7 @@ class ConversationRenderer:
         texts = DialogueText(self.template, self.encoder, dialogue)
         renderings = renderings_of(texts, self.settings.history, self.settings.empty_reasoning == "mask")
         self._check_context(texts, renderings)
-        encoded = [self._encoded(rendering, spelled) for rendering in renderings]
+        encoded = [self._apart(rendering, self._encoded(rendering, spelled), spelled) for rendering in renderings]
         self._check_specials(conversation, dialogue, encoded)
         samples = [
             self._sample(conversation, rendering, each, spelled)
@@ -140,7 +152,7 @@ class ConversationRenderer:
         """
         if any(message.tool_calls for message in conversation.messages) or conversation.tools:
             return
-        shape = shape_of(conversation), tuple(message.train for message in conversation.messages)
+        shape = self.questions.shape_of(conversation), tuple(message.train for message in conversation.messages)
         if shape not in self._num_specials:
             if len(self._num_specials) >= MAX_SHAPES:
                 self._num_specials.clear()
@@ -165,6 +177,20 @@ class ConversationRenderer:
             raise ValueError("it spells a special token that the chat template escapes, so it cannot be kept as text")
         return self.encoder.encode(rendering.text, spelled)
 
+    def _apart(self, rendering: Rendering, encoded: Encoded, spelled: SpelledTokens | None) -> Encoded:
+        """The text with its last answer encoded apart, as in generation, where they merge; an earlier one may not."""
+        turn = rendering.turns[-1]
+        if spelled is not None or not self._merges(rendering.text, encoded, turn, spelled):
+            return encoded
+        return self.encoder.encode_apart(rendering.text, turn.written) or encoded
+
+    def _merges(self, text: str, encoded: Encoded, turn: TrainedTurn, spelled: SpelledTokens | None) -> bool:
+        """Whether the prompt has other tokens alone, where generation begins, than before the answer."""
+        first = bisect_right(encoded.offsets, turn.written, key=itemgetter(1))
+        if text[encoded.offsets[first][0] : turn.written].strip():
+            return True
+        return not self.encoder.is_prefix(encoded, text, turn.written, first, spelled)
+
     def _sample(
         self, conversation: Conversation, rendering: Rendering, encoded: Encoded, spelled: SpelledTokens | None
     ) -> Sample:
@@ -185,15 +211,29 @@ class ConversationRenderer:
         """Indices of the first token that the model writes in a turn, and of the turn's end token."""
         offsets = encoded.offsets
         first = bisect_right(offsets, turn.written, key=itemgetter(1))
-        is_merged = bool(text[offsets[first][0] : turn.written].strip())
-        if is_merged or not self.encoder.is_prefix(encoded, text, turn.written, first, spelled):
+        if self._merges(text, encoded, turn, spelled):
             raise ValueError(
-                "the tokenizer merges the end of the prompt with the beginning of the answer, often a newline or space"
+                "the tokenizer merges the end of the prompt with the beginning of the answer, often a newline or space; "
+                "take it out: only the last answer of a sample can be encoded apart"
             )
         last = bisect_left(offsets, turn.end, key=itemgetter(0)) - 1
         if last < first or encoded.ids[last] not in self.encoder.special:
             raise ValueError("the chat template ends the answer without a special token at which to stop")
         return first, last
+
+
+def _with_thoughts_apart(conversation: Conversation) -> Conversation:
+    """The conversation with thoughts that begin a content as reasoning, for templates that have the tags elsewhere."""
+
+    def apart(message: Message) -> Message:
+        match = THOUGHT.match(message.content.lstrip()) if message.role == "assistant" else None
+        if match is None or message.reasoning or not match["said"].strip():
+            return message
+        return replace(
+            message, reasoning=match["said"].strip(), content=message.content.lstrip()[match.end() :].strip()
+        )
+
+    return replace(conversation, messages=tuple(map(apart, conversation.messages)))
 
 
 def _strings(conversation: Conversation) -> Iterator[str]:

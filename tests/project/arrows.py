@@ -223,6 +223,7 @@ ALLOWED_MODULES = {
         "data_tools.dialogue",
         "data_tools.encode",
         "data_tools.locate",
+        "data_tools.messages",
         "data_tools.questions",
         "data_tools.records",
         "data_tools.samples",

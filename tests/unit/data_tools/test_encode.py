@@ -128,3 +128,20 @@ def test_roles_that_a_tokenizer_does_not_call_special() -> None:
     text = tokenizer.decode(sample.input_ids)
     assert f"{content}\n" in text
     assert f"a <{bar}assistant{bar}> b<|end|>" in text
+
+
+@needs_shared
+def test_an_answer_that_merges_with_its_prompt_is_encoded_apart() -> None:
+    """A newline behind a newline: the prompt's tokens are those of generation, and the text is the whole's."""
+    tokenizer = tokenizer_at(SHARED / "llama31_8b")
+    tokenizer.chat_template = PLAIN.replace("<|", "### ").replace("|>", "")
+    renderer = ConversationRenderer(tokenizer, RenderSettings())
+    for text in ("\nHello", "\n\n- one\n- two", "Hello"):
+        (sample,) = renderer.render(conversation_of(user("q"), answer(text))).samples
+        asked = [user("q")]
+        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
+        ((start, _),) = sample.runs()
+        assert sample.input_ids[:start] == prompt
+        assert tokenizer.decode(sample.input_ids[start:]).startswith(f"{text}<|end_of_text|>")
+    with pytest.raises(ValueError, match="turn 2: the tokenizer merges the end of the prompt"):
+        renderer.render(conversation_of(user("q"), answer("\nHello"), user("r"), answer("fine")))

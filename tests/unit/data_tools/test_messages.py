@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from data_tools.formats import Dialogue, detect
+from data_tools.formats import RowConversation, detect
 from data_tools.messages import Message, message_of, turns_of
 
 ASKED = {"role": "user", "content": "Which term?"}
@@ -12,9 +12,9 @@ ANSWERED = {"role": "assistant", "content": "AOG."}
 OURS = (Message("user", "Which term?"), Message("assistant", "AOG.", train=True))
 
 
-def read(row: dict[str, Any]) -> Dialogue:
+def read(row: dict[str, Any]) -> RowConversation:
     found = detect(row, "auto", {}).read(row)
-    assert isinstance(found, Dialogue)
+    assert isinstance(found, RowConversation)
     return found
 
 
@@ -47,6 +47,7 @@ SPELLINGS: dict[str, tuple[dict[str, Any], Message]] = {
     "another key": ({**ANSWERED, "mood": "calm"}, Message("assistant", "AOG.", True, extra=(("mood", "calm"),))),
     "a developer": ({"role": "developer", "content": "Be brief."}, Message("developer", "Be brief.")),
     "an observation": ({"from": "observation", "value": "14"}, Message("tool", "14")),
+    "an empty system turn": ({"role": "system", "content": ""}, Message("system", "")),
     "a tool that says nothing": ({"role": "tool", "content": ""}, Message("tool", "")),
     "a tool's object": ({"role": "tool", "content": {"warm": 14, "damp": None}}, Message("tool", '{"warm": 14}')),
     "a tool's list": ({"role": "tool", "content": [1, {"found": []}]}, Message("tool", '[1, {"found": []}]')),
@@ -169,7 +170,12 @@ def test_answers_in_a_prompt_are_context() -> None:
 def test_the_earlier_turns_of_an_alpaca_row() -> None:
     """`history` holds earlier questions and answers, which are turns before the instruction."""
     row = {"instruction": "And BER?", "output": "Beyond repair.", "history": [["Which term?", "AOG."]]}
-    assert [turn.content for turn in read(row).messages] == ["Which term?", "AOG.", "And BER?", "Beyond repair."]
+    said = ["Which term?", "AOG.", "And BER?", "Beyond repair."]
+    assert [turn.content for turn in read(row).messages] == said
+    text = {**row, "history": '[["Which term?", "AOG."]]', "input": " ", "system": " "}
+    assert [turn.content for turn in read(text).messages] == said
+    with pytest.raises(ValueError, match="'history', entry 1: turn 1: the content is empty"):
+        read({**row, "history": [["", "AOG."]]})
 
 
 def test_turns_are_counted_from_one() -> None:

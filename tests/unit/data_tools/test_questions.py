@@ -91,6 +91,15 @@ def test_a_template_is_asked_once_for_each_shape() -> None:
     assert template.knows_reasoning
 
 
+def test_arguments_that_a_template_prints_as_python_does_are_refused() -> None:
+    """No client could read them as JSON."""
+    printing = WHOLE.replace("(c.function.arguments | tojson)", "(c.function.arguments.values() | join(' '))")
+    printing = printing.replace("c.function.name +", "c.function.name + (c.function.arguments.keys() | join) +")
+    assert rendered(printing, user("a"), call({"k": "v"})).samples
+    with pytest.raises(ValueError, match="an argument, printed as Python does"):
+        rendered(printing, user("a"), call({"k": {"deep": [True, "w"]}}))
+
+
 CHANGED: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "an answer's white space": (
         PLAIN.replace("m.content +", "(m.content.split() | join(' ')) +"),

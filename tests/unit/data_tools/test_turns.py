@@ -217,3 +217,26 @@ def test_an_assistant_that_begins() -> None:
     shy = PLAIN.replace("{% if add_generation_prompt %}", "{% if add_generation_prompt and messages %}")
     (sample,) = rendered(shy, answer("Hello."), user("a"), answer("b")).samples
     assert marked(sample).startswith("<|begin|><|assistant|>\n⟦Hello.<|end|>⟧\n")
+
+
+def test_a_thought_written_into_the_content() -> None:
+    """Where the prompt has the tag, it is taken out of the content; a template with a field for it gets it there."""
+    opened = (
+        "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>\n' }}"
+        "{% if m.reasoning_content %}{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{% endif %}"
+        "{{ m.content + (eos_token if m.role == 'assistant' else '') + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n<think>\n' }}{% endif %}"
+    )
+    (sample,) = rendered(opened, user("q"), answer("<think>\nhm\n</think>\n\nYes")).samples
+    assert marked(sample).endswith("<|assistant|>\n<think>\n⟦hm\n</think>\n\nYes<|end|>⟧\n")
+    (sample,) = rendered(PLAIN, user("q"), answer("<think>\nhm\n</think>\n\nYes")).samples
+    assert marked(sample).endswith("⟦<think>\nhm\n</think>\n\nYes<|end|>⟧\n")
+
+
+def test_an_empty_think_block_of_a_template_that_knows_no_thought() -> None:
+    """As Kimi: it writes one before every answer; it is context all the same."""
+    always = PLAIN.replace(
+        "m.content + (eos", "('<think></think>' if m.role == 'assistant' else '') + m.content + (eos"
+    )
+    (sample,) = rendered(always, user("q"), answer("Yes")).samples
+    assert marked(sample).endswith("<|assistant|>\n<think></think>⟦Yes<|end|>⟧\n")

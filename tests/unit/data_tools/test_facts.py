@@ -1,8 +1,12 @@
-"""What the audit recognises in a text and in the order of a conversation's turns."""
+"""What is kept of records: what is odd about a text or the order of turns, and which are equal."""
+
+from pathlib import Path
 
 import pytest
 
 from data_tools.facts import CONTROL, MOJIBAKE, role_problem
+from tests.unit.data_tools.rows import write
+from tests.unit.data_tools.test_audit import audit_of, found
 
 
 @pytest.mark.parametrize("codec", ["cp1252", "latin-1"])
@@ -48,3 +52,16 @@ def test_good_text_is_not_garbage(text: str) -> None:
 def test_order_of_roles(roles: str, problem: str) -> None:
     """System comes first if at all, user and assistant alternate, tools follow the assistant, which comes last."""
     assert role_problem(roles.split()) == problem
+
+
+def test_rows_with_other_flags_are_no_exact_repeats(tmp_path: Path) -> None:
+    """The same turns, of which another is trained: named as what they are, and on one side of a split."""
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b")) * 2]
+    rows = [{"messages": [*turns[:3], {**turns[3], "train": flag}]} for flag in (True, False)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    assert found(audit_of(path)) == {"normalised_duplicates": 1}
+    folder = tmp_path / "x:y"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (folder / name).write_text("A report.")
+    assert audit_of(str(folder)).findings["duplicates"].places == [f"{folder / 'b.txt'} (like {folder / 'a.txt'})"]

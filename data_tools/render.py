@@ -213,8 +213,8 @@ class ConversationRenderer:
         first = bisect_right(offsets, turn.written, key=itemgetter(1))
         if self._merges(text, encoded, turn, spelled):
             raise ValueError(
-                "the tokenizer merges the end of the prompt with the beginning of the answer, often a newline or space; "
-                "take it out: only the last answer of a sample can be encoded apart"
+                "the tokenizer merges the end of the prompt with the beginning of the answer, often a newline or a "
+                "space, which only the last answer of a sample may begin with; take it out"
             )
         last = bisect_left(offsets, turn.end, key=itemgetter(0)) - 1
         if last < first or encoded.ids[last] not in self.encoder.special:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from data_tools.dialogue import DialogueText
@@ -101,8 +102,10 @@ class AnswerFinder:
         the template adds to a prompt where thinking is switched off.
         """
         extra = "".join(prompt[shared:].split())
-        opening, closing, _ = self._around_reasoning()
-        if "".join((opening[shared:] + closing).split()) == extra or EMPTY_ELEMENT.fullmatch(extra):
+        if EMPTY_ELEMENT.fullmatch(extra):
+            return True
+        opening, closing, _ = self._around_reasoning
+        if "".join((opening[shared:] + closing).split()) == extra:
             return True
         plain = self._tail()
         for switch in self.texts.switches():
@@ -149,6 +152,7 @@ class AnswerFinder:
         headers = (tail[match.start() :] for match in self.texts.encoder.special_pattern.finditer(tail))
         return next((begin + len(header) for header in headers if text.startswith(header, begin)), 0)
 
+    @cached_property
     def _around_reasoning(self) -> tuple[str, str, str]:
         """The text before a reasoning in this turn, what closes the reasoning, and all that follows it."""
         thinking = replace(self.message, reasoning=f"{MARK}thought")
@@ -185,7 +189,7 @@ class AnswerFinder:
         block = EMPTY_THOUGHT.match(text)
         if block and not self.message.content.lstrip().startswith("<"):
             return block.end()
-        opening, closing, after = self._around_reasoning()
+        opening, closing, after = self._around_reasoning
         if not (closing.strip() and text.endswith(after) and opening.startswith(prompt.rstrip())):
             return 0
         head = text[: -len(after)]

@@ -22,6 +22,7 @@ TRAINED_FLAGS = ("train", "weight", "training", "trainable", "loss", "loss_mask"
 MASKED_FLAGS = ("masked", "ignore_loss")  # true or 1 is not trained
 # flags whose meaning differs between trainers, or that select parts of a turn: honouring one would be a guess
 REFUSED_FLAGS = ("mask", "train_detail", "training_detail", "weights", "loss_weights")
+PART_KEYS = {"type", "text", "thinking", "reasoning"}
 FLAGS = {*TRAINED_FLAGS, *MASKED_FLAGS, *REFUSED_FLAGS}
 READ_KEYS = FLAGS | {
     "role",
@@ -48,6 +49,7 @@ class Message:
     name: str = ""  # of a tool, whose result this is
     tool_call_id: str = ""
     extra: tuple[tuple[str, Any], ...] = ()  # other keys of the turn, which the chat template may read
+    ignored: tuple[str, ...] = ()  # keys of the content's parts that nothing reads, such as "content.cache_control"
 
 
 def turns_of(entries: Any, field: str, only_flagged: bool = False) -> tuple[Message, ...]:
@@ -110,6 +112,7 @@ def message_of(entry: Any, only_flagged: bool = False) -> Message:
         name=_text(entry.get("name") or "", "name"),
         tool_call_id=str(entry.get("tool_call_id") or ""),
         extra=tuple((key, value) for key, value in extra.items() if not is_absent(value)),
+        ignored=_ignored(value) if role != "tool" or _is_typed(value) else (),
     )
 
 
@@ -131,8 +134,7 @@ def _content(value: Any, role: str) -> tuple[str, str]:
     """
     if value is None or value == []:
         return "", ""
-    is_texts = isinstance(value, list) and all(isinstance(part, Mapping) and "type" in part for part in value)
-    if role == "tool" and not isinstance(value, str) and not is_texts:
+    if role == "tool" and not isinstance(value, str) and not _is_typed(value):
         return json.dumps(without_nulls(value), ensure_ascii=False), ""
     if not isinstance(value, list):
         return _text(value, "content"), ""
@@ -142,6 +144,18 @@ def _content(value: Any, role: str) -> tuple[str, str]:
         raise ValueError("a part of its reasoning follows a text; templates know reasoning before the answer alone")
     texts = [text for kind, text in parts if kind == "text"]
     return encodable("".join(texts)), encodable("\n\n".join(thoughts))
+
+
+def _is_typed(value: Any) -> bool:
+    """Whether a tool's result is a list of parts, and not any list."""
+    return isinstance(value, list) and all(isinstance(part, Mapping) and "type" in part for part in value)
+
+
+def _ignored(value: Any) -> tuple[str, ...]:
+    """The keys of a content's parts that are not read."""
+    parts = [part for part in value if isinstance(part, Mapping)] if isinstance(value, list) else []
+    found = {key for part in parts for key, item in part.items() if key not in PART_KEYS and not is_absent(item)}
+    return tuple(f"content.{key}" for key in sorted(found))
 
 
 def _part(part: Any, number: int, role: str) -> tuple[str, str]:

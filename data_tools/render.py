@@ -97,7 +97,11 @@ class ConversationRenderer:
             samples,
             num_left_out=sum(rendering.num_left_out for rendering in renderings),
             num_empty_reasonings=sum(turn.written > turn.start for each in renderings for turn in each.turns),
-            unread=verdict.unread + self._unread_in_tools(dialogue.tools, renderings),
+            unread=(
+                *verdict.unread,
+                *(key for message in conversation.messages for key in message.ignored),
+                *self._unread_in_tools(dialogue.tools, renderings),
+            ),
         )
 
     def _wanted(self, conversation: Conversation) -> Conversation:

@@ -145,9 +145,11 @@ def test_a_template_cannot_make_special_tokens_of_the_data(change: str, content:
 
 
 def test_arguments_that_no_template_reads_are_counted() -> None:
-    """A row's own, and keys within a call."""
+    """A row's own, and keys within a part of a content or a call."""
     found = rendered(PLAIN, user("a"), answer("b"), chat_template_kwargs={"enable_thinkng": False})
     assert found.unread == ("chat_template_kwargs.enable_thinkng",)
+    part = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}, "annotations": []}
+    assert rendered(PLAIN, {"role": "user", "content": [part]}, answer("b")).unread == ("content.cache_control",)
     odd = call({"x": "y"})
     odd["tool_calls"][0]["function"]["verdict"] = "R"
     assert rendered(WHOLE, user("a"), odd).unread == ("tool_calls.verdict",)

@@ -65,12 +65,8 @@ class Dialect:
         if not self.arguments_as_text:
             return call
         function = call["function"]
-        return {**call, "function": {**function, "arguments": chat_template_json(function["arguments"])}}
-
-
-def chat_template_json(value: Any) -> str:
-    """The value as the templates' own filter `tojson` spells it."""
-    return json.dumps(value, ensure_ascii=False)
+        text = json.dumps(function["arguments"], ensure_ascii=False)  # as the templates' own filter `tojson` spells it
+        return {**call, "function": {**function, "arguments": text}}
 
 
 # Tried in this order until one loses nothing of a conversation.
@@ -92,7 +88,7 @@ class ChatTemplate:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     today: date = date(2000, 1, 1)
 
-    def source(self, with_tools: bool = False) -> str:
+    def source(self, with_tools: bool) -> str:
         """The Jinja text; some tokenizers have another one for conversations with tools."""
         return self._sources[with_tools]
 
@@ -108,7 +104,7 @@ class ChatTemplate:
     @property
     def has_clock(self) -> bool:
         """Whether the template asks for the date."""
-        return CLOCK in self.source() or CLOCK in self.source(with_tools=True)
+        return any(CLOCK in text for text in self._sources)
 
     def unread_arguments(self, arguments: Iterable[str]) -> list[str]:
         """Those of the names that the template does not have."""
@@ -127,7 +123,7 @@ class ChatTemplate:
     @property
     def knows_reasoning(self) -> bool:
         """Whether the template may treat reasoning; False is certain."""
-        return any("think" in text or "reasoning" in text for text in (self.source(), self.source(with_tools=True)))
+        return any("think" in text or "reasoning" in text for text in self._sources)
 
     def switches(self, with_tools: bool, given: Mapping[str, Any]) -> list[str]:
         """The switches for thinking that the template names, and that neither the row nor the user has set."""
@@ -164,7 +160,7 @@ class ChatTemplate:
         """The conversation as text; raises ValueError if the template fails on it, TimeoutError if it does not end."""
         _limit_time(MAX_TEMPLATE_SECONDS)
         try:
-            text = self._compiled(bool(tools)).render(
+            text = self._templates[bool(tools)].render(
                 messages=turns,
                 tools=tools or None,
                 documents=None,
@@ -194,9 +190,6 @@ class ChatTemplate:
             except ValueError as error:
                 failures.append(error)
         raise ValueError(f"{path}: it fails on a question and its answer alone: {failures[0]}")
-
-    def _compiled(self, with_tools: bool) -> Template:
-        return self._templates[with_tools]
 
     @cached_property
     def _templates(self) -> tuple[Template, ...]:

@@ -65,8 +65,12 @@ def detect(row: Row, wanted: str, field_map: Mapping[str, str]) -> Format:
         if candidate.matches(row):
             return candidate
     known = "; ".join(" and ".join(map(repr, candidate.fields)) for candidate in candidates)
-    found = ", ".join(sorted(str(name) for name, value in row.items() if value is not None)) or "none"
-    raise ValueError(f"unknown fields ({found}); known are {known}; name others with --data.fields")
+    raise ValueError(f"unknown fields ({fields_with_values(row)}); known are {known}; name others with --data.fields")
+
+
+def fields_with_values(row: Row) -> str:
+    """The names of a row's fields that are not null, for a message."""
+    return ", ".join(sorted(str(name) for name, value in row.items() if value is not None)) or "none"
 
 
 def _formats(field_map: Mapping[str, str]) -> list[Format]:

@@ -55,8 +55,8 @@ class MakeSettings:
 class Made:
     """What became of some rows: samples, facts of the records, problems, and counts of Statistics' fields."""
 
-    samples: pa.Table
-    facts: pa.Table
+    samples: pa.Table = field(default_factory=FEATURES.arrow_schema.empty_table)
+    facts: pa.Table = field(default_factory=SCHEMA.empty_table)
     problems: list[Problem] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     ends: set[int] = field(default_factory=set)
@@ -75,7 +75,7 @@ class Maker:
 
     def make(self, rows: Sequence[Raw]) -> Made:
         """What becomes of these rows; `record` numbers the records from 0."""
-        made = Made(FEATURES.arrow_schema.empty_table(), SCHEMA.empty_table())
+        made = Made()
         samples: list[dict[str, Any]] = []
         facts: list[dict[str, Any]] = []
         for raw in rows:
@@ -123,10 +123,8 @@ class Maker:
         counts["num_cut_answers"] += bool(kept) and any(each.is_answer_cut or not each.samples for each in fitted)
         counts["num_left_out_turns"] += rendered.num_left_out
         counts["num_empty_reasonings"] += rendered.num_empty_reasonings
-        if len(rendered.samples) > 1:
-            counts["num_rewritten"] += 1
-            counts["num_history_tokens"] += sum(len(sample.input_ids) for sample in rendered.samples[:-1])
-        counts["num_rewritten"] += bool(rendered.num_left_out)
+        counts["num_rewritten"] += len(rendered.samples) > 1 or bool(rendered.num_left_out)
+        counts["num_history_tokens"] += sum(len(sample.input_ids) for sample in rendered.samples[:-1])
         return rendered.samples, kept
 
     def _row(self, sample: Sample, record: Record, number: int, made: Made) -> dict[str, Any]:

@@ -188,7 +188,7 @@ def _write(sources: Sequence[Source], settings: PrepareSettings, tokenizer: Any,
             "the tokenizer has no end token, so no model could learn to stop; set eos_token in tokenizer_config.json"
         )
     report = Report()
-    total = Made(FEATURES.arrow_schema.empty_table(), SCHEMA.empty_table())
+    total = Made()
     num_bytes = sum(source.num_bytes() for source in sources)
     with (
         ArrowWriter(features=FEATURES, path=str(folder / "samples.arrow")) as samples,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_tools.data_sets import HubData, SavedData
-from data_tools.formats import Format, Row, detect
+from data_tools.formats import Format, Row, detect, fields_with_values
 from data_tools.messages import Message
 from data_tools.readers import DAMAGE, RowFile, first_line, is_rows_in_disguise
 from data_tools.report import Report
@@ -58,8 +58,8 @@ class RawRow:
         """The record; raises ValueError saying what of the row cannot be read."""
         missing = [name for name in self.format.fields if self.row.get(name) is None]
         if missing:
-            found = ", ".join(sorted(str(name) for name, value in self.row.items() if value is not None)) or "none"
-            raise ValueError(f"no field {' and no field '.join(map(repr, missing))} (fields here: {found})")
+            here = fields_with_values(self.row)
+            raise ValueError(f"no field {' and no field '.join(map(repr, missing))} (fields here: {here})")
         content = self.format.read(self.row)
         if isinstance(content, str):
             return Document(self.place, content, self.path_number)

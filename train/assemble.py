@@ -12,6 +12,7 @@ from train.data import TrainingData
 from train.engine.graphs import is_out_of_memory
 from train.engine.plan import Plan
 from train.memory.outlook import Outlook
+from train.models.agreement import check_agreement, check_packing
 from train.models.language_model import load_model
 from train.optim import FlatParameters, build_optimizer, build_scaler
 from train.run.accelerator import free_gpu_bytes
@@ -46,6 +47,10 @@ def assemble(
             "samples a step; sums are rounded otherwise, and with other micro-batches dropout draws other masks",
         )
     model = load_model(config, device, plan)
+    longest = max(range(len(data.num_tokens)), key=data.num_tokens.__getitem__)
+    check_agreement(model, config.model.name_or_path, data.samples[longest]["input_ids"])
+    if config.data.packing and not plan.is_fused:
+        check_packing(model, config.model.name_or_path, data.samples[longest]["input_ids"])
     parameters = model.trainable()
     flat = FlatParameters(parameters)
     say(accelerator, f"engine    {'fused' if plan.is_fused else f'reference: {outlook.reason}'}")

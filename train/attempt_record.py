@@ -13,6 +13,7 @@ from train.step import Training
 def record_start(log: AttemptLog, training: Training, prepared: Prepared, checkpoint: Checkpoint | None) -> None:
     """Begins the attempt in the run folder: config.json, plan.json and a line in attempts.jsonl."""
     plan, data, engine = training.plan, training.data, training.model.engine_name
+    about = training.model.about
     log.begin(
         config=asdict(training.config),
         plan={
@@ -31,6 +32,12 @@ def record_start(log: AttemptLog, training: Training, prepared: Prepared, checkp
             "num_processes": training.accelerator.num_processes,
             "engine": engine,
             "plan": str(plan),
+            "base": {
+                **asdict(about.place),
+                "weights": about.held.as_json(),
+                "notes": about.notes,
+                "adapted_layers": about.targets.counts,
+            },
             "data": {
                 **asdict(prepared.statistics),
                 "fingerprint": prepared.fingerprint,

@@ -7,6 +7,7 @@ from data_tools.prepare import Statistics
 from train.checkpoints.contents import Checkpoint
 from train.config import Config
 from train.data import Splits
+from train.models.targets import Targets
 from train.profiles import GLOSSARY
 from train.run import devices
 from train.run.devices import device_name
@@ -16,7 +17,7 @@ from train.step import Training
 
 def banner(training: Training, tokenizer_notes: Sequence[str], splits: Splits, checkpoint: Checkpoint | None) -> str:
     """Lines on the model, the data, the batch arithmetic, memory and versions, and warnings."""
-    config, data = training.config, training.data
+    config, data, about = training.config, training.data, training.model.about
     prepared, validation = splits.training.prepared, splits.validation
     statistics = prepared.statistics
     layout = data.layout
@@ -30,8 +31,10 @@ def banner(training: Training, tokenizer_notes: Sequence[str], splits: Splits, c
         f"device    {device_name(device)}"
         + (f", capped at {config.memory.budget}" if config.memory.budget and device.type == "cuda" else ""),
         *(f"kernels   {line}" for line in (devices.kernel_fallbacks(device) if training.plan.is_fused else [])),
+        f"weights   {about.held}",
+        *(f"base      {note}" for note in about.notes),
         f"adapters  LoRA r={config.lora.r} alpha={config.lora.alpha} dropout={config.lora.dropout} on "
-        f"{', '.join(config.lora.target_modules)}: {trainable:,} trainable parameters",
+        f"{_targets(about.targets)}: {trainable:,} trainable parameters",
         f"data      {', '.join(config.data.path)}: {statistics.num_records:,} records "
         f"({' and '.join(statistics.formats)}), {len(data.samples):,} samples"
         + (f", {len(validation.samples):,} held out for validation" if validation else ""),
@@ -49,6 +52,12 @@ def banner(training: Training, tokenizer_notes: Sequence[str], splits: Splits, c
         "versions  " + ", ".join(f"{name} {number}" for name, number in versions().items()),
     ]
     return "\n".join([*lines, *_warnings(training, splits)])
+
+
+def _targets(targets: Targets) -> str:
+    """Each word of lora.target_modules with the number of layers that it stands for."""
+    counted = [f"{word} ({count})" for word, count in targets.counts.items()]
+    return f"{', '.join(counted)} of {targets.num_layers} linear layers"
 
 
 def _parts(training: Training) -> list[str]:
@@ -76,8 +85,7 @@ def _executed(training: Training) -> str:
 
 def _base(config: Config) -> str:
     weights = "random weights" if config.model.random_init else "frozen"
-    kind = "not quantised" if config.model.quantization == "none" else config.model.quantization
-    return f"{config.model.name_or_path} ({kind}, {weights})"
+    return f"{config.model.name_or_path} ({weights})"
 
 
 def _warnings(training: Training, splits: Splits) -> list[str]:

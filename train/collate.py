@@ -29,6 +29,7 @@ class MicroBatch:
     cu_seqlens: torch.Tensor | None = None  # int32 [S + 1], packed rows only: each sample's start, and T
     max_length: int = 0  # packed rows only: tokens of the longest sample
     uniform_length: int = 0  # packed rows only: tokens of every sample; 0 where they differ
+    lengths: tuple[int, ...] = ()  # tokens of each sample, in order; in packed rows with its padding
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on `device`; to a GPU from pinned memory, without waiting for the copy."""
@@ -57,6 +58,7 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> MicroBatch:
         position_ids=torch.arange(width).repeat(len(rows), 1),  # not expanded: that cannot be pinned
         target_rows=batch_index * width + position,
         targets=input_ids[:, 1:][is_target],
+        lengths=tuple(len(row["input_ids"]) for row in rows),
     )
 
 
@@ -106,4 +108,5 @@ def collate_packed(rows: Sequence[Mapping[str, Any]]) -> MicroBatch:
         cu_seqlens=torch.tensor(starts, dtype=torch.int32),
         max_length=max(widths),
         uniform_length=uniform_length,
+        lengths=tuple(widths),
     )

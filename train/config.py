@@ -61,7 +61,7 @@ class LoraConfig:
     dropout: float = 0.0
     """Probability that an element of an adapter's input is zeroed while training."""
     target_modules: tuple[str, ...] = LLAMA_LINEAR_LAYERS
-    """Names of the linear layers that get an adapter."""
+    """Linear layers that get an adapter: ends of their names, regular expressions over whole names, or all-linear."""
 
 
 @dataclass(frozen=True)
@@ -258,14 +258,7 @@ class Config:
     def _checks(self) -> Iterator[tuple[str, object, str]]:
         yield from self._number_checks()
         yield from self._data_checks()
-        if not self.lora.target_modules:
-            yield (
-                "lora.target_modules",
-                "(empty)",
-                f"name layers, for example {' '.join(LLAMA_LINEAR_LAYERS)}",
-            )
-        if "lm_head" in self.lora.target_modules:
-            yield "lora.target_modules", "lm_head", "the output head stays frozen; leave it out"
+        yield from self._target_checks()
         if isinstance(self.memory.checkpointing, int):
             if self.memory.checkpointing < 0:
                 yield "memory.checkpointing", self.memory.checkpointing, "must be at least 0, or auto, full, none"
@@ -279,6 +272,17 @@ class Config:
                 parse_bytes(self.memory.budget)
             except ValueError as error:
                 yield "memory.budget", self.memory.budget, str(error)
+
+    def _target_checks(self) -> Iterator[tuple[str, object, str]]:
+        if not self.lora.target_modules:
+            yield "lora.target_modules", "(empty)", f"name layers, for example {' '.join(LLAMA_LINEAR_LAYERS)}"
+        if "lm_head" in self.lora.target_modules:
+            yield "lora.target_modules", "lm_head", "the output head stays frozen; leave it out"
+        for word in self.lora.target_modules:
+            try:
+                re.compile(word)
+            except re.error as error:
+                yield "lora.target_modules", word, f"is no regular expression: {error}"
 
     def _data_checks(self) -> Iterator[tuple[str, object, str]]:
         if not self.data.path:

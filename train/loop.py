@@ -125,7 +125,8 @@ def _row(training: Training, result: StepResult, stopwatch: Stopwatch, num_weigh
         row |= {"train/loss_scale": result.loss_scale, "train/overflows": result.num_overflows}
     peak = peak_flops(training.accelerator.device)
     if peak is not None:
-        shape = training.model.adapted.get_base_model().config
+        whole: Any = training.model.causal_lm.config
+        shape = whole.get_text_config(decoder=True)
         mean_length = result.num_tokens / len(result.sample_ids)
         flops = flops_per_token(num_weights, shape, mean_length) * result.num_tokens
         row["perf/mfu"] = round(mfu(flops, seconds, peak, training.accelerator.num_processes), 4)

@@ -39,6 +39,7 @@ from train.deliver.generation import Generator
 from train.deliver.questions import questions_of
 from train.engine.copies import HostMemoryError
 from train.loop import training_loop
+from train.models.fingerprint import base_identity
 from train.models.language_model import adapter_config
 from train.models.tokenizer import Tokenizer, check_fits, load_tokenizer
 from train.run.accelerator import check_machine, close_group, start_accelerator
@@ -208,7 +209,7 @@ def deliver(training: Training, tokenizer: Tokenizer, splits: Splits, trackers: 
     folder = RunFolder.of(config)
     try:
         files = (training.parameters, adapter_config(training.model), tokenizer.backend, end_token_ids)
-        publish_final(folder.final, *files)
+        publish_final(folder.final, *files, base_identity(config))
     except OSError as error:
         raise ExitWith(ExitCode.SAVE_FAILED, f"{folder.final} could not be written: {error}") from None
     try:

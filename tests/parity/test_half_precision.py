@@ -17,7 +17,7 @@ from tests.parity.models import FAMILIES, NOTHING, adapted_model, gradients_of, 
 from train.config import Config, EngineConfig
 from train.engine import lora_linear
 from train.engine.decoder import FusedDecoder
-from train.loss import summed_cross_entropy
+from train.loss import Head, summed_cross_entropy
 from train.step import optimizer_step
 
 SCALE = 2.0**12
@@ -54,7 +54,7 @@ def test_every_family_of_models(family: str, num_kept: int) -> None:
         assert hidden.dtype == (torch.float32 if adapted is exact else torch.float16)
         supervised, head = hidden.index_select(0, batch.target_rows), causal_lm.get_output_embeddings().weight
         if is_fused:
-            loss = summed_cross_entropy(supervised, head, batch.targets)
+            loss = summed_cross_entropy(supervised, Head(head), batch.targets)
         else:
             loss = F.cross_entropy(F.linear(supervised, head).float(), batch.targets, reduction="sum")
         (loss * SCALE).backward()

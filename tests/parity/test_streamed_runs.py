@@ -40,7 +40,7 @@ def test_steps_streamed_and_not(quantization: Any, config: Config) -> None:
 @pytest.mark.parametrize("names", ["model.layers", "layers"])
 def test_a_base_is_read_block_by_block(names: str, config: Config, tmp_path: Any) -> None:
     """Weights from files, quantised one block after another, are those that transformers loads, to the bit."""
-    shape = LlamaConfig(**SIZES | {"vocab_size": 600, "hidden_size": 128, "tie_word_embeddings": False})
+    shape = LlamaConfig(**SIZES | {"vocab_size": 2048, "hidden_size": 128, "tie_word_embeddings": False})
     AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).save_pretrained(tmp_path, max_shard_size="200KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
     GenerationConfig(repetition_penalty=1.5).save_pretrained(tmp_path)

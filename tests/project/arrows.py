@@ -39,7 +39,7 @@ ALLOWED = {
     "train.deliver": {"checkpoints", "data_tools", "models", "run"},
     "train.loop": {"checkpoints", "memory", "metrics", "run", "step", "track"},
     "train.attempt_record": {"checkpoints", "data_tools", "run", "step"},
-    "train.banner": {"checkpoints", "config", "data", "data_tools", "profiles", "run", "step"},
+    "train.banner": {"checkpoints", "config", "data", "data_tools", "models", "profiles", "run", "step"},
     "train.commands": {
         "assemble",
         "audit_gate",

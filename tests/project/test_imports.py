@@ -18,12 +18,15 @@ LIBRARIES_WITH_ONE_OWNER = {
         "train.engine.lora_linear",
         "train.engine.packed_weights",
         "train.models.base",
+        "train.models.completeness",
+        "train.models.held_weights",
         "train.models.language_model",
         "train.optim",
     },
     "triton": {"train.engine.kernels"},
     "wandb": {"train.track.weights_and_biases"},
     "tyro": {"train.cli"},
+    "dotenv": {"train.models.hub"},
 }
 
 

@@ -24,11 +24,34 @@ def test_summed_cross_entropy_is_torchs(num_rows: int, monkeypatch: pytest.Monke
     ours, theirs = (
         torch.randn(num_rows, 32, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in "ab"
     )
-    value = loss.summed_cross_entropy(ours, weight, targets)
+    value = loss.summed_cross_entropy(ours, loss.Head(weight), targets)
     expected = F.cross_entropy(theirs @ weight.T, targets, reduction="sum")
     torch.testing.assert_close(value, expected)
     (value * 0.5).backward()
     (expected * 0.5).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_heads_that_add_scale_and_cap(
+    has_bias: bool, scale: float, cap: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Value and gradient of every combination, over several chunks, are those of torch's formula."""
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 1)
+    torch.manual_seed(0)
+    weight, targets = torch.randn(101, 32), torch.randint(101, (37,))
+    bias = torch.randn(101) if has_bias else None
+    hidden = torch.randn(37, 32)
+    ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    value = loss.summed_cross_entropy(ours, loss.Head(weight, bias, scale, cap), targets)
+    logits = scale * F.linear(theirs, weight, bias)
+    logits = cap * torch.tanh(logits / cap) if cap else logits
+    expected = F.cross_entropy(logits, targets, reduction="sum")
+    torch.testing.assert_close(value, expected)
+    value.backward()
+    expected.backward()
     torch.testing.assert_close(ours.grad, theirs.grad)
 
 

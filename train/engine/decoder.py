@@ -29,10 +29,10 @@ class FusedDecoder:
         """Allocates slots and host buffers; matrices and graphs follow on demand. Blocks in `host` are streamed."""
         family = family_of(causal_lm)
         self.decoder = causal_lm.base_model
-        layers, norm = family.decoder_layers(causal_lm), self.decoder.norm
-        blocks = [Block(layer, number) for number, layer in enumerate(layers)]
+        self.layers, norm = family.decoder_layers(causal_lm), self.decoder.norm
+        blocks = [Block(layer, number) for number, layer in enumerate(self.layers)]
         copies = partial(copies_for, norm.weight.device)
-        self.source = packed_source(layers, host, norm.weight.device, copies)
+        self.source = packed_source(self.layers, host, norm.weight.device, copies)
         store = WeightStore(blocks, plan.num_cached, norm.weight, self.source)
         inputs = DeviceInputs()
         if plan.offloads_inputs:
@@ -58,13 +58,18 @@ class FusedDecoder:
         if graphs is not None:
             batch = pad(batch)
         hidden = self.decoder.embed_tokens(batch.input_ids[0])  # [T, H]
-        cos, sin = self.decoder.rotary_emb(hidden[None], batch.position_ids)  # [1, T, D]
+        context = self.context(batch)
+        return graphs(hidden, context, batch) if graphs is not None else self.stack(hidden, context)
+
+    def context(self, batch: MicroBatch) -> ForwardContext:
+        """What all blocks share in a forward pass over a packed micro-batch."""
+        like = self.stack.store.like  # rotary_emb reads its type and device
+        cos, sin = self.decoder.rotary_emb(like[None], batch.position_ids)  # [1, T, D]
         dropout = self.dropout if self.decoder.training else 0.0
         # the seed of this forward pass, which seeds.seed_forward has set
-        seed = torch.full((), mixed(torch.initial_seed()), device=hidden.device)
+        seed = torch.full((), mixed(torch.initial_seed()), device=like.device)
         rotary = cos[0].contiguous(), sin[0].contiguous()
-        context = ForwardContext(*rotary, self.attend_for(batch), dropout, seed, self.mlp_tile)
-        return graphs(hidden, context, batch) if graphs is not None else self.stack(hidden, context)
+        return ForwardContext(*rotary, self.attend_for(batch), dropout, seed, self.mlp_tile)
 
     def release(self) -> None:
         """Frees graphs and dequantised weights; they are made again when they are needed."""

@@ -1,5 +1,6 @@
 """The families of models that the engine executes, one row each, and why it executes no other."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -96,6 +97,8 @@ def unsupported_reason(causal_lm: CausalLM) -> str:
     if getattr(shape, "attention_dropout", 0.0):
         return "its attention has dropout"
     layers = decoder_layers(causal_lm)
+    if reason := _unknown_weight(layers):
+        return reason
     in_layers = {module for layer in layers for module in layer.module.modules()}
     for name, module in causal_lm.named_modules():
         if hasattr(module, "lora_A") and module not in in_layers:
@@ -107,4 +110,19 @@ def unsupported_reason(causal_lm: CausalLM) -> str:
     blocks = [Block(layer, number) for number, layer in enumerate(layers)]
     if len({tuple(group.shape for group in block.groups) for block in blocks}) > 1:  # they share memory for weights
         return "its blocks do not all have the same adapters"
+    return ""
+
+
+def _unknown_weight(layers: Sequence[DecoderLayer]) -> str:
+    """Why the engine cannot read the weights of a layer; empty where it can."""
+    for layer in layers:
+        for linear in layer.linears:
+            weight, kind = linear.weight, type(linear.weight).__name__
+            if isinstance(weight, bnb.nn.Params4bit):
+                if weight.quant_storage != torch.uint8:
+                    return f"its packed weights are stored as {weight.quant_storage}, not as bytes"
+            elif not isinstance(weight, bnb.nn.Int8Params) and (
+                type(weight) is not torch.nn.Parameter or not weight.is_floating_point()
+            ):
+                return f"its weights are {kind} of {weight.dtype}, which it does not read"
     return ""

@@ -44,7 +44,7 @@ def sketched_sizes(config: Config, device: torch.device, dtype: torch.dtype) -> 
     causal_lm: Any = sketched.get_base_model()
     is_fused, reason = choose_engine(sketched, config, device)
     sizes = model_sizes(causal_lm, config, on_gpu=device.type == "cuda") if is_fused else None
-    return Sketched(sizes, reason, causal_lm.config.num_hidden_layers)
+    return Sketched(sizes, reason, causal_lm.config.get_text_config(decoder=True).num_hidden_layers)
 
 
 @dataclass(frozen=True)

@@ -1,84 +1,104 @@
-"""Loads the frozen base: quantised as it is read, block by block, so that it is never whole in 16 bits."""
+"""Loads the frozen base: quantised as it is read, block by block, so that it is never whole in 16 bits.
 
-import json
-import re
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
-from pathlib import Path
+There are two loaders, transformers' own and one for bases whose blocks are streamed. Both end the run unless every
+tensor that the architecture wants is in the files with its shape: what is not there would be drawn at random.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
+import transformers
 from accelerate import init_empty_weights
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
-from safetensors import SafetensorError, safe_open
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from safetensors import SafetensorError
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.quantizers.base import HfQuantizer
 
 from train.config import ModelConfig
 from train.engine.embedding import offload_embedding
 from train.engine.families import decoder_layers
 from train.engine.host_stream import HostBlocks
 from train.engine.layers import as_causal_lm
-from train.run.exits import ExitCode, ExitWith
+from train.models.completeness import check_difference, check_tied_pair, difference_of, tied_embedding
+from train.models.hub import fetch_weights, locate, unreadable
+from train.models.shape import auto_class, cannot_read, model_shape, quantization, text_shape
+from train.models.stored import Difference, StoredWeights
 from train.seeds import derived_seed
 
-Read = Callable[[str, torch.nn.Parameter], torch.Tensor]  # its name, a parameter without values -> its values
+# its name, a parameter without values -> its values, or the whole parameter where it is stored quantised
+Read = Callable[[str, torch.nn.Parameter], torch.Tensor]
+UNLOADABLE = (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError, SafetensorError)
 
 
 def load_base(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, host: HostBlocks, seed: int, embedding_on_host: bool
-) -> PreTrainedModel:
-    """The base on `device`, except for the blocks that `host` wants; random weights are drawn from `seed`.
+) -> tuple[PreTrainedModel, list[str]]:
+    """The base on `device`, except for the blocks that `host` wants, and notes on its files.
 
-    Raises ExitWith(BAD_INPUT) where it cannot be found or read.
+    Random weights are drawn from `seed`. Raises ExitWith(BAD_INPUT) where the base cannot be found or read, and where
+    its files do not hold what its architecture wants.
     """
     shape = model_shape(config)  # refuses what must not be loaded
     if config.random_init:
-        draw = _drawn(shape, dtype, torch.Generator(device).manual_seed(derived_seed(seed, "random base")))
-        return _filled(skeleton(config, dtype), draw, device, host, embedding_on_host)
-    indexed = _indexed_files(config)
-    try:
-        if host.wanted:
-            if getattr(shape, "quantization_config", None) is not None:
-                raise ValueError("it is quantised already, and only the blocks of a base that is not can be streamed")
-            with ExitStack() as files:
-                read = _stored(config, indexed, dtype, device, files)
-                base = _filled(skeleton(config, dtype), read, device, host, embedding_on_host)
-            with suppress(OSError):  # not every base has one
-                base.generation_config = GenerationConfig.from_pretrained(config.name_or_path, revision=config.revision)
-            return base
-        base = _by_transformers(config, dtype, device)
-    except (OSError, ValueError, ImportError, SafetensorError, HfHubHTTPError) as error:
-        raise not_found(config, "safetensors weights", error) from None
-    if embedding_on_host:
+        draw = _drawn(text_shape(shape), dtype, torch.Generator(device).manual_seed(derived_seed(seed, "random base")))
+        return _filled(skeleton(config, dtype), draw, device, host, embedding_on_host), []
+    place = locate(config)
+    if (place.folder / "adapter_config.json").exists():
+        reason = "an adapter lies beside the base (adapter_config.json); merge it into the base, or move it away"
+        raise unreadable(config.name_or_path, reason)
+    paths = fetch_weights(place)
+    with ExitStack() as files:
+        try:
+            stored = StoredWeights(paths, files)
+            stored.check_types(is_quantized=quantization(config, shape, dtype)[1])
+        except (OSError, ValueError, SafetensorError) as error:
+            raise cannot_read(config, "safetensors weights", error) from None
+        base = skeleton(config, dtype)
+        check_tied_pair(config, base, stored)
+        try:
+            if host.wanted:
+                read = _stored(config, base, stored, dtype, device)
+                left = check_difference(config, base, difference_of(base, stored))
+                base = _filled(base, read, device, host, embedding_on_host)
+                with suppress(OSError):  # not every base has one
+                    base.generation_config = GenerationConfig.from_pretrained(str(place.folder))
+            else:
+                base, difference = _by_transformers(config, shape, dtype, device)
+                left = check_difference(config, base, difference)
+        except UNLOADABLE as error:
+            raise cannot_read(config, "safetensors weights", error) from None
+    if quantization(config, shape, dtype)[1]:
+        _unify_compute_type(base, dtype)
+    if embedding_on_host and not host.wanted:
         offload_embedding(as_causal_lm(base))
-    return base
+    return base, left
 
 
 def skeleton(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The base without its weights, on torch's meta device, with the layers of its quantisation.
 
-    Raises ExitWith(BAD_INPUT) where config.json is not that of a causal language model.
+    Raises ExitWith(BAD_INPUT) where config.json is not that of a language model.
     """
     shape = model_shape(config)
+    kind = auto_class(config, shape)
     with init_empty_weights(include_buffers=False):
         options = {"dtype": dtype, "attn_implementation": "sdpa"}
         try:
-            base: PreTrainedModel = AutoModelForCausalLM.from_config(shape, trust_remote_code=False, **options)
-        except ValueError as error:
-            raise not_found(config, "a causal language model", error) from None
-    quantization = _quantization(config, dtype)
-    if quantization is not None:
-        replace_with_bnb_linear(base, modules_to_not_convert=["lm_head"], quantization_config=quantization)
+            base: PreTrainedModel = kind.from_config(shape, trust_remote_code=False, **options)
+        except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+            raise cannot_read(config, "a causal language model", error) from None
+    wanted, is_stored = quantization(config, shape, dtype)
+    if wanted is not None:
+        skipped = HfQuantizer.get_modules_to_not_convert(
+            base, wanted.llm_int8_skip_modules, list(base._keep_in_fp32_modules or [])
+        )
+        with _quiet():
+            replace_with_bnb_linear(
+                base, modules_to_not_convert=skipped, quantization_config=wanted, pre_quantized=is_stored
+            )
         flags: Any = base
         flags.is_loaded_in_4bit = config.quantization == "nf4"
         flags.is_loaded_in_8bit = config.quantization == "int8"
@@ -87,31 +107,27 @@ def skeleton(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     return base
 
 
-def model_shape(config: ModelConfig) -> PreTrainedConfig:
-    """The base's transformers configuration, without its weights."""
-    try:
-        shape = AutoConfig.from_pretrained(**where(config), trust_remote_code=False)
-    except (OSError, ValueError, TypeError, StrictDataclassError, HfHubHTTPError) as error:
-        raise not_found(config, "config.json", error) from None
-    kernel = getattr(shape, "_attn_implementation", None)
-    if "/" in str(kernel):  # transformers would fetch a binary from the hub and run it, where `kernels` is installed
-        reason = f"{config.name_or_path}: config.json names the attention kernel {kernel!r} of the hub; take it out"
-        raise ExitWith(ExitCode.BAD_INPUT, reason)
-    return shape
-
-
-def _by_transformers(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    quantization = _quantization(config, dtype)
-    options = {"quantization_config": quantization} if quantization else {}
-    return AutoModelForCausalLM.from_pretrained(
-        **where(config),
-        **options,
-        dtype=dtype,
-        device_map={"": device},
-        use_safetensors=True,
-        trust_remote_code=False,
-        attn_implementation="sdpa",
-    )
+def _by_transformers(
+    config: ModelConfig, shape: PreTrainedConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel, Difference]:
+    """The base as transformers loads it, and what it says about the files; it only warns of what is missing."""
+    wanted, is_stored = quantization(config, shape, dtype)
+    options = {"quantization_config": wanted} if wanted and not is_stored else {}
+    with _quiet():
+        base, info = auto_class(config, shape).from_pretrained(
+            str(locate(config).folder),
+            **options,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told together with what is missing
+        )
+    base.name_or_path = config.name_or_path
+    mismatched = sorted((name, tuple(found), tuple(shape)) for name, found, shape in info["mismatched_keys"])
+    return base, Difference(sorted(info["missing_keys"]), mismatched, sorted(info["unexpected_keys"]))
 
 
 def _filled(
@@ -127,8 +143,11 @@ def _filled(
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(device))
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if not (module is head and is_tied):
+            if not (module is head and name == "weight" and is_tied):
                 setattr(module, name, _parameter(parameter, read(f"{prefix}.{name}", parameter), device))
+        if isinstance(module, bnb.nn.Linear4bit):
+            state: Any = module.weight
+            module.quant_state = state.quant_state
         if module is embedding and is_tied:
             head.weight = embedding.weight
         if module is embedding and embedding_on_host:
@@ -143,6 +162,8 @@ def _parameter(parameter: torch.nn.Parameter, values: torch.Tensor, device: torc
     """The values as a parameter like the skeleton's; bitsandbytes quantises them when they are moved to the device."""
     params4bit: Any = bnb.nn.Params4bit
     int8_params: Any = bnb.nn.Int8Params
+    if isinstance(values, bnb.nn.Params4bit):  # quantised already
+        return values
     if isinstance(parameter, bnb.nn.Params4bit):
         return params4bit(values, requires_grad=False, **parameter.__dict__).to(device)
     if isinstance(parameter, bnb.nn.Int8Params):
@@ -150,7 +171,7 @@ def _parameter(parameter: torch.nn.Parameter, values: torch.Tensor, device: torc
     return torch.nn.Parameter(values, requires_grad=False)
 
 
-def _drawn(shape: PreTrainedConfig, dtype: torch.dtype, generator: torch.Generator) -> Read:
+def _drawn(shape: Any, dtype: torch.dtype, generator: torch.Generator) -> Read:
     """Random values, drawn on the generator's device."""
     device = generator.device
 
@@ -166,82 +187,49 @@ def _drawn(shape: PreTrainedConfig, dtype: torch.dtype, generator: torch.Generat
 
 
 def _stored(
-    config: ModelConfig, indexed: list[str], dtype: torch.dtype, device: torch.device, files: ExitStack
+    config: ModelConfig, base: PreTrainedModel, stored: StoredWeights, dtype: torch.dtype, device: torch.device
 ) -> Read:
-    """Values from safetensors files, which stay open until `files` is closed; raises ValueError for missing ones."""
-    # a single file wins over an index, as in transformers
-    names = indexed if indexed and _cached(config, SAFE_WEIGHTS_NAME) is None else [SAFE_WEIGHTS_NAME]
-    place: dict[str, Any] = {}
-    for name in names:
-        path = cached_file(config.name_or_path, name, revision=config.revision)
-        file = files.enter_context(safe_open(path, framework="pt"))
-        place |= dict.fromkeys(file.keys(), file)
+    """Values from the files; a weight that is stored in 4 bits comes with its scales."""
+    tied = tied_embedding(base)
+    params4bit: Any = bnb.nn.Params4bit
 
     def read(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
-        stored = name if name in place else name.removeprefix("model.")  # a decoder saved without its head
-        if stored not in place:
-            raise ValueError(f"the files hold no {name}")
-        values = place[stored].get_tensor(stored)
-        if values.shape != parameter.shape:
-            raise ValueError(f"{name} is {list(values.shape)} in the files, {list(parameter.shape)} by config.json")
+        place = stored.place_of(name, name == tied)
+        assert place, "difference_of has found it"
+        parts = stored.quantized_parts(place) if isinstance(parameter, bnb.nn.Params4bit) else {}
+        values = stored.values(place)
+        if parts:
+            packed = params4bit.from_prequantized(values, parts, requires_grad=False, device=device)
+            packed.quant_state.dtype = dtype  # before a streamed block's layout takes it over
+            return packed
+        if isinstance(parameter, bnb.nn.Params4bit) and not values.is_floating_point():
+            raise ValueError(f"{name} is packed in 4 bits, and its scales are not in the files")
         return values.to(device).to(dtype)
 
     return read
 
 
-def _quantization(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    if config.quantization == "nf4":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    return BitsAndBytesConfig(load_in_8bit=True) if config.quantization == "int8" else None
+def _unify_compute_type(base: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Gives a base that was stored quantised this run's compute type, where transformers leaves it that of its files.
 
-
-def _cached(config: ModelConfig, name: str) -> str | None:
-    missing_is_fine = {
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_connection_errors": False,
-    }
-    return cached_file(config.name_or_path, name, revision=config.revision, **missing_is_fine)
-
-
-def _indexed_files(config: ModelConfig) -> list[str]:
-    """The files that the index names; empty without an index.
-
-    Raises ExitWith(BAD_INPUT) where it names anything but safetensors: transformers would read it.
+    So packed weights are dequantised to it, too.
     """
-    index = _cached(config, SAFE_WEIGHTS_INDEX_NAME)
-    if index is None:
-        return []
+    for module in base.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            weight: Any = module.weight
+            module.compute_dtype, weight.quant_state.dtype = dtype, dtype
+            module.compute_type_is_set = True
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' warnings about a load, which are told by us, or end the run."""
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
     try:
-        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-        wrong = [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise not_found(config, SAFE_WEIGHTS_INDEX_NAME, error) from None
-    if wrong:
-        reason = f"{config.name_or_path}: {SAFE_WEIGHTS_INDEX_NAME} names {wrong[0]!r}; only *.safetensors are read"
-        raise ExitWith(ExitCode.BAD_INPUT, reason)
-    return names
-
-
-def where(config: ModelConfig) -> dict[str, str]:
-    """The arguments of transformers' from_pretrained that say which base."""
-    return {"pretrained_model_name_or_path": config.name_or_path, "revision": config.revision}
-
-
-def not_found(config: ModelConfig, what: str, error: Exception) -> ExitWith:
-    """The error that says what of the base cannot be read, and what to do."""
-    name = config.name_or_path
-    if Path(name).is_dir() or isinstance(error, HFValidationError):
-        remedy = "name a folder that holds config.json, tokenizer.json and *.safetensors, or a hub id"
-    else:
-        remedy = (
-            "name a folder, or a hub id that you can reach (gated models: accept their licence, then `hf auth login`)"
-        )
-    if name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
-        return ExitWith(ExitCode.BAD_INPUT, f"--model.name_or_path {name}: no such folder\n{remedy}")
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return ExitWith(ExitCode.BAD_INPUT, f"--model.name_or_path {name}: cannot read {what}: {first_line}\n{remedy}")
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)

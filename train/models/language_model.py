@@ -2,8 +2,10 @@
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import bitsandbytes as bnb
 import peft
@@ -19,11 +21,25 @@ from train.engine.families import decoder_layers, unsupported_reason
 from train.engine.host_stream import HostBlocks
 from train.engine.layers import ADAPTER, CausalLM, as_causal_lm
 from train.engine.plan import Plan
-from train.loss import summed_cross_entropy
+from train.loss import Head, summed_cross_entropy
 from train.models.base import load_base, skeleton
+from train.models.held_weights import HeldWeights, check_experts, held_weights
+from train.models.hub import BasePlace, locate
+from train.models.rotary import SampleRotary, isolate_rotary
+from train.models.targets import Targets, refuse_unmatched, resolve_targets
 from train.run.devices import compute_type
 from train.run.exits import ExitCode, ExitWith
 from train.seeds import derived_seed
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What is told of the base that was loaded."""
+
+    place: BasePlace
+    held: HeldWeights
+    targets: Targets
+    notes: list[str]  # on its files
 
 
 class LanguageModel(torch.nn.Module):
@@ -34,11 +50,14 @@ class LanguageModel(torch.nn.Module):
     parameters and adds to the same gradients. The embedding, the head and the loss are shared.
     """
 
-    def __init__(self, adapted: peft.PeftModel, host: HostBlocks) -> None:
+    def __init__(self, adapted: peft.PeftModel, host: HostBlocks, about: BaseFacts) -> None:
         super().__init__()
         self.adapted = adapted
         self.host = host
+        self.about = about
         self.engine: FusedDecoder | None = None  # None: the reference path runs everything
+        self.head = head_of(self.causal_lm)
+        self.rotaries = [module for module in adapted.modules() if isinstance(module, SampleRotary)]
 
     @property
     def causal_lm(self) -> CausalLM:
@@ -50,16 +69,31 @@ class LanguageModel(torch.nn.Module):
 
         Packed batches run on the engine where there is one, padded ones on the reference path.
         """
-        hidden = self.engine(batch) if self.engine and batch.cu_seqlens is not None else self._reference(batch)
+        if self.engine and batch.cu_seqlens is not None:
+            self._tell_lengths(batch.lengths)
+            hidden = self.engine(batch)
+        else:
+            hidden = self.reference_hidden(batch)
         supervised = hidden.index_select(0, batch.target_rows)  # [N, H]
-        return summed_cross_entropy(supervised, self.causal_lm.get_output_embeddings().weight, batch.targets)
+        return summed_cross_entropy(supervised, self.head, batch.targets)
 
-    def _reference(self, batch: MicroBatch) -> torch.Tensor:
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type of the head and of hidden states."""
+        return self.head.weight.dtype
+
+    def _tell_lengths(self, lengths: Sequence[int]) -> None:
+        """Says how long the samples are, to rotary embeddings that depend on it."""
+        for rotary in self.rotaries:
+            rotary.lengths = lengths
+
+    def reference_hidden(self, batch: MicroBatch) -> torch.Tensor:
         """Hidden states [B * T, H] by transformers and PEFT.
 
         Packed samples are isolated at cu_seqlens by engine.attention; where that has no kernel, by transformers, where
         position_ids start again (masking_utils.find_packed_sequence_indices).
         """
+        self._tell_lengths(batch.lengths)
         outputs = self.causal_lm.base_model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -99,6 +133,7 @@ class LanguageModel(torch.nn.Module):
         causal_lm = self.causal_lm
         kind = causal_lm.config._attn_implementation
         self.eval()
+        self._tell_lengths(())
         causal_lm.set_attn_implementation("sdpa")
         try:
             with self.engine.lent() if self.engine else nullcontext():
@@ -118,30 +153,38 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
 
     Blocks that the plan streams are in host memory; so is the embedding on the engine, where the head does not share
     it. peft's prepare_model_for_kbit_training is not called: it casts embedding and head to fp32 (2.1 GB at 8B).
-    Raises ExitWith(BAD_INPUT) where the base cannot be found or has a head that the loss does not fit.
+    Raises ExitWith(BAD_INPUT) where the base cannot be found or is not what config.json says, and where what was
+    loaded cannot run on the engine that the plan wants.
     """
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     dtype = compute_type(config.model.dtype, device).dtype
     host = HostBlocks(plan.streamed, pin=device.type == "cuda")
-    base = load_base(config.model, dtype, device, host, config.train.seed, plan.is_fused)
+    base, notes = load_base(config.model, dtype, device, host, config.train.seed, plan.is_fused)
     base.set_attn_implementation(attention_kind(config, dtype, device))
     keep_one_cpu_kernel(base)
     base.requires_grad_(False)
     base.config.use_cache = False
+    isolate_rotary(base)
+    held = held_weights(base)
+    check_experts(config.model, held)
     torch.manual_seed(derived_seed(config.train.seed, "adapters"))
-    model = LanguageModel(_with_adapters(base, config), host)
+    adapted, targets = _with_adapters(base, config)
+    reason = unsupported_reason(as_causal_lm(adapted.get_base_model())) if plan.is_fused else ""
+    if reason:  # what was loaded is not what config.json promised
+        raise ExitWith(ExitCode.BAD_INPUT, f"{config.model.name_or_path}: {reason}; --engine.kind reference trains it")
+    model = LanguageModel(adapted, host, BaseFacts(locate(config.model), held, targets, notes))
     for parameter in model.trainable().values():
         parameter.data = parameter.data.to(device)  # PEFT puts them where the layer's weights are
     model.execute(plan)
-    _check_head(model, config)
     return model.train()
 
 
 def sketch(config: Config, dtype: torch.dtype) -> peft.PeftModel:
     """The model as load_model would make it, on torch's meta device, to choose an engine and to plan memory."""
     base = skeleton(config.model, dtype)
-    return _with_adapters(base, config, low_cpu_mem_usage=True)
+    check_experts(config.model, held_weights(base))
+    return _with_adapters(base, config, low_cpu_mem_usage=True)[0]
 
 
 def choose_engine(sketched: peft.PeftModel, config: Config, device: torch.device) -> tuple[bool, str]:
@@ -162,23 +205,14 @@ def choose_engine(sketched: peft.PeftModel, config: Config, device: torch.device
     return not reason, reason
 
 
-@torch.no_grad()
-def _check_head(model: LanguageModel, config: Config) -> None:
-    """Raises ExitWith(BAD_INPUT) unless our loss is the model's own: some heads add a bias, or scale or cap logits."""
-    causal_lm = model.causal_lm
-    vocab_size = causal_lm.get_input_embeddings().num_embeddings
-    ids = (torch.arange(9, device=causal_lm.device) * 7919 % vocab_size)[None]
-    positions = torch.arange(8, device=ids.device)
-    with model.generating():
-        ours = model(MicroBatch(ids[:, :-1], positions[None], positions, ids[0, 1:]))
-        logits = causal_lm(input_ids=ids[:, :-1], use_cache=False).logits[0]
-    theirs = torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:], reduction="sum")
-    if not torch.allclose(ours, theirs, rtol=1e-2):
-        raise ExitWith(
-            ExitCode.BAD_INPUT,
-            f"{config.model.name_or_path}: our loss on eight tokens is {ours.item():.3f}, the model's own "
-            f"{theirs.item():.3f}; its head does more than multiply. Choose a Llama, Mistral or Qwen model",
-        )
+def head_of(causal_lm: CausalLM) -> Head:
+    """The formula of the head's logits, by config.json; agreement.py compares it with what transformers computes."""
+    layer = causal_lm.get_output_embeddings()
+    whole: Any = causal_lm.config
+    shape = whole.get_text_config(decoder=True)
+    scale = (getattr(shape, "logit_scale", None) or 1.0) / (getattr(shape, "logits_scaling", None) or 1.0)
+    cap = getattr(shape, "final_logit_softcapping", None) or 0.0
+    return Head(layer.weight, getattr(layer, "bias", None), float(scale), float(cap))
 
 
 def keep_one_cpu_kernel(base: torch.nn.Module) -> None:
@@ -192,28 +226,39 @@ def keep_one_cpu_kernel(base: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _with_adapters(base: PreTrainedModel, config: Config, low_cpu_mem_usage: bool = False) -> peft.PeftModel:
+def _with_adapters(
+    base: PreTrainedModel, config: Config, low_cpu_mem_usage: bool = False
+) -> tuple[peft.PeftModel, Targets]:
     # newer transformers rename gradient checkpointing; PEFT uses the old name too, and 5.17 knows no other
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+    targets = resolve_targets(base, config.lora.target_modules)
     lora = peft.LoraConfig(
         r=config.lora.r,
         lora_alpha=config.lora.alpha,
         lora_dropout=config.lora.dropout,
-        target_modules=list(config.lora.target_modules),
+        target_modules=targets.names,
         task_type="CAUSAL_LM",
     )
     try:
         adapted = peft.get_peft_model(base, lora, low_cpu_mem_usage=low_cpu_mem_usage)
     except ValueError as error:
-        raise ExitWith(ExitCode.BAD_INPUT, f"--lora.target_modules: {error}") from None
+        option = f"dropout {config.lora.dropout}" if "dropout" in str(error) else "target_modules"
+        reason = f"--lora.{option}: {str(error).strip().partition(chr(10))[0]}"
+        raise ExitWith(ExitCode.BAD_INPUT, reason) from None
     assert isinstance(adapted, peft.PeftModel)
-    return adapted
+    # PEFT knows the experts of some architectures only, and is content where another word matches
+    placed = {getattr(module, "parameter_name", "") for module in adapted.modules() if hasattr(module, "lora_A")}
+    refuse_unmatched(base, [word for word, parameter in targets.experts.items() if parameter not in placed])
+    return adapted, targets
 
 
 def adapter_config(model: LanguageModel) -> dict[str, object]:
-    """What PEFT writes to adapter_config.json."""
+    """What PEFT writes to adapter_config.json; the base is named so that it is found from any folder, and later."""
     values = model.adapted.peft_config[ADAPTER].to_dict()
-    return {key: sorted(v) if isinstance(v, set) else v for key, v in values.items()} | {"inference_mode": True}
+    place = model.about.place
+    base = {"base_model_name_or_path": place.name, "revision": place.commit or None}
+    sets = {key: sorted(value) for key, value in values.items() if isinstance(value, set)}
+    return values | sets | base | {"inference_mode": True}
 
 
 def load_adapters(model: LanguageModel, tensors: Mapping[str, torch.Tensor]) -> None:

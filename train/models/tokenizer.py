@@ -9,7 +9,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data_tools.chat_template import PLAIN_TEMPLATE, ChatTemplate, read_template
 from train.config import Config, parse_argument
-from train.models.base import model_shape, not_found, where
+from train.models.hub import locate
+from train.models.shape import cannot_read, model_shape, text_shape
 from train.run.exits import ExitCode, ExitWith
 
 # Tokens that models ship for padding: where pad is unset or equals eos, the first one in the vocabulary is used.
@@ -30,11 +31,13 @@ def load_tokenizer(config: Config) -> Tokenizer:
     Raises ExitWith(BAD_INPUT) where it cannot be found.
     """
     notes = []
-    source = where(config.model)
+    place = locate(config.model)
+    if place.note:
+        notes.append(place.note)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(place.folder), trust_remote_code=False)
     except (OSError, ValueError, TypeError, StrictDataclassError, HfHubHTTPError) as error:
-        raise not_found(config.model, "a tokenizer", error) from None
+        raise cannot_read(config.model, "a tokenizer", error) from None
     if config.data.chat_template:
         path = Path(config.data.chat_template).expanduser()
         try:
@@ -66,7 +69,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
 def check_fits(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ExitWith(BAD_INPUT) where samples may be too long for the model, or hold tokens that it does not embed."""
     check_length(config)
-    shape = model_shape(config.model)
+    shape = text_shape(model_shape(config.model))
     if len(tokenizer) > shape.vocab_size:
         raise ExitWith(
             ExitCode.BAD_INPUT,
@@ -77,7 +80,7 @@ def check_fits(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def check_length(config: Config) -> None:
     """Raises ExitWith(BAD_INPUT) where samples may be longer than the model was made for, or it cannot be found."""
-    longest = getattr(model_shape(config.model), "max_position_embeddings", None)
+    longest = getattr(text_shape(model_shape(config.model)), "max_position_embeddings", None)
     if longest is not None and config.data.max_length > longest:
         reason = (
             f"--data.max_length {config.data.max_length}: {config.model.name_or_path} was made for {longest} at most"

@@ -162,7 +162,7 @@ def test_the_head_takes_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(loss, "cross_entropy", lambda logits, targets: logits.new_zeros(len(targets)))  # as our kernel
     hidden, weight = torch.randn(1000, 64, requires_grad=True), torch.randn(2048, 64)
     with PeakBytes() as found:
-        loss.summed_cross_entropy(hidden, weight, torch.zeros(1000, dtype=torch.int64))
+        loss.summed_cross_entropy(hidden, loss.Head(weight), torch.zeros(1000, dtype=torch.int64))
     sizes = replace(LLAMA_8B, hidden=64, vocabulary=2048, element_bytes=4, chunk_bytes=2**20)
     planner = planner_for(LONG, BatchConfig(1, 4), sizes=sizes)
     given = 2 * hidden.nbytes

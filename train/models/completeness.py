@@ -1,0 +1,76 @@
+"""Whether the files of a base hold what its architecture wants: both loaders end the run where they do not."""
+
+import bitsandbytes as bnb
+import torch
+from transformers import PreTrainedModel
+
+from train.config import ModelConfig
+from train.models.hub import unreadable
+from train.models.stored import Difference, StoredWeights, described_leftovers, left_in_the_model, named
+
+
+def check_difference(config: ModelConfig, base: PreTrainedModel, difference: Difference) -> list[str]:
+    """Notes on the tensors that are not read; raises ExitWith(BAD_INPUT) where the files are not this model's."""
+    modules = [name for name, _ in base.named_modules() if name]
+    spellings = [*modules, *(name.removeprefix("model.") for name in modules)]
+    foreign = left_in_the_model(difference.left, spellings)
+    problems = difference.problems()
+    if foreign:
+        problems.append(f"the files hold {named(foreign)}, which the model of config.json does not have")
+    if problems:
+        lines = "\n  ".join(problems)
+        raise unreadable(config.name_or_path, f"config.json and the weight files are not of one model:\n  {lines}")
+    return [described_leftovers(difference.left)] if difference.left else []
+
+
+def difference_of(base: PreTrainedModel, stored: StoredWeights) -> Difference:
+    """What the files lack and hold beside the skeleton's parameters, by the names that StoredWeights.place_of finds."""
+    missing, mismatched, read = [], [], set()
+    tied = tied_embedding(base)
+    for name, parameter in base.named_parameters():
+        place = stored.place_of(name, name == tied)
+        read.add(place)
+        if not place:
+            missing.append(name)
+            continue
+        is_packed = isinstance(parameter, bnb.nn.Params4bit) and stored.is_packed(place)
+        if not is_packed and stored.tensors[place].shape != tuple(parameter.shape):
+            mismatched.append((name, stored.tensors[place].shape, tuple(parameter.shape)))
+    if tied:
+        read.add("lm_head.weight")
+    left = [name for name in stored.tensors if name not in read and not _belongs_to(name, read)]
+    return Difference(missing, mismatched, left)
+
+
+def check_tied_pair(config: ModelConfig, base: PreTrainedModel, stored: StoredWeights) -> None:
+    """Raises ExitWith(BAD_INPUT) where config.json ties the head to the embedding and the files hold two of them.
+
+    transformers would take both, other programs the embedding alone.
+    """
+    head, embedding = (base.get_output_embeddings(), base.get_input_embeddings())
+    if head is None or head.weight is not embedding.weight:
+        return
+    names = {module: name for name, module in base.named_modules()}
+    pair = [stored.place_of(f"{names[module]}.weight") for module in (embedding, head)]
+    if all(pair) and pair[0] != pair[1]:
+        one, other = map(stored.values, pair)
+        if one.shape != other.shape or not torch.equal(one, other):
+            raise unreadable(
+                config.name_or_path,
+                f"config.json ties the head to the embedding, and the files hold two: {pair[0]} and {pair[1]} differ. "
+                'With "tie_word_embeddings": false in config.json both are used as they are',
+            )
+
+
+def tied_embedding(base: PreTrainedModel) -> str:
+    """The name of the embedding's parameter where the head shares it; else empty."""
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return ""
+    return next(f"{name}.weight" for name, module in base.named_modules() if module is embedding)
+
+
+def _belongs_to(name: str, read: set[str]) -> bool:
+    """Whether this is a scale or a table of a packed weight."""
+    start, weight, _ = name.rpartition(".weight.")
+    return bool(weight) and f"{start}.weight" in read

@@ -1,0 +1,108 @@
+"""What config.json says of a base, without its weights."""
+
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    __version__,
+)
+
+from train.config import ModelConfig
+from train.models.hub import locate, unreadable
+from train.run.exits import ExitCode, ExitWith
+
+STORED_AS = {"nf4": "in 4 bits by bitsandbytes", "int8": "in 8 bits by bitsandbytes"}
+# what a transformers configuration may hold only for us: it names files or code that would be read instead
+FOREIGN_SETTINGS = ("transformers_weights",)
+
+
+def model_shape(config: ModelConfig) -> PreTrainedConfig:
+    """The base's transformers configuration; of a multimodal base it nests the language model's (text_shape).
+
+    Raises ExitWith(BAD_INPUT) where it cannot be read, or must not be trusted.
+    """
+    place = locate(config)
+    if not (place.folder / "config.json").is_file():
+        held = "adapter_config.json" if (place.folder / "adapter_config.json").exists() else ""
+        reason = "it has no config.json" + (f", but an adapter ({held}): name the base of the adapter" if held else "")
+        remedy = "name a folder that holds config.json, tokenizer.json and *.safetensors, or a hub id"
+        raise unreadable(config.name_or_path, f"{reason}\n{remedy}")
+    try:
+        shape = AutoConfig.from_pretrained(str(place.folder), trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError, HfHubHTTPError) as error:
+        raise cannot_read(config, "config.json", error) from None
+    kernel = getattr(shape, "_attn_implementation", None)
+    if "/" in str(kernel):  # transformers would fetch a binary from the hub and run it, where `kernels` is installed
+        reason = f"config.json names the attention kernel {kernel!r} of the hub; take it out"
+        raise ExitWith(ExitCode.BAD_INPUT, f"{config.name_or_path}: {reason}")
+    for setting in FOREIGN_SETTINGS:
+        if getattr(shape, setting, None) is not None:
+            reason = f"config.json sets {setting}, which is not read; take it out"
+            raise ExitWith(ExitCode.BAD_INPUT, f"{config.name_or_path}: {reason}")
+    return shape
+
+
+def text_shape(shape: PreTrainedConfig) -> Any:
+    """The language model's part of a configuration: all of it, but for multimodal bases."""
+    return shape.get_text_config(decoder=True)
+
+
+def auto_class(config: ModelConfig, shape: PreTrainedConfig) -> Any:
+    """transformers' class that loads the base; raises ExitWith(BAD_INPUT) where it knows no language model in it."""
+    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(shape) in kind._model_mapping:
+            return kind
+    reason = f"transformers {__version__} knows no language model of the type {shape.model_type!r}"
+    raise unreadable(config.name_or_path, reason)
+
+
+def stored_quantization(config: ModelConfig, shape: PreTrainedConfig) -> BitsAndBytesConfig | None:
+    """How the base's files are quantised already; None where they are not.
+
+    Raises ExitWith(BAD_INPUT) where that is not what --model.quantization says, and for formats that are not trained.
+    """
+    found: Any = getattr(shape, "quantization_config", None)
+    found = found if found is not None else getattr(text_shape(shape), "quantization_config", None)
+    if found is None:
+        return None
+    found = found if isinstance(found, dict) else found.to_dict()
+    is_4bit, is_8bit = found.get("load_in_4bit"), found.get("load_in_8bit")
+    if not is_4bit and not is_8bit:
+        method = str(getattr(found.get("quant_method"), "value", found.get("quant_method")))
+        reason = f"its files are quantised by {method}, which is not trained here; name the base that is not quantised"
+        raise unreadable(config.name_or_path, reason)
+    kind = "nf4" if is_4bit else "int8"
+    if config.quantization != kind and not config.random_init:
+        reason = f"{config.name_or_path} is stored {STORED_AS[kind]}; write --model.quantization {kind}"
+        raise ExitWith(ExitCode.BAD_INPUT, f"--model.quantization {config.quantization}: {reason}")
+    read: Any = BitsAndBytesConfig.from_dict(found)
+    return read
+
+
+def quantization(config: ModelConfig, shape: PreTrainedConfig, dtype: torch.dtype) -> tuple[Any, bool]:
+    """(How linear layers are held while training, or None; whether the files have them so already)."""
+    stored = stored_quantization(config, shape)
+    if stored is not None and not config.random_init:
+        stored.bnb_4bit_compute_dtype = dtype
+        return stored, True
+    if config.quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        ), False
+    return (BitsAndBytesConfig(load_in_8bit=True) if config.quantization == "int8" else None), False
+
+
+def cannot_read(config: ModelConfig, what: str, error: Exception) -> ExitWith:
+    """The end of a run for which something of the base cannot be read."""
+    first_line = str(error).strip().partition("\n")[0] or type(error).__name__
+    remedy = "name a folder that holds config.json, tokenizer.json and *.safetensors, or a hub id"
+    return unreadable(config.name_or_path, f"cannot read {what}: {first_line}\n{remedy}")

@@ -1,0 +1,118 @@
+"""Which linear layers get an adapter: what --lora.target_modules matches, and what it does not."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from train.run.exits import ExitCode, ExitWith
+
+ALL_LINEAR = "all-linear"
+NAME = re.compile(r"[\w.-]+")
+# projections that some architectures hold fused, as three-dimensional parameters of their experts; PEFT turns the names
+# of the parts into that of the whole (utils/transformers_weight_conversion.py)
+EXPERT_PARTS = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "w1": "gate_up_proj", "w3": "gate_up_proj"}
+EXPERT_PARTS |= {"down_proj": "down_proj", "w2": "down_proj", "gate": "weight"}
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What PEFT is told, and how many layers each word of the option stands for."""
+
+    names: list[str]  # ends of names, or whole names where ends would match too much
+    counts: dict[str, int]  # by the words of the option
+    num_layers: int  # linear layers of the decoder
+    experts: dict[str, str]  # words that stand for a parameter of the experts alone, and its name
+
+
+def resolve_targets(base: PreTrainedModel, words: Sequence[str]) -> Targets:
+    """Matches each word with the linear layers of the decoder: the end of a name, a regular expression over the whole
+    name, or all-linear.
+
+    Raises ExitWith(BAD_INPUT) with every word that matches nothing and the names that exist. The head, embeddings, and
+    layers outside the decoder, such as those of a vision tower, are never adapted.
+    """
+    linear = list(_linear_layers(base))
+    parameters = _expert_parameters(base)
+    matched: set[str] = set()
+    counts: dict[str, int] = {}
+    experts: dict[str, str] = {}
+    for word in words:
+        found = {name for name in linear if _matches(word, name)}
+        matched |= found
+        counts[word] = len(found)
+        part = EXPERT_PARTS.get(word, word)
+        if not found and parameters[part]:
+            counts[word], experts[word] = parameters[part], part
+    refuse_unmatched(base, [word for word in words if not counts[word]])
+    is_exact = all(NAME.fullmatch(word) and word != ALL_LINEAR for word in words)
+    # an end of a name is kept where it means the same to PEFT, which knows no decoder
+    others = [name for name, module in base.named_modules() if name not in linear and _is_linear(module)]
+    if is_exact and not any(_matches(word, name) for word in words for name in others):
+        return Targets(list(words), counts, len(linear), experts)
+    return Targets([*sorted(matched), *experts], counts, len(linear), experts)
+
+
+def refuse_unmatched(base: PreTrainedModel, words: Sequence[str]) -> None:
+    """Raises ExitWith(BAD_INPUT) where there are words that match nothing, with the names that exist."""
+    if words:
+        ends = Counter(name.rpartition(".")[2] for name in _linear_layers(base))
+        exist = ", ".join(f"{end} ({count})" for end, count in sorted(ends.items())) or "none"
+        lines = "\n  ".join(_reason(base, word) for word in words)
+        raise ExitWith(
+            ExitCode.BAD_INPUT,
+            f"--lora.target_modules:\n  {lines}\nthe decoder's linear layers are {exist}; all of them: "
+            f"--lora.target_modules {ALL_LINEAR}",
+        )
+
+
+def decoder_name(base: PreTrainedModel) -> str:
+    """The name of the language model's decoder among the modules of the base; empty where it is the whole."""
+    decoder: Any = base.get_decoder()
+    return next((name for name, module in base.named_modules() if module is decoder), "")
+
+
+def _linear_layers(base: PreTrainedModel) -> Iterator[str]:
+    start = decoder_name(base)
+    head = base.get_output_embeddings()
+    for name, module in base.named_modules():
+        inside = not start or name.startswith(f"{start}.")
+        if inside and module is not head and _is_linear(module):
+            yield name
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear | Conv1D)
+
+
+def _expert_parameters(base: PreTrainedModel) -> Counter[str]:
+    """How many three-dimensional parameters there are, by the last part of their names."""
+    return Counter(name.rpartition(".")[2] for name, p in base.named_parameters() if p.dim() == 3 and "expert" in name)
+
+
+def _matches(word: str, name: str) -> bool:
+    if word == ALL_LINEAR:
+        return True
+    if NAME.fullmatch(word):
+        return name == word or name.endswith(f".{word}")
+    return re.fullmatch(word, name) is not None
+
+
+def _reason(base: PreTrainedModel, word: str) -> str:
+    """Why a word matches no linear layer of the decoder."""
+    found = [(name, module) for name, module in base.named_modules() if _matches(word, name) and word != ALL_LINEAR]
+    if not found:
+        return f"{word} matches no layer"
+    name, module = found[0]
+    if module is base.get_output_embeddings():
+        return f"{word} is the output head, which stays frozen"
+    if isinstance(module, torch.nn.Embedding):
+        return f"{word} is an embedding, which stays frozen: adapters go on linear layers"
+    if _is_linear(module):
+        return f"{word} matches {name}, which is not in the decoder"
+    return f"{word} matches {name}, a {type(module).__name__}, which is no linear layer"

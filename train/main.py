@@ -47,6 +47,7 @@ from train.run.attempts import AttemptLog
 from train.run.durable import write_atomically
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder
+from train.run.hub_token import take_token
 from train.run.processes import advice_to_repeat, on_first_process, peer_failure, raise_if_stopped, say
 from train.step import Training
 from train.track.display import Display
@@ -65,6 +66,7 @@ def main(argv: list[str], stop: StopRequest | None = None) -> ExitCode:
     """Runs the job that `argv` describes; one message and exit.json say how it ended."""
     stop = stop or StopRequest()
     try:
+        take_token()
         config = parse(argv)
         folder = RunFolder.of(config)
         with folder.locked() if is_first_process() else nullcontext(), ExitStack() as closing:

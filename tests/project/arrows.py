@@ -59,6 +59,7 @@ ALLOWED = {
 ALLOWED_MODULES = {
     "train.run.exits": set(),
     "train.run.durable": set(),
+    "train.run.hub_token": set(),
     "train.run.json_lines": {"train.run.durable"},
     "train.run.folder": {"train.config", "train.run.durable", "train.run.exits"},
     "train.run.attempts": {

@@ -155,7 +155,7 @@ def test_every_load_of_a_base_forbids_its_code_and_its_pickles() -> None:
             ):
                 given = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
                 assert given.get("trust_remote_code") is False, f"{path.name}:{node.lineno}"
-                if "Model" in ast.unparse(node.func) or "auto_class" in ast.unparse(node.func):
+                if "Model" in ast.unparse(node.func) or ast.unparse(node.func) == "kind.from_pretrained":
                     assert given.get("use_safetensors") is True, f"{path.name}:{node.lineno}"
                 calls.append(ast.unparse(node.func))
-    assert {"AutoTokenizer.from_pretrained", "auto_class(config, shape).from_pretrained"} <= set(calls)
+    assert {"AutoTokenizer.from_pretrained", "kind.from_pretrained"} <= set(calls)

@@ -26,7 +26,7 @@ LIBRARIES_WITH_ONE_OWNER = {
     "triton": {"train.engine.kernels"},
     "wandb": {"train.track.weights_and_biases"},
     "tyro": {"train.cli"},
-    "dotenv": {"train.models.hub"},
+    "dotenv": {"train.run.hub_token"},
 }
 
 

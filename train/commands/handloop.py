@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from data_tools.report import DataError
 from train.run.exits import ExitCode, ExitWith
+from train.run.hub_token import take_token
 from train.run.redact import redact
 
 # Each command is the module of its name in this package; its `main` takes the remaining words, returns the exit code.
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
+    take_token()
     try:
         return _run(words)
     except ExitWith as end:

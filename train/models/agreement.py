@@ -19,9 +19,9 @@ from train.run.exits import ExitCode, ExitWith
 MAX_TOKENS = 256  # of the sample that is compared: blocks and head cost little then
 MAX_HEAD_ROWS = 64  # logits that are compared
 # Share of a block's own contribution by which its output may differ, by type. Measured: docs/LOG.md, 2026-11-26.
-BLOCK_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.06}
+BLOCK_TOLERANCE = {torch.float32: 5e-4, torch.float16: 0.004, torch.bfloat16: 0.02}
 HEAD_ULPS = 4  # of a logit and of the mean logit
-PACKING_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.08}
+PACKING_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.05}
 
 
 @dataclass
@@ -68,14 +68,19 @@ def check_packing(model: LanguageModel, name: str, ids: Sequence[int]) -> None:
         return model.reference_hidden(batch)[-len(second) :].float()
 
     model.eval()
-    alone = hidden(second)
-    differences = [_relative(hidden(first, second), alone) for first in firsts]
+    try:
+        alone = hidden(second)
+        difference = max(_relative(hidden(first, second), alone) for first in firsts)
+        reason = f"hidden states differ by {difference:.1%}"
+        is_isolated = difference <= PACKING_TOLERANCE[model.compute_dtype]
+    except (ValueError, NotImplementedError) as error:  # transformers' own refusal
+        is_isolated, reason = False, str(error).strip().partition("\n")[0]
     model.train()
-    if max(differences) > PACKING_TOLERANCE[model.compute_dtype]:
+    if not is_isolated:
         raise ExitWith(
             ExitCode.BAD_INPUT,
-            f"--data.packing true: a layer of {name} carries its state from one packed sample to the next (hidden "
-            f"states differ by {max(differences):.1%}); leave packing off, --data.group_by_length true saves padding",
+            f"--data.packing true: a layer of {name} carries its state from one packed sample to the next ({reason}); "
+            "leave packing off: --data.group_by_length true saves padding",
         )
 
 
@@ -145,15 +150,15 @@ def _check_blocks(engine: FusedDecoder, name: str, batch: MicroBatch, seen: _See
 def _block_difference(
     engine: FusedDecoder, number: int, x: torch.Tensor, theirs: torch.Tensor, context: ForwardContext
 ) -> float:
-    """Norm of the difference, beyond the rounding of the sum, as a share of the norm of what the block adds."""
+    """Norm of the difference beyond the rounding of each sum, as a share of the norm of what the block adds."""
     block, store = engine.stack.blocks[number], engine.stack.store
     matrices = store.matrices(number)
     own = x.to(store.like.device)
     ours, _ = block.finish(matrices, block.forward(matrices, own, context), context)
-    ours = ours.to("cpu")
-    error = (ours.float() - theirs.float()).norm()
-    rounding = torch.finfo(x.dtype).eps * theirs.float().norm()
-    return float((error - rounding).clamp(min=0) / (theirs.float() - x.float()).norm())
+    ours, theirs, x = (each.to("cpu").float() for each in (ours, theirs, x))
+    rounding = torch.finfo(own.dtype).eps * theirs.abs()  # of the sum, which a few large elements would else dominate
+    beyond = ((ours - theirs).abs() - rounding).clamp(min=0)
+    return float(beyond.norm() / (theirs - x).norm())
 
 
 def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:

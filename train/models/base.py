@@ -24,7 +24,7 @@ from train.engine.host_stream import HostBlocks
 from train.engine.layers import as_causal_lm
 from train.models.completeness import check_difference, check_tied_pair, difference_of, tied_embedding
 from train.models.hub import fetch_weights, locate, unreadable
-from train.models.shape import auto_class, cannot_read, model_shape, quantization, text_shape
+from train.models.shape import auto_class, cannot_read, model_shape, plain_attention, quantization, text_shape
 from train.models.stored import Difference, StoredWeights
 from train.seeds import derived_seed
 
@@ -85,7 +85,7 @@ def skeleton(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     shape = model_shape(config)
     kind = auto_class(config, shape)
     with init_empty_weights(include_buffers=False):
-        options = {"dtype": dtype, "attn_implementation": "sdpa"}
+        options = {"dtype": dtype, "attn_implementation": plain_attention(kind, shape)}
         try:
             base: PreTrainedModel = kind.from_config(shape, trust_remote_code=False, **options)
         except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
@@ -113,15 +113,16 @@ def _by_transformers(
     """The base as transformers loads it, and what it says about the files; it only warns of what is missing."""
     wanted, is_stored = quantization(config, shape, dtype)
     options = {"quantization_config": wanted} if wanted and not is_stored else {}
+    kind = auto_class(config, shape)
     with _quiet():
-        base, info = auto_class(config, shape).from_pretrained(
+        base, info = kind.from_pretrained(
             str(locate(config).folder),
             **options,
             dtype=dtype,
             device_map={"": device},
             use_safetensors=True,
             trust_remote_code=False,
-            attn_implementation="sdpa",
+            attn_implementation=plain_attention(kind, shape),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told together with what is missing
         )

@@ -1,14 +1,13 @@
 """Where a base lies: a folder, or the files of a hub model at one commit, fetched into the local cache."""
 
 import json
-import os
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from dotenv import dotenv_values, find_dotenv
 from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.constants import is_offline_mode
 from huggingface_hub.errors import (
@@ -28,7 +27,6 @@ from train.run.exits import ExitCode, ExitWith
 HUB_SECONDS = 4.0  # that the hub may take to say what a model is
 # what a base has beside its weights: configuration, tokenizer, chat templates
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
-TOKEN_VARIABLES = ("HF_TOKEN", "HUGGINGFACE_TOKEN")
 GET_TOKEN = "set HF_TOKEN, in the environment or in a file .env, or run `hf auth login`"
 
 
@@ -40,21 +38,6 @@ class BasePlace:
     name: str  # the hub id, or the folder
     commit: str  # on the hub; empty for a folder
     note: str = ""  # what a user should know about it
-
-
-def take_token() -> None:
-    """Makes a token that only HUGGINGFACE_TOKEN or the file .env holds known to all libraries, as HF_TOKEN.
-
-    The environment wins over .env, which is looked for in the current folder and above; a login is the last resort,
-    which the libraries know themselves.
-    """
-    path = find_dotenv(usecwd=True)
-    for values in (os.environ, dotenv_values(path) if path else {}):
-        for name in TOKEN_VARIABLES:
-            token = (values.get(name) or "").strip()
-            if token:
-                os.environ["HF_TOKEN"] = token
-                return
 
 
 def locate(config: ModelConfig) -> BasePlace:
@@ -78,9 +61,9 @@ def _on_hub(name: str, revision: str) -> BasePlace:
     if is_offline_mode():
         return _cached(name, revision, "HF_HUB_OFFLINE is set", note="")
     try:
-        commit = HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS).sha
-        assert commit is not None
-        return BasePlace(_download(name, commit, SMALL_FILES), name, commit)
+        _ask(name, revision)
+        folder = _download(name, revision, SMALL_FILES)  # by its name, under which the cache finds it again
+        return BasePlace(folder, name, commit=folder.name)
     except (HfHubHTTPError, HFValidationError) as error:
         if isinstance(error, HfHubHTTPError) and getattr(error.response, "status_code", 0) >= 500:
             return _cached(name, revision, _first_line(error))
@@ -91,6 +74,21 @@ def _on_hub(name: str, revision: str) -> BasePlace:
         if "httpx" not in type(error).__module__:
             raise
         return _cached(name, revision, _first_line(error))
+
+
+def _ask(name: str, revision: str) -> None:
+    """Asks the hub what the model is, for HUB_SECONDS in all; a download would wait and ask again and again.
+
+    In a thread, because the library's first request is preceded by one of its own, which has its own patience.
+    """
+    thread = ThreadPoolExecutor(1)
+    try:
+        asked = thread.submit(lambda: HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS))
+        asked.result(HUB_SECONDS)
+    except TimeoutError:
+        raise OSError(f"no answer within {HUB_SECONDS:.0f} s") from None
+    finally:
+        thread.shutdown(wait=False, cancel_futures=True)
 
 
 def fetch_weights(place: BasePlace) -> list[Path]:
@@ -138,12 +136,12 @@ def _indexed(place: BasePlace, index: Path) -> list[str]:
     return names
 
 
-def _download(name: str, commit: str, patterns: Sequence[str]) -> Path:
-    """The folder of this commit in the cache, with the files of these names; raises ExitWith(BAD_INPUT)."""
+def _download(name: str, revision: str, patterns: Sequence[str]) -> Path:
+    """The folder of its commit in the cache, with the files of these names; raises ExitWith(BAD_INPUT)."""
     try:
-        return Path(snapshot_download(name, revision=commit, allow_patterns=list(patterns)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except HfHubHTTPError as error:
-        raise refusal(*_told(name, commit, error)) from None
+        raise refusal(*_told(name, revision, error)) from None
     except (OSError, RuntimeError) as error:
         raise unreadable(name, f"its files cannot be downloaded: {_first_line(error)}") from None
 

@@ -134,7 +134,8 @@ class LanguageModel(torch.nn.Module):
         kind = causal_lm.config._attn_implementation
         self.eval()
         self._tell_lengths(())
-        causal_lm.set_attn_implementation("sdpa")
+        if kind == "varlen":  # which knows no padding
+            causal_lm.set_attn_implementation("sdpa")
         try:
             with self.engine.lent() if self.engine else nullcontext():
                 yield
@@ -161,7 +162,8 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
     dtype = compute_type(config.model.dtype, device).dtype
     host = HostBlocks(plan.streamed, pin=device.type == "cuda")
     base, notes = load_base(config.model, dtype, device, host, config.train.seed, plan.is_fused)
-    base.set_attn_implementation(attention_kind(config, dtype, device))
+    if base.config._attn_implementation == "sdpa":
+        base.set_attn_implementation(attention_kind(config, dtype, device))
     keep_one_cpu_kernel(base)
     base.requires_grad_(False)
     base.config.use_cache = False

@@ -62,6 +62,17 @@ def auto_class(config: ModelConfig, shape: PreTrainedConfig) -> Any:
     raise unreadable(config.name_or_path, reason)
 
 
+def plain_attention(kind: Any, shape: PreTrainedConfig) -> str:
+    """The attention of transformers that computes what the model asks for: sdpa, or eager where it has a soft cap.
+
+    transformers 5.17 takes SDPA for Gemma 2 all the same, which leaves the cap out.
+    """
+    found: Any = kind._model_mapping[type(shape)]
+    model = found[0] if isinstance(found, tuple | list) else found
+    has_cap = getattr(text_shape(shape), "attn_logit_softcapping", None) is not None
+    return "eager" if has_cap or not model._supports_sdpa else "sdpa"
+
+
 def stored_quantization(config: ModelConfig, shape: PreTrainedConfig) -> BitsAndBytesConfig | None:
     """How the base's files are quantised already; None where they are not.
 

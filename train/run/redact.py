@@ -12,6 +12,7 @@ REMOVED = "[secret]"
 # environment variables whose values are always secret
 SECRET_VARIABLES = (
     "HF_TOKEN",
+    "HUGGINGFACE_TOKEN",
     "HUGGING_FACE_HUB_TOKEN",
     "HUGGINGFACE_HUB_TOKEN",
     "WANDB_API_KEY",

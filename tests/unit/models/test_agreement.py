@@ -1,0 +1,187 @@
+"""What we compute ourselves is compared with transformers before the first step; a small difference ends the run."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as T
+from accelerate import Accelerator
+
+from tests.conftest import BUNDLED_BASE, training_of
+from tests.parity.bases import VOCABULARY, on
+from train.collate import collate, collate_packed
+from train.config import Config, DataConfig, EngineConfig
+from train.loss import Head
+from train.models import language_model
+from train.models.agreement import check_packing
+from train.models.language_model import LanguageModel
+from train.run.exits import ExitCode, ExitWith
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.15,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+SPARSE = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
+HEADS: dict[str, Callable[[], Any]] = {
+    "bias": lambda: T.PhiConfig(**SPARSE),
+    "scale": lambda: T.CohereConfig(**SIZES, logit_scale=0.0625),
+    "divisor": lambda: T.GraniteConfig(**SIZES, logits_scaling=8.0, embedding_multiplier=12.0),
+    "cap": lambda: T.Gemma2Config(**SIZES, head_dim=16, final_logit_softcapping=5.0),
+}
+
+
+def write(folder: Path, shape: Any, kind: Any = None) -> Path:
+    """A base of this shape with random weights, biases among them, and the bundled tokenizer."""
+    shutil.copytree(BUNDLED_BASE, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    torch.manual_seed(0)
+    model = kind(shape) if kind else T.AutoModelForCausalLM.from_config(shape)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 and ("norm" in name or name.endswith("bias")):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def for_all_linear(config: Config, folder: Path) -> Config:
+    config = on(config, folder, "none")
+    return replace(config, lora=replace(config.lora, target_modules=("all-linear",)))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_that_do_more_are_computed(name: str, config: Config, tmp_path: Path) -> None:
+    """Heads with a bias, a scale, a divisor or a soft cap: the loss is the one of transformers' logits."""
+    training = training_of(for_all_linear(config, write(tmp_path / "base", HEADS[name]())), Accelerator(cpu=True))
+    head, batch = training.model.head, training.data.batch(0, training.plan).micro_batches[0]
+    assert (head.bias is not None, head.scale != 1, head.cap != 0) != (False, False, False)
+    plain: Any = T.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    training.model.eval()
+    with torch.no_grad():
+        logits = plain(input_ids=batch.input_ids, position_ids=batch.position_ids).logits.flatten(0, 1)
+        ours = training.model(batch)
+    theirs = torch.nn.functional.cross_entropy(logits[batch.target_rows], batch.targets, reduction="sum")
+    torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_that_is_not_known_is_refused(
+    name: str, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of these heads, taken for one that only multiplies, ends the run, whatever the seed."""
+    folder = write(tmp_path / "base", HEADS[name]())
+    monkeypatch.setattr(language_model, "head_of", lambda model: Head(model.get_output_embeddings().weight))
+    for seed in range(4):
+        config = replace(for_all_linear(config, folder), train=replace(config.train, seed=seed))
+        with pytest.raises(ExitWith, match="of the logits that our head makes differ from transformers'") as caught:
+            training_of(config, Accelerator(cpu=True))
+        assert caught.value.code == ExitCode.BAD_INPUT
+
+
+def test_a_block_that_is_computed_otherwise_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores scaled by 2 % too much in the second block, or adapters at 1.1 times their scale, end a fused run."""
+    config = replace(config, engine=EngineConfig(kind="fused"))
+    assert training_of(config, Accelerator(cpu=True)).plan.is_fused
+    real = language_model.FusedDecoder.__init__
+
+    def wrong_scores(self: Any, *arguments: Any) -> None:
+        real(self, *arguments)
+        inner = self.attend_for
+        self.attend_for = lambda batch: lambda q, k, v: inner(batch)(q * 1.02, k, v)
+
+    def wrong_adapters(self: Any, *arguments: Any) -> None:
+        real(self, *arguments)
+        self.stack.blocks[1].down.scales = [scale * 1.1 for scale in self.stack.blocks[1].down.scales]
+
+    for number, fault in enumerate((wrong_scores, wrong_adapters)):
+        monkeypatch.setattr(language_model.FusedDecoder, "__init__", fault)
+        with pytest.raises(ExitWith, match=f"block {number} on the fused engine differs from transformers'"):
+            training_of(config, Accelerator(cpu=True))
+
+
+def test_the_comparison_leaves_the_model_as_it_was(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters start at the same values with the comparison and without it."""
+    found = []
+    for is_compared in (True, False):
+        if not is_compared:
+            monkeypatch.setattr("train.assemble.check_agreement", lambda *_: None)
+        training = training_of(replace(config, engine=EngineConfig(kind="fused")), Accelerator(cpu=True))
+        assert training.model.training
+        found.append(training.parameters)
+    assert all(torch.equal(a, b) for a, b in zip(found[0].values(), found[1].values(), strict=True))
+    assert all(not p.any() for name, p in found[0].items() if "lora_B" in name)
+
+
+def packed(config: Config) -> Config:
+    return replace(config, data=DataConfig(path=config.data.path, max_length=128, packing=True))
+
+
+def test_layers_that_carry_their_state_are_not_packed(config: Config, tmp_path: Path) -> None:
+    """A convolution and a recurrence across packed samples are refused; padded rows of the same models train."""
+    shapes = (
+        T.Lfm2Config(**SIZES | {"num_hidden_layers": 2}, layer_types=["conv", "full_attention"]),
+        T.Qwen3_5TextConfig(
+            **SIZES,
+            head_dim=16,
+            layer_types=["linear_attention", "full_attention"],
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=16,
+            linear_value_head_dim=16,
+        ),
+    )
+    for number, shape in enumerate(shapes):
+        own = for_all_linear(config, write(tmp_path / f"base-{number}", shape))
+        training_of(own, Accelerator(cpu=True))
+        with pytest.raises(ExitWith, match=r"--data\.packing true: a layer of .* carries its state") as caught:
+            training_of(packed(own), Accelerator(cpu=True))
+        assert caught.value.code == ExitCode.BAD_INPUT
+
+
+def test_attention_alone_is_packed(config: Config) -> None:
+    """The probe lets a Llama pass on the reference engine, with windows of attention too."""
+    training = training_of(packed(config), Accelerator(cpu=True))
+    check_packing(training.model, "it", list(range(3, 90)))
+
+
+LONG: dict[str, Any] = {"rope_theta": 10000.0, "rope_type": "longrope", "original_max_position_embeddings": 16}
+LONG |= {"short_factor": [1.0] * 8, "long_factor": [4.0 + i for i in range(8)], "factor": 32.0}
+
+
+def sample_losses(model: LanguageModel, samples: list[list[int]], is_packed: bool) -> float:
+    rows = [{"input_ids": ids, "trained": [True] * len(ids)} for ids in samples]
+    with torch.no_grad():
+        return float(model(collate_packed(rows) if is_packed else collate(rows, 0)))
+
+
+@pytest.mark.parametrize("kind", ["reference", "fused"])
+def test_rotary_scaling_is_by_the_length_of_each_sample(kind: Any, config: Config, tmp_path: Path) -> None:
+    """longrope: a short sample beside a long one, padded or packed, has the loss that it has alone."""
+    shape = T.LlamaConfig(**SIZES, rope_parameters=LONG)
+    config = replace(on(config, write(tmp_path / "base", shape), "none"), engine=EngineConfig(kind=kind))
+    model = training_of(config, Accelerator(cpu=True)).model.eval()
+    assert len(model.rotaries) == 1
+    short, long = list(range(10, 22)), list(range(30, 75))
+    alone = [sample_losses(model, [ids], is_packed=kind == "fused") for ids in (short, long)]
+    plain: Any = T.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    for ids, found in zip((short, long), alone, strict=True):
+        tensor = torch.tensor([ids])
+        with torch.no_grad():
+            logits = plain(input_ids=tensor).logits[0, :-1]
+        expected = torch.nn.functional.cross_entropy(logits, tensor[0, 1:], reduction="sum")
+        assert found == pytest.approx(float(expected), rel=2e-5)
+    for order in ([short, long], [long, short]):
+        for is_packed in {True, kind == "fused"}:
+            assert sample_losses(model, order, is_packed) == pytest.approx(sum(alone), rel=2e-5)

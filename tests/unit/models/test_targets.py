@@ -1,0 +1,134 @@
+"""Every word of lora.target_modules stands for layers that are adapted, or is refused with what exists."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as T
+from accelerate import Accelerator
+
+from tests.conftest import training_of
+from tests.parity.bases import on
+from tests.unit.models.test_agreement import SIZES, write
+from train.config import Config, ModelConfig
+from train.memory.outlook import sketched_sizes
+from train.models.language_model import sketch
+from train.run.exits import ExitCode, ExitWith
+from train.step import optimizer_step
+
+QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 16,
+}
+
+
+def adapted(config: Config, folder: Path, *words: str, quantization: Any = "none", dropout: float = 0.0) -> set[str]:
+    """The modules that got an adapter, by name."""
+    lora = replace(config.lora, target_modules=words, dropout=dropout)
+    model = ModelConfig(name_or_path=str(folder), quantization=quantization)
+    sketched: Any = sketch(replace(config, model=model, lora=lora), torch.float32).get_base_model()
+    return {name for name, module in sketched.named_modules() if hasattr(module, "lora_A")}
+
+
+def shape_only(folder: Path, shape: Any) -> Path:
+    shape.save_pretrained(folder)
+    return folder
+
+
+def test_names_expressions_and_all(config: Config, tmp_path: Path) -> None:
+    """Ends of names, a regular expression over whole names, and all-linear adapt what they say."""
+    folder = shape_only(tmp_path, T.LlamaConfig(**SIZES))
+    every = adapted(config, folder, "all-linear")
+    assert every == adapted(config, folder, *QKVO, "gate_proj", "up_proj", "down_proj")
+    assert len(every) == 14
+    assert adapted(config, folder, "self_attn.q_proj") == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
+    first = adapted(config, folder, r".*\.layers\.0\..*(gate|up)_proj", "v_proj")
+    assert first == {
+        "model.layers.0.mlp.gate_proj",
+        "model.layers.0.mlp.up_proj",
+        "model.layers.0.self_attn.v_proj",
+        "model.layers.1.self_attn.v_proj",
+    }
+
+
+WRONG: dict[tuple[str, ...], str] = {
+    ("q_proj", "v_porj"): "v_porj matches no layer",
+    ("q_proj", "embed_tokens"): "embed_tokens is an embedding, which stays frozen",
+    ("q_proj", "norm"): "norm matches model.norm, a LlamaRMSNorm, which is no linear layer",
+    ("q_proj", r".*lm_head"): r".*lm_head is the output head, which stays frozen",
+    ("q_proj", r"layers\.7\..*"): r"layers\.7\..* matches no layer",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_words_that_match_nothing_are_refused(words: tuple[str, ...], config: Config, tmp_path: Path) -> None:
+    """The reason, and the linear layers that exist with their counts."""
+    with pytest.raises(ExitWith) as caught:
+        adapted(config, shape_only(tmp_path, T.LlamaConfig(**SIZES)), *words)
+    assert caught.value.code == ExitCode.BAD_INPUT
+    assert f"--lora.target_modules:\n  {WRONG[words]}" in caught.value.reason
+    assert "k_proj (2)" in caught.value.reason
+    assert caught.value.reason.endswith("all of them: --lora.target_modules all-linear")
+
+
+def test_fused_projections_are_named(config: Config, tmp_path: Path) -> None:
+    """Llama's names on Phi-3: five of them match nothing, and the two fused ones are told."""
+    shape = T.Phi3Config(**SIZES)
+    with pytest.raises(ExitWith) as caught:
+        adapted(config, shape_only(tmp_path, shape), *QKVO, "gate_proj", "up_proj", "down_proj")
+    lines = caught.value.reason.splitlines()
+    assert [line.split()[0] for line in lines[1:-1]] == ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
+    assert "down_proj (2), gate_up_proj (2), o_proj (2), qkv_proj (2)" in lines[-1]
+    assert len(adapted(config, tmp_path, "all-linear")) == 8
+
+
+def test_the_vision_tower_gets_no_adapters(config: Config, tmp_path: Path) -> None:
+    """Of a multimodal base the language model alone is adapted, though the tower's layers have the same names."""
+    text = T.Gemma3TextConfig(**SIZES, head_dim=16).to_dict()
+    shape = T.Gemma3Config(text_config=text, vision_config=VISION | {"vision_use_head": False}, mm_tokens_per_image=4)
+    folder = shape_only(tmp_path, shape)
+    for words in (QKVO, ("all-linear",), (".*_proj",)):
+        found = adapted(config, folder, *words)
+        assert found
+        assert all(name.startswith("model.language_model.layers.") for name in found)
+    with pytest.raises(ExitWith, match=r"fc1 matches .*vision_tower.*, which is not in the decoder"):
+        adapted(config, folder, "q_proj", "fc1")
+
+
+def test_experts(config: Config, tmp_path: Path) -> None:
+    """Adapters on experts where PEFT knows them, refused where not; never quantised in silence; dropout is named."""
+    qwen = T.Qwen3MoeConfig(**SIZES | {"head_dim": 16}, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2)
+    mixtral = T.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
+    folders = [shape_only(tmp_path / str(i), shape) for i, shape in enumerate((qwen, mixtral))]
+    names = (*QKVO, "gate_proj", "up_proj", "down_proj")
+    assert any(name.endswith("experts") for name in adapted(config, folders[0], *names))
+    with pytest.raises(ExitWith, match="gate_proj matches no layer"):
+        adapted(config, folders[1], *names)
+    with pytest.raises(ExitWith, match=r"--lora\.dropout 0\.1: .*dropout"):
+        adapted(config, folders[0], *names, dropout=0.1)
+    for folder in folders:
+        adapted(config, folder, *QKVO)
+        for quantization in ("nf4", "int8"):
+            with pytest.raises(ExitWith, match=r"of .* are experts in three-dimensional parameters.*GiB, not .*none"):
+                adapted(config, folder, *QKVO, quantization=quantization)
+    moe = replace(config, model=ModelConfig(name_or_path=str(folders[0]), quantization="nf4"))
+    with pytest.raises(ExitWith, match=r"--model\.quantization none"):
+        sketched_sizes(moe, torch.device("cpu"), torch.float32)
+
+
+def test_bases_that_nest_their_language_model_train(config: Config, tmp_path: Path) -> None:
+    """A multimodal base of transformers: text alone is embedded, and the loss is finite on the reference engine."""
+    text = T.MistralConfig(**SIZES, head_dim=16).to_dict()
+    shape = T.Mistral3Config(text_config=text, vision_config=VISION | {"model_type": "pixtral", "head_dim": 16})
+    folder = write(tmp_path / "base", shape, T.Mistral3ForConditionalGeneration)
+    training = training_of(on(config, folder, "nf4"), Accelerator(cpu=True))
+    losses = [optimizer_step(training, step).loss for step in range(3)]
+    assert losses[-1] < losses[0]
+    assert training.model.about.held.others["outside the decoder"] > 0

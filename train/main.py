@@ -44,6 +44,7 @@ from train.models.tokenizer import Tokenizer, check_fits, load_tokenizer
 from train.run.accelerator import check_machine, close_group, start_accelerator
 from train.run.attempts import AttemptLog
 from train.run.durable import write_atomically
+from train.run.environment import is_first_process
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder
 from train.run.processes import advice_to_repeat, on_first_process, peer_failure, raise_if_stopped, say
@@ -53,11 +54,6 @@ from train.track.isolated import Isolated, Listener
 from train.track.metrics_file import MetricsFile
 from train.track.trackers import Trackers, wanted_listeners
 from train.validation import validate
-
-
-def is_first_process() -> bool:
-    """Whether this is the first process, which the launcher tells before there is an Accelerator."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def main(argv: list[str], stop: StopRequest | None = None) -> ExitCode:

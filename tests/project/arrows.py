@@ -58,6 +58,7 @@ ALLOWED = {
 # What is computed is stacked more strictly: each module of these may import only these, of the whole of ours.
 ALLOWED_MODULES = {
     "train.run.exits": set(),
+    "train.run.environment": {"train.config", "train.run.exits"},
     "train.run.durable": set(),
     "train.run.json_lines": {"train.run.durable"},
     "train.run.folder": {"train.config", "train.run.durable", "train.run.exits"},

@@ -191,6 +191,8 @@ def open_trackers(
     metrics = MetricsFile(folder.metrics, checkpoint.state.metrics_bytes if checkpoint and is_own else 0)
     completed = checkpoint.state.step if checkpoint else 0
     display = Display(Console(), completed, training.total_steps, training.data.steps_per_epoch)
+    for line in (note for listener in listeners for note in listener.notes):
+        say(training.accelerator, line)
     isolated = [Isolated(listener, store.run_uid(), folder.metrics) for listener in listeners]
     return Trackers(metrics, display, isolated)
 

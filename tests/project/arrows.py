@@ -77,6 +77,7 @@ ALLOWED_MODULES = {
     "train.track.loss_watch": set(),
     "train.track.display": set(),
     "train.track.metrics_file": {"train.run.json_lines"},
+    "train.track.wandb_settings": {"train.run.exits"},
     "train.track.isolated": {"train.run.redact", "train.track.metrics_file"},
     "train.engine.kernels": set(),
     "train.engine.copies": set(),

@@ -217,8 +217,8 @@ class TrackConfig:
     """Who watches. metrics.jsonl in the run folder is always written."""
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    """Weights & Biases. auto: what WANDB_DISABLED, WANDB_MODE, `wandb offline` or `wandb disabled` say; otherwise online
-    with a key (WANDB_API_KEY or netrc), else recorded offline for a later sync."""
+    """Weights & Biases. auto: what WANDB_DISABLED, WANDB_MODE, `wandb offline` or `wandb disabled` say; otherwise
+    online with a key (WANDB_API_KEY or netrc), else recorded offline for a later sync."""
     project: str = ""
     """Weights & Biases project; empty: WANDB_PROJECT, or handloop."""
 

@@ -176,7 +176,7 @@ ALLOWED_MODULES = {
         "data_tools.tool_calls",
         "data_tools.values",
     },
-    "data_tools.glossary": {"data_tools.glossary_files", "data_tools.report"},
+    "data_tools.glossary": {"data_tools.glossary_files", "data_tools.report", "data_tools.terminal"},
     "data_tools.glossary_files": {"data_tools.report"},
     "data_tools.locate": {"data_tools.messages"},
     "data_tools.making": {

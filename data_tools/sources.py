@@ -60,9 +60,9 @@ class Source:
         """Size of the file; a data set counts as large."""
         return self.origin.path.stat().st_size if isinstance(self.origin, TextFile | RowFile) else 2**40
 
-    def digest(self) -> str:
-        """A digest of the content, the format and the field names."""
-        return f"{self.format} {self.field_map} {self.origin.digest()}"
+    def digest(self, content: str) -> str:
+        """A digest of the content, given as that of the origin, the format and the field names."""
+        return f"{self.format} {self.field_map} {content}"
 
 
 @dataclass

@@ -26,10 +26,10 @@ MODES = {
 NOT_TRUE = ("", "0", "false", "no", "n", "f", "off")
 # (variable, values that agree with what is done anyway, what is done instead)
 DECIDED = (
-    ("WANDB_RUN_ID", (), "the id is the one in run.json, under which a resumed run goes on"),
-    ("WANDB_RESUME", ("allow",), "a resumed run goes on under the id in run.json"),
-    ("WANDB_RESUME_FROM", (), "a resumed run goes on under the id in run.json"),
-    ("WANDB_FORK_FROM", (), "a resumed run goes on under the id in run.json"),
+    ("WANDB_RUN_ID", (), "the run has an id of its own, under which it goes on when it is resumed"),
+    ("WANDB_RESUME", ("allow",), "a resumed run goes on under its own id"),
+    ("WANDB_RESUME_FROM", (), "a resumed run goes on under its own id"),
+    ("WANDB_FORK_FROM", (), "a resumed run goes on under its own id"),
     ("WANDB_DIR", (), "records are in the run folder"),
     ("WANDB_CONSOLE", ("off",), "what is printed is not sent"),
     ("WANDB_SAVE_CODE", NOT_TRUE, "code is not sent"),

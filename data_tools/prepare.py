@@ -88,7 +88,7 @@ class Prepared:
     facts: pa.Table
     statistics: Statistics
     notes: tuple[str, ...] = ()  # on the files that were taken and left
-    parts: Mapping[str, object] = field(default_factory=dict)  # what the fingerprint covers beside the settings
+    parts: Mapping[str, Any] = field(default_factory=dict)  # what the fingerprint covers beside the settings
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def check_machine(config: Config) -> None:
         )
     if config.run.device != "cpu" and torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         # the GPU that accelerate will give to this process
-        gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         devices.check_build(gpu)
         devices.check_bitsandbytes(bitsandbytes_options(config), gpu)
         devices.compute_type(config.model.dtype, gpu)

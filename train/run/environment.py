@@ -128,7 +128,9 @@ def _device_problem(config: Config) -> str:
     local, world, count = os.environ.get("LOCAL_RANK"), os.environ.get("WORLD_SIZE", "1"), torch.cuda.device_count()
     if int(world) > 1 and local is None:
         return f"WORLD_SIZE={world} is set without LOCAL_RANK, which says whose GPU is whose; set it, or {_unset()}"
-    if local is not None and int(local) >= count:
+    # Slurm may show each task the one GPU that is its own, whatever the task's number
+    has_own = count == 1 and local is not None and os.environ.get("SLURM_LOCALID") == local
+    if local is not None and int(local) >= count and not has_own:
         return (
             f"LOCAL_RANK={local} has no GPU: {count} visible here (CUDA_VISIBLE_DEVICES); start no more processes than "
             f"GPUs (num_processes), or {_unset()}"

@@ -126,6 +126,10 @@ def test_a_process_without_a_gpu_is_refused(gpus: None, config: Config, monkeypa
     assert refusal(on(config, "cpu")) == ""
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert refusal(on(config, "cuda")) == ""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert "LOCAL_RANK=1 has no GPU: 1 visible" in refusal(on(config, "cuda"))
+    monkeypatch.setenv("SLURM_LOCALID", "1")  # srun --gpus-per-task=1
+    check_machine(on(config, "cuda"))
     monkeypatch.delenv("LOCAL_RANK")
     assert "WORLD_SIZE=4 is set without LOCAL_RANK" in refusal(on(config, "auto"))
 

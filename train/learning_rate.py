@@ -34,10 +34,11 @@ class Schedule:
         """The schedule that `rows` describes; raises ValueError where they describe none."""
         try:
             decays = tuple(Decay(int(start), float(rate), int(end)) for start, rate, end in rows)
-        except TypeError as error:
+        except (TypeError, OverflowError) as error:
             raise ValueError(str(error)) from None
         starts = [decay.start for decay in decays]
-        if not decays or starts != sorted({0, *starts}) or decays[0].rate != optim.lr:
+        is_finite = all(math.isfinite(decay.rate) for decay in decays)
+        if not decays or starts != sorted({0, *starts}) or decays[0].rate != optim.lr or not is_finite:
             raise ValueError("not a schedule of this learning rate")
         return cls(optim, decays)
 

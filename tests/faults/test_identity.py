@@ -152,11 +152,15 @@ def test_a_checkpoint_that_does_not_say_what_its_data_was(config: Config, tmp_pa
     def as_before(state: dict[str, Any]) -> None:
         del state["identity"]["details"], state["schedule"], state["versions"]["CPU threads"]
 
-    change_states(tmp_path / "run", as_before)
-    outcome = run_command(arguments(changed(config, "data.max_length", 96)))
-    tally.check(outcome.returncode == 77, outcome.stderr[-300:])
-    why = "data: the content, the tokenizer, the chat template or a setting of the data has changed"
-    tally.check(why in told(outcome)[0] and "does not say which" in told(outcome)[0], outcome.stderr[-300:])
+    def of_another_shape(state: dict[str, Any]) -> None:
+        state["identity"]["details"] = {"tokenizer": 1, "chat template": [], "preparation": None, "content": [3]}
+
+    for change in (of_another_shape, as_before):
+        change_states(tmp_path / "run", change)
+        outcome = run_command(arguments(changed(config, "data.max_length", 96)))
+        tally.check(outcome.returncode == 77, outcome.stderr[-300:])
+        why = "data: the content, the tokenizer, the chat template or a setting of the data has changed"
+        tally.check(why in outcome.stderr and "does not say which" in outcome.stderr, outcome.stderr[-300:])
     tally.check(run_command(arguments(config)).returncode == 0, "an older checkpoint is refused")
 
 

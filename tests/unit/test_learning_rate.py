@@ -74,6 +74,9 @@ def test_a_schedule_comes_back_to_the_bit() -> None:
         [[1, 2.0, 9]],
         [[0, 2.0, 9], [0, 1.0, 9]],
         [[0, 2.0, "x"]],
+        [[0, 2.0, math.inf]],
+        [[0, 2.0, 9], [9, math.inf, 12]],
+        "rows",
     ]
     for rows in [*wrong, [[0, 2.0, None]]]:
         with pytest.raises(ValueError, match=r"\w"):

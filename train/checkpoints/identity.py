@@ -66,7 +66,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     An entry that an older checkpoint lacks is none: what it stands for is then in the data's fingerprint.
     """
     saved = {**{name: _plain(value) for name, value in DEFAULTS.items()}, **saved}
-    details = saved.get(DETAILS), now[DETAILS]
+    details = _readable(saved.get(DETAILS)), now[DETAILS]
     told_apart = {"model.base", "data", "data.date", TOTAL, DETAILS}
     lines = [
         f"{name} {_shown(saved.get(name))} -> {_shown(now.get(name))}"
@@ -81,6 +81,15 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     if lines and saved.get(TOTAL) != now[TOTAL]:
         lines.append(f"{TOTAL} {_shown(saved.get(TOTAL))} -> {_shown(now[TOTAL])}")
     return lines
+
+
+def _readable(details: Any) -> Mapping[str, Any] | None:
+    """The details of a checkpoint, which may be a stranger's: None where there are none, or of another shape."""
+    if not isinstance(details, dict) or not {"tokenizer", "chat template", "preparation", "content"} <= details.keys():
+        return None
+    content = details["content"]
+    is_list = isinstance(content, list) and all(isinstance(each, list) and len(each) == 2 for each in content)
+    return details if is_list else None
 
 
 def _of_base(saved: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
@@ -100,7 +109,7 @@ def _of_data(
         if before["preparation"] != after["preparation"]:
             lines.append("this version of Handloop makes other samples of the same data")
         lines += _of_content(before["content"], after["content"])
-    why = "" if before else "; this checkpoint, of an earlier version, does not say which of them"
+    why = "" if before else "; this checkpoint, perhaps of an earlier version, does not say which of them"
     return lines or [f"data: the content, the tokenizer, the chat template or a setting of the data has changed{why}"]
 
 

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from data_tools.glossary_files import Glossary, Term, read_terms
 from data_tools.report import DataError, Report
+from data_tools.terminal import typed_path
 
 # Two terms are compared if they differ in one letter, if one is a prefix of the other, or from this difflib ratio on:
 # dry lease and wet lease have 0.67, light jet and regional jet 0.48.
@@ -243,10 +244,10 @@ class _Parser(argparse.ArgumentParser):
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     default = PairSettings()
     parser = _Parser(prog="handloop glossary", description=__doc__, allow_abbrev=False)
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="a .csv, .json, .yaml or .py file of terms")
-    parser.add_argument("--out", type=Path, help="JSONL file for the training rows (SOURCE's name, .train.jsonl)")
+    parser.add_argument("source", type=typed_path, metavar="SOURCE", help="a .csv, .json, .yaml or .py file of terms")
+    parser.add_argument("--out", type=typed_path, help="JSONL file for the training rows (SOURCE's name, .train.jsonl)")
     parser.add_argument(
-        "--held-out", type=Path, help="JSONL file for the validation rows (SOURCE's name, .held_out.jsonl)"
+        "--held-out", type=typed_path, help="JSONL file for the validation rows (SOURCE's name, .held_out.jsonl)"
     )
     parser.add_argument("--forms", type=int, default=default.forms, help="training wordings per term (%(default)s)")
     parser.add_argument(

@@ -7,8 +7,8 @@ import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from data_tools.samples import tokenizer_identity
 from data_tools.sources import Source, Survey, survey
 from data_tools.truncation import Policy
 
+MAX_NAMED_PATHS = 100
 FORMAT_VERSION = 4  # raise it when the same input would give different samples
 
 
@@ -87,6 +88,7 @@ class Prepared:
     facts: pa.Table
     statistics: Statistics
     notes: tuple[str, ...] = ()  # on the files that were taken and left
+    parts: Mapping[str, Any] = field(default_factory=dict)  # what the fingerprint covers beside the settings
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ def prepare(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase) -> Pr
     written to a temporary folder, which is renamed at the end.
     """
     found = settings.survey()
-    fingerprint = _fingerprint(settings, found.sources, tokenizer)
+    contents = [source.origin.digest() for source in found.sources]
+    fingerprint = _fingerprint(settings, found.sources, contents, tokenizer)
     # places name files, so equal content elsewhere is prepared again
     named = hashlib.sha256("\n".join(str(source.origin) for source in found.sources).encode()).hexdigest()
     folder = cache_root() / f"{fingerprint}-{named[:8]}"
@@ -119,7 +122,7 @@ def prepare(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase) -> Pr
             _make(found.sources, settings, tokenizer, folder)
             prepared = _cached(folder, found.notes)
             assert prepared is not None
-    return prepared
+    return replace(prepared, parts=_parts(settings, found.sources, contents, tokenizer))
 
 
 def _cached(folder: Path, notes: Sequence[str]) -> Prepared | None:
@@ -155,11 +158,13 @@ def cache_root() -> Path:
     return Path(os.environ.get("HANDLOOP_CACHE") or "~/.cache/handloop").expanduser() / "prepared"
 
 
-def _fingerprint(settings: PrepareSettings, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> str:
+def _fingerprint(
+    settings: PrepareSettings, sources: Sequence[Source], contents: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> str:
     """sha256 of the content in order, formats, tokenizer, template and settings; the files' paths do not count."""
     digest = hashlib.sha256(tokenizer_identity(tokenizer).encode())
-    for source in sources:
-        digest.update(f"{source.path_number} {source.digest()}\n".encode())
+    for source, content in zip(sources, contents, strict=True):
+        digest.update(f"{source.path_number} {source.digest(content)}\n".encode())
     render = settings.render
     decisive = (
         settings.max_length,
@@ -174,6 +179,33 @@ def _fingerprint(settings: PrepareSettings, sources: Sequence[Source], tokenizer
     )
     digest.update(f"{FORMAT_VERSION} {decisive}".encode())
     return digest.hexdigest()
+
+
+def _parts(
+    settings: PrepareSettings, sources: Sequence[Source], contents: Sequence[str], tokenizer: Any
+) -> dict[str, object]:
+    """What the fingerprint covers, a short hash each: tells what has changed where two fingerprints differ.
+
+    A path's content is one hash however many files are in it, and paths after the first MAX_NAMED_PATHS are one
+    together: a checkpoint keeps this.
+    """
+    of_path: dict[int, list[str]] = {number: [] for number in range(len(settings.paths))}
+    for source, content in zip(sources, contents, strict=True):
+        of_path[source.path_number].append(content)
+    named = [(name, _short("\n".join(of_path[number]))) for number, name in enumerate(settings.paths)]
+    if len(named) > MAX_NAMED_PATHS:
+        rest = named[MAX_NAMED_PATHS:]
+        named = [*named[:MAX_NAMED_PATHS], (f"{len(rest)} more paths", _short(repr(rest)))]
+    return {
+        "tokenizer": _short(tokenizer_identity(tokenizer, with_template=False)),
+        "chat template": _short(str(tokenizer.chat_template)),
+        "preparation": FORMAT_VERSION,
+        "content": [list(each) for each in named],
+    }
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _date(settings: PrepareSettings, tokenizer: Any) -> str:

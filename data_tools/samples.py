@@ -48,11 +48,11 @@ def begin_ids(tokenizer: Any) -> list[int]:
     return added[:-1] if added and added[-1] == tokenizer.eos_token_id else added
 
 
-def tokenizer_identity(tokenizer: Any) -> str:
-    """Everything that determines the ids that the tokenizer gives to a text, as one string."""
+def tokenizer_identity(tokenizer: Any, with_template: bool = True) -> str:
+    """Everything that determines the ids that the tokenizer gives to a text, or a conversation, as one string."""
     settings = {
         "specials": tokenizer.special_tokens_map,
-        "template": tokenizer.chat_template,
+        **({"template": tokenizer.chat_template} if with_template else {}),
         "begin": tokenizer("")["input_ids"],
     }
     return tokenizer.backend_tokenizer.to_str() + json.dumps(settings, sort_keys=True, default=str)

@@ -60,9 +60,9 @@ class Source:
         """Size of the file; a data set counts as large."""
         return self.origin.path.stat().st_size if isinstance(self.origin, TextFile | RowFile) else 2**40
 
-    def digest(self) -> str:
-        """A digest of the content, the format and the field names."""
-        return f"{self.format} {self.field_map} {self.origin.digest()}"
+    def digest(self, content: str) -> str:
+        """A digest of the content, given as that of the origin, the format and the field names."""
+        return f"{self.format} {self.field_map} {content}"
 
 
 @dataclass
@@ -94,7 +94,7 @@ def survey(paths: Sequence[str], data_format: str, fields: Sequence[str] = ()) -
 
 
 def _origins(name: str, report: Report, notes: list[str]) -> list[Origin]:
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_dir():
         return _in_folder(path, report, notes)
     if path.is_file():

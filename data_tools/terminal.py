@@ -1,9 +1,11 @@
-"""Makes untrusted text safe to print: control characters and invisible ones become visible.
+"""Text from and for the terminal: untrusted text is made safe to print, and typed paths are completed.
 
 Imports nothing heavy: train/main.py needs it before torch.
 """
 
+import os
 import unicodedata
+from pathlib import Path
 
 # Joiners shape letters and emoji; every other invisible character is shown by its code point.
 JOINERS = "\u200c\u200d"
@@ -35,3 +37,8 @@ def _visible_character(character: str, breaks: str) -> str:
         return chr(0x2400 + ord(character))  # ␀ to ␟
     is_hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zs", "Zl", "Zp")
     return f"<U+{ord(character):04X}>" if is_hidden and character not in JOINERS else character
+
+
+def typed_path(text: str) -> Path:
+    """The path that a user typed; `~` at the beginning is the home folder, which no shell sees in `--out=~/rows`."""
+    return Path(os.path.expanduser(text))

@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tests.conftest import Outcome, Run, arguments, losses, run_command
+from train.checkpoints.contents import CONTENTS, MANIFEST, STATE, manifest_of
 from train.config import Config
 from train.track.metrics_file import read_metrics
 
@@ -80,3 +82,14 @@ def wait_for_rows(run: Run, run_dir: Path, number: int) -> bool:
             return False
         time.sleep(0.005)
     return True
+
+
+def change_states(run_dir: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Rewrites trainer_state.json of every checkpoint, and its manifest."""
+    for folder in (run_dir / "checkpoints").glob("step-*"):
+        state = json.loads((folder / STATE).read_bytes())
+        change(state)
+        (folder / STATE).write_text(json.dumps(state))
+        uid = json.loads((folder / MANIFEST).read_bytes())["run_uid"]
+        contents = {name: (folder / name).read_bytes() for name in CONTENTS}
+        (folder / MANIFEST).write_bytes(manifest_of(contents, state["step"], uid))

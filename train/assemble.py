@@ -11,6 +11,7 @@ from train.config import Config
 from train.data import TrainingData
 from train.engine.graphs import is_out_of_memory
 from train.engine.plan import Plan
+from train.learning_rate import Schedule
 from train.memory.outlook import Outlook
 from train.models.agreement import check_agreement, check_packing
 from train.models.language_model import load_model
@@ -64,7 +65,7 @@ def assemble(
         scaler=build_scaler(compute_type(config.model.dtype, device).name, device),
         plan=plan,
         data=data,
-        total_steps=data.total_steps(config.train),
+        schedule=Schedule.of(config.optim, data.total_steps(config.train)),
         reference_reason=outlook.reason,
     )
     return fit_to_memory(training, outlook)

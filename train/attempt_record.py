@@ -23,6 +23,7 @@ def record_start(log: AttemptLog, training: Training, prepared: Prepared, checkp
             "peak_bytes": plan.peak_bytes,
             **asdict(plan),
             "parts": dict(plan.parts),
+            "schedule": _schedule(training),
         },
         start={
             "from_step": checkpoint.state.step if checkpoint else 0,
@@ -47,5 +48,11 @@ def record_start(log: AttemptLog, training: Training, prepared: Prepared, checkp
                 "steps_per_epoch": data.steps_per_epoch,
                 "total_steps": training.total_steps,
             },
+            "schedule": _schedule(training),
         },
     )
+
+
+def _schedule(training: Training) -> dict[str, object]:
+    """The learning rate's decays; those after the first are extensions of the run."""
+    return {"shape": training.config.optim.schedule, "decays": [asdict(each) for each in training.schedule.decays]}

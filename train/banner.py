@@ -14,6 +14,8 @@ from train.run.devices import device_name
 from train.run.versions import versions
 from train.step import Training
 
+MIN_EXTENSION_RATE = 0.01  # of the peak; below it an extension is hardly training
+
 
 def banner(training: Training, tokenizer_notes: Sequence[str], splits: Splits, checkpoint: Checkpoint | None) -> str:
     """Lines on the model, the data, the batch arithmetic, memory and versions, and warnings."""
@@ -48,6 +50,7 @@ def banner(training: Training, tokenizer_notes: Sequence[str], splits: Splits, c
         *_packing(training),
         f"steps     {data.steps_per_epoch:,} per epoch, {training.total_steps:,} in all; {start}",
         f"optimizer {config.optim.name}, lr {config.optim.lr:g} {config.optim.schedule}, warmup {config.optim.warmup}",
+        *_extensions(training),
         *(f"tokenizer {note}" for note in tokenizer_notes),
         "versions  " + ", ".join(f"{name} {number}" for name, number in versions().items()),
     ]
@@ -58,6 +61,15 @@ def _targets(targets: Targets) -> str:
     """Each word of lora.target_modules with the number of layers that it stands for."""
     counted = [f"{word} ({count})" for word, count in targets.counts.items()]
     return f"{', '.join(counted)} of {targets.num_layers} linear layers"
+
+
+def _extensions(training: Training) -> list[str]:
+    """The decays by which the run was extended."""
+    shape, lines = training.config.optim.schedule, []
+    for decay in training.schedule.extensions:
+        new = f"new {shape} decay from {decay.rate:.2g} to step {decay.end:,}"
+        lines.append(f"schedule  extended after step {decay.start:,}: {new}")
+    return lines
 
 
 def _parts(training: Training) -> list[str]:
@@ -104,6 +116,13 @@ def _warnings(training: Training, splits: Splits) -> list[str]:
         lines.append(
             f"warning   optim.warmup = {config.optim.warmup} is not less than the run's {training.total_steps} steps, "
             "so the learning rate hardly reaches its peak"
+        )
+    last = training.schedule.decays[-1]
+    if last.rate < MIN_EXTENSION_RATE * config.optim.lr:
+        lines.append(
+            f"warning   the extension begins at {last.rate / config.optim.lr:.2g} of the peak learning rate, where the "
+            "run had nearly ended, so its steps will hardly change the adapters; a longer run from the start "
+            "(--run.resume never) learns more"
         )
     return lines
 

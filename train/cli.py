@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import io
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 
@@ -17,6 +18,8 @@ from train.run.exits import ExitCode, ExitWith
 USAGE = "usage: accelerate launch train/main.py --profile NAME [--section.field VALUE ...] [--print-config] [--help]"
 # `--model.random_init true` instead of a pair of flags
 _PARSING = (tyro.conf.FlagConversionOff,)
+# options that name files or folders, some of them beside other values
+PATHS = ("run.dir", "run.resume", "model.name_or_path", "data.path", "data.validation_path", "data.chat_template")
 
 
 def parse(argv: Sequence[str], usage: str = USAGE, needs_profile: bool = True) -> Config:
@@ -44,7 +47,8 @@ def _parse(argv: Sequence[str], needs_profile: bool) -> Config:
             prog=f"train/main.py --profile {profile.profile}",
         )
     config, problems = _override(profile, words)
-    problems += config.problems()
+    config, homeless = with_home(config)
+    problems += homeless + config.problems()
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise ExitWith(ExitCode.BAD_INPUT, f"the configuration cannot be used:\n{lines}")
@@ -109,6 +113,29 @@ def _override(config: Config, words: list[str]) -> tuple[Config, list[str]]:
                 config = tyro.cli(Config, default=config, args=[f"--{name}", *spelled], config=_PARSING)
         except SystemExit:
             problems.append(f"--{name} {' '.join(values)}: {_message(errors.getvalue())}")
+    return config, problems
+
+
+def with_home(config: Config) -> tuple[Config, list[str]]:
+    """`config` with `~` and `~user` at the beginning of its paths replaced, and a message for each unknown user.
+
+    No shell does so in `--run.dir=~/run`. A file whose name begins with ~ is written ./~name.
+    """
+    problems: list[str] = []
+
+    def expanded(option: str, value: str) -> str:
+        found = os.path.expanduser(value)
+        if found.startswith("~"):
+            problems.append(f"--{option} {value}: there is no such user; for a name that begins with ~ write ./{value}")
+        return found
+
+    for option in PATHS:
+        section_name, name = option.split(".")
+        section = getattr(config, section_name)
+        value = getattr(section, name)
+        one = isinstance(value, str)
+        new = expanded(option, value) if one else tuple(expanded(option, each) for each in value)
+        config = dataclasses.replace(config, **{section_name: dataclasses.replace(section, **{name: new})})
     return config, problems
 
 

@@ -204,6 +204,9 @@ class RunConfig:
     resume: str = "auto"
     """auto: from the newest valid checkpoint if there is one; must: fail without one; never: start again (the
     earlier run is kept in previous-N); or the path of one checkpoint folder."""
+    extend: bool = False
+    """Where train.epochs or train.max_steps differ from the checkpoint's and the schedule depends on them: go on with a
+    further decay of the same shape, from the last learning rate to the new end."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """cuda refuses to start without a GPU; auto takes a GPU if there is one."""
     timeout_minutes: float = 10.0
@@ -217,9 +220,10 @@ class TrackConfig:
     """Who watches. metrics.jsonl in the run folder is always written."""
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    """Weights & Biases. auto: online with a key (WANDB_API_KEY or netrc), else recorded offline for a later sync."""
-    project: str = "handloop"
-    """Weights & Biases project."""
+    """Weights & Biases. auto: what WANDB_DISABLED, WANDB_MODE, `wandb offline` or `wandb disabled` say; otherwise
+    online with a key (WANDB_API_KEY or netrc), else recorded offline for a later sync."""
+    project: str = ""
+    """Weights & Biases project; empty: WANDB_PROJECT, or handloop."""
 
 
 @dataclass(frozen=True)

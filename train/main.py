@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 import json
 import os
 from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,9 @@ from train.attempt_record import record_start
 from train.audit_gate import enforce_gate, run_audit
 from train.banner import banner
 from train.checkpoints.contents import Checkpoint
-from train.checkpoints.resume import check_same_run, choose, identity, restore, saved_shape
+from train.checkpoints.extension import resumed_schedule
+from train.checkpoints.identity import identity
+from train.checkpoints.resume import check_same_run, choose, restore, saved_shape
 from train.checkpoints.saver import Saver, check_disk
 from train.checkpoints.store import CheckpointStore
 from train.cli import parse
@@ -38,6 +41,7 @@ from train.deliver.final import publish_final
 from train.deliver.generation import Generator
 from train.deliver.questions import questions_of
 from train.engine.copies import HostMemoryError
+from train.learning_rate import Schedule
 from train.loop import training_loop
 from train.models.fingerprint import base_identity
 from train.models.language_model import adapter_config
@@ -45,6 +49,7 @@ from train.models.tokenizer import Tokenizer, check_fits, load_tokenizer
 from train.run.accelerator import check_machine, close_group, start_accelerator
 from train.run.attempts import AttemptLog
 from train.run.durable import write_atomically
+from train.run.environment import is_first_process
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder
 from train.run.hub_token import take_token
@@ -55,11 +60,6 @@ from train.track.isolated import Isolated, Listener
 from train.track.metrics_file import MetricsFile
 from train.track.trackers import Trackers, wanted_listeners
 from train.validation import validate
-
-
-def is_first_process() -> bool:
-    """Whether this is the first process, which the launcher tells before there is an Accelerator."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def main(argv: list[str], stop: StopRequest | None = None) -> ExitCode:
@@ -144,15 +144,17 @@ def run(config: Config, stop: StopRequest, closing: ExitStack, log: AttemptLog) 
     run_identity = identity(config, prepared, data, accelerator.device)
     store = CheckpointStore(folder, config.checkpoint.keep)
     checkpoint = choose(store, config, accelerator)
+    schedule = Schedule.of(config.optim, data.total_steps(config.train))
     if checkpoint is not None:
         check_same_run(checkpoint, run_identity, accelerator)
+        schedule = resumed_schedule(checkpoint, config, data)
     else:
         on_first_process(accelerator, lambda: report_audit(config, tokenizer, data, splits))
     raise_if_stopped(config, accelerator, stop)
     say(accelerator, f"loading {config.model.name_or_path}")
     saved = saved_shape(checkpoint, data, config.batch.merge)
     longest_validation = max(validation["num_tokens"][:]) if validation else 0
-    training = assemble(config, accelerator, data, saved, longest_validation)
+    training = replace(assemble(config, accelerator, data, saved, longest_validation), schedule=schedule)
     if checkpoint is not None:
         restore(training, checkpoint)
     say(accelerator, banner(training, tokenizer.notes, splits, checkpoint))
@@ -198,6 +200,8 @@ def open_trackers(
     metrics = MetricsFile(folder.metrics, checkpoint.state.metrics_bytes if checkpoint and is_own else 0)
     completed = checkpoint.state.step if checkpoint else 0
     display = Display(Console(), completed, training.total_steps, training.data.steps_per_epoch)
+    for line in (note for listener in listeners for note in listener.notes):
+        say(training.accelerator, line)
     isolated = [Isolated(listener, store.run_uid(), folder.metrics) for listener in listeners]
     return Trackers(metrics, display, isolated)
 

@@ -1,4 +1,4 @@
-"""The optimizer, its state by parameter name, and the learning rate as a pure function of the step."""
+"""The optimizer, and its state by parameter name."""
 
 import math
 import warnings
@@ -34,18 +34,6 @@ OPTIMIZERS = {
     "adamw": OptimizerKind(_torch_adamw, is_8bit=False),
 }
 NamedParameters = Mapping[str, torch.nn.Parameter]
-
-
-def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
-    """The rate of optimizer step `step`, counted from 0: a linear warmup to `lr`, then the schedule's decay."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    if config.schedule == "constant":
-        return config.lr
-    progress = (step - config.warmup) / max(1, total_steps - config.warmup)
-    if config.schedule == "linear":
-        return config.lr * (1 - progress)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from accelerate import Accelerator
 from train.config import Config
 from train.data import StepBatch, TrainingData
 from train.engine.plan import Plan
+from train.learning_rate import Schedule
 from train.metrics import to_host
 from train.models.language_model import LanguageModel
-from train.optim import FlatParameters, learning_rate, set_learning_rate
+from train.optim import FlatParameters, set_learning_rate
 from train.run.processes import all_reduce_gradients
 from train.seeds import seed_forward
 
@@ -29,8 +30,13 @@ class Training:
     scaler: torch.amp.GradScaler  # does nothing unless the base computes in fp16
     plan: Plan
     data: TrainingData
-    total_steps: int
+    schedule: Schedule
     reference_reason: str = ""  # why the engine is not the fused one, if it is not
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps in the whole run."""
+        return self.schedule.total_steps
 
 
 @dataclass(frozen=True)
@@ -75,14 +81,14 @@ def optimizer_step(training: Training, completed: int) -> StepResult:
     skip the update. A gradient that only overflowed fp16 at this loss scale does not skip: the same batch is computed
     again at half the scale, so samples, learning rate and step numbers do not depend on the compute type.
     """
-    config, batch = training.config, training.data.batch(completed, training.plan)
+    batch = training.data.batch(completed, training.plan)
     gradient, num_overflows, last_scale = step_gradient(training, batch, completed), 0, math.inf
     first_scale = gradient.scale
     while gradient.is_overflow and gradient.scale < last_scale:
         last_scale, num_overflows = gradient.scale, num_overflows + 1
         training.scaler.update()  # halves the scale if an element is not finite, else (only the norm is) the loop ends
         gradient = step_gradient(training, batch, completed)
-    rate = learning_rate(completed, training.total_steps, config.optim)
+    rate = training.schedule.rate(completed)
     set_learning_rate(training.optimizer, rate)
     if gradient.is_finite:
         training.scaler.step(training.optimizer)

@@ -45,7 +45,9 @@ def test_another_number_of_processes(config: Config, tmp_path: Path, tally: Tall
             apart = max(abs(a["train/loss"] / b["train/loss"] - 1) for a, b in pairs)
             tally.check(apart < 1e-5, f"{label}: losses {apart:.1e} apart")
     refused = run_command(arguments(at(with_batch(config, 2, 2), tmp_path / "alone")))
-    tally.check(refused.returncode == 77 and "batch (samples in a step): 8" in refused.stderr, refused.stderr[-300:])
+    tally.check(
+        refused.returncode == 77 and "batch (samples in a step) 8 -> 4" in refused.stderr, refused.stderr[-300:]
+    )
 
 
 @pytest.mark.fault("T15")

@@ -104,7 +104,7 @@ def test_a_resumed_run_sees_the_day_on_which_it_started(config: Config, tmp_path
     assert "date      2031-01-01" in fresh.stdout
     other = run_command(arguments(on(config, date="2030-01-01")))
     assert other.returncode == 77
-    assert "data.date: " in other.stderr
+    assert f"data.date {date.today().isoformat()} -> 2030-01-01" in other.stderr
 
 
 def test_a_validation_of_one_sample_on_two_processes(config: Config, tmp_path: Path) -> None:

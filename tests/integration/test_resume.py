@@ -93,8 +93,8 @@ def test_another_recipe_is_refused_by_name(dropped: Config, tmp_path: Path) -> N
     )
     outcome = run_command(arguments(changed))
     assert outcome.returncode == 77
-    assert "lora.r: 4 in the checkpoint, 2 now" in outcome.stderr
-    assert "optim.lr: 0.01 in the checkpoint, 0.5 now" in outcome.stderr
+    assert "lora.r 4 -> 2" in outcome.stderr
+    assert "optim.lr 0.01 -> 0.5" in outcome.stderr
     assert "optim.schedule" not in outcome.stderr
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 77
 
@@ -176,7 +176,7 @@ def test_another_split_of_the_same_data_is_refused(dropped: Config, tmp_path: Pa
     assert run_command(arguments(config)).returncode == 0
     outcome = run_command(arguments(replace(config, data=replace(config.data, validation_fraction=0.2))))
     assert outcome.returncode == 77
-    assert "data.validation_fraction: 0.1 in the checkpoint, 0.2 now" in outcome.stderr
+    assert "data.validation_fraction 0.1 -> 0.2" in outcome.stderr
     assert "loading" not in outcome.stdout
 
 

@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
-from train.cli import parse
+from train.cli import PATHS, parse
 from train.config import parse_bytes
 from train.profiles import PROFILES
 from train.run.exits import ExitCode, ExitWith
@@ -97,3 +101,57 @@ def test_profile_mistakes() -> None:
 def test_sizes(text: str, size: int) -> None:
     """Sizes with binary and decimal units are parsed."""
     assert parse_bytes(text) == size
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every option that names files or folders, written with = as with a space; elsewhere it is a character."""
+    monkeypatch.setenv("HOME", "/the/home")
+    for option in PATHS:
+        section, name = option.split(".")
+        for words in ([f"--{option}=~/a/b"], [f"--{option}", "~/a/b"]):
+            value = getattr(getattr(parse(["--profile", "demo", *words]), section), name)
+            assert value in ("/the/home/a/b", ("/the/home/a/b",)), option
+    config = parse(["--profile", "demo", "--data.path", "a~", "~/b", "./~c", "~", "--track.project", "~/p"])
+    assert config.data.path == ("a~", "/the/home/b", "./~c", "/the/home")
+    assert config.track.project == "~/p"
+    assert config.run.resume == "auto"
+    assert "--run.dir ~nobody-here/x: there is no such user" in refusal("--profile", "demo", "--run.dir=~nobody-here/x")
+
+
+def test_every_option_that_names_a_file_is_a_path() -> None:
+    """By the first words of its documentation; a new one is added to PATHS, or documented in other words."""
+    source = (ROOT / "train" / "config.py").read_text(encoding="utf-8")
+    found = set()
+    for section in re.split(r"\nclass ", source)[1:]:
+        name = section.partition("Config")[0].lower()
+        told = re.findall(r'    (\w+): .*\n    """(?:Folder|File|The run folder|Jinja file)', section)
+        found |= {f"{name}.{option}" for option in told}
+    assert found == set(PATHS) - {"run.resume"}  # which takes words as well
+
+
+def test_a_home_through_the_real_commands(tmp_path: Path, shape: Path, pairs: Path) -> None:
+    """`--run.dir=~/x` makes no folder called ~, and base, template and data are found in the home folder."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    here.mkdir()
+    shutil.copytree(shape, home / "base")
+    shutil.copy(pairs, home / "pairs.jsonl")
+    words = ["--profile", "demo", "--model.name_or_path=~/base", "--model.random_init", "true", "--run.dir=~/x"]
+    words += ["--data.chat_template=~/base/chat_template.jinja", "--data.path=~/pairs.jsonl", "--train.max_steps", "1"]
+    words += ["--optim.warmup", "0", "--track.wandb", "off", "--compare.num_questions", "0", "--data.gate", "warn"]
+    environment = {**os.environ, "HOME": str(home), "PYTHONPATH": str(ROOT)}
+
+    def run(*command: str) -> None:
+        done = subprocess.run([sys.executable, *command], cwd=here, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    run(str(ROOT / "train" / "main.py"), *words)
+    assert (home / "x" / "final").is_dir()
+    run(
+        "-c",
+        "import sys; from train.commands.handloop import main; sys.exit(main())",
+        "preview",
+        "--html=~/page.html",
+        *words,
+    )
+    assert (home / "page.html").exists()
+    assert list(here.iterdir()) == []

@@ -1,6 +1,5 @@
-"""Learning rate at every step; optimizer state that comes back to the bit."""
+"""Optimizer state that comes back to the bit."""
 
-import math
 from typing import Literal, get_args, get_type_hints
 
 import pytest
@@ -12,26 +11,10 @@ from train.optim import (
     OPTIMIZERS,
     FlatParameters,
     build_optimizer,
-    learning_rate,
     load_optimizer_state,
     optimizer_state,
     set_learning_rate,
 )
-
-LINEAR = [0.25, 0.5, 0.75, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
-
-
-def test_the_rate_of_every_step() -> None:
-    """Ten steps, four of warmup, written out by hand for each schedule."""
-    rates = {
-        name: [learning_rate(step, 10, OptimConfig(lr=2.0, schedule=name, warmup=4)) / 2 for step in range(10)]
-        for name in ("linear", "cosine", "constant")
-    }
-    cosine = [*LINEAR[:4], *(0.5 * (1 + math.cos(math.pi * k / 6)) for k in range(6))]
-    assert rates["linear"] == pytest.approx(LINEAR)
-    assert rates["cosine"] == pytest.approx(cosine)
-    assert rates["constant"] == pytest.approx([*LINEAR[:4], *[1.0] * 6])
-    assert learning_rate(0, 1, OptimConfig(lr=2.0, warmup=0)) == 2.0
 
 
 def parameters() -> dict[str, torch.nn.Parameter]:

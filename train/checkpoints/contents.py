@@ -45,6 +45,7 @@ class TrainerState:
     skipped_steps: list[int] = field(default_factory=list)  # steps so far whose loss or gradient was not finite
     validation_loss: float | None = None  # measured after this step, if it was
     scaler: dict[str, float] = field(default_factory=dict)  # torch's GradScaler.state_dict(): empty but for fp16
+    schedule: list[list[float]] = field(default_factory=list)  # start, rate and end of each decay; empty in 0.1.0
 
 
 @dataclass(frozen=True)

@@ -1,77 +1,49 @@
 """From checkpoint to running state and back: what is saved, what must be equal, and which checkpoint is used."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from data_tools.prepare import Prepared
 from train.batching import MicroBatchShape
 from train.checkpoints.contents import Checkpoint, TrainerState, adapter_files
+from train.checkpoints.identity import differences
 from train.checkpoints.store import CheckpointStore
 from train.config import Config
 from train.data import TrainingData
-from train.models.fingerprint import base_fingerprint
 from train.models.language_model import adapter_config, load_adapters
 from train.optim import load_optimizer_state, load_scaler_state, optimizer_state
-from train.run.devices import compute_type
 from train.run.exits import ExitCode, ExitWith
 from train.run.processes import on_first_process, say
 from train.run.versions import versions
 from train.step import Training
 
-IDENTITY_SECTIONS = ("lora", "optim")  # every field of these, and the single fields named in identity()
 # names that earlier versions gave to entries of a checkpoint's layout
 OLD_LAYOUT_NAMES = {"tokens in a pass": "micro_batch_tokens", "tokens in a tile": "mlp_tile_tokens"}
 
 
-def identity(config: Config, prepared: Prepared, data: TrainingData, device: torch.device) -> dict[str, object]:
-    """Everything that makes a run this run: a checkpoint is continued only if all of it is equal."""
-    values: dict[str, object] = {
-        "model.base": base_fingerprint(config),
-        "model.quantization": config.model.quantization,
-        "model.dtype": compute_type(config.model.dtype, device).name,
-        "data": prepared.fingerprint,
-        "data.validation_fraction": config.data.validation_fraction,
-        "data.weights": list(config.data.weights),
-        "data.packing": config.data.packing,
-        "data.group_by_length": config.data.group_by_length,
-        "batch (samples in a step)": data.layout.samples_per_step,
-        "train.seed": config.train.seed,
-        "total optimizer steps": data.total_steps(config.train),
-    }
-    if prepared.statistics.date:  # says why the data's fingerprint differs on another day
-        values["data.date"] = prepared.statistics.date
-    for section in IDENTITY_SECTIONS:
-        for name, value in asdict(getattr(config, section)).items():
-            values[f"{section}.{name}"] = list(value) if isinstance(value, tuple) else value
-    return values
-
-
 def check_same_run(checkpoint: Checkpoint, same_run: dict[str, object], accelerator: Accelerator) -> None:
-    """Raises ExitWith(FINGERPRINT_MISMATCH) naming every difference; says which library versions differ."""
-    saved = checkpoint.state.identity
-    changed = [
-        f"  {name}: {saved.get(name)!r} in the checkpoint, {same_run.get(name)!r} now"
-        for name in sorted({*saved, *same_run})
-        if saved.get(name) != same_run.get(name)
-    ]
+    """Raises ExitWith(FINGERPRINT_MISMATCH) naming every difference; says which versions differ."""
+    changed = differences(checkpoint.state.identity, same_run)
     if changed:
         raise ExitWith(
             ExitCode.FINGERPRINT_MISMATCH,
-            f"{checkpoint.path} belongs to another run:\n" + "\n".join(changed) + "\n"
+            f"{checkpoint.path} belongs to another run:\n" + "\n".join(f"  {line}" for line in changed) + "\n"
             "Run the command that started it, or choose another --run.dir, or --run.resume never to start again",
         )
-    now = versions()
-    other = [
-        f"{name} {old} -> {now.get(name)}" for name, old in checkpoint.state.versions.items() if now.get(name) != old
-    ]
+    before, now = checkpoint.state.versions, made_with(accelerator.device)
+    # what is only on one side does not count: CPU threads, where the run has moved to or from a GPU
+    other = [f"{name} {old} -> {now[name]}" for name, old in before.items() if now.get(name, old) != old]
     if other:
         changes = ", ".join(other)
         say(accelerator, f"versions have changed since the checkpoint, so the last bits may differ: {changes}")
+
+
+def made_with(device: torch.device) -> dict[str, str]:
+    """The versions, and on a CPU the number of threads: sums are divided among them and rounded accordingly."""
+    return versions() | ({"CPU threads": str(torch.get_num_threads())} if device.type == "cpu" else {})
 
 
 def choose(store: CheckpointStore, config: Config, accelerator: Accelerator) -> Checkpoint | None:
@@ -131,7 +103,8 @@ def save_state(
         state = TrainerState(
             identity=same_run,
             layout=checkpoint_layout(training),
-            versions=versions(),
+            versions=made_with(training.accelerator.device),
+            schedule=training.schedule.rows(),
             scaler=training.scaler.state_dict(),
             **moment(),
         )

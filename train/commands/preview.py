@@ -4,11 +4,11 @@ import json
 import sys
 from collections.abc import Iterator
 from datetime import date
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from data_tools.terminal import typed_path
 from train.commands.options import Options, positive_number
 from train.run.durable import write_atomically
 
@@ -20,7 +20,7 @@ def main(words: list[str]) -> int:
     """Shows the first samples (with packing: packed rows) token by token."""
     own = Options("preview", "Shows the samples token by token, trained and masked.", takes_files=True)
     own.add_argument("--rows", type=positive_number, default=5, metavar="K", help="how many samples (default 5)")
-    own.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained HTML page instead")
+    own.add_argument("--html", type=typed_path, metavar="FILE", help="write a self-contained HTML page instead")
     own.add_argument(
         "--json",
         action="store_true",

@@ -128,19 +128,24 @@ class LanguageModel(torch.nn.Module):
         """While entered, transformers runs the model, for example to generate.
 
         In evaluation mode, with an attention that takes the mask of padded prompts, streamed weights layer by layer.
-        The engine releases its memory; training allocates it again.
+        The engine releases its memory; training allocates it again. The base's own generation settings (penalties,
+        forced tokens, stop tokens) are set aside, because `generate` takes from them whatever its caller leaves unset
+        (GenerationMixin._prepare_generation_config).
         """
         causal_lm = self.causal_lm
-        kind = causal_lm.config._attn_implementation
+        transformers_model: Any = causal_lm
+        kind, own_settings = causal_lm.config._attn_implementation, transformers_model.generation_config
         self.eval()
         self._tell_lengths(())
         if kind == "varlen":  # which knows no padding
             causal_lm.set_attn_implementation("sdpa")
+        transformers_model.generation_config = transformers.GenerationConfig()
         try:
             with self.engine.lent() if self.engine else nullcontext():
                 yield
         finally:
             causal_lm.set_attn_implementation(kind)
+            transformers_model.generation_config = own_settings
             self.train()
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:

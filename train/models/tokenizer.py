@@ -39,7 +39,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
     except (OSError, ValueError, TypeError, StrictDataclassError, HfHubHTTPError) as error:
         raise cannot_read(config.model, "a tokenizer", error) from None
     if config.data.chat_template:
-        path = Path(config.data.chat_template).expanduser()
+        path = Path(config.data.chat_template)
         try:
             tokenizer.chat_template = read_template(path)
             ChatTemplate(tokenizer, dict(map(parse_argument, config.data.template_arguments))).check(path)

@@ -14,6 +14,7 @@ from train.config import Config, parse_bytes
 from train.metrics import to_host
 from train.optim import OPTIMIZERS
 from train.run import devices
+from train.run.environment import check_environment
 from train.run.exits import ExitCode, ExitWith
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -21,10 +22,14 @@ SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULT
 
 def check_machine(config: Config) -> None:
     """Raises ExitWith(BAD_INPUT) if this machine, or its accelerate configuration, does not fit the profile."""
+    check_environment(config)
     if config.run.device == "cuda" and not torch.cuda.is_available():
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
         raise ExitWith(
             ExitCode.BAD_INPUT,
-            f"profile {config.profile} needs a CUDA GPU, and torch {torch.__version__} finds none.\n"
+            f"profile {config.profile} needs a CUDA GPU, and torch {torch.__version__} finds none"
+            + ("" if hidden is None else f" (CUDA_VISIBLE_DEVICES is {hidden!r})")
+            + ".\n"
             "Check nvidia-smi, and that this torch is a CUDA build. Without a GPU, use --profile demo, "
             "or --run.device cpu with a small --model.name_or_path",
         )
@@ -34,19 +39,6 @@ def check_machine(config: Config) -> None:
         devices.check_build(gpu)
         devices.check_bitsandbytes(bitsandbytes_options(config), gpu)
         devices.compute_type(config.model.dtype, gpu)
-    configured = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if configured not in ("1", str(config.batch.accumulation)):
-        raise ExitWith(
-            ExitCode.BAD_INPUT,
-            f"the accelerate configuration says gradient_accumulation_steps {configured} and --batch.accumulation says "
-            f"{config.batch.accumulation}; remove it from the accelerate configuration, because the profile sets it",
-        )
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision != "no":
-        raise ExitWith(
-            ExitCode.BAD_INPUT,
-            f"the accelerate configuration says mixed_precision {precision}; set it to 'no' and use --model.dtype",
-        )
 
 
 def bitsandbytes_options(config: Config) -> list[str]:
@@ -66,19 +58,31 @@ def start_accelerator(config: Config) -> Accelerator:
         torch.use_deterministic_algorithms(True)
         settings: Any = torch.utils.deterministic
         settings.fill_uninitialized_memory = False  # a debugging aid, which would write to every new tensor
+    torch.set_float32_matmul_precision("highest")  # whatever TORCH_ALLOW_TF32_CUBLAS_OVERRIDE says
     timeout = InitProcessGroupKwargs(timeout=timedelta(minutes=config.run.timeout_minutes))
     accelerator = Accelerator(cpu=config.run.device == "cpu", mixed_precision="no", kwargs_handlers=[timeout])
-    if accelerator.distributed_type not in SUPPORTED:
-        raise ExitWith(
-            ExitCode.BAD_INPUT,
-            f"distributed_type {accelerator.distributed_type.value} in the accelerate configuration is not supported; "
-            "use one of accelerate_configs/",
-        )
+    _check_accelerator(config, accelerator)
     if config.memory.budget and accelerator.device.type == "cuda":
         # the current device, because accelerate's device has no index in a single process and torch needs one here
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, parse_bytes(config.memory.budget) / total))
     return accelerator
+
+
+def _check_accelerator(config: Config, accelerator: Accelerator) -> None:
+    """Raises ExitWith(BAD_INPUT) where accelerate has chosen what nothing here was written for."""
+    reason, device = "", accelerator.device.type
+    if accelerator.distributed_type not in SUPPORTED:
+        reason = (
+            f"distributed_type {accelerator.distributed_type.value} in the accelerate configuration is not supported; "
+            "use one of accelerate_configs/"
+        )
+    elif device not in ("cuda", "cpu"):  # on Apple, Intel and other accelerators accelerate takes them by itself
+        reason = f"accelerate chooses the device {device}, and Handloop runs on CUDA and CPUs alone: --run.device cpu"
+    elif config.run.device == "cuda" and device != "cuda":
+        reason = f"--run.device cuda, and accelerate chooses {device}; use one of accelerate_configs/"
+    if reason:
+        raise ExitWith(ExitCode.BAD_INPUT, reason)
 
 
 def free_gpu_bytes(config: Config, accelerator: Accelerator) -> int | None:

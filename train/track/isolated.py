@@ -26,6 +26,7 @@ class Listener(Protocol):
     """
 
     name: str  # as a person calls it
+    notes: Sequence[str] = ()  # lines that people should know at the start
 
     def start(self, run_uid: str) -> int:
         """Begins the record of the run, or goes on with it; returns the last step that it already has, or 0."""

@@ -1,18 +1,17 @@
 """Weights & Biases: a run on its server, or an offline record for a later sync."""
 
 import contextlib
-import netrc
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 from train.config import Config
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder
 from train.run.redact import redact
+from train.track import wandb_settings
 from train.track.isolated import Listener
 
 # Sections sent to Weights & Biases. Paths, and any section added later, stay at home until they are named here.
@@ -34,6 +33,7 @@ class WeightsAndBiases(Listener):
         self.mode = mode
         self.folder = RunFolder.of(config)
         self.run: Any = None
+        self.notes = tuple(f"{self.name}: {line}" for line in wandb_settings.decided())
 
     @classmethod
     def wanted(cls, config: Config) -> "WeightsAndBiases | None":
@@ -42,7 +42,11 @@ class WeightsAndBiases(Listener):
         return None if mode == "off" else cls(config, mode)
 
     def start(self, run_uid: str) -> int:
-        """Continues the run on the server, or begins an offline record."""
+        """Continues the run on the server, or begins an offline record.
+
+        WANDB_ENTITY, WANDB_RUN_GROUP, WANDB_TAGS, WANDB_NOTES and WANDB_JOB_TYPE are read by wandb itself.
+        """
+        wandb_settings.settle_environment(self.mode)
         import wandb  # takes a second; only runs that use it pay
 
         mode: Any = self.mode
@@ -57,8 +61,8 @@ class WeightsAndBiases(Listener):
         )
         wandb.setup(settings=settings)  # silent from here on, not only from the run's start
         self.run = wandb.init(
-            project=redact(self.config.track.project),
-            name=f"{self.config.profile}-{run_uid[:6]}",
+            project=redact(self.config.track.project or wandb_settings.project() or "handloop"),
+            name=os.environ.get("WANDB_NAME") or f"{self.config.profile}-{run_uid[:6]}",
             id=self.folder.identifier("wandb_id", lambda: uuid4().hex[:8]),
             resume="allow",
             mode=mode,
@@ -116,19 +120,12 @@ def wandb_mode(config: Config) -> str:
 
     Raises ExitWith(BAD_INPUT) where online is demanded and there is no key: that is better known before the night.
     """
-    if config.track.wandb == "online" and not (os.environ.get("WANDB_API_KEY") or _netrc_has_key()):
+    if config.track.wandb == "online" and not wandb_settings.has_key():
         reason = "--track.wandb online: there is no key; run `wandb login`, set WANDB_API_KEY, or leave it at auto"
         raise ExitWith(ExitCode.BAD_INPUT, reason)
     if config.track.wandb != "auto":
         return config.track.wandb
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
-        return {"offline": "offline", "disabled": "off"}[os.environ["WANDB_MODE"]]
-    return "online" if os.environ.get("WANDB_API_KEY") or _netrc_has_key() else "offline"
-
-
-def _netrc_has_key() -> bool:
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    said = wandb_settings.said_mode()
+    if said in ("off", "offline"):
+        return said
+    return "online" if wandb_settings.has_key() else "offline"

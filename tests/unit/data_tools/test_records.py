@@ -227,3 +227,25 @@ def test_two_hundred_mutations_are_read_or_refused(tokenizer, tmp_path: Path) ->
             refusals.append(str(error))
     assert 50 < len(refusals) < 200
     assert all("mutant.jsonl" in refusal or "longer than" in refusal for refusal in refusals)
+
+
+def test_what_a_fingerprint_covers_is_told_apart_and_stays_small(tokenizer, tmp_path: Path) -> None:
+    """One short hash a path however many files are in it, and one for all paths behind the hundredth."""
+    folder, row = tmp_path / "many", '{"prompt": "What is %d?", "response": "A number."}\n'
+    folder.mkdir()
+    for number in range(150):
+        (folder / f"{number}.jsonl").write_text(row % number)
+    first = prepare(settings(folder), tokenizer).parts
+    assert len(first["content"]) == 1
+    (folder / "7.jsonl").write_text(row % 1007)
+    second = prepare(settings(folder), tokenizer).parts
+    assert {name for name in first if first[name] != second[name]} == {"content"}
+    other = tokenizer_at(BUNDLED_BASE)
+    other.chat_template += " "
+    assert {name for name in first if prepare(settings(folder), other).parts[name] != second[name]} == {"chat template"}
+    each = PrepareSettings(tuple(str(folder / f"{number}.jsonl") for number in range(150)))
+    named = prepare(each, tokenizer).parts["content"]
+    assert [name for name, _ in named[99:]] == [str(folder / "99.jsonl"), "50 more paths"]
+    (folder / "149.jsonl").write_text(row % 2149)
+    changed = prepare(each, tokenizer).parts["content"]
+    assert [a == b for a, b in zip(named, changed, strict=True)] == [True] * 100 + [False]

@@ -18,7 +18,8 @@ from train.run.exits import ExitCode, ExitWith
 from train.run.folder import OURS, RunFolder, read_object
 from train.run.versions import code_version
 
-NAMES_ALSO_ELSEWHERE = {"config.json": "train/models/"}  # the base's folder has one too
+# the base's folder has one too; wandb's own settings are in a folder of this name, too
+NAMES_ALSO_ELSEWHERE = {"config.json": "train/models/", "wandb": "train/track/wandb_settings.py"}
 
 
 def strings(path: Path) -> Iterator[str]:

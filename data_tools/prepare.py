@@ -1,5 +1,6 @@
 """Files -> tokenised samples on disk: Arrow tables in a folder named by the fingerprint of all their inputs."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -10,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -108,18 +109,41 @@ def prepare(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase) -> Pr
     # places name files, so equal content elsewhere is prepared again
     named = hashlib.sha256("\n".join(str(source.origin) for source in found.sources).encode()).hexdigest()
     folder = cache_root() / f"{fingerprint}-{named[:8]}"
-    locks = cache_root().parent / "locks"
-    for parent in (folder.parent, locks):
-        parent.mkdir(parents=True, exist_ok=True)
-    with (locks / fingerprint[:2]).open("w") as lock:
+    with _lock(fingerprint) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process prepares; others that need the same samples wait
         prepared = _cached(folder, found.notes)
         if prepared is None:
             shutil.rmtree(folder, ignore_errors=True)
-            _make(found.sources, settings, tokenizer, folder)
+            try:
+                _make(found.sources, settings, tokenizer, folder)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                    raise
+                raise unusable_cache(str(error)) from None
             prepared = _cached(folder, found.notes)
             assert prepared is not None
     return prepared
+
+
+def _lock(fingerprint: str) -> IO[str]:
+    """The file that whoever prepares these samples locks; raises DataError where the cache cannot be written."""
+    locks = cache_root().parent / "locks"
+    try:
+        for folder in (cache_root(), locks):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return (locks / fingerprint[:2]).open("w")
+    except OSError as error:
+        raise unusable_cache(str(error)) from None
+
+
+def unusable_cache(reason: str) -> DataError:
+    """The error where prepared data cannot be kept."""
+    return DataError(
+        f"the cache of prepared data cannot be used: {reason}\n"
+        "set HANDLOOP_CACHE to a folder where you may write, on a disk with room"
+    )
 
 
 def _cached(folder: Path, notes: Sequence[str]) -> Prepared | None:
@@ -151,8 +175,14 @@ def _make(sources: Sequence[Source], settings: PrepareSettings, tokenizer: Any, 
 
 
 def cache_root() -> Path:
-    """The folder of prepared data in HANDLOOP_CACHE or ~/.cache/handloop; everything in it can be made again."""
-    return Path(os.environ.get("HANDLOOP_CACHE") or "~/.cache/handloop").expanduser() / "prepared"
+    """The folder of prepared data in HANDLOOP_CACHE or ~/.cache/handloop; everything in it can be made again.
+
+    Raises DataError where there is no home.
+    """
+    try:
+        return Path(os.environ.get("HANDLOOP_CACHE") or "~/.cache/handloop").expanduser() / "prepared"
+    except RuntimeError as error:  # HOME is not set, and the user is not among the system's, as in many containers
+        raise unusable_cache(str(error)) from None
 
 
 def _fingerprint(settings: PrepareSettings, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> str:

@@ -94,7 +94,7 @@ def survey(paths: Sequence[str], data_format: str, fields: Sequence[str] = ()) -
 
 
 def _origins(name: str, report: Report, notes: list[str]) -> list[Origin]:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # which, unlike pathlib, leaves an unknown user as it is
     if path.is_dir():
         return _in_folder(path, report, notes)
     if path.is_file():

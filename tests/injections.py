@@ -1,6 +1,7 @@
 """Faults injected into a run: each is called in the run's process before train.main.main."""
 
 import errno
+import importlib
 import os
 import shutil
 import signal
@@ -217,7 +218,7 @@ class GroupAtEnd:
 
         import train.main
 
-        before_and_after(train.main, "deliver", lambda when: look() if when == "before" else None)
+        before_and_after(train.main, "publish", lambda when: look() if when == "before" else None)
         Finalize(None, look, exitpriority=0)
 
 
@@ -243,3 +244,37 @@ class Both:
     def __call__(self) -> None:
         self.one()
         self.other()
+
+
+@dataclass(frozen=True)
+class Defect:
+    """Raises `error` in the n-th call of a function that train.main or another module has, as a defect would."""
+
+    holder: str  # a module
+    name: str
+    error: BaseException
+    call: int = 1
+
+    def __call__(self) -> None:
+        calls = 0
+
+        def act(when: str) -> None:
+            nonlocal calls
+            calls += when == "before"
+            if when == "before" and calls == self.call:
+                raise self.error
+
+        before_and_after(importlib.import_module(self.holder), self.name, act)
+
+
+@dataclass(frozen=True)
+class NoUser:
+    """The user is not among the system's, as in a container with --user and a number."""
+
+    def __call__(self) -> None:
+        import pwd
+
+        def getpwuid(number: int) -> None:
+            raise KeyError(f"getpwuid(): uid not found: {number}")
+
+        setattr(pwd, "getpwuid", getpwuid)  # noqa: B010

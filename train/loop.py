@@ -9,6 +9,7 @@ from typing import Any
 from train.checkpoints.saver import Saver
 from train.memory.gpus import peak_flops
 from train.metrics import Stopwatch, flops_per_token, mfu, num_matmul_weights
+from train.run.defects import Doing
 from train.run.durable import write_atomically
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder
@@ -22,9 +23,10 @@ Row = dict[str, Any]
 MAX_SKIPPED_IN_A_ROW = 3
 
 
-def training_steps(training: Training, completed: int) -> Iterator[StepResult]:
+def training_steps(training: Training, completed: int, doing: Doing) -> Iterator[StepResult]:
     """Yields every step after the `completed` ones up to the last."""
     while completed < training.total_steps:
+        doing.now = f"training, step {completed + 1}"
         result = optimizer_step(training, completed)
         completed = result.step
         yield result
@@ -32,11 +34,11 @@ def training_steps(training: Training, completed: int) -> Iterator[StepResult]:
 
 def training_loop(
     training: Training,
-    completed: int,
     stop: StopRequest,
     trackers: Trackers,
     saver: Saver,
     validate: Callable[[], dict[str, float]],
+    doing: Doing,
 ) -> None:
     """Trains to the end; the boundary after a step is the only place where anything else happens.
 
@@ -47,7 +49,7 @@ def training_loop(
     num_weights = num_matmul_weights(training.model)
     watch, heartbeat = LossWatch(), Heartbeat(training.config, training.accelerator)
     since_last: Row = {}  # time and failures of the last save, for the next row
-    for result in training_steps(training, completed):
+    for result in training_steps(training, saver.saved, doing):
         heartbeat.beat(result.step)
         row = _row(training, result, stopwatch, num_weights) | since_last
         since_last = {}

@@ -1,6 +1,7 @@
 """Loads the frozen base: quantised as it is read, block by block, so that it is never whole in 16 bits."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -241,7 +242,7 @@ def not_found(config: ModelConfig, what: str, error: Exception) -> ExitWith:
         remedy = (
             "name a folder, or a hub id that you can reach (gated models: accept their licence, then `hf auth login`)"
         )
-    if name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
+    if name.startswith(("/", ".", "~")) and not os.path.isdir(os.path.expanduser(name)):
         return ExitWith(ExitCode.BAD_INPUT, f"--model.name_or_path {name}: no such folder\n{remedy}")
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return ExitWith(ExitCode.BAD_INPUT, f"--model.name_or_path {name}: cannot read {what}: {first_line}\n{remedy}")

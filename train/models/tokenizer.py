@@ -1,5 +1,6 @@
 """The base's tokenizer, with what training needs of it."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
     except (OSError, ValueError, TypeError, StrictDataclassError, HfHubHTTPError) as error:
         raise not_found(config.model, "a tokenizer", error) from None
     if config.data.chat_template:
-        path = Path(config.data.chat_template).expanduser()
+        path = Path(os.path.expanduser(config.data.chat_template))
         try:
             tokenizer.chat_template = read_template(path)
             ChatTemplate(tokenizer, dict(map(parse_argument, config.data.template_arguments))).check(path)

@@ -21,6 +21,12 @@ SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULT
 
 def check_machine(config: Config) -> None:
     """Raises ExitWith(BAD_INPUT) if this machine, or its accelerate configuration, does not fit the profile."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        if not os.environ.get(name, "0").isdecimal():
+            raise ExitWith(
+                ExitCode.BAD_INPUT,
+                f"{name} in the environment is {os.environ[name]!r}, not a number; unset it, as launchers set it",
+            )
     if config.run.device == "cuda" and not torch.cuda.is_available():
         raise ExitWith(
             ExitCode.BAD_INPUT,
@@ -67,7 +73,11 @@ def start_accelerator(config: Config) -> Accelerator:
         settings: Any = torch.utils.deterministic
         settings.fill_uninitialized_memory = False  # a debugging aid, which would write to every new tensor
     timeout = InitProcessGroupKwargs(timeout=timedelta(minutes=config.run.timeout_minutes))
-    accelerator = Accelerator(cpu=config.run.device == "cpu", mixed_precision="no", kwargs_handlers=[timeout])
+    try:
+        accelerator = Accelerator(cpu=config.run.device == "cpu", mixed_precision="no", kwargs_handlers=[timeout])
+    except (ValueError, KeyError) as error:  # an environment variable that torch or accelerate wants and cannot use
+        reason = f"the processes cannot be started: {error}; see accelerate's configuration and the environment"
+        raise ExitWith(ExitCode.BAD_INPUT, reason) from error
     if accelerator.distributed_type not in SUPPORTED:
         raise ExitWith(
             ExitCode.BAD_INPUT,

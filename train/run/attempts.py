@@ -20,6 +20,9 @@ from train.run.folder import RunFolder
 from train.run.json_lines import append_line, last_step, read_lines
 from train.run.redact import redact
 
+# the ends that another process than the first may write down
+ENDED_BY_OTHERS = (ExitCode.PEER_FAILURE, ExitCode.DEFECT, ExitCode.KILLED)
+
 
 @dataclass(frozen=True)
 class Attempt:
@@ -27,7 +30,7 @@ class Attempt:
 
     number: int  # from 1
     start: dict[str, Any]  # time, code, versions, device, num_processes, engine, plan, data, from_step
-    end: dict[str, Any] | None  # time, code, name, reason, last_step; None: killed, crashed, or still running
+    end: dict[str, Any] | None  # time, code, name, reason, last_step, doing; None: killed, or still running
 
 
 class AttemptLog:
@@ -50,16 +53,17 @@ class AttemptLog:
         self.from_step = int(start.get("from_step", 0))
         self._append("start", start)
 
-    def end(self, code: ExitCode, reason: str) -> None:
+    def end(self, code: ExitCode, reason: str, **facts: float | str) -> None:
         """Writes the line of the end, if this attempt was begun, with the last step in metrics.jsonl.
 
-        A process that is left when the first has died ends the attempt that the first had begun.
+        A process that is left when the first has died, or the launcher, ends the attempt that the first had begun.
         """
-        if not self.number and code == ExitCode.PEER_FAILURE:
+        if not self.number and code in ENDED_BY_OTHERS:
             self.number = max((each.number for each in read_attempts(self.folder) if each.end is None), default=0)
         if self.number:
             step = max(self.from_step, last_step(self.folder.metrics))
-            self._append("end", {"code": int(code), "name": code.name.lower(), "reason": reason, "last_step": step})
+            end = {"code": int(code), "name": code.name.lower(), "reason": reason, "last_step": step}
+            self._append("end", {**end, **facts})
 
     def _write(self, path: Path, content: Mapping[str, Any]) -> None:
         if self.folder.is_foreign(path):

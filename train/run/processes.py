@@ -18,6 +18,15 @@ from train.run.folder import RunFolder
 from train.run.signals import StopRequest
 
 
+def is_first_process() -> bool:
+    """Whether this is the first process, which the launcher tells before there is an Accelerator.
+
+    So is one whose RANK is no number: somebody has to say so.
+    """
+    rank = os.environ.get("RANK", "0")
+    return rank == "0" or not rank.isdecimal()
+
+
 def any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
     """For each flag, whether it is set in any process; every process gets the same answers."""
     if accelerator.num_processes == 1:

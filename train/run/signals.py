@@ -1,5 +1,10 @@
-"""Stop signals. Imports nothing heavy: main installs the handlers before imports that take seconds."""
+"""Stop signals, and what the launcher is told. Imports nothing heavy: main does this before imports that take seconds.
 
+In the folder HANDLOOP_LAUNCHER every trainer process has a file `pid-N`, which holds its rank, and at its end, whatever
+end that is, a note `end-N` with its exit code. A process that is gone without a note was killed, or has crashed.
+"""
+
+import atexit
 import ctypes
 import os
 import signal
@@ -37,6 +42,7 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if number == signal.SIGINT and self.received and now - self.received_at > 1:
+            leave_note(128 + number)
             os._exit(128 + number)
         if not self.received:
             self.received, self.received_at = signal.Signals(number).name, now
@@ -56,12 +62,21 @@ def follow_launcher() -> None:
     folder = os.environ.get("HANDLOOP_LAUNCHER")
     if folder:
         with suppress(OSError):
-            (Path(folder) / f"pid-{os.getpid()}").touch()
+            (Path(folder) / f"pid-{os.getpid()}").write_text(os.environ.get("RANK", "0"))
+        atexit.register(leave_note, 1)
     if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         parent = os.getppid()
         stop_with_parent()
         if os.getppid() != parent:  # it died before stop_with_parent()
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def leave_note(code: int) -> None:
+    """Tells Handloop's launcher, if there is one, that this process ends by itself; the first note stands."""
+    folder = os.environ.get("HANDLOOP_LAUNCHER")
+    if folder:
+        with suppress(OSError), (Path(folder) / f"end-{os.getpid()}").open("x") as note:
+            note.write(f"{int(code)}")
 
 
 def stop_with_parent() -> None:

@@ -1,7 +1,6 @@
 """Faults injected into a run: each is called in the run's process before train.main.main."""
 
 import errno
-import importlib
 import os
 import shutil
 import signal
@@ -244,37 +243,3 @@ class Both:
     def __call__(self) -> None:
         self.one()
         self.other()
-
-
-@dataclass(frozen=True)
-class Defect:
-    """Raises `error` in the n-th call of a function that train.main or another module has, as a defect would."""
-
-    holder: str  # a module
-    name: str
-    error: BaseException
-    call: int = 1
-
-    def __call__(self) -> None:
-        calls = 0
-
-        def act(when: str) -> None:
-            nonlocal calls
-            calls += when == "before"
-            if when == "before" and calls == self.call:
-                raise self.error
-
-        before_and_after(importlib.import_module(self.holder), self.name, act)
-
-
-@dataclass(frozen=True)
-class NoUser:
-    """The user is not among the system's, as in a container with --user and a number."""
-
-    def __call__(self) -> None:
-        import pwd
-
-        def getpwuid(number: int) -> None:
-            raise KeyError(f"getpwuid(): uid not found: {number}")
-
-        setattr(pwd, "getpwuid", getpwuid)  # noqa: B010

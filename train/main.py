@@ -45,7 +45,7 @@ from train.run.defects import Doing
 from train.run.durable import write_atomically
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder
-from train.run.processes import is_first_process, on_first_process, raise_if_stopped, say
+from train.run.processes import Heartbeat, is_first_process, on_first_process, raise_if_stopped, say
 from train.step import Training
 from train.track.display import Display
 from train.track.isolated import Isolated, Listener
@@ -124,7 +124,6 @@ def run(config: Config, stop: StopRequest, closing: ExitStack, log: AttemptLog, 
         restore(training, checkpoint)
     doing.now = "preparing the first step"
     say(accelerator, banner(training, tokenizer.notes, splits, checkpoint))
-
     on_first_process(accelerator, lambda: check_disk(training, store))
     if prepared.statistics.date:
         on_first_process(accelerator, lambda: keep_date(folder, today))
@@ -135,8 +134,9 @@ def run(config: Config, stop: StopRequest, closing: ExitStack, log: AttemptLog, 
     if accelerator.is_main_process:
         record_start(log, training, prepared, checkpoint)
     saver = Saver.of(training, store, run_identity, trackers, checkpoint)
-    measure = partial(validate, training, validation) if validation else dict
-    training_loop(training, stop, trackers, saver, measure, doing)
+    heartbeat = Heartbeat(config, accelerator, stop)
+    measure = partial(validate, training, validation, heartbeat) if validation else dict
+    training_loop(training, heartbeat, trackers, saver, measure, doing)
     doing.now = "publishing final/"
     close_group(together=True)
     if accelerator.is_main_process:
@@ -165,10 +165,10 @@ def open_trackers(
     if not training.accelerator.is_main_process:
         return Trackers()
     folder = store.folder
-    is_own = checkpoint is not None and checkpoint.path.resolve().parent == store.root.resolve()
+    is_own = checkpoint is not None and store.holds(checkpoint)
     metrics = MetricsFile(folder.metrics, checkpoint.state.metrics_bytes if checkpoint and is_own else 0)
-    completed = checkpoint.state.step if checkpoint else 0
-    display = Display(Console(), completed, training.total_steps, training.data.steps_per_epoch)
+    shown = checkpoint.state.step - bool(checkpoint.state.unlogged) if checkpoint else 0
+    display = Display(Console(), shown, training.total_steps, training.data.steps_per_epoch)
     isolated = [Isolated(listener, store.run_uid(), folder.metrics) for listener in listeners]
     return Trackers(metrics, display, isolated)
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.compare_runs import at, exit_record, result_of
 from tests.conftest import ROOT, arguments, run_command
-from tests.injections import Defect, NoUser
+from tests.interruptions import Defect, NoUser
 from train.config import Config
 from train.run.attempts import read_attempts
 from train.run.folder import RunFolder

@@ -28,7 +28,7 @@ def listen(handler: Handler) -> None:
 
 
 class StopRequest:
-    """Remembers the first stop signal; training stops at the next step boundary, never in the handler.
+    """Remembers the first stop signal; training stops after the micro-batch under way, never in the handler.
 
     Launchers and schedulers send SIGTERM and SIGUSR1 more than once, so the process ends at once only on a Ctrl-C that
     comes more than a second after the first signal.
@@ -47,11 +47,15 @@ class StopRequest:
         if not self.received:
             self.received, self.received_at = signal.Signals(number).name, now
             with suppress(OSError):  # the terminal may be closed
-                os.write(2, b"\nstopping at the next step; Ctrl-C again ends at once, without saving\n")
+                os.write(2, b"\nstopping after this micro-batch; Ctrl-C again ends at once, without saving\n")
 
     def is_received(self) -> bool:
         """Whether this process was asked to stop."""
         return bool(self.received)
+
+    def seconds(self) -> float:
+        """Seconds since it was asked."""
+        return time.monotonic() - self.received_at
 
 
 def follow_launcher() -> None:

@@ -3,7 +3,7 @@
 import sys
 
 from train.run.redact import print_redacted
-from train.run.signals import StopRequest, follow_launcher, leave_note
+from train.run.signals import StopRequest, follow_launcher, leave_note, tell_launcher
 from train.run.streams import guard_streams
 
 STOP = None
@@ -76,6 +76,8 @@ def attempt(argv: list[str], stop: StopRequest, doing: Doing) -> ExitWith:
     doing.now = "checking the machine"
     folder = RunFolder.of(config)
     with folder.locked() if is_first_process() else nullcontext(), ExitStack() as closing:
+        if is_first_process():
+            tell_launcher(config.run.dir, config.run.timeout_minutes)
         log = AttemptLog(folder)
         end = end_of(lambda: run(config, stop, closing, log, doing), config, doing, argv)
         # before the trackers are closed: a killed job may not have the seconds that this takes

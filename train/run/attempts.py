@@ -21,7 +21,7 @@ from train.run.json_lines import append_line, last_step, read_lines
 from train.run.redact import redact
 
 # the ends that another process than the first may write down
-ENDED_BY_OTHERS = (ExitCode.PEER_FAILURE, ExitCode.DEFECT, ExitCode.KILLED)
+ENDED_BY_OTHERS = (ExitCode.PEER_FAILURE, ExitCode.DEFECT)
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,14 @@ class AttemptLog:
         self.from_step = int(start.get("from_step", 0))
         self._append("start", start)
 
+    def take_over(self, attempt: Attempt) -> None:
+        """Makes this the log of an attempt that another process, which is gone, has begun."""
+        self.number, self.from_step = attempt.number, int(attempt.start.get("from_step", 0))
+
     def end(self, code: ExitCode, reason: str, **facts: float | str) -> None:
         """Writes the line of the end, if this attempt was begun, with the last step in metrics.jsonl.
 
-        A process that is left when the first has died, or the launcher, ends the attempt that the first had begun.
+        A process that is left when the first has died ends the attempt that the first had begun.
         """
         if not self.number and code in ENDED_BY_OTHERS:
             self.number = max((each.number for each in read_attempts(self.folder) if each.end is None), default=0)

@@ -1,11 +1,14 @@
 """Stop signals, and what the launcher is told. Imports nothing heavy: main does this before imports that take seconds.
 
 In the folder HANDLOOP_LAUNCHER every trainer process has a file `pid-N`, which holds its rank, and at its end, whatever
-end that is, a note `end-N` with its exit code. A process that is gone without a note was killed, or has crashed.
+end that is, a note `end-N` with its exit code. A process that is gone without a note has crashed, which `crash-N` says,
+or was killed. The first process names the run folder in `run`, and leaves the run's exit code in `exit`.
 """
 
 import atexit
 import ctypes
+import faulthandler
+import json
 import os
 import signal
 import time
@@ -66,7 +69,8 @@ def follow_launcher() -> None:
     folder = os.environ.get("HANDLOOP_LAUNCHER")
     if folder:
         with suppress(OSError):
-            (Path(folder) / f"pid-{os.getpid()}").write_text(os.environ.get("RANK", "0"))
+            faulthandler.enable((Path(folder) / f"crash-{os.getpid()}").open("w"))
+            write_whole(Path(folder) / f"pid-{os.getpid()}", os.environ.get("RANK", "0"))
         atexit.register(leave_note, 1)
     if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         parent = os.getppid()
@@ -78,9 +82,26 @@ def follow_launcher() -> None:
 def leave_note(code: int) -> None:
     """Tells Handloop's launcher, if there is one, that this process ends by itself; the first note stands."""
     folder = os.environ.get("HANDLOOP_LAUNCHER")
+    note = Path(folder or "") / f"end-{os.getpid()}"
+    if folder and not note.exists():
+        with suppress(OSError):
+            write_whole(note, f"{int(code)}")
+
+
+def tell_launcher(run_dir: str, timeout_minutes: float) -> None:
+    """Tells Handloop's launcher, if there is one, where the run is and how long its processes wait for one another."""
+    folder = os.environ.get("HANDLOOP_LAUNCHER")
     if folder:
-        with suppress(OSError), (Path(folder) / f"end-{os.getpid()}").open("x") as note:
-            note.write(f"{int(code)}")
+        with suppress(OSError):
+            told = {"dir": os.path.abspath(run_dir), "timeout_seconds": 60 * timeout_minutes}
+            write_whole(Path(folder) / "run", json.dumps(told))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a small file that another process may read at any moment; raises OSError."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def stop_with_parent() -> None:

@@ -85,7 +85,7 @@ class Boundary:
             warnings.append(report_skipped(self.training, self.saver.skipped, result))
         if any(warnings):
             row["warning"] = "; ".join(filter(None, warnings))
-        self.since_last = {}
+        self.since_last, self.saver.is_current = {}, False
         self.finish(row)
 
     def finish(self, row: Row) -> None:
@@ -98,7 +98,7 @@ class Boundary:
         if warning := _without_bad_validation(self.row):
             self.row["warning"] = "; ".join(filter(None, [warning, row.get("warning", "")]))
         self.trackers.log(self.row)
-        self.saver.unlogged = {}
+        self.saver.unlogged, self.saver.is_current = {}, False
         is_first = training.accelerator.is_main_process  # its clock and its disk decide
         is_wanted = is_first and (self.saver.is_time() or self.saver.is_due(step, self.row.get("eval/loss")))
         self.heartbeat.arrive()
@@ -116,7 +116,7 @@ class Boundary:
         if not step:
             reason = f"stopped by {who} before the first step was complete, so there is nothing to save; {repeat}"
             raise ExitWith(ExitCode.INTERRUPTED, reason)
-        if self.saver.saved != step or not self.saver.is_own:
+        if not self.saver.is_current:
             self._save(must_stop=True)
         if not stop.received:
             raise ExitWith(ExitCode.INTERRUPTED, f"stopped by {who}; step {step} is saved, {repeat}")

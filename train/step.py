@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from train.config import Config
 from train.data import StepBatch, TrainingData
 from train.engine.plan import Plan
-from train.metrics import to_host
+from train.metrics import Pace, to_host
 from train.models.language_model import LanguageModel
 from train.optim import FlatParameters, learning_rate, set_learning_rate
 from train.run.processes import UNWATCHED, Watch, all_reduce_gradients
@@ -128,6 +128,7 @@ def step_gradient(training: Training, batch: StepBatch, completed: int, watch: W
     training.flat.zero_grad()
     scale = scaler.scale(torch.ones((), device=accelerator.device))
     sums = torch.zeros(2, device=accelerator.device)  # of the loss, and of the processes that were asked to stop
+    pace = Pace(accelerator.device)
     for number, micro_batch in enumerate(batch.micro_batches):
         if watch.is_asked():
             sums[1] = 1
@@ -138,6 +139,7 @@ def step_gradient(training: Training, batch: StepBatch, completed: int, watch: W
         scaler.scale(token_loss_sum / batch.num_supervised_tokens).backward()
         sums[0] += token_loss_sum.detach()
         del token_loss_sum  # and its autograd graph, before the next forward pass
+        pace.mark()
     else:
         training.data.prefetch(completed + 1, training.plan)  # while the GPU still computes
 

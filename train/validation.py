@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from train.batching import regroup
 from train.collate import collate, collate_packed
-from train.metrics import to_host
+from train.metrics import Pace, to_host
 from train.run.processes import UNWATCHED, Watch
 from train.step import Dropped, Training
 
@@ -21,7 +21,7 @@ def validate(training: Training, samples: Dataset, watch: Watch = UNWATCHED) -> 
     accelerator, cut = training.accelerator, training.data.layout
     training.model.eval()
     # summed loss, number of tokens, and of processes that were asked to stop
-    totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    totals, pace = torch.zeros(3, dtype=torch.float64, device=accelerator.device), Pace(accelerator.device)
     mine = range(cut.rank, len(samples), cut.num_processes)
     configured = [list(mine[start : start + cut.per_device]) for start in range(0, len(mine), cut.per_device)]
     is_packed = training.plan.is_fused
@@ -35,6 +35,7 @@ def validate(training: Training, samples: Dataset, watch: Watch = UNWATCHED) -> 
         batch = micro_batch.to(accelerator.device)
         totals[0] += training.model(batch)
         totals[1] += len(batch.targets)
+        pace.mark()
     training.model.train()
     watch.arrive()
     loss_sum, num_tokens, num_asked = to_host(*accelerator.reduce(totals, reduction="sum"))

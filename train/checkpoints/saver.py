@@ -26,7 +26,7 @@ class Saver:
     same_run: dict[str, object]
     trackers: Trackers
     saved: int = 0  # the step of the newest checkpoint
-    is_own: bool = True  # that checkpoint is one of this run folder's
+    is_current: bool = False  # it is in this run's folder and holds all that is known after that step
     skipped: list[int] = field(default_factory=list)  # steps whose loss or gradient was not finite
     lowest: float = float("inf")  # validation loss so far
     unlogged: dict[str, Any] = field(default_factory=dict)  # the last step's metrics until its validation is done
@@ -48,7 +48,7 @@ class Saver:
         if checkpoint is not None:
             state = checkpoint.state
             saver.saved, saver.skipped, saver.unlogged = state.step, list(state.skipped_steps), state.unlogged
-            saver.is_own = store.holds(checkpoint)
+            saver.is_current = store.holds(checkpoint)
         return saver
 
     def is_due(self, step: int, validation_loss: float | None) -> bool:
@@ -82,7 +82,7 @@ class Saver:
                 goes_on = "training is over, final/ follows; repeating the command would train the last steps again"
             say(self.training.accelerator, f"\n{redact(end.reason)}\n{goes_on}, {stands}; {count}")
             return
-        self.saved, self.is_own, self.failures = step, True, 0
+        self.saved, self.is_current, self.failures = step, True, 0
         if validation_loss is not None:
             self.lowest = min(self.lowest, validation_loss)
 

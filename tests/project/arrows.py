@@ -74,7 +74,7 @@ ALLOWED_MODULES = {
     "train.run.heartbeats": set(),
     "train.run.signals": set(),
     "train.run.streams": set(),
-    "train.run.defects": {"train.run.durable", "train.run.redact", "train.run.versions"},
+    "train.run.defects": {"train.run.durable", "train.run.redact", "train.run.signals", "train.run.versions"},
     "train.run.versions": set(),
     "train.run.launcher": {
         "train.run.attempts",
@@ -82,7 +82,6 @@ ALLOWED_MODULES = {
         "train.run.exits",
         "train.run.folder",
         "train.run.host_memory",
-        "train.run.json_lines",
         "train.run.redact",
         "train.run.signals",
         "train.run.trainers",

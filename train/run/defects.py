@@ -4,19 +4,32 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from train.run.durable import make_folder, write_atomically
 from train.run.redact import redact
+from train.run.signals import tell_doing
 from train.run.versions import code_version, versions
 
 
-@dataclass
 class Doing:
-    """What this process is doing, in words; exit.json and the report of a defect say it."""
+    """What this process is doing, in words; exit.json and the report of a defect say it.
 
-    now: str = "reading the command line"
+    The launcher is told as well, because a process that is killed cannot say it.
+    """
+
+    def __init__(self) -> None:
+        self.now = "reading the command line"
+
+    @property
+    def now(self) -> str:
+        """What it is doing, such as `training, step 12`."""
+        return self._now
+
+    @now.setter
+    def now(self, what: str) -> None:
+        self._now = what
+        tell_doing(what)
 
 
 def report_defect(path: Path, error: BaseException, doing: str, argv: Sequence[str]) -> str:

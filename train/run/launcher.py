@@ -26,7 +26,6 @@ from train.run.durable import write_atomically
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder, read_object
 from train.run.host_memory import oom_kills
-from train.run.json_lines import last_step
 from train.run.redact import redact
 from train.run.signals import listen, stop_with_parent
 from train.run.trainers import Trainer, blame, read_run, read_trainers, waits_in_vain
@@ -165,20 +164,19 @@ class Launcher:
         """The end of a run whose only process is lost."""
         if trainer.crash:
             return ExitWith(ExitCode.DEFECT, f"the trainer {trainer.loss()}\n{REPEAT}")
-        run = read_run(self.folder)
-        step = last_step(run.folder.metrics) if run else 0
-        when = f"after {self.stopped_by}, before it had saved" if self.stopped_by else f"after step {step}"
-        return ExitWith(ExitCode.KILLED, f"the trainer {trainer.loss()}, {when}\n{memory}{REPEAT}")
+        when = f", after {self.stopped_by} and before it had saved" if self.stopped_by else ""
+        return ExitWith(ExitCode.KILLED, f"the trainer {trainer.loss()}{when}\n{memory}{REPEAT}")
 
     def _record(self, end: ExitWith, folder: RunFolder, trainers: Sequence[Trainer]) -> None:
         """Writes exit.json, the end of the attempt if one had begun, and the report of a crash."""
+        doing = trainers[0].doing
         with suppress(OSError):
-            folder.write_exit(end.code, redact(end.reason))
+            folder.write_exit(end.code, redact(end.reason), doing=doing)
         attempts = read_attempts(folder)
         if attempts and attempts[-1].end is None and attempts[-1].start.get("time", "") >= self.began:
             log = AttemptLog(folder)
             log.take_over(attempts[-1])
-            log.end(end.code, end.reason)
+            log.end(end.code, end.reason, doing=doing)
         crashes = [trainer.crash for trainer in trainers if trainer.crash]
         if crashes:
             with suppress(OSError):

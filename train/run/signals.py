@@ -1,8 +1,8 @@
 """Stop signals, and what the launcher is told. Imports nothing heavy: main does this before imports that take seconds.
 
-In the folder HANDLOOP_LAUNCHER every trainer process has a file `pid-N`, which holds its rank, and at its end, whatever
-end that is, a note `end-N` with its exit code. A process that is gone without a note has crashed, which `crash-N` says,
-or was killed. The first process names the run folder in `run`, and leaves the run's exit code in `exit`.
+In the folder HANDLOOP_LAUNCHER every trainer process has a file `pid-N`, which holds its rank, `doing-N`, and at its end,
+whatever end that is, a note `end-N` with its exit code. A process that is gone without a note has crashed, which
+`crash-N` says, or was killed. The first process names the run folder in `run`, and leaves the exit code in `exit`.
 """
 
 import atexit
@@ -86,6 +86,14 @@ def leave_note(code: int) -> None:
     if folder and not note.exists():
         with suppress(OSError):
             write_whole(note, f"{int(code)}")
+
+
+def tell_doing(what: str) -> None:
+    """Tells Handloop's launcher, if there is one, what this process is doing."""
+    folder = os.environ.get("HANDLOOP_LAUNCHER")
+    if folder:
+        with suppress(OSError):
+            write_whole(Path(folder) / f"doing-{os.getpid()}", what)
 
 
 def tell_launcher(run_dir: str, timeout_minutes: float) -> None:

@@ -23,6 +23,7 @@ class Trainer:
     is_alive: bool
     code: int | None  # in its note; None: it has left none
     crash: str  # what Python said of a fatal signal, of its own making
+    doing: str  # the last that it has told, in words
 
     @property
     def is_lost(self) -> bool:
@@ -31,9 +32,10 @@ class Trainer:
 
     def loss(self) -> str:
         """How it was lost."""
+        while_doing = f" while {self.doing}" if self.doing else ""
         if self.crash:
-            return f"crashed ({self.crash.splitlines()[0]})"
-        return "was killed from outside, as the kernel does when memory is short"
+            return f"crashed{while_doing} ({self.crash.splitlines()[0]})"
+        return f"was killed from outside{while_doing}, as the kernel does when memory is short"
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,18 @@ def read_trainers(folder: Path) -> list[Trainer]:
     for path in folder.glob("pid-*"):
         pid = int(path.name[4:])
         alive = is_alive(pid)  # before the note is looked for, which is written by a living process
-        code, crash = None, ""
+        code = None
         with suppress(OSError, ValueError):
             code = int((folder / f"end-{pid}").read_text())
-        with suppress(OSError):
-            crash = (folder / f"crash-{pid}").read_text().strip()
-        found.append(Trainer(pid, path.read_text(), alive, code, crash))
+        crash, doing = (_text(folder / f"{kind}-{pid}") for kind in ("crash", "doing"))
+        found.append(Trainer(pid, _text(path), alive, code, crash, doing))
     return sorted(found, key=lambda trainer: (len(trainer.rank), trainer.rank))
+
+
+def _text(path: Path) -> str:
+    with suppress(OSError, ValueError):
+        return path.read_text().strip()
+    return ""
 
 
 def read_run(folder: Path) -> KnownRun | None:

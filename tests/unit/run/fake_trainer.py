@@ -15,7 +15,7 @@ from train.run.attempts import AttemptLog
 from train.run.exits import ExitCode
 from train.run.folder import RunFolder
 from train.run.heartbeats import write_beat
-from train.run.signals import follow_launcher, leave_note, tell_launcher
+from train.run.signals import follow_launcher, leave_note, tell_doing, tell_launcher
 
 
 def main() -> None:
@@ -33,6 +33,7 @@ def main() -> None:
     if rank == 0:
         AttemptLog(folder).begin({"profile": "demo", "run": {}}, {"engine": "", "summary": ""}, {"from_step": 0})
         tell_launcher(run_dir, float(timeout) / 60)
+    tell_doing("loading")
     is_waiting = behaviours[rank] in ("wait", "watchdog")
     write_beat(folder.heartbeats, rank, 3, int(is_waiting))
     time.sleep(1)  # until all have registered

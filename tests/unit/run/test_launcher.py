@@ -34,11 +34,11 @@ def launched(run_dir: Path, *behaviours: str, oom_kills: str = "0,0") -> tuple[i
 
 
 LOST = {
-    "killed": (("killed",), 83, "the trainer was killed from outside"),
-    "crashed": (("crash",), 70, "the trainer crashed (Fatal Python error: Aborted)"),
+    "killed": (("killed",), 83, "the trainer was killed from outside while loading, as the kernel"),
+    "crashed": (("crash",), 70, "the trainer crashed while loading (Fatal Python error: Aborted)"),
     "one of two killed": (("wait", "killed"), 81, "process 1 was killed from outside"),
     "the first killed": (("killed", "wait"), 81, "process 0 was killed from outside"),
-    "one of two crashed": (("wait", "crash"), 81, "process 1 crashed (Fatal Python error: Aborted)"),
+    "one of two crashed": (("wait", "crash"), 81, "process 1 crashed while loading (Fatal Python error: Aborted)"),
     "one of two stopped": (("wait", "stopped"), 81, "process 1 is stopped"),
     "stopped, the other aborted": (("watchdog", "stopped"), 81, "process 1 is stopped"),
     "behind, the other aborted": (("watchdog", "behind"), 81, "process 1 has not answered for more than 2 s"),
@@ -56,7 +56,7 @@ def test_lost_trainers_are_named(name: str, tmp_path: Path) -> None:
     assert found == code, said
     assert f"handloop: {told}" in said
     record = read_object(folder.exit)
-    assert (record["code"], record["name"]) == (code, ExitCode(code).name.lower())
+    assert (record["code"], record["name"], record["doing"]) == (code, ExitCode(code).name.lower(), "loading")
     assert str(record["reason"]).startswith(told)
     assert "the newest checkpoint stands: run the same command again" in str(record["reason"])
     assert seconds < TIMEOUT + 10

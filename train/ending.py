@@ -40,7 +40,9 @@ def end_of(run: Callable[[], None], config: Config, doing: Doing, argv: Sequence
 
 def record_end(end: ExitWith, doing: Doing, folder: RunFolder, log: AttemptLog) -> None:
     """Writes exit.json and the line of the end in attempts.jsonl, if that is for this process to do."""
-    if _is_recorder(end.code, folder.exit):
+    # without a group this is another job's folder, for all that a process knows that is not the first
+    is_known = is_first_process() or end.code != ExitCode.PEER_FAILURE or torch.distributed.is_initialized()
+    if is_known and _is_recorder(end.code, folder.exit):
         facts = {} if end.code == ExitCode.FINISHED else {"doing": doing.now}
         with suppress(OSError):  # a disk so full that not even this fits
             folder.write_exit(end.code, redact(end.reason), **facts, **end.facts)

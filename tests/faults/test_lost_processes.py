@@ -107,3 +107,14 @@ def test_a_defect_in_one_of_two(config: Config, tmp_path: Path) -> None:
         assert "a defect of Handloop, while training, step 3: ZeroDivisionError: a bug" in both[rank].stderr
         ends = [attempt.end and attempt.end["code"] for attempt in read_attempts(RunFolder(run_dir))]
         assert ends == [70]
+
+
+def test_a_second_job_leaves_no_record_in_the_folder(config: Config, tmp_path: Path) -> None:
+    """Its first process is refused; the other one, which waits in vain, does not end the job that has it."""
+    config = with_batch(replace(config, run=replace(config.run, timeout_minutes=0.1)), 2, 2)
+    folder = RunFolder(tmp_path / "run")
+    with folder.locked():
+        first, second = (run.wait() for run in start_processes(arguments(at(config, folder.path)), [None, None]))
+        assert (first.returncode, second.returncode) == (78, 81), second.stderr
+        assert "in use by another job" in first.stderr
+        assert not folder.exit.exists()

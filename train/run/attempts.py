@@ -44,6 +44,7 @@ class AttemptLog:
         self.number = 0  # not begun
         self.from_step = 0
         self.is_refused = False
+        self.created = _now()
 
     def begin(self, config: Mapping[str, Any], plan: Mapping[str, Any], start: Mapping[str, Any]) -> None:
         """Writes config.json and plan.json, and the line of the start."""
@@ -63,7 +64,9 @@ class AttemptLog:
         A process that is left when the first has died ends the attempt that the first had begun.
         """
         if not self.number and code in ENDED_BY_OTHERS:
-            self.number = max((each.number for each in read_attempts(self.folder) if each.end is None), default=0)
+            # one that was begun since this process started; an earlier one was killed long ago
+            begun = [each for each in read_attempts(self.folder) if each.start.get("time", "") >= self.created]
+            self.number = max((each.number for each in begun if each.end is None), default=0)
         if self.number:
             step = max(self.from_step, last_step(self.folder.metrics))
             end = {"code": int(code), "name": code.name.lower(), "reason": reason, "last_step": step}
@@ -75,8 +78,7 @@ class AttemptLog:
         write_atomically(path, _document(content))
 
     def _append(self, event: str, fields: Mapping[str, Any]) -> None:
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        row = {"attempt": self.number, "event": event, "time": now, **plain(fields)}
+        row = {"attempt": self.number, "event": event, "time": _now(), **plain(fields)}
         self._try(lambda: append_line(self.folder.attempts, row))
 
     def _try(self, write: Callable[[], None]) -> None:
@@ -88,6 +90,10 @@ class AttemptLog:
                     text = f"{self.folder.path}: {error}; the run goes on without a full record of this attempt"
                     print(redact(text), file=sys.stderr, flush=True)
             self.is_refused = True
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def read_attempts(folder: RunFolder) -> list[Attempt]:

@@ -103,12 +103,12 @@ class Launcher:
         """Ends the trainers that cannot go on, and then accelerate, which would wait for them for 30 s more."""
         trainers, run = read_trainers(self.folder), read_run(self.folder)
         living = [trainer for trainer in trainers if trainer.is_alive]
-        if len(trainers) < 2 or not living or run is None:
+        if len(trainers) < 2 or not living:
             return
         for trainer in trainers:
             if trainer.is_lost or trainer.code:
                 self._limit(SAVE_SECONDS if trainer.code in AGREED else PEER_SECONDS)
-        if waits_in_vain(trainers, run):
+        if run is not None and waits_in_vain(trainers, run):
             self._limit(0.0)
         if time.monotonic() >= self.deadline:
             self.reason = self.reason or blame(trainers, run)  # while it can still be seen who is stopped
@@ -155,8 +155,7 @@ class Launcher:
             return ExitWith(code, f"{said}\n{REPEAT}")
         memory = f"{MEMORY}\n" if oom_kills() > self.oom_kills else ""
         if len(trainers) > 1:
-            run = read_run(self.folder)
-            reason = self.reason or (blame(trainers, run) if run else "a process was lost before there was a run")
+            reason = self.reason or blame(trainers, read_run(self.folder))
             return ExitWith(ExitCode.PEER_FAILURE, f"{reason}\n{memory}{REPEAT}")
         return self._end_of_only(trainers[0], memory)
 

@@ -1,7 +1,7 @@
 """Stop signals, and what the launcher is told. Imports nothing heavy: main does this before imports that take seconds.
 
-In the folder HANDLOOP_LAUNCHER every trainer process has a file `pid-N`, which holds its rank, `doing-N`, and at its end,
-whatever end that is, a note `end-N` with its exit code. A process that is gone without a note has crashed, which
+In the folder HANDLOOP_LAUNCHER every trainer process has a file `pid-N`, which holds its rank, `doing-N`, and at its
+end, whatever end that is, a note `end-N` with its exit code. A process that is gone without a note has crashed, which
 `crash-N` says, or was killed. The first process names the run folder in `run`, and leaves the exit code in `exit`.
 """
 

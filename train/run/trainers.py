@@ -95,12 +95,12 @@ def waits_in_vain(trainers: Sequence[Trainer], run: KnownRun) -> bool:
     return any(beat.place > min(beats, key=lambda each: each.place).place and beat.age() > late for beat in beats)
 
 
-def blame(trainers: Sequence[Trainer], run: KnownRun) -> str:
+def blame(trainers: Sequence[Trainer], run: KnownRun | None) -> str:
     """Which process the others waited for and why, and what was last heard of each, that one first.
 
     One that NCCL's watchdog has aborted waited itself, unless nobody is behind it.
     """
-    beats = run.beats()
+    beats = run.beats() if run else []
     place = {beat.rank: beat.place for beat in beats}
     first = min(place.values(), default=(0, 0))
     lost = [t for t in trainers if t.is_lost and not (WATCHDOG in t.crash and place.get(t.rank, first) > first)]
@@ -109,7 +109,7 @@ def blame(trainers: Sequence[Trainer], run: KnownRun) -> str:
         rank, what = lost[0].rank, lost[0].loss()
     elif stopped:
         rank, what = stopped[0].rank, "is stopped (as by SIGSTOP)"
-    elif beats:
+    elif run and beats:
         rank, what = beats[0].rank, f"has not answered for more than {run.timeout_seconds:.0f} s"
     else:
         rank, what = ", ".join(t.rank for t in trainers if t.is_alive) or "?", "did not answer before the first step"

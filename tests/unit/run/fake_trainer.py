@@ -30,6 +30,10 @@ def main() -> None:
     follow_launcher()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     folder.heartbeats.mkdir(parents=True, exist_ok=True)
+    if rank == 0 and behaviours[0] == "refused":  # another job has the folder
+        leave_note(ExitCode.BAD_INPUT)
+        (Path(os.environ["HANDLOOP_LAUNCHER"]) / "exit").write_text(str(int(ExitCode.BAD_INPUT)))
+        sys.exit(ExitCode.BAD_INPUT)
     if rank == 0:
         AttemptLog(folder).begin({"profile": "demo", "run": {}}, {"engine": "", "summary": ""}, {"from_step": 0})
         tell_launcher(run_dir, float(timeout) / 60)

@@ -87,6 +87,14 @@ def test_ends_of_their_own_are_passed_on(tmp_path: Path) -> None:
     assert "killed" not in said
 
 
+def test_nothing_is_written_into_another_job_s_folder(tmp_path: Path) -> None:
+    """The first process is refused the run folder: the others are ended soon, and no record is touched."""
+    code, _, seconds = launched(tmp_path / "run", "refused", "wait")
+    assert code == ExitCode.BAD_INPUT
+    assert seconds < 12
+    assert not (tmp_path / "run" / "exit.json").exists()
+
+
 @pytest.mark.parametrize(
     ("own", "place"),
     [

@@ -58,6 +58,9 @@ def behave(behaviour: str, timeout: float) -> None:
     if behaviour == "memory":
         leave_note(ExitCode.BAD_INPUT)
         sys.exit(ExitCode.BAD_INPUT)
+    if behaviour == "ctrl_c":  # the second one
+        leave_note(128 + signal.SIGINT)
+        os._exit(128 + signal.SIGINT)
     if behaviour == "exception":
         raise ImportError("no such module")
     if behaviour == "fine":

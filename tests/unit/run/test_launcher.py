@@ -35,6 +35,7 @@ def launched(run_dir: Path, *behaviours: str, oom_kills: str = "0,0") -> tuple[i
 
 LOST = {
     "killed": (("killed",), 83, "the trainer was killed from outside while loading, as the kernel"),
+    "ended by hand": (("ctrl_c",), 83, "ended by a second Ctrl-C, without saving"),
     "crashed": (("crash",), 70, "the trainer crashed while loading (Fatal Python error: Aborted)"),
     "one of two killed": (("wait", "killed"), 81, "process 1 was killed from outside"),
     "the first killed": (("killed", "wait"), 81, "process 0 was killed from outside"),

@@ -1,5 +1,6 @@
 """Files -> tokenised samples on disk: Arrow tables in a folder named by the fingerprint of all their inputs."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -18,6 +19,7 @@ from datasets import Dataset
 from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerBase
 
+from data_tools.cache import cache_root, lock_of, unusable_cache
 from data_tools.chat_template import ChatTemplate
 from data_tools.facts import SCHEMA
 from data_tools.making import FEATURES, Made, Maker, MakeSettings, made_in_chunks
@@ -111,15 +113,17 @@ def prepare(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase) -> Pr
     # places name files, so equal content elsewhere is prepared again
     named = hashlib.sha256("\n".join(str(source.origin) for source in found.sources).encode()).hexdigest()
     folder = cache_root() / f"{fingerprint}-{named[:8]}"
-    locks = cache_root().parent / "locks"
-    for parent in (folder.parent, locks):
-        parent.mkdir(parents=True, exist_ok=True)
-    with (locks / fingerprint[:2]).open("w") as lock:
+    with lock_of(fingerprint) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process prepares; others that need the same samples wait
         prepared = _cached(folder, found.notes)
         if prepared is None:
             shutil.rmtree(folder, ignore_errors=True)
-            _make(found.sources, settings, tokenizer, folder)
+            try:
+                _make(found.sources, settings, tokenizer, folder)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                    raise
+                raise unusable_cache(str(error)) from None
             prepared = _cached(folder, found.notes)
             assert prepared is not None
     return replace(prepared, parts=_parts(settings, found.sources, contents, tokenizer))
@@ -151,11 +155,6 @@ def _make(sources: Sequence[Source], settings: PrepareSettings, tokenizer: Any, 
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def cache_root() -> Path:
-    """The folder of prepared data in HANDLOOP_CACHE or ~/.cache/handloop; everything in it can be made again."""
-    return Path(os.environ.get("HANDLOOP_CACHE") or "~/.cache/handloop").expanduser() / "prepared"
 
 
 def _fingerprint(

@@ -217,7 +217,7 @@ class GroupAtEnd:
 
         import train.main
 
-        before_and_after(train.main, "deliver", lambda when: look() if when == "before" else None)
+        before_and_after(train.main, "publish", lambda when: look() if when == "before" else None)
         Finalize(None, look, exitpriority=0)
 
 

@@ -7,6 +7,7 @@ from data_tools.prepare import Statistics
 from train.checkpoints.contents import Checkpoint
 from train.config import Config
 from train.data import Splits
+from train.grace import grace_warning
 from train.models.targets import Targets
 from train.profiles import GLOSSARY
 from train.run import devices
@@ -108,6 +109,8 @@ def _warnings(training: Training, splits: Splits) -> list[str]:
         lines.append(f"warning   {warning}")
     if config.data.path == (GLOSSARY,) and config.profile != "demo":
         lines.append("warning   without --data.path, this run trains on the bundled glossary")
+    if training.plan.seconds and (warning := _slow_stop(training)):
+        lines.append(f"warning   {warning}")
     lines += [f"warning   {line}" for line in _lost(config, statistics)]
     if config.data.validation_path and splits.validation is not None:
         lost = _lost(config, splits.validation.prepared.statistics)
@@ -125,6 +128,12 @@ def _warnings(training: Training, splits: Splits) -> list[str]:
             "(--run.resume never) learns more"
         )
     return lines
+
+
+def _slow_stop(training: Training) -> str:
+    """A warning if a micro-batch is predicted to take longer than who stops the run will wait."""
+    num_micro_batches = len(training.data.batch(0, training.plan).micro_batches)
+    return grace_warning(training.config.run, training.plan.seconds / num_micro_batches, save_seconds=0.0)
 
 
 def _lost(config: Config, statistics: Statistics) -> list[str]:

@@ -211,6 +211,8 @@ class RunConfig:
     """cuda refuses to start without a GPU; auto takes a GPU if there is one."""
     timeout_minutes: float = 10.0
     """How long a process waits for the others before it gives up; several processes only."""
+    grace_seconds: float = 30.0
+    """What a scheduler gives between its stop signal and the kill; a run that would need longer says so."""
     deterministic: bool = False
     """Only deterministic kernels, at some cost in speed: then resumed runs on a GPU are bitwise equal, as on a CPU."""
 
@@ -346,6 +348,7 @@ class Config:
             ("optim.lr", self.optim.lr),
             ("optim.max_grad_norm", self.optim.max_grad_norm),
             ("run.timeout_minutes", self.run.timeout_minutes),
+            ("run.grace_seconds", self.run.grace_seconds),
         )
         for option, value in positive:
             if not value > 0:

@@ -3,6 +3,8 @@
 import sys
 
 from train.run.launcher import main
+from train.run.streams import guard_streams
 
 if __name__ == "__main__":
+    guard_streams()
     sys.exit(main(sys.argv[1:]))

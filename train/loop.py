@@ -4,17 +4,18 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 from train.checkpoints.saver import Saver
+from train.grace import Grace
 from train.memory.gpus import peak_flops
 from train.metrics import Stopwatch, flops_per_token, mfu, num_matmul_weights
+from train.run.defects import Doing
 from train.run.durable import write_atomically
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder
-from train.run.processes import Heartbeat, advice_to_repeat, any_process
-from train.run.signals import StopRequest
-from train.step import StepResult, Training, optimizer_step
+from train.run.processes import Heartbeat, Watch, advice_to_repeat, any_process
+from train.step import Dropped, StepResult, Training, optimizer_step
 from train.track.loss_watch import LossWatch
 from train.track.trackers import Trackers
 
@@ -22,56 +23,115 @@ Row = dict[str, Any]
 MAX_SKIPPED_IN_A_ROW = 3
 
 
-def training_steps(training: Training, completed: int) -> Iterator[StepResult]:
-    """Yields every step after the `completed` ones up to the last."""
-    while completed < training.total_steps:
-        result = optimizer_step(training, completed)
-        completed = result.step
-        yield result
-
-
 def training_loop(
     training: Training,
-    completed: int,
-    stop: StopRequest,
+    heartbeat: Heartbeat,
     trackers: Trackers,
     saver: Saver,
     validate: Callable[[], dict[str, float]],
+    doing: Doing,
 ) -> None:
-    """Trains to the end; the boundary after a step is the only place where anything else happens.
+    """Trains to the end.
 
     Raises ExitWith(INTERRUPTED) after a checkpoint when a process was asked to stop, ExitWith(NON_FINITE) when too many
     steps were skipped.
     """
-    stopwatch = Stopwatch(training.accelerator.device)
-    num_weights = num_matmul_weights(training.model)
-    watch, heartbeat = LossWatch(), Heartbeat(training.config, training.accelerator)
-    since_last: Row = {}  # time and failures of the last save, for the next row
-    for result in training_steps(training, completed):
-        heartbeat.beat(result.step)
-        row = _row(training, result, stopwatch, num_weights) | since_last
-        since_last = {}
-        if result.step % training.data.steps_per_epoch == 0 or result.step == training.total_steps:
-            row |= validate()
-        warnings = [_without_bad_validation(row), watch.check(result.loss)]
+    boundary = Boundary(training, heartbeat, trackers, saver, validate, doing)
+    try:
+        if saver.unlogged:
+            boundary.finish(saver.unlogged)
+        for result in training_steps(training, saver.saved, heartbeat, doing):
+            boundary.cross(result)
+    except Dropped:
+        boundary.stop()
+
+
+def training_steps(training: Training, completed: int, watch: Watch, doing: Doing) -> Iterator[StepResult]:
+    """Yields every step after the `completed` ones up to the last; raises Dropped."""
+    while completed < training.total_steps:
+        doing.now = f"training, step {completed + 1}"
+        result = optimizer_step(training, completed, watch)
+        completed = result.step
+        yield result
+
+
+class Boundary:
+    """What happens after a step, and nowhere else: log, validate, save, stop."""
+
+    def __init__(
+        self,
+        training: Training,
+        heartbeat: Heartbeat,
+        trackers: Trackers,
+        saver: Saver,
+        validate: Callable[[], dict[str, float]],
+        doing: Doing,
+    ) -> None:
+        self.training, self.heartbeat, self.trackers, self.saver = training, heartbeat, trackers, saver
+        self.validate, self.doing = validate, doing
+        self.stopwatch = Stopwatch(training.accelerator.device)
+        self.num_weights = num_matmul_weights(training.model)
+        self.loss_watch, self.grace = LossWatch(), Grace(training.config.run)
+        self.row: Row = {"step": saver.saved}  # of the last step that is complete
+        self.since_last: Row = {}  # time and failures of the last save, for the next row
+
+    def cross(self, result: StepResult) -> None:
+        """Does all of it after a step; raises Dropped or ExitWith."""
+        self.heartbeat.beat(result.step)
+        row = _row(self.training, result, self.stopwatch, self.num_weights) | self.since_last
+        num_passes = result.num_micro_batches * (1 + result.num_overflows)
+        warnings = [self.loss_watch.check(result.loss), self.grace.check(row["perf/step_seconds"] / num_passes)]
         if result.is_skipped:
-            warnings.append(report_skipped(training, saver.skipped, result))
+            warnings.append(report_skipped(self.training, self.saver.skipped, result))
         if any(warnings):
             row["warning"] = "; ".join(filter(None, warnings))
-        trackers.log(row)
-        validation_loss = row.get("eval/loss")
+        self.since_last, self.saver.is_current = {}, False
+        self.finish(row)
+
+    def finish(self, row: Row) -> None:
+        """Validates if it is time, logs the row, and saves and stops likewise; raises Dropped or ExitWith."""
+        self.row = self.saver.unlogged = row
+        step, training = row["step"], self.training
+        if step % training.data.steps_per_epoch == 0 or step == training.total_steps:
+            self.doing.now = f"validating after step {step}"
+            self.row = row | self.validate()
+        if warning := _without_bad_validation(self.row):
+            self.row["warning"] = "; ".join(filter(None, [warning, row.get("warning", "")]))
+        self.trackers.log(self.row)
+        self.saver.unlogged, self.saver.is_current = {}, False
         is_first = training.accelerator.is_main_process  # its clock and its disk decide
-        is_wanted = is_first and (saver.is_time() or saver.is_due(result.step, validation_loss))
-        must_stop, must_save = any_process(training.accelerator, stop.is_received(), is_wanted)
-        if must_stop or must_save:
-            stopwatch.restart()
-            saver.save(result.step, validation_loss, must_stop)
-            since_last = {"perf/save_seconds": round(stopwatch.lap(), 3), "perf/failed_saves": saver.failures}
+        is_wanted = is_first and (self.saver.is_time() or self.saver.is_due(step, self.row.get("eval/loss")))
+        self.heartbeat.arrive()
+        must_stop, must_save = any_process(training.accelerator, self.heartbeat.is_asked(), is_wanted)
+        if must_save and not must_stop:
+            self._save(must_stop=False)
         if must_stop:
-            who = stop.received or "another process"
-            reason = f"stopped by {who}; step {saver.saved} is saved, {advice_to_repeat(training.config)}"
+            self.stop()
+        self.stopwatch.restart()
+
+    def stop(self) -> NoReturn:
+        """Saves the last complete step, unless it is saved, and ends the run."""
+        step, stop, repeat = self.row["step"], self.heartbeat.stop, advice_to_repeat(self.training.config)
+        who = stop.received or "another process"
+        if not step:
+            reason = f"stopped by {who} before the first step was complete, so there is nothing to save; {repeat}"
             raise ExitWith(ExitCode.INTERRUPTED, reason)
-        stopwatch.restart()
+        if not self.saver.is_current:
+            self._save(must_stop=True)
+        if not stop.received:
+            raise ExitWith(ExitCode.INTERRUPTED, f"stopped by {who}; step {step} is saved, {repeat}")
+        seconds = round(stop.seconds(), 1)
+        reason = f"stopped by {who}; step {step} is saved, {seconds} s after the signal; {repeat}"
+        raise ExitWith(ExitCode.INTERRUPTED, reason, seconds_after_signal=seconds)
+
+    def _save(self, must_stop: bool) -> None:
+        self.stopwatch.restart()
+        self.doing.now = f"saving step {self.row['step']}"
+        self.heartbeat.arrive()
+        self.saver.save(self.row["step"], self.row.get("eval/loss"), must_stop)
+        self.grace.save_seconds = self.stopwatch.lap()
+        seconds = round(self.grace.save_seconds, 3)
+        self.since_last = {"perf/save_seconds": seconds, "perf/failed_saves": self.saver.failures}
 
 
 def _without_bad_validation(row: Row) -> str:

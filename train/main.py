@@ -2,27 +2,25 @@
 
 import sys
 
-from train.run.redact import print_redacted, redact
-from train.run.signals import StopRequest, follow_launcher
+from train.run.redact import print_redacted
+from train.run.signals import StopRequest, follow_launcher, leave_note, tell_launcher
+from train.run.streams import guard_streams
 
 STOP = None
 if __name__ == "__main__":  # before the imports below, which take seconds
+    guard_streams()
     sys.excepthook = print_redacted
     STOP = StopRequest()
     follow_launcher()
 
 import json
-import os
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from datetime import date
 from functools import partial
-from pathlib import Path
 
-import torch
 from rich.console import Console
 
-from data_tools.report import DataError
 from train.assemble import assemble
 from train.attempt_record import record_start
 from train.audit_gate import enforce_gate, run_audit
@@ -40,7 +38,7 @@ from train.deliver.compare import as_rows, compare, show_answers
 from train.deliver.final import publish_final
 from train.deliver.generation import Generator
 from train.deliver.questions import questions_of
-from train.engine.copies import HostMemoryError
+from train.ending import end_of, record_end, say_end, unrecorded_defect
 from train.learning_rate import Schedule
 from train.loop import training_loop
 from train.models.fingerprint import base_identity
@@ -48,12 +46,13 @@ from train.models.language_model import adapter_config
 from train.models.tokenizer import Tokenizer, check_fits, load_tokenizer
 from train.run.accelerator import check_machine, close_group, start_accelerator
 from train.run.attempts import AttemptLog
+from train.run.defects import Doing
 from train.run.durable import write_atomically
 from train.run.environment import is_first_process
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder
 from train.run.hub_token import take_token
-from train.run.processes import advice_to_repeat, on_first_process, peer_failure, raise_if_stopped, say
+from train.run.processes import Heartbeat, on_first_process, raise_if_stopped, say
 from train.step import Training
 from train.track.display import Display
 from train.track.isolated import Isolated, Listener
@@ -64,83 +63,54 @@ from train.validation import validate
 
 def main(argv: list[str], stop: StopRequest | None = None) -> ExitCode:
     """Runs the job that `argv` describes; one message and exit.json say how it ended."""
-    stop = stop or StopRequest()
+    stop, doing = stop or StopRequest(), Doing()
     try:
         take_token()
-        config = parse(argv)
-        folder = RunFolder.of(config)
-        with folder.locked() if is_first_process() else nullcontext(), ExitStack() as closing:
-            log = AttemptLog(folder)
-            code, reason = attempt(config, stop, closing, log)
-            # before the trackers are closed: a killed job may not have the seconds that this takes
-            if is_recorder(code, folder.exit):
-                with suppress(OSError):  # a disk so full that not even this fits
-                    folder.write_exit(code, redact(reason))
-                log.end(code, reason)
-    except ExitWith as end:  # the configuration cannot be used, or another job has the run folder
-        code, reason = end.code, end.reason
-    launcher = os.environ.get("HANDLOOP_LAUNCHER")
-    if launcher and is_recorder(code, Path(launcher) / "exit"):
-        with suppress(OSError):
-            (Path(launcher) / "exit").write_text(f"{int(code)}\n")
-    if code != ExitCode.FINISHED and (is_first_process() or code == ExitCode.PEER_FAILURE):
-        with suppress(OSError):  # a terminal that is gone
-            print(f"\nhandloop: {redact(reason)}", file=sys.stderr, flush=True)
-    return code
+        end = attempt(argv, stop, doing)
+    except ExitWith as refused:  # the configuration cannot be used, or another job has the run folder
+        end = refused
+    except SystemExit:  # --help
+        leave_note(0)
+        raise
+    except Exception as error:  # before there is a run folder, or behind the last word in it
+        end = unrecorded_defect(error, doing, argv)
+    say_end(end)
+    return end.code
 
 
-def is_recorder(code: ExitCode, record: Path) -> bool:
-    """Whether this process records how the run ended: the first one does, or any other if the first may be dead."""
-    return is_first_process() or (code == ExitCode.PEER_FAILURE and not record.exists())
+def attempt(argv: list[str], stop: StopRequest, doing: Doing) -> ExitWith:
+    """Runs the job with the run folder locked; returns how it ended, which is then recorded there."""
+    config = parse(argv)
+    doing.now = "checking the machine"
+    folder = RunFolder.of(config)
+    with folder.locked() if is_first_process() else nullcontext(), ExitStack() as closing:
+        if is_first_process():
+            tell_launcher(config.run.dir, config.run.timeout_minutes)
+        log = AttemptLog(folder)
+        end = end_of(lambda: run(config, stop, closing, log, doing), config, doing, argv)
+        # before the trackers are closed: a killed job may not have the seconds that this takes
+        record_end(end, doing, folder, log)
+    return end
 
 
-def attempt(config: Config, stop: StopRequest, closing: ExitStack, log: AttemptLog) -> tuple[ExitCode, str]:
-    """Runs the job; returns the exit code and the reason of every foreseen end."""
-    try:
-        run(config, stop, closing, log)
-    except ExitWith as end:
-        return end.code, end.reason
-    except DataError as error:
-        return ExitCode.BAD_INPUT, str(error)
-    except torch.OutOfMemoryError as error:
-        advice = "lower --batch.per_device (and raise --batch.accumulation), or --data.max_length"
-        return out_of_memory(f"out of memory: {str(error).splitlines()[0]}\n{advice}")
-    except HostMemoryError as error:
-        advice = "free host memory, raise what the container or WSL may take, or give --engine.kind reference"
-        return out_of_memory(f"{error}\n{advice}")
-    except RuntimeError as error:
-        silent = peer_failure(config, error)
-        if not silent:
-            raise
-        return ExitCode.PEER_FAILURE, f"{silent}\nthe newest checkpoint stands: {advice_to_repeat(config)}"
-    return ExitCode.FINISHED, "finished"
-
-
-def out_of_memory(reason: str) -> tuple[ExitCode, str]:
-    """Exit code and reason; a process other than the first prints the reason, since the first only sees it vanish."""
-    if not is_first_process():
-        print(f"handloop: process {os.environ['RANK']}: {reason}", file=sys.stderr, flush=True)
-    return ExitCode.BAD_INPUT, reason
-
-
-def run(config: Config, stop: StopRequest, closing: ExitStack, log: AttemptLog) -> None:
+def run(config: Config, stop: StopRequest, closing: ExitStack, log: AttemptLog, doing: Doing) -> None:
     """The job from data files to final/; raises ExitWith or DataError when it ends early."""
     check_machine(config)
     listeners = wanted_listeners(config)
+    doing.now = "loading the tokenizer"
     tokenizer = load_tokenizer(config)
     check_fits(config, tokenizer.backend)
     folder = RunFolder.of(config)
+    doing.now = "reading the data"
     today = run_date(config, folder.start_date(config.run.resume))
     splits = read_data(config, tokenizer.backend, today)
     prepared, validation = splits.training.prepared, splits.validation.samples if splits.validation else None
+    doing.now = "starting the processes"
     closing.callback(close_group, together=False)
     accelerator = start_accelerator(config)
-    data = TrainingData(
-        splits.training.samples,
-        config,
-        BatchLayout.of(config.batch, accelerator),
-        tokenizer.backend.pad_token_id,
-    )
+    layout = BatchLayout.of(config.batch, accelerator)
+    data = TrainingData(splits.training.samples, config, layout, tokenizer.backend.pad_token_id)
+    doing.now = "choosing the checkpoint"
     run_identity = identity(config, prepared, data, accelerator.device)
     store = CheckpointStore(folder, config.checkpoint.keep)
     checkpoint = choose(store, config, accelerator)
@@ -149,16 +119,19 @@ def run(config: Config, stop: StopRequest, closing: ExitStack, log: AttemptLog) 
         check_same_run(checkpoint, run_identity, accelerator)
         schedule = resumed_schedule(checkpoint, config, data)
     else:
+        doing.now = "auditing the data"
         on_first_process(accelerator, lambda: report_audit(config, tokenizer, data, splits))
     raise_if_stopped(config, accelerator, stop)
+    doing.now = "loading the base"
     say(accelerator, f"loading {config.model.name_or_path}")
     saved = saved_shape(checkpoint, data, config.batch.merge)
     longest_validation = max(validation["num_tokens"][:]) if validation else 0
     training = replace(assemble(config, accelerator, data, saved, longest_validation), schedule=schedule)
     if checkpoint is not None:
+        doing.now = f"restoring {checkpoint.path.name}"
         restore(training, checkpoint)
+    doing.now = "preparing the first step"
     say(accelerator, banner(training, tokenizer.notes, splits, checkpoint))
-
     on_first_process(accelerator, lambda: check_disk(training, store))
     if prepared.statistics.date:
         on_first_process(accelerator, lambda: keep_date(folder, today))
@@ -169,10 +142,14 @@ def run(config: Config, stop: StopRequest, closing: ExitStack, log: AttemptLog) 
     if accelerator.is_main_process:
         record_start(log, training, prepared, checkpoint)
     saver = Saver.of(training, store, run_identity, trackers, checkpoint)
-    measure = partial(validate, training, validation) if validation else dict
-    training_loop(training, saver.saved, stop, trackers, saver, measure)
+    heartbeat = Heartbeat(config, accelerator, stop)
+    measure = partial(validate, training, validation, heartbeat) if validation else dict
+    training_loop(training, heartbeat, trackers, saver, measure, doing)
+    doing.now = "publishing final/"
     close_group(together=True)
     if accelerator.is_main_process:
+        publish(training, tokenizer, splits)
+        doing.now = "asking the questions"
         deliver(training, tokenizer, splits, trackers, stop)
 
 
@@ -196,37 +173,40 @@ def open_trackers(
     if not training.accelerator.is_main_process:
         return Trackers()
     folder = store.folder
-    is_own = checkpoint is not None and checkpoint.path.resolve().parent == store.root.resolve()
+    is_own = checkpoint is not None and store.holds(checkpoint)
     metrics = MetricsFile(folder.metrics, checkpoint.state.metrics_bytes if checkpoint and is_own else 0)
-    completed = checkpoint.state.step if checkpoint else 0
-    display = Display(Console(), completed, training.total_steps, training.data.steps_per_epoch)
+    shown = checkpoint.state.step - bool(checkpoint.state.unlogged) if checkpoint else 0
+    display = Display(Console(), shown, training.total_steps, training.data.steps_per_epoch)
     for line in (note for listener in listeners for note in listener.notes):
         say(training.accelerator, line)
     isolated = [Isolated(listener, store.run_uid(), folder.metrics) for listener in listeners]
     return Trackers(metrics, display, isolated)
 
 
-def deliver(training: Training, tokenizer: Tokenizer, splits: Splits, trackers: Trackers, stop: StopRequest) -> None:
-    """Publishes final/, then answers questions of the data without and with the adapters.
-
-    Once final/ stands nothing undoes the training: what fails afterwards is ExitWith(DELIVERY_FAILED).
-    """
-    config, end_token_ids = training.config, splits.training.prepared.statistics.end_token_ids
-    folder = RunFolder.of(config)
+def publish(training: Training, tokenizer: Tokenizer, splits: Splits) -> None:
+    """Publishes final/; raises ExitWith(SAVE_FAILED) where it cannot be written."""
+    final, end_token_ids = RunFolder.of(training.config).final, splits.training.prepared.statistics.end_token_ids
     try:
         files = (training.parameters, adapter_config(training.model), tokenizer.backend, end_token_ids)
-        publish_final(folder.final, *files, base_identity(config))
+        publish_final(final, *files, base_identity(training.config))
     except OSError as error:
-        raise ExitWith(ExitCode.SAVE_FAILED, f"{folder.final} could not be written: {error}") from None
+        raise ExitWith(ExitCode.SAVE_FAILED, f"{final} could not be written: {error}") from None
+
+
+def deliver(training: Training, tokenizer: Tokenizer, splits: Splits, trackers: Trackers, stop: StopRequest) -> None:
+    """Answers questions of the data without and with the adapters.
+
+    final/ stands, so nothing undoes the training: what fails here is ExitWith(DELIVERY_FAILED).
+    """
     try:
         ask(training, tokenizer, splits, trackers, stop)
     except ExitWith:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
+        final, reason = RunFolder.of(training.config).final, f"{type(error).__name__}: {error}"
         raise ExitWith(
             ExitCode.DELIVERY_FAILED,
-            f"training is finished and {folder.final} is complete, but asking the questions failed: {reason}\n"
+            f"training is finished and {final} is complete, but asking the questions failed: {reason}\n"
             "repeat the command to ask again, or with --compare.num_questions 0 to ask none",
         ) from error
 

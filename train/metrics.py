@@ -34,6 +34,22 @@ def mfu(flops: float, seconds: float, peak_flops: float, num_processes: int) -> 
     return flops / seconds / peak_flops / num_processes
 
 
+class Pace:
+    """Keeps the host at most one micro-batch ahead of the device: what is queued can no longer be stopped."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.queued: list[torch.cuda.Event] = []  # the ends of micro-batches that the device has not reached, or one
+
+    def mark(self) -> None:
+        """Called when a micro-batch is queued; waits for the one before it."""
+        if self.device.type == "cuda":
+            self.queued.append(torch.cuda.Event())
+            self.queued[-1].record()
+            if len(self.queued) > 1:
+                self.queued.pop(0).synchronize()
+
+
 class Stopwatch:
     """Seconds between two looks, and the allocator's peaks since the process started."""
 

@@ -10,10 +10,10 @@ from train.config import Config
 from train.data import StepBatch, TrainingData
 from train.engine.plan import Plan
 from train.learning_rate import Schedule
-from train.metrics import to_host
+from train.metrics import Pace, to_host
 from train.models.language_model import LanguageModel
 from train.optim import FlatParameters, set_learning_rate
-from train.run.processes import all_reduce_gradients
+from train.run.processes import UNWATCHED, Watch, all_reduce_gradients
 from train.seeds import seed_forward
 
 
@@ -39,6 +39,10 @@ class Training:
         return self.schedule.total_steps
 
 
+class Dropped(Exception):
+    """A step or a validation was left, in all processes and without a trace, because one was asked to stop."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     """A completed optimizer step; `step` is how many are complete now."""
@@ -52,6 +56,7 @@ class StepResult:
     learning_rate: float
     num_tokens: int
     num_supervised_tokens: int
+    num_micro_batches: int  # of this process
     sample_ids: list[int]
 
 
@@ -60,6 +65,7 @@ class GradientStats:
     """Loss sum, gradient norm and loss scale of a step's gradient; the same in all processes."""
 
     loss_sum: float
+    num_asked: float  # processes that were asked to stop and left their micro-batches unfinished
     norm: float  # before clipping
     scale: float  # the loss scale; the gradient is already divided by it
 
@@ -71,23 +77,29 @@ class GradientStats:
     @property
     def is_overflow(self) -> bool:
         """Whether a lower loss scale may help: the loss is finite, its gradient is not, and there is scale to lower."""
-        return math.isfinite(self.loss_sum) and not math.isfinite(self.norm) and self.scale > 1
+        return math.isfinite(self.loss_sum) and not math.isfinite(self.norm) and self.scale > 1 and not self.num_asked
 
 
-def optimizer_step(training: Training, completed: int) -> StepResult:
+def optimizer_step(training: Training, completed: int, watch: Watch = UNWATCHED) -> StepResult:
     """One update from the gradient of one batch; `completed` steps came before.
 
     After the all-reduce, a loss or gradient that was not finite in one process is not finite in any, so all of them
     skip the update. A gradient that only overflowed fp16 at this loss scale does not skip: the same batch is computed
     again at half the scale, so samples, learning rate and step numbers do not depend on the compute type.
+
+    Raises Dropped, in all processes, if any was asked to stop before its last micro-batch: all is as it was before.
     """
     batch = training.data.batch(completed, training.plan)
-    gradient, num_overflows, last_scale = step_gradient(training, batch, completed), 0, math.inf
-    first_scale = gradient.scale
+    gradient, num_overflows, last_scale = step_gradient(training, batch, completed, watch), 0, math.inf
+    first_scale, before = gradient.scale, training.scaler.state_dict()
     while gradient.is_overflow and gradient.scale < last_scale:
         last_scale, num_overflows = gradient.scale, num_overflows + 1
         training.scaler.update()  # halves the scale if an element is not finite, else (only the norm is) the loop ends
-        gradient = step_gradient(training, batch, completed)
+        gradient = step_gradient(training, batch, completed, watch)
+    if gradient.num_asked:
+        training.scaler.update(first_scale)  # forgets what unscale_ noted
+        training.scaler.load_state_dict(before)
+        raise Dropped
     rate = training.schedule.rate(completed)
     set_learning_rate(training.optimizer, rate)
     if gradient.is_finite:
@@ -105,32 +117,41 @@ def optimizer_step(training: Training, completed: int) -> StepResult:
         learning_rate=rate,
         num_tokens=batch.num_tokens,
         num_supervised_tokens=batch.num_supervised_tokens,
+        num_micro_batches=len(batch.micro_batches),
         sample_ids=batch.sample_ids,
     )
 
 
-def step_gradient(training: Training, batch: StepBatch, completed: int) -> GradientStats:
+def step_gradient(training: Training, batch: StepBatch, completed: int, watch: Watch) -> GradientStats:
     """Runs forward and backward over the batch; leaves the clipped gradient in the flat parameters.
 
     The loss of every token is divided by the number of supervised tokens in the whole step, over all micro-batches
     and processes, which is known before the first forward. So 8x1, 4x2, 2x4, 1x8 and several processes give the same
-    gradient; a mean of means would not. The processes add their gradients once, after the last micro-batch.
+    gradient; a mean of means would not. The processes add their gradients once, after the last micro-batch; one that
+    was asked to stop does so earlier, and the others learn it from the sum.
     """
     config, accelerator, scaler = training.config, training.accelerator, training.scaler
     training.flat.zero_grad()
     scale = scaler.scale(torch.ones((), device=accelerator.device))
-    loss_sum = torch.zeros((), device=accelerator.device)
+    sums = torch.zeros(2, device=accelerator.device)  # of the loss, and of the processes that were asked to stop
+    pace = Pace(accelerator.device)
     for number, micro_batch in enumerate(batch.micro_batches):
+        if watch.is_asked():
+            sums[1] = 1
+            break
         on_device = micro_batch.to(accelerator.device)
         seed_forward(config.train.seed, completed, accelerator.process_index, number)
         token_loss_sum = training.model(on_device)
         scaler.scale(token_loss_sum / batch.num_supervised_tokens).backward()
-        loss_sum += token_loss_sum.detach()
+        sums[0] += token_loss_sum.detach()
         del token_loss_sum  # and its autograd graph, before the next forward pass
-    training.data.prefetch(completed + 1, training.plan)  # while the GPU still computes
+        pace.mark()
+    else:
+        training.data.prefetch(completed + 1, training.plan)  # while the GPU still computes
 
+    watch.arrive()
     all_reduce_gradients(accelerator, training.flat.leaves)
     scaler.unscale_(training.optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(training.flat.leaves, config.optim.max_grad_norm)
-    total = accelerator.reduce(loss_sum, reduction="sum")
-    return GradientStats(*to_host(total, grad_norm, scale))
+    totals = accelerator.reduce(sums, reduction="sum")
+    return GradientStats(*to_host(*totals, grad_norm, scale))

@@ -17,7 +17,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from data_tools.prepare import PrepareSettings, cache_root, prepare
+from data_tools.cache import cache_root
+from data_tools.prepare import PrepareSettings, prepare
 from tests.conftest import BUNDLED_BASE, arguments, run_command, write_shape
 from tests.tally import Tally
 from train.checkpoints.contents import (

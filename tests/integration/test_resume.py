@@ -56,7 +56,7 @@ def test_kill_between_saves_before_the_first_and_twice(
     assert result_of(run_dir) == expected
 
 
-def test_sigterm_saves_at_the_next_boundary_and_asks_to_be_repeated(dropped: Config, tmp_path: Path) -> None:
+def test_sigterm_saves_the_last_step_and_asks_to_be_repeated(dropped: Config, tmp_path: Path) -> None:
     """SIGTERM is exit 75, also in exit.json, with a checkpoint of the last step."""
     longer = replace(dropped, train=replace(dropped.train, epochs=40), checkpoint=CheckpointConfig(every="epoch"))
     run_dir = tmp_path / "stopped"
@@ -70,7 +70,7 @@ def test_sigterm_saves_at_the_next_boundary_and_asks_to_be_repeated(dropped: Con
         run.signal(signal.SIGTERM)
     outcome = run.wait()
     assert outcome.returncode == 75, outcome.stderr
-    assert "stopping at the next step" in outcome.stderr
+    assert "stopping after this micro-batch" in outcome.stderr
     assert "SIGTERM" in outcome.stderr
     assert json.loads((run_dir / "exit.json").read_text())["code"] == 75
     newest = max(path.name for path in (run_dir / "checkpoints").iterdir())

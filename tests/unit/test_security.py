@@ -13,8 +13,9 @@ import pytest
 from rich.console import Console
 
 from data_tools import chat_template
+from data_tools.cache import cache_root
 from data_tools.data_sets import HubData
-from data_tools.prepare import PrepareSettings, cache_root, prepare
+from data_tools.prepare import PrepareSettings, prepare
 from data_tools.records import Tally, read_records
 from data_tools.report import DataError, Report
 from data_tools.sources import survey

@@ -13,6 +13,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -46,6 +47,7 @@ class TrainerState:
     validation_loss: float | None = None  # measured after this step, if it was
     scaler: dict[str, float] = field(default_factory=dict)  # torch's GradScaler.state_dict(): empty but for fp16
     schedule: list[list[float]] = field(default_factory=list)  # start, rate and end of each decay; empty in 0.1.0
+    unlogged: dict[str, Any] = field(default_factory=dict)  # this step's metrics, if its validation was cut short
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 from train.checkpoints.contents import Checkpoint
 from train.checkpoints.resume import save_state
@@ -25,8 +26,10 @@ class Saver:
     same_run: dict[str, object]
     trackers: Trackers
     saved: int = 0  # the step of the newest checkpoint
+    is_current: bool = False  # it is in this run's folder and holds all that is known after that step
     skipped: list[int] = field(default_factory=list)  # steps whose loss or gradient was not finite
     lowest: float = float("inf")  # validation loss so far
+    unlogged: dict[str, Any] = field(default_factory=dict)  # the last step's metrics until its validation is done
     failures: int = 0
     since: float = field(default_factory=time.monotonic)
 
@@ -43,7 +46,9 @@ class Saver:
         best = store.best() if checkpoint else None
         saver = cls(training, store, same_run, trackers, lowest=best[1] if best else float("inf"))
         if checkpoint is not None:
-            saver.saved, saver.skipped = checkpoint.state.step, list(checkpoint.state.skipped_steps)
+            state = checkpoint.state
+            saver.saved, saver.skipped, saver.unlogged = state.step, list(state.skipped_steps), state.unlogged
+            saver.is_current = store.holds(checkpoint)
         return saver
 
     def is_due(self, step: int, validation_loss: float | None) -> bool:
@@ -77,7 +82,7 @@ class Saver:
                 goes_on = "training is over, final/ follows; repeating the command would train the last steps again"
             say(self.training.accelerator, f"\n{redact(end.reason)}\n{goes_on}, {stands}; {count}")
             return
-        self.saved, self.failures = step, 0
+        self.saved, self.is_current, self.failures = step, True, 0
         if validation_loss is not None:
             self.lowest = min(self.lowest, validation_loss)
 
@@ -87,6 +92,7 @@ class Saver:
             "metrics_bytes": self.trackers.metrics_bytes(),
             "skipped_steps": self.skipped,
             "validation_loss": validation_loss,
+            "unlogged": self.unlogged,
         }
 
 

@@ -56,6 +56,10 @@ class CheckpointStore:
         """Where the checkpoint of `step` is, if there is one."""
         return self.root / step_folder(step)
 
+    def holds(self, checkpoint: Checkpoint) -> bool:
+        """Whether the checkpoint is in this run folder, and not in another run's."""
+        return checkpoint.path.resolve().parent == self.root.resolve()
+
     def save(self, files: Mapping[str, bytes], optimizer: Mapping[str, torch.Tensor], state: TrainerState) -> Path:
         """Makes the checkpoint of `state.step` durable and verifies it; only then are old ones removed.
 
@@ -115,7 +119,7 @@ class CheckpointStore:
         self._sweep()
         found = self.load(folder)
         newer = [path for path in self._folders() if path.name > step_folder(found.state.step)]
-        if folder.resolve().parent != self.root.resolve() and self._folders():
+        if not self.holds(found) and self._folders():
             reason = f"{self.folder.path} holds a run of its own; choose another --run.dir to go on from {folder}"
             raise ExitWith(ExitCode.BAD_INPUT, reason)
         for path in newer:

@@ -2,15 +2,17 @@
 
 import difflib
 import importlib
-import io
-import os
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from data_tools.report import DataError
+from train.run.defects import print_defect
 from train.run.exits import ExitCode, ExitWith
 from train.run.hub_token import take_token
 from train.run.redact import redact
+from train.run.streams import guard_messages, lead_to_null
 
 # Each command is the module of its name in this package; its `main` takes the remaining words, returns the exit code.
 COMMANDS = {
@@ -25,22 +27,39 @@ USAGE = f"usage: handloop COMMAND [options]\n\n{_LINES}\n\nhandloop COMMAND --he
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code; an error becomes one message on stderr."""
+    if argv is None:  # the script, whose streams are the process's own
+        guard_messages()
     words = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
     take_token()
     try:
-        return _run(words)
-    except ExitWith as end:
-        code, reason = end.code, end.reason
-    except (DataError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # the reader, such as head, has closed the pipe
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        code, reason = ExitCode.BAD_INPUT, str(error)
-    print(f"\nhandloop: {redact(reason)}", file=sys.stderr, flush=True)
-    return int(code)
+        code = _run(words)
+        sys.stdout.flush()
+        return code
+    except SystemExit as leaving:  # after --help, or by rich, which hides a broken pipe so
+        if not isinstance(leaving.__context__, BrokenPipeError):
+            raise
+        code, reason = 0, ""
+    except BaseException as error:
+        code, reason = _end_by(error, words)
+    if reason:
+        print(f"\nhandloop: {redact(reason)}", file=sys.stderr, flush=True)
+    return code
+
+
+def _end_by(error: BaseException, words: Sequence[str]) -> tuple[int, str]:
+    """Exit code and message; without a message if whoever has called the command knows why it ends."""
+    if isinstance(error, ExitWith):
+        return error.code, error.reason
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT, ""
+    if isinstance(error, OSError):
+        with suppress(OSError, ValueError):  # what is left in the buffer would be tried again at the end
+            lead_to_null(sys.stdout.fileno())
+        # the reader, such as head, has closed the pipe
+        return (0, "") if isinstance(error, BrokenPipeError) else (ExitCode.BAD_INPUT, str(error))
+    if isinstance(error, DataError | MemoryError):
+        return ExitCode.BAD_INPUT, str(error) or "out of memory"
+    return ExitCode.DEFECT, print_defect(error, f"running handloop {' '.join(words[:1])}", words)
 
 
 def _run(words: list[str]) -> int:

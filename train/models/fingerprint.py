@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from data_tools.prepare import cache_root
+from data_tools.cache import cache_root
 from train.config import Config
 from train.models.hub import fetch_weights, locate
 from train.models.shape import model_shape

@@ -60,7 +60,11 @@ def start_accelerator(config: Config) -> Accelerator:
         settings.fill_uninitialized_memory = False  # a debugging aid, which would write to every new tensor
     torch.set_float32_matmul_precision("highest")  # whatever TORCH_ALLOW_TF32_CUBLAS_OVERRIDE says
     timeout = InitProcessGroupKwargs(timeout=timedelta(minutes=config.run.timeout_minutes))
-    accelerator = Accelerator(cpu=config.run.device == "cpu", mixed_precision="no", kwargs_handlers=[timeout])
+    try:
+        accelerator = Accelerator(cpu=config.run.device == "cpu", mixed_precision="no", kwargs_handlers=[timeout])
+    except (ValueError, KeyError) as error:  # an environment variable that torch or accelerate wants and cannot use
+        reason = f"the processes cannot be started: {error}; see accelerate's configuration and the environment"
+        raise ExitWith(ExitCode.BAD_INPUT, reason) from error
     _check_accelerator(config, accelerator)
     if config.memory.budget and accelerator.device.type == "cuda":
         # the current device, because accelerate's device has no index in a single process and torch needs one here

@@ -20,6 +20,9 @@ from train.run.folder import RunFolder
 from train.run.json_lines import append_line, last_step, read_lines
 from train.run.redact import redact
 
+# the ends that another process than the first may write down
+ENDED_BY_OTHERS = (ExitCode.PEER_FAILURE, ExitCode.DEFECT)
+
 
 @dataclass(frozen=True)
 class Attempt:
@@ -27,7 +30,7 @@ class Attempt:
 
     number: int  # from 1
     start: dict[str, Any]  # time, code, versions, device, num_processes, engine, plan, data, from_step
-    end: dict[str, Any] | None  # time, code, name, reason, last_step; None: killed, crashed, or still running
+    end: dict[str, Any] | None  # time, code, name, reason, last_step, doing; None: killed, or still running
 
 
 class AttemptLog:
@@ -41,6 +44,7 @@ class AttemptLog:
         self.number = 0  # not begun
         self.from_step = 0
         self.is_refused = False
+        self.created = _now()
 
     def begin(self, config: Mapping[str, Any], plan: Mapping[str, Any], start: Mapping[str, Any]) -> None:
         """Writes config.json and plan.json, and the line of the start."""
@@ -50,16 +54,23 @@ class AttemptLog:
         self.from_step = int(start.get("from_step", 0))
         self._append("start", start)
 
-    def end(self, code: ExitCode, reason: str) -> None:
+    def take_over(self, attempt: Attempt) -> None:
+        """Makes this the log of an attempt that another process, which is gone, has begun."""
+        self.number, self.from_step = attempt.number, int(attempt.start.get("from_step", 0))
+
+    def end(self, code: ExitCode, reason: str, **facts: float | str) -> None:
         """Writes the line of the end, if this attempt was begun, with the last step in metrics.jsonl.
 
         A process that is left when the first has died ends the attempt that the first had begun.
         """
-        if not self.number and code == ExitCode.PEER_FAILURE:
-            self.number = max((each.number for each in read_attempts(self.folder) if each.end is None), default=0)
+        if not self.number and code in ENDED_BY_OTHERS:
+            # one that was begun since this process started; an earlier one was killed long ago
+            begun = [each for each in read_attempts(self.folder) if each.start.get("time", "") >= self.created]
+            self.number = max((each.number for each in begun if each.end is None), default=0)
         if self.number:
             step = max(self.from_step, last_step(self.folder.metrics))
-            self._append("end", {"code": int(code), "name": code.name.lower(), "reason": reason, "last_step": step})
+            end = {"code": int(code), "name": code.name.lower(), "reason": reason, "last_step": step}
+            self._append("end", {**end, **facts})
 
     def _write(self, path: Path, content: Mapping[str, Any]) -> None:
         if self.folder.is_foreign(path):
@@ -67,8 +78,7 @@ class AttemptLog:
         write_atomically(path, _document(content))
 
     def _append(self, event: str, fields: Mapping[str, Any]) -> None:
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        row = {"attempt": self.number, "event": event, "time": now, **plain(fields)}
+        row = {"attempt": self.number, "event": event, "time": _now(), **plain(fields)}
         self._try(lambda: append_line(self.folder.attempts, row))
 
     def _try(self, write: Callable[[], None]) -> None:
@@ -80,6 +90,10 @@ class AttemptLog:
                     text = f"{self.folder.path}: {error}; the run goes on without a full record of this attempt"
                     print(redact(text), file=sys.stderr, flush=True)
             self.is_refused = True
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def read_attempts(folder: RunFolder) -> list[Attempt]:

@@ -4,23 +4,26 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Process exit codes; 75 and 78 are those of sysexits.h (temporary failure, bad configuration), the others ours."""
+    """Process exit codes; 70, 75 and 78 are those of sysexits.h (software, temporary, configuration), others ours."""
 
     FINISHED = 0
+    DEFECT = 70  # of Handloop: something that nobody foresaw; checkpoints stand
     INTERRUPTED = 75  # a checkpoint is durable: run the same command again
     SAVE_FAILED = 76  # the last save failed; older checkpoints, if any, are intact
     FINGERPRINT_MISMATCH = 77  # the checkpoint belongs to another model, recipe or data set
-    BAD_INPUT = 78  # configuration or data
+    BAD_INPUT = 78  # configuration, data or the machine
     NON_FINITE = 79  # loss or gradient is not a finite number
     NO_VALID_CHECKPOINT = 80  # there are checkpoints, but none passes verification
     PEER_FAILURE = 81  # another process died or hangs
     DELIVERY_FAILED = 82  # training is finished and final/ complete; what comes after it is not
+    KILLED = 83  # from outside, as the kernel does when memory is short; the launcher says it
 
 
 class ExitWith(Exception):
-    """Ends the run with `code`; `reason` is printed for the user."""
+    """Ends the run with `code`; `reason` is printed for the user, `facts` are further fields of the records."""
 
-    def __init__(self, code: ExitCode, reason: str) -> None:
+    def __init__(self, code: ExitCode, reason: str, **facts: float | str) -> None:
         super().__init__(reason)
         self.code = code
         self.reason = reason
+        self.facts = facts

@@ -46,6 +46,7 @@ class RunFolder:
     attempts = Entry("attempts.jsonl")  # a line at each attempt's start and end
     metrics = Entry("metrics.jsonl")  # a line a step
     exit = Entry("exit.json")  # how the last attempt ended; absent while one runs, or where it was killed
+    defect = Entry("defect.txt")  # the report of the last defect of Handloop, if there was one
     answers = Entry("answers.json")
     held_out_answers = Entry("answers_held_out.json")
     checkpoints = Entry("checkpoints")
@@ -81,10 +82,10 @@ class RunFolder:
             shutil.rmtree(self.heartbeats, ignore_errors=True)
             yield
 
-    def write_exit(self, code: ExitCode, reason: str) -> None:
+    def write_exit(self, code: ExitCode, reason: str, **facts: float | str) -> None:
         """Records how the run ended: launchers flatten exit codes (accelerate and torchrun return 1 for all)."""
         make_folder(self.path)
-        record = {"code": int(code), "name": code.name.lower(), "reason": reason}
+        record = {"code": int(code), "name": code.name.lower(), "reason": reason, **facts}
         write_atomically(self.exit, json.dumps(record, indent=2) + "\n")
 
     def identifier(self, name: str, make: Callable[[], str]) -> str:

@@ -5,6 +5,8 @@
 accelerate and torchrun return 1 whatever the trainer returned; a SIGTERM to single-process `accelerate launch` kills it
 and leaves the trainer running, and a SIGUSR1 kills torchrun. Here every trainer process writes its pid to a folder;
 signals go to those processes alone, and the exit code is read from a file that the first of them writes at its end.
+Where one of them is lost, or the others wait for it in vain, the launcher ends the others, names it, and writes what
+they could not: exit.json and the end of the attempt.
 """
 
 import os
@@ -13,29 +15,51 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
-from train.run.exits import ExitCode
+from train.run.attempts import AttemptLog, read_attempts
+from train.run.durable import write_atomically
+from train.run.exits import ExitCode, ExitWith
+from train.run.folder import RunFolder, read_object
+from train.run.host_memory import oom_kills
+from train.run.redact import redact
 from train.run.signals import listen, stop_with_parent
+from train.run.trainers import Trainer, blame, read_run, read_trainers, waits_in_vain
 
 SAVE_SECONDS = 60.0  # for which a trainer process may outlive accelerate, to save
 SECONDS_BEFORE_KILL = 10.0  # between a first Ctrl-C and one that kills
+PEER_SECONDS = 6.0  # in which processes end by themselves when another one is lost
+REPEAT = "the newest checkpoint stands: run the same command again"
+MEMORY = (
+    "host memory ran out, and the kernel killed a process for it: free some, raise what the container may take, or "
+    "lower --batch.per_device and --data.max_length; --memory.offload none needs less where the GPU has room"
+)
+# ends that all processes agree on; the first one may then take longer, to close its trackers
+AGREED = (
+    *(ExitCode.INTERRUPTED, ExitCode.SAVE_FAILED, ExitCode.FINGERPRINT_MISMATCH),
+    *(ExitCode.NON_FINITE, ExitCode.NO_VALID_CHECKPOINT),
+)
 
 
 class Launcher:
     """`accelerate launch` and the trainer processes that it starts."""
 
-    def __init__(self, arguments: list[str], folder: Path) -> None:
+    def __init__(self, command: Sequence[str], folder: Path) -> None:
         self.folder = folder
         self.stopped_by = ""
         self.first_ctrl_c = float("inf")  # time.monotonic()
+        self.is_killed_by_hand = False
+        self.deadline = float("inf")  # time.monotonic(): the trainers that still live then are ended
+        self.reason = ""  # why they were ended
+        self.began, self.oom_kills = datetime.now(UTC).isoformat(timespec="seconds"), oom_kills()
         listen(self._forward)
-        accelerate = str(Path(sys.executable).with_name("accelerate"))
         # in a session of its own, because a terminal's Ctrl-C must reach only this process, which forwards it once
         self.child = subprocess.Popen(
-            [accelerate, "launch", *arguments],
+            command,
             env={**os.environ, "HANDLOOP_LAUNCHER": str(folder)},
             start_new_session=True,
             preexec_fn=stop_with_parent,  # if the launcher is killed, training must not continue unseen
@@ -47,62 +71,124 @@ class Launcher:
         must_kill = number == signal.SIGINT and now - self.first_ctrl_c > SECONDS_BEFORE_KILL
         if number == signal.SIGINT:
             self.first_ctrl_c = min(self.first_ctrl_c, now)
-        trainers = self.trainers()
-        for process in trainers:
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL if must_kill else number)
-        if not trainers and list(self.folder.glob("pid-*")):  # the trainers have ended, but not accelerate
-            with suppress(ProcessLookupError):
-                os.killpg(self.child.pid, signal.SIGTERM)
+        self.is_killed_by_hand |= must_kill
+        living = self.living()
+        for trainer in living:
+            _send(trainer.pid, signal.SIGKILL if must_kill else number)
+        if not living and list(self.folder.glob("pid-*")):  # the trainers have ended, but not accelerate
+            self._end_accelerate(signal.SIGTERM)
 
-    def trainers(self) -> list[int]:
-        """The pids of the trainer processes that are alive."""
-        return [pid for pid in (int(path.name[4:]) for path in self.folder.glob("pid-*")) if _is_alive(pid)]
+    def living(self) -> list[Trainer]:
+        """The trainer processes that are alive."""
+        return [trainer for trainer in read_trainers(self.folder) if trainer.is_alive]
 
     def wait(self) -> int:
         """Waits until accelerate and all trainers have ended; returns the exit code."""
         while self.child.poll() is None:
             if self.stopped_by and not list(self.folder.glob("pid-*")):
                 self._end_before_training()
+            self._end_those_who_wait()
             time.sleep(0.05)
-        deadline = time.monotonic() + SAVE_SECONDS
-        while self.trainers() and time.monotonic() < deadline:
+        self._limit(SAVE_SECONDS)
+        while self.living() and time.monotonic() < self.deadline:
             time.sleep(0.05)
-        for process in self.trainers():
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        for trainer in self.living():
+            _send(trainer.pid, signal.SIGKILL)
         return self._code()
+
+    def _limit(self, seconds: float) -> None:
+        self.deadline = min(self.deadline, time.monotonic() + seconds)
+
+    def _end_those_who_wait(self) -> None:
+        """Ends the trainers that cannot go on, and then accelerate, which would wait for them for 30 s more."""
+        trainers, run = read_trainers(self.folder), read_run(self.folder)
+        living = [trainer for trainer in trainers if trainer.is_alive]
+        if len(trainers) < 2 or not living:
+            return
+        for trainer in trainers:
+            if trainer.is_lost or trainer.code:
+                self._limit(SAVE_SECONDS if trainer.code in AGREED else PEER_SECONDS)
+        if run is not None and waits_in_vain(trainers, run):
+            self._limit(0.0)
+        if time.monotonic() >= self.deadline:
+            self.reason = self.reason or blame(trainers, run)  # while it can still be seen who is stopped
+            for trainer in living:
+                _send(trainer.pid, signal.SIGKILL)
+            self._end_accelerate(signal.SIGKILL)
+
+    def _end_accelerate(self, number: int) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.child.pid, number)
 
     def _end_before_training(self) -> None:
         """Ends accelerate when a stop signal comes before any trainer has started, so that there is nothing to save."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.child.pid, signal.SIGTERM)
+        self._end_accelerate(signal.SIGTERM)
         self.child.wait()
 
     def _code(self) -> int:
         with suppress(OSError, ValueError):
             return int((self.folder / "exit").read_text())
-        started = list(self.folder.glob("pid-*"))
-        if self.stopped_by and not started:
+        trainers, run = read_trainers(self.folder), read_run(self.folder)
+        if self.stopped_by and not trainers:
             print(f"stopped by {self.stopped_by} before training began", file=sys.stderr)
             return ExitCode.INTERRUPTED
-        if len(started) > 1 and not self.stopped_by:
-            # no process wrote an exit code: they were killed, or waited for a dead peer
-            return ExitCode.PEER_FAILURE
-        code = self.child.returncode
-        return 128 - code if code < 0 else code
+        recorded = read_object(run.folder.exit).get("code") if run else None
+        if isinstance(recorded, int):  # its trackers were still being closed
+            return recorded
+        if not any(trainer.code or trainer.is_lost for trainer in trainers):
+            code = self.child.returncode
+            return 128 - code if code < 0 else code
+        end = self._end_of(trainers)
+        print(f"\nhandloop: {redact(end.reason)}", file=sys.stderr, flush=True)
+        if run is not None:
+            self._record(end, run.folder, trainers)
+        return end.code
+
+    def _end_of(self, trainers: Sequence[Trainer]) -> ExitWith:
+        """The end of a run whose first process could not say it."""
+        failed = [trainer for trainer in trainers if trainer.code]
+        if self.is_killed_by_hand or any(trainer.code == 128 + signal.SIGINT for trainer in failed):
+            return ExitWith(ExitCode.KILLED, f"ended by a second Ctrl-C, without saving; {REPEAT}")
+        if failed:
+            code = next((code for code in ExitCode if code == failed[0].code), ExitCode.DEFECT)
+            said = f"process {failed[0].rank} ended with {code} ({code.name.lower()}); see what it printed"
+            return ExitWith(code, f"{said}\n{REPEAT}")
+        memory = f"{MEMORY}\n" if oom_kills() > self.oom_kills else ""
+        if len(trainers) > 1:
+            reason = self.reason or blame(trainers, read_run(self.folder))
+            return ExitWith(ExitCode.PEER_FAILURE, f"{reason}\n{memory}{REPEAT}")
+        return self._end_of_only(trainers[0], memory)
+
+    def _end_of_only(self, trainer: Trainer, memory: str) -> ExitWith:
+        """The end of a run whose only process is lost."""
+        if trainer.crash:
+            return ExitWith(ExitCode.DEFECT, f"the trainer {trainer.loss()}\n{REPEAT}")
+        when = f", after {self.stopped_by} and before it had saved" if self.stopped_by else ""
+        return ExitWith(ExitCode.KILLED, f"the trainer {trainer.loss()}{when}\n{memory}{REPEAT}")
+
+    def _record(self, end: ExitWith, folder: RunFolder, trainers: Sequence[Trainer]) -> None:
+        """Writes exit.json, the end of the attempt if one had begun, and the report of a crash."""
+        doing = trainers[0].doing
+        with suppress(OSError):
+            folder.write_exit(end.code, redact(end.reason), doing=doing)
+        attempts = read_attempts(folder)
+        if attempts and attempts[-1].end is None and attempts[-1].start.get("time", "") >= self.began:
+            log = AttemptLog(folder)
+            log.take_over(attempts[-1])
+            log.end(end.code, end.reason, doing=doing)
+        crashes = [trainer.crash for trainer in trainers if trainer.crash]
+        if crashes:
+            with suppress(OSError):
+                write_atomically(folder.defect, redact("\n\n".join(crashes) + "\n"))
 
 
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-        status = Path(f"/proc/{process}/stat")  # Linux only
-        return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+def _send(pid: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def main(arguments: list[str]) -> int:
     """Runs `accelerate launch ARGUMENTS`; returns the trainer's exit code."""
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
     with tempfile.TemporaryDirectory() as folder:
-        return Launcher(arguments, Path(folder)).wait()
+        return Launcher([accelerate, "launch", *arguments], Path(folder)).wait()

@@ -3,7 +3,6 @@
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ from train.config import Config
 from train.metrics import to_host
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder
+from train.run.heartbeats import heard_of, read_beats, write_beat
 from train.run.signals import StopRequest
 
 
@@ -42,21 +42,51 @@ def raise_if_stopped(config: Config, accelerator: Accelerator, stop: StopRequest
         raise ExitWith(ExitCode.INTERRUPTED, f"{reason}; {advice_to_repeat(config)}")
 
 
-class Heartbeat:
-    """The last step of each process and its time, in the run folder: a dead peer can then be named."""
+class Watch:
+    """What a step shares with the run around it; this one is alone: nobody asks it to stop, nobody waits for it."""
 
-    def __init__(self, config: Config, accelerator: Accelerator) -> None:
-        self.path: Path | None = None
+    def is_asked(self) -> bool:
+        """Whether this process was asked to stop."""
+        return False
+
+    def arrive(self) -> None:
+        """This process is about to wait for the others."""
+        return
+
+
+UNWATCHED = Watch()
+
+
+class Heartbeat(Watch):
+    """Passes stop requests on to the step, and records how far this process is: a dead peer can then be named."""
+
+    def __init__(self, config: Config, accelerator: Accelerator, stop: StopRequest) -> None:
+        self.stop = stop
+        self.rank, self.step, self.arrivals = accelerator.process_index, 0, 0
+        self.folder: Path | None = None  # where there are several processes
         if accelerator.num_processes > 1:
-            self.path = RunFolder.of(config).heartbeats / str(accelerator.process_index)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.beat(0)
+            self.folder = RunFolder.of(config).heartbeats
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write()
+
+    def is_asked(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self.stop.is_received()
+
+    def arrive(self) -> None:
+        """Records that this process has arrived at a collective."""
+        self.arrivals += 1
+        self._write()
 
     def beat(self, step: int) -> None:
-        """Records that this process has finished `step`."""
-        if self.path is not None:
+        """Records that this process has completed `step`."""
+        self.step, self.arrivals = step, 0
+        self._write()
+
+    def _write(self) -> None:
+        if self.folder is not None:
             with suppress(OSError):
-                self.path.write_text(f"{step}")
+                write_beat(self.folder, self.rank, self.step, self.arrivals)
 
 
 def peer_failure(config: Config, error: RuntimeError) -> str:
@@ -64,17 +94,10 @@ def peer_failure(config: Config, error: RuntimeError) -> str:
     is_collective = isinstance(error, torch.distributed.DistError) or re.search("gloo|NCCL|Connection", str(error))
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not is_collective:
         return ""
-    now = time.time()
-    beats = []
-    own = os.environ.get("RANK")
-    for path in sorted(RunFolder.of(config).heartbeats.glob("*")):
-        if path.name == own:  # this process is alive
-            continue
-        with suppress(OSError, ValueError):
-            beats.append((path.stat().st_mtime, f"process {path.name}: step {path.read_text()}"))
-    last_steps = "; ".join(f"{step}, {now - moment:.0f} s ago" for moment, step in sorted(beats))
+    own = os.environ.get("RANK")  # this process is alive
+    others = [beat for beat in read_beats(RunFolder.of(config).heartbeats) if beat.rank != own]
     first_line = str(error).strip().splitlines()[0]
-    return f"another process died or hangs ({first_line})\nlast heard of: {last_steps or 'no step was finished'}"
+    return f"another process died or hangs ({first_line})\n{heard_of(others)}"
 
 
 def say(accelerator: Accelerator, text: str) -> None:

@@ -1,6 +1,14 @@
-"""Stop signals. Imports nothing heavy: main installs the handlers before imports that take seconds."""
+"""Stop signals, and what the launcher is told. Imports nothing heavy: main does this before imports that take seconds.
 
+In the folder HANDLOOP_LAUNCHER every trainer process has a file `pid-N`, which holds its rank, `doing-N`, and at its
+end, whatever end that is, a note `end-N` with its exit code. A process that is gone without a note has crashed, which
+`crash-N` says, or was killed. The first process names the run folder in `run`, and leaves the exit code in `exit`.
+"""
+
+import atexit
 import ctypes
+import faulthandler
+import json
 import os
 import signal
 import time
@@ -23,7 +31,7 @@ def listen(handler: Handler) -> None:
 
 
 class StopRequest:
-    """Remembers the first stop signal; training stops at the next step boundary, never in the handler.
+    """Remembers the first stop signal; training stops after the micro-batch under way, never in the handler.
 
     Launchers and schedulers send SIGTERM and SIGUSR1 more than once, so the process ends at once only on a Ctrl-C that
     comes more than a second after the first signal.
@@ -37,15 +45,20 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if number == signal.SIGINT and self.received and now - self.received_at > 1:
+            leave_note(128 + number)
             os._exit(128 + number)
         if not self.received:
             self.received, self.received_at = signal.Signals(number).name, now
             with suppress(OSError):  # the terminal may be closed
-                os.write(2, b"\nstopping at the next step; Ctrl-C again ends at once, without saving\n")
+                os.write(2, b"\nstopping after this micro-batch; Ctrl-C again ends at once, without saving\n")
 
     def is_received(self) -> bool:
         """Whether this process was asked to stop."""
         return bool(self.received)
+
+    def seconds(self) -> float:
+        """Seconds since it was asked."""
+        return time.monotonic() - self.received_at
 
 
 def follow_launcher() -> None:
@@ -56,12 +69,47 @@ def follow_launcher() -> None:
     folder = os.environ.get("HANDLOOP_LAUNCHER")
     if folder:
         with suppress(OSError):
-            (Path(folder) / f"pid-{os.getpid()}").touch()
+            faulthandler.enable((Path(folder) / f"crash-{os.getpid()}").open("w"))
+            write_whole(Path(folder) / f"pid-{os.getpid()}", os.environ.get("RANK", "0"))
+        atexit.register(leave_note, 1)
     if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         parent = os.getppid()
         stop_with_parent()
         if os.getppid() != parent:  # it died before stop_with_parent()
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def leave_note(code: int) -> None:
+    """Tells Handloop's launcher, if there is one, that this process ends by itself; the first note stands."""
+    folder = os.environ.get("HANDLOOP_LAUNCHER")
+    note = Path(folder or "") / f"end-{os.getpid()}"
+    if folder and not note.exists():
+        with suppress(OSError):
+            write_whole(note, f"{int(code)}")
+
+
+def tell_doing(what: str) -> None:
+    """Tells Handloop's launcher, if there is one, what this process is doing."""
+    folder = os.environ.get("HANDLOOP_LAUNCHER")
+    if folder:
+        with suppress(OSError):
+            write_whole(Path(folder) / f"doing-{os.getpid()}", what)
+
+
+def tell_launcher(run_dir: str, timeout_minutes: float) -> None:
+    """Tells Handloop's launcher, if there is one, where the run is and how long its processes wait for one another."""
+    folder = os.environ.get("HANDLOOP_LAUNCHER")
+    if folder:
+        with suppress(OSError):
+            told = {"dir": os.path.abspath(run_dir), "timeout_seconds": 60 * timeout_minutes}
+            write_whole(Path(folder) / "run", json.dumps(told))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a small file that another process may read at any moment; raises OSError."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def stop_with_parent() -> None:

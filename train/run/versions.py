@@ -14,7 +14,14 @@ MAX_GIT_SECONDS = 10.0  # a network file system may hang
 
 def versions() -> dict[str, str]:
     """What the run was made with."""
-    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 def code_version() -> str:

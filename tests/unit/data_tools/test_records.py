@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from data_tools import making
-from data_tools.prepare import PrepareSettings, cache_root, prepare
+from data_tools.cache import cache_root
+from data_tools.prepare import PrepareSettings, prepare
 from data_tools.records import Tally, read_records
 from data_tools.report import DataError
 from data_tools.sources import survey

@@ -50,11 +50,21 @@ def test_an_attempt_that_never_began_has_no_end(folder: RunFolder) -> None:
     assert [attempt.end for attempt in read_attempts(folder)] == [None]
 
 
+def test_an_attempt_that_was_killed_long_ago_is_not_ended(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process fails before the first one has begun an attempt: the killed one before stays without an end."""
+    monkeypatch.setattr(attempts_module, "_now", lambda: "2020-01-01T00:00:00+00:00")
+    begun(folder, 0)
+    monkeypatch.undo()
+    AttemptLog(folder).end(ExitCode.DEFECT, "while loading")
+    assert [attempt.end for attempt in read_attempts(folder)] == [None]
+
+
 def test_a_process_that_is_left_ends_the_attempt_of_the_first(folder: RunFolder) -> None:
     """The first process has died: another one writes exit.json, and the end of what the first had begun."""
     begun(folder, 0).end(ExitCode.INTERRUPTED, "stopped")
+    other = AttemptLog(folder)
     begun(folder, 2)
-    AttemptLog(folder).end(ExitCode.PEER_FAILURE, "another process died")
+    other.end(ExitCode.PEER_FAILURE, "another process died")
     codes = [attempt.end and attempt.end["code"] for attempt in read_attempts(folder)]
     assert codes == [75, 81]
 

@@ -1,0 +1,66 @@
+"""How the `handloop` command ends: broken pipes, full disks, defects, Ctrl-C."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from data_tools.report import DataError
+from tests.conftest import ROOT
+from train.commands import handloop, preview
+from train.run.exits import ExitCode, ExitWith
+
+COMMAND = [sys.executable, "-c", "import sys\nfrom train.commands.handloop import main\nsys.exit(main())"]
+
+
+def piped(words: str, tail: str) -> tuple[int, str]:
+    """Exit code and stderr of `handloop WORDS` with its stdout as `tail` of a shell command says."""
+    script = f'{{ "$@" {words} 2>&3; echo code $? >&3; }} 3>&2 {tail}'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", *COMMAND], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    said, _, code = done.stderr.rpartition("code ")
+    return int(code), said
+
+
+@pytest.mark.parametrize(("words", "tail"), [("", "| true"), ("preview demo/glossary.jsonl --rows 500", "| head -n 2")])
+def test_a_broken_pipe_is_quiet(words: str, tail: str) -> None:
+    """`handloop ... | head` ends with 0 and says nothing of it, also where the pipe breaks at the last flush."""
+    code, said = piped(words, tail)
+    assert code == 0
+    assert "handloop:" not in said
+    assert "BrokenPipe" not in said
+    assert "Exception ignored" not in said
+
+
+def test_a_full_disk_is_said() -> None:
+    """A result that cannot be written is no success."""
+    code, said = piped("", "> /dev/full")
+    assert code == ExitCode.BAD_INPUT
+    assert "handloop: [Errno 28] No space left on device" in said
+    assert "Exception ignored" not in said
+
+
+def test_what_ends_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A foreseen error is one message, a defect 70 with its report, Ctrl-C 130 and silent."""
+    ends: list[tuple[BaseException, int, str]] = [
+        (DataError("bad rows"), 78, "\nhandloop: bad rows\n"),
+        (ExitWith(ExitCode.NON_FINITE, "no number"), 79, "\nhandloop: no number\n"),
+        (MemoryError(), 78, "\nhandloop: out of memory\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ]
+    for error, code, text in [*ends, (ZeroDivisionError("a bug, hf_" + "a" * 30), 70, None)]:
+
+        def fail(words: object, error: BaseException = error) -> int:
+            raise error
+
+        monkeypatch.setattr(preview, "main", fail)
+        assert handloop.main(["preview"]) == code
+        said = capsys.readouterr().err
+        if text is not None:
+            assert said == text
+    assert "a defect of Handloop, while running handloop preview: ZeroDivisionError: a bug" in said
+    assert "Traceback" in said
+    assert "hf_aaaa" not in said

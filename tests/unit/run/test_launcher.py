@@ -1,0 +1,117 @@
+"""What the launcher says of trainer processes that could not say it themselves; the trainers here are fakes."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from train.run import host_memory
+from train.run.attempts import read_attempts
+from train.run.exits import ExitCode
+from train.run.folder import RunFolder, read_object
+
+TIMEOUT = 2.0
+LAUNCH = (
+    "import sys, tempfile\nfrom pathlib import Path\nimport train.run.launcher as launcher\n"
+    "counts = list(map(int, sys.argv[1].split(',')))\nlauncher.oom_kills = lambda: counts.pop(0)\n"
+    "with tempfile.TemporaryDirectory() as folder:\n"
+    "    sys.exit(launcher.Launcher([sys.executable, *sys.argv[2:]], Path(folder)).wait())"
+)
+
+
+def launched(run_dir: Path, *behaviours: str, oom_kills: str = "0,0") -> tuple[int, str, float]:
+    """Exit code, stderr and seconds of the launcher with one fake trainer for each behaviour."""
+    fake = str(ROOT / "tests" / "unit" / "run" / "fake_trainer.py")
+    words = [sys.executable, "-c", LAUNCH, oom_kills, fake, str(run_dir), str(TIMEOUT), *behaviours]
+    began = time.monotonic()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stderr, time.monotonic() - began
+
+
+LOST = {
+    "killed": (("killed",), 83, "the trainer was killed from outside while loading, as the kernel"),
+    "ended by hand": (("ctrl_c",), 83, "ended by a second Ctrl-C, without saving"),
+    "crashed": (("crash",), 70, "the trainer crashed while loading (Fatal Python error: Aborted)"),
+    "one of two killed": (("wait", "killed"), 81, "process 1 was killed from outside"),
+    "the first killed": (("killed", "wait"), 81, "process 0 was killed from outside"),
+    "one of two crashed": (("wait", "crash"), 81, "process 1 crashed while loading (Fatal Python error: Aborted)"),
+    "one of two stopped": (("wait", "stopped"), 81, "process 1 is stopped"),
+    "stopped, the other aborted": (("watchdog", "stopped"), 81, "process 1 is stopped"),
+    "behind, the other aborted": (("watchdog", "behind"), 81, "process 1 has not answered for more than 2 s"),
+    "behind": (("wait", "behind", "wait"), 81, "process 1 has not answered for more than 2 s"),
+    "one without memory": (("wait", "memory"), 78, "process 1 ended with 78 (bad_input)"),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_lost_trainers_are_named(name: str, tmp_path: Path) -> None:
+    """Within the timeout and ten seconds: code, message, exit.json and the attempt's end; no process is left."""
+    behaviours, code, told = LOST[name]
+    folder = RunFolder(tmp_path / "run")
+    found, said, seconds = launched(folder.path, *behaviours)
+    assert found == code, said
+    assert f"handloop: {told}" in said
+    record = read_object(folder.exit)
+    assert (record["code"], record["name"], record["doing"]) == (code, ExitCode(code).name.lower(), "loading")
+    assert str(record["reason"]).startswith(told)
+    assert "the newest checkpoint stands: run the same command again" in str(record["reason"])
+    assert seconds < TIMEOUT + 10
+    (attempt,) = read_attempts(folder)
+    assert attempt.end is not None
+    assert attempt.end["code"] == code
+    if len(behaviours) > 1 and code == 81:
+        assert f"last heard of: {told[:9]}: step 3, " in str(record["reason"])
+    assert folder.defect.exists() == ("crash" in behaviours or "watchdog" in behaviours)
+    everything = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(tmp_path) not in everything
+
+
+def test_a_kill_for_want_of_memory(tmp_path: Path) -> None:
+    """If the kernel has counted one meanwhile, the message says what to lower."""
+    code, said, _ = launched(tmp_path / "run", "killed", oom_kills="4,5")
+    assert code == ExitCode.KILLED
+    assert "host memory ran out" in said
+    assert "--batch.per_device" in str(read_object(tmp_path / "run" / "exit.json")["reason"])
+    assert "host memory" not in launched(tmp_path / "other", "killed", oom_kills="4,4")[1]
+
+
+def test_ends_of_their_own_are_passed_on(tmp_path: Path) -> None:
+    """A trainer that ends by itself is not taken for one that was killed."""
+    assert launched(tmp_path / "run", "fine", "fine")[0] == 0
+    code, said, _ = launched(tmp_path / "other", "exception")
+    assert code != ExitCode.KILLED
+    assert "killed" not in said
+
+
+def test_nothing_is_written_into_another_job_s_folder(tmp_path: Path) -> None:
+    """The first process is refused the run folder: the others are ended soon, and no record is touched."""
+    code, _, seconds = launched(tmp_path / "run", "refused", "wait")
+    assert code == ExitCode.BAD_INPUT
+    assert seconds < 12
+    assert not (tmp_path / "run" / "exit.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("own", "place"),
+    [
+        ("0::/job\n", "job/memory.events"),
+        ("0::/not/visible/here\n", "memory.events"),
+        ("5:cpu:/x\n4:memory:/job\n", "memory/job/memory.oom_control"),
+        ("5:cpu:/x\n4:memory:/hidden\n", "memory/memory.oom_control"),
+    ],
+)
+def test_the_kernel_s_count(own: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cgroup v2 and v1, seen from the host and from a container; without a file it is 0."""
+    monkeypatch.setattr(host_memory, "OWN", tmp_path / "own")
+    monkeypatch.setattr(host_memory, "CGROUPS", tmp_path)
+    assert host_memory.oom_kills() == 0
+    (tmp_path / "own").write_text(own)
+    assert host_memory.oom_kills() == 0
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / place).write_text("low 0\noom 9\noom_kill 3\noom_group_kill 1\n")
+    assert host_memory.oom_kills() == 3

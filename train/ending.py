@@ -1,0 +1,110 @@
+"""How a run ends: whatever happened becomes an exit code, exit.json and one message."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from data_tools.report import DataError
+from train.config import Config
+from train.engine.copies import HostMemoryError
+from train.run.attempts import AttemptLog
+from train.run.defects import Doing, print_defect, report_defect
+from train.run.environment import is_first_process
+from train.run.exits import ExitCode, ExitWith
+from train.run.folder import RunFolder
+from train.run.processes import advice_to_repeat, peer_failure
+from train.run.redact import redact
+from train.run.signals import leave_note
+
+# what a machine refuses, whoever asks
+REFUSED_BY_THE_MACHINE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+)
+
+
+def end_of(run: Callable[[], None], config: Config, doing: Doing, argv: Sequence[str]) -> ExitWith:
+    """Runs the job and returns how it ended; what nobody foresaw is a defect, with a report in the run folder."""
+    try:
+        run()
+    except ExitWith as end:
+        return end
+    except (Exception, SystemExit) as error:  # a library's exit would be one without a reason
+        return _foreseen(error, config, doing) or _defect(error, config, doing, argv)
+    return ExitWith(ExitCode.FINISHED, "finished")
+
+
+def record_end(end: ExitWith, doing: Doing, folder: RunFolder, log: AttemptLog) -> None:
+    """Writes exit.json and the line of the end in attempts.jsonl, if that is for this process to do."""
+    # without a group this is another job's folder, for all that a process knows that is not the first
+    is_known = is_first_process() or end.code != ExitCode.PEER_FAILURE or torch.distributed.is_initialized()
+    if is_known and _is_recorder(end.code, folder.exit):
+        facts = {} if end.code == ExitCode.FINISHED else {"doing": doing.now}
+        with suppress(OSError):  # a disk so full that not even this fits
+            folder.write_exit(end.code, redact(end.reason), **facts, **end.facts)
+        log.end(end.code, end.reason, **facts, **end.facts)
+
+
+def say_end(end: ExitWith) -> None:
+    """Tells the launcher and, unless all went well, the user; nothing comes after it."""
+    launcher = os.environ.get("HANDLOOP_LAUNCHER")
+    if launcher and _is_recorder(end.code, Path(launcher) / "exit"):
+        with suppress(OSError):
+            (Path(launcher) / "exit").write_text(f"{int(end.code)}\n")
+    leave_note(end.code)
+    is_own_matter = end.code in (ExitCode.PEER_FAILURE, ExitCode.DEFECT)
+    if end.code != ExitCode.FINISHED and (is_first_process() or is_own_matter):
+        with suppress(OSError):  # a terminal that is gone
+            print(f"\nhandloop: {redact(end.reason)}", file=sys.stderr, flush=True)
+
+
+def unrecorded_defect(error: Exception, doing: Doing, argv: Sequence[str]) -> ExitWith:
+    """The end by a defect where no run folder is at hand: the report goes to stderr."""
+    return ExitWith(ExitCode.DEFECT, print_defect(error, doing.now, argv))
+
+
+def _is_recorder(code: ExitCode, record: Path) -> bool:
+    """Whether this process records how the run ended.
+
+    The first one does. Another one does where it is the cause, or where the first may be dead; a peer failure, which is
+    only the consequence, replaces no record.
+    """
+    if code == ExitCode.PEER_FAILURE:
+        return not record.exists()
+    return is_first_process() or code == ExitCode.DEFECT
+
+
+def _foreseen(error: BaseException, config: Config, doing: Doing) -> ExitWith | None:
+    """The end that an exception of the data, the machine or the other processes means; None for any other."""
+    if isinstance(error, DataError):
+        return ExitWith(ExitCode.BAD_INPUT, str(error))
+    if isinstance(error, torch.OutOfMemoryError):
+        advice = "lower --batch.per_device (and raise --batch.accumulation), or --data.max_length"
+        return _out_of_memory(f"out of memory: {str(error).splitlines()[0]}\n{advice}")
+    if isinstance(error, HostMemoryError | MemoryError):
+        advice = "free host memory, raise what the container or WSL may take, or give --engine.kind reference"
+        return _out_of_memory(f"{error or 'out of host memory'}\n{advice}")
+    if isinstance(error, RuntimeError) and (silent := peer_failure(config, error)):
+        reason = f"{silent}\nthe newest checkpoint stands: {advice_to_repeat(config)}"
+        return ExitWith(ExitCode.PEER_FAILURE, reason)
+    if isinstance(error, OSError) and error.errno in REFUSED_BY_THE_MACHINE:
+        reason = f"while {doing.now}: {error}\nmake room or give the rights, then {advice_to_repeat(config)}"
+        return ExitWith(ExitCode.BAD_INPUT, reason)
+    return None
+
+
+def _defect(error: BaseException, config: Config, doing: Doing, argv: Sequence[str]) -> ExitWith:
+    known = report_defect(RunFolder.of(config).defect, error, doing.now, argv)
+    return ExitWith(ExitCode.DEFECT, f"{known}\nwhat is saved stands: {advice_to_repeat(config)}")
+
+
+def _out_of_memory(reason: str) -> ExitWith:
+    """A process other than the first prints the reason itself, since the first only sees it vanish."""
+    if not is_first_process():
+        print(f"handloop: process {os.environ['RANK']}: {reason}", file=sys.stderr, flush=True)
+    return ExitWith(ExitCode.BAD_INPUT, reason)

@@ -1,0 +1,66 @@
+"""The processes' signs of life in the run folder, by which one that is dead or hangs can be named."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What was last heard of a process."""
+
+    rank: str
+    step: int  # completed
+    arrivals: int  # collectives after that step at which it has arrived; in all processes they are the same ones
+    pid: int
+    host: str
+    time: float  # seconds since the epoch
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """How far it is: of processes that wait for one another, the last is the one that the others wait for."""
+        return self.step, self.arrivals
+
+    def age(self) -> float:
+        """Seconds since."""
+        return time.time() - self.time
+
+    def is_stopped(self) -> bool:
+        """Whether it is stopped, as by SIGSTOP or a debugger; told only of processes on this machine."""
+        return self.host == platform.node() and state_of(self.pid) in ("T", "t")
+
+    def __str__(self) -> str:
+        stopped = " (stopped, as by SIGSTOP)" if self.is_stopped() else ""
+        return f"process {self.rank}: step {self.step}, {self.age():.0f} s ago{stopped}"
+
+
+def write_beat(folder: Path, rank: int, step: int, arrivals: int) -> None:
+    """Records how far this process is; raises OSError."""
+    beat = {"step": step, "arrivals": arrivals, "pid": os.getpid(), "host": platform.node()}
+    (folder / str(rank)).write_text(json.dumps(beat))
+
+
+def read_beats(folder: Path) -> list[Beat]:
+    """What was last heard of each process, the most silent first: stopped, behind the others, or heard of earlier."""
+    beats = []
+    for path in folder.glob("*"):
+        with suppress(OSError, ValueError, TypeError):
+            beats.append(Beat(path.name, **json.loads(path.read_text()), time=path.stat().st_mtime))
+    return sorted(beats, key=lambda beat: (not beat.is_stopped(), beat.place, beat.time))
+
+
+def heard_of(beats: Iterable[Beat]) -> str:
+    """The processes with their last steps, in the order given."""
+    return f"last heard of: {'; '.join(map(str, beats)) or 'no step was finished'}"
+
+
+def state_of(pid: int) -> str:
+    """The letter of a process's state by /proc (Linux only): T is stopped, Z has ended; nothing if it is not known."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return ""

@@ -46,6 +46,13 @@ FAULTS = {
     "T23": "secrets in environment, configuration, arguments, errors | found nowhere",
     "T24": "malicious pickles in every slot | never opened",
     "T25": "hundreds of steps, each saved | open files and memory do not grow",
+    "T26": "a trainer killed, stopped or failing alone | a code and a sentence of its own; of several, the one at "
+    "fault is named within the timeout and ten seconds",
+    "T27": "a stop signal within a step or a validation | durable one micro-batch and a save later; same bits",
+    "T28": "a defect, a terminal that is gone, a home or cache that cannot be written | exit.json says code, what was "
+    "being done and what to do; or training goes on",
+    "T29": "a base whose files are not those of its config.json | refused by both loaders, with the tensors' names",
+    "T30": "heads, blocks and layers that compute another model than we do | refused before the first step",
 }
 
 # where the moment or the place of the fault is drawn at random, so that more tries would see more

@@ -1,8 +1,9 @@
 """Counts how often each fault is tried, and its failures.
 
-Every test in tests/faults takes the fixture `tally`, asks it how often to try (`tally.times(short, full)`) and reports
-every try. The suite uses the short counts; `bash launch/test.sh --faults full` sets HANDLOOP_FAULTS=full, and
-HANDLOOP_TALLY to a file that gets one JSON line per test. The table in docs/RELIABILITY.md is made from that file.
+A test in tests/faults takes the fixture `tally`, asks it how often to try (`tally.times(short, full)`) and reports
+every try; one that takes none is one try itself. The suite uses the short counts; `bash launch/test.sh --faults full`
+sets HANDLOOP_FAULTS=full, and HANDLOOP_TALLY to a file that gets one JSON line per test. The table in
+docs/RELIABILITY.md is made from that file.
 """
 
 import os
@@ -12,7 +13,7 @@ class Tally:
     """The tries of one test."""
 
     def __init__(self, name: str) -> None:
-        self.name = name  # the fault's number in docs/RELIABILITY.md, T1 to T25
+        self.name = name  # the fault's number in docs/RELIABILITY.md, T1 to T30
         self.count = 0
         self.tries: set[str] = set()
         self.failures: list[str] = []

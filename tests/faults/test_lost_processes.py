@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from tests.compare_runs import at, exit_record, start_processes
 from tests.conftest import ROOT, arguments, with_batch
 from tests.faults.test_stops import COMMANDS, trainers
@@ -50,6 +52,7 @@ def pid_of(run_dir: Path, rank: int) -> int:
     raise AssertionError(f"no process of rank {rank}")
 
 
+@pytest.mark.fault("T26")
 def test_the_only_process_is_killed(config: Config, tmp_path: Path) -> None:
     """83 and a sentence, in exit.json and the attempt's end as well; the same command goes on."""
     run_dir = tmp_path / "run"
@@ -68,6 +71,7 @@ def test_the_only_process_is_killed(config: Config, tmp_path: Path) -> None:
     assert attempt.end["last_step"] >= 3
 
 
+@pytest.mark.fault("T26")
 def test_one_of_two_is_killed_or_stopped(config: Config, tmp_path: Path) -> None:
     """The other is ended, and the lost one named, within run.timeout_minutes and ten seconds; no process is left."""
     config = with_batch(config, 2, 2)
@@ -90,6 +94,7 @@ def test_one_of_two_is_killed_or_stopped(config: Config, tmp_path: Path) -> None
         assert attempt.end["code"] == 81
 
 
+@pytest.mark.fault("T26")
 def test_a_defect_in_one_of_two(config: Config, tmp_path: Path) -> None:
     """exit.json has the defect, not the peer failure that follows from it; the other process ends soon."""
     config = with_batch(replace(config, run=replace(config.run, timeout_minutes=1.0)), 2, 2)
@@ -109,6 +114,7 @@ def test_a_defect_in_one_of_two(config: Config, tmp_path: Path) -> None:
         assert ends == [70]
 
 
+@pytest.mark.fault("T26")
 def test_a_second_job_leaves_no_record_in_the_folder(config: Config, tmp_path: Path) -> None:
     """Its first process is refused; the other one, which waits in vain, does not end the job that has it."""
     config = with_batch(replace(config, run=replace(config.run, timeout_minutes=0.1)), 2, 2)

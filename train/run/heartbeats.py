@@ -9,6 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+BEAT_BYTES = 256  # of a beat in its file, so that a shorter one leaves nothing of a longer one
+
 
 @dataclass(frozen=True)
 class Beat:
@@ -40,9 +42,17 @@ class Beat:
 
 
 def write_beat(folder: Path, rank: int, step: int, arrivals: int) -> None:
-    """Records how far this process is; raises OSError."""
+    """Records how far this process is; raises OSError.
+
+    In one write over the last beat, because a process that is stopped or killed between the emptying of a file and the
+    writing would be the one of which nothing is known.
+    """
     beat = {"step": step, "arrivals": arrivals, "pid": os.getpid(), "host": platform.node()}
-    (folder / str(rank)).write_text(json.dumps(beat))
+    descriptor = os.open(folder / str(rank), os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        os.pwrite(descriptor, json.dumps(beat).ljust(BEAT_BYTES).encode(), 0)
+    finally:
+        os.close(descriptor)
 
 
 def read_beats(folder: Path) -> list[Beat]:

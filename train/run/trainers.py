@@ -87,12 +87,16 @@ def is_alive(pid: int) -> bool:
     return state_of(pid) != "Z"
 
 
+UNHEARD = (-1, 0)  # the place of a process that has left no sign of life
+
+
 def waits_in_vain(trainers: Sequence[Trainer], run: KnownRun) -> bool:
     """Whether a living process has waited for another living one for longer than the timeout."""
     living = {trainer.rank for trainer in trainers if trainer.is_alive}
     beats = [beat for beat in run.beats() if beat.rank in living]
+    last = min((beat.place for beat in beats), default=UNHEARD) if len(beats) == len(living) else UNHEARD
     late = run.timeout_seconds + LATE_SECONDS
-    return any(beat.place > min(beats, key=lambda each: each.place).place and beat.age() > late for beat in beats)
+    return any(beat.arrivals and beat.place > last and beat.age() > late for beat in beats)
 
 
 def blame(trainers: Sequence[Trainer], run: KnownRun | None) -> str:
@@ -101,16 +105,17 @@ def blame(trainers: Sequence[Trainer], run: KnownRun | None) -> str:
     One that NCCL's watchdog has aborted waited itself, unless nobody is behind it.
     """
     beats = run.beats() if run else []
-    place = {beat.rank: beat.place for beat in beats}
-    first = min(place.values(), default=(0, 0))
-    lost = [t for t in trainers if t.is_lost and not (WATCHDOG in t.crash and place.get(t.rank, first) > first)]
+    place = dict.fromkeys((trainer.rank for trainer in trainers), UNHEARD) | {beat.rank: beat.place for beat in beats}
+    first = min(place.values(), default=UNHEARD)
+    lost = [t for t in trainers if t.is_lost and not (WATCHDOG in t.crash and place[t.rank] > first)]
     stopped = [t for t in trainers if t.is_alive and state_of(t.pid) in ("T", "t")]
     if lost:
         rank, what = lost[0].rank, lost[0].loss()
     elif stopped:
         rank, what = stopped[0].rank, "is stopped (as by SIGSTOP)"
     elif run and beats:
-        rank, what = beats[0].rank, f"has not answered for more than {run.timeout_seconds:.0f} s"
+        rank = min((t.rank for t in trainers if t.is_alive), key=lambda rank: place[rank], default=beats[0].rank)
+        what = f"has not answered for more than {run.timeout_seconds:.0f} s"
     else:
         rank, what = ", ".join(t.rank for t in trainers if t.is_alive) or "?", "did not answer before the first step"
     return f"process {rank} {what}\n{heard_of(sorted(beats, key=lambda beat: beat.rank != rank))}"

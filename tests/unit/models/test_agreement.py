@@ -15,11 +15,8 @@ from tests.conftest import BUNDLED_BASE, training_of
 from tests.parity.bases import VOCABULARY, on
 from train.collate import collate, collate_packed
 from train.config import Config, DataConfig, EngineConfig
-from train.loss import Head
-from train.models import language_model
 from train.models.agreement import check_packing
 from train.models.language_model import LanguageModel
-from train.run.exits import ExitCode, ExitWith
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -76,41 +73,6 @@ def test_heads_that_do_more_are_computed(name: str, config: Config, tmp_path: Pa
     torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=0)
 
 
-@pytest.mark.parametrize("name", HEADS)
-def test_a_head_that_is_not_known_is_refused(
-    name: str, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each of these heads, taken for one that only multiplies, ends the run, whatever the seed."""
-    folder = write(tmp_path / "base", HEADS[name]())
-    monkeypatch.setattr(language_model, "head_of", lambda model: Head(model.get_output_embeddings().weight))
-    for seed in range(4):
-        config = replace(for_all_linear(config, folder), train=replace(config.train, seed=seed))
-        with pytest.raises(ExitWith, match="of the logits that our head makes differ from transformers'") as caught:
-            training_of(config, Accelerator(cpu=True))
-        assert caught.value.code == ExitCode.BAD_INPUT
-
-
-def test_a_block_that_is_computed_otherwise_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores scaled by 2 % too much in the second block, or adapters at 1.1 times their scale, end a fused run."""
-    config = replace(config, engine=EngineConfig(kind="fused"))
-    assert training_of(config, Accelerator(cpu=True)).plan.is_fused
-    real = language_model.FusedDecoder.__init__
-
-    def wrong_scores(self: Any, *arguments: Any) -> None:
-        real(self, *arguments)
-        inner = self.attend_for
-        self.attend_for = lambda batch: lambda q, k, v: inner(batch)(q * 1.02, k, v)
-
-    def wrong_adapters(self: Any, *arguments: Any) -> None:
-        real(self, *arguments)
-        self.stack.blocks[1].down.scales = [scale * 1.1 for scale in self.stack.blocks[1].down.scales]
-
-    for number, fault in enumerate((wrong_scores, wrong_adapters)):
-        monkeypatch.setattr(language_model.FusedDecoder, "__init__", fault)
-        with pytest.raises(ExitWith, match=f"block {number} on the fused engine differs from transformers'"):
-            training_of(config, Accelerator(cpu=True))
-
-
 def test_the_comparison_leaves_the_model_as_it_was(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Adapters start at the same values with the comparison and without it."""
     found = []
@@ -126,28 +88,6 @@ def test_the_comparison_leaves_the_model_as_it_was(config: Config, monkeypatch: 
 
 def packed(config: Config) -> Config:
     return replace(config, data=DataConfig(path=config.data.path, max_length=128, packing=True))
-
-
-def test_layers_that_carry_their_state_are_not_packed(config: Config, tmp_path: Path) -> None:
-    """A convolution and a recurrence across packed samples are refused; padded rows of the same models train."""
-    shapes = (
-        T.Lfm2Config(**SIZES | {"num_hidden_layers": 2}, layer_types=["conv", "full_attention"]),
-        T.Qwen3_5TextConfig(
-            **SIZES,
-            head_dim=16,
-            layer_types=["linear_attention", "full_attention"],
-            linear_num_key_heads=2,
-            linear_num_value_heads=4,
-            linear_key_head_dim=16,
-            linear_value_head_dim=16,
-        ),
-    )
-    for number, shape in enumerate(shapes):
-        own = for_all_linear(config, write(tmp_path / f"base-{number}", shape))
-        training_of(own, Accelerator(cpu=True))
-        with pytest.raises(ExitWith, match=r"--data\.packing true: a layer of .* carries its state") as caught:
-            training_of(packed(own), Accelerator(cpu=True))
-        assert caught.value.code == ExitCode.BAD_INPUT
 
 
 def test_attention_alone_is_packed(config: Config) -> None:

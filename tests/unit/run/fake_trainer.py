@@ -39,7 +39,8 @@ def main() -> None:
         tell_launcher(run_dir, float(timeout) / 60)
     tell_doing("loading")
     is_waiting = behaviours[rank] in ("wait", "watchdog")
-    write_beat(folder.heartbeats, rank, 3, int(is_waiting))
+    if behaviours[rank] != "unheard":
+        write_beat(folder.heartbeats, rank, 3, int(is_waiting))
     time.sleep(1)  # until all have registered
     behave(behaviours[rank], float(timeout))
 

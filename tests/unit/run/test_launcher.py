@@ -13,6 +13,7 @@ from train.run import host_memory
 from train.run.attempts import read_attempts
 from train.run.exits import ExitCode
 from train.run.folder import RunFolder, read_object
+from train.run.heartbeats import read_beats
 
 TIMEOUT = 2.0
 LAUNCH = (
@@ -44,6 +45,8 @@ LOST = {
     "stopped, the other aborted": (("watchdog", "stopped"), 81, "process 1 is stopped"),
     "behind, the other aborted": (("watchdog", "behind"), 81, "process 1 has not answered for more than 2 s"),
     "behind": (("wait", "behind", "wait"), 81, "process 1 has not answered for more than 2 s"),
+    "unheard of, the other aborted": (("watchdog", "unheard"), 81, "process 1 has not answered for more than 2 s"),
+    "unheard of": (("unheard", "wait"), 81, "process 0 has not answered for more than 2 s"),
     "one without memory": (("wait", "memory"), 78, "process 1 ended with 78 (bad_input)"),
 }
 
@@ -64,11 +67,24 @@ def test_lost_trainers_are_named(name: str, tmp_path: Path) -> None:
     (attempt,) = read_attempts(folder)
     assert attempt.end is not None
     assert attempt.end["code"] == code
-    if len(behaviours) > 1 and code == 81:
+    if len(behaviours) > 1 and code == 81 and "unheard" not in behaviours:
         assert f"last heard of: {told[:9]}: step 3, " in str(record["reason"])
     assert folder.defect.exists() == ("crash" in behaviours or "watchdog" in behaviours)
     everything = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     assert str(tmp_path) not in everything
+
+
+def test_a_beat_is_never_half_written(tmp_path: Path) -> None:
+    """A reader finds a whole one at every moment, while a process writes them as fast as it can."""
+    write = "from pathlib import Path\nfrom train.run.heartbeats import write_beat\nnumber = 0\nwhile True:\n"
+    write += f"    write_beat(Path({str(tmp_path)!r}), 0, number % 1000, 0)\n    number += 1\n"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", write], env=environment) as writer:
+        while not read_beats(tmp_path):
+            time.sleep(0.01)
+        seen = [len(read_beats(tmp_path)) for _ in range(3000)]
+        writer.kill()
+    assert seen == [1] * 3000
 
 
 def test_a_kill_for_want_of_memory(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ WRONG: dict[str, tuple[Shape, Callable[[Tensors], Tensors], str]] = {
 }
 
 
+@pytest.mark.fault("T29")
 @pytest.mark.parametrize("name", WRONG)
 @pytest.mark.parametrize("way", ["reference", "resident", "streamed"])
 def test_files_of_another_model_are_refused(way: str, name: str, config: Config, tmp_path: Path) -> None:
@@ -76,6 +77,7 @@ def test_files_of_another_model_are_refused(way: str, name: str, config: Config,
     assert caught.value.code == ExitCode.BAD_INPUT
 
 
+@pytest.mark.fault("T29")
 @pytest.mark.parametrize("way", ["reference", "streamed"])
 def test_folders_that_do_not_hold_one_base_are_refused(way: str, config: Config, tmp_path: Path) -> None:
     """An adapter beside the base, a lost shard, a tensor in two shards, weights of a foreign quantisation."""

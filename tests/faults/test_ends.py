@@ -27,6 +27,7 @@ DEFECTS = {
 }
 
 
+@pytest.mark.fault("T28")
 @pytest.mark.parametrize("doing", DEFECTS)
 def test_a_defect(doing: str, config: Config, tmp_path: Path) -> None:
     """Exit 70, the report without secrets in the run folder, one message without a traceback; it moves aside."""
@@ -53,6 +54,7 @@ def test_a_defect(doing: str, config: Config, tmp_path: Path) -> None:
     assert not folder.defect.exists()
 
 
+@pytest.mark.fault("T28")
 def test_a_defect_before_there_is_a_run_folder(config: Config, tmp_path: Path) -> None:
     """The report goes to stderr, the code is the same."""
     outcome = run_command(arguments(at(config, tmp_path / "run")), Defect("train.main", "parse", ValueError(TOKEN)))
@@ -76,6 +78,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.fault("T28")
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_the_machine_refuses(name: str, config: Config, tmp_path: Path) -> None:
     """Exit 78 with exit.json, naming the variable or the place; no traceback, no report of a defect."""
@@ -88,6 +91,7 @@ def test_what_the_machine_refuses(name: str, config: Config, tmp_path: Path) -> 
     assert not RunFolder(tmp_path / "run").defect.exists()
 
 
+@pytest.mark.fault("T28")
 @pytest.mark.parametrize("name", ["a home that cannot be written", "no user and no home"])
 def test_libraries_need_no_home(name: str, config: Config, tmp_path: Path) -> None:
     """With HANDLOOP_CACHE a run trains without a home, which Hugging Face's and torch's caches would have."""
@@ -97,6 +101,7 @@ def test_libraries_need_no_home(name: str, config: Config, tmp_path: Path) -> No
     assert outcome.returncode == 0, outcome.stderr
 
 
+@pytest.mark.fault("T28")
 def test_a_terminal_that_is_gone(config: Config, tmp_path: Path) -> None:
     """The real script whose reader leaves after the first line, without UTF-8: the same bits, exit 0."""
     assert run_command(arguments(at(config, tmp_path / "alone"))).returncode == 0
@@ -109,6 +114,7 @@ def test_a_terminal_that_is_gone(config: Config, tmp_path: Path) -> None:
     assert result_of(tmp_path / "run") == result_of(tmp_path / "alone")
 
 
+@pytest.mark.fault("T28")
 def test_ctrl_c_that_ends_the_reader_first(config: Config, tmp_path: Path) -> None:
     """As behind `| tee`: stdout and stderr are gone when the signal comes; it saves and ends with 75."""
     run_dir = tmp_path / "run"

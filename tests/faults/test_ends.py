@@ -64,8 +64,8 @@ def test_a_defect_before_there_is_a_run_folder(config: Config, tmp_path: Path) -
 
 
 REFUSED = {
-    "a rank that is no number": (None, {"RANK": "abc"}, "RANK in the environment is 'abc'"),
-    "half a world": (None, {"WORLD_SIZE": "2"}, "the processes cannot be started"),
+    "a rank that is no number": (None, {"RANK": "abc"}, "RANK=abc is not a number; for a single process: unset RANK"),
+    "half a world": (None, {"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set without RANK"),
     "a home that cannot be written": (None, {"HOME": "/proc/nope", "HANDLOOP_CACHE": ""}, "HANDLOOP_CACHE"),
     "no home": (NoUser(), {"HOME": "", "HANDLOOP_CACHE": ""}, "HANDLOOP_CACHE"),
     "a cache that is read-only": (None, {"HANDLOOP_CACHE": "/proc/self"}, "HANDLOOP_CACHE"),
@@ -119,7 +119,8 @@ def test_ctrl_c_that_ends_the_reader_first(config: Config, tmp_path: Path) -> No
     """As behind `| tee`: stdout and stderr are gone when the signal comes; it saves and ends with 75."""
     run_dir = tmp_path / "run"
     process = script(arguments(at(replace(config, train=replace(config.train, epochs=10_000)), run_dir)))
-    while not (run_dir / "metrics.jsonl").exists():
+    metrics = run_dir / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_bytes()):
         assert process.poll() is None
         time.sleep(0.05)
     assert process.stdout

@@ -22,7 +22,10 @@ CASES = {
         ["fields.jsonl:1: unknown fields (question, response); known are "],
     ),
     "no model": (["--model.name_or_path", "{tmp}"], ["--model.name_or_path", "name a folder"]),
-    "unreachable model": (["--model.name_or_path", "nobody/nothing"], ["nobody/nothing", "hf auth login"]),
+    "unreachable model": (
+        ["--model.name_or_path", "nobody/nothing"],
+        ["nobody/nothing", "HF_HUB_OFFLINE is set; unset it"],
+    ),
     "no such layer": (["--lora.target_modules", "w_q"], ["--lora.target_modules", "w_q"]),
     "no template": (["--data.chat_template", "gone.jinja"], ["--data.chat_template", "No such file", "gone.jinja"]),
     "impossible split": (["--data.validation_fraction", "0.001"], ["--data.validation_fraction 0.001"]),

@@ -59,7 +59,7 @@ def locate(config: ModelConfig) -> BasePlace:
 @lru_cache(maxsize=8)
 def _on_hub(name: str, revision: str) -> BasePlace:
     if is_offline_mode():
-        return _cached(name, revision, "HF_HUB_OFFLINE is set", note="")
+        return _cached(name, revision, "HF_HUB_OFFLINE is set; unset it, or name a folder", note="")
     try:
         _ask(name, revision)
         folder = _download(name, revision, SMALL_FILES)  # by its name, under which the cache finds it again

@@ -13,7 +13,7 @@ from train.learning_rate import Schedule
 from train.metrics import Pace, to_host
 from train.models.language_model import LanguageModel
 from train.optim import FlatParameters, set_learning_rate
-from train.run.processes import UNWATCHED, Watch, all_reduce_gradients
+from train.run.processes import UNWATCHED, Watch, all_reduce_gradients, check_present
 from train.seeds import seed_forward
 
 
@@ -133,7 +133,7 @@ def step_gradient(training: Training, batch: StepBatch, completed: int, watch: W
     config, accelerator, scaler = training.config, training.accelerator, training.scaler
     training.flat.zero_grad()
     scale = scaler.scale(torch.ones((), device=accelerator.device))
-    sums = torch.zeros(2, device=accelerator.device)  # of the loss, and of the processes that were asked to stop
+    sums = torch.tensor([0.0, 0.0, 1.0], device=accelerator.device)  # of losses, of processes asked to stop, of all
     pace = Pace(accelerator.device)
     for number, micro_batch in enumerate(batch.micro_batches):
         if watch.is_asked():
@@ -153,5 +153,8 @@ def step_gradient(training: Training, batch: StepBatch, completed: int, watch: W
     all_reduce_gradients(accelerator, training.flat.leaves)
     scaler.unscale_(training.optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(training.flat.leaves, config.optim.max_grad_norm)
+    watch.arrive()
     totals = accelerator.reduce(sums, reduction="sum")
-    return GradientStats(*to_host(*totals, grad_norm, scale))
+    loss, num_asked, num_present, norm, loss_scale = to_host(*totals, grad_norm, scale)
+    check_present(accelerator, num_present)
+    return GradientStats(loss, num_asked, norm, loss_scale)

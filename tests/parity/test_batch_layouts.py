@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from tests.conftest import ROOT, arguments, training_of, with_batch
 from train.config import BatchConfig, Config, EngineConfig
+from train.run.processes import any_process
 from train.step import Training, optimizer_step
 from train.track.metrics_file import read_metrics
 from train.validation import validate
@@ -113,13 +114,25 @@ def test_gradients_are_shared_once_a_step(config: Config, monkeypatch: pytest.Mo
 
     def counted(tensor: torch.Tensor, reduction: str) -> torch.Tensor:
         events.append(f"{reduction} of {tensor.numel()}")
-        return tensor
+        return tensor * 2  # the other process has the same
 
     monkeypatch.setattr(training.accelerator, "reduce", counted)
     optimizer_step(training, 0)
     gradients = [f"sum of {leaf.numel()}" for leaf in training.flat.leaves]
     assert sum(p.numel() for p in training.parameters.values()) == sum(leaf.numel() for leaf in training.flat.leaves)
-    assert events == ["forward"] * 4 + gradients + ["sum of 2"]  # the loss, and who was asked to stop
+    assert events == ["forward"] * 4 + gradients + ["sum of 3"]  # the loss, who was asked to stop, who is there
+
+
+def test_a_sum_that_was_given_up_is_not_used(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL gives a process its own part back when the others are silent: no update, and no flag is believed."""
+    training = build(config)
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr(training.accelerator, "reduce", lambda tensor, reduction: tensor)
+    before = [leaf.detach().clone() for leaf in training.flat.leaves]
+    for ask in (lambda: optimizer_step(training, 0), lambda: any_process(training.accelerator, True)):
+        with pytest.raises(RuntimeError, match="a collective of NCCL or gloo was given up: 1 of 2"):
+            ask()
+    assert all(torch.equal(a, b) for a, b in zip(before, training.flat.leaves, strict=True))
 
 
 def test_gradient_checkpointing_changes_nothing(unclipped: Config) -> None:

@@ -59,9 +59,6 @@ def start_accelerator(config: Config) -> Accelerator:
         settings: Any = torch.utils.deterministic
         settings.fill_uninitialized_memory = False  # a debugging aid, which would write to every new tensor
     torch.set_float32_matmul_precision("highest")  # whatever TORCH_ALLOW_TF32_CUBLAS_OVERRIDE says
-    # A wait in vain raises here, where the silent process can be named. Otherwise NCCL's watchdog aborts the group: for
-    # up to a minute this process went on with sums that were none, and had begun to save, before it was killed.
-    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     timeout = InitProcessGroupKwargs(timeout=timedelta(minutes=config.run.timeout_minutes))
     try:
         accelerator = Accelerator(cpu=config.run.device == "cpu", mixed_precision="no", kwargs_handlers=[timeout])

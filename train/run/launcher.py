@@ -28,7 +28,7 @@ from train.run.folder import RunFolder, read_object
 from train.run.host_memory import oom_kills
 from train.run.redact import redact
 from train.run.signals import listen, stop_with_parent
-from train.run.trainers import Trainer, blame, read_run, read_trainers, waits_in_vain
+from train.run.trainers import LATE_SECONDS, KnownRun, Trainer, blame, read_run, read_trainers, waits_in_vain
 
 SAVE_SECONDS = 60.0  # for which a trainer process may outlive accelerate, to save
 SECONDS_BEFORE_KILL = 10.0  # between a first Ctrl-C and one that kills
@@ -55,6 +55,7 @@ class Launcher:
         self.is_killed_by_hand = False
         self.deadline = float("inf")  # time.monotonic(): the trainers that still live then are ended
         self.reason = ""  # why they were ended
+        self.stopped_since: dict[int, float] = {}  # pid -> time.monotonic(), of trainers that are stopped
         self.began, self.oom_kills = datetime.now(UTC).isoformat(timespec="seconds"), oom_kills()
         listen(self._forward)
         # in a session of its own, because a terminal's Ctrl-C must reach only this process, which forwards it once
@@ -108,13 +109,20 @@ class Launcher:
         for trainer in trainers:
             if trainer.is_lost or trainer.code:
                 self._limit(SAVE_SECONDS if trainer.code in AGREED else PEER_SECONDS)
-        if run is not None and waits_in_vain(trainers, run):
+        if run is not None and (waits_in_vain(trainers, run) or self._is_stopped_for_long(living, run)):
             self._limit(0.0)
         if time.monotonic() >= self.deadline:
             self.reason = self.reason or blame(trainers, run)  # while it can still be seen who is stopped
             for trainer in living:
                 _send(trainer.pid, signal.SIGKILL)
             self._end_accelerate(signal.SIGKILL)
+
+    def _is_stopped_for_long(self, living: Sequence[Trainer], run: KnownRun) -> bool:
+        """Whether a trainer has been stopped for longer than the others wait, wherever it was."""
+        now = time.monotonic()
+        stopped = {trainer.pid for trainer in living if trainer.is_stopped}
+        self.stopped_since = {pid: self.stopped_since.get(pid, now) for pid in stopped}
+        return any(now - since > run.timeout_seconds + LATE_SECONDS for since in self.stopped_since.values())
 
     def _end_accelerate(self, number: int) -> None:
         with suppress(ProcessLookupError):

@@ -22,8 +22,21 @@ def any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
     """For each flag, whether it is set in any process; every process gets the same answers."""
     if accelerator.num_processes == 1:
         return list(flags)
-    counts = torch.tensor([float(flag) for flag in flags], device=accelerator.device)
-    return [value > 0 for value in to_host(*accelerator.reduce(counts, reduction="sum"))]
+    counts = torch.tensor([*(float(flag) for flag in flags), 1.0], device=accelerator.device)
+    *found, num_present = to_host(*accelerator.reduce(counts, reduction="sum"))
+    check_present(accelerator, num_present)
+    return [value > 0 for value in found]
+
+
+def check_present(accelerator: Accelerator, num_present: float) -> None:
+    """Raises RuntimeError unless every process has added its 1 to a sum.
+
+    Where another one is silent, NCCL gives up after the timeout, and what then comes back is this process's own part:
+    it went on with it, and saved, for up to a minute until it was aborted (seen on two GPUs).
+    """
+    if num_present != accelerator.num_processes:
+        reason = f"{num_present:g} of {accelerator.num_processes} processes are in a sum"
+        raise RuntimeError(f"a collective of NCCL or gloo was given up: {reason}")
 
 
 def all_reduce_gradients(accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter]) -> None:

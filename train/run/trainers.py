@@ -30,6 +30,11 @@ class Trainer:
         """Whether it has crashed, or was killed from outside."""
         return not self.is_alive and self.code is None
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it is alive and stopped, as by SIGSTOP."""
+        return self.is_alive and state_of(self.pid) in ("T", "t")
+
     def loss(self) -> str:
         """How it was lost."""
         while_doing = f" while {self.doing}" if self.doing else ""
@@ -108,7 +113,7 @@ def blame(trainers: Sequence[Trainer], run: KnownRun | None) -> str:
     place = dict.fromkeys((trainer.rank for trainer in trainers), UNHEARD) | {beat.rank: beat.place for beat in beats}
     first = min(place.values(), default=UNHEARD)
     lost = [t for t in trainers if t.is_lost and not (WATCHDOG in t.crash and place[t.rank] > first)]
-    stopped = [t for t in trainers if t.is_alive and state_of(t.pid) in ("T", "t")]
+    stopped = [t for t in trainers if t.is_stopped]
     if lost:
         rank, what = lost[0].rank, lost[0].loss()
     elif stopped:

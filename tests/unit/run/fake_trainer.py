@@ -38,7 +38,7 @@ def main() -> None:
         AttemptLog(folder).begin({"profile": "demo", "run": {}}, {"engine": "", "summary": ""}, {"from_step": 0})
         tell_launcher(run_dir, float(timeout) / 60)
     tell_doing("loading")
-    is_waiting = behaviours[rank] in ("wait", "watchdog")
+    is_waiting = behaviours[rank] in ("wait", "watchdog", "stopped there")
     if behaviours[rank] != "unheard":
         write_beat(folder.heartbeats, rank, 3, int(is_waiting))
     time.sleep(1)  # until all have registered
@@ -49,7 +49,7 @@ def behave(behaviour: str, timeout: float) -> None:
     """Ends, or not."""
     if behaviour == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    if behaviour == "stopped":
+    if behaviour.startswith("stopped"):
         os.kill(os.getpid(), signal.SIGSTOP)
     if behaviour == "crash":
         os.abort()

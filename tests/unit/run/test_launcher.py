@@ -42,6 +42,7 @@ LOST = {
     "the first killed": (("killed", "wait"), 81, "process 0 was killed from outside"),
     "one of two crashed": (("wait", "crash"), 81, "process 1 crashed while loading (Fatal Python error: Aborted)"),
     "one of two stopped": (("wait", "stopped"), 81, "process 1 is stopped"),
+    "stopped where the others are": (("wait", "stopped there"), 81, "process 1 is stopped"),
     "stopped, the other aborted": (("watchdog", "stopped"), 81, "process 1 is stopped"),
     "behind, the other aborted": (("watchdog", "behind"), 81, "process 1 has not answered for more than 2 s"),
     "behind": (("wait", "behind", "wait"), 81, "process 1 has not answered for more than 2 s"),

@@ -285,6 +285,8 @@ class Config:
         if "lm_head" in self.lora.target_modules:
             yield "lora.target_modules", "lm_head", "the output head stays frozen; leave it out"
         for word in self.lora.target_modules:
+            if not word.strip():
+                yield "lora.target_modules", repr(word), "is no name; leave it out"
             try:
                 re.compile(word)
             except re.error as error:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import training_of
 from tests.parity.bases import VOCABULARY, Shape, Tensors, first_loss, on, rewrite, ways, write
 from train.config import Config
 from train.run.exits import ExitCode, ExitWith
@@ -23,6 +25,10 @@ def renamed(old: str, new: str) -> Callable[[Tensors], Tensors]:
 
 def plus(name: str, *size: int, dtype: torch.dtype = torch.float32) -> Callable[[Tensors], Tensors]:
     return lambda tensors: tensors | {name: torch.ones(size, dtype=dtype)}
+
+
+def nan_in(name: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: tensors | {name: torch.full_like(tensors[name], float("nan"))}
 
 
 WRONG: dict[str, tuple[Shape, Callable[[Tensors], Tensors], str]] = {
@@ -50,6 +56,23 @@ WRONG: dict[str, tuple[Shape, Callable[[Tensors], Tensors], str]] = {
         Shape(),
         lambda tensors: tensors | {"model.norm.weight": torch.ones(60)},
         r"model\.norm\.weight is \[60\] in the files, \[64\] by config\.json",
+    ),
+    "a norm that the model has not": (Shape(), plus("model.layers.0.self_attn.q_norm.weight", 16), r"hold .*q_norm"),
+    "an adapter that was not merged": (
+        Shape(),
+        plus("model.layers.1.mlp.up_proj.lora_A.weight", 4, 64),
+        r"hold .*lora_A",
+    ),
+    "one tensor under two names": (
+        Shape(),
+        lambda tensors: tensors | {"layers.1.mlp.up_proj.weight": tensors["model.layers.1.mlp.up_proj.weight"] * 2},
+        r"model\.layers\.1\.mlp\.up_proj\.weight is there twice, also as layers\.1",
+    ),
+    "codes in a bias": (Shape(), plus("model.layers.0.mlp.up_proj.bias", 96, dtype=torch.int8), "stored as I8"),
+    "weights that are no numbers": (
+        Shape(),
+        nan_in("model.layers.1.mlp.up_proj.weight"),
+        r"1 of its weights hold NaN .*up_proj",
     ),
     "codes without their scales": (
         Shape(),
@@ -96,7 +119,9 @@ def test_folders_that_do_not_hold_one_base_are_refused(way: str, config: Config,
     with pytest.raises(ExitWith, match=r"model\.norm\.weight is both in .* and in"):
         first_loss(config)
     shards[0].unlink()
-    with pytest.raises(ExitWith, match=rf"names {shards[0].name}, which is not there"):
+    with pytest.raises(
+        ExitWith, match=rf"{shards[0].name}: model.safetensors.index.json names it, and it is not there"
+    ):
         first_loss(config)
     shards[0].write_bytes(content[:-100])
     with pytest.raises(ExitWith, match="cannot read safetensors weights"):
@@ -108,3 +133,52 @@ def test_folders_that_do_not_hold_one_base_are_refused(way: str, config: Config,
         (folder / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": method}}))
         with pytest.raises(ExitWith, match=f"quantised by {method}, which is not trained here"):
             first_loss(config)
+
+
+def quant_state(tensors: Tensors, name: str, **changes: object) -> torch.Tensor:
+    """The state of a packed weight with other entries."""
+    state = json.loads(bytes(tensors[f"{name}.quant_state.bitsandbytes__nf4"].tolist()))
+    return torch.tensor(list(json.dumps(state | changes).encode()), dtype=torch.uint8)
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+WRONG_BITS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
+    "weights that are not packed": (
+        lambda tensors: {n: t for n, t in tensors.items() if not n.startswith(UP)} | {UP: torch.ones(96, 64)},
+        r"(should be packed in 4 bits|quant_state|cannot read)",
+    ),
+    "another shape": (
+        lambda t: t | {f"{UP}.quant_state.bitsandbytes__nf4": quant_state(t, UP, shape=[64, 96])},
+        r"is \[64, 96\] by its scales, \[96, 64\] by config\.json",
+    ),
+    "too few codes": (lambda tensors: tensors | {UP: tensors[UP][:-64]}, r"(not of its size|cannot read)"),
+    "no scales": (without(f"{UP}.absmax"), r"(should be packed|cannot read|is \[3072, 1\] in the files)"),
+}
+
+
+@pytest.mark.fault("T29")
+@pytest.mark.parametrize("name", WRONG_BITS)
+@pytest.mark.parametrize("way", ["reference", "resident", "streamed"])
+def test_packed_weights_that_are_none_are_refused(way: str, name: str, config: Config, tmp_path: Path) -> None:
+    """A base that is stored in 4 bits, with a layer that is not, or not of its size: 78 from both loaders."""
+    change, message = WRONG_BITS[name]
+    folder = write(tmp_path / "base", Shape(quantized="nf4"))
+    rewrite(folder, change)
+    with pytest.raises(ExitWith, match=message) as caught:
+        first_loss(ways(on(config, folder, "nf4"))[way])
+    assert caught.value.code == ExitCode.BAD_INPUT
+
+
+@pytest.mark.fault("T29")
+def test_blocks_that_are_stored_in_different_ways_are_not_streamed(config: Config, tmp_path: Path) -> None:
+    """One block in FP4 among others in NF4: streaming is refused, the rest trains and is told in shares."""
+    folder, other = write(tmp_path / "nf4", Shape(quantized="nf4")), write(tmp_path / "fp4", Shape(quantized="fp4"))
+    foreign = load_file(other / "model.safetensors")
+    mixed = {name: tensor for name, tensor in foreign.items() if "layers.1." in name}
+    rewrite(folder, lambda tensors: {n: t for n, t in tensors.items() if "layers.1." not in n} | mixed)
+    every = ways(on(config, folder, "nf4"))
+    assert first_loss(every["resident"]) == pytest.approx(first_loss(every["reference"]), rel=2e-5)
+    with pytest.raises(ExitWith, match="its blocks are not all stored in the same way"):
+        first_loss(every["streamed"])
+    about = training_of(every["reference"], Accelerator(cpu=True)).model.about
+    assert set(about.held.quantized) == {"NF4", "FP4"}

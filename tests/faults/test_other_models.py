@@ -74,3 +74,39 @@ def test_layers_that_carry_their_state_are_not_packed(config: Config, tmp_path: 
         with pytest.raises(ExitWith, match=r"--data\.packing true: a layer of .* carries its state") as caught:
             training_of(packed(own), Accelerator(cpu=True))
         assert caught.value.code == ExitCode.BAD_INPUT
+
+
+@pytest.mark.fault("T30")
+def test_tokens_that_see_later_ones_are_refused(config: Config, tmp_path: Path) -> None:
+    """A Llama that config.json makes bidirectional, and an encoder that is no decoder: not trained on their answers."""
+    shape = T.LlamaConfig(**SIZES)
+    shape.is_causal = False
+    encoder = T.BertGenerationConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"})
+    for number, own in enumerate((shape, encoder)):
+        folder = write(tmp_path / str(number), own)
+        with pytest.raises(ExitWith, match="its tokens see later ones"):
+            training_of(for_all_linear(config, folder), Accelerator(cpu=True))
+
+
+@pytest.mark.fault("T30")
+def test_settings_that_the_architecture_does_not_read_are_not_applied(config: Config, tmp_path: Path) -> None:
+    """A Llama with Cohere's scale and Gemma's cap in its config.json has the plain head that transformers computes."""
+    folder = write(tmp_path / "base", T.LlamaConfig(**SIZES | {"logit_scale": 0.25, "final_logit_softcapping": 3.0}))
+    head = training_of(for_all_linear(config, folder), Accelerator(cpu=True)).model.head
+    assert (head.scale, head.cap) == (1.0, 0.0)
+
+
+@pytest.mark.fault("T30")
+def test_a_decoder_within_the_decoder_trains(config: Config, tmp_path: Path) -> None:
+    """OPT's head reads what its own inner decoder returns."""
+    shape = T.OPTConfig(
+        vocab_size=SIZES["vocab_size"],
+        hidden_size=64,
+        ffn_dim=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        dropout=0.1,
+    )
+    about = training_of(for_all_linear(config, write(tmp_path / "base", shape)), Accelerator(cpu=True)).model.about
+    assert about.targets.counts["all-linear"] == 12
+    assert about.held.total > 0

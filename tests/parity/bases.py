@@ -84,6 +84,10 @@ QUANTIZED = {
         load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["lm_head", "o_proj"]
     ),
     "int8": BitsAndBytesConfig(load_in_8bit=True),
+    "stored as fp16": BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=torch.float16
+    ),
+    "with its head": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["none"]),
 }
 
 

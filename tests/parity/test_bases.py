@@ -1,6 +1,7 @@
 """Every base that is accepted gives one first loss: resident, streamed, by the reference engine, by transformers."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,27 @@ def test_the_head_may_be_stored_for_the_embedding(config: Config, tmp_path: Path
     assert [first_loss(way) for way in ways(config).values()] == [pytest.approx(wanted, rel=1e-6)] * 3
     rewrite(folder, lambda tensors: {n: t for n, t in tensors.items() if n != embedding})
     assert [first_loss(way) for way in ways(config).values()] == [pytest.approx(wanted, rel=1e-6)] * 3
+
+
+def test_codes_may_be_stored_as_any_type(config: Config, tmp_path: Path) -> None:
+    """Packed weights that lie in fp16 are not converted with it: the loss of bytes; the engine does not read them."""
+    bytes_, halves = (write(tmp_path / name, Shape(quantized=name)) for name in ("plain", "stored as fp16"))
+    for dtype in ("fp32", "bf16"):
+        losses = []
+        for folder in (bytes_, halves):
+            own = ways(on(config, folder, "nf4"))["reference"]
+            losses.append(first_loss(replace(own, model=replace(own.model, dtype=dtype))))
+        assert losses[0] == losses[1], dtype
+    with pytest.raises(ExitWith, match=r"packed weights are stored as torch\.float16"):
+        first_loss(ways(on(config, halves, "nf4"))["resident"])
+
+
+def test_a_quantised_head_is_refused(config: Config, tmp_path: Path) -> None:
+    """On every path."""
+    folder = write(tmp_path / "base", Shape(quantized="with its head"))
+    for way in ways(on(config, folder, "nf4")).values():
+        with pytest.raises(ExitWith, match="lm_head: the head is quantised"):
+            first_loss(way)
 
 
 def test_leftovers_are_said(config: Config, tmp_path: Path) -> None:

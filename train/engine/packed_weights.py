@@ -27,6 +27,10 @@ class _Field:
         return buffer[self.start : self.start + self.num_bytes].view(self.dtype).view(self.shape)
 
 
+class UnlikeBlocksError(ValueError):
+    """Blocks that cannot share a layout."""
+
+
 class PackedLayout:
     """Where in a buffer each linear layer's weight is, followed by its NF4 scales; the same for every block.
 
@@ -48,11 +52,14 @@ class PackedLayout:
             self.states.append(_without_tensors(getattr(linear.weight, "quant_state", None)))
 
     def write(self, linears: Sequence[Linear], buffer: torch.Tensor) -> None:
-        """Copies the layers' weights into the buffer; raises ValueError if they do not have this layout."""
-        for linear, fields in zip(linears, self.fields, strict=True):
-            for tensor, field in zip(_tensors(linear.weight), fields, strict=True):
-                if (tensor.shape, tensor.dtype) != (field.shape, field.dtype):
-                    raise ValueError("the blocks' weights do not all have the same shapes and types")
+        """Copies the layers' weights into the buffer; raises UnlikeBlocksError if they do not have this layout."""
+        for linear, fields, state in zip(linears, self.fields, self.states, strict=True):
+            tensors = _tensors(linear.weight)
+            found = [(tensor.shape, tensor.dtype) for tensor in tensors]
+            own = _without_tensors(getattr(linear.weight, "quant_state", None))
+            if found != [(field.shape, field.dtype) for field in fields] or not _equal(own, state):
+                raise UnlikeBlocksError("its blocks are not all stored in the same way, and only such can be streamed")
+            for tensor, field in zip(tensors, fields, strict=True):
                 field.of(buffer).copy_(tensor)
 
     def views(self, buffer: torch.Tensor) -> list[torch.nn.Parameter]:
@@ -108,6 +115,15 @@ def _without_tensors(state: QuantState | None) -> QuantState | None:
         nested = QuantState(None, code=nested.code, blocksize=nested.blocksize, dtype=nested.dtype)
     common = {"blocksize": state.blocksize, "quant_type": state.quant_type, "dtype": state.dtype, "state2": nested}
     return QuantState(None, shape=state.shape, code=state.code, **common)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two weights are quantised in the same way, whatever their scales are."""
+    if one is None or other is None:
+        return one is other
+    names = ("shape", "blocksize", "quant_type", "dtype")
+    is_same = all(getattr(one, name) == getattr(other, name) for name in names)
+    return is_same and torch.equal(one.code.cpu(), other.code.cpu()) and _equal(one.state2, other.state2)
 
 
 def _tensors(weight: torch.Tensor) -> list[torch.Tensor]:

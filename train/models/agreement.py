@@ -5,15 +5,18 @@ A family's table or a head's formula that is a little wrong trains another model
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import transformers
 
 from train.collate import MicroBatch, collate_packed
 from train.engine.block import ForwardContext
 from train.engine.decoder import FusedDecoder
+from train.loss import Head
 from train.models.language_model import LanguageModel
+from train.models.shape import BROKEN, MAX_REASON
 from train.run.exits import ExitCode, ExitWith
 
 MAX_TOKENS = 256  # of the sample that is compared: blocks and head cost little then
@@ -21,30 +24,44 @@ MAX_HEAD_ROWS = 64  # logits that are compared
 # Share of a block's own contribution by which its output may differ, by type. Measured: docs/LOG.md, 2026-11-26.
 BLOCK_TOLERANCE = {torch.float32: 5e-4, torch.float16: 0.004, torch.bfloat16: 0.02}
 HEAD_ULPS = 4  # of a logit and of the mean logit
+# Of hidden states that should not change at all; experts are products of other sizes then
+CAUSAL_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.03}
+INT8_TOLERANCE = 0.2  # LLM.int8 rounds a row by what is in the others
 PACKING_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.05}
 
 
 @dataclass
 class _Seen:
-    """What went in and out of transformers' modules in one forward pass, in host memory."""
+    """What went in and out of transformers' modules in one forward pass."""
 
-    inputs: list[torch.Tensor] = field(default_factory=list)  # [T, H] of each block
+    inputs: list[torch.Tensor] = field(default_factory=list)  # [T, H] of each block, in host memory
     outputs: list[torch.Tensor] = field(default_factory=list)
-    hidden: torch.Tensor | None = None  # [T, H], what the head reads
+    hidden: torch.Tensor | None = None  # [T, H], what the head reads in training
+    logits: torch.Tensor | None = None  # [t, V], the last ones
 
 
 @torch.no_grad()
 def check_agreement(model: LanguageModel, name: str, ids: Sequence[int]) -> None:
     """Compares the head, and on the fused engine every block, on one sample; adapters get random values meanwhile.
 
-    Raises ExitWith(BAD_INPUT) where they differ by more than rounding.
+    Raises ExitWith(BAD_INPUT) where they differ by more than rounding, where transformers cannot run the base, and
+    where its tokens see later ones: it would be trained on answers that it reads.
     """
     ids = list(ids)[:MAX_TOKENS]
     ids = ids if len(ids) > 1 else [*ids, 0]
     batch = collate_packed([{"input_ids": ids, "trained": [True] * len(ids)}]).to(model.causal_lm.device)
     with _random_adapters(model):
-        seen, logits = _by_transformers(model, batch)
-        _check_head(model, name, seen, logits)
+        try:
+            seen = _by_transformers(model, batch)
+            _check_causal(model, name, batch, seen)
+        except torch.OutOfMemoryError:
+            raise
+        except BROKEN as error:
+            told = f"{type(error).__name__}: {' '.join(str(error).split())[:MAX_REASON]}"
+            reason = f"{name}: transformers {transformers.__version__} cannot run this base ({told})"
+            raise ExitWith(ExitCode.BAD_INPUT, reason) from error
+        _check_finite(model, name, seen)
+        _choose_head(model, name, seen)
         if model.engine is not None:
             model.eval()
             _check_blocks(model.engine, name, batch, seen)
@@ -73,7 +90,9 @@ def check_packing(model: LanguageModel, name: str, ids: Sequence[int]) -> None:
         difference = max(_relative(hidden(first, second), alone) for first in firsts)
         reason = f"hidden states differ by {difference:.1%}"
         is_isolated = difference <= PACKING_TOLERANCE[model.compute_dtype]
-    except (ValueError, NotImplementedError) as error:  # transformers' own refusal
+    except torch.OutOfMemoryError:
+        raise
+    except (*BROKEN, NotImplementedError) as error:  # transformers' own refusal
         is_isolated, reason = False, str(error).strip().partition("\n")[0]
     model.train()
     if not is_isolated:
@@ -84,22 +103,64 @@ def check_packing(model: LanguageModel, name: str, ids: Sequence[int]) -> None:
         )
 
 
-def _by_transformers(model: LanguageModel, batch: MicroBatch) -> tuple[_Seen, torch.Tensor]:
-    """What transformers' modules see, and the first logits [t, V]."""
-    seen = _Seen()
-    causal_lm: Any = model.causal_lm
-    hooks = [causal_lm.base_model.register_forward_hook(lambda _, __, out: setattr(seen, "hidden", out[0][0]))]
+def _by_transformers(model: LanguageModel, batch: MicroBatch) -> _Seen:
+    """What transformers computes of one sample, and what its blocks see of it."""
+    seen, hooks = _Seen(), []
     if model.engine is not None:
         for layer in model.engine.layers:
             hooks.append(layer.module.register_forward_pre_hook(_keeper(seen.inputs), with_kwargs=True))
             hooks.append(layer.module.register_forward_hook(lambda _, __, out: seen.outputs.append(_first(out))))
     try:
         with model.generating():
-            out = causal_lm(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+            seen.hidden = model.reference_hidden(_alone(batch))
+            for hook in hooks:  # once is enough
+                hook.remove()
+            logits = model.causal_lm(input_ids=batch.input_ids, use_cache=False).logits
+            seen.logits = logits[0][-MAX_HEAD_ROWS:]
     finally:
         for hook in hooks:
             hook.remove()
-    return seen, out.logits[0][-MAX_HEAD_ROWS:]
+    return seen
+
+
+def _alone(batch: MicroBatch) -> MicroBatch:
+    """The one sample as a padded micro-batch, which it fills."""
+    return replace(batch, cu_seqlens=None, max_length=0)
+
+
+def _check_causal(model: LanguageModel, name: str, batch: MicroBatch, seen: _Seen) -> None:
+    """Raises ExitWith(BAD_INPUT) where the first half's hidden states change with the tokens of the second."""
+    assert seen.hidden is not None
+    half = batch.input_ids.shape[1] // 2
+    other = batch.input_ids.clone()
+    other[:, half:] = other[:, half:].flip(1) * 7919 % model.causal_lm.get_input_embeddings().num_embeddings
+    with model.generating():
+        hidden = model.reference_hidden(replace(_alone(batch), input_ids=other))
+    difference = _relative(hidden[:half].float(), seen.hidden[:half].float())
+    is_int8 = "LLM.int8" in model.about.held.quantized
+    if difference > (INT8_TOLERANCE if is_int8 else CAUSAL_TOLERANCE[model.compute_dtype]):
+        raise ExitWith(
+            ExitCode.BAD_INPUT,
+            f"{name}: its tokens see later ones (hidden states change by {difference:.1%} with what follows), so it "
+            "would be trained on answers that it reads; it is no causal language model by its config.json",
+        )
+
+
+def _check_finite(model: LanguageModel, name: str, seen: _Seen) -> None:
+    """Raises ExitWith(BAD_INPUT) where there is NaN or infinity, with the weights that hold it if any do."""
+    assert seen.logits is not None
+    if seen.logits.isfinite().all():
+        return
+    broken = [
+        each.replace(".base_layer", "").removeprefix("base_model.model.")
+        for each, parameter in model.adapted.named_parameters()
+        if parameter.is_floating_point() and not parameter.isfinite().all()
+    ]
+    if broken:
+        reason = f"{len(broken)} of its weights hold NaN or infinity: {', '.join(broken[:3])}"
+    else:
+        reason = f"it computes NaN or infinity in {model.compute_dtype}; try another --model.dtype"
+    raise ExitWith(ExitCode.BAD_INPUT, f"{name}: {reason}")
 
 
 def _keeper(kept: list[torch.Tensor]) -> Any:
@@ -115,19 +176,34 @@ def _first(out: Any) -> torch.Tensor:
     return tensor[0].to("cpu", copy=True)
 
 
-def _check_head(model: LanguageModel, name: str, seen: _Seen, logits: torch.Tensor) -> None:
+def _choose_head(model: LanguageModel, name: str, seen: _Seen) -> None:
+    """Takes the formula that gives transformers' logits: that of config.json, or where that sets what its architecture
+    does not read, the plain one. Raises ExitWith(BAD_INPUT) where neither does.
+    """
+    plain = replace(model.head, scale=1.0, cap=0.0)
+    shares = []
+    for head in (model.head, plain):
+        wrong, share = _head_difference(head, seen)
+        if not wrong:
+            model.head = head
+            return
+        shares.append((wrong, share))
+    wrong, share = shares[0]
+    raise ExitWith(
+        ExitCode.BAD_INPUT,
+        f"{name}: {wrong:.1%} of the logits that our head makes differ from transformers', by {share:.2%} altogether: "
+        "its head does more than multiply, add a bias, scale and cap. It is not trained",
+    )
+
+
+def _head_difference(head: Head, seen: _Seen) -> tuple[float, float]:
+    """(share of the logits that differ by more than rounding, norm of the difference as a share)."""
     assert seen.hidden is not None
-    ours, theirs = model.head.logits(seen.hidden[-MAX_HEAD_ROWS:]).float(), logits.float()
-    epsilon = max(HEAD_ULPS * torch.finfo(logits.dtype).eps, 1e-5)
-    allowed = epsilon * (theirs.abs() + theirs.abs().mean())
-    wrong = (ours - theirs).abs() > allowed
-    if wrong.any() or not ours.isfinite().all():
-        share = (ours - theirs).norm() / theirs.norm()
-        raise ExitWith(
-            ExitCode.BAD_INPUT,
-            f"{name}: {wrong.float().mean():.1%} of the logits that our head makes differ from transformers', by "
-            f"{share:.2%} altogether: its head does more than multiply, add a bias, scale and cap. It is not trained",
-        )
+    assert seen.logits is not None
+    ours, theirs = head.logits(seen.hidden[-MAX_HEAD_ROWS:]).float(), seen.logits.float()
+    epsilon = max(HEAD_ULPS * torch.finfo(seen.logits.dtype).eps, 1e-5)
+    wrong = (ours - theirs).abs() > epsilon * (theirs.abs() + theirs.abs().mean())
+    return float(wrong.float().mean()), float((ours - theirs).norm() / theirs.norm())
 
 
 def _check_blocks(engine: FusedDecoder, name: str, batch: MicroBatch, seen: _Seen) -> None:

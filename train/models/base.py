@@ -22,15 +22,23 @@ from train.engine.embedding import offload_embedding
 from train.engine.families import decoder_layers
 from train.engine.host_stream import HostBlocks
 from train.engine.layers import as_causal_lm
-from train.models.completeness import check_difference, check_tied_pair, difference_of, tied_embedding
+from train.engine.packed_weights import UnlikeBlocksError
+from train.models.completeness import (
+    check_difference,
+    check_quantized,
+    check_tied_pair,
+    difference_of,
+    packed_fault,
+    tied_embedding,
+)
 from train.models.hub import fetch_weights, locate, unreadable
-from train.models.shape import auto_class, cannot_read, model_shape, plain_attention, quantization, text_shape
+from train.models.shape import BROKEN, auto_class, cannot_read, model_shape, plain_attention, quantization, text_shape
 from train.models.stored import Difference, StoredWeights
+from train.run.exits import ExitCode, ExitWith
 from train.seeds import derived_seed
 
 # its name, a parameter without values -> its values, or the whole parameter where it is stored quantised
 Read = Callable[[str, torch.nn.Parameter], torch.Tensor]
-UNLOADABLE = (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError, SafetensorError)
 
 
 def load_base(
@@ -53,6 +61,7 @@ def load_base(
     with ExitStack() as files:
         try:
             stored = StoredWeights(paths, files)
+            stored.check_names()
             stored.check_types(is_quantized=quantization(config, shape, dtype)[1])
         except (OSError, ValueError, SafetensorError) as error:
             raise cannot_read(config, "safetensors weights", error) from None
@@ -68,8 +77,12 @@ def load_base(
             else:
                 base, difference = _by_transformers(config, shape, dtype, device)
                 left = check_difference(config, base, difference)
-        except UNLOADABLE as error:
+        except UnlikeBlocksError as error:
+            reason = f"{config.name_or_path}: {error}; --memory.offload none, with a budget for it, trains it"
+            raise ExitWith(ExitCode.BAD_INPUT, f"--memory.offload: {reason}") from None
+        except BROKEN as error:
             raise cannot_read(config, "safetensors weights", error) from None
+    check_quantized(config, base)
     if quantization(config, shape, dtype)[1]:
         _unify_compute_type(base, dtype)
     if embedding_on_host and not host.wanted:
@@ -88,7 +101,7 @@ def skeleton(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
         options = {"dtype": dtype, "attn_implementation": plain_attention(kind, shape)}
         try:
             base: PreTrainedModel = kind.from_config(shape, trust_remote_code=False, **options)
-        except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        except BROKEN as error:
             raise cannot_read(config, "a causal language model", error) from None
     wanted, is_stored = quantization(config, shape, dtype)
     if wanted is not None:
@@ -191,7 +204,7 @@ def _stored(
     config: ModelConfig, base: PreTrainedModel, stored: StoredWeights, dtype: torch.dtype, device: torch.device
 ) -> Read:
     """Values from the files; a weight that is stored in 4 bits comes with its scales."""
-    tied = tied_embedding(base)
+    tied, is_stored = tied_embedding(base), quantization(config, model_shape(config), dtype)[1]
     params4bit: Any = bnb.nn.Params4bit
 
     def read(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -201,10 +214,12 @@ def _stored(
         values = stored.values(place)
         if parts:
             packed = params4bit.from_prequantized(values, parts, requires_grad=False, device=device)
+            if reason := packed_fault(packed, (parameter.shape[0], parameter.shape[1])):
+                raise ValueError(f"{name}: {reason}")
             packed.quant_state.dtype = dtype  # before a streamed block's layout takes it over
             return packed
-        if isinstance(parameter, bnb.nn.Params4bit) and not values.is_floating_point():
-            raise ValueError(f"{name} is packed in 4 bits, and its scales are not in the files")
+        if isinstance(parameter, bnb.nn.Params4bit) and (is_stored or not values.is_floating_point()):
+            raise ValueError(f"{name} should be packed in 4 bits by config.json, and its scales are not in the files")
         return values.to(device).to(dtype)
 
     return read
@@ -213,7 +228,7 @@ def _stored(
 def _unify_compute_type(base: PreTrainedModel, dtype: torch.dtype) -> None:
     """Gives a base that was stored quantised this run's compute type, where transformers leaves it that of its files.
 
-    So packed weights are dequantised to it, too.
+    So packed weights are dequantised to it, too; they themselves are codes, whatever type they are stored in.
     """
     for module in base.modules():
         if isinstance(module, bnb.nn.Linear4bit):
@@ -221,7 +236,7 @@ def _unify_compute_type(base: PreTrainedModel, dtype: torch.dtype) -> None:
             module.compute_dtype, weight.quant_state.dtype = dtype, dtype
             module.compute_type_is_set = True
         for parameter in module.parameters(recurse=False):
-            if parameter.is_floating_point():
+            if parameter.is_floating_point() and not isinstance(parameter, bnb.nn.Params4bit | bnb.nn.Int8Params):
                 parameter.data = parameter.data.to(dtype)
 
 

@@ -1,5 +1,8 @@
 """Whether the files of a base hold what its architecture wants: both loaders end the run where they do not."""
 
+import math
+from typing import Any
+
 import bitsandbytes as bnb
 import torch
 from transformers import PreTrainedModel
@@ -74,3 +77,42 @@ def _belongs_to(name: str, read: set[str]) -> bool:
     """Whether this is a scale or a table of a packed weight."""
     start, weight, _ = name.rpartition(".weight.")
     return bool(weight) and f"{start}.weight" in read
+
+
+def check_quantized(config: ModelConfig, base: PreTrainedModel) -> None:
+    """Raises ExitWith(BAD_INPUT) where a layer does not hold what its class says: packed weights of its own shape."""
+    head = base.get_output_embeddings()
+    for name, module in base.named_modules():
+        reason = _quantization_fault(module)
+        if not reason and module is head and isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt):
+            reason = "the head is quantised, which is not trained with"
+        if reason:
+            raise unreadable(config.name_or_path, f"{name}: {reason}")
+
+
+def _quantization_fault(module: torch.nn.Module) -> str:
+    weight: Any = getattr(module, "weight", None)
+    if isinstance(module, bnb.nn.Linear4bit):
+        return packed_fault(weight, (module.out_features, module.in_features))
+    if isinstance(module, bnb.nn.Linear8bitLt):
+        scales = getattr(weight, "SCB", None)
+        if not isinstance(weight, bnb.nn.Int8Params) or weight.dtype != torch.int8:
+            return "it should be stored in 8 bits by config.json, and is not"
+        if scales is None or scales.numel() != module.out_features:
+            return "the scales of its 8 bits are not of its size"
+    return ""
+
+
+def packed_fault(weight: Any, shape: tuple[int, int]) -> str:
+    """Why a weight is none of this shape packed in 4 bits; empty where it is one."""
+    state = getattr(weight, "quant_state", None)
+    if not isinstance(weight, bnb.nn.Params4bit) or state is None:
+        return "it should be packed in 4 bits by config.json, and is not"
+    if state.shape is None or tuple(state.shape) != shape:
+        return f"it is {list(state.shape or [])} by its scales, {list(shape)} by config.json"
+    num_bytes, num_scales = weight.numel() * weight.element_size(), -(-math.prod(shape) // state.blocksize)
+    if num_bytes != -(-math.prod(shape) // 2) or state.absmax.numel() != num_scales:
+        return "its packed weights, or their scales, are not of its size"
+    if state.quant_type not in ("nf4", "fp4"):
+        return f"it is quantised as {state.quant_type}, not as nf4 or fp4"
+    return ""

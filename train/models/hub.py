@@ -111,7 +111,8 @@ def fetch_weights(place: BasePlace) -> list[Path]:
         _download(place.name, place.commit, names)
     missing = [name for name in names if not (place.folder / name).is_file()]
     if missing:
-        raise unreadable(place.name, f"{SAFE_WEIGHTS_INDEX_NAME} names {missing[0]}, which is not there")
+        who = "it is no file" if is_single else f"{SAFE_WEIGHTS_INDEX_NAME} names it, and it is not there"
+        raise unreadable(place.name, f"{missing[0]}: {who}")
     return [place.folder / name for name in names]
 
 

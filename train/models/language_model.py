@@ -176,6 +176,10 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
     held = held_weights(base)
     check_experts(config.model, held)
     torch.manual_seed(derived_seed(config.train.seed, "adapters"))
+    if as_causal_lm(base).base_model is base:
+        reason = f"transformers' {type(base).__name__} has no decoder apart from its head"
+        raise ExitWith(ExitCode.BAD_INPUT, f"{config.model.name_or_path}: {reason}; it is not trained")
+    notes += own_dropout(base)
     adapted, targets = _with_adapters(base, config)
     reason = unsupported_reason(as_causal_lm(adapted.get_base_model())) if plan.is_fused else ""
     if reason:  # what was loaded is not what config.json promised
@@ -210,6 +214,15 @@ def choose_engine(sketched: peft.PeftModel, config: Config, device: torch.device
     if not reason and config.engine.kind == "auto" and device.type != "cuda" and not wants_it:
         reason = "no GPU; --engine.kind fused runs it here as well"
     return not reason, reason
+
+
+def own_dropout(base: torch.nn.Module) -> list[str]:
+    """A note on the dropout that the base brings with it, which acts while its adapters are trained."""
+    shape: Any = base.config
+    text = shape.get_text_config(decoder=True)
+    rates = {f"{name} {rate}" for name in ("attention_dropout",) if (rate := getattr(text, name, 0.0) or 0.0) > 0}
+    rates |= {f"{module.p}" for module in base.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0}
+    return [f"it has dropout of its own, which acts while training: {', '.join(sorted(rates))}"] if rates else []
 
 
 def head_of(causal_lm: CausalLM) -> Head:
@@ -255,7 +268,8 @@ def _with_adapters(
     assert isinstance(adapted, peft.PeftModel)
     # PEFT knows the experts of some architectures only, and is content where another word matches
     placed = {getattr(module, "parameter_name", "") for module in adapted.modules() if hasattr(module, "lora_A")}
-    refuse_unmatched(base, [word for word, parameter in targets.experts.items() if parameter not in placed])
+    lost = [word for word, parameter in targets.experts.items() if parameter not in placed]
+    refuse_unmatched([f"{word} matches no layer" for word in lost], targets.exist)
     return adapted, targets
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,8 +19,12 @@ from train.models.hub import locate, unreadable
 from train.run.exits import ExitCode, ExitWith
 
 STORED_AS = {"nf4": "in 4 bits by bitsandbytes", "int8": "in 8 bits by bitsandbytes"}
+# what transformers raises where config.json, or a file, says what cannot be
+BROKEN = (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, AssertionError)
+BROKEN += (RuntimeError, ImportError, StrictDataclassError, HfHubHTTPError, SafetensorError)
 # what a transformers configuration may hold only for us: it names files or code that would be read instead
 FOREIGN_SETTINGS = ("transformers_weights",)
+MAX_REASON = 400  # characters of a library's error
 
 
 def model_shape(config: ModelConfig) -> PreTrainedConfig:
@@ -35,7 +40,7 @@ def model_shape(config: ModelConfig) -> PreTrainedConfig:
         raise unreadable(config.name_or_path, f"{reason}\n{remedy}")
     try:
         shape = AutoConfig.from_pretrained(str(place.folder), trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError, HfHubHTTPError) as error:
+    except BROKEN as error:
         raise cannot_read(config, "config.json", error) from None
     kernel = getattr(shape, "_attn_implementation", None)
     if "/" in str(kernel):  # transformers would fetch a binary from the hub and run it, where `kernels` is installed
@@ -82,8 +87,13 @@ def stored_quantization(config: ModelConfig, shape: PreTrainedConfig) -> BitsAnd
     found = found if found is not None else getattr(text_shape(shape), "quantization_config", None)
     if found is None:
         return None
-    found = found if isinstance(found, dict) else found.to_dict()
-    is_4bit, is_8bit = found.get("load_in_4bit"), found.get("load_in_8bit")
+    found = found.to_dict() if hasattr(found, "to_dict") else found
+    if not isinstance(found, dict):
+        raise unreadable(config.name_or_path, f"config.json: quantization_config is {found!r}, which says nothing")
+    is_4bit, is_8bit = bool(found.get("load_in_4bit")), bool(found.get("load_in_8bit"))
+    if (is_4bit and is_8bit) or found.get("llm_int8_has_fp16_weight"):
+        reason = "both 4 and 8 bits" if is_4bit and is_8bit else "8 bits with weights in 16 (llm_int8_has_fp16_weight)"
+        raise unreadable(config.name_or_path, f"config.json: quantization_config says {reason}, which is not trained")
     if not is_4bit and not is_8bit:
         method = str(getattr(found.get("quant_method"), "value", found.get("quant_method")))
         reason = f"its files are quantised by {method}, which is not trained here; name the base that is not quantised"
@@ -92,7 +102,10 @@ def stored_quantization(config: ModelConfig, shape: PreTrainedConfig) -> BitsAnd
     if config.quantization != kind and not config.random_init:
         reason = f"{config.name_or_path} is stored {STORED_AS[kind]}; write --model.quantization {kind}"
         raise ExitWith(ExitCode.BAD_INPUT, f"--model.quantization {config.quantization}: {reason}")
-    read: Any = BitsAndBytesConfig.from_dict(found)
+    try:
+        read: Any = BitsAndBytesConfig.from_dict(found)
+    except BROKEN as error:
+        raise cannot_read(config, "the quantization_config of config.json", error) from None
     return read
 
 
@@ -114,6 +127,6 @@ def quantization(config: ModelConfig, shape: PreTrainedConfig, dtype: torch.dtyp
 
 def cannot_read(config: ModelConfig, what: str, error: Exception) -> ExitWith:
     """The end of a run for which something of the base cannot be read."""
-    first_line = str(error).strip().partition("\n")[0] or type(error).__name__
+    told = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
     remedy = "name a folder that holds config.json, tokenizer.json and *.safetensors, or a hub id"
-    return unreadable(config.name_or_path, f"cannot read {what}: {first_line}\n{remedy}")
+    return unreadable(config.name_or_path, f"cannot read {what}: {told}\n{remedy}")

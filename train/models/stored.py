@@ -11,7 +11,11 @@ import torch
 from safetensors import safe_open
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # types of values; everything else is a code that needs its scales
+COUNTS = ("I64", "I32", "BOOL")  # types of tables such as position ids and masks
 NUM_NAMED = 4  # tensors that a message names
+
+
+TABLES = ("inv_freq", "masked_bias", "attn_mask", "position_ids", "k_scale", "v_scale")
 
 
 @dataclass(frozen=True)
@@ -64,13 +68,19 @@ class StoredWeights:
 
     def check_types(self, is_quantized: bool) -> None:
         """Raises ValueError where weights are codes of a quantisation that config.json does not tell of."""
-        other = {n: t.dtype for n, t in self.tensors.items() if t.dtype not in FLOATS and n.endswith("weight")}
+        other = {name: tensor.dtype for name, tensor in self.tensors.items() if tensor.dtype not in (*FLOATS, *COUNTS)}
         if other and not is_quantized:
             name, dtype = next(iter(other.items()))
             raise ValueError(
                 f"{name} and {len(other) - 1} more are stored as {dtype}, and config.json has no quantization_config "
                 "that says what they mean"
             )
+
+    def check_names(self) -> None:
+        """Raises ValueError where one tensor is there under two names: with and without the decoder's prefix."""
+        twice = [name for name in self.tensors if name.startswith("model.") and name[6:] in self.tensors]
+        if twice:
+            raise ValueError(f"{twice[0]} is there twice, also as {twice[0][6:]}")
 
     def place_of(self, name: str, is_tied_embedding: bool = False) -> str:
         """The name in the files of an architecture's parameter; empty where it is not there.
@@ -100,18 +110,19 @@ def named(names: Sequence[str]) -> str:
 def left_in_the_model(left: Iterable[str], modules: Iterable[str]) -> list[str]:
     """Those of the leftovers that would change the model: parts of its own modules, and further blocks.
 
-    A bias that config.json does not want, or a block beyond its number of layers, means that another architecture was
-    saved. Tables that a module computes itself (rotary frequencies, masks) do not.
+    A bias or a norm that config.json does not want, an adapter that was not merged, or a block beyond its number of
+    layers, means that another architecture was saved. Tables that a module computes itself (rotary frequencies, masks)
+    and scales of a cache do not.
     """
-    known = set(modules)
+    known = {name for name in modules if name}
     found = []
     for name in left:
         parent, _, last = name.rpartition(".")
-        if last in ("inv_freq", "masked_bias", "attn_mask", "position_ids") or parent.endswith("rotary_emb"):
+        if last in TABLES or parent.endswith("rotary_emb"):
             continue
         block = next((part for part in _ancestors(parent) if part.rpartition(".")[2].isdigit()), "")
-        is_further_block = bool(block) and block not in known and block.rpartition(".")[0] in known
-        if parent in known or is_further_block:
+        is_in_a_block = bool(block) and (block in known or block.rpartition(".")[0] in known)
+        if parent in known or is_in_a_block:
             found.append(name)
     return found
 

@@ -27,6 +27,7 @@ class Targets:
     names: list[str]  # ends of names, or whole names where ends would match too much
     counts: dict[str, int]  # by the words of the option
     num_layers: int  # linear layers of the decoder
+    exist: str  # the linear layers that there are, for people
     experts: dict[str, str]  # words that stand for a parameter of the experts alone, and its name
 
 
@@ -49,21 +50,22 @@ def resolve_targets(base: PreTrainedModel, words: Sequence[str]) -> Targets:
         part = EXPERT_PARTS.get(word, word)
         if not found and parameters[part]:
             counts[word], experts[word] = parameters[part], part
-    refuse_unmatched(base, [word for word in words if not counts[word]])
+    ends = Counter(name.rpartition(".")[2] for name in linear)
+    exist = ", ".join(f"{end} ({count})" for end, count in sorted(ends.items())) or "none"
+    refuse_unmatched([_reason(base, word) for word in words if not counts[word]], exist)
+    refuse_unmatched([_head_too(base, word) for word in words if _head_too(base, word)], exist)
     is_exact = all(NAME.fullmatch(word) and word != ALL_LINEAR for word in words)
     # an end of a name is kept where it means the same to PEFT, which knows no decoder
     others = [name for name, module in base.named_modules() if name not in linear and _is_linear(module)]
     if is_exact and not any(_matches(word, name) for word in words for name in others):
-        return Targets(list(words), counts, len(linear), experts)
-    return Targets([*sorted(matched), *experts], counts, len(linear), experts)
+        return Targets(list(words), counts, len(linear), exist, experts)
+    return Targets([*sorted(matched), *experts], counts, len(linear), exist, experts)
 
 
-def refuse_unmatched(base: PreTrainedModel, words: Sequence[str]) -> None:
+def refuse_unmatched(reasons: Sequence[str], exist: str) -> None:
     """Raises ExitWith(BAD_INPUT) where there are words that match nothing, with the names that exist."""
-    if words:
-        ends = Counter(name.rpartition(".")[2] for name in _linear_layers(base))
-        exist = ", ".join(f"{end} ({count})" for end, count in sorted(ends.items())) or "none"
-        lines = "\n  ".join(_reason(base, word) for word in words)
+    if reasons:
+        lines = "\n  ".join(reasons)
         raise ExitWith(
             ExitCode.BAD_INPUT,
             f"--lora.target_modules:\n  {lines}\nthe decoder's linear layers are {exist}; all of them: "
@@ -87,7 +89,9 @@ def _linear_layers(base: PreTrainedModel) -> Iterator[str]:
 
 
 def _is_linear(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.Linear | Conv1D)
+    """A linear layer, and none of an architecture's own making, such as a router that returns more than its product."""
+    is_own = type(module).__module__.startswith("transformers.models.")
+    return isinstance(module, torch.nn.Linear | Conv1D) and not is_own
 
 
 def _expert_parameters(base: PreTrainedModel) -> Counter[str]:
@@ -101,6 +105,15 @@ def _matches(word: str, name: str) -> bool:
     if NAME.fullmatch(word):
         return name == word or name.endswith(f".{word}")
     return re.fullmatch(word, name) is not None
+
+
+def _head_too(base: PreTrainedModel, word: str) -> str:
+    """What is wrong with an expression that matches the head beside other layers, or nothing."""
+    head = base.get_output_embeddings()
+    found = [name for name, module in base.named_modules() if module is head and _matches(word, name)]
+    return (
+        f"{word} matches {found[0]}, too, the output head, which stays frozen" if found and word != ALL_LINEAR else ""
+    )
 
 
 def _reason(base: PreTrainedModel, word: str) -> str:

@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data_tools.chat_template import PLAIN_TEMPLATE, ChatTemplate, read_template
 from train.config import Config, parse_argument
 from train.models.hub import locate
-from train.models.shape import cannot_read, model_shape, text_shape
+from train.models.shape import BROKEN, cannot_read, model_shape, text_shape
 from train.run.exits import ExitCode, ExitWith
 
 # Tokens that models ship for padding: where pad is unset or equals eos, the first one in the vocabulary is used.
@@ -32,11 +31,12 @@ def load_tokenizer(config: Config) -> Tokenizer:
     """
     notes = []
     place = locate(config.model)
+    model_shape(config.model)  # which the tokenizer reads, too: what is wrong there is told as such
     if place.note:
         notes.append(place.note)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(place.folder), trust_remote_code=False)
-    except (OSError, ValueError, TypeError, StrictDataclassError, HfHubHTTPError) as error:
+    except BROKEN as error:
         raise cannot_read(config.model, "a tokenizer", error) from None
     if config.data.chat_template:
         path = Path(config.data.chat_template)

@@ -56,7 +56,7 @@ def say_end(end: ExitWith) -> None:
     if launcher and _is_recorder(end.code, Path(launcher) / "exit"):
         with suppress(OSError):
             (Path(launcher) / "exit").write_text(f"{int(end.code)}\n")
-    leave_note(end.code)
+    leave_note(end.code, redact(end.reason))
     is_own_matter = end.code in (ExitCode.PEER_FAILURE, ExitCode.DEFECT)
     if end.code != ExitCode.FINISHED and (is_first_process() or is_own_matter):
         with suppress(OSError):  # a terminal that is gone

@@ -28,7 +28,7 @@ from train.banner import banner
 from train.checkpoints.contents import Checkpoint
 from train.checkpoints.extension import resumed_schedule
 from train.checkpoints.identity import identity
-from train.checkpoints.resume import check_same_run, choose, restore, saved_shape
+from train.checkpoints.resume import check_same_everywhere, check_same_run, choose, restore, saved_shape
 from train.checkpoints.saver import Saver, check_disk
 from train.checkpoints.store import CheckpointStore
 from train.cli import parse
@@ -41,7 +41,6 @@ from train.deliver.questions import questions_of
 from train.ending import end_of, record_end, say_end, unrecorded_defect
 from train.learning_rate import Schedule
 from train.loop import training_loop
-from train.models.fingerprint import base_identity
 from train.models.language_model import adapter_config
 from train.models.tokenizer import Tokenizer, check_fits, load_tokenizer
 from train.run.accelerator import check_machine, close_group, start_accelerator
@@ -112,6 +111,7 @@ def run(config: Config, stop: StopRequest, closing: ExitStack, log: AttemptLog, 
     data = TrainingData(splits.training.samples, config, layout, tokenizer.backend.pad_token_id)
     doing.now = "choosing the checkpoint"
     run_identity = identity(config, prepared, data, accelerator.device)
+    check_same_everywhere(run_identity, accelerator)
     store = CheckpointStore(folder, config.checkpoint.keep)
     checkpoint = choose(store, config, accelerator)
     schedule = Schedule.of(config.optim, data.total_steps(config.train))
@@ -148,7 +148,7 @@ def run(config: Config, stop: StopRequest, closing: ExitStack, log: AttemptLog, 
     doing.now = "publishing final/"
     close_group(together=True)
     if accelerator.is_main_process:
-        publish(training, tokenizer, splits)
+        publish(training, tokenizer, splits, str(run_identity["model.base"]))
         doing.now = "asking the questions"
         deliver(training, tokenizer, splits, trackers, stop)
 
@@ -183,12 +183,13 @@ def open_trackers(
     return Trackers(metrics, display, isolated)
 
 
-def publish(training: Training, tokenizer: Tokenizer, splits: Splits) -> None:
-    """Publishes final/; raises ExitWith(SAVE_FAILED) where it cannot be written."""
+def publish(training: Training, tokenizer: Tokenizer, splits: Splits, fingerprint: str) -> None:
+    """Publishes final/, with the base's fingerprint; raises ExitWith(SAVE_FAILED) where it cannot be written."""
     final, end_token_ids = RunFolder.of(training.config).final, splits.training.prepared.statistics.end_token_ids
     try:
         files = (training.parameters, adapter_config(training.model), tokenizer.backend, end_token_ids)
-        publish_final(final, *files, base_identity(training.config))
+        base = training.model.about.identity() | {"fingerprint": fingerprint}
+        publish_final(final, *files, base)
     except OSError as error:
         raise ExitWith(ExitCode.SAVE_FAILED, f"{final} could not be written: {error}") from None
 

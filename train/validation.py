@@ -8,7 +8,7 @@ from datasets import Dataset
 from train.batching import regroup
 from train.collate import collate, collate_packed
 from train.metrics import Pace, to_host
-from train.run.processes import UNWATCHED, Watch
+from train.run.processes import UNWATCHED, Watch, check_present
 from train.step import Dropped, Training
 
 
@@ -20,8 +20,9 @@ def validate(training: Training, samples: Dataset, watch: Watch = UNWATCHED) -> 
     """
     accelerator, cut = training.accelerator, training.data.layout
     training.model.eval()
-    # summed loss, number of tokens, and of processes that were asked to stop
-    totals, pace = torch.zeros(3, dtype=torch.float64, device=accelerator.device), Pace(accelerator.device)
+    # summed loss, number of tokens, of processes that were asked to stop, of all processes
+    totals = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=torch.float64, device=accelerator.device)
+    pace = Pace(accelerator.device)
     mine = range(cut.rank, len(samples), cut.num_processes)
     configured = [list(mine[start : start + cut.per_device]) for start in range(0, len(mine), cut.per_device)]
     is_packed = training.plan.is_fused
@@ -38,7 +39,8 @@ def validate(training: Training, samples: Dataset, watch: Watch = UNWATCHED) -> 
         pace.mark()
     training.model.train()
     watch.arrive()
-    loss_sum, num_tokens, num_asked = to_host(*accelerator.reduce(totals, reduction="sum"))
+    loss_sum, num_tokens, num_asked, num_present = to_host(*accelerator.reduce(totals, reduction="sum"))
+    check_present(accelerator, num_present)
     if num_asked:
         raise Dropped
     loss = loss_sum / num_tokens

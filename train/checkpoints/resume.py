@@ -1,5 +1,7 @@
 """From checkpoint to running state and back: what is saved, what must be equal, and which checkpoint is used."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,11 @@ from accelerate import Accelerator
 
 from train.batching import MicroBatchShape
 from train.checkpoints.contents import Checkpoint, TrainerState, adapter_files
-from train.checkpoints.identity import differences
+from train.checkpoints.identity import DETAILS, differences
 from train.checkpoints.store import CheckpointStore
 from train.config import Config
 from train.data import TrainingData
+from train.metrics import to_host
 from train.models.language_model import adapter_config, load_adapters
 from train.optim import load_optimizer_state, load_scaler_state, optimizer_state
 from train.run.exits import ExitCode, ExitWith
@@ -39,6 +42,24 @@ def check_same_run(checkpoint: Checkpoint, same_run: dict[str, object], accelera
     if other:
         changes = ", ".join(other)
         say(accelerator, f"versions have changed since the checkpoint, so the last bits may differ: {changes}")
+
+
+def check_same_everywhere(same_run: dict[str, object], accelerator: Accelerator) -> None:
+    """Raises ExitWith(BAD_INPUT) in all processes unless they have the same base, data and recipe.
+
+    Each reads them itself: a hub's branch that moves meanwhile, or an older cache on one machine, would else be trained
+    together with another.
+    """
+    decisive = {name: value for name, value in same_run.items() if name != DETAILS}  # which may name other folders
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).digest()
+    own = torch.tensor([int.from_bytes(digest[:3])], dtype=torch.float32, device=accelerator.device)  # exact in fp32
+    gathered: Any = accelerator.gather(own)
+    if len(set(to_host(*gathered))) > 1:
+        raise ExitWith(
+            ExitCode.BAD_INPUT,
+            "the processes have not read the same base, data or options; give each machine the same files, and a hub "
+            "model its commit (--model.revision)",
+        )
 
 
 def made_with(device: torch.device) -> dict[str, str]:

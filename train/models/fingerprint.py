@@ -38,17 +38,6 @@ def base_fingerprint(config: Config) -> str:
     return digest.hexdigest()
 
 
-def base_identity(config: Config) -> dict[str, str]:
-    """What is delivered beside an adapter: the base's name, its commit or none, its fingerprint, how it was held."""
-    place = locate(config.model)
-    return {
-        "name": place.name,
-        "commit": place.commit,
-        "fingerprint": base_fingerprint(config),
-        "quantization": config.model.quantization,
-    }
-
-
 def content_hashes(paths: Sequence[Path]) -> list[str]:
     """sha256 of each file, read once for each of its states: 1.5 GB a second and thread, then nothing.
 

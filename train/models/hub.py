@@ -1,9 +1,10 @@
 """Where a base lies: a folder, or the files of a hub model at one commit, fetched into the local cache."""
 
 import json
+import queue
 import re
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -68,10 +69,8 @@ def _on_hub(name: str, revision: str) -> BasePlace:
         if isinstance(error, HfHubHTTPError) and getattr(error.response, "status_code", 0) >= 500:
             return _cached(name, revision, _first_line(error))
         raise refusal(*_told(name, revision, error)) from None
-    except (OSError, RuntimeError) as error:  # no network, or none that answers in time
-        return _cached(name, revision, _first_line(error))
-    except Exception as error:  # httpx's own, which inherit from nothing that is told here
-        if "httpx" not in type(error).__module__:
+    except Exception as error:
+        if not _is_of_the_network(error):
             raise
         return _cached(name, revision, _first_line(error))
 
@@ -81,14 +80,22 @@ def _ask(name: str, revision: str) -> None:
 
     In a thread, because the library's first request is preceded by one of its own, which has its own patience.
     """
-    thread = ThreadPoolExecutor(1)
+    answers: queue.Queue[Exception | None] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS)
+            answers.put(None)
+        except Exception as error:  # the asking thread raises it
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
     try:
-        asked = thread.submit(lambda: HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS))
-        asked.result(HUB_SECONDS)
-    except TimeoutError:
+        error = answers.get(timeout=HUB_SECONDS)
+    except queue.Empty:
         raise OSError(f"no answer within {HUB_SECONDS:.0f} s") from None
-    finally:
-        thread.shutdown(wait=False, cancel_futures=True)
+    if error is not None:
+        raise error
 
 
 def fetch_weights(place: BasePlace) -> list[Path]:
@@ -143,7 +150,9 @@ def _download(name: str, revision: str, patterns: Sequence[str]) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except HfHubHTTPError as error:
         raise refusal(*_told(name, revision, error)) from None
-    except (OSError, RuntimeError) as error:
+    except Exception as error:
+        if not _is_of_the_network(error):
+            raise
         raise unreadable(name, f"its files cannot be downloaded: {_first_line(error)}") from None
 
 
@@ -177,6 +186,11 @@ def _told(name: str, revision: str, error: Exception) -> tuple[str, str]:
     if status in (401, 403):
         return option, f"the hub refuses your token ({status}): {GET_TOKEN}"
     return option, f"cannot read it: {_first_line(error)}"
+
+
+def _is_of_the_network(error: Exception) -> bool:
+    """Whether this is an error of the network or the disk; httpx's own inherit from nothing else."""
+    return isinstance(error, OSError | RuntimeError) or "httpx" in type(error).__module__
 
 
 def _first_line(error: Exception) -> str:

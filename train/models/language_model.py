@@ -41,6 +41,11 @@ class BaseFacts:
     targets: Targets
     notes: list[str]  # on its files
 
+    def identity(self) -> dict[str, str]:
+        """What is delivered beside an adapter: the base's name, its commit or none, and how it was held."""
+        held = ", ".join(self.held.quantized) or self.held.type_of_others
+        return {"name": self.place.name, "commit": self.place.commit, "held": held}
+
 
 class LanguageModel(torch.nn.Module):
     """Base and adapters as one module whose forward is the summed loss, so that DDP sees a single forward call.

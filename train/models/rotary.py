@@ -20,8 +20,12 @@ class SampleRotary(torch.nn.Module):
         self.inner = inner
         self.lengths: Sequence[int] = ()  # tokens of the samples to come, packed or a row each; empty: as transformers
 
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [B, T, D] for position_ids [B, T]."""
+        layer = next(iter((*args, *options.values())), None)  # the kind of layer, where frequencies differ by it
+        args = () if layer is None else (layer,)
         if not self.lengths:
             return self._of_one(x, position_ids, *args)
         if position_ids.shape[0] == 1:

@@ -141,7 +141,9 @@ class Launcher:
             print(f"stopped by {self.stopped_by} before training began", file=sys.stderr)
             return ExitCode.INTERRUPTED
         recorded = read_object(run.folder.exit).get("code") if run else None
-        if isinstance(recorded, int):  # its trackers were still being closed
+        if isinstance(recorded, int):  # its trackers were still being closed, and it has said nothing
+            assert run is not None
+            print(f"\nhandloop: {read_object(run.folder.exit).get('reason')}", file=sys.stderr, flush=True)
             return recorded
         if not any(trainer.code or trainer.is_lost for trainer in trainers):
             code = self.child.returncode
@@ -159,8 +161,8 @@ class Launcher:
             return ExitWith(ExitCode.KILLED, f"ended by a second Ctrl-C, without saving; {REPEAT}")
         if failed:
             code = next((code for code in ExitCode if code == failed[0].code), ExitCode.DEFECT)
-            said = f"process {failed[0].rank} ended with {code} ({code.name.lower()}); see what it printed"
-            return ExitWith(code, f"{said}\n{REPEAT}")
+            reason = failed[0].reason or f"it ended with {code} ({code.name.lower()}); see what it printed"
+            return ExitWith(code, f"process {failed[0].rank}: {reason}")
         memory = f"{MEMORY}\n" if oom_kills() > self.oom_kills else ""
         if len(trainers) > 1:
             reason = self.reason or blame(trainers, read_run(self.folder))

@@ -139,8 +139,10 @@ def on_first_process(accelerator: Accelerator, action: Callable[[], int]) -> int
             error = ExitWith(ExitCode.SAVE_FAILED, f"{failure}; earlier checkpoints are intact")
         if error is not None:
             value = -int(error.code)
-    total = accelerator.reduce(torch.tensor(float(value), device=accelerator.device), reduction="sum")
-    result = int(to_host(total)[0])  # minus the exit code if the first process failed
+    sums = accelerator.reduce(torch.tensor([float(value), 1.0], device=accelerator.device), reduction="sum")
+    total, num_present = to_host(*sums)
+    check_present(accelerator, num_present)
+    result = int(total)  # minus the exit code if the first process failed
     if result < 0:
         raise error or ExitWith(ExitCode(-result), "ended by the first process")
     return result

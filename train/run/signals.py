@@ -1,8 +1,9 @@
 """Stop signals, and what the launcher is told. Imports nothing heavy: main does this before imports that take seconds.
 
 In the folder HANDLOOP_LAUNCHER every trainer process has a file `pid-N`, which holds its rank, `doing-N`, and at its
-end, whatever end that is, a note `end-N` with its exit code. A process that is gone without a note has crashed, which
-`crash-N` says, or was killed. The first process names the run folder in `run`, and leaves the exit code in `exit`.
+end, whatever end that is, a note `end-N` with its exit code, and why in `reason-N`. A process that is gone without a
+note has crashed, which `crash-N` says, or was killed. The first process names the run folder in `run`, and leaves the
+exit code in `exit`.
 """
 
 import atexit
@@ -79,12 +80,13 @@ def follow_launcher() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def leave_note(code: int) -> None:
-    """Tells Handloop's launcher, if there is one, that this process ends by itself; the first note stands."""
+def leave_note(code: int, reason: str = "") -> None:
+    """Tells Handloop's launcher, if there is one, that this process ends by itself and why; the first note stands."""
     folder = os.environ.get("HANDLOOP_LAUNCHER")
     note = Path(folder or "") / f"end-{os.getpid()}"
     if folder and not note.exists():
         with suppress(OSError):
+            write_whole(note.with_name(f"reason-{os.getpid()}"), reason)
             write_whole(note, f"{int(code)}")
 
 

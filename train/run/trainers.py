@@ -24,6 +24,7 @@ class Trainer:
     code: int | None  # in its note; None: it has left none
     crash: str  # what Python said of a fatal signal, of its own making
     doing: str  # the last that it has told, in words
+    reason: str = ""  # why it ended by itself, beside the code
 
     @property
     def is_lost(self) -> bool:
@@ -64,8 +65,8 @@ def read_trainers(folder: Path) -> list[Trainer]:
         code = None
         with suppress(OSError, ValueError):
             code = int((folder / f"end-{pid}").read_text())
-        crash, doing = (_text(folder / f"{kind}-{pid}") for kind in ("crash", "doing"))
-        found.append(Trainer(pid, _text(path), alive, code, crash, doing))
+        texts = [_text(folder / f"{kind}-{pid}") for kind in ("crash", "doing", "reason")]
+        found.append(Trainer(pid, _text(path), alive, code, *texts))
     return sorted(found, key=lambda trainer: (len(trainer.rank), trainer.rank))
 
 

@@ -71,9 +71,14 @@ def setting(name: str) -> str:
 
 def _files() -> Iterator[Path]:
     """Where `wandb offline` and the like write: below WANDB_DIR or the working directory, and `wandb login` for all."""
-    for folder in (Path(os.environ.get("WANDB_DIR") or ".").expanduser(), Path(".")):
+    for folder in (_home(os.environ.get("WANDB_DIR") or "."), Path(".")):
         yield folder / (".wandb" if (folder / ".wandb").exists() else "wandb") / "settings"
-    yield Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser() / "settings"
+    yield _home(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb") / "settings"
+
+
+def _home(path: str) -> Path:
+    """The path with `~` replaced; left as it is for a user without a home, where pathlib raises."""
+    return Path(os.path.expanduser(path))
 
 
 def has_key() -> bool:
@@ -81,9 +86,9 @@ def has_key() -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or setting("api_key"):
         return True
     server = urlsplit(os.environ.get("WANDB_BASE_URL") or setting("base_url") or DEFAULT_SERVER)
-    home = [path for path in (Path("~/.netrc").expanduser(), Path("~/_netrc").expanduser()) if path.exists()]
+    home = [path for path in (_home("~/.netrc"), _home("~/_netrc")) if path.exists()]
     named = os.environ.get("NETRC")
-    path = Path(named).expanduser() if named else home[0] if home else None
+    path = _home(named) if named else home[0] if home else None
     try:
         found = netrc.netrc(path).authenticators(server.netloc) if path else None
     except (OSError, netrc.NetrcParseError):

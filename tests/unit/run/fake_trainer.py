@@ -57,7 +57,7 @@ def behave(behaviour: str, timeout: float) -> None:
         time.sleep(timeout)
         os.abort()
     if behaviour == "memory":
-        leave_note(ExitCode.BAD_INPUT)
+        leave_note(ExitCode.BAD_INPUT, "no memory left")
         sys.exit(ExitCode.BAD_INPUT)
     if behaviour == "ctrl_c":  # the second one
         leave_note(128 + signal.SIGINT)

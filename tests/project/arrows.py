@@ -44,6 +44,7 @@ ALLOWED = {
         "data",
         "data_tools",
         "learning_rate",
+        "metrics",
         "models",
         "optim",
         "run",

@@ -4,7 +4,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import bitsandbytes as bnb
@@ -22,29 +21,15 @@ from train.engine.host_stream import HostBlocks
 from train.engine.layers import ADAPTER, CausalLM, as_causal_lm
 from train.engine.plan import Plan
 from train.loss import Head, summed_cross_entropy
+from train.models.about import BaseFacts, own_dropout
 from train.models.base import load_base, skeleton
-from train.models.held_weights import HeldWeights, check_experts, held_weights
-from train.models.hub import BasePlace, locate
+from train.models.held_weights import check_experts, held_weights
+from train.models.hub import locate
 from train.models.rotary import SampleRotary, isolate_rotary
 from train.models.targets import Targets, refuse_unmatched, resolve_targets
 from train.run.devices import compute_type
 from train.run.exits import ExitCode, ExitWith
 from train.seeds import derived_seed
-
-
-@dataclass(frozen=True)
-class BaseFacts:
-    """What is told of the base that was loaded."""
-
-    place: BasePlace
-    held: HeldWeights
-    targets: Targets
-    notes: list[str]  # on its files
-
-    def identity(self) -> dict[str, str]:
-        """What is delivered beside an adapter: the base's name, its commit or none, and how it was held."""
-        held = ", ".join(self.held.quantized) or self.held.type_of_others
-        return {"name": self.place.name, "commit": self.place.commit, "held": held}
 
 
 class LanguageModel(torch.nn.Module):
@@ -219,15 +204,6 @@ def choose_engine(sketched: peft.PeftModel, config: Config, device: torch.device
     if not reason and config.engine.kind == "auto" and device.type != "cuda" and not wants_it:
         reason = "no GPU; --engine.kind fused runs it here as well"
     return not reason, reason
-
-
-def own_dropout(base: torch.nn.Module) -> list[str]:
-    """A note on the dropout that the base brings with it, which acts while its adapters are trained."""
-    shape: Any = base.config
-    text = shape.get_text_config(decoder=True)
-    rates = {f"{name} {rate}" for name in ("attention_dropout",) if (rate := getattr(text, name, 0.0) or 0.0) > 0}
-    rates |= {f"{module.p}" for module in base.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0}
-    return [f"it has dropout of its own, which acts while training: {', '.join(sorted(rates))}"] if rates else []
 
 
 def head_of(causal_lm: CausalLM) -> Head:

@@ -1,0 +1,34 @@
+"""What is told of a base that was loaded."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from train.models.held_weights import HeldWeights
+from train.models.hub import BasePlace
+from train.models.targets import Targets
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What is told of the base that was loaded."""
+
+    place: BasePlace
+    held: HeldWeights
+    targets: Targets
+    notes: list[str]  # on its files
+
+    def identity(self) -> dict[str, str]:
+        """What is delivered beside an adapter: the base's name, its commit or none, and how it was held."""
+        held = ", ".join(self.held.quantized) or self.held.type_of_others
+        return {"name": self.place.name, "commit": self.place.commit, "held": held}
+
+
+def own_dropout(base: torch.nn.Module) -> list[str]:
+    """A note on the dropout that the base brings with it, which acts while its adapters are trained."""
+    shape: Any = base.config
+    text = shape.get_text_config(decoder=True)
+    rates = {f"{name} {rate}" for name in ("attention_dropout",) if (rate := getattr(text, name, 0.0) or 0.0) > 0}
+    rates |= {f"{module.p}" for module in base.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0}
+    return [f"it has dropout of its own, which acts while training: {', '.join(sorted(rates))}"] if rates else []

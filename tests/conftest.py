@@ -54,6 +54,11 @@ from train.step import Training  # noqa: E402
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test comes first, or one process would wait for it alone at the end."""
+    items.sort(key=lambda item: "test_demo.py" not in item.nodeid)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Puts prepared data into a temporary folder."""

@@ -31,6 +31,19 @@ def before_and_after(holder: Any, name: str, act: Callable[[str], None], caller:
     setattr(holder, name, around)
 
 
+def at_call(holder: Any, name: str, number: int, act: Callable[[], None], moment: str = "before") -> None:
+    """Calls `act` before, or after, the n-th call of `holder.name`."""
+    calls = 0
+
+    def count(when: str) -> None:
+        nonlocal calls
+        calls += when == "before"
+        if when == moment and calls == number:
+            act()
+
+    before_and_after(holder, name, count)
+
+
 def around_syncs(act: Callable[[str], None]) -> None:
     """Calls `act` before and after each sync of publishing a checkpoint or setting it aside."""
     import train.checkpoints.store
@@ -57,15 +70,7 @@ class Fault:
         import train.checkpoints.store
 
         holders: dict[str, Any] = {"rename": os, "save": train.checkpoints.store.CheckpointStore}
-        calls = 0
-
-        def act(when: str) -> None:
-            nonlocal calls
-            calls += when == "before"
-            if calls == self.call and when == self.when:
-                die()
-
-        before_and_after(holders.get(self.function, train.checkpoints.store), self.function, act)
+        at_call(holders.get(self.function, train.checkpoints.store), self.function, self.call, die, self.when)
 
 
 @dataclass(frozen=True)
@@ -193,15 +198,7 @@ class AtForward:
     def __call__(self) -> None:
         from train.models.language_model import LanguageModel
 
-        calls = 0
-
-        def act(when: str) -> None:
-            nonlocal calls
-            calls += when == "before"
-            if when == "before" and calls == self.call:
-                os.kill(os.getpid(), self.number)
-
-        before_and_after(LanguageModel, "forward", act)
+        at_call(LanguageModel, "forward", self.call, lambda: os.kill(os.getpid(), self.number))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import signal
 import time
 from dataclasses import dataclass
 
-from tests.injections import before_and_after
+from tests.injections import at_call
 
 
 @dataclass(frozen=True)
@@ -19,15 +19,10 @@ class Defect:
     call: int = 1
 
     def __call__(self) -> None:
-        calls = 0
+        def fail() -> None:
+            raise self.error
 
-        def act(when: str) -> None:
-            nonlocal calls
-            calls += when == "before"
-            if when == "before" and calls == self.call:
-                raise self.error
-
-        before_and_after(importlib.import_module(self.holder), self.name, act)
+        at_call(importlib.import_module(self.holder), self.name, self.call, fail)
 
 
 @dataclass(frozen=True)
@@ -78,12 +73,4 @@ class InValidation:
     def __call__(self) -> None:
         import train.validation
 
-        calls = 0
-
-        def act(when: str) -> None:
-            nonlocal calls
-            calls += when == "before"
-            if when == "before" and calls == self.micro_batch:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        before_and_after(train.validation, "collate", act)
+        at_call(train.validation, "collate", self.micro_batch, lambda: os.kill(os.getpid(), signal.SIGTERM))

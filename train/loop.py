@@ -23,24 +23,17 @@ Row = dict[str, Any]
 MAX_SKIPPED_IN_A_ROW = 3
 
 
-def training_loop(
-    training: Training,
-    heartbeat: Heartbeat,
-    trackers: Trackers,
-    saver: Saver,
-    validate: Callable[[], dict[str, float]],
-    doing: Doing,
-) -> None:
+def training_loop(boundary: "Boundary") -> None:
     """Trains to the end.
 
     Raises ExitWith(INTERRUPTED) after a checkpoint when a process was asked to stop, ExitWith(NON_FINITE) when too many
     steps were skipped.
     """
-    boundary = Boundary(training, heartbeat, trackers, saver, validate, doing)
+    saver = boundary.saver
     try:
         if saver.unlogged:
             boundary.finish(saver.unlogged)
-        for result in training_steps(training, saver.saved, heartbeat, doing):
+        for result in training_steps(boundary.training, saver.saved, boundary.heartbeat, boundary.doing):
             boundary.cross(result)
     except Dropped:
         boundary.stop()

@@ -40,7 +40,7 @@ from train.deliver.generation import Generator
 from train.deliver.questions import questions_of
 from train.ending import end_of, record_end, say_end, unrecorded_defect
 from train.learning_rate import Schedule
-from train.loop import training_loop
+from train.loop import Boundary, training_loop
 from train.models.language_model import adapter_config
 from train.models.tokenizer import Tokenizer, check_fits, load_tokenizer
 from train.run.accelerator import check_machine, close_group, start_accelerator
@@ -144,7 +144,7 @@ def run(config: Config, stop: StopRequest, closing: ExitStack, log: AttemptLog, 
     saver = Saver.of(training, store, run_identity, trackers, checkpoint)
     heartbeat = Heartbeat(config, accelerator, stop)
     measure = partial(validate, training, validation, heartbeat) if validation else dict
-    training_loop(training, heartbeat, trackers, saver, measure, doing)
+    training_loop(Boundary(training, heartbeat, trackers, saver, measure, doing))
     doing.now = "publishing final/"
     close_group(together=True)
     if accelerator.is_main_process:

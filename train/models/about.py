@@ -29,6 +29,7 @@ def own_dropout(base: torch.nn.Module) -> list[str]:
     """A note on the dropout that the base brings with it, which acts while its adapters are trained."""
     shape: Any = base.config
     text = shape.get_text_config(decoder=True)
-    rates = {f"{name} {rate}" for name in ("attention_dropout",) if (rate := getattr(text, name, 0.0) or 0.0) > 0}
-    rates |= {f"{module.p}" for module in base.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0}
+    rates = {f"{module.p}" for module in base.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0}
+    if rate := getattr(text, "attention_dropout", None):
+        rates.add(f"attention_dropout {rate}")
     return [f"it has dropout of its own, which acts while training: {', '.join(sorted(rates))}"] if rates else []

@@ -16,7 +16,7 @@ from train.engine.block import ForwardContext
 from train.engine.decoder import FusedDecoder
 from train.loss import Head
 from train.models.language_model import LanguageModel
-from train.models.shape import BROKEN, MAX_REASON
+from train.models.shape import BROKEN, told
 from train.run.exits import ExitCode, ExitWith
 
 MAX_TOKENS = 256  # of the sample that is compared: blocks and head cost little then
@@ -59,8 +59,8 @@ def check_agreement(model: LanguageModel, name: str, ids: Sequence[int]) -> None
         except torch.OutOfMemoryError:
             raise
         except BROKEN as error:
-            told = f"{type(error).__name__}: {' '.join(str(error).split())[:MAX_REASON]}"
-            reason = f"{name}: transformers {transformers.__version__} cannot run this base ({told})"
+            version, what = transformers.__version__, f"{type(error).__name__}: {told(error)}"
+            reason = f"{name}: transformers {version} cannot run this base ({what})"
             raise ExitWith(ExitCode.BAD_INPUT, reason) from error
         _check_finite(model, name, seen)
         _choose_head(model, name, seen)

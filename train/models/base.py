@@ -57,19 +57,19 @@ def load_base(
     if (place.folder / "adapter_config.json").exists():
         reason = "an adapter lies beside the base (adapter_config.json); merge it into the base, or move it away"
         raise unreadable(config.name_or_path, reason)
-    paths = fetch_weights(place)
+    paths, is_quantized = fetch_weights(place), quantization(config, shape, dtype)[1]
     with ExitStack() as files:
         try:
             stored = StoredWeights(paths, files)
             stored.check_names()
-            stored.check_types(is_quantized=quantization(config, shape, dtype)[1])
+            stored.check_types(is_quantized)
         except (OSError, ValueError, SafetensorError) as error:
             raise cannot_read(config, "safetensors weights", error) from None
         base = skeleton(config, dtype)
         check_tied_pair(config, base, stored)
         try:
             if host.wanted:
-                read = _stored(config, base, stored, dtype, device)
+                read = _stored(base, stored, is_quantized, dtype, device)
                 left = check_difference(config, base, difference_of(base, stored))
                 base = _filled(base, read, device, host, embedding_on_host)
                 with suppress(OSError):  # not every base has one
@@ -83,7 +83,7 @@ def load_base(
         except BROKEN as error:
             raise cannot_read(config, "safetensors weights", error) from None
     check_quantized(config, base)
-    if quantization(config, shape, dtype)[1]:
+    if is_quantized:
         _unify_compute_type(base, dtype)
     if embedding_on_host and not host.wanted:
         offload_embedding(as_causal_lm(base))
@@ -201,10 +201,10 @@ def _drawn(shape: Any, dtype: torch.dtype, generator: torch.Generator) -> Read:
 
 
 def _stored(
-    config: ModelConfig, base: PreTrainedModel, stored: StoredWeights, dtype: torch.dtype, device: torch.device
+    base: PreTrainedModel, stored: StoredWeights, is_quantized: bool, dtype: torch.dtype, device: torch.device
 ) -> Read:
-    """Values from the files; a weight that is stored in 4 bits comes with its scales."""
-    tied, is_stored = tied_embedding(base), quantization(config, model_shape(config), dtype)[1]
+    """Values from the files; a weight that is stored in 4 bits, as all are if `is_quantized`, comes with its scales."""
+    tied = tied_embedding(base)
     params4bit: Any = bnb.nn.Params4bit
 
     def read(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -218,7 +218,7 @@ def _stored(
                 raise ValueError(f"{name}: {reason}")
             packed.quant_state.dtype = dtype  # before a streamed block's layout takes it over
             return packed
-        if isinstance(parameter, bnb.nn.Params4bit) and (is_stored or not values.is_floating_point()):
+        if isinstance(parameter, bnb.nn.Params4bit) and (is_quantized or not values.is_floating_point()):
             raise ValueError(f"{name} should be packed in 4 bits by config.json, and its scales are not in the files")
         return values.to(device).to(dtype)
 

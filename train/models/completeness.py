@@ -50,11 +50,11 @@ def check_tied_pair(config: ModelConfig, base: PreTrainedModel, stored: StoredWe
 
     transformers would take both, other programs the embedding alone.
     """
-    head, embedding = (base.get_output_embeddings(), base.get_input_embeddings())
-    if head is None or head.weight is not embedding.weight:
+    tied, head = tied_embedding(base), base.get_output_embeddings()
+    if not tied:
         return
-    names = {module: name for name, module in base.named_modules()}
-    pair = [stored.place_of(f"{names[module]}.weight") for module in (embedding, head)]
+    own = next(f"{name}.weight" for name, module in base.named_modules() if module is head)
+    pair = [stored.place_of(tied), stored.place_of(own)]
     if all(pair) and pair[0] != pair[1]:
         one, other = map(stored.values, pair)
         if one.shape != other.shape or not torch.equal(one, other):

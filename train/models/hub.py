@@ -28,6 +28,7 @@ from train.run.exits import ExitCode, ExitWith
 HUB_SECONDS = 4.0  # that the hub may take to say what a model is
 # what a base has beside its weights: configuration, tokenizer, chat templates
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+NAME_A_BASE = "name a folder that holds config.json, tokenizer.json and *.safetensors, or a hub id"
 GET_TOKEN = "set HF_TOKEN, in the environment or in a file .env, or run `hf auth login`"
 
 
@@ -52,8 +53,7 @@ def locate(config: ModelConfig) -> BasePlace:
             raise refusal(f"--model.revision {revision}", f"{name} is a folder, which has none; leave it out")
         return BasePlace(Path(name).resolve(), str(Path(name).resolve()), commit="")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        remedy = "name a folder that holds config.json, tokenizer.json and *.safetensors, or a hub id"
-        raise refusal(f"--model.name_or_path {name}", f"no such folder\n{remedy}")
+        raise refusal(f"--model.name_or_path {name}", f"no such folder\n{NAME_A_BASE}")
     return _on_hub(name, revision)
 
 

@@ -65,14 +65,11 @@ class SampleRotary(torch.nn.Module):
                 getattr(inner, f"{prefix}inv_freq").copy_(getattr(inner, f"{prefix}original_inv_freq"))
 
 
-def isolate_rotary(base: torch.nn.Module) -> list[SampleRotary]:
-    """Puts a SampleRotary around every rotary embedding of the base that depends on lengths; returns them."""
-    found = []
+def isolate_rotary(base: torch.nn.Module) -> None:
+    """Puts a SampleRotary around every rotary embedding of the base that depends on lengths."""
     for module in list(base.modules()):
         for name, child in list(module.named_children()):
             kinds: Any = getattr(child, "rope_type", None)
             kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
             if any(part in str(kind) for kind in kinds for part in LENGTH_DEPENDENT):
-                found.append(SampleRotary(child))
-                setattr(module, name, found[-1])
-    return found
+                setattr(module, name, SampleRotary(child))

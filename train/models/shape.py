@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from train.config import ModelConfig
-from train.models.hub import locate, unreadable
+from train.models.hub import NAME_A_BASE, locate, unreadable
 from train.run.exits import ExitCode, ExitWith
 
 STORED_AS = {"nf4": "in 4 bits by bitsandbytes", "int8": "in 8 bits by bitsandbytes"}
@@ -36,8 +36,7 @@ def model_shape(config: ModelConfig) -> PreTrainedConfig:
     if not (place.folder / "config.json").is_file():
         held = "adapter_config.json" if (place.folder / "adapter_config.json").exists() else ""
         reason = "it has no config.json" + (f", but an adapter ({held}): name the base of the adapter" if held else "")
-        remedy = "name a folder that holds config.json, tokenizer.json and *.safetensors, or a hub id"
-        raise unreadable(config.name_or_path, f"{reason}\n{remedy}")
+        raise unreadable(config.name_or_path, f"{reason}\n{NAME_A_BASE}")
     try:
         shape = AutoConfig.from_pretrained(str(place.folder), trust_remote_code=False)
     except BROKEN as error:
@@ -127,6 +126,9 @@ def quantization(config: ModelConfig, shape: PreTrainedConfig, dtype: torch.dtyp
 
 def cannot_read(config: ModelConfig, what: str, error: Exception) -> ExitWith:
     """The end of a run for which something of the base cannot be read."""
-    told = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
-    remedy = "name a folder that holds config.json, tokenizer.json and *.safetensors, or a hub id"
-    return unreadable(config.name_or_path, f"cannot read {what}: {told}\n{remedy}")
+    return unreadable(config.name_or_path, f"cannot read {what}: {told(error)}\n{NAME_A_BASE}")
+
+
+def told(error: Exception) -> str:
+    """What a library's error says, on one line."""
+    return " ".join(str(error).split())[:MAX_REASON] or type(error).__name__

@@ -53,7 +53,7 @@ def resolve_targets(base: PreTrainedModel, words: Sequence[str]) -> Targets:
     ends = Counter(name.rpartition(".")[2] for name in linear)
     exist = ", ".join(f"{end} ({count})" for end, count in sorted(ends.items())) or "none"
     refuse_unmatched([_reason(base, word) for word in words if not counts[word]], exist)
-    refuse_unmatched([_head_too(base, word) for word in words if _head_too(base, word)], exist)
+    refuse_unmatched([reason for word in words if (reason := _head_too(base, word))], exist)
     is_exact = all(NAME.fullmatch(word) and word != ALL_LINEAR for word in words)
     # an end of a name is kept where it means the same to PEFT, which knows no decoder
     others = [name for name, module in base.named_modules() if name not in linear and _is_linear(module)]
@@ -111,9 +111,9 @@ def _head_too(base: PreTrainedModel, word: str) -> str:
     """What is wrong with an expression that matches the head beside other layers, or nothing."""
     head = base.get_output_embeddings()
     found = [name for name, module in base.named_modules() if module is head and _matches(word, name)]
-    return (
-        f"{word} matches {found[0]}, too, the output head, which stays frozen" if found and word != ALL_LINEAR else ""
-    )
+    if not found or word == ALL_LINEAR:
+        return ""
+    return f"{word} matches {found[0]}, too, the output head, which stays frozen"
 
 
 def _reason(base: PreTrainedModel, word: str) -> str:

@@ -34,7 +34,7 @@ class Beat:
 
     def is_stopped(self) -> bool:
         """Whether it is stopped, as by SIGSTOP or a debugger; told only of processes on this machine."""
-        return self.host == platform.node() and state_of(self.pid) in ("T", "t")
+        return self.host == platform.node() and is_stopped(self.pid)
 
     def __str__(self) -> str:
         stopped = " (stopped, as by SIGSTOP)" if self.is_stopped() else ""
@@ -67,6 +67,11 @@ def read_beats(folder: Path) -> list[Beat]:
 def heard_of(beats: Iterable[Beat]) -> str:
     """The processes with their last steps, in the order given."""
     return f"last heard of: {'; '.join(map(str, beats)) or 'no step was finished'}"
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped, as by SIGSTOP or a debugger."""
+    return state_of(pid) in ("T", "t")
 
 
 def state_of(pid: int) -> str:

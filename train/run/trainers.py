@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.run.folder import RunFolder
-from train.run.heartbeats import Beat, heard_of, read_beats, state_of
+from train.run.heartbeats import Beat, heard_of, is_stopped, read_beats, state_of
 
 WATCHDOG = "Aborted"  # how NCCL's watchdog ends a process that waits in vain
 LATE_SECONDS = 4.0  # after which a process that waits has not given up by itself
@@ -34,7 +34,7 @@ class Trainer:
     @property
     def is_stopped(self) -> bool:
         """Whether it is alive and stopped, as by SIGSTOP."""
-        return self.is_alive and state_of(self.pid) in ("T", "t")
+        return self.is_alive and is_stopped(self.pid)
 
     def loss(self) -> str:
         """How it was lost."""

@@ -88,7 +88,7 @@ def test_onto_a_base_in_int8(config: Config, tmp_path: Path) -> None:
     trained = load_file(written(run, "dequantized", tmp_path / "dequantized") / "model.safetensors")[name]
     original = load_file(written(run, "original", tmp_path / "original") / "model.safetensors")[name]
     steps = load_file(base / "model.safetensors")[name].abs().amax(1, keepdim=True) / 127
-    assert 0.2 < ((trained - original).abs() / steps).max() < 0.51
+    assert 0.2 < ((trained - original).abs() / steps).max() < 0.7
 
 
 def test_weights_that_transformers_renames(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

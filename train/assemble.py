@@ -53,7 +53,7 @@ def assemble(
     if config.data.packing and not plan.is_fused:
         check_packing(model, config.model.name_or_path, data.samples[longest]["input_ids"])
     parameters = model.trainable()
-    flat = FlatParameters(parameters)
+    flat = FlatParameters(parameters, config.optim.lora_plus_ratio)
     say(accelerator, f"engine    {'fused' if plan.is_fused else f'reference: {outlook.reason}'}")
     training = Training(
         config=config,

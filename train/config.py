@@ -58,10 +58,21 @@ class LoraConfig:
     """Rank."""
     alpha: int = 16
     """Scale: the adapter's output is multiplied by alpha / r."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(r) instead (rsLoRA, Kalajdzievski 2023): a higher rank then learns no slower."""
     dropout: float = 0.0
     """Probability that an element of an adapter's input is zeroed while training."""
     target_modules: tuple[str, ...] = LLAMA_LINEAR_LAYERS
     """Linear layers that get an adapter: ends of their names, regular expressions over whole names, or all-linear."""
+    init_from: str = ""
+    """Folder of an adapter that a new run starts from, with the same rank, scale and layers: a run folder, its final/,
+    a checkpoint, or what PEFT has saved. Learning rate and optimizer start anew."""
+    trainable_tokens: tuple[str, ...] = ()
+    """Tokens whose rows of embedding and head are trained with the adapter. Those that the tokenizer lacks are added to
+    it, and start as the mean of all rows; written <|so|>, they are special tokens, for a chat template to use."""
+    modules_to_save: tuple[str, ...] = ()
+    """Layers trained whole in fp32 and saved with the adapter: lm_head, embed_tokens, or both. 12 to 18 bytes a weight
+    on the GPU; for a new language or script, where the rows of a few tokens are not enough."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +152,8 @@ class OptimConfig:
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; inf turns clipping off."""
+    lora_plus_ratio: float = 1.0
+    """The adapters' B learn at this multiple of the learning rate (LoRA+, Hayou et al. 2024); 1: as A does."""
 
 
 @dataclass(frozen=True)
@@ -265,6 +278,7 @@ class Config:
         yield from self._number_checks()
         yield from self._data_checks()
         yield from self._target_checks()
+        yield from self._token_checks()
         if isinstance(self.memory.checkpointing, int):
             if self.memory.checkpointing < 0:
                 yield "memory.checkpointing", self.memory.checkpointing, "must be at least 0, or auto, full, none"
@@ -278,6 +292,15 @@ class Config:
                 parse_bytes(self.memory.budget)
             except ValueError as error:
                 yield "memory.budget", self.memory.budget, str(error)
+
+    def _token_checks(self) -> Iterator[tuple[str, object, str]]:
+        tokens = self.lora.trainable_tokens
+        for token in tokens:
+            if not token or token != token.strip():
+                yield "lora.trainable_tokens", repr(token), "a token has no white space at its ends"
+        twice = sorted({token for token in tokens if tokens.count(token) > 1})
+        if twice:
+            yield "lora.trainable_tokens", " ".join(twice), "is there twice"
 
     def _target_checks(self) -> Iterator[tuple[str, object, str]]:
         if not self.lora.target_modules:
@@ -355,6 +378,8 @@ class Config:
         for option, value in positive:
             if not value > 0:
                 yield option, value, "must be greater than 0"
+        if not 1 <= self.optim.lora_plus_ratio < float("inf"):
+            yield "optim.lora_plus_ratio", self.optim.lora_plus_ratio, "must be a finite number of at least 1"
         if self.train.seed >= 2**32:
             yield "train.seed", self.train.seed, f"must be less than {2**32}"
         if self.optim.lr == float("inf"):

@@ -12,11 +12,12 @@ def to_host(*scalars: torch.Tensor) -> list[float]:
 
 
 def num_matmul_weights(model: torch.nn.Module) -> int:
-    """Weights of every linear layer of the base, the head among them; adapters and embedding are left out."""
+    """Weights of every linear layer of the base, the head among them; what is trained and the embedding are left out.
+    """
     return sum(
         module.in_features * module.out_features
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and "lora_" not in name
+        if isinstance(module, torch.nn.Linear) and "lora_" not in name and "modules_to_save" not in name
     )
 
 

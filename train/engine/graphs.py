@@ -51,7 +51,7 @@ def pad(batch: MicroBatch) -> MicroBatch:
 class StaticBuffers:
     """What graphs read and write; a smaller shape uses the beginning of the largest one's buffers."""
 
-    hidden: torch.Tensor  # [T, H]
+    hidden: torch.Tensor  # [T, H]; after a backward pass its gradient, where the embedding is trained
     cos: torch.Tensor  # [T, D]
     sin: torch.Tensor  # [T, D]
     out: torch.Tensor  # [T, H]
@@ -145,7 +145,7 @@ class Graphs:
         graph.cu_seqlens.fill_(graph.static.hidden.shape[0])
         # the last entry stays: a larger graph's surplus tokens belong to the sample that `pad` has added
         graph.cu_seqlens[: len(batch.cu_seqlens) - 1].copy_(batch.cu_seqlens[:-1])
-        return _Replay.apply(graph, self.stack, num_tokens, self.stack.anchor)
+        return _Replay.apply(hidden, graph, self.stack, num_tokens, self.stack.anchor)
 
     def _allocate(self, hidden: torch.Tensor, context: ForwardContext) -> None:
         self.pool = torch.cuda.graph_pool_handle()
@@ -230,7 +230,10 @@ class Graphs:
                 static.out.copy_(out)
                 del out
             with torch.cuda.graph(backward, pool=self.pool):
-                self.stack.backward(static.grad_out, own, saved)
+                grad_hidden = self.stack.backward(static.grad_out, own, saved)
+                if grad_hidden is not None:  # nothing reads the input any more
+                    static.hidden.copy_(grad_hidden)
+                del grad_hidden
         store.forget_shared()  # nothing of it has run yet
         return CapturedGraph(static, seed, cu_seqlens, forward, backward)
 
@@ -239,20 +242,24 @@ class _Replay(torch.autograd.Function):
     """A graph as autograd sees it: a function of one adapter, as in stack.py."""
 
     @staticmethod
-    def forward(ctx: Any, graph: CapturedGraph, stack: Stack, num_tokens: int, _: torch.nn.Parameter) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, graph: CapturedGraph, stack: Stack, num_tokens: int, _: torch.nn.Parameter
+    ) -> torch.Tensor:
         ctx.graph, ctx.store, ctx.order, ctx.num_tokens = graph, stack.store, stack.backward_order, num_tokens
         _replay(graph.forward, stack.store, stack.forward_order)
         return graph.static.out[:num_tokens].detach()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
         graph, store = ctx.graph, ctx.store
         ctx.graph = ctx.store = None  # the loss may outlive the engine, whose memory would not be free
         grad_out = graph.static.grad_out
         grad_out[: ctx.num_tokens].copy_(grad_outputs[0])
         grad_out[ctx.num_tokens :].zero_()  # a larger graph's surplus tokens have no gradient
         _replay(graph.backward, store, ctx.order)
-        return None, None, None, None
+        # a copy, because autograd may use it after the next replay
+        grad_hidden = graph.static.hidden[: ctx.num_tokens].clone() if ctx.needs_input_grad[0] else None
+        return grad_hidden, None, None, None, None
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Base and adapters as one module, and the loss it computes; base.py loads the base."""
 
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -18,15 +17,18 @@ from train.engine.attention import attention_kind
 from train.engine.decoder import FusedDecoder
 from train.engine.families import decoder_layers, unsupported_reason
 from train.engine.host_stream import HostBlocks
-from train.engine.layers import ADAPTER, CausalLM, as_causal_lm
+from train.engine.layers import ADAPTER, CausalLM, Vocabulary, as_causal_lm
 from train.engine.plan import Plan
 from train.loss import Head, summed_cross_entropy
 from train.models.about import BaseFacts, own_dropout
+from train.models.adapters import copy_into, trainable, with_adapters
 from train.models.base import load_base, skeleton
 from train.models.held_weights import check_experts, held_weights
 from train.models.hub import locate
+from train.models.initial_adapter import initial_note, initial_tensors
 from train.models.rotary import SampleRotary, isolate_rotary
-from train.models.targets import Targets, refuse_unmatched, resolve_targets
+from train.models.shape import text_shape
+from train.models.vocabulary import trains_embedding
 from train.run.devices import compute_type
 from train.run.exits import ExitCode, ExitWith
 from train.seeds import derived_seed
@@ -139,16 +141,15 @@ class LanguageModel(torch.nn.Module):
             self.train()
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """The adapters' parameters, by the names that PEFT gives them in adapter_model.safetensors."""
-        named = self.adapted.named_parameters()
-        return {name.replace(f".{ADAPTER}", ""): p for name, p in named if p.requires_grad}
+        """The trained parameters, by the names that PEFT gives them in adapter_model.safetensors."""
+        return trainable(self.adapted)
 
 
 def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageModel:
-    """Base on `device`, frozen and quantised as configured, with fresh fp32 adapters drawn from train.seed.
+    """Base on `device`, frozen and quantised as configured, with fp32 adapters drawn from train.seed or of init_from.
 
-    Blocks that the plan streams are in host memory; so is the embedding on the engine, where the head does not share
-    it. peft's prepare_model_for_kbit_training is not called: it casts embedding and head to fp32 (2.1 GB at 8B).
+    Blocks that the plan streams are in host memory; so is a frozen embedding on the engine, where the head does not
+    share it. peft's prepare_model_for_kbit_training is not called: it casts embedding and head to fp32 (2.1 GB at 8B).
     Raises ExitWith(BAD_INPUT) where the base cannot be found or is not what config.json says, and where what was
     loaded cannot run on the engine that the plan wants.
     """
@@ -156,7 +157,9 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
         transformers.utils.logging.disable_progress_bar()
     dtype = compute_type(config.model.dtype, device).dtype
     host = HostBlocks(plan.streamed, pin=device.type == "cuda")
-    base, notes = load_base(config.model, dtype, device, host, config.train.seed, plan.is_fused)
+    # a trained embedding stays where its gradient is made
+    embedding_on_host = plan.is_fused and not trains_embedding(config.lora)
+    base, notes = load_base(config.model, dtype, device, host, config.train.seed, embedding_on_host)
     if base.config._attn_implementation == "sdpa":
         base.set_attn_implementation(attention_kind(config, dtype, device))
     keep_one_cpu_kernel(base)
@@ -170,13 +173,16 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
         reason = f"transformers' {type(base).__name__} has no decoder apart from its head"
         raise ExitWith(ExitCode.BAD_INPUT, f"{config.model.name_or_path}: {reason}; it is not trained")
     notes += own_dropout(base)
-    adapted, targets = _with_adapters(base, config)
+    notes += filter(None, [initial_note(config)]) if config.lora.init_from else []
+    adapted, targets = with_adapters(base, config)
     reason = unsupported_reason(as_causal_lm(adapted.get_base_model())) if plan.is_fused else ""
     if reason:  # what was loaded is not what config.json promised
         raise ExitWith(ExitCode.BAD_INPUT, f"{config.model.name_or_path}: {reason}; --engine.kind reference trains it")
     model = LanguageModel(adapted, host, BaseFacts(locate(config.model), held, targets, notes))
     for parameter in model.trainable().values():
         parameter.data = parameter.data.to(device)  # PEFT puts them where the layer's weights are
+    if config.lora.init_from:
+        load_adapters(model, initial_tensors(config, model.trainable()))
     model.execute(plan)
     return model.train()
 
@@ -185,7 +191,7 @@ def sketch(config: Config, dtype: torch.dtype) -> peft.PeftModel:
     """The model as load_model would make it, on torch's meta device, to choose an engine and to plan memory."""
     base = skeleton(config.model, dtype)
     check_experts(config.model, held_weights(base))
-    return _with_adapters(base, config, low_cpu_mem_usage=True)[0]
+    return with_adapters(base, config, is_sketch=True)[0]
 
 
 def choose_engine(sketched: peft.PeftModel, config: Config, device: torch.device) -> tuple[bool, str]:
@@ -208,12 +214,13 @@ def choose_engine(sketched: peft.PeftModel, config: Config, device: torch.device
 
 def head_of(causal_lm: CausalLM) -> Head:
     """The formula of the head's logits, by config.json; agreement.py compares it with what transformers computes."""
-    layer = causal_lm.get_output_embeddings()
-    whole: Any = causal_lm.config
-    shape = whole.get_text_config(decoder=True)
+    vocabulary = Vocabulary.of(causal_lm.get_output_embeddings())
+    layer, whole = vocabulary.layer, causal_lm.config
+    shape = text_shape(whole)
     scale = (getattr(shape, "logit_scale", None) or 1.0) / (getattr(shape, "logits_scaling", None) or 1.0)
     cap = getattr(shape, "final_logit_softcapping", None) or 0.0
-    return Head(layer.weight, getattr(layer, "bias", None), float(scale), float(cap))
+    bias = getattr(layer, "bias", None)
+    return Head(layer.weight, bias, float(scale), float(cap), vocabulary.rows, vocabulary.whole)
 
 
 def keep_one_cpu_kernel(base: torch.nn.Module) -> None:
@@ -227,33 +234,6 @@ def keep_one_cpu_kernel(base: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _with_adapters(
-    base: PreTrainedModel, config: Config, low_cpu_mem_usage: bool = False
-) -> tuple[peft.PeftModel, Targets]:
-    # newer transformers rename gradient checkpointing; PEFT uses the old name too, and 5.17 knows no other
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
-    targets = resolve_targets(base, config.lora.target_modules)
-    lora = peft.LoraConfig(
-        r=config.lora.r,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
-        target_modules=targets.names,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        adapted = peft.get_peft_model(base, lora, low_cpu_mem_usage=low_cpu_mem_usage)
-    except ValueError as error:
-        option = f"dropout {config.lora.dropout}" if "dropout" in str(error) else "target_modules"
-        reason = f"--lora.{option}: {str(error).strip().partition(chr(10))[0]}"
-        raise ExitWith(ExitCode.BAD_INPUT, reason) from None
-    assert isinstance(adapted, peft.PeftModel)
-    # PEFT knows the experts of some architectures only, and is content where another word matches
-    placed = {getattr(module, "parameter_name", "") for module in adapted.modules() if hasattr(module, "lora_A")}
-    lost = [word for word, parameter in targets.experts.items() if parameter not in placed]
-    refuse_unmatched([f"{word} matches no layer" for word in lost], targets.exist)
-    return adapted, targets
-
-
 def adapter_config(model: LanguageModel) -> dict[str, object]:
     """What PEFT writes to adapter_config.json; the base is named so that it is found from any folder, and later."""
     values = model.adapted.peft_config[ADAPTER].to_dict()
@@ -265,14 +245,4 @@ def adapter_config(model: LanguageModel) -> dict[str, object]:
 
 def load_adapters(model: LanguageModel, tensors: Mapping[str, torch.Tensor]) -> None:
     """Copies saved adapters into the model's; raises ValueError unless names and shapes are exactly its own."""
-    parameters = model.trainable()
-    if set(tensors) != set(parameters):
-        different = sorted(set(tensors) ^ set(parameters))
-        raise ValueError(f"the saved adapters are not this model's: {', '.join(different[:3])}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if tensors[name].shape != parameter.shape:
-                raise ValueError(
-                    f"{name} is {list(tensors[name].shape)} in the checkpoint, {list(parameter.shape)} here"
-                )
-            parameter.copy_(tensors[name])
+    copy_into(model.trainable(), tensors)

@@ -276,6 +276,7 @@ class Config:
 
     def _checks(self) -> Iterator[tuple[str, object, str]]:
         yield from self._number_checks()
+        yield from self._range_checks()
         yield from self._data_checks()
         yield from self._target_checks()
         yield from self._token_checks()
@@ -355,6 +356,7 @@ class Config:
             ("batch.accumulation", self.batch.accumulation, 1),
             ("optim.warmup", self.optim.warmup, 0),
             ("optim.weight_decay", self.optim.weight_decay, 0),
+            ("optim.lora_plus_ratio", self.optim.lora_plus_ratio, 1),
             ("train.epochs", self.train.epochs, 1),
             ("train.max_steps", self.train.max_steps, 0),
             ("train.seed", self.train.seed, 0),
@@ -378,12 +380,13 @@ class Config:
         for option, value in positive:
             if not value > 0:
                 yield option, value, "must be greater than 0"
-        if not 1 <= self.optim.lora_plus_ratio < float("inf"):
-            yield "optim.lora_plus_ratio", self.optim.lora_plus_ratio, "must be a finite number of at least 1"
         if self.train.seed >= 2**32:
             yield "train.seed", self.train.seed, f"must be less than {2**32}"
-        if self.optim.lr == float("inf"):
-            yield "optim.lr", self.optim.lr, "must be a finite number"
+        for option, value in (("optim.lr", self.optim.lr), ("optim.lora_plus_ratio", self.optim.lora_plus_ratio)):
+            if value == float("inf"):
+                yield option, value, "must be a finite number"
+
+    def _range_checks(self) -> Iterator[tuple[str, object, str]]:
         below = [
             ("lora.dropout", self.lora.dropout, 1),
             ("data.validation_fraction", self.data.validation_fraction, 1),

@@ -189,6 +189,8 @@ def publish(training: Training, tokenizer: Tokenizer, splits: Splits, fingerprin
     try:
         files = (training.parameters, adapter_config(training.model), tokenizer.backend, end_token_ids)
         base = training.model.about.identity() | {"fingerprint": fingerprint}
+        if training.config.lora.trainable_tokens:  # what the reader gives to resize_token_embeddings
+            base |= {"vocabulary": training.model.head.weight.shape[0]}
         publish_final(final, *files, base)
     except OSError as error:
         raise ExitWith(ExitCode.SAVE_FAILED, f"{final} could not be written: {error}") from None

@@ -12,8 +12,7 @@ def to_host(*scalars: torch.Tensor) -> list[float]:
 
 
 def num_matmul_weights(model: torch.nn.Module) -> int:
-    """Weights of every linear layer of the base, the head among them; what is trained and the embedding are left out.
-    """
+    """Weights of the base's linear layers, the head among them: no adapters, no trained copies, no embedding."""
     return sum(
         module.in_features * module.out_features
         for name, module in model.named_modules()

@@ -18,12 +18,11 @@ REASONS = {
     "1 to 2 % at most once learning rates are searched (Lee et al. 2026). lora.init_from continues an adapter",
     r"(use_)?loftq.*": "LoftQ is not in PEFT's comparison, and its adapter belongs to a changed base; where NF4 costs "
     "too much, model.quantization none trains on the base as it is",
-    r"neft.*": "NEFTune: those who rebuilt it saw the same loss (neelsjain/NEFTune#1), and noise in the embedding would "
-    "end exact comparisons; use lora.dropout",
+    r"neft.*": "NEFTune: those who rebuilt it saw the same losses (neelsjain/NEFTune#1); use lora.dropout",
     r"(use_)?(adalora|vera|pvera|boft|oft|lora_?fa|loha|lokr|ia3|randlora)(_.*)?": "LoRA has 47.8 % "
     f"{PEFT}, LoRA-FA 40.4, AdaLoRA 37.3, VeRA 35.4, BOFT 34.3",
-    r"(use_)?(galore|apollo|badam|lomo|muon|lion)(_.*)?": "saves or changes the state of optimizers of whole models; that "
-    "of adapters is 0.1 to 1 GB, in 8 bits a quarter",
+    r"(use_)?(galore|apollo|badam|lomo|muon|lion)(_.*)?": "made for what an optimizer keeps of whole models; that "
+    "of adapters takes 0.1 to 1 GB, in 8 bits a quarter of that",
     r"(use_)?rs_?lora|use_rslora": "write --lora.rslora true",
     r"lora_?plus.*|loraplus.*": "write --optim.lora_plus_ratio",
 }

@@ -49,7 +49,7 @@ def by_peft(config: Config, training: Training) -> tuple[list[float], dict[str, 
         base.resize_token_embeddings(tokens.vocabulary)
         layers = {"embed_tokens", "lm_head"} - set(lora.modules_to_save)
         is_tied = base.config.tie_word_embeddings
-        rows = list(tokens.ids) if is_tied else dict.fromkeys(sorted(layers), list(tokens.ids))
+        rows = list(tokens.ids) if is_tied else {key: list(tokens.ids) for key in sorted(layers)}
     settings = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,

@@ -36,8 +36,8 @@ class Stack:
 
     The last `num_kept` blocks keep their activations. The others keep only their input, and the backward pass
     recomputes everything but down_proj. The last block always keeps its activations: they are needed at once. Each
-    training forward pass is followed by its backward pass before the next begins. `trains_input`: the embedding, or rows
-    of it, are trained, so that the first block's input needs a gradient.
+    training forward pass is followed by its backward pass before the next begins. With `trains_input` the embedding, or
+    rows of it, are trained, and the first block's input gets a gradient.
     """
 
     def __init__(

@@ -54,7 +54,8 @@ def with_adapters(base: PreTrainedModel, config: Config, is_sketch: bool = False
 
 def _rows_to_train(base: PreTrainedModel, whole: list[str], tokens: TrainedTokens) -> dict[str, list[int]]:
     """The trained tokens' rows of the embedding, and of the head where it is a matrix of its own, unless all are."""
-    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    embedding: Any = base.get_input_embeddings()
+    head: Any = base.get_output_embeddings()
     layers = [embedding] if head.weight is embedding.weight else [embedding, head]
     names = [name_of(base, layer) for layer in layers]
     return {name: list(tokens.ids) for name in names if name not in whole} if tokens.ids else {}

@@ -18,10 +18,10 @@ from train.models.hub import locate
 from train.run.exits import ExitCode, ExitWith
 
 ADAPTER, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-FINAL, BASE, STATE = "final", "base.json", "trainer_state.json"
+FINAL, BASE, STATE, MANIFEST = "final", "base.json", "trainer_state.json", "manifest.json"
 # how PEFT draws fresh adapters; other ways than these change the base's weights too, which the adapter then needs
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
-# what of adapter_config.json decides what an adapter computes, and is not compared otherwise
+# what of adapter_config.json decides what an adapter computes, beside rank, scale and the tensors
 COMPUTES = (
     "use_dora",
     "use_qalora",
@@ -59,7 +59,8 @@ class InitialAdapter:
             tensors = safetensors.torch.load(content)
             if not isinstance(settings, dict):
                 raise ValueError(f"{SETTINGS} is no object")
-        except (OSError, ValueError, SafetensorError, RecursionError) as error:
+            _check_manifest(folder, content)
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError, RecursionError) as error:
             held = next((path.name for path in folder.glob("adapter_model.*") if path.suffix in (".bin", ".pt")), "")
             more = f"; {held} is not read, it may run code: save it as safetensors" if held else ""
             raise refusal(config, f"{folder} is no whole adapter: {error}{more}") from None
@@ -83,10 +84,12 @@ def initial_content(config: Config) -> str:
     return adapter.content
 
 
-def initial_tensors(config: Config, parameters: Mapping[str, torch.nn.Parameter]) -> Mapping[str, torch.Tensor]:
-    """The adapter's tensors, which are exactly those of `parameters`.
+def initial_tensors(
+    config: Config, parameters: Mapping[str, torch.nn.Parameter], own: Mapping[str, Any]
+) -> Mapping[str, torch.Tensor]:
+    """The adapter's tensors, which are exactly those of `parameters`; `own` is this run's adapter_config.json.
 
-    Raises ExitWith(BAD_INPUT) where it is on other layers, or they have other widths.
+    Raises ExitWith(BAD_INPUT) where it is on other layers or tokens, they have other widths, or it computes otherwise.
     """
     adapter = InitialAdapter.read(config)
     theirs, ours = set(adapter.tensors), set(parameters)
@@ -96,6 +99,11 @@ def initial_tensors(config: Config, parameters: Mapping[str, torch.nn.Parameter]
         shape = list(adapter.tensors[name].shape)
         if shape != list(parameters[name].shape):
             lines.append(f"{name} is {shape} in the adapter, {list(parameters[name].shape)} here")
+    for name in COMPUTES:
+        if (adapter.settings.get(name) or None) != (own.get(name) or None):
+            lines.append(f"{name} {adapter.settings.get(name)} in the adapter, {own.get(name)} here")
+    if _tokens(adapter.settings) != _tokens(own):
+        lines.append(f"it trains the tokens {_tokens(adapter.settings)}, this run {_tokens(own)}")
     if lines:
         shown = [*lines[:10], f"and {len(lines) - 10} more"] if len(lines) > 10 else lines
         raise refusal(config, "\n  ".join([f"{adapter.folder} is not on what this run trains:", *shown]))
@@ -129,12 +137,9 @@ def _problems(settings: Mapping[str, Any], config: Config) -> Iterator[str]:
             yield f"{name} {theirs} in the adapter, {ours} here"
     if settings.get("bias") not in (None, "none"):
         yield f"it trains biases (bias {settings['bias']}), which is not done here"
-    for name in COMPUTES:
-        if settings.get(name):
-            yield f"it has {name} {settings[name]}, which is not computed here"
     start = settings.get("init_lora_weights")
     if start not in PLAIN_STARTS:
-        yield f"it was started with {start}, which changes the base's weights, too; convert it to a plain LoRA with PEFT"
+        yield f"it was started with {start}, which changes the base, too; convert it to a plain LoRA with PEFT"
 
 
 def _of_other_base(adapter: InitialAdapter, config: Config) -> Iterator[str]:
@@ -171,6 +176,21 @@ def _fingerprint(folder: Path) -> str:
         if isinstance(found, str):
             return found
     return ""
+
+
+def _check_manifest(folder: Path, content: bytes) -> None:
+    """Raises ValueError where the folder is a checkpoint, and the tensors are not those that were saved in it."""
+    if not (folder / MANIFEST).exists():
+        return
+    saved = json.loads((folder / MANIFEST).read_bytes())["files"][ADAPTER]["sha256"]
+    if saved != hashlib.sha256(content).hexdigest():
+        raise ValueError(f"{ADAPTER} is damaged: it is not what {MANIFEST} says")
+
+
+def _tokens(settings: Mapping[str, Any]) -> list[int]:
+    """Ids of the tokens whose rows are trained; PEFT keeps them once, or once for each layer."""
+    found = settings.get("trainable_token_indices") or []
+    return sorted({token for ids in found.values() for token in ids} if isinstance(found, dict) else found)
 
 
 def _layers(names: Iterable[str]) -> list[str]:

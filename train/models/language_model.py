@@ -9,7 +9,6 @@ import bitsandbytes as bnb
 import peft
 import torch
 import transformers
-from transformers import PreTrainedModel
 
 from train.collate import MicroBatch
 from train.config import Config
@@ -182,7 +181,7 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
     for parameter in model.trainable().values():
         parameter.data = parameter.data.to(device)  # PEFT puts them where the layer's weights are
     if config.lora.init_from:
-        load_adapters(model, initial_tensors(config, model.trainable()))
+        load_adapters(model, initial_tensors(config, model.trainable(), adapter_config(model)))
     model.execute(plan)
     return model.train()
 
@@ -215,7 +214,8 @@ def choose_engine(sketched: peft.PeftModel, config: Config, device: torch.device
 def head_of(causal_lm: CausalLM) -> Head:
     """The formula of the head's logits, by config.json; agreement.py compares it with what transformers computes."""
     vocabulary = Vocabulary.of(causal_lm.get_output_embeddings())
-    layer, whole = vocabulary.layer, causal_lm.config
+    layer: Any = vocabulary.layer
+    whole: Any = causal_lm.config
     shape = text_shape(whole)
     scale = (getattr(shape, "logit_scale", None) or 1.0) / (getattr(shape, "logits_scaling", None) or 1.0)
     cap = getattr(shape, "final_logit_softcapping", None) or 0.0

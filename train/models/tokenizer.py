@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from data_tools.chat_template import PLAIN_TEMPLATE, ChatTemplate, read_template
@@ -100,9 +101,17 @@ def trained_tokens(config: Config) -> TrainedTokens:
         return TrainedTokens((), frozenset(), 0, 0)
     plain = replace(config, lora=replace(config.lora, trainable_tokens=()))
     before, after = load_tokenizer(plain).backend, load_tokenizer(config).backend
-    ids = tuple(map(int, after.convert_tokens_to_ids(list(config.lora.trainable_tokens))))
+    ids = tuple(after.get_vocab()[word] for word in config.lora.trainable_tokens)
     known = set(before.get_vocab().values())
     return TrainedTokens(ids, frozenset(set(ids) - known), len(before), max(len(after), *(each + 1 for each in ids)))
+
+
+def unseen_tokens(samples: Dataset, tokens: TrainedTokens) -> list[int]:
+    """Places in `tokens.ids` of those that no sample holds."""
+    missing = set(tokens.ids)
+    for batch in samples.select_columns("input_ids").iter(1000) if missing else ():
+        missing.difference_update(*batch["input_ids"])
+    return [place for place, token in enumerate(tokens.ids) if token in missing]
 
 
 def check_fits(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -18,7 +18,7 @@ def trains_embedding(lora: LoraConfig) -> bool:
     return bool(lora.trainable_tokens) or any(word != "lm_head" for word in lora.modules_to_save)
 
 
-def name_of(base: PreTrainedModel, wanted: torch.nn.Module) -> str:
+def name_of(base: PreTrainedModel, wanted: object) -> str:
     """The module's name in the base."""
     return next(name for name, module in base.named_modules() if module is wanted)
 
@@ -29,7 +29,8 @@ def whole_layers(base: PreTrainedModel, words: Sequence[str]) -> list[str]:
     Raises ExitWith(BAD_INPUT) for any but the head and the embedding, and where the two are one matrix: PEFT would
     train a copy for one of them alone, and whoever merges the adapter would lose it.
     """
-    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    embedding: Any = base.get_input_embeddings()
+    head: Any = base.get_output_embeddings()
     names = {name.rpartition(".")[2]: name for name in (name_of(base, head), name_of(base, embedding))}
     unknown = [word for word in words if word not in names]
     if unknown:
@@ -54,8 +55,9 @@ def extend_vocabulary(base: PreTrainedModel, size: int) -> None:
         return
     base.resize_token_embeddings(size, mean_resizing=False)
     text_shape(base.config).vocab_size = size
-    for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
-        weight: Any = layer.weight
+    both: Any = (base.get_input_embeddings(), base.get_output_embeddings())
+    for layer in both:
+        weight = layer.weight
         weight.requires_grad_(False)
         if not weight.is_meta:
             weight[old:] = mean_row(weight, old)

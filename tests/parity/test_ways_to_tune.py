@@ -18,10 +18,11 @@ from train.models.tokenizer import trained_tokens
 from train.step import Training, optimizer_step
 
 STEPS = 3
-ENGINES = ("fused", "reference")
+ENGINES = ("fused", "streamed", "reference")
 NEW = ("<|so|>", "bolt")  # a control token that nothing spells, and a word of the data
 # name: (how the adapters are, the ratio of LoRA+, whether the head is the embedding)
 WAYS: dict[str, tuple[dict[str, Any], float, bool]] = {
+    "LoRA": ({}, 1.0, False),
     "rsLoRA": ({"rslora": True}, 1.0, False),
     "LoRA+": ({}, 8.0, False),
     "rows": ({"trainable_tokens": NEW}, 1.0, False),
@@ -32,12 +33,15 @@ WAYS: dict[str, tuple[dict[str, Any], float, bool]] = {
 }
 
 
-def way(config: Config, name: str, engine: Any, folder: Path) -> Config:
-    """A run on a base that is not quantised."""
+def way(config: Config, name: str, engine: str, folder: Path) -> Config:
+    """A run on a base that is not quantised; its blocks are streamed from host memory, or not."""
     settings, ratio, is_tied = WAYS[name]
     config = on(config, write(folder / "base", Shape(is_tied=is_tied)), "none")
     lora, optim = LoraConfig(r=4, alpha=8, **settings), OptimConfig("adamw", lr=5e-3, lora_plus_ratio=ratio)
-    return replace(config, lora=lora, optim=optim, engine=EngineConfig(kind=engine))
+    config = replace(config, lora=lora, optim=optim, engine=EngineConfig(kind="fused"))
+    if engine == "streamed":
+        return replace(config, memory=replace(config.memory, offload="stream"))
+    return replace(config, engine=EngineConfig(kind=engine))  # type: ignore[arg-type]
 
 
 def by_peft(config: Config, training: Training) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -91,10 +95,11 @@ def by_peft(config: Config, training: Training) -> tuple[list[float], dict[str, 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", WAYS)
 def test_three_steps_of_peft(name: str, engine: str, config: Config, tmp_path: Path) -> None:
-    """Three steps give the losses and every trained tensor of plain PEFT, on both engines, and they move."""
+    """Three steps give the losses and every trained tensor of plain PEFT, on each engine, and they move."""
     config = way(config, name, engine, tmp_path)
     training = training_of(config, Accelerator(cpu=True))
-    assert training.model.engine_name == engine
+    assert training.model.engine_name == ("reference" if engine == "reference" else "fused")
+    assert bool(training.plan.streamed) == (engine == "streamed")
     before = {key: tensor.detach().clone() for key, tensor in training.parameters.items()}
     wanted, tensors = by_peft(config, training)
     found = [optimizer_step(training, step).loss for step in range(STEPS)]

@@ -1,6 +1,7 @@
 """What is written down of an attempt before its first step: its configuration, its plan and what it trains on."""
 
 from dataclasses import asdict
+from pathlib import Path
 
 from data_tools.prepare import Prepared
 from train.checkpoints.contents import Checkpoint
@@ -29,6 +30,7 @@ def record_start(log: AttemptLog, training: Training, prepared: Prepared, checkp
             "from_step": checkpoint.state.step if checkpoint else 0,
             "code_version": code_version(),
             "versions": versions(),
+            "working_folder": str(Path.cwd()),  # which relative paths of the data begin at
             "device": device_name(training.accelerator.device),
             "num_processes": training.accelerator.num_processes,
             "engine": engine,

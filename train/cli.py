@@ -60,6 +60,16 @@ def _parse(argv: Sequence[str], needs_profile: bool) -> Config:
     return config
 
 
+def parse_over(config: Config, words: Sequence[str], usage: str) -> Config:
+    """`config` with the options in `words` over it; raises ExitWith(BAD_INPUT) as `parse` does."""
+    config, problems = _override(config, list(words))
+    config, homeless = with_home(config)
+    problems += homeless + config.problems()
+    if problems:
+        raise ExitWith(ExitCode.BAD_INPUT, "\n".join([*problems, usage]).rstrip())
+    return config
+
+
 def _take_profile(words: list[str]) -> tuple[Config, list[str]]:
     """The profile that the command line names, and the remaining words."""
     known = ", ".join(PROFILES)

@@ -52,7 +52,7 @@ ALLOWED = {
         "step",
         "track",
     },
-    "train.deliver": {"checkpoints", "data_tools", "models", "run"},
+    "train.deliver": {"checkpoints", "cli", "config", "data", "data_tools", "engine", "memory", "models", "run"},
     "train.ending": {"config", "data_tools", "engine", "run"},
     "train.loop": {"checkpoints", "grace", "memory", "metrics", "run", "step", "track"},
     "train.attempt_record": {"checkpoints", "data_tools", "run", "step"},

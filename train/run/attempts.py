@@ -107,6 +107,12 @@ def read_attempts(folder: RunFolder) -> list[Attempt]:
     return [Attempt(number, lines.get("start", {}), lines.get("end")) for number, lines in sorted(found.items())]
 
 
+def last_start(folder: RunFolder) -> dict[str, Any]:
+    """What the last attempt wrote down at its start; empty where none is recorded."""
+    attempts = read_attempts(folder)
+    return attempts[-1].start if attempts else {}
+
+
 def plain(value: Any) -> Any:
     """The value as JSON has it: secrets redacted, tuples as lists, paths as text, inf and nan as their names."""
     if isinstance(value, Mapping):

@@ -37,7 +37,7 @@ def banner(training: Training, tokenizer_notes: Sequence[str], splits: Splits, c
         *(f"kernels   {line}" for line in (devices.kernel_fallbacks(device) if training.plan.is_fused else [])),
         f"weights   {about.held}",
         *(f"base      {note}" for note in about.notes),
-        f"adapters  {_lora(config)} on {_targets(about.targets)}: {trainable:,} trainable parameters",
+        f"trained   {_trained(config, about.targets)}: {trainable:,} trainable parameters",
         *_trained_beside(config),
         f"data      {', '.join(config.data.path)}: {statistics.num_records:,} records "
         f"({' and '.join(statistics.formats)}), {len(data.samples):,} samples"
@@ -60,10 +60,12 @@ def banner(training: Training, tokenizer_notes: Sequence[str], splits: Splits, c
     return "\n".join([*lines, *_warnings(training, splits)])
 
 
-def _lora(config: Config) -> str:
+def _trained(config: Config, targets: Targets) -> str:
+    if config.train.method == "full":
+        return "every weight, in fp32 (train.method full; lora.* is not read)"
     lora = config.lora
     kind, start = "rsLoRA" if lora.rslora else "LoRA", f", from {lora.init_from}," if lora.init_from else ""
-    return f"{kind} r={lora.r} alpha={lora.alpha} dropout={lora.dropout}{start}"
+    return f"{kind} r={lora.r} alpha={lora.alpha} dropout={lora.dropout}{start} on {_targets(targets)}"
 
 
 def _trained_beside(config: Config) -> list[str]:
@@ -113,6 +115,7 @@ def _executed(training: Training) -> str:
 
 def _base(config: Config) -> str:
     weights = "random weights" if config.model.random_init else "frozen"
+    weights = "trained whole" if config.train.method == "full" else weights
     return f"{config.model.name_or_path} ({weights})"
 
 

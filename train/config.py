@@ -158,8 +158,11 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, and from which seed."""
+    """What is trained, how long, and from which seed."""
 
+    method: Literal["lora", "full"] = "lora"
+    """lora: adapters on a frozen base. full: every weight of the language model, in fp32 with products in model.dtype,
+    on the reference engine; 10 to 16 bytes a weight. final/ is then a model, and lora.* says nothing."""
     epochs: int = 3
     """Passes over the data."""
     max_steps: int = 0
@@ -280,6 +283,7 @@ class Config:
         yield from self._data_checks()
         yield from self._target_checks()
         yield from self._token_checks()
+        yield from self._method_checks()
         if isinstance(self.memory.checkpointing, int):
             if self.memory.checkpointing < 0:
                 yield "memory.checkpointing", self.memory.checkpointing, "must be at least 0, or auto, full, none"
@@ -302,6 +306,25 @@ class Config:
         twice = sorted({token for token in tokens if tokens.count(token) > 1})
         if twice:
             yield "lora.trainable_tokens", " ".join(twice), "is there twice"
+
+    def _method_checks(self) -> Iterator[tuple[str, object, str]]:
+        if self.train.method != "full":
+            return
+        if self.model.quantization != "none":
+            reason = "full trains weights that are not quantised; add --model.quantization none"
+            yield "train.method full with --model.quantization", self.model.quantization, reason
+        for option, value in (("engine.kind", self.engine.kind), ("memory.offload", self.memory.offload)):
+            if value in ("fused", "stream"):
+                yield option, value, "the fused engine trains adapters alone; leave it out with --train.method full"
+        of_adapters = {
+            "lora.init_from": self.lora.init_from,
+            "lora.trainable_tokens": " ".join(self.lora.trainable_tokens),
+            "lora.modules_to_save": " ".join(self.lora.modules_to_save),
+            "optim.lora_plus_ratio": self.optim.lora_plus_ratio if self.optim.lora_plus_ratio != 1 else "",
+        }
+        for option, value in of_adapters.items():
+            if value:
+                yield option, value, "belongs to adapters; leave it out with --train.method full"
 
     def _target_checks(self) -> Iterator[tuple[str, object, str]]:
         if not self.lora.target_modules:

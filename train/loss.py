@@ -21,7 +21,7 @@ class Head:
     It is frozen, unless rows of W are trained, or the whole.
     """
 
-    weight: torch.Tensor  # W [V, H]; frozen
+    weight: torch.Tensor  # W [V, H], frozen; of a head that is trained whole its shape and type are read alone
     bias: torch.Tensor | None = None  # b [V]
     scale: float = 1.0  # s (Cohere, Granite)
     cap: float = 0.0  # c, the soft cap (Gemma 2); 0: none
@@ -39,6 +39,7 @@ class Head:
 
     def logits(self, hidden: torch.Tensor, matrix: torch.Tensor | None = None) -> torch.Tensor:
         """[N, V] of hidden states [N, H]; `matrix` is that of the method, where it has been made already."""
+        hidden = hidden.to(self.weight.dtype)
         logits = F.linear(hidden, self.matrix() if matrix is None else matrix, self.bias)
         if self.rows is not None:
             bias = None if self.bias is None else self.bias[self.rows.ids]

@@ -8,7 +8,7 @@ import torch
 
 from data_tools.prepare import Prepared
 from train.checkpoints.extension import TOTAL
-from train.config import Config, LoraConfig, OptimConfig
+from train.config import Config, LoraConfig, OptimConfig, TrainConfig
 from train.data import TrainingData
 from train.models.fingerprint import base_fingerprint
 from train.models.initial_adapter import initial_content
@@ -18,6 +18,7 @@ IDENTITY_SECTIONS = ("lora", "optim")  # every field of these, and the single fi
 # what earlier versions did where they had no such field
 DEFAULTS = {f"lora.{name}": value for name, value in asdict(LoraConfig()).items()}
 DEFAULTS |= {f"optim.{name}": value for name, value in asdict(OptimConfig()).items()}
+DEFAULTS |= {"train.method": TrainConfig().method}
 # settings that the data's fingerprint covers; what a run has more of decides nothing by itself
 DATA_SETTINGS = (
     "max_length",
@@ -48,6 +49,7 @@ def identity(config: Config, prepared: Prepared, data: TrainingData, device: tor
         "data.packing": config.data.packing,
         "data.group_by_length": config.data.group_by_length,
         "batch (samples in a step)": data.layout.samples_per_step,
+        "train.method": config.train.method,
         "train.seed": config.train.seed,
         TOTAL: data.total_steps(config.train),
     }

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import bitsandbytes as bnb
@@ -28,6 +28,7 @@ from train.models.initial_adapter import initial_note, initial_tensors
 from train.models.rotary import SampleRotary, isolate_rotary
 from train.models.shape import text_shape
 from train.models.vocabulary import trains_embedding
+from train.models.whole import WHOLE, WholeModel, computing_in, train_whole, trained_weights
 from train.run.devices import compute_type
 from train.run.exits import ExitCode, ExitWith
 from train.seeds import derived_seed
@@ -41,13 +42,15 @@ class LanguageModel(torch.nn.Module):
     parameters and adds to the same gradients. The embedding, the head and the loss are shared.
     """
 
-    def __init__(self, adapted: peft.PeftModel, host: HostBlocks, about: BaseFacts) -> None:
+    def __init__(
+        self, adapted: peft.PeftModel | WholeModel, host: HostBlocks, about: BaseFacts, compute: torch.dtype
+    ) -> None:
         super().__init__()
         self.adapted = adapted
         self.host = host
         self.about = about
         self.engine: FusedDecoder | None = None  # None: the reference path runs everything
-        self.head = head_of(self.causal_lm)
+        self.head = head_of(self.causal_lm, compute)
         self.rotaries = [module for module in adapted.modules() if isinstance(module, SampleRotary)]
 
     @property
@@ -65,13 +68,18 @@ class LanguageModel(torch.nn.Module):
             hidden = self.engine(batch)
         else:
             hidden = self.reference_hidden(batch)
-        supervised = hidden.index_select(0, batch.target_rows)  # [N, H]
+        supervised = hidden.index_select(0, batch.target_rows).to(self.compute_dtype)  # [N, H]
         return summed_cross_entropy(supervised, self.head, batch.targets)
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The type of the head and of hidden states."""
+        """The type of the head's product and, unless all is trained, of hidden states."""
         return self.head.weight.dtype
+
+    def _computing(self) -> AbstractContextManager[None]:
+        """The compute type where fp32 weights are trained whole; a frozen base has it itself."""
+        is_whole = isinstance(self.adapted, WholeModel)
+        return computing_in(self.compute_dtype, self.causal_lm.device) if is_whole else nullcontext()
 
     def _tell_lengths(self, lengths: Sequence[int]) -> None:
         """Says how long the samples are, to rotary embeddings that depend on it."""
@@ -85,13 +93,14 @@ class LanguageModel(torch.nn.Module):
         position_ids start again (masking_utils.find_packed_sequence_indices).
         """
         self._tell_lengths(batch.lengths)
-        outputs = self.causal_lm.base_model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            cu_seq_lens_q=batch.cu_seqlens,
-            max_length_q=batch.max_length,
-        )
+        with self._computing():
+            outputs = self.causal_lm.base_model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                cu_seq_lens_q=batch.cu_seqlens,
+                max_length_q=batch.max_length,
+            )
         return outputs.last_hidden_state.flatten(0, 1)
 
     def execute(self, plan: Plan) -> None:
@@ -132,7 +141,7 @@ class LanguageModel(torch.nn.Module):
             causal_lm.set_attn_implementation("sdpa")
         transformers_model.generation_config = transformers.GenerationConfig()
         try:
-            with self.engine.lent() if self.engine else nullcontext():
+            with self.engine.lent() if self.engine else nullcontext(), self._computing():
                 yield
         finally:
             causal_lm.set_attn_implementation(kind)
@@ -140,12 +149,15 @@ class LanguageModel(torch.nn.Module):
             self.train()
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """The trained parameters, by the names that PEFT gives them in adapter_model.safetensors."""
+        """The trained parameters, by the names that PEFT gives them, or in full fine-tuning transformers."""
+        if isinstance(self.adapted, WholeModel):
+            return trained_weights(self.adapted.get_base_model())
         return trainable(self.adapted)
 
 
 def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageModel:
-    """Base on `device`, frozen and quantised as configured, with fp32 adapters drawn from train.seed or of init_from.
+    """Base on `device`, frozen and quantised as configured, with fresh fp32 adapters drawn from train.seed; for full
+    fine-tuning the base alone, in fp32.
 
     Blocks that the plan streams are in host memory; so is a frozen embedding on the engine, where the head does not
     share it. peft's prepare_model_for_kbit_training is not called: it casts embedding and head to fp32 (2.1 GB at 8B).
@@ -154,7 +166,8 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
     """
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    dtype = compute_type(config.model.dtype, device).dtype
+    compute, is_whole = compute_type(config.model.dtype, device).dtype, config.train.method == "full"
+    dtype = torch.float32 if is_whole else compute
     host = HostBlocks(plan.streamed, pin=device.type == "cuda")
     # a trained embedding stays where its gradient is made
     embedding_on_host = plan.is_fused and not trains_embedding(config.lora)
@@ -172,34 +185,40 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
         reason = f"transformers' {type(base).__name__} has no decoder apart from its head"
         raise ExitWith(ExitCode.BAD_INPUT, f"{config.model.name_or_path}: {reason}; it is not trained")
     notes += own_dropout(base)
-    notes += filter(None, [initial_note(config)]) if config.lora.init_from else []
-    adapted, targets = with_adapters(base, config)
+    adapted, targets = train_whole(base, config) if is_whole else with_adapters(base, config)
     reason = unsupported_reason(as_causal_lm(adapted.get_base_model())) if plan.is_fused else ""
     if reason:  # what was loaded is not what config.json promised
         raise ExitWith(ExitCode.BAD_INPUT, f"{config.model.name_or_path}: {reason}; --engine.kind reference trains it")
-    model = LanguageModel(adapted, host, BaseFacts(locate(config.model), held, targets, notes))
+    model = LanguageModel(adapted, host, BaseFacts(locate(config.model), held, targets, notes), compute)
     for parameter in model.trainable().values():
         parameter.data = parameter.data.to(device)  # PEFT puts them where the layer's weights are
-    if config.lora.init_from:
-        load_adapters(model, initial_tensors(config, model.trainable(), adapter_config(model)))
     model.execute(plan)
     return model.train()
 
 
-def sketch(config: Config, dtype: torch.dtype) -> peft.PeftModel:
+def start_from(model: LanguageModel, config: Config) -> None:
+    """Puts the adapter of lora.init_from in the place of the fresh one; raises ExitWith(BAD_INPUT) if they differ."""
+    if config.lora.init_from:
+        load_adapters(model, initial_tensors(config, model.trainable(), adapter_config(model)))
+        model.about.notes.extend(filter(None, [initial_note(config)]))
+
+
+def sketch(config: Config, dtype: torch.dtype) -> peft.PeftModel | WholeModel:
     """The model as load_model would make it, on torch's meta device, to choose an engine and to plan memory."""
     base = skeleton(config.model, dtype)
     check_experts(config.model, held_weights(base))
+    if config.train.method == "full":
+        return train_whole(base, config)[0]
     return with_adapters(base, config, is_sketch=True)[0]
 
 
-def choose_engine(sketched: peft.PeftModel, config: Config, device: torch.device) -> tuple[bool, str]:
+def choose_engine(sketched: peft.PeftModel | WholeModel, config: Config, device: torch.device) -> tuple[bool, str]:
     """Whether micro-batches run on the engine, and if not why.
 
     Raises ExitWith(BAD_INPUT) where the configuration demands the engine and it cannot run the model.
     """
-    if config.engine.kind == "reference":
-        return False, "engine.kind reference"
+    if config.engine.kind == "reference" or isinstance(sketched, WholeModel):
+        return False, WHOLE if isinstance(sketched, WholeModel) else "engine.kind reference"
     reason = unsupported_reason(as_causal_lm(sketched.get_base_model()))
     if reason and config.engine.kind == "fused":
         raise ExitWith(ExitCode.BAD_INPUT, f"--engine.kind fused: {reason}; use auto or reference")
@@ -211,7 +230,7 @@ def choose_engine(sketched: peft.PeftModel, config: Config, device: torch.device
     return not reason, reason
 
 
-def head_of(causal_lm: CausalLM) -> Head:
+def head_of(causal_lm: CausalLM, compute: torch.dtype) -> Head:
     """The formula of the head's logits, by config.json; agreement.py compares it with what transformers computes."""
     vocabulary = Vocabulary.of(causal_lm.get_output_embeddings())
     layer: Any = vocabulary.layer
@@ -220,6 +239,9 @@ def head_of(causal_lm: CausalLM) -> Head:
     scale = (getattr(shape, "logit_scale", None) or 1.0) / (getattr(shape, "logits_scaling", None) or 1.0)
     cap = getattr(shape, "final_logit_softcapping", None) or 0.0
     bias = getattr(layer, "bias", None)
+    if layer.weight.requires_grad:  # full fine-tuning: a meta tensor has its shape and no memory
+        frozen = torch.empty_like(layer.weight, dtype=compute, device="meta", requires_grad=False)
+        return Head(frozen, bias, float(scale), float(cap), whole=layer.weight)
     return Head(layer.weight, bias, float(scale), float(cap), vocabulary.rows, vocabulary.whole)
 
 
@@ -235,10 +257,15 @@ def keep_one_cpu_kernel(base: torch.nn.Module) -> None:
 
 
 def adapter_config(model: LanguageModel) -> dict[str, object]:
-    """What PEFT writes to adapter_config.json; the base is named so that it is found from any folder, and later."""
-    values = model.adapted.peft_config[ADAPTER].to_dict()
+    """What PEFT writes to adapter_config.json; the base is named so that it is found from any folder, and later.
+
+    In full fine-tuning, which has no adapter, the base alone.
+    """
     place = model.about.place
-    base = {"base_model_name_or_path": place.name, "revision": place.commit or None}
+    base: dict[str, object] = {"base_model_name_or_path": place.name, "revision": place.commit or None}
+    if isinstance(model.adapted, WholeModel):
+        return {"train_method": "full"} | base
+    values = model.adapted.peft_config[ADAPTER].to_dict()
     sets = {key: sorted(value) for key, value in values.items() if isinstance(value, set)}
     return values | sets | base | {"inference_mode": True}
 

@@ -109,7 +109,8 @@ def trained_tokens(config: Config) -> TrainedTokens:
 def unseen_tokens(samples: Dataset, tokens: TrainedTokens) -> list[int]:
     """Places in `tokens.ids` of those that no sample holds."""
     missing = set(tokens.ids)
-    for batch in samples.select_columns("input_ids").iter(1000) if missing else ():
+    ids: Any = samples.select_columns("input_ids")
+    for batch in ids.iter(1000) if missing else ():
         missing.difference_update(*batch["input_ids"])
     return [place for place, token in enumerate(tokens.ids) if token in missing]
 

@@ -81,7 +81,7 @@ def test_an_adapter_of_peft(first: Config, base: Path, tmp_path: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=list(first.lora.target_modules), init_lora_weights=False)
     model = get_peft_model(model, lora, autocast_adapter_dtype=False)
-    model.save_pretrained(tmp_path / "theirs")
+    model.save_pretrained(str(tmp_path / "theirs"))
     settings = json.loads((tmp_path / "theirs" / SETTINGS).read_text())
     (tmp_path / "theirs" / SETTINGS).write_text(json.dumps(settings | {"base_model_name_or_path": "owner/name"}))
     config = from_(first, tmp_path / "theirs")

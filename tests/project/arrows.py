@@ -148,6 +148,7 @@ ALLOWED_MODULES = {
         "train.config",
         "train.engine.block",
         "train.engine.families",
+        "train.engine.layers",
         "train.engine.packed_weights",
         "train.loss",
         "train.optim",

@@ -46,7 +46,7 @@ def publish_model(
 
     config.json is the base's: nothing in it has changed. AutoModelForCausalLM loads the folder.
     """
-    shape: Any = AutoConfig.from_pretrained(base_folder)
+    shape: Any = AutoConfig.from_pretrained(str(base_folder), trust_remote_code=False)
     dtype = shape.get_text_config(decoder=True).dtype or torch.float32
     buffers = {name: value for name, value in model.named_buffers() if name in model.state_dict()}
     state = {name: value.to(dtype) for name, value in model.named_parameters()} | buffers  # a tied pair once

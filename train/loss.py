@@ -100,13 +100,14 @@ def _add_gradients(
     grad_hidden, grad_trained = out
     if head.rows is not None and grad_trained is not None:
         of_rows = grad_logits[:, head.rows.ids]  # [n, k]
-        grad_trained += of_rows.t() @ hidden
+        grad_trained += of_rows.t().float() @ hidden.float()
         grad_logits[:, head.rows.ids] = 0  # of the frozen rows, which are not read
         torch.mm(grad_logits, weight, out=grad_hidden)
         grad_hidden += of_rows @ head.rows.values.to(hidden.dtype)
         return
     if grad_trained is not None:
-        grad_trained += grad_logits.t() @ hidden
+        is_half = hidden.dtype == torch.float16  # which a sum over rows exceeds
+        grad_trained += grad_logits.t().float() @ hidden.float() if is_half else grad_logits.t() @ hidden
     torch.mm(grad_logits, weight, out=grad_hidden)
 
 

@@ -1,4 +1,4 @@
-"""Runs with rsLoRA, LoRA+, trained tokens and an adapter to start from: exactly resumed, and loaded by plain PEFT."""
+"""Runs with other ways to tune: exactly resumed, and loaded by plain PEFT or transformers."""
 
 import json
 import shutil
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.compare_runs import at, result_of
 from tests.conftest import Outcome, arguments, run_command, training_of
 from tests.parity.bases import Shape, on, write
+from tests.parity.test_full_fine_tuning import whole
 from train.checkpoints.contents import ADAPTER
 from train.config import CheckpointConfig, Config
 from train.models.language_model import load_adapters
@@ -92,3 +93,40 @@ def check_final(config: Config) -> None:
     with torch.no_grad(), ours.generating():
         wanted = ours.adapted(input_ids=ids).logits
         torch.testing.assert_close(theirs(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_trained_whole_is_resumed_and_delivered(config: Config, tmp_path: Path) -> None:
+    """Whole = continued from its second step; final/ loads as a model, with the type and the settings of the base."""
+    config = whole(config, write(tmp_path / "base", Shape(is_tied=True, dtype=torch.bfloat16)))
+    config = replace(config, checkpoint=CheckpointConfig(every=2, keep=9), train=replace(config.train, max_steps=4))
+    config = replace(config, memory=replace(config.memory, checkpointing="full"))
+    expected = bits_of(config, tmp_path / "run")
+    half = str(tmp_path / "run" / "checkpoints" / "step-0000000002")
+    resumed = at(config, tmp_path / "resumed")
+    outcome = run_command(arguments(replace(resumed, run=replace(resumed.run, resume=half))))
+    assert outcome.returncode == 0, outcome.stderr
+    assert bits_of(config, tmp_path / "resumed", is_made=True) == expected
+    assert "every weight, in fp32" in outcome.stdout
+    assert "no questions are asked" in outcome.stdout
+    last = tmp_path / "run" / "checkpoints" / "step-0000000004"
+    assert json.loads((last / "adapter_config.json").read_text())["train_method"] == "full"
+    final = tmp_path / "run" / "final"
+    assert (final / "config.json").read_bytes() == (tmp_path / "base" / "config.json").read_bytes()
+    model: Any = AutoModelForCausalLM.from_pretrained(final)
+    assert model.dtype == torch.bfloat16
+    saved = load_file(last / "adapter_model.safetensors")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, saved[name].bfloat16()), name
+    of_adapters = replace(at(config, tmp_path / "run"), train=replace(config.train, method="lora"))
+    refused = run_command(arguments(of_adapters))
+    assert (refused.returncode, "train.method full -> lora" in refused.stderr) == (77, True), refused.stderr
+
+
+def bits_of(config: Config, run_dir: Path, is_made: bool = False) -> dict[str, bytes]:
+    """The bits of the last checkpoint and of final/, of a run that is made unless it was."""
+    if not is_made:
+        outcome = run_command(arguments(at(config, run_dir)))
+        assert outcome.returncode == 0, outcome.stderr
+    last = max((run_dir / "checkpoints").glob("step-*"))
+    files = (last / "adapter_model.safetensors", last / "optimizer.safetensors", run_dir / "final/model.safetensors")
+    return {path.name: path.read_bytes() for path in files}

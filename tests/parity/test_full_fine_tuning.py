@@ -1,6 +1,5 @@
-"""train.method full: plain transformers and torch's AdamW train the same model, and final/ is that model."""
+"""train.method full: plain transformers and torch's AdamW train the same model."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,16 +7,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PhiConfig
 
-from tests.compare_runs import at
-from tests.conftest import arguments, run_command, training_of
+from tests.conftest import training_of
 from tests.parity.bases import Shape, on, write
 from tests.unit.models.test_agreement import SPARSE
 from tests.unit.models.test_agreement import write as write_shape
 from train.cli import parse
-from train.config import CheckpointConfig, Config, OptimConfig, TrainConfig
+from train.config import Config, OptimConfig, TrainConfig
 from train.memory import outlook
 from train.run.exits import ExitWith
 from train.step import optimizer_step
@@ -71,43 +68,6 @@ def test_half_precision_computes_and_fp32_learns(config: Config, tmp_path: Path)
         assert {parameter.dtype for parameter in training.parameters.values()} == {torch.float32}
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
     assert losses[1] != losses[0]
-
-
-def test_resumed_to_the_bit_and_delivered(config: Config, tmp_path: Path) -> None:
-    """Whole = continued from its second step; final/ loads as a model, with the type and the settings of the base."""
-    config = whole(config, write(tmp_path / "base", Shape(is_tied=True, dtype=torch.bfloat16)))
-    config = replace(config, checkpoint=CheckpointConfig(every=2, keep=9), train=replace(config.train, max_steps=4))
-    config = replace(config, memory=replace(config.memory, checkpointing="full"))
-    expected = bits_of(config, tmp_path / "run")
-    half = str(tmp_path / "run" / "checkpoints" / "step-0000000002")
-    resumed = at(config, tmp_path / "resumed")
-    outcome = run_command(arguments(replace(resumed, run=replace(resumed.run, resume=half))))
-    assert outcome.returncode == 0, outcome.stderr
-    assert bits_of(config, tmp_path / "resumed", is_made=True) == expected
-    assert "every weight, in fp32" in outcome.stdout
-    assert "no questions are asked" in outcome.stdout
-    last = tmp_path / "run" / "checkpoints" / "step-0000000004"
-    assert json.loads((last / "adapter_config.json").read_text())["train_method"] == "full"
-    final = tmp_path / "run" / "final"
-    assert (final / "config.json").read_bytes() == (tmp_path / "base" / "config.json").read_bytes()
-    model: Any = AutoModelForCausalLM.from_pretrained(final)
-    assert model.dtype == torch.bfloat16
-    saved = load_file(last / "adapter_model.safetensors")
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, saved[name].bfloat16()), name
-    of_adapters = replace(at(config, tmp_path / "run"), train=replace(config.train, method="lora"))
-    refused = run_command(arguments(of_adapters))
-    assert (refused.returncode, "train.method full -> lora" in refused.stderr) == (77, True), refused.stderr
-
-
-def bits_of(config: Config, run_dir: Path, is_made: bool = False) -> dict[str, bytes]:
-    """The bits of the last checkpoint and of final/, of a run that is made unless it was."""
-    if not is_made:
-        outcome = run_command(arguments(at(config, run_dir)))
-        assert outcome.returncode == 0, outcome.stderr
-    last = max((run_dir / "checkpoints").glob("step-*"))
-    files = (last / "adapter_model.safetensors", last / "optimizer.safetensors", run_dir / "final/model.safetensors")
-    return {path.name: path.read_bytes() for path in files}
 
 
 def test_what_cannot_be_trained_whole(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

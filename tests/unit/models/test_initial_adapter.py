@@ -26,14 +26,21 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("models") / "base", Shape())
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the run of `first` is, which the first test makes for all."""
+    return tmp_path_factory.mktemp("runs") / "first"
+
+
 @pytest.fixture
-def first(config: Config, base: Path, tmp_path: Path) -> Config:
+def first(config: Config, base: Path, finished: Path) -> Config:
     """A finished run of two steps."""
     config = on(config, base, "none")
     config = replace(config, train=replace(config.train, max_steps=2), optim=replace(config.optim, warmup=0))
-    config = replace(config, run=replace(config.run, dir=str(tmp_path / "first")))
-    outcome = run_command(arguments(config))
-    assert outcome.returncode == 0, outcome.stderr
+    config = replace(config, run=replace(config.run, dir=str(finished)))
+    if not finished.exists():
+        outcome = run_command(arguments(config))
+        assert outcome.returncode == 0, outcome.stderr
     return config
 
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "audit": "audit the data before training; exit 78 if it should not be trained on",
     "glossary": "turn a glossary into prompt/response JSONL",
     "plan": "predict memory and speed before any weights are read",
+    "merge": "add a run's adapters to its base's weights, with a receipt",
 }
 _LINES = "\n".join(f"  {name:9} {what}" for name, what in COMMANDS.items())
 USAGE = f"usage: handloop COMMAND [options]\n\n{_LINES}\n\nhandloop COMMAND --help lists its options"

@@ -4,12 +4,14 @@ import argparse
 import re
 import sys
 from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from train.run.exits import ExitCode, ExitWith
 
 if TYPE_CHECKING:
     from train.config import Config
+    from train.deliver.finished import FinishedRun
 
 
 class Options(argparse.ArgumentParser):
@@ -50,6 +52,23 @@ class Options(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ExitWith(ExitCode.BAD_INPUT, f"{message}\n{self.format_usage().strip()}")
+
+
+class RunOptions(Options):
+    """An argument parser for a command on a finished run, which is its first word."""
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(command, description)
+        self.usage = f"handloop {command} RUN [--section.field VALUE ...] [options]"
+        self.epilog = "RUN is a run folder, such as runs/demo; options of train/main.py replace those of the run."
+
+    def run(self, words: list[str]) -> "FinishedRun":
+        """The finished run that the remaining words name; raises ExitWith(BAD_INPUT) with this command's usage."""
+        from train.deliver.finished import finished_run
+
+        if not words or words[0].startswith("-"):
+            self.error("name a run folder, such as runs/demo")
+        return finished_run(Path(words[0]), words[1:], self.format_usage().strip())
 
 
 def positive_number(text: str) -> int:

@@ -64,8 +64,10 @@ def _trained(config: Config, targets: Targets) -> str:
     if config.train.method == "full":
         return "every weight, in fp32 (train.method full; lora.* is not read)"
     lora = config.lora
-    kind, start = "rsLoRA" if lora.rslora else "LoRA", f", from {lora.init_from}," if lora.init_from else ""
-    return f"{kind} r={lora.r} alpha={lora.alpha} dropout={lora.dropout}{start} on {_targets(targets)}"
+    kind, scale = ("rsLoRA", lora.alpha / lora.r**0.5) if lora.rslora else ("LoRA", lora.alpha / lora.r)
+    start = f", from {lora.init_from}," if lora.init_from else ""
+    settings = f"r={lora.r} alpha={lora.alpha} (scale {scale:.3g}) dropout={lora.dropout}"
+    return f"{kind} {settings}{start} on {_targets(targets)}"
 
 
 def _trained_beside(config: Config) -> list[str]:

@@ -52,7 +52,7 @@ def test_on_top_of_an_adapter_and_resumed_to_the_bit(config: Config, tmp_path: P
     assert "2 of lora.trainable_tokens are in no sample, so that their embedding stays as it starts: <|so|> u" in said
     assert "B at 4 times the rate" in said
     second = started(at(config, tmp_path / "run"), str(tmp_path / "first"))
-    assert f"rsLoRA r=4 alpha=8 dropout=0.0, from {tmp_path / 'first'}, on" in finished(second).stdout
+    assert f"rsLoRA r=4 alpha=8 (scale 4) dropout=0.0, from {tmp_path / 'first'}, on" in finished(second).stdout
     shutil.copytree(tmp_path / "first" / "final", tmp_path / "moved")
     half = str(tmp_path / "run" / "checkpoints" / "step-0000000002")
     resumed = started(at(second, tmp_path / "resumed"), str(tmp_path / "moved"))

@@ -162,7 +162,7 @@ class TrainConfig:
 
     method: Literal["lora", "full"] = "lora"
     """lora: adapters on a frozen base. full: every weight of the language model, in fp32 with products in model.dtype,
-    on the reference engine; 10 to 16 bytes a weight. final/ is then a model, and lora.* says nothing."""
+    on the reference engine; 10 to 16 bytes a weight. final/ is then a model, and lora.* is not read."""
     epochs: int = 3
     """Passes over the data."""
     max_steps: int = 0

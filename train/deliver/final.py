@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from train.checkpoints.contents import adapter_files
@@ -51,7 +52,10 @@ def publish_model(
     buffers = {name: value for name, value in model.named_buffers() if name in model.state_dict()}
     state = {name: value.to(dtype) for name, value in model.named_parameters()} | buffers  # a tied pair once
     with publish(folder) as temporary:
-        model.save_pretrained(temporary, state_dict=state)
+        try:
+            model.save_pretrained(temporary, state_dict=state)
+        except SafetensorError as error:  # as of a full disk
+            raise OSError(str(error)) from error
         shutil.copy(base_folder / "config.json", temporary / "config.json")
         _write_beside(temporary, tokenizer, end_token_ids, base)
 

@@ -32,11 +32,10 @@ class Answer:
 def compare(generator: Generator, questions: Sequence[Question], must_stop: Callable[[], bool]) -> list[Answer]:
     """Answers each question with adapters off and on; ends early when `must_stop` returns True."""
     model = generator.model
-    peft_model: Any = model.adapted
 
     def generate_both(batch: Sequence[Question]) -> tuple[list[Completion], list[Completion]]:
         prompts = [question.prompt for question in batch]
-        with peft_model.disable_adapter():
+        with model.adapted.disable_adapter():
             before = generator(prompts)
         return before, generator(prompts)
 

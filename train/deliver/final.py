@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from train.checkpoints.contents import adapter_files
+from train.models.language_model import LanguageModel
 from train.run.durable import publish
 
 BASE = "base.json"
@@ -37,23 +38,23 @@ def publish_final(
 
 def publish_model(
     folder: Path,
-    model: PreTrainedModel,
+    model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     end_token_ids: Sequence[int],
     base: Mapping[str, object],
-    base_folder: Path,
 ) -> None:
     """Writes a model that was trained whole, in the type that its base's config.json names, and what belongs to it.
 
     config.json is the base's: nothing in it has changed. AutoModelForCausalLM loads the folder.
     """
+    base_folder, whole = model.about.place.folder, model.adapted.get_base_model()
     shape: Any = AutoConfig.from_pretrained(str(base_folder), trust_remote_code=False)
     dtype = shape.get_text_config(decoder=True).dtype or torch.float32
-    buffers = {name: value for name, value in model.named_buffers() if name in model.state_dict()}
-    state = {name: value.to(dtype) for name, value in model.named_parameters()} | buffers  # a tied pair once
+    buffers = {name: value for name, value in whole.named_buffers() if name in whole.state_dict()}
+    state = {name: value.to(dtype) for name, value in whole.named_parameters()} | buffers  # a tied pair once
     with publish(folder) as temporary:
         try:
-            model.save_pretrained(temporary, state_dict=state)
+            whole.save_pretrained(temporary, state_dict=state)
         except SafetensorError as error:  # as of a full disk
             raise OSError(str(error)) from error
         shutil.copy(base_folder / "config.json", temporary / "config.json")

@@ -46,7 +46,7 @@ class LanguageModel(torch.nn.Module):
         self, adapted: peft.PeftModel | WholeModel, host: HostBlocks, about: BaseFacts, compute: torch.dtype
     ) -> None:
         super().__init__()
-        self.adapted = adapted
+        self.adapted: Any = adapted
         self.host = host
         self.about = about
         self.engine: FusedDecoder | None = None  # None: the reference path runs everything

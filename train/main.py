@@ -243,8 +243,7 @@ def publish(training: Training, tokenizer: Tokenizer, splits: Splits, fingerprin
         if training.config.train.method == "full":
             publish_model(final, model, tokenizer.backend, end_token_ids, base)
         else:
-            files = (training.parameters, adapter_config(model), tokenizer.backend, end_token_ids)
-            publish_final(final, *files, base)
+            publish_final(final, training.parameters, adapter_config(model), tokenizer.backend, end_token_ids, base)
     except OSError as error:
         raise ExitWith(ExitCode.SAVE_FAILED, f"{final} could not be written: {error}") from None
 

@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.compare_runs import at, result_of
-from tests.conftest import Outcome, arguments, run_command, training_of
+from tests.conftest import Outcome, arguments, run_command
 from tests.parity.bases import Shape, on, write
 from tests.parity.test_full_fine_tuning import whole
 from train.checkpoints.contents import ADAPTER
 from train.config import CheckpointConfig, Config
-from train.models.language_model import load_adapters
+from train.deliver.finished import finished_run, load_tuned
 
 NEW = ("<|so|>", "bolt", "unseen-word")
 
@@ -59,6 +58,7 @@ def test_on_top_of_an_adapter_and_resumed_to_the_bit(config: Config, tmp_path: P
     finished(replace(resumed, run=replace(resumed.run, resume=half)))
     whole, continued = result_of(tmp_path / "run"), result_of(tmp_path / "resumed")
     assert all(whole[part] == continued[part] for part in ("adapters", "saved", "optimizer"))
+    shutil.rmtree(tmp_path / "first")  # a finished run needs no more what it started from
     check_final(second)
     tensors = load_file(tmp_path / "moved" / ADAPTER)
     save_file({name: 1.01 * tensor for name, tensor in tensors.items()}, tmp_path / "moved" / ADAPTER, {"format": "pt"})
@@ -79,7 +79,7 @@ def test_a_tied_pair_is_delivered(config: Config, tmp_path: Path) -> None:
 
 
 def check_final(config: Config) -> None:
-    """Plain transformers and PEFT, told the vocabulary of base.json, give the logits of the trained model."""
+    """Plain transformers and PEFT, told the vocabulary of base.json, give the logits of the run loaded again."""
     final = Path(config.run.dir) / "final"
     tokenizer: Any = AutoTokenizer.from_pretrained(final)
     assert tokenizer("bolt", add_special_tokens=False).input_ids == [tokenizer.convert_tokens_to_ids("bolt")]
@@ -87,8 +87,7 @@ def check_final(config: Config) -> None:
     base: Any = AutoModelForCausalLM.from_pretrained(config.model.name_or_path, dtype=torch.float32)
     base.resize_token_embeddings(json.loads((final / "base.json").read_text())["vocabulary"])
     theirs = PeftModel.from_pretrained(base, final).eval()
-    ours = training_of(config, Accelerator(cpu=True)).model
-    load_adapters(ours, load_file(final / ADAPTER))
+    ours = load_tuned(finished_run(Path(config.run.dir))).model
     ids = torch.tensor([[*tokenizer("a bolt number 3").input_ids, *tokenizer.convert_tokens_to_ids(list(NEW))]])
     with torch.no_grad(), ours.generating():
         wanted = ours.adapted(input_ids=ids).logits

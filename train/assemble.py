@@ -14,7 +14,7 @@ from train.engine.plan import Plan
 from train.learning_rate import Schedule
 from train.memory.outlook import Outlook
 from train.models.agreement import check_agreement, check_packing
-from train.models.language_model import load_model
+from train.models.language_model import load_model, start_from
 from train.optim import FlatParameters, build_optimizer, build_scaler
 from train.run.accelerator import free_gpu_bytes
 from train.run.devices import compute_type
@@ -48,12 +48,13 @@ def assemble(
             "samples a step; sums are rounded otherwise, and with other micro-batches dropout draws other masks",
         )
     model = load_model(config, device, plan)
+    start_from(model, config)
     longest = max(range(len(data.num_tokens)), key=data.num_tokens.__getitem__)
     check_agreement(model, config.model.name_or_path, data.samples[longest]["input_ids"])
     if config.data.packing and not plan.is_fused:
         check_packing(model, config.model.name_or_path, data.samples[longest]["input_ids"])
     parameters = model.trainable()
-    flat = FlatParameters(parameters)
+    flat = FlatParameters(parameters, config.optim.lora_plus_ratio)
     say(accelerator, f"engine    {'fused' if plan.is_fused else f'reference: {outlook.reason}'}")
     training = Training(
         config=config,

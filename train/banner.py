@@ -9,6 +9,7 @@ from train.config import Config
 from train.data import Splits
 from train.grace import grace_warning
 from train.models.targets import Targets
+from train.models.tokenizer import trained_tokens, unseen_tokens
 from train.profiles import GLOSSARY
 from train.run import devices
 from train.run.devices import device_name
@@ -36,8 +37,8 @@ def banner(training: Training, tokenizer_notes: Sequence[str], splits: Splits, c
         *(f"kernels   {line}" for line in (devices.kernel_fallbacks(device) if training.plan.is_fused else [])),
         f"weights   {about.held}",
         *(f"base      {note}" for note in about.notes),
-        f"adapters  LoRA r={config.lora.r} alpha={config.lora.alpha} dropout={config.lora.dropout} on "
-        f"{_targets(about.targets)}: {trainable:,} trainable parameters",
+        f"trained   {_trained(config, about.targets)}: {trainable:,} trainable parameters",
+        *_trained_beside(config),
         f"data      {', '.join(config.data.path)}: {statistics.num_records:,} records "
         f"({' and '.join(statistics.formats)}), {len(data.samples):,} samples"
         + (f", {len(validation.samples):,} held out for validation" if validation else ""),
@@ -50,12 +51,30 @@ def banner(training: Training, tokenizer_notes: Sequence[str], splits: Splits, c
         *_parts(training),
         *_packing(training),
         f"steps     {data.steps_per_epoch:,} per epoch, {training.total_steps:,} in all; {start}",
-        f"optimizer {config.optim.name}, lr {config.optim.lr:g} {config.optim.schedule}, warmup {config.optim.warmup}",
+        f"optimizer {config.optim.name}, lr {config.optim.lr:g} {config.optim.schedule}, warmup {config.optim.warmup}"
+        + (f", B at {config.optim.lora_plus_ratio:g} times the rate" if config.optim.lora_plus_ratio != 1 else ""),
         *_extensions(training),
         *(f"tokenizer {note}" for note in tokenizer_notes),
         "versions  " + ", ".join(f"{name} {number}" for name, number in versions().items()),
     ]
     return "\n".join([*lines, *_warnings(training, splits)])
+
+
+def _trained(config: Config, targets: Targets) -> str:
+    if config.train.method == "full":
+        return "every weight, in fp32 (train.method full; lora.* is not read)"
+    lora = config.lora
+    kind, scale = ("rsLoRA", lora.alpha / lora.r**0.5) if lora.rslora else ("LoRA", lora.alpha / lora.r)
+    start = f", from {lora.init_from}," if lora.init_from else ""
+    settings = f"r={lora.r} alpha={lora.alpha} (scale {scale:.3g}) dropout={lora.dropout}"
+    return f"{kind} {settings}{start} on {_targets(targets)}"
+
+
+def _trained_beside(config: Config) -> list[str]:
+    """What is trained beside the adapters."""
+    tokens, layers = config.lora.trainable_tokens, config.lora.modules_to_save
+    lines = [f"          and the rows of {len(tokens)} tokens: {' '.join(tokens)}"] if tokens else []
+    return lines + ([f"          and whole, in fp32: {', '.join(layers)}"] if layers else [])
 
 
 def _targets(targets: Targets) -> str:
@@ -98,6 +117,7 @@ def _executed(training: Training) -> str:
 
 def _base(config: Config) -> str:
     weights = "random weights" if config.model.random_init else "frozen"
+    weights = "trained whole" if config.train.method == "full" else weights
     return f"{config.model.name_or_path} ({weights})"
 
 
@@ -111,6 +131,11 @@ def _warnings(training: Training, splits: Splits) -> list[str]:
         lines.append("warning   without --data.path, this run trains on the bundled glossary")
     if training.plan.seconds and (warning := _slow_stop(training)):
         lines.append(f"warning   {warning}")
+    if unseen := unseen_tokens(splits.training.samples, trained_tokens(config)):
+        lines.append(
+            f"warning   {len(unseen)} of lora.trainable_tokens are in no sample, so that their embedding stays as it "
+            f"starts: {' '.join(config.lora.trainable_tokens[place] for place in unseen)}"
+        )
     lines += [f"warning   {line}" for line in _lost(config, statistics)]
     if config.data.validation_path and splits.validation is not None:
         lost = _lost(config, splits.validation.prepared.statistics)

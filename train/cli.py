@@ -7,11 +7,12 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import tyro
 
 from train.config import Config
+from train.not_offered import reason_for
 from train.profiles import PROFILES, data_alone
 from train.run.exits import ExitCode, ExitWith
 
@@ -20,6 +21,7 @@ USAGE = "usage: accelerate launch train/main.py --profile NAME [--section.field 
 _PARSING = (tyro.conf.FlagConversionOff,)
 # options that name files or folders, some of them beside other values
 PATHS = ("run.dir", "run.resume", "model.name_or_path", "data.path", "data.validation_path", "data.chat_template")
+PATHS += ("lora.init_from",)
 
 
 def parse(argv: Sequence[str], usage: str = USAGE, needs_profile: bool = True) -> Config:
@@ -111,8 +113,7 @@ def _override(config: Config, words: list[str]) -> tuple[Config, list[str]]:
     merged: dict[str, list[str]] = {}
     for name, values in _grouped(words):
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            problems.append(f"--{name}: no such option" + (f"; did you mean --{near[0]}?" if near else ""))
+            problems.append(f"--{name}: no such option{_advice(name, known)}")
         elif name in merged and not isinstance(known[name], tuple):
             problems.append(f"--{name}: given more than once")
         else:
@@ -127,6 +128,14 @@ def _override(config: Config, words: list[str]) -> tuple[Config, list[str]]:
         except SystemExit:
             problems.append(f"--{name} {' '.join(values)}: {_message(errors.getvalue())}")
     return config, problems
+
+
+def _advice(name: str, known: Mapping[str, object]) -> str:
+    """Why there is no such option, or the nearest that there is."""
+    if reason := reason_for(name):
+        return f": {reason}"
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean --{near[0]}?" if near else ""
 
 
 def with_home(config: Config) -> tuple[Config, list[str]]:

@@ -58,10 +58,21 @@ class LoraConfig:
     """Rank."""
     alpha: int = 16
     """Scale: the adapter's output is multiplied by alpha / r."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(r) instead (rsLoRA, Kalajdzievski 2023): a higher rank then learns no slower."""
     dropout: float = 0.0
     """Probability that an element of an adapter's input is zeroed while training."""
     target_modules: tuple[str, ...] = LLAMA_LINEAR_LAYERS
     """Linear layers that get an adapter: ends of their names, regular expressions over whole names, or all-linear."""
+    init_from: str = ""
+    """Folder of an adapter that a new run starts from, with the same rank, scale and layers: a run folder, its final/,
+    a checkpoint, or what PEFT has saved. Learning rate and optimizer start anew."""
+    trainable_tokens: tuple[str, ...] = ()
+    """Tokens whose rows of embedding and head are trained with the adapter. Those that the tokenizer lacks are added to
+    it, and start as the mean of all rows; written <|so|>, they are special tokens, for a chat template to use."""
+    modules_to_save: tuple[str, ...] = ()
+    """Layers trained whole in fp32 and saved with the adapter: lm_head, embed_tokens, or both. 12 to 18 bytes a weight
+    on the GPU; for a new language or script, where the rows of a few tokens are not enough."""
 
 
 @dataclass(frozen=True)
@@ -141,12 +152,17 @@ class OptimConfig:
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; inf turns clipping off."""
+    lora_plus_ratio: float = 1.0
+    """The adapters' B learn at this multiple of the learning rate (LoRA+, Hayou et al. 2024); 1: as A does."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, and from which seed."""
+    """What is trained, how long, and from which seed."""
 
+    method: Literal["lora", "full"] = "lora"
+    """lora: adapters on a frozen base. full: every weight of the language model, in fp32 with products in model.dtype,
+    on the reference engine; 10 to 16 bytes a weight. final/ is then a model, and lora.* is not read."""
     epochs: int = 3
     """Passes over the data."""
     max_steps: int = 0
@@ -263,8 +279,11 @@ class Config:
 
     def _checks(self) -> Iterator[tuple[str, object, str]]:
         yield from self._number_checks()
+        yield from self._range_checks()
         yield from self._data_checks()
         yield from self._target_checks()
+        yield from self._token_checks()
+        yield from self._method_checks()
         if isinstance(self.memory.checkpointing, int):
             if self.memory.checkpointing < 0:
                 yield "memory.checkpointing", self.memory.checkpointing, "must be at least 0, or auto, full, none"
@@ -278,6 +297,34 @@ class Config:
                 parse_bytes(self.memory.budget)
             except ValueError as error:
                 yield "memory.budget", self.memory.budget, str(error)
+
+    def _token_checks(self) -> Iterator[tuple[str, object, str]]:
+        tokens = self.lora.trainable_tokens
+        for token in tokens:
+            if not token or token != token.strip():
+                yield "lora.trainable_tokens", repr(token), "a token has no white space at its ends"
+        twice = sorted({token for token in tokens if tokens.count(token) > 1})
+        if twice:
+            yield "lora.trainable_tokens", " ".join(twice), "is there twice"
+
+    def _method_checks(self) -> Iterator[tuple[str, object, str]]:
+        if self.train.method != "full":
+            return
+        if self.model.quantization != "none":
+            reason = "full trains weights that are not quantised; add --model.quantization none"
+            yield "train.method full with --model.quantization", self.model.quantization, reason
+        for option, value in (("engine.kind", self.engine.kind), ("memory.offload", self.memory.offload)):
+            if value in ("fused", "stream"):
+                yield option, value, "the fused engine trains adapters alone; leave it out with --train.method full"
+        of_adapters = {
+            "lora.init_from": self.lora.init_from,
+            "lora.trainable_tokens": " ".join(self.lora.trainable_tokens),
+            "lora.modules_to_save": " ".join(self.lora.modules_to_save),
+            "optim.lora_plus_ratio": self.optim.lora_plus_ratio if self.optim.lora_plus_ratio != 1 else "",
+        }
+        for option, value in of_adapters.items():
+            if value:
+                yield option, value, "belongs to adapters; leave it out with --train.method full"
 
     def _target_checks(self) -> Iterator[tuple[str, object, str]]:
         if not self.lora.target_modules:
@@ -332,6 +379,7 @@ class Config:
             ("batch.accumulation", self.batch.accumulation, 1),
             ("optim.warmup", self.optim.warmup, 0),
             ("optim.weight_decay", self.optim.weight_decay, 0),
+            ("optim.lora_plus_ratio", self.optim.lora_plus_ratio, 1),
             ("train.epochs", self.train.epochs, 1),
             ("train.max_steps", self.train.max_steps, 0),
             ("train.seed", self.train.seed, 0),
@@ -357,8 +405,11 @@ class Config:
                 yield option, value, "must be greater than 0"
         if self.train.seed >= 2**32:
             yield "train.seed", self.train.seed, f"must be less than {2**32}"
-        if self.optim.lr == float("inf"):
-            yield "optim.lr", self.optim.lr, "must be a finite number"
+        for option, value in (("optim.lr", self.optim.lr), ("optim.lora_plus_ratio", self.optim.lora_plus_ratio)):
+            if value == float("inf"):
+                yield option, value, "must be a finite number"
+
+    def _range_checks(self) -> Iterator[tuple[str, object, str]]:
         below = [
             ("lora.dropout", self.lora.dropout, 1),
             ("data.validation_fraction", self.data.validation_fraction, 1),

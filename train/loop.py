@@ -181,6 +181,7 @@ def _row(training: Training, result: StepResult, stopwatch: Stopwatch, num_weigh
         whole: Any = training.model.causal_lm.config
         shape = whole.get_text_config(decoder=True)
         mean_length = result.num_tokens / len(result.sample_ids)
-        flops = flops_per_token(num_weights, shape, mean_length) * result.num_tokens
+        are_trained = training.config.train.method == "full"
+        flops = flops_per_token(num_weights, shape, mean_length, are_trained) * result.num_tokens
         row["perf/mfu"] = round(mfu(flops, seconds, peak, training.accelerator.num_processes), 4)
     return row

@@ -37,7 +37,7 @@ from train.cli import checked, parse
 from train.config import Config
 from train.data import BatchLayout, Splits, TrainingData, read_data, run_date
 from train.deliver.compare import as_rows, compare, show_answers
-from train.deliver.final import publish_final
+from train.deliver.final import publish_final, publish_model
 from train.deliver.generation import Generator
 from train.deliver.questions import questions_of
 from train.ending import end_of, record_end, say_end, unrecorded_defect
@@ -236,10 +236,14 @@ def open_trackers(
 def publish(training: Training, tokenizer: Tokenizer, splits: Splits, fingerprint: str) -> None:
     """Publishes final/, with the base's fingerprint; raises ExitWith(SAVE_FAILED) where it cannot be written."""
     final, end_token_ids = RunFolder.of(training.config).final, splits.training.prepared.statistics.end_token_ids
+    model, base = training.model, training.model.about.identity() | {"fingerprint": fingerprint}
+    if training.config.lora.trainable_tokens:  # what the reader gives to resize_token_embeddings
+        base |= {"vocabulary": model.head.weight.shape[0]}
     try:
-        files = (training.parameters, adapter_config(training.model), tokenizer.backend, end_token_ids)
-        base = training.model.about.identity() | {"fingerprint": fingerprint}
-        publish_final(final, *files, base)
+        if training.config.train.method == "full":
+            publish_model(final, model, tokenizer.backend, end_token_ids, base)
+        else:
+            publish_final(final, training.parameters, adapter_config(model), tokenizer.backend, end_token_ids, base)
     except OSError as error:
         raise ExitWith(ExitCode.SAVE_FAILED, f"{final} could not be written: {error}") from None
 
@@ -247,8 +251,12 @@ def publish(training: Training, tokenizer: Tokenizer, splits: Splits, fingerprin
 def deliver(training: Training, tokenizer: Tokenizer, splits: Splits, trackers: Trackers, stop: StopRequest) -> None:
     """Answers questions of the data without and with the adapters.
 
-    final/ stands, so nothing undoes the training: what fails here is ExitWith(DELIVERY_FAILED).
+    final/ stands, so nothing undoes the training: what fails here is ExitWith(DELIVERY_FAILED). A base that was trained
+    whole is asked nothing: it cannot answer without.
     """
+    if training.config.train.method == "full":
+        print(f"the model is in {RunFolder.of(training.config).final}; the base is gone, so no questions are asked")
+        return
     try:
         ask(training, tokenizer, splits, trackers, stop)
     except ExitWith:

@@ -12,21 +12,21 @@ def to_host(*scalars: torch.Tensor) -> list[float]:
 
 
 def num_matmul_weights(model: torch.nn.Module) -> int:
-    """Weights of every linear layer of the base, the head among them; adapters and embedding are left out."""
+    """Weights of the base's linear layers, the head among them: no adapters, no trained copies, no embedding."""
     return sum(
         module.in_features * module.out_features
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and "lora_" not in name
+        if isinstance(module, torch.nn.Linear) and "lora_" not in name and "modules_to_save" not in name
     )
 
 
-def flops_per_token(num_weights: int, shape: Any, mean_length: float) -> float:
+def flops_per_token(num_weights: int, shape: Any, mean_length: float, are_trained: bool = False) -> float:
     """FLOPs that training one token costs when the base is frozen: forward and input gradient, nothing recomputed.
 
-    2 a weight in the forward and in the backward pass, plus causal attention's two products (2 x hidden x length
-    forward in a layer, 2.5 times that backward).
+    2 a weight in the forward and in the backward pass, and 2 where it is trained, plus causal attention's two products
+    (2 x hidden x length forward in a layer, 2.5 times that backward).
     """
-    return 4 * num_weights + 3.5 * shape.num_hidden_layers * 2 * shape.hidden_size * mean_length
+    return (6 if are_trained else 4) * num_weights + 3.5 * shape.num_hidden_layers * 2 * shape.hidden_size * mean_length
 
 
 def mfu(flops: float, seconds: float, peak_flops: float, num_processes: int) -> float:

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -13,6 +14,7 @@ from train.config import OptimConfig
 
 BLOCK = 256  # elements that share a scale of bitsandbytes' 8-bit state
 MIN_8BIT_SIZE = 4096  # elements: bitsandbytes keeps the state of smaller tensors in fp32
+RATE_FACTOR = "rate_factor"  # of a group of parameters: by what its learning rate is multiplied
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class OptimizerKind:
     is_paged: bool = False  # its state moves to host memory when the GPU is full
 
 
-def _torch_adamw(leaves: list[torch.nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(leaves, fused=leaves[0].is_cuda, lr=lr, weight_decay=weight_decay)
+def _torch_adamw(groups: list[dict[str, Any]], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, fused=groups[0]["params"][0].is_cuda, lr=lr, weight_decay=weight_decay)
 
 
 OPTIMIZERS = {
@@ -38,7 +40,7 @@ NamedParameters = Mapping[str, torch.nn.Parameter]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter lies in the flat one that the optimizer updates."""
+    """Where a parameter lies in the flat ones that the optimizer updates."""
 
     leaf: int
     start: int
@@ -48,31 +50,43 @@ class Place:
 class FlatParameters:
     """The adapters concatenated in one fp32 parameter, so that an update is one kernel and a reduction one call.
 
+    With LoRA+ there are two, because B has another learning rate than A.
+
     The 448 adapter matrices of an 8B model cost 25 to 90 ms of launches a step, as one 0.5 ms. The named parameters
     become views, their gradients too. Each begins at a multiple of BLOCK elements, where bitsandbytes begins a block of
     its 8-bit state, and those too small for 8-bit state stay alone: so the update is the same, bit for bit.
     """
 
-    def __init__(self, named: NamedParameters) -> None:
+    def __init__(self, named: NamedParameters, lora_plus_ratio: float = 1.0) -> None:
         self.named = dict(named)
         self.leaves: list[torch.nn.Parameter] = []
+        self.rate_factors: list[float] = []  # of each leaf's learning rate
         self.places: dict[str, Place] = {}
-        size = 0
-        for name, parameter in named.items():
-            if parameter.numel() >= MIN_8BIT_SIZE:
-                self.places[name] = Place(0, size, size + parameter.numel())
-                size += -(-parameter.numel() // BLOCK) * BLOCK
-        if size:
-            first = next(iter(named.values()))
-            self.leaves.append(torch.nn.Parameter(torch.zeros(size, dtype=first.dtype, device=first.device)))
-            self.leaves[0].grad = torch.zeros_like(self.leaves[0])
+        factors = {name: rate_factor(name, parameter, lora_plus_ratio) for name, parameter in named.items()}
+        for factor in dict.fromkeys(factors.values()):
+            self._add_flat({name: parameter for name, parameter in named.items() if factors[name] == factor}, factor)
         for name, parameter in named.items():
             if name in self.places:
                 self._move(parameter, self.places[name])
             else:
                 self.places[name] = Place(len(self.leaves), 0, parameter.numel())
                 self.leaves.append(parameter)
+                self.rate_factors.append(factors[name])
                 parameter.grad = torch.zeros_like(parameter)
+
+    def _add_flat(self, named: NamedParameters, factor: float) -> None:
+        """A leaf with room for those of the parameters that have 8-bit state."""
+        size = 0
+        for name, parameter in named.items():
+            if parameter.numel() >= MIN_8BIT_SIZE:
+                self.places[name] = Place(len(self.leaves), size, size + parameter.numel())
+                size += -(-parameter.numel() // BLOCK) * BLOCK
+        if size:
+            first = next(iter(named.values()))
+            leaf = torch.nn.Parameter(torch.zeros(size, dtype=first.dtype, device=first.device))
+            leaf.grad = torch.zeros_like(leaf)
+            self.leaves.append(leaf)
+            self.rate_factors.append(factor)
 
     def _move(self, parameter: torch.nn.Parameter, place: Place) -> None:
         leaf = self.leaves[place.leaf]
@@ -93,11 +107,21 @@ class FlatParameters:
             leaf.grad.zero_()
 
 
+def rate_factor(name: str, parameter: torch.nn.Parameter, lora_plus_ratio: float) -> float:
+    """By what a parameter's learning rate is multiplied: LoRA+'s ratio for what PEFT's create_loraplus_optimizer counts
+    as B."""
+    return lora_plus_ratio if "lora_B" in name or parameter.dim() == 1 else 1.0
+
+
 def build_optimizer(flat: FlatParameters, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over the flat parameters; the rate is set before every step."""
+    """AdamW over the flat parameters, a group for each factor of the learning rate, which is set before every step."""
     # without a GPU there is nothing to page from; bitsandbytes says so once for each run
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
-    return OPTIMIZERS[config.name].build(flat.leaves, lr=config.lr, weight_decay=config.weight_decay)
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for leaf, factor in zip(flat.leaves, flat.rate_factors, strict=True):
+        groups.setdefault(factor, []).append(leaf)
+    described = [{"params": leaves, RATE_FACTOR: factor} for factor, leaves in groups.items()]
+    return OPTIMIZERS[config.name].build(described, lr=config.lr, weight_decay=config.weight_decay)
 
 
 def build_scaler(dtype: str, device: torch.device) -> torch.amp.GradScaler:
@@ -113,9 +137,9 @@ def load_scaler_state(scaler: torch.amp.GradScaler, state: Mapping[str, float]) 
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Sets the learning rate of the next update."""
+    """Sets the learning rate of the next update: `rate`, times its factor in each group."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group[RATE_FACTOR]
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, flat: FlatParameters) -> dict[str, torch.Tensor]:
@@ -161,8 +185,9 @@ def load_optimizer_state(
     bitsandbytes' own load_state_dict would replace paged buffers by resident ones and take hyperparameters from the
     checkpoint. Raises ValueError where names or shapes differ from what this optimizer keeps.
     """
-    for index, leaf in enumerate(flat.leaves):
-        _make_state(optimizer, leaf, index)
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, leaf in enumerate(group["params"]):
+            _make_state(optimizer, leaf, group_index, index)
     expected: set[str] = set()
     for name, parameter in flat.named.items():
         leaf_state = optimizer.state[flat.leaf(name)]
@@ -186,10 +211,10 @@ def load_optimizer_state(
         raise ValueError(f"the optimizer state has unknown entries: {', '.join(unknown[:3])}")
 
 
-def _make_state(optimizer: torch.optim.Optimizer, leaf: torch.nn.Parameter, index: int) -> None:
-    """The state that the optimizer starts `leaf` with, installed in the optimizer; all are in one group."""
+def _make_state(optimizer: torch.optim.Optimizer, leaf: torch.nn.Parameter, group_index: int, index: int) -> None:
+    """The state that the optimizer starts `leaf` with, installed in the optimizer."""
     if isinstance(optimizer, Optimizer8bit):
-        optimizer.init_state(optimizer.param_groups[0], leaf, 0, index)
+        optimizer.init_state(optimizer.param_groups[group_index], leaf, group_index, index)
     else:
         optimizer.state[leaf] = {
             "step": torch.tensor(0.0, device=leaf.device if leaf.is_cuda else None),

@@ -30,6 +30,9 @@ CHANGES: list[tuple[str, Any, str]] = [
     ("lora.alpha", 16, "lora.alpha"),
     ("lora.dropout", 0.2, "lora.dropout"),
     ("lora.target_modules", ("q_proj",), "lora.target_modules"),
+    ("lora.rslora", True, "lora.rslora"),
+    ("lora.modules_to_save", ("lm_head",), "lora.modules_to_save"),
+    ("optim.lora_plus_ratio", 2.0, "optim.lora_plus_ratio"),
     ("batch.accumulation", 2, "batch (samples in a step)"),
     ("data.validation_fraction", 0.2, "data.validation_fraction"),
     ("data.packing", True, "data.packing"),
@@ -151,6 +154,9 @@ def test_a_checkpoint_that_does_not_say_what_its_data_was(config: Config, tmp_pa
 
     def as_before(state: dict[str, Any]) -> None:
         del state["identity"]["details"], state["schedule"], state["versions"]["CPU threads"]
+        later = ("rslora", "init_from", "trainable_tokens", "modules_to_save")
+        for name in (*(f"lora.{option}" for option in later), "optim.lora_plus_ratio"):
+            del state["identity"][name]
 
     def of_another_shape(state: dict[str, Any]) -> None:
         state["identity"]["details"] = {"tokenizer": 1, "chat template": [], "preparation": None, "content": [3]}

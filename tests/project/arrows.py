@@ -23,7 +23,8 @@ ALLOWED = {
     "train.validation": {"batching", "collate", "metrics", "run", "step"},
     "train.grace": {"config"},
     "train.track": {"config", "run"},
-    "train.cli": {"config", "profiles", "run"},
+    "train.cli": {"config", "not_offered", "profiles", "run"},
+    "train.not_offered": set(),
     "train.audit_gate": {"config", "data", "data_tools", "run"},
     "train.assemble": {
         "batching",
@@ -149,6 +150,7 @@ ALLOWED_MODULES = {
         "train.config",
         "train.engine.block",
         "train.engine.families",
+        "train.engine.layers",
         "train.engine.packed_weights",
         "train.loss",
         "train.optim",

@@ -7,6 +7,8 @@ import tomllib
 from benchmarks.faults import FAULTS
 from tests.conftest import ROOT
 from tests.project.sources import SOURCES
+from train.not_offered import reason_for
+from train.profiles import PROFILES
 
 
 def test_readme_shows_the_tree() -> None:
@@ -34,6 +36,19 @@ def test_the_changelog_knows_the_version() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     sections = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert sections[:2] == ["Unreleased", version]
+
+
+def test_the_options_of_the_page_on_tuning_exist() -> None:
+    """Every `section.option` that docs/TUNING.md names is one, and every option that only it explains is there."""
+    text = (ROOT / "docs" / "TUNING.md").read_text(encoding="utf-8")
+    demo = vars(PROFILES["demo"]())
+    named = re.findall(rf"`(?:--)?({'|'.join(demo)})\.(\w+)", text)
+    assert [name for section, name in named if name not in vars(demo[section])] == []
+    ways = {"rslora", "init_from", "trainable_tokens", "modules_to_save", "lora_plus_ratio", "method", "quantization"}
+    assert ways <= {name for _, name in named}
+    for word in ("DoRA", "PiSSA", "LoftQ", "NEFTune", "AdaLoRA", "VeRA", "GaLore"):
+        assert word in text.partition("## What is not offered")[2]
+        assert reason_for(f"lora.{word}"), word
 
 
 def test_the_log_can_be_used() -> None:

@@ -89,6 +89,38 @@ def test_all_mistakes_in_one_answer() -> None:
         assert part in text
 
 
+def test_what_does_not_pay_is_refused_by_name() -> None:
+    """Words of other trainers get a reason with its source, or the option that is meant; others the nearest."""
+    told = {
+        "--lora.use_dora true": "DoRA has 46.9 % in PEFT's comparison",
+        "--use_dora=true": "DoRA has 46.9 %",
+        "--lora.init_lora_weights pissa": "lora.init_from continues an adapter",
+        "--lora.pissa true": "PiSSA: after a search of learning rates",
+        "--lora.loftq_config x": "LoftQ is not in PEFT's comparison",
+        "--train.neftune_noise_alpha 5": "those who rebuilt it saw the same losses",
+        "--optim.galore_rank 8": "0.1 to 1 GB",
+        "--lora.vera true": "VeRA 35.4",
+        "--lora.use_rslora true": "write --lora.rslora true",
+        "--optim.loraplus_lr_ratio 16": "write --optim.lora_plus_ratio",
+    }
+    for words, reason in told.items():
+        text = refusal("--profile", "demo", *words.split())
+        assert f"{words.partition('=')[0].split()[0]}: no such option: " in text
+        assert reason in text
+    assert "did you mean --lora.dropout?" in refusal("--profile", "demo", "--lora.dropouts", "1")
+
+
+def test_tokens_and_ratios_that_cannot_be() -> None:
+    """White space at a token's ends, a token twice, a ratio below 1 or without end."""
+    words = ["--lora.trainable_tokens", " a", "b", "b", "--optim.lora_plus_ratio"]
+    assert "--lora.trainable_tokens ' a': a token has no white space at its ends" in refusal(
+        "--profile", "demo", *words, "0.5"
+    )
+    assert "--lora.trainable_tokens b: is there twice" in refusal("--profile", "demo", *words, "0.5")
+    assert "--optim.lora_plus_ratio 0.5: must be at least 1" in refusal("--profile", "demo", *words, "0.5")
+    assert "--optim.lora_plus_ratio inf: must be a finite number" in refusal("--profile", "demo", *words, "inf")
+
+
 def test_profile_mistakes() -> None:
     """No profile, two profiles, an unknown one, and a word without an option are refused."""
     assert "--profile NAME" in refusal()

@@ -105,6 +105,6 @@ def test_every_optimizer_of_the_configuration_is_in_the_table() -> None:
     assert set(get_args(annotation)) == set(OPTIMIZERS)
     leaf = torch.nn.Parameter(torch.zeros(64, 64))
     for name, kind in OPTIMIZERS.items():
-        built = kind.build([leaf], lr=1.0, weight_decay=0.0)
+        built = kind.build([{"params": [leaf]}], lr=1.0, weight_decay=0.0)
         assert isinstance(built, Optimizer8bit) == kind.is_8bit, name
         assert bool(getattr(built, "is_paged", False)) == kind.is_paged, name

@@ -8,15 +8,17 @@ import torch
 
 from data_tools.prepare import Prepared
 from train.checkpoints.extension import TOTAL
-from train.config import Config, LoraConfig, OptimConfig
+from train.config import Config, LoraConfig, OptimConfig, TrainConfig
 from train.data import TrainingData
 from train.models.fingerprint import base_fingerprint
+from train.models.initial_adapter import initial_content
 from train.run.devices import compute_type
 
 IDENTITY_SECTIONS = ("lora", "optim")  # every field of these, and the single fields named in identity()
 # what earlier versions did where they had no such field
 DEFAULTS = {f"lora.{name}": value for name, value in asdict(LoraConfig()).items()}
 DEFAULTS |= {f"optim.{name}": value for name, value in asdict(OptimConfig()).items()}
+DEFAULTS |= {"train.method": TrainConfig().method}
 # settings that the data's fingerprint covers; what a run has more of decides nothing by itself
 DATA_SETTINGS = (
     "max_length",
@@ -30,6 +32,7 @@ DATA_SETTINGS = (
     "empty_reasoning",
     "leave_out",
 )
+INITIAL = "lora.init_from"  # the content of the adapter that the run started from; its place is a detail
 DETAILS = "details"  # the entry that only explains a difference of another
 MAX_LINES = 10  # on changed files
 
@@ -46,6 +49,7 @@ def identity(config: Config, prepared: Prepared, data: TrainingData, device: tor
         "data.packing": config.data.packing,
         "data.group_by_length": config.data.group_by_length,
         "batch (samples in a step)": data.layout.samples_per_step,
+        "train.method": config.train.method,
         "train.seed": config.train.seed,
         TOTAL: data.total_steps(config.train),
     }
@@ -56,7 +60,8 @@ def identity(config: Config, prepared: Prepared, data: TrainingData, device: tor
             values[f"{section}.{name}"] = _plain(value)
     settings = {f"data.{name}": _plain(getattr(config.data, name)) for name in DATA_SETTINGS}
     base = {f"model.{name}": getattr(config.model, name) for name in ("name_or_path", "revision", "random_init")}
-    values[DETAILS] = {**settings, **base, **prepared.parts}
+    values[INITIAL] = initial_content(config)  # wherever it lies
+    values[DETAILS] = {**settings, **base, INITIAL: config.lora.init_from, **prepared.parts}
     return values
 
 
@@ -67,7 +72,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """
     saved = {**{name: _plain(value) for name, value in DEFAULTS.items()}, **saved}
     details = _readable(saved.get(DETAILS)), now[DETAILS]
-    told_apart = {"model.base", "data", "data.date", TOTAL, DETAILS}
+    told_apart = {"model.base", "data", "data.date", INITIAL, TOTAL, DETAILS}
     lines = [
         f"{name} {_shown(saved.get(name))} -> {_shown(now.get(name))}"
         for name in sorted({*saved, *now} - told_apart)
@@ -75,6 +80,8 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
     if saved.get("data") != now["data"]:
         lines += _of_data(saved, now, *details)
+    if saved.get(INITIAL) != now[INITIAL]:
+        lines += _of_initial(*details)
     if saved.get("model.base") != now["model.base"]:
         drawn_anew = now[DETAILS]["model.random_init"] and saved.get("train.seed") != now["train.seed"]
         lines += [] if drawn_anew else _of_base(*details)
@@ -90,6 +97,11 @@ def _readable(details: Any) -> Mapping[str, Any] | None:
     content = details["content"]
     is_list = isinstance(content, list) and all(isinstance(each, list) and len(each) == 2 for each in content)
     return details if is_list else None
+
+
+def _of_initial(saved: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
+    changed = _settings({INITIAL: "", **(saved or {})}, now, [INITIAL])
+    return changed or [f"{INITIAL}: the adapter in {now[INITIAL]} has changed"]
 
 
 def _of_base(saved: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:

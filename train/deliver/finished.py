@@ -73,6 +73,9 @@ def finished_run(path: Path, words: Sequence[str] = (), usage: str = "") -> Fini
         raise refused(path, "no such folder; name a run folder, such as runs/demo")
     if not record or folder.is_foreign(folder.config):
         raise refused(path, "it is no run folder: it has no config.json of a run")
+    if config_of(record, folder).train.method == "full":
+        reason = "it was trained whole (train.method full): final/ is a model itself, which transformers loads"
+        raise refused(path, reason)
     missing = [name for name in (ADAPTER, ADAPTER_CONFIG, BASE) if not (folder.final / name).is_file()]
     if missing:
         ended = read_object(folder.exit).get("reason")

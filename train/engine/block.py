@@ -66,6 +66,7 @@ class Block:
         self.qk_norms = layer.qk_norms
         self.head_dim = layer.head_dim
         self.scaling = layer.scaling
+        self.gives_input_gradient = number > 0  # a frozen embedding's output needs none
         self.dropout = max(group.dropout for group in self.groups)
 
     @property
@@ -151,8 +152,8 @@ class Block:
     ) -> list[torch.Tensor]:
         """The adapters' gradients. grad [T, H + R] holds the output's gradient, and then the input's, in place.
 
-        `low_rank` is that of `finish`. Consumes `saved`: its buffers become gradients or are freed. The input of the
-        first block, the frozen embedding's output, needs no gradient and gets none.
+        `low_rank` is that of `finish`. Consumes `saved`: its buffers become gradients or are freed. The input's
+        gradient is made where `gives_input_gradient`.
         """
         mlp_gradients = self._backward_mlp(matrices, saved, low_rank, grad, context)
         del saved.gate_up, saved.post_attention, saved.post_attention_normed  # attention's gradients need the room
@@ -167,7 +168,7 @@ class Block:
         del grad_attended
 
         normed = saved.normed
-        grad_normed = grad.new_empty(grad.shape[0], width) if self.number else None
+        grad_normed = grad.new_empty(grad.shape[0], width) if self.gives_input_gradient else None
         self.qkv.input_gradient(matrices[0], saved.qkv, qkv_drop, grad_normed)
         qkv_gradients = self.qkv.adapter_gradients(saved.qkv, normed[:, :width], normed[:, width:], qkv_drop)
         if grad_normed is not None:

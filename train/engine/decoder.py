@@ -10,11 +10,12 @@ from train.collate import MicroBatch
 from train.engine.attention import PackedAttention
 from train.engine.block import Block, ForwardContext
 from train.engine.copies import copies_for
+from train.engine.embedding import RowsInPlace
 from train.engine.families import family_of
 from train.engine.graphs import Graphs, pad
 from train.engine.hidden_store import DeviceInputs, HostInputs
 from train.engine.host_stream import HostBlocks
-from train.engine.layers import CausalLM
+from train.engine.layers import CausalLM, Vocabulary
 from train.engine.operations import mixed
 from train.engine.packed_source import packed_source
 from train.engine.plan import Plan, padded
@@ -38,7 +39,9 @@ class FusedDecoder:
         if plan.offloads_inputs:
             num_tokens = padded(plan.micro_batch_tokens)
             inputs = HostInputs(plan.num_blocks - plan.num_kept, num_tokens, norm.weight, copies(), copies())
-        self.stack = Stack(blocks, norm, store, plan.num_kept, inputs)
+        embedding = Vocabulary.of(causal_lm.get_input_embeddings())
+        self.embed = RowsInPlace(embedding) if embedding.rows else self.decoder.embed_tokens
+        self.stack = Stack(blocks, norm, store, plan.num_kept, inputs, embedding.is_trained)
         self.dropout = max(block.dropout for block in blocks)
         self.mlp_tile = plan.mlp_tile
         # no method of this object: it would keep a replaced engine's graphs alive
@@ -57,7 +60,7 @@ class FusedDecoder:
         graphs = self.graphs if torch.is_grad_enabled() else None
         if graphs is not None:
             batch = pad(batch)
-        hidden = self.decoder.embed_tokens(batch.input_ids[0])  # [T, H]
+        hidden = self.embed(batch.input_ids[0])  # [T, H]
         context = self.context(batch)
         return graphs(hidden, context, batch) if graphs is not None else self.stack(hidden, context)
 

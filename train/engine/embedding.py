@@ -1,9 +1,10 @@
 """The input embedding in host memory, which saves 1 GB of GPU memory: a step reads a few thousand of its rows."""
 
 import torch
+import torch.nn.functional as F
 
 from train.engine.copies import pinned
-from train.engine.layers import CausalLM
+from train.engine.layers import CausalLM, Vocabulary
 from train.engine.operations import gather_rows
 
 
@@ -27,6 +28,25 @@ class HostEmbedding(torch.nn.Module):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """`input_ids` [...] on the GPU -> rows [..., H] there."""
         return gather_rows(self.weight, input_ids.flatten()).view(*input_ids.shape, -1)
+
+
+class RowsInPlace:
+    """An embedding of which some rows are trained, without the copy of the whole matrix that PEFT's layer makes in each
+    forward pass."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        assert vocabulary.rows is not None
+        self.frozen, self.values = vocabulary.layer, vocabulary.rows.values
+        ids = vocabulary.rows.ids
+        # the trained row of each token, or -1
+        self.places = torch.full((self.frozen.weight.shape[0],), -1, device=ids.device)
+        self.places[ids] = torch.arange(len(ids), device=ids.device)
+
+    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """`input_ids` [T] -> rows [T, H]."""
+        frozen, places = self.frozen(input_ids), self.places[input_ids]
+        trained = F.embedding(places.clamp(min=0), self.values).to(frozen.dtype)
+        return torch.where((places >= 0)[:, None], trained, frozen)
 
 
 def offload_embedding(causal_lm: CausalLM) -> None:

@@ -51,7 +51,7 @@ def pad(batch: MicroBatch) -> MicroBatch:
 class StaticBuffers:
     """What graphs read and write; a smaller shape uses the beginning of the largest one's buffers."""
 
-    hidden: torch.Tensor  # [T, H]
+    hidden: torch.Tensor  # [T, H]; after a backward pass its gradient, where the embedding is trained
     cos: torch.Tensor  # [T, D]
     sin: torch.Tensor  # [T, D]
     out: torch.Tensor  # [T, H]
@@ -145,7 +145,7 @@ class Graphs:
         graph.cu_seqlens.fill_(graph.static.hidden.shape[0])
         # the last entry stays: a larger graph's surplus tokens belong to the sample that `pad` has added
         graph.cu_seqlens[: len(batch.cu_seqlens) - 1].copy_(batch.cu_seqlens[:-1])
-        return _Replay.apply(graph, self.stack, num_tokens, self.stack.anchor)
+        return _Replay.apply(hidden, graph, self.stack, self.stack.anchor)
 
     def _allocate(self, hidden: torch.Tensor, context: ForwardContext) -> None:
         self.pool = torch.cuda.graph_pool_handle()
@@ -223,36 +223,50 @@ class Graphs:
         own = replace(context, cos=static.cos, sin=static.sin, seed=seed, attend=attend)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         saved: Saved = []
+
+        def run_forward() -> None:
+            static.out.copy_(self.stack.forward(static.hidden, own, saved))
+
+        def run_backward() -> None:
+            grad_hidden = self.stack.backward(static.grad_out, own, saved)
+            if grad_hidden is not None:
+                static.hidden.copy_(grad_hidden)  # nothing reads the input any more
+
         store.invalidate_adapters()
         with torch.no_grad(), _no_collection():
-            with torch.cuda.graph(forward, pool=self.pool):
-                out = self.stack.forward(static.hidden, own, saved)
-                static.out.copy_(out)
-                del out
-            with torch.cuda.graph(backward, pool=self.pool):
-                self.stack.backward(static.grad_out, own, saved)
+            self._record(forward, run_forward)
+            self._record(backward, run_backward)
         store.forget_shared()  # nothing of it has run yet
         return CapturedGraph(static, seed, cu_seqlens, forward, backward)
+
+    def _record(self, graph: torch.cuda.CUDAGraph, work: Callable[[], None]) -> None:
+        """Captures what `work` launches; it is not run."""
+        with torch.cuda.graph(graph, pool=self.pool):
+            work()
 
 
 class _Replay(torch.autograd.Function):
     """A graph as autograd sees it: a function of one adapter, as in stack.py."""
 
     @staticmethod
-    def forward(ctx: Any, graph: CapturedGraph, stack: Stack, num_tokens: int, _: torch.nn.Parameter) -> torch.Tensor:
-        ctx.graph, ctx.store, ctx.order, ctx.num_tokens = graph, stack.store, stack.backward_order, num_tokens
+    def forward(
+        ctx: Any, hidden: torch.Tensor, graph: CapturedGraph, stack: Stack, _: torch.nn.Parameter
+    ) -> torch.Tensor:
+        ctx.graph, ctx.store, ctx.order, ctx.num_tokens = graph, stack.store, stack.backward_order, hidden.shape[0]
         _replay(graph.forward, stack.store, stack.forward_order)
-        return graph.static.out[:num_tokens].detach()
+        return graph.static.out[: ctx.num_tokens].detach()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
         graph, store = ctx.graph, ctx.store
         ctx.graph = ctx.store = None  # the loss may outlive the engine, whose memory would not be free
         grad_out = graph.static.grad_out
         grad_out[: ctx.num_tokens].copy_(grad_outputs[0])
         grad_out[ctx.num_tokens :].zero_()  # a larger graph's surplus tokens have no gradient
         _replay(graph.backward, store, ctx.order)
-        return None, None, None, None
+        # a copy, because autograd may use it after the next replay
+        grad_hidden = graph.static.hidden[: ctx.num_tokens].clone() if ctx.needs_input_grad[0] else None
+        return grad_hidden, None, None, None
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -46,6 +46,40 @@ class Head(Protocol):
     """The linear layer that makes logits of hidden states."""
 
     weight: torch.Tensor  # [V, H]
+
+
+@dataclass(frozen=True)
+class TrainedRows:
+    """Rows of the embedding or of the head that are trained while the others are frozen."""
+
+    ids: torch.Tensor  # int64 [k]
+    values: torch.nn.Parameter  # fp32 [k, H], in the place of the frozen rows
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The embedding or the head: the base's own layer, and what PEFT trains in the place of it or of some rows."""
+
+    layer: Any  # Embedding or Head
+    rows: TrainedRows | None = None
+    whole: torch.nn.Parameter | None = None  # fp32 [V, H]
+
+    @classmethod
+    def of(cls, module: Any) -> "Vocabulary":
+        """Reads PEFT's TrainableTokensWrapper or ModulesToSaveWrapper, or a plain layer."""
+        if hasattr(module, "token_adapter"):
+            adapter = module.token_adapter
+            values = adapter.trainable_tokens_delta[ADAPTER]
+            ids = torch.tensor(adapter.token_indices[ADAPTER], device=values.device)
+            return cls(adapter.base_layer, rows=TrainedRows(ids, values))
+        if hasattr(module, "modules_to_save"):
+            return cls(module.original_module, whole=module.modules_to_save[ADAPTER].weight)
+        return cls(module)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether any of it is."""
+        return self.rows is not None or self.whole is not None
 
 
 class DecoderOutput(Protocol):

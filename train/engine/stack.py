@@ -36,13 +36,21 @@ class Stack:
 
     The last `num_kept` blocks keep their activations. The others keep only their input, and the backward pass
     recomputes everything but down_proj. The last block always keeps its activations: they are needed at once. Each
-    training forward pass is followed by its backward pass before the next begins.
+    training forward pass is followed by its backward pass before the next begins. With `trains_input` the embedding, or
+    rows of it, are trained, and the first block's input gets a gradient.
     """
 
     def __init__(
-        self, blocks: list[Block], norm: Norm, store: WeightStore, num_kept: int, inputs: DeviceInputs | HostInputs
+        self,
+        blocks: list[Block],
+        norm: Norm,
+        store: WeightStore,
+        num_kept: int,
+        inputs: DeviceInputs | HostInputs,
+        trains_input: bool,
     ) -> None:
         self.blocks = blocks
+        blocks[0].gives_input_gradient = trains_input
         self.norm = norm
         self.store = store
         self.num_kept = max(1, num_kept)
@@ -81,8 +89,11 @@ class Stack:
             saved.append(SavedNorm(hidden, rstd))
         return out
 
-    def backward(self, grad_out: torch.Tensor, context: ForwardContext, saved: Saved) -> None:
-        """Adds to the adapters' gradients, from the output's [T, H]; consumes `saved`."""
+    def backward(self, grad_out: torch.Tensor, context: ForwardContext, saved: Saved) -> torch.Tensor | None:
+        """Adds to the adapters' gradients, from the output's [T, H]; consumes `saved`.
+
+        Returns the gradient of the embedded tokens [T, H] where they need one.
+        """
         width = grad_out.shape[1]
         last = saved.pop()
         assert isinstance(last, SavedNorm)
@@ -102,6 +113,7 @@ class Stack:
             assert len(totals) == len(gradients), "every adapter has a gradient to add to (optim.FlatParameters)"
             torch._foreach_add_(totals, gradients)
             del activations, of_block, gradients
+        return grad[:, :width] if self.blocks[0].gives_input_gradient else None
 
 
 class _StackFunction(torch.autograd.Function):
@@ -119,6 +131,5 @@ class _StackFunction(torch.autograd.Function):
         return stack.forward(hidden, context, ctx.saved)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[None, None, None, None]:
-        ctx.stack.backward(grad_outputs[0], ctx.context, ctx.saved)
-        return None, None, None, None
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+        return ctx.stack.backward(grad_outputs[0], ctx.context, ctx.saved), None, None, None

@@ -101,10 +101,11 @@ def working_memory(job: Job, c: Candidate) -> int:
 
 
 def head_bytes(job: Job, tokens: int) -> int:
-    """The stack's output, its supervised rows and their gradient [T, H] each, and a chunk of logits."""
+    """The stack's output, its supervised rows and their gradient [T, H] each, a chunk of logits, what a trained W
+    takes."""
     s = job.sizes
     chunk = min(s.chunk_bytes, tokens * s.vocabulary * s.element_bytes)
-    return tokens * s.element_bytes * 3 * s.hidden + chunk
+    return tokens * s.element_bytes * 3 * s.hidden + chunk + s.whole_bytes
 
 
 def block_backward(job: Job, c: Candidate) -> int:

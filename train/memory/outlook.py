@@ -16,10 +16,12 @@ from train.config import Config
 from train.engine.plan import Plan, reference_plan
 from train.memory import cost
 from train.memory.candidate import Job
-from train.memory.gpus import Gpu, cpu_rates, detect_gpu
+from train.memory.gpus import Gpu, cpu_rates, detect_gpu, free_host_bytes
 from train.memory.search import Planner
 from train.memory.sizes import ModelSizes, model_sizes
 from train.models.language_model import choose_engine, sketch
+from train.models.whole import trained_weights
+from train.optim import BLOCK, OPTIMIZERS
 from train.run.devices import compute_type, compute_type_at
 from train.run.exits import ExitCode, ExitWith
 
@@ -35,6 +37,7 @@ class Sketched:
     sizes: ModelSizes | None  # None: the fused engine cannot run it
     reason: str  # why not; empty where it can
     num_blocks: int
+    num_trained: int = 0  # weights, where all of them are trained
 
 
 @lru_cache(maxsize=4)
@@ -44,7 +47,10 @@ def sketched_sizes(config: Config, device: torch.device, dtype: torch.dtype) -> 
     causal_lm: Any = sketched.get_base_model()
     is_fused, reason = choose_engine(sketched, config, device)
     sizes = model_sizes(causal_lm, config, on_gpu=device.type == "cuda") if is_fused else None
-    return Sketched(sizes, reason, causal_lm.config.get_text_config(decoder=True).num_hidden_layers)
+    num_blocks = causal_lm.config.get_text_config(decoder=True).num_hidden_layers
+    is_whole = config.train.method == "full"
+    num_trained = sum(p.numel() for p in trained_weights(causal_lm).values()) if is_whole else 0
+    return Sketched(sizes, reason, num_blocks, num_trained)
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class Outlook:
     budget: int | None  # bytes of GPU memory; None: no limit
     num_blocks: int
     saved: MicroBatchShape | None  # the shape that a resumed run was started with
+    num_trained: int = 0  # weights, where all of them are trained
 
     @classmethod
     def of(
@@ -85,7 +92,8 @@ class Outlook:
         sizes, planner = sketched.sizes, None
         if sizes is not None:
             planner = Planner(Job(sizes, rows, config.batch, gpu), config.memory)
-        return cls(config, rows, planner, sketched.reason, budget, sketched.num_blocks, saved=None)
+        reason, num_trained = sketched.reason, sketched.num_trained
+        return cls(config, rows, planner, reason, budget, sketched.num_blocks, saved=None, num_trained=num_trained)
 
     @property
     def num_tokens(self) -> float:
@@ -95,6 +103,7 @@ class Outlook:
     def first_plan(self) -> Plan:
         """The plan to begin with; raises ExitWith(BAD_INPUT) where the smallest exceeds the budget."""
         if self.planner is None:
+            self._check_whole()
             return reference_plan(self.num_blocks, self.config.memory)
         plan = self.planner.best(self.budget, self.saved)
         if self.budget is None or plan.peak_bytes <= self.budget:
@@ -104,6 +113,26 @@ class Outlook:
         if plan.peak_bytes > self.budget:
             raise ExitWith(ExitCode.BAD_INPUT, self.what_would_fit(plan))
         return plan
+
+    def _check_whole(self) -> None:
+        """Raises ExitWith(BAD_INPUT) where weights that are all trained, with what belongs to each, exceed the memory.
+
+        An 8-bit optimizer's state is two bytes a weight and two fp32 scales for each of its blocks; activations come
+        on top and are not counted.
+        """
+        if not self.num_trained:
+            return
+        is_8bit = OPTIMIZERS[self.config.optim.name].is_8bit
+        each = 8 + (2 + 8 / BLOCK if is_8bit else 8)
+        needed, free = each * self.num_trained, free_host_bytes() if self.budget is None else self.budget
+        if needed > free:
+            smaller = "" if is_8bit else "--optim.name adamw_8bit (10 bytes a weight), "
+            raise ExitWith(
+                ExitCode.BAD_INPUT,
+                f"--train.method full: {self.num_trained:,} weights take {needed / GIB:,.1f} GiB ({each:.1f} bytes "
+                f"each: fp32 weight, gradient, optimizer) without activations, and {free / GIB:,.1f} GiB may be used.\n"
+                f"What would fit: {smaller}a smaller base, or adapters (--train.method lora)",
+            )
 
     def check_host(self, plan: Plan) -> None:
         """Raises ExitWith(BAD_INPUT) where the plan would pin more host memory than is free."""

@@ -7,6 +7,7 @@ from typing import Any
 from train.config import Config
 from train.engine.block import Block
 from train.engine.families import decoder_layers
+from train.engine.layers import Vocabulary
 from train.engine.packed_weights import packed_bytes
 from train.loss import CHUNK_BYTES
 from train.optim import OPTIMIZERS, state_bytes
@@ -35,6 +36,7 @@ class ModelSizes:
     vocabulary: int
     adapter_bytes: int  # fp32 adapters and their gradients, and optimizer state that is not paged
     paged_bytes: int  # optimizer state that moves to host memory when the GPU is full
+    whole_bytes: int = 0  # for moments, where head or embedding are trained whole: copy, product and gradient
 
 
 def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
@@ -44,7 +46,8 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
     """
     layers = decoder_layers(causal_lm)
     block = Block(layers[0], 0)
-    embedding, head = causal_lm.get_input_embeddings().weight, causal_lm.get_output_embeddings().weight
+    words_in, words_out = map(Vocabulary.of, (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()))
+    embedding, head = words_in.layer.weight, words_out.layer.weight
     trained = [parameter for parameter in causal_lm.parameters() if parameter.requires_grad]
     linears = {id(linear.weight) for layer in layers for linear in layer.linears}
     others = {id(embedding), id(head), *linears, *map(id, trained)}
@@ -67,10 +70,18 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
         packed_bytes=sum(map(packed_bytes, layers[0].linears)),
         norm_bytes=sum(parameter.numel() * parameter.element_size() for parameter in norms),
         embedding_bytes=0 if is_tied else embedding.numel() * element_bytes,
-        embedding_on_host=on_gpu and not is_tied,
+        embedding_on_host=on_gpu and not is_tied and not words_in.is_trained,
         head_bytes=head.numel() * element_bytes,
         chunk_bytes=CHUNK_BYTES,
         vocabulary=head.shape[0],
         adapter_bytes=8 * sum(parameter.numel() for parameter in trained) + (0 if is_paged else state),
         paged_bytes=state if is_paged else 0,
+        whole_bytes=_whole_bytes(words_in, words_out, element_bytes),
     )
+
+
+def _whole_bytes(embedding: Vocabulary, head: Vocabulary, element_bytes: int) -> int:
+    """Of a whole head its copy in the compute type, a chunk's part of its gradient, and that in fp32; of a whole
+    embedding its gradient."""
+    in_head = 0 if head.whole is None else (2 * element_bytes + 4) * head.whole.numel()
+    return in_head + (0 if embedding.whole is None else 4 * embedding.whole.numel())

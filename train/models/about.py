@@ -19,7 +19,7 @@ class BaseFacts:
     targets: Targets
     notes: list[str]  # on its files
 
-    def identity(self) -> dict[str, str]:
+    def identity(self) -> dict[str, Any]:
         """What is delivered beside an adapter: the base's name, its commit or none, and how it was held."""
         held = ", ".join(self.held.quantized) or self.held.type_of_others
         return {"name": self.place.name, "commit": self.place.commit, "held": held}

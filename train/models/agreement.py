@@ -78,7 +78,7 @@ def check_packing(model: LanguageModel, name: str, ids: Sequence[int]) -> None:
     """
     second = list(ids)[: MAX_TOKENS // 2]
     second = second if len(second) > 1 else [*second, 0]
-    vocabulary = model.causal_lm.get_input_embeddings().num_embeddings
+    vocabulary = model.head.weight.shape[0]
     firsts = [second[::-1], [(token * 7919 + 1) % vocabulary for token in second]]
 
     def hidden(*samples: list[int]) -> torch.Tensor:
@@ -135,7 +135,7 @@ def _check_causal(model: LanguageModel, name: str, batch: MicroBatch, seen: _See
     assert seen.hidden is not None
     half = batch.input_ids.shape[1] // 2
     other = batch.input_ids.clone()
-    other[:, half:] = other[:, half:].flip(1) * 7919 % model.causal_lm.get_input_embeddings().num_embeddings
+    other[:, half:] = other[:, half:].flip(1) * 7919 % model.head.weight.shape[0]
     with model.generating():
         hidden = model.reference_hidden(replace(_alone(batch), input_ids=other))
     difference = _relative(hidden[:half].float(), seen.hidden[:half].float())
@@ -245,14 +245,16 @@ def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @contextmanager
 def _random_adapters(model: LanguageModel) -> Iterator[None]:
-    """While entered, the adapters' B are not zero, or their part of the computation would be compared with nothing."""
+    """While entered, the adapters' B are not zero and trained rows are not the base's, or their part of the computation
+    would be compared with nothing."""
     generator = torch.Generator().manual_seed(0)
-    zeros = [p for name, p in model.trainable().items() if name.endswith("lora_B.weight")]
-    for parameter in zeros:
+    changed = [p for name, p in model.trainable().items() if name.endswith(("lora_B.weight", "trainable_tokens_delta"))]
+    kept = [parameter.data.clone() for parameter in changed]
+    for parameter in changed:
         values = torch.randn(parameter.shape, generator=generator) * 0.05 / parameter.shape[1] ** 0.5
         parameter.data.copy_(values)
     try:
         yield
     finally:
-        for parameter in zeros:
-            parameter.data.zero_()
+        for parameter, values in zip(changed, kept, strict=True):
+            parameter.data.copy_(values)

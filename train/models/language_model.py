@@ -1,16 +1,14 @@
 """Base and adapters as one module, and the loss it computes; base.py loads the base."""
 
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import bitsandbytes as bnb
 import peft
 import torch
 import transformers
-from transformers import PreTrainedModel
 
 from train.collate import MicroBatch
 from train.config import Config
@@ -18,15 +16,19 @@ from train.engine.attention import attention_kind
 from train.engine.decoder import FusedDecoder
 from train.engine.families import decoder_layers, unsupported_reason
 from train.engine.host_stream import HostBlocks
-from train.engine.layers import ADAPTER, CausalLM, as_causal_lm
+from train.engine.layers import ADAPTER, CausalLM, Vocabulary, as_causal_lm
 from train.engine.plan import Plan
 from train.loss import Head, summed_cross_entropy
 from train.models.about import BaseFacts, own_dropout
+from train.models.adapters import copy_into, trainable, with_adapters
 from train.models.base import load_base, skeleton
 from train.models.held_weights import check_experts, held_weights
 from train.models.hub import locate
+from train.models.initial_adapter import initial_note, initial_tensors
 from train.models.rotary import SampleRotary, isolate_rotary
-from train.models.targets import Targets, refuse_unmatched, resolve_targets
+from train.models.shape import text_shape
+from train.models.vocabulary import trains_embedding
+from train.models.whole import WHOLE, WholeModel, computing_in, train_whole, trained_weights
 from train.run.devices import compute_type
 from train.run.exits import ExitCode, ExitWith
 from train.seeds import derived_seed
@@ -40,13 +42,15 @@ class LanguageModel(torch.nn.Module):
     parameters and adds to the same gradients. The embedding, the head and the loss are shared.
     """
 
-    def __init__(self, adapted: peft.PeftModel, host: HostBlocks, about: BaseFacts) -> None:
+    def __init__(
+        self, adapted: peft.PeftModel | WholeModel, host: HostBlocks, about: BaseFacts, compute: torch.dtype
+    ) -> None:
         super().__init__()
-        self.adapted = adapted
+        self.adapted: Any = adapted
         self.host = host
         self.about = about
         self.engine: FusedDecoder | None = None  # None: the reference path runs everything
-        self.head = head_of(self.causal_lm)
+        self.head = head_of(self.causal_lm, compute)
         self.rotaries = [module for module in adapted.modules() if isinstance(module, SampleRotary)]
 
     @property
@@ -64,13 +68,18 @@ class LanguageModel(torch.nn.Module):
             hidden = self.engine(batch)
         else:
             hidden = self.reference_hidden(batch)
-        supervised = hidden.index_select(0, batch.target_rows)  # [N, H]
+        supervised = hidden.index_select(0, batch.target_rows).to(self.compute_dtype)  # [N, H]
         return summed_cross_entropy(supervised, self.head, batch.targets)
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The type of the head and of hidden states."""
+        """The type of the head's product and, unless all is trained, of hidden states."""
         return self.head.weight.dtype
+
+    def _computing(self) -> AbstractContextManager[None]:
+        """The compute type where fp32 weights are trained whole; a frozen base has it itself."""
+        is_whole = isinstance(self.adapted, WholeModel)
+        return computing_in(self.compute_dtype, self.causal_lm.device) if is_whole else nullcontext()
 
     def _tell_lengths(self, lengths: Sequence[int]) -> None:
         """Says how long the samples are, to rotary embeddings that depend on it."""
@@ -84,13 +93,14 @@ class LanguageModel(torch.nn.Module):
         position_ids start again (masking_utils.find_packed_sequence_indices).
         """
         self._tell_lengths(batch.lengths)
-        outputs = self.causal_lm.base_model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            cu_seq_lens_q=batch.cu_seqlens,
-            max_length_q=batch.max_length,
-        )
+        with self._computing():
+            outputs = self.causal_lm.base_model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                cu_seq_lens_q=batch.cu_seqlens,
+                max_length_q=batch.max_length,
+            )
         return outputs.last_hidden_state.flatten(0, 1)
 
     def execute(self, plan: Plan) -> None:
@@ -131,7 +141,7 @@ class LanguageModel(torch.nn.Module):
             causal_lm.set_attn_implementation("sdpa")
         transformers_model.generation_config = transformers.GenerationConfig()
         try:
-            with self.engine.lent() if self.engine else nullcontext():
+            with self.engine.lent() if self.engine else nullcontext(), self._computing():
                 yield
         finally:
             causal_lm.set_attn_implementation(kind)
@@ -139,24 +149,29 @@ class LanguageModel(torch.nn.Module):
             self.train()
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """The adapters' parameters, by the names that PEFT gives them in adapter_model.safetensors."""
-        named = self.adapted.named_parameters()
-        return {name.replace(f".{ADAPTER}", ""): p for name, p in named if p.requires_grad}
+        """The trained parameters, by the names that PEFT gives them, or in full fine-tuning transformers."""
+        if isinstance(self.adapted, WholeModel):
+            return trained_weights(self.adapted.get_base_model())
+        return trainable(self.adapted)
 
 
 def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageModel:
-    """Base on `device`, frozen and quantised as configured, with fresh fp32 adapters drawn from train.seed.
+    """Base on `device`, frozen and quantised as configured, with fresh fp32 adapters drawn from train.seed; for full
+    fine-tuning the base alone, in fp32.
 
-    Blocks that the plan streams are in host memory; so is the embedding on the engine, where the head does not share
-    it. peft's prepare_model_for_kbit_training is not called: it casts embedding and head to fp32 (2.1 GB at 8B).
+    Blocks that the plan streams are in host memory; so is a frozen embedding on the engine, where the head does not
+    share it. peft's prepare_model_for_kbit_training is not called: it casts embedding and head to fp32 (2.1 GB at 8B).
     Raises ExitWith(BAD_INPUT) where the base cannot be found or is not what config.json says, and where what was
     loaded cannot run on the engine that the plan wants.
     """
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    dtype = compute_type(config.model.dtype, device).dtype
+    compute, is_whole = compute_type(config.model.dtype, device).dtype, config.train.method == "full"
+    dtype = torch.float32 if is_whole else compute
     host = HostBlocks(plan.streamed, pin=device.type == "cuda")
-    base, notes = load_base(config.model, dtype, device, host, config.train.seed, plan.is_fused)
+    # a trained embedding stays where its gradient is made
+    embedding_on_host = plan.is_fused and not trains_embedding(config.lora)
+    base, notes = load_base(config.model, dtype, device, host, config.train.seed, embedding_on_host)
     if base.config._attn_implementation == "sdpa":
         base.set_attn_implementation(attention_kind(config, dtype, device))
     keep_one_cpu_kernel(base)
@@ -170,31 +185,40 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
         reason = f"transformers' {type(base).__name__} has no decoder apart from its head"
         raise ExitWith(ExitCode.BAD_INPUT, f"{config.model.name_or_path}: {reason}; it is not trained")
     notes += own_dropout(base)
-    adapted, targets = _with_adapters(base, config)
+    adapted, targets = train_whole(base, config) if is_whole else with_adapters(base, config)
     reason = unsupported_reason(as_causal_lm(adapted.get_base_model())) if plan.is_fused else ""
     if reason:  # what was loaded is not what config.json promised
         raise ExitWith(ExitCode.BAD_INPUT, f"{config.model.name_or_path}: {reason}; --engine.kind reference trains it")
-    model = LanguageModel(adapted, host, BaseFacts(locate(config.model), held, targets, notes))
+    model = LanguageModel(adapted, host, BaseFacts(locate(config.model), held, targets, notes), compute)
     for parameter in model.trainable().values():
         parameter.data = parameter.data.to(device)  # PEFT puts them where the layer's weights are
     model.execute(plan)
     return model.train()
 
 
-def sketch(config: Config, dtype: torch.dtype) -> peft.PeftModel:
+def start_from(model: LanguageModel, config: Config) -> None:
+    """Puts the adapter of lora.init_from in the place of the fresh one; raises ExitWith(BAD_INPUT) if they differ."""
+    if config.lora.init_from:
+        load_adapters(model, initial_tensors(config, model.trainable(), adapter_config(model)))
+        model.about.notes.extend(filter(None, [initial_note(config)]))
+
+
+def sketch(config: Config, dtype: torch.dtype) -> peft.PeftModel | WholeModel:
     """The model as load_model would make it, on torch's meta device, to choose an engine and to plan memory."""
     base = skeleton(config.model, dtype)
     check_experts(config.model, held_weights(base))
-    return _with_adapters(base, config, low_cpu_mem_usage=True)[0]
+    if config.train.method == "full":
+        return train_whole(base, config)[0]
+    return with_adapters(base, config, is_sketch=True)[0]
 
 
-def choose_engine(sketched: peft.PeftModel, config: Config, device: torch.device) -> tuple[bool, str]:
+def choose_engine(sketched: peft.PeftModel | WholeModel, config: Config, device: torch.device) -> tuple[bool, str]:
     """Whether micro-batches run on the engine, and if not why.
 
     Raises ExitWith(BAD_INPUT) where the configuration demands the engine and it cannot run the model.
     """
-    if config.engine.kind == "reference":
-        return False, "engine.kind reference"
+    if config.engine.kind == "reference" or isinstance(sketched, WholeModel):
+        return False, WHOLE if isinstance(sketched, WholeModel) else "engine.kind reference"
     reason = unsupported_reason(as_causal_lm(sketched.get_base_model()))
     if reason and config.engine.kind == "fused":
         raise ExitWith(ExitCode.BAD_INPUT, f"--engine.kind fused: {reason}; use auto or reference")
@@ -206,14 +230,19 @@ def choose_engine(sketched: peft.PeftModel, config: Config, device: torch.device
     return not reason, reason
 
 
-def head_of(causal_lm: CausalLM) -> Head:
+def head_of(causal_lm: CausalLM, compute: torch.dtype) -> Head:
     """The formula of the head's logits, by config.json; agreement.py compares it with what transformers computes."""
-    layer = causal_lm.get_output_embeddings()
+    vocabulary = Vocabulary.of(causal_lm.get_output_embeddings())
+    layer: Any = vocabulary.layer
     whole: Any = causal_lm.config
-    shape = whole.get_text_config(decoder=True)
+    shape = text_shape(whole)
     scale = (getattr(shape, "logit_scale", None) or 1.0) / (getattr(shape, "logits_scaling", None) or 1.0)
     cap = getattr(shape, "final_logit_softcapping", None) or 0.0
-    return Head(layer.weight, getattr(layer, "bias", None), float(scale), float(cap))
+    bias = getattr(layer, "bias", None)
+    if layer.weight.requires_grad:  # full fine-tuning: a meta tensor has its shape and no memory
+        frozen = torch.empty_like(layer.weight, dtype=compute, device="meta", requires_grad=False)
+        return Head(frozen, bias, float(scale), float(cap), whole=layer.weight)
+    return Head(layer.weight, bias, float(scale), float(cap), vocabulary.rows, vocabulary.whole)
 
 
 def keep_one_cpu_kernel(base: torch.nn.Module) -> None:
@@ -227,52 +256,20 @@ def keep_one_cpu_kernel(base: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _with_adapters(
-    base: PreTrainedModel, config: Config, low_cpu_mem_usage: bool = False
-) -> tuple[peft.PeftModel, Targets]:
-    # newer transformers rename gradient checkpointing; PEFT uses the old name too, and 5.17 knows no other
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
-    targets = resolve_targets(base, config.lora.target_modules)
-    lora = peft.LoraConfig(
-        r=config.lora.r,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
-        target_modules=targets.names,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        adapted = peft.get_peft_model(base, lora, low_cpu_mem_usage=low_cpu_mem_usage)
-    except ValueError as error:
-        option = f"dropout {config.lora.dropout}" if "dropout" in str(error) else "target_modules"
-        reason = f"--lora.{option}: {str(error).strip().partition(chr(10))[0]}"
-        raise ExitWith(ExitCode.BAD_INPUT, reason) from None
-    assert isinstance(adapted, peft.PeftModel)
-    # PEFT knows the experts of some architectures only, and is content where another word matches
-    placed = {getattr(module, "parameter_name", "") for module in adapted.modules() if hasattr(module, "lora_A")}
-    lost = [word for word, parameter in targets.experts.items() if parameter not in placed]
-    refuse_unmatched([f"{word} matches no layer" for word in lost], targets.exist)
-    return adapted, targets
-
-
 def adapter_config(model: LanguageModel) -> dict[str, object]:
-    """What PEFT writes to adapter_config.json; the base is named so that it is found from any folder, and later."""
-    values = model.adapted.peft_config[ADAPTER].to_dict()
+    """What PEFT writes to adapter_config.json; the base is named so that it is found from any folder, and later.
+
+    In full fine-tuning, which has no adapter, the base alone.
+    """
     place = model.about.place
-    base = {"base_model_name_or_path": place.name, "revision": place.commit or None}
+    base: dict[str, object] = {"base_model_name_or_path": place.name, "revision": place.commit or None}
+    if isinstance(model.adapted, WholeModel):
+        return {"train_method": "full"} | base
+    values = model.adapted.peft_config[ADAPTER].to_dict()
     sets = {key: sorted(value) for key, value in values.items() if isinstance(value, set)}
     return values | sets | base | {"inference_mode": True}
 
 
 def load_adapters(model: LanguageModel, tensors: Mapping[str, torch.Tensor]) -> None:
     """Copies saved adapters into the model's; raises ValueError unless names and shapes are exactly its own."""
-    parameters = model.trainable()
-    if set(tensors) != set(parameters):
-        different = sorted(set(tensors) ^ set(parameters))
-        raise ValueError(f"the saved adapters are not this model's: {', '.join(different[:3])}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if tensors[name].shape != parameter.shape:
-                raise ValueError(
-                    f"{name} is {list(tensors[name].shape)} in the checkpoint, {list(parameter.shape)} here"
-                )
-            parameter.copy_(tensors[name])
+    copy_into(model.trainable(), tensors)

@@ -1,12 +1,16 @@
 """The base's tokenizer, with what training needs of it."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from datasets import Dataset
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from data_tools.chat_template import PLAIN_TEMPLATE, ChatTemplate, read_template
+from data_tools.encode import CONTROL
 from train.config import Config, parse_argument
 from train.models.hub import locate
 from train.models.shape import BROKEN, cannot_read, model_shape, text_shape
@@ -14,6 +18,16 @@ from train.run.exits import ExitCode, ExitWith
 
 # Tokens that models ship for padding: where pad is unset or equals eos, the first one in the vocabulary is used.
 PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<unk>")
+
+
+@dataclass(frozen=True)
+class TrainedTokens:
+    """The tokens of lora.trainable_tokens."""
+
+    ids: tuple[int, ...]
+    new: frozenset[int]  # those that the tokenizer lacked
+    known: int  # tokens that it had
+    vocabulary: int  # tokens that it has with them
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(place.folder), trust_remote_code=False)
     except BROKEN as error:
         raise cannot_read(config.model, "a tokenizer", error) from None
+    notes += _add_tokens(tokenizer, config.lora.trainable_tokens)
     if config.data.chat_template:
         path = Path(config.data.chat_template)
         try:
@@ -66,14 +81,49 @@ def load_tokenizer(config: Config) -> Tokenizer:
     return Tokenizer(tokenizer, tuple(notes))
 
 
+def _add_tokens(tokenizer: Any, words: Sequence[str]) -> list[str]:
+    """Adds those that the tokenizer lacks; one that looks like a control token is one: text that spells it stays text.
+
+    Returns a note on them.
+    """
+    known = tokenizer.get_vocab()
+    new = [word for word in words if word not in known]
+    if not new:
+        return []
+    tokenizer.add_tokens([AddedToken(word, special=bool(CONTROL.fullmatch(word)), normalized=False) for word in new])
+    return [f"{len(new)} tokens are new: {' '.join(new)}"]
+
+
+@lru_cache(maxsize=4)
+def trained_tokens(config: Config) -> TrainedTokens:
+    """What lora.trainable_tokens names, by the base's tokenizer."""
+    if not config.lora.trainable_tokens:
+        return TrainedTokens((), frozenset(), 0, 0)
+    plain = replace(config, lora=replace(config.lora, trainable_tokens=()))
+    before, after = load_tokenizer(plain).backend, load_tokenizer(config).backend
+    ids = tuple(after.get_vocab()[word] for word in config.lora.trainable_tokens)
+    known = set(before.get_vocab().values())
+    return TrainedTokens(ids, frozenset(set(ids) - known), len(before), max(len(after), *(each + 1 for each in ids)))
+
+
+def unseen_tokens(samples: Dataset, tokens: TrainedTokens) -> list[int]:
+    """Places in `tokens.ids` of those that no sample holds."""
+    missing = set(tokens.ids)
+    ids: Any = samples.select_columns("input_ids")
+    for batch in ids.iter(1000) if missing else ():
+        missing.difference_update(*batch["input_ids"])
+    return [place for place, token in enumerate(tokens.ids) if token in missing]
+
+
 def check_fits(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ExitWith(BAD_INPUT) where samples may be too long for the model, or hold tokens that it does not embed."""
     check_length(config)
-    shape = text_shape(model_shape(config.model))
-    if len(tokenizer) > shape.vocab_size:
+    shape, tokens = text_shape(model_shape(config.model)), trained_tokens(config)
+    num_known = len(tokenizer) - len(tokens.new)
+    if num_known > shape.vocab_size:
         raise ExitWith(
             ExitCode.BAD_INPUT,
-            f"{config.model.name_or_path}: the tokenizer has {len(tokenizer)} tokens and the model embeds "
+            f"{config.model.name_or_path}: the tokenizer has {num_known} tokens and the model embeds "
             f"{shape.vocab_size}; use the tokenizer that belongs to it",
         )
 

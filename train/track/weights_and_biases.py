@@ -16,6 +16,16 @@ from train.track.isolated import Listener
 
 # Sections sent to Weights & Biases. Paths, and any section added later, stay at home until they are named here.
 SHARED_SECTIONS = ("lora", "batch", "optim", "train", "memory", "checkpoint")
+KEPT = ("lora.init_from", "lora.trainable_tokens")  # of these sections: a path, and words of the data
+
+
+def shared_config(config: Config) -> dict[str, dict[str, Any]]:
+    """The options that are sent, by section."""
+    sections = {section: vars(getattr(config, section)).items() for section in SHARED_SECTIONS}
+    return {
+        section: {name: value for name, value in fields if f"{section}.{name}" not in KEPT}
+        for section, fields in sections.items()
+    }
 
 
 class WeightsAndBiases(Listener):
@@ -67,7 +77,7 @@ class WeightsAndBiases(Listener):
             resume="allow",
             mode=mode,
             dir=str(self.folder.path),
-            config={name: vars(getattr(self.config, name)) for name in SHARED_SECTIONS},
+            config=shared_config(self.config),
             settings=settings,
         )
         self.run.define_metric("step", hidden=True)

@@ -78,7 +78,7 @@ def test_the_first_micro_batch_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> 
     book.state = State.FULL
     book(hidden, context, batch)
     assert len(eager) == 1
-    assert replayed == [(graph, stack, 256, None)]
+    assert replayed == [(hidden, graph, stack, None)]
     assert torch.equal(static.hidden[:256], hidden)
     assert torch.equal(static.sin[:256], context.sin)
     assert graph.seed == 7
@@ -176,7 +176,7 @@ def test_a_loss_does_not_keep_its_graph(monkeypatch: pytest.MonkeyPatch) -> None
     nothing: Any = None
     graph = CapturedGraph(static, nothing, nothing, nothing, nothing)
     stack = type("Stack", (), {"store": object(), "forward_order": (), "backward_order": ()})()
-    loss = graphs._Replay.apply(graph, stack, 6, anchor).sum()
+    loss = graphs._Replay.apply(torch.zeros(6, 4), graph, stack, anchor).sum()
     loss.backward()
     assert static.grad_out[:6].eq(1).all()
     assert not static.grad_out[6:].any()

@@ -2,16 +2,20 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.unit.track.listeners import Fake
+from train.cli import PATHS
+from train.config import Config
 from train.track import isolated
 from train.track.isolated import Isolated
 from train.track.metrics_file import MetricsFile, read_metrics
 from train.track.trackers import Trackers
+from train.track.weights_and_biases import shared_config
 
 
 def test_listeners_share_one_patience(
@@ -69,3 +73,13 @@ def test_a_process_that_tells_nobody() -> None:
     trackers.table("answers", [])
     trackers.finish()
     assert trackers.metrics_bytes() == 0
+
+
+def test_no_path_and_no_word_of_the_data_is_sent(config: Config) -> None:
+    """Of the options that Weights & Biases gets none names a file or a token, whatever options there will be."""
+    lora = replace(config.lora, init_from="/secret/folder", trainable_tokens=("secret",))
+    sent = shared_config(replace(config, lora=lora))
+    names = {f"{section}.{name}" for section, fields in sent.items() for name in fields}
+    assert {"lora.r", "optim.lora_plus_ratio", "train.method"} <= names
+    assert names.isdisjoint(PATHS)
+    assert "secret" not in str(sent)

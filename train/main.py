@@ -219,7 +219,8 @@ def ask(training: Training, tokenizer: Tokenizer, splits: Splits, trackers: Trac
     generator = Generator(training.model, tokenizer.backend, end_token_ids, config.compare.max_new_tokens)
     count = config.compare.num_questions
     data, validation = training.data, splits.validation
-    asked = [("trained", questions_of(data.samples, data.trained_samples(), tokenizer.backend, count), folder.answers)]
+    visited = data.visited_samples(training.total_steps)
+    asked = [("trained", questions_of(data.samples, visited, tokenizer.backend, count), folder.answers)]
     if validation is not None:
         held_out = questions_of(validation.samples, range(len(validation.samples)), tokenizer.backend, count)
         asked.append(("held out", held_out, folder.held_out_answers))

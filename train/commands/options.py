@@ -4,8 +4,10 @@ import argparse
 import re
 import sys
 from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from data_tools.terminal import typed_path
 from train.run.exits import ExitCode, ExitWith
 
 if TYPE_CHECKING:
@@ -18,17 +20,25 @@ class Options(argparse.ArgumentParser):
     Use `parse_known_args`: the remaining words are the configuration, which `config` parses.
     """
 
-    def __init__(self, command: str, description: str, takes_files: bool = False) -> None:
+    def __init__(self, command: str, description: str, takes_files: bool = False, place: str = "") -> None:
+        """`place` names what `take_place` takes, such as RUN, whose configuration stands in for a profile's."""
         self.takes_files = takes_files
-        files = "[FILE ...] [--profile NAME]" if takes_files else "--profile NAME"
+        self.place = place
+        first = place or ("[FILE ...] [--profile NAME]" if takes_files else "--profile NAME")
+        what = "What the run was trained with is replaced" if place else "Profile, model and data are set"
         super().__init__(
             prog=f"handloop {command}",
-            usage=f"handloop {command} {files} [--section.field VALUE ...] [options]",
+            usage=f"handloop {command} {first} [--section.field VALUE ...] [options]",
             description=description,
-            epilog="Profile, model and data are set with the options of train/main.py; "
-            "python train/main.py --profile NAME --help lists them.",
+            epilog=f"{what} with the options of train/main.py; python train/main.py --profile NAME --help lists them.",
             allow_abbrev=False,
         )
+
+    def take_place(self, words: list[str]) -> tuple[Path, list[str]]:
+        """The run folder that stands first among the remaining words, and the others; raises ExitWith(BAD_INPUT)."""
+        if not words or words[0].startswith("-"):
+            self.error(f"name a {self.place} first")
+        return typed_path(words[0]), words[1:]
 
     def config(self, words: list[str]) -> "Config":
         """The configuration that the remaining words set; raises ExitWith(BAD_INPUT) with this command's usage.

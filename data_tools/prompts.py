@@ -11,6 +11,7 @@ from data_tools.render import ConversationRenderer, Rendered, RenderSettings
 # in the place of the answer: rendered as training would render it, and cut off
 STAND_IN = Message("assistant", "zqanswer7qz", train=True)
 STAND_IN_THINKING = replace(STAND_IN, reasoning="zqthought7qz")
+ANY_QUESTION = Message("user", "What is AOG?")
 
 
 class PromptRenderer:
@@ -27,14 +28,19 @@ class PromptRenderer:
         sample = self._rendered(messages, STAND_IN_THINKING if thinks else STAND_IN).samples[-1]
         return sample.input_ids[: sample.runs()[-1][0]]
 
+    def end_token(self) -> int:
+        """The token that ends an answer by the template."""
+        sample = self._rendered([ANY_QUESTION], STAND_IN).samples[-1]
+        return sample.input_ids[sample.runs()[-1][1] - 1]
+
     def has_empty_thought(self) -> bool:
         """Whether an answer without reasoning stands behind an empty think block that is not trained."""
-        return self._rendered([Message("user", "What is AOG?")], STAND_IN).num_empty_reasonings > 0
+        return self._rendered([ANY_QUESTION], STAND_IN).num_empty_reasonings > 0
 
     def knows_reasoning(self) -> bool:
         """Whether an answer's reasoning can be rendered at all."""
         try:
-            self._rendered([Message("user", "What is AOG?")], STAND_IN_THINKING)
+            self._rendered([ANY_QUESTION], STAND_IN_THINKING)
         except ValueError:
             return False
         return True

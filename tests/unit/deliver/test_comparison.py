@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from tests.unit.deliver.conftest import MAX_NEW_TOKENS, NUM_ASKED
+from tests.unit.conftest import MAX_NEW_TOKENS, NUM_ASKED
 from train.commands.handloop import main
 from train.data import prepare_settings
 from train.deliver.compare import Answer

@@ -16,7 +16,7 @@ def finished_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder; its data, pairs.jsonl and held_out.jsonl, lie beside it. The adapters change every answer."""
     folder = tmp_path_factory.mktemp("finished")
     for name, numbers in (("pairs", range(19)), ("held_out", range(19, 26))):
-        rows = [{"prompt": f"What is part {i}?", "response": f"A bolt of {i} grams. " * (1 + i % 3)} for i in numbers]
+        rows = [{"prompt": f"What is part {i}?", "response": f"A bolt of {i} grams."} for i in numbers]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--profile", "demo", "--model.name_or_path", str(BUNDLED_BASE), "--run.dir", str(folder / "run")]
     words += ["--data.path", str(folder / "pairs.jsonl"), "--data.validation_path", str(folder / "held_out.jsonl")]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.terminal import typed_path
-from train.commands.options import Options
+from train.commands.options import RunOptions
 from train.profiles import data_alone
 from train.run.folder import RunFolder
 
@@ -31,7 +31,8 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 def main(words: list[str]) -> int:
     """Talks to the model of a run, with its adapters or without, or to a model that has no run."""
-    own = Options("chat", "Talks to a finished run's model, or to any model.", place="RUN|MODEL")
+    own = RunOptions("chat", "Talks to a finished run's model, or to any model.")
+    own.usage = f"{own.usage}".replace("RUN", "RUN|MODEL")
     for name, what in SETTINGS.items():
         own.add_argument(f"--{name}", metavar="X", help=what)
     own.add_argument("--system", default="", metavar="TEXT", help="a system prompt")
@@ -42,11 +43,12 @@ def main(words: list[str]) -> int:
         help="prompts of answers with a thought or without; auto: as the run was trained",
     )
     options, rest = own.parse_known_args(words)
-    path, rest = own.take_place(rest)
+    if not rest or rest[0].startswith("-"):
+        own.error("name a run folder or a model")
+    path, settings = Path(rest[0]), rest[1:]
     # imported here because they take seconds, for which --help should not wait
     from train.cli import parse_over
     from train.commands.chat_screen import Pipe, Terminal
-    from train.deliver.finished import finished_run
     from train.deliver.partner import partner_of_model, partner_of_run, with_stored_quantization
     from train.deliver.sampling import Sampling
     from train.deliver.speaker import Speaker
@@ -62,9 +64,9 @@ def main(words: list[str]) -> int:
     screen: Screen = Terminal() if sys.stdin.isatty() and sys.stdout.isatty() else Pipe()
     if is_model(path):
         named = parse_over(data_alone(), ["--model.name_or_path", str(path)], usage)
-        partner = partner_of_model(parse_over(with_stored_quantization(named), rest, usage))
+        partner = partner_of_model(parse_over(with_stored_quantization(named), settings, usage))
     else:
-        partner = partner_of_run(finished_run(path, rest, usage))
+        partner = partner_of_run(own.run(rest))
     speaker = Speaker(partner.model, partner.tokenizer, partner.end_token_ids)
     talk = Talk(speaker, partner.prompts, partner.context, sampling, partner.has_adapters)
     talk.thinks = options.thinking == "on"

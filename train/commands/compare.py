@@ -4,14 +4,14 @@ import json
 import sys
 
 from data_tools.terminal import typed_path
-from train.commands.options import Options, positive_number
+from train.commands.options import RunOptions, positive_number
 from train.profiles import DEMO
 from train.run.durable import write_atomically
 
 
 def main(words: list[str]) -> int:
     """Asks base and tuned model of a finished run the same questions, and measures what was learnt and forgotten."""
-    own = Options("compare", "Asks the base and the tuned model the same questions.", place="RUN")
+    own = RunOptions("compare", "Asks the base and the tuned model the same questions.")
     own.add_argument("--num", type=positive_number, default=32, metavar="N", help="questions a group (default 32)")
     own.add_argument(
         "--max-new-tokens", type=positive_number, metavar="N", help="an answer's limit (default the run's)"
@@ -25,15 +25,14 @@ def main(words: list[str]) -> int:
     own.add_argument("--output", type=typed_path, metavar="FILE", help="write the JSON there, not into the run folder")
     own.add_argument("--json", action="store_true", help="print the JSON instead of tables")
     options, rest = own.parse_known_args(words)
-    path, rest = own.take_place(rest)
     # imported here because they take seconds, for which --help should not wait
     from rich.console import Console
 
     from train.deliver.comparison import Wanted, compared, material_of
     from train.deliver.comparison_table import WIDTH, show_comparison
-    from train.deliver.finished import finished_run, load_tuned
+    from train.deliver.finished import load_tuned
 
-    run = finished_run(path, rest, own.format_usage().strip())
+    run = own.run(rest)
     wanted = Wanted(
         num_questions=options.num,
         max_new_tokens=options.max_new_tokens or run.config.compare.max_new_tokens,

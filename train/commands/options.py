@@ -7,11 +7,11 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from data_tools.terminal import typed_path
 from train.run.exits import ExitCode, ExitWith
 
 if TYPE_CHECKING:
     from train.config import Config
+    from train.deliver.finished import FinishedRun
 
 
 class Options(argparse.ArgumentParser):
@@ -20,25 +20,17 @@ class Options(argparse.ArgumentParser):
     Use `parse_known_args`: the remaining words are the configuration, which `config` parses.
     """
 
-    def __init__(self, command: str, description: str, takes_files: bool = False, place: str = "") -> None:
-        """`place` names what `take_place` takes, such as RUN, whose configuration stands in for a profile's."""
+    def __init__(self, command: str, description: str, takes_files: bool = False) -> None:
         self.takes_files = takes_files
-        self.place = place
-        first = place or ("[FILE ...] [--profile NAME]" if takes_files else "--profile NAME")
-        what = "What the run was trained with is replaced" if place else "Profile, model and data are set"
+        files = "[FILE ...] [--profile NAME]" if takes_files else "--profile NAME"
         super().__init__(
             prog=f"handloop {command}",
-            usage=f"handloop {command} {first} [--section.field VALUE ...] [options]",
+            usage=f"handloop {command} {files} [--section.field VALUE ...] [options]",
             description=description,
-            epilog=f"{what} with the options of train/main.py; python train/main.py --profile NAME --help lists them.",
+            epilog="Profile, model and data are set with the options of train/main.py; "
+            "python train/main.py --profile NAME --help lists them.",
             allow_abbrev=False,
         )
-
-    def take_place(self, words: list[str]) -> tuple[Path, list[str]]:
-        """The run folder that stands first among the remaining words, and the others; raises ExitWith(BAD_INPUT)."""
-        if not words or words[0].startswith("-"):
-            self.error(f"name a {self.place} first")
-        return typed_path(words[0]), words[1:]
 
     def config(self, words: list[str]) -> "Config":
         """The configuration that the remaining words set; raises ExitWith(BAD_INPUT) with this command's usage.
@@ -60,6 +52,23 @@ class Options(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ExitWith(ExitCode.BAD_INPUT, f"{message}\n{self.format_usage().strip()}")
+
+
+class RunOptions(Options):
+    """An argument parser for a command on a finished run, which is its first word."""
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(command, description)
+        self.usage = f"handloop {command} RUN [--section.field VALUE ...] [options]"
+        self.epilog = "RUN is a run folder, such as runs/demo; options of train/main.py replace those of the run."
+
+    def run(self, words: list[str]) -> "FinishedRun":
+        """The finished run that the remaining words name; raises ExitWith(BAD_INPUT) with this command's usage."""
+        from train.deliver.finished import finished_run
+
+        if not words or words[0].startswith("-"):
+            self.error("name a run folder, such as runs/demo")
+        return finished_run(Path(words[0]), words[1:], self.format_usage().strip())
 
 
 def positive_number(text: str) -> int:

@@ -148,7 +148,7 @@ def test_bad_words_end_with_78(
     """No folder, no run, impossible settings and unknown options are refused, and in a pipe an unknown command."""
     (tmp_path / "config.json").write_text("{}")
     for words, reason in [
-        ([], "name a RUN|MODEL first"),
+        ([], "name a run folder or a model"),
         ([str(tmp_path / "none")], "no such folder"),
         ([str(tmp_path)], "config.json"),
         ([str(finished_path), "--top-p", "3"], "--top-p 3: must be greater than 0"),

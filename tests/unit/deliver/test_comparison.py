@@ -99,6 +99,15 @@ def test_without_its_data_the_other_groups_stand(copied: Path, tmp_path: Path) -
     assert (list(found["groups"]), list(found["losses"])) == (["general"], ["general"])
 
 
+def test_changed_data_is_said(copied: Path, tmp_path: Path) -> None:
+    """Where the rows are not those that were trained on, the comparison goes on and says so."""
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "What is part 0?", "response": "A bolt."}\n')
+    found = compared(copied, "--data.path", str(other))
+    assert found["notes"] == ["the data or its settings are not those that were trained on"]
+    assert [one["reference"] for one in found["groups"]["trained"]["answers"]] == ["A bolt."]
+
+
 def test_questions_of_a_file(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Lines of a .txt are asked as the same rows would be, without a reference; --json prints what is written."""
     rows, lines, output = tmp_path / "rows.jsonl", tmp_path / "lines.txt", tmp_path / "found.json"

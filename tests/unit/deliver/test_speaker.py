@@ -69,6 +69,9 @@ def test_kept_keys_and_values_change_nothing(tuned: Tuned) -> None:
     assert (fresh.num_kept, kept.num_kept) == (0, len(cached))
     assert len(cached) > len(first)
     assert (kept.text, kept.ended) == (fresh.text, fresh.ended)
+    said_by(speaker, first)
+    other = [*speaker.cached[:3], speaker.cached[3] + 1, *speaker.cached[4:], 5]  # one earlier token differs
+    assert said_by(speaker, other).num_kept == 0
     assert said_by(speaker, [*speaker.cached, 5], adapters=False).num_kept == 0  # the base's are others
     assert said_by(speaker, first).num_kept == 0
 

@@ -66,7 +66,8 @@ def finished_run(path: Path, words: Sequence[str] = (), usage: str = "") -> Fini
 
     Raises ExitWith(BAD_INPUT) where it is none or has no final/.
     """
-    folder = RunFolder(path.parent if path.name == "final" and not (path / "config.json").exists() else path)
+    beside = RunFolder(path.parent)
+    folder = beside if path == beside.final and not RunFolder(path).config.exists() else RunFolder(path)
     record = read_object(folder.config)
     if not path.is_dir():
         raise refused(path, "no such folder; name a run folder, such as runs/demo")

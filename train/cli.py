@@ -46,12 +46,7 @@ def _parse(argv: Sequence[str], needs_profile: bool) -> Config:
             config=_PARSING,
             prog=f"train/main.py --profile {profile.profile}",
         )
-    config, problems = _override(profile, words)
-    config, homeless = with_home(config)
-    problems += homeless + config.problems()
-    if problems:
-        lines = "\n".join(f"  {problem}" for problem in problems)
-        raise ExitWith(ExitCode.BAD_INPUT, f"the configuration cannot be used:\n{lines}")
+    config = checked(*_override(profile, words))
     if "--print-config" in argv:
         print(json.dumps(dataclasses.asdict(config), indent=2))
         raise SystemExit(0)
@@ -60,11 +55,19 @@ def _parse(argv: Sequence[str], needs_profile: bool) -> Config:
 
 def parse_over(config: Config, words: Sequence[str], usage: str) -> Config:
     """`config` with the options in `words` over it; raises ExitWith(BAD_INPUT) as `parse` does."""
-    config, problems = _override(config, list(words))
+    try:
+        return checked(*_override(config, list(words)))
+    except ExitWith as end:
+        raise ExitWith(end.code, f"{end.reason}\n{usage}".rstrip()) from None
+
+
+def checked(config: Config, problems: Sequence[str] = ()) -> Config:
+    """`config` with home folders in its paths; raises ExitWith(BAD_INPUT) with what is impossible, and `problems`."""
     config, homeless = with_home(config)
-    problems += homeless + config.problems()
-    if problems:
-        raise ExitWith(ExitCode.BAD_INPUT, "\n".join([*problems, usage]).rstrip())
+    found = [*problems, *homeless, *config.problems()]
+    if found:
+        lines = "\n".join(f"  {problem}" for problem in found)
+        raise ExitWith(ExitCode.BAD_INPUT, f"the configuration cannot be used:\n{lines}")
     return config
 
 

@@ -14,10 +14,12 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     follow_launcher()
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
+from pathlib import Path
 
 from rich.console import Console
 
@@ -31,7 +33,7 @@ from train.checkpoints.identity import identity
 from train.checkpoints.resume import check_same_everywhere, check_same_run, choose, restore, saved_shape
 from train.checkpoints.saver import Saver, check_disk
 from train.checkpoints.store import CheckpointStore
-from train.cli import parse
+from train.cli import checked, parse
 from train.config import Config
 from train.data import BatchLayout, Splits, TrainingData, read_data, run_date
 from train.deliver.compare import as_rows, compare, show_answers
@@ -54,7 +56,7 @@ from train.run.hub_token import take_token
 from train.run.processes import Heartbeat, on_first_process, raise_if_stopped, say
 from train.step import Training
 from train.track.display import Display
-from train.track.isolated import Isolated, Listener
+from train.track.isolated import Isolated, Listener, Row
 from train.track.metrics_file import MetricsFile
 from train.track.trackers import Trackers, wanted_listeners
 from train.validation import validate
@@ -64,36 +66,80 @@ def main(argv: list[str], stop: StopRequest | None = None) -> ExitCode:
     """Runs the job that `argv` describes; one message and exit.json say how it ended."""
     stop, doing = stop or StopRequest(), Doing()
     try:
-        take_token()
-        end = attempt(argv, stop, doing)
-    except ExitWith as refused:  # the configuration cannot be used, or another job has the run folder
-        end = refused
+        end = attempt(lambda: parse(argv), stop, doing, argv)
     except SystemExit:  # --help
         leave_note(0)
         raise
-    except Exception as error:  # before there is a run folder, or behind the last word in it
-        end = unrecorded_defect(error, doing, argv)
     say_end(end)
     return end.code
 
 
-def attempt(argv: list[str], stop: StopRequest, doing: Doing) -> ExitWith:
-    """Runs the job with the run folder locked; returns how it ended, which is then recorded there."""
-    config = parse(argv)
-    doing.now = "checking the machine"
-    folder = RunFolder.of(config)
-    with folder.locked() if is_first_process() else nullcontext(), ExitStack() as closing:
-        if is_first_process():
-            tell_launcher(config.run.dir, config.run.timeout_minutes)
-        log = AttemptLog(folder)
-        end = end_of(lambda: run(config, stop, closing, log, doing), config, doing, argv)
-        # before the trackers are closed: a killed job may not have the seconds that this takes
-        record_end(end, doing, folder, log)
-    return end
+@dataclass(frozen=True)
+class Outcome:
+    """A run that ended well: finished, or saved because it was asked to stop."""
+
+    folder: Path
+    is_finished: bool
+    reason: str
 
 
-def run(config: Config, stop: StopRequest, closing: ExitStack, log: AttemptLog, doing: Doing) -> None:
+def run(config: Config, watch: Callable[[Row], None] | None = None, stop: StopRequest | None = None) -> Outcome:
+    """Runs the job from a script or a notebook, or goes on with it: the same run.dir resumes, as on the command line.
+
+    `watch` is called with each step's row of metrics.jsonl; one that raises is left out, and training goes on.
+    `stop.request(WHO)`, from `watch` or another thread, and Ctrl-C in the main thread, save and end the run. Every
+    other end raises ExitWith, with its code and reason; the process goes on, with its own signal handlers.
+    """
+    stop = stop or StopRequest(listens=False)
+    with stop.listening():
+        end = attempt(lambda: checked(config), stop, Doing(), ["train.main.run"], watch)
+    if end.code not in (ExitCode.FINISHED, ExitCode.INTERRUPTED):
+        raise end
+    return Outcome(Path(config.run.dir), end.code == ExitCode.FINISHED, end.reason)
+
+
+def attempt(
+    read: Callable[[], Config],
+    stop: StopRequest,
+    doing: Doing,
+    words: list[str],
+    watch: Callable[[Row], None] | None = None,
+) -> ExitWith:
+    """Runs the job that `read` returns, with its folder locked; returns how it ended, which is then recorded there."""
+    try:
+        take_token()
+        config = read()
+        doing.now = "checking the machine"
+        folder = RunFolder.of(config)
+        with folder.locked() if is_first_process() else nullcontext(), ExitStack() as closing:
+            if is_first_process():
+                tell_launcher(config.run.dir, config.run.timeout_minutes)
+            log = AttemptLog(folder)
+            observed = Observed(stop, doing, log, closing, watch)
+            end = end_of(lambda: job(config, observed), config, doing, words)
+            # before the trackers are closed: a killed job may not have the seconds that this takes
+            record_end(end, doing, folder, log)
+        return end
+    except ExitWith as refused:  # the configuration cannot be used, or another job has the run folder
+        return refused
+    except Exception as error:  # before there is a run folder, or behind the last word in it
+        return unrecorded_defect(error, doing, words)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Who may stop a run, and who is told about it."""
+
+    stop: StopRequest
+    doing: Doing
+    log: AttemptLog
+    closing: ExitStack  # what is closed at the end
+    watch: Callable[[Row], None] | None
+
+
+def job(config: Config, observed: Observed) -> None:
     """The job from data files to final/; raises ExitWith or DataError when it ends early."""
+    stop, doing, closing = observed.stop, observed.doing, observed.closing
     check_machine(config)
     listeners = wanted_listeners(config)
     doing.now = "loading the tokenizer"
@@ -137,10 +183,10 @@ def run(config: Config, stop: StopRequest, closing: ExitStack, log: AttemptLog, 
         on_first_process(accelerator, lambda: keep_date(folder, today))
     raise_if_stopped(config, accelerator, stop)
 
-    trackers = open_trackers(training, store, checkpoint, listeners)
+    trackers = open_trackers(training, store, checkpoint, listeners, observed.watch)
     closing.callback(trackers.finish)
     if accelerator.is_main_process:
-        record_start(log, training, prepared, checkpoint)
+        record_start(observed.log, training, prepared, checkpoint)
     saver = Saver.of(training, store, run_identity, trackers, checkpoint)
     heartbeat = Heartbeat(config, accelerator, stop)
     measure = partial(validate, training, validation, heartbeat) if validation else dict
@@ -167,7 +213,11 @@ def report_audit(config: Config, tokenizer: Tokenizer, data: TrainingData, split
 
 
 def open_trackers(
-    training: Training, store: CheckpointStore, checkpoint: Checkpoint | None, listeners: list[Listener]
+    training: Training,
+    store: CheckpointStore,
+    checkpoint: Checkpoint | None,
+    listeners: list[Listener],
+    watch: Callable[[Row], None] | None,
 ) -> Trackers:
     """Everyone who is told about the run; only the first process tells anyone."""
     if not training.accelerator.is_main_process:
@@ -180,7 +230,7 @@ def open_trackers(
     for line in (note for listener in listeners for note in listener.notes):
         say(training.accelerator, line)
     isolated = [Isolated(listener, store.run_uid(), folder.metrics) for listener in listeners]
-    return Trackers(metrics, display, isolated)
+    return Trackers(metrics, display, isolated, watch)
 
 
 def publish(training: Training, tokenizer: Tokenizer, splits: Splits, fingerprint: str) -> None:

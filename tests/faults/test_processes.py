@@ -58,7 +58,7 @@ def test_a_process_that_dies(config: Config, tmp_path: Path, tally: Tally) -> No
     outcomes = together(config, tmp_path / "reference", [None, None])
     assert [o.returncode for o in outcomes] == [0, 0], outcomes[0].stderr
     expected = result_of(tmp_path / "reference")
-    faults = [AtForward(5), AtForward(9), Fault("save", 1, "before"), AtForward(1), AtForward(16)]
+    faults = [AtForward(5), AtForward(9), Fault("save", 1, "before"), AtForward(1), AtForward(14)]
     cases = [(rank, fault) for fault in faults for rank in (0, 1) if isinstance(fault, AtForward) or rank == 0]
     short = [(0, AtForward(9)), (0, Fault("save", 1, "before")), (1, AtForward(1))]
     assert all(case in cases for case in short)

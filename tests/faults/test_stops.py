@@ -96,6 +96,8 @@ def test_signals_through_launchers(name: str, config: Config, tmp_path: Path, ta
             stdout=subprocess.DEVNULL,
             stderr=(tmp_path / "stderr").open("w"),
             env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)},
+            # a shell starts what it puts into the background, this suite perhaps, with Ctrl-C ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 120
         while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 3):

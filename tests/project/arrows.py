@@ -71,6 +71,7 @@ ALLOWED = {
         "assemble",
         "audit_gate",
         "batching",
+        "checkpoints",
         "cli",
         "config",
         "data",

@@ -22,6 +22,7 @@ COMMANDS = {
     "chat": "talk to a run's model, with its adapters or without, or to any model",
     "compare": "ask base and tuned model the same questions: what was learnt, what forgotten",
     "plan": "predict memory and speed before any weights are read",
+    "merge": "add a run's adapters to its base's weights, with a receipt",
 }
 _LINES = "\n".join(f"  {name:9} {what}" for name, what in COMMANDS.items())
 USAGE = f"usage: handloop COMMAND [options]\n\n{_LINES}\n\nhandloop COMMAND --help lists its options"

@@ -137,7 +137,7 @@ def load_tuned(run: FinishedRun) -> Tuned:
         load_adapters(model, safetensors.torch.load_file(run.folder.final / ADAPTER))
     except (OSError, ValueError, SafetensorError) as error:
         raise refused(run.folder.final / ADAPTER, str(error)) from None
-    return Tuned(run, model, *_tokenizer_of(run.folder))
+    return Tuned(run, model, *tokenizer_of(run.folder))
 
 
 def check_base(run: FinishedRun) -> None:
@@ -193,7 +193,7 @@ def refused(place: Path, reason: str) -> ExitWith:
     return ExitWith(ExitCode.BAD_INPUT, f"{place}: {reason}")
 
 
-def _tokenizer_of(folder: RunFolder) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
+def tokenizer_of(folder: RunFolder) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
     """The tokenizer with the trained chat template, and the end tokens that were taught."""
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder.final), trust_remote_code=False)

@@ -69,7 +69,7 @@ def load_base(
         check_tied_pair(config, base, stored)
         try:
             if host.wanted:
-                read = _stored(base, stored, is_quantized, dtype, device)
+                read = read_stored(base, stored, is_quantized, dtype, device)
                 left = check_difference(config, base, difference_of(base, stored))
                 base = _filled(base, read, device, host, embedding_on_host)
                 with suppress(OSError):  # not every base has one
@@ -158,7 +158,7 @@ def _filled(
             setattr(module, name, buffer.to(device))
         for name, parameter in list(module.named_parameters(recurse=False)):
             if not (module is head and name == "weight" and is_tied):
-                setattr(module, name, _parameter(parameter, read(f"{prefix}.{name}", parameter), device))
+                setattr(module, name, as_parameter(parameter, read(f"{prefix}.{name}", parameter), device))
         if isinstance(module, bnb.nn.Linear4bit):
             state: Any = module.weight
             module.quant_state = state.quant_state
@@ -172,7 +172,7 @@ def _filled(
     return base
 
 
-def _parameter(parameter: torch.nn.Parameter, values: torch.Tensor, device: torch.device) -> torch.nn.Parameter:
+def as_parameter(parameter: torch.nn.Parameter, values: torch.Tensor, device: torch.device) -> torch.nn.Parameter:
     """The values as a parameter like the skeleton's; bitsandbytes quantises them when they are moved to the device."""
     params4bit: Any = bnb.nn.Params4bit
     int8_params: Any = bnb.nn.Int8Params
@@ -183,6 +183,16 @@ def _parameter(parameter: torch.nn.Parameter, values: torch.Tensor, device: torc
     if isinstance(parameter, bnb.nn.Int8Params):
         return int8_params(values.cpu(), requires_grad=False).to(device)
     return torch.nn.Parameter(values, requires_grad=False)
+
+
+def computed_values(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The values that a layer computes with: of a quantised weight those that its codes stand for."""
+    packed: Any = parameter
+    if isinstance(parameter, bnb.nn.Params4bit):
+        return bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
+    if isinstance(parameter, bnb.nn.Int8Params):
+        return bnb.functional.int8_vectorwise_dequant(packed.data, packed.SCB)
+    return parameter.data
 
 
 def _drawn(shape: Any, dtype: torch.dtype, generator: torch.Generator) -> Read:
@@ -200,7 +210,7 @@ def _drawn(shape: Any, dtype: torch.dtype, generator: torch.Generator) -> Read:
     return read
 
 
-def _stored(
+def read_stored(
     base: PreTrainedModel, stored: StoredWeights, is_quantized: bool, dtype: torch.dtype, device: torch.device
 ) -> Read:
     """Values from the files; a weight that is stored in 4 bits, as all are if `is_quantized`, comes with its scales."""

@@ -73,6 +73,15 @@ def publish(target: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
+def make_readable(folder: Path) -> None:
+    """Gives a folder and its files the rights that the user's umask leaves, for a server that runs as another user."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~mask)
+    folder.chmod(0o777 & ~mask)
+
+
 def aside_name(folder: Path, kind: str) -> Path:
     """A new name beside `folder` that no checkpoint can have; hidden for the kind `trash`, which is removed."""
     dot = "." if kind == "trash" else ""

@@ -17,6 +17,7 @@ class ExitCode(IntEnum):
     PEER_FAILURE = 81  # another process died or hangs
     DELIVERY_FAILED = 82  # training is finished and final/ complete; what comes after it is not
     KILLED = 83  # from outside, as the kernel does when memory is short; the launcher says it
+    UNLIKE = 84  # a merged or exported model differs too much from what was trained; it was not kept
 
 
 class ExitWith(Exception):

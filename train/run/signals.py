@@ -12,11 +12,13 @@ import faulthandler
 import json
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
@@ -24,11 +26,16 @@ PR_SET_PDEATHSIG = 1
 Handler = Callable[[int, FrameType | None], None]
 
 
-def listen(handler: Handler) -> None:
-    """Calls `handler` on every stop signal, except those that this process was started to ignore (nohup: SIGHUP)."""
+def listen(handler: Handler) -> dict[signal.Signals, Any]:
+    """Calls `handler` on every stop signal, except those that this process was started to ignore (nohup: SIGHUP).
+
+    Returns the handlers that were there before.
+    """
+    before = {}
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:
-            signal.signal(number, handler)
+            before[number] = signal.signal(number, handler)
+    return before
 
 
 class StopRequest:
@@ -38,10 +45,27 @@ class StopRequest:
     comes more than a second after the first signal.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, listens: bool = True) -> None:
+        """Listens from now on; otherwise only within `listening`."""
         self.received = ""
         self.received_at = 0.0  # time.monotonic()
-        listen(self._receive)
+        if listens:
+            listen(self._receive)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listens while entered; in a thread other than the main one Python has no signals, and `request` stops."""
+        before = listen(self._receive) if threading.current_thread() is threading.main_thread() else {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def request(self, who: str) -> None:
+        """Asks the run to stop, as a signal does; the first request stands."""
+        if not self.received:
+            self.received, self.received_at = who, time.monotonic()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -49,7 +73,7 @@ class StopRequest:
             leave_note(128 + number)
             os._exit(128 + number)
         if not self.received:
-            self.received, self.received_at = signal.Signals(number).name, now
+            self.request(signal.Signals(number).name)
             with suppress(OSError):  # the terminal may be closed
                 os.write(2, b"\nstopping after this micro-batch; Ctrl-C again ends at once, without saving\n")
 

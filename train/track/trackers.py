@@ -35,6 +35,20 @@ class Watcher(Protocol):
         ...
 
 
+class Watch:
+    """A function of the user's that sees the rows."""
+
+    def __init__(self, told: Callable[[Mapping[str, Any]], None]) -> None:
+        self.told = told
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Tells it the row."""
+        self.told(row)
+
+    def finish(self) -> None:
+        """Nothing ends it."""
+
+
 class Trackers:
     """All who are told about a run; processes other than the first tell nobody.
 
@@ -47,11 +61,13 @@ class Trackers:
         metrics: MetricsFile | None = None,
         display: Watcher | None = None,
         listeners: Sequence[Isolated] = (),
+        watch: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
         self.metrics = metrics
         self.listeners = listeners
         # metrics.jsonl first: what a listener lacks is read from it
-        self.watchers: list[Watcher] = [one for one in (metrics, *listeners, display) if one is not None]
+        own = Watch(watch) if watch else None
+        self.watchers: list[Watcher] = [one for one in (metrics, *listeners, display, own) if one is not None]
         self.left_out: set[Any] = set()  # those that failed
 
     def log(self, row: Mapping[str, Any]) -> None:

@@ -1,0 +1,171 @@
+"""A merged model is base and adapter as trained: for every kind of base, and where it is not, nothing is left."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, Qwen3Config
+
+from tests.finished_runs import finish, settings_of
+from tests.parity.bases import Shape, on, write
+from train.commands import merge as command
+from train.config import Config, DataConfig
+from train.deliver.finished import finished_run
+from train.deliver.merge import Merge, load_merged
+from train.deliver.receipt import Limits
+from train.models.language_model import keep_one_cpu_kernel
+from train.run.exits import ExitCode, ExitWith
+
+SHAPES = {
+    "one file": Shape(),
+    "sharded": Shape(is_sharded=True, family=Qwen3Config, dtype=torch.bfloat16),
+    "tied": Shape(is_tied=True, dtype=torch.float16),
+    "without prefix": Shape(names="", is_sharded=True),
+    "with rubbish": Shape(rubbish=True),
+}
+IDS = torch.arange(5, 45)[None]
+
+
+def adapted_logits(base: Path, final: Path, **options: Any) -> torch.Tensor:
+    """By transformers and PEFT alone."""
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
+    keep_one_cpu_kernel(model)
+    with torch.no_grad():
+        return PeftModel.from_pretrained(model, str(final)).eval()(input_ids=IDS).logits
+
+
+def merged_logits(folder: Path) -> torch.Tensor:
+    """By transformers, of a folder on its own."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def written(run: Path, onto: Any, target: Path, dtype: str = "fp32") -> Path:
+    target.mkdir()
+    Merge.of(finished_run(run), onto, dtype).write(target)
+    return target
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_onto_a_base_that_was_not_quantised(name: str, config: Config, tmp_path: Path) -> None:
+    """Merged into the base's own weights, the model computes what PEFT computes with the adapter apart."""
+    base = write(tmp_path / "base", SHAPES[name])
+    run = finish(on(config, base, "none"), tmp_path / "run")
+    wanted = adapted_logits(base, run / "final")
+    got = merged_logits(written(run, "original", tmp_path / "merged"))
+    torch.testing.assert_close(got, wanted, rtol=0, atol=2e-4)
+    plain: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    assert (plain.eval()(input_ids=IDS).logits - got).abs().max() > 0.1, "the adapter changes something"
+
+
+@pytest.mark.parametrize("name", [*SHAPES, "stored in 4 bits"])
+def test_onto_the_base_as_it_was_trained_on(name: str, config: Config, tmp_path: Path) -> None:
+    """In NF4 the dequantised weights, all of them, with the adapters added: the logits of training's own model."""
+    base = write(tmp_path / "base", SHAPES.get(name, Shape(quantized="nf4", is_sharded=True)))
+    run = finish(on(config, base, "nf4"), tmp_path / "run")
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    options = {} if name == "stored in 4 bits" else {"quantization_config": nf4, "device_map": {"": "cpu"}}
+    wanted = adapted_logits(base, run / "final", **options)
+    merged = written(run, "dequantized", tmp_path / "merged")
+    torch.testing.assert_close(merged_logits(merged), wanted, rtol=0, atol=2e-3)
+    assert "quantization_config" not in settings_of(merged)
+    if name != "stored in 4 bits":
+        original = merged_logits(written(run, "original", tmp_path / "original"))
+        assert (original - wanted).abs().max() > 0.05, "quantisation is a difference that this would see"
+
+
+def test_onto_a_base_in_int8(config: Config, tmp_path: Path) -> None:
+    """In int8 the merged weights are what the codes stand for: within half a step of the originals, and not equal."""
+    base = write(tmp_path / "base", Shape())
+    run = finish(on(config, base, "int8"), tmp_path / "run")
+    name = "model.layers.1.mlp.up_proj.weight"
+    trained = load_file(written(run, "dequantized", tmp_path / "dequantized") / "model.safetensors")[name]
+    original = load_file(written(run, "original", tmp_path / "original") / "model.safetensors")[name]
+    steps = load_file(base / "model.safetensors")[name].abs().amax(1, keepdim=True) / 127
+    assert 0.2 < ((trained - original).abs() / steps).max() < 0.7
+
+
+def test_weights_that_transformers_renames(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no stored name is an architecture's, the model is merged whole, to the same logits."""
+    base = write(tmp_path / "base", Shape(is_sharded=True))
+    for quantization, onto in (("none", "original"), ("nf4", "original"), ("nf4", "dequantized")):
+        run = finish(on(config, base, quantization), tmp_path / f"run-{quantization}-{onto}")
+        wanted = merged_logits(written(run, onto, tmp_path / f"by-file-{quantization}-{onto}"))
+        with monkeypatch.context() as patch:
+            patch.setattr("train.deliver.merge._names_in_files", lambda *_: {})
+            got = merged_logits(written(run, onto, tmp_path / f"whole-{quantization}-{onto}"))
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+
+
+def test_a_transposed_layer(config: Config, tmp_path: Path) -> None:
+    """GPT-2's layers hold their weights transposed: its merged model computes what PEFT does."""
+    base = write(tmp_path / "base", Shape())
+    vocabulary = settings_of(base)["vocab_size"]
+    shape = GPT2Config(vocab_size=vocabulary, n_embd=64, n_layer=2, n_head=4, n_positions=512)
+    AutoModelForCausalLM.from_config(shape).save_pretrained(base)
+    config = on(config, base, "none")
+    config = replace(config, lora=replace(config.lora, target_modules=("c_attn", "c_fc")))
+    run = finish(config, tmp_path / "run")
+    wanted = adapted_logits(base, run / "final")
+    torch.testing.assert_close(merged_logits(written(run, "original", tmp_path / "merged")), wanted, rtol=0, atol=2e-4)
+
+
+@pytest.fixture
+def nf4_run(config: Config, tmp_path: Path) -> Path:
+    """A finished run on a base in NF4, with held-out rows."""
+    base = write(tmp_path / "base", Shape(dtype=torch.bfloat16))
+    config = on(config, base, "nf4")
+    return finish(
+        replace(config, data=DataConfig(config.data.path, max_length=128, validation_fraction=0.3)), tmp_path / "run"
+    )
+
+
+def test_the_receipt_tells_merges_apart(nf4_run: Path) -> None:
+    """Onto what was trained on the model is kept; with half the adapter lost it is refused, and nothing is left."""
+    merge = Merge.of(finished_run(nf4_run), "dequantized", "")
+    limits = Limits(*command.LIMITS["dequantized"])
+    record = command.write_with_receipt(merge, limits, nf4_run / "merged")
+    assert record["receipt"]["kind"] == "held out"
+    assert record["receipt"]["num_positions"] > 100
+    assert record["receipt"]["mean_kl"] < record["merge_and_unload"]["mean_kl"] / 5
+    assert json.loads((nf4_run / "merged" / command.RECEIPT).read_text()) == record
+    load_merged(nf4_run / "merged", torch.bfloat16, torch.device("cpu"))
+    before = sorted(path.name for path in nf4_run.iterdir())
+    lost = replace(merge, deltas=dict(list(merge.deltas.items())[::2]))
+    with pytest.raises(ExitWith, match="the merged model is not what was trained") as ended:
+        command.write_with_receipt(lost, limits, nf4_run / "other")
+    assert ended.value.code == ExitCode.UNLIKE
+    assert sorted(path.name for path in nf4_run.iterdir()) == before
+
+
+def test_what_cannot_be_merged_is_refused(nf4_run: Path, config: Config, tmp_path: Path) -> None:
+    """A changed base, an adapter that is more than LoRA, a base in 4 bits alone, and one that was never quantised."""
+
+    def refused(run: Path, onto: str, reason: str) -> None:
+        before = sorted(run.rglob("*"))
+        with pytest.raises(ExitWith, match=reason) as ended:
+            command.main([str(run), "--onto", onto])
+        assert ended.value.code == ExitCode.BAD_INPUT
+        assert sorted(run.rglob("*")) == before
+
+    plain = finish(on(config, tmp_path / "base", "none"), tmp_path / "plain")
+    refused(plain, "dequantized", "the base was not quantised; write --onto original")
+    packed = write(tmp_path / "packed", Shape(quantized="nf4"))
+    refused(finish(on(config, packed, "nf4"), tmp_path / "of-packed"), "original", "stored quantised")
+    refused(tmp_path / "base", "original", "it is no run folder")
+    adapter = nf4_run / "final" / "adapter_model.safetensors"
+    whole = load_file(adapter)
+    save_file(whole | {"base_model.model.lm_head.weight": torch.zeros(2, 2)}, adapter)
+    refused(nf4_run, "dequantized", r"lm_head\.weight would be lost")
+    save_file(whole, adapter)
+    weights = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    refused(nf4_run, "dequantized", "not those that the adapters were trained on")

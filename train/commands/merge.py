@@ -1,0 +1,160 @@
+"""`handloop merge`."""
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_tools.terminal import typed_path
+from train.commands.options import RunOptions
+from train.run.durable import make_readable, publish
+from train.run.exits import ExitCode, ExitWith
+
+if TYPE_CHECKING:
+    from train.deliver.finished import FinishedRun
+    from train.deliver.merge import Merge
+    from train.deliver.receipt import Behaviour, Limits, Probe, Receipt
+
+RECEIPT = "receipt.json"
+# mean KL in nats and top-1 agreement that a merged model must reach (docs/LOG.md has what merges reach)
+LIMITS = {"dequantized": (0.02, 0.95), "original": (0.5, 0.75)}
+
+
+def main(words: list[str]) -> int:
+    """Writes base and adapters as one model, and a receipt of how it differs from what was trained."""
+    own = RunOptions("merge", "Adds the adapters to the base's weights, and proves what came of it.")
+    own.add_argument("--onto", choices=sorted(LIMITS), help="the base before it was quantised, or as it was trained on")
+    own.add_argument("--output", type=typed_path, metavar="FOLDER", help="default RUN/merged-ONTO")
+    own.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of the merged weights; default the base's own")
+    own.add_argument("--max-kl", type=float, metavar="NATS", help="mean KL divergence that is allowed")
+    own.add_argument("--min-agreement", type=float, metavar="SHARE", help="top-1 agreement that is wanted")
+    own.add_argument("--overwrite", action="store_true", help="replace an earlier merged model")
+    own.add_argument("--json", action="store_true", help="print the receipt as JSON")
+    options, rest = own.parse_known_args(words)
+    if options.onto is None:
+        own.error("write --onto original, the base before quantisation, or --onto dequantized, the one trained on")
+    # imported here because they take seconds, for which --help should not wait
+    from train.deliver.merge import Merge
+    from train.deliver.receipt import Limits
+
+    run = own.run(rest)
+    merge = Merge.of(run, options.onto, options.dtype or "")
+    max_kl, min_agreement = LIMITS[options.onto]
+    limits = Limits(
+        max_kl if options.max_kl is None else options.max_kl,
+        min_agreement if options.min_agreement is None else options.min_agreement,
+    )
+    target = Path(options.output or run.folder.path / f"merged-{options.onto}")
+    if target.exists() and not options.overwrite:
+        raise ExitWith(ExitCode.BAD_INPUT, f"--output {target}: it exists; write --overwrite to replace it")
+    record = write_with_receipt(merge, limits, target)
+    print(json.dumps(record, indent=1) if options.json else "\n".join(_lines(record, target)))
+    return 0
+
+
+def write_with_receipt(merge: "Merge", limits: "Limits", target: Path) -> dict[str, Any]:
+    """Writes the merged model and its receipt; raises ExitWith(UNLIKE), and leaves nothing, over a limit."""
+    from train.deliver.finished import tokenizer_of
+    from train.deliver.merge import load_merged
+    from train.deliver.receipt import Receipt, TransformersModel, behaviour
+
+    probe, trained, unloaded = _trained_behaviour(merge.run)
+    gc.collect()
+    with publish(target) as temporary:
+        _say(f"merging onto the {merge.onto} base")
+        merge.write(temporary)
+        _say("asking the merged model what the trained one was asked")
+        tokenizer, ends = tokenizer_of(merge.run.folder)
+        served = load_merged(temporary, merge.dtype, _place_for(merge))
+        receipt = Receipt.of(probe, trained, behaviour(TransformersModel(served, tokenizer, ends), probe))
+        if problems := receipt.problems(limits):
+            raise ExitWith(
+                ExitCode.UNLIKE,
+                f"the merged model is not what was trained, by {receipt.num_positions} {receipt.kind} predictions: "
+                f"{'; '.join(problems)}\nnothing was kept; --max-kl and --min-agreement say what is allowed",
+            )
+        record = _record(merge, receipt, Receipt.of(probe, trained, unloaded) if unloaded else None)
+        (temporary / RECEIPT).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        make_readable(temporary)
+    return record
+
+
+def _trained_behaviour(run: "FinishedRun") -> "tuple[Probe, Behaviour, Behaviour | None]":
+    """What is asked, what the trained model does, and what it does once PEFT has merged it in its quantised weights."""
+    import warnings
+
+    from train.deliver.finished import data_of, load_tuned
+    from train.deliver.receipt import TransformersModel, behaviour, probe_of
+
+    splits, notes = data_of(run)
+    _say(*notes, f"loading {run.config.model.name_or_path} with the adapters of {run.folder.final}")
+    tuned = load_tuned(run)
+    probe, unloaded = probe_of(splits, tuned.tokenizer), None
+    asked = TransformersModel(tuned.model.causal_lm, tuned.tokenizer, tuned.end_token_ids)
+    with tuned.model.generating():
+        trained = behaviour(asked, probe)
+        if run.config.model.quantization != "none" and tuned.model.engine is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that generations may differ: by how much is what is measured
+                tuned.model.adapted.merge_adapter()
+            unloaded = behaviour(asked, probe)
+    return probe, trained, unloaded
+
+
+def _place_for(merge: "Merge") -> Any:
+    """The GPU, where it holds the merged model; else the CPU, which is slow."""
+    import torch
+
+    if merge.run.device.type == "cuda":
+        torch.cuda.empty_cache()
+        if torch.cuda.mem_get_info()[0] > 1.15 * merge.num_bytes() + 2**30:
+            return merge.run.device
+        _say("the merged model does not fit on the GPU; it is asked on the CPU, which takes minutes")
+    return torch.device("cpu")
+
+
+def _record(merge: "Merge", receipt: "Receipt", unloaded: "Receipt | None") -> dict[str, Any]:
+    """What is written beside the merged model, and is true of it alone."""
+    from train.checkpoints.contents import ADAPTER
+    from train.models.fingerprint import content_hashes
+    from train.run.versions import versions
+
+    held = merge.run.base.get("held", "")
+    return {
+        "base": {name: merge.run.base.get(name, "") for name in ("name", "commit", "fingerprint")},
+        "trained_in": held,
+        "adapter_sha256": content_hashes([merge.run.folder.final / ADAPTER])[0],
+        "onto": merge.onto,
+        "dtype": str(merge.dtype).removeprefix("torch."),
+        "versions": versions(),
+        "receipt": receipt.as_json(),
+        "merge_and_unload": unloaded.as_json() if unloaded else None,
+    }
+
+
+def _lines(record: dict[str, Any], target: Path) -> list[str]:
+    receipt, unloaded = record["receipt"], record["merge_and_unload"]
+    lines = [
+        f"receipt: {receipt['num_positions']:,} predictions in {receipt['num_rows']} {receipt['kind']} rows, "
+        "against base and adapter as trained",
+        f"  this model ({record['onto']}, {record['dtype']}): {_figures(receipt)}",
+    ]
+    if unloaded:
+        lines.append(f"  merge_and_unload on the {record['trained_in']} base: {_figures(unloaded)}")
+        lines.append("  (it rounds base and adapter to 4 or 8 bits together: another model than was trained)")
+    return [*lines, f"merged model and {RECEIPT} in {target}"]
+
+
+def _figures(receipt: dict[str, Any]) -> str:
+    answers = f"{receipt['equal_answers']} of {receipt['num_questions']} greedy answers equal"
+    return (
+        f"mean KL {receipt['mean_kl']:.2g} nats, top-1 agreement {receipt['agreement']:.1%}, largest logit difference "
+        f"{receipt['largest_difference']:.2g}, loss {receipt['loss_trained']:.4f} -> {receipt['loss_served']:.4f}"
+        + (f", {answers}" if receipt["num_questions"] else "")
+    )
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)

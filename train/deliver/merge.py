@@ -1,0 +1,200 @@
+"""The base with its adapters added to its weights, as a model folder of its own.
+
+A base that was trained in NF4 offers two bases to add them to. *dequantized* is the one that was trained on: its
+weights as NF4 gives them back, in 16 bits. *original* is the one before it was quantised, which the adapters have never
+seen. Adding them to the packed weights themselves (merge_and_unload of a 4-bit model) rounds base and adapters to NF4
+once more, whose steps are larger than most of what an adapter adds.
+"""
+
+import json
+import shutil
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from train.checkpoints.contents import ADAPTER, ADAPTER_CONFIG
+from train.config import ModelConfig
+from train.deliver.adapter_delta import Delta, read_deltas
+from train.deliver.final import BASE
+from train.deliver.finished import FinishedRun
+from train.engine.host_stream import HostBlocks
+from train.models.base import as_parameter, computed_values, load_base, read_stored, skeleton
+from train.models.completeness import tied_embedding
+from train.models.hub import fetch_weights, locate
+from train.models.shape import cannot_read, model_shape, stored_quantization
+from train.models.stored import StoredWeights
+from train.run.devices import compute_type
+from train.run.exits import ExitCode, ExitWith
+
+Onto = Literal["original", "dequantized"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# what of a base's folder belongs to whoever uses its weights, beside config.json and what final/ has
+COMPANIONS = ("preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
+OF_THE_ADAPTER = (ADAPTER, ADAPTER_CONFIG, BASE)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A merge that can be done: everything that can be refused has been looked at."""
+
+    run: FinishedRun
+    onto: Onto
+    dtype: torch.dtype  # of the merged model
+    deltas: dict[str, Delta]
+
+    @classmethod
+    def of(cls, run: FinishedRun, onto: Onto, dtype: str = "") -> "Merge":
+        """Of a finished run; without `dtype` in that of the base's config.json. Raises ExitWith(BAD_INPUT)."""
+        config = run.config.model
+        shape = model_shape(config)
+        is_stored_quantized = stored_quantization(config, shape) is not None
+        if config.random_init:
+            raise refused(f"{run.folder.path}: its base has random weights, which nobody else can add adapters to")
+        if onto == "original" and is_stored_quantized:
+            reason = f"{config.name_or_path} is stored quantised and has no other weights"
+            raise refused(f"--onto original: {reason}; write --onto dequantized")
+        if onto == "dequantized" and config.quantization == "none":
+            raise refused("--onto dequantized: the base was not quantised; write --onto original")
+        own: Any = getattr(shape, "dtype", None)
+        found = DTYPES[dtype] if dtype else own if own in DTYPES.values() else torch.bfloat16
+        return cls(run, onto, found, read_deltas(run.folder.final))
+
+    def num_bytes(self) -> int:
+        """What the merged model's weights take on the disk."""
+        base = skeleton(replace(self.run.config.model, quantization="none", random_init=True), self.dtype)
+        return sum(parameter.numel() for parameter in base.parameters()) * self.dtype.itemsize
+
+    def write(self, target: Path) -> None:
+        """Writes the model into the empty folder `target`, one weight file of the base in memory at a time.
+
+        Only where transformers reads the base's tensors under other names than they are stored by, as with some
+        multimodal bases, it is whole in host memory. Raises ExitWith(BAD_INPUT) where a file cannot be read or written.
+        """
+        need, free = self.num_bytes(), shutil.disk_usage(target).free
+        if free < need:
+            raise refused(f"{target.parent}: {need / 1e9:.1f} GB are needed, and {free / 1e9:.1f} GB are free")
+        config = self.run.config.model
+        compute = compute_type(config.dtype, self.run.device).dtype
+        base = skeleton(config, compute)
+        with ExitStack() as files:
+            try:
+                stored = StoredWeights(fetch_weights(locate(config)), files)
+                names = _names_in_files(base, stored)
+                if self._weights() <= set(names.values()):
+                    self._write_file_by_file(target, base, stored, names)
+                else:
+                    self._write_whole(target)
+            except (SafetensorError, OSError) as error:
+                raise cannot_read(config, "its weights, or write merged ones", error) from None
+        self._write_companions(target)
+
+    def _weights(self) -> set[str]:
+        """Names of the weights that adapters are added to."""
+        return {f"{module}.weight" for module in self.deltas}
+
+    def _write_file_by_file(
+        self, target: Path, base: PreTrainedModel, stored: StoredWeights, names: dict[str, str]
+    ) -> None:
+        config, device = self.run.config.model, self.run.device
+        compute = compute_type(config.dtype, device).dtype
+        is_quantized = stored_quantization(config, model_shape(config)) is not None
+        read = read_stored(base, stored, is_quantized, compute, device)
+        parameters, weight_map = dict(base.named_parameters()), {}
+        for path in stored.opened:
+            tensors = {}
+            for place in (place for place, tensor in stored.tensors.items() if tensor.file == path):
+                name = names.get(place, "")
+                if name and self.onto == "dequantized":
+                    packed = as_parameter(parameters[name], read(name, parameters[name]), device)
+                    values = computed_values(packed)
+                elif name or not _is_part(place, names):
+                    values = stored.values(place)
+                else:
+                    continue
+                tensors[place] = self._merged(base, name, values)
+            save_file(tensors, target / path.name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, path.name)
+        if len(stored.opened) > 1 or next(iter(stored.opened)).name != "model.safetensors":
+            index = {"metadata": {"total_size": self.num_bytes()}, "weight_map": weight_map}
+            (target / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _write_whole(self, target: Path) -> None:
+        """By transformers, which renames tensors as it reads and back as it writes."""
+        config, cpu = self.run.config.model, torch.device("cpu")
+        if self.onto == "original":
+            base, _ = load_base(
+                replace(config, quantization="none"), self.dtype, cpu, HostBlocks([], pin=False), 0, False
+            )
+        else:
+            base, _ = load_base(config, self.dtype, cpu, HostBlocks([], pin=False), 0, False)
+            base.dequantize()
+        for module in self.deltas:
+            weight: Any = base.get_submodule(module).weight
+            weight.data = self._merged(base, f"{module}.weight", weight.data)
+        torch.nn.Module.to(base, self.dtype)
+        base.save_pretrained(target)
+
+    def _merged(self, base: PreTrainedModel, name: str, values: torch.Tensor) -> torch.Tensor:
+        """The base's values, with what an adapter adds to them, in this model's type and host memory."""
+        module, _, kind = name.rpartition(".")
+        if kind == "weight" and module in self.deltas:
+            delta = self.deltas[module].on(self.run.device)
+            is_transposed = isinstance(base.get_submodule(module), Conv1D)
+            values = values.to(self.run.device).float() + (delta.T if is_transposed else delta)
+        if values.is_floating_point():
+            values = values.to("cpu", self.dtype)
+            if not values.isfinite().all():
+                reason = "has values that are no finite numbers in this type; write --dtype bf16 or fp32"
+                raise refused(f"--dtype: {name} {reason}")
+        return values.contiguous()
+
+    def _write_companions(self, target: Path) -> None:
+        """config.json, tokenizer, chat template, generation settings, licence."""
+        place, final = locate(self.run.config.model), self.run.folder.final
+        settings = json.loads((place.folder / "config.json").read_text(encoding="utf-8"))
+        for part in (settings, *(value for value in settings.values() if isinstance(value, dict))):
+            part.pop("quantization_config", None)
+            for key in {"dtype", "torch_dtype"} & part.keys():
+                part[key] = str(self.dtype).removeprefix("torch.")
+        settings["dtype"] = str(self.dtype).removeprefix("torch.")
+        (target / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        for pattern in COMPANIONS:
+            for path in place.folder.glob(pattern):
+                shutil.copyfile(path, target / path.name)
+        for path in final.iterdir():
+            if path.name not in OF_THE_ADAPTER:
+                shutil.copyfile(path, target / path.name)
+
+
+def load_merged(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model in a folder that a merge wrote, as those who serve it load it; raises ExitWith(BAD_INPUT)."""
+    config = ModelConfig(name_or_path=str(folder), quantization="none")
+    base, _ = load_base(config, dtype, device, HostBlocks([], pin=False), 0, False)
+    base.generation_config = GenerationConfig()  # what generates says itself how
+    return base.eval()
+
+
+def refused(reason: str) -> ExitWith:
+    """The end of a merge that cannot be done."""
+    return ExitWith(ExitCode.BAD_INPUT, reason)
+
+
+def _names_in_files(base: PreTrainedModel, stored: StoredWeights) -> dict[str, str]:
+    """The names of the base's parameters by the names under which they are stored."""
+    tied = tied_embedding(base)
+    names = ((stored.place_of(name, name == tied), name) for name, _ in base.named_parameters())
+    return {place: name for place, name in names if place}
+
+
+def _is_part(place: str, names: dict[str, str]) -> bool:
+    """Whether a tensor is a scale or a table of a packed weight."""
+    start, weight, _ = place.rpartition(".weight.")
+    return bool(weight) and f"{start}.weight" in names

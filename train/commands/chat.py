@@ -103,20 +103,19 @@ class Chat:
             "/save": ("FILE", "add the conversation to a .jsonl that --data.path takes", self.save),
             "/set": ("NAME VALUE", "change a setting of sampling; alone: list them", self.set),
             "/help": ("", "this", self.help),
-            "/exit": ("", "leave; so does Ctrl-D", self.help),
+            "/exit": ("", "leave; so does Ctrl-D", self.exit),
         }
+        self.is_over = False
 
     def run(self) -> None:
         """Until the end of the input, or /exit."""
-        while True:
+        while not self.is_over:
             is_base = self.has_adapters and not self.talk.with_adapters
             line = self.screen.read("base> " if is_base else "> ")
             if line is None:
                 return
             text = line.strip()
             name, *rest = text.split(maxsplit=1) or [""]
-            if name == "/exit":
-                return
             if name in self.commands:
                 self.commands[name][2]("".join(rest))
             elif re.match("/(?!/)", text):
@@ -188,6 +187,10 @@ class Chat:
         self.screen.say(", ".join(f"{field.name} {getattr(now, field.name)}" for field in fields(now)))
         if name.replace("-", "_") in SAMPLED and now.is_greedy:
             self.screen.say(f"{name} changes nothing while temperature is 0")
+
+    def exit(self, _: str) -> None:
+        """/exit"""
+        self.is_over = True
 
     def help(self, _: str) -> None:
         """/help"""

@@ -98,7 +98,8 @@ class Speaker:
     ) -> Spoken:
         """Answers the prompt, at most sampling.max_new_tokens; `write` gets the text piece by piece.
 
-        Raises OutOfMemoryError where the GPU has too little memory; the next prompt then starts anew.
+        A KeyboardInterrupt ends an answer that must stop, and is raised otherwise; so is OutOfMemoryError. The next
+        prompt then starts anew.
         """
         start = time.perf_counter()
         cache, num_kept = self._cache_for(prompt, with_adapters)
@@ -120,7 +121,9 @@ class Speaker:
                     stopping_criteria=StoppingCriteriaList([_Interrupt(must_stop)]),
                 )
             ids = found[0].tolist()
-        except KeyboardInterrupt:  # asked twice: within a token, whose keys and values are half there
+        except KeyboardInterrupt:  # within a token, whose keys and values are half there
+            if not must_stop():
+                raise
             stream.end()
         finally:
             self._keep(cache, ids, with_adapters)

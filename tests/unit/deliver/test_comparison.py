@@ -23,6 +23,7 @@ from train.deliver.questions import questions_in
 from train.profiles import DEMO
 
 WORDS = ["--num", str(NUM_ASKED), "--max-new-tokens", str(MAX_NEW_TOKENS)]
+BRIEF = ["--num", "1", "--loss-tokens", "300"]
 WANTED = Wanted(50, 1, 10, DEMO / "general_questions.jsonl", DEMO / "general.txt")
 
 
@@ -92,10 +93,10 @@ def test_the_base_s_loss_is_that_without_adapters(finished_path: Path) -> None:
 def test_without_its_data_the_other_groups_stand(copied: Path, tmp_path: Path) -> None:
     """Where training rows are gone that is noted, and held-out rows and general questions are compared; 0."""
     gone = tmp_path / "gone.jsonl"
-    found = compared(copied, "--data.path", str(gone), "--num", "1")
+    found = compared(copied, "--data.path", str(gone), *BRIEF)
     assert list(found["groups"]) == ["held_out", "general"]
     assert "gone.jsonl: no such file" in found["notes"][0]
-    found = compared(copied, "--data.path", str(gone), "--data.validation_path", str(gone), "--num", "1")
+    found = compared(copied, "--data.path", str(gone), "--data.validation_path", str(gone), *BRIEF)
     assert (list(found["groups"]), list(found["losses"])) == (["general"], ["general"])
 
 
@@ -103,7 +104,7 @@ def test_changed_data_is_said(copied: Path, tmp_path: Path) -> None:
     """Where the rows are not those that were trained on, the comparison goes on and says so."""
     other = tmp_path / "other.jsonl"
     other.write_text('{"prompt": "What is part 0?", "response": "A bolt."}\n')
-    found = compared(copied, "--data.path", str(other))
+    found = compared(copied, "--data.path", str(other), *BRIEF)
     assert found["notes"] == ["the data or its settings are not those that were trained on"]
     assert [one["reference"] for one in found["groups"]["trained"]["answers"]] == ["A bolt."]
 
@@ -122,7 +123,7 @@ def test_questions_of_a_file(copied: Path, tmp_path: Path, capsys: pytest.Captur
     assert [q.reference for q in of_rows] == ["none"] * 2
     assert [q.reference for q in of_lines] == [None] * 2
     capsys.readouterr()
-    words = ["--num", "1", "--max-new-tokens", "2", "--questions", str(lines), "--output", str(output), "--json"]
+    words = [*BRIEF, "--max-new-tokens", "2", "--questions", str(lines), "--output", str(output), "--json"]
     assert main(["compare", str(copied), *words]) == 0
     assert not (copied / "compare.json").exists()
     printed = json.loads(capsys.readouterr().out)

@@ -88,7 +88,7 @@ def test_a_seed_repeats_an_answer(tuned: Tuned) -> None:
 
 
 def test_an_answer_ends_when_asked(tuned: Tuned) -> None:
-    """Asked once, it ends behind the next token and its cache is good; a KeyboardInterrupt leaves no half cache."""
+    """Asked once, it ends behind the next token and its cache is good; asked twice, within it, without a cache."""
     speaker, prompt = Speaker(tuned.model, tuned.tokenizer, tuned.end_token_ids), ids_of(tuned, "What is part 1?")
     pieces: list[str] = []
     spoken = speaker.answer(prompt, GREEDY, False, pieces.append, lambda: len(pieces) >= 3)
@@ -101,7 +101,10 @@ def test_an_answer_ends_when_asked(tuned: Tuned) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     pieces.clear()
-    spoken = speaker.answer(prompt, GREEDY, False, press, lambda: False)
+    with pytest.raises(KeyboardInterrupt):  # nobody has asked for the answer's end
+        speaker.answer(prompt, GREEDY, False, press, lambda: False)
+    pieces.clear()
+    spoken = speaker.answer(prompt, GREEDY, False, press, lambda: bool(pieces))
     assert spoken.ended == "interrupted"
     assert spoken.text == "".join(pieces).strip() != ""
     assert speaker.cache is None

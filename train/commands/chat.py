@@ -127,9 +127,14 @@ class Chat:
         """Asks and shows the answer."""
         import torch
 
+        must_stop: Callable[[], bool] = bool  # nobody has asked yet
         try:
             with self.screen.answering() as must_stop:
                 spoken = self.talk.ask(text, self.screen.write, must_stop, self.screen.say)
+        except KeyboardInterrupt:  # asked twice, before the first token or behind the last
+            if not must_stop():
+                raise
+            self.screen.refuse("interrupted; this turn is not kept")
         except (ValueError, TimeoutError) as error:
             self.screen.refuse(str(error))
         except torch.OutOfMemoryError:

@@ -19,7 +19,8 @@ from train.deliver.speaker import Spoken
 class Script:
     """A screen that reads given lines and records what it is told."""
 
-    def __init__(self, *lines: str) -> None:
+    def __init__(self, *lines: str, is_asked: bool = False) -> None:
+        self.is_asked = is_asked
         self.lines, self.said, self.refused, self.prompts = list(lines), list[str](), list[str](), list[str]()
 
     def read(self, prompt: str) -> str | None:
@@ -40,13 +41,13 @@ class Script:
 
     @contextmanager
     def answering(self) -> Any:
-        yield lambda: False
+        yield lambda: self.is_asked
 
 
 class Talk:
     """Records what is asked; answers, or raises what it is given."""
 
-    def __init__(self, *errors: Exception) -> None:
+    def __init__(self, *errors: BaseException) -> None:
         self.asked, self.errors = list[str](), list(errors)
         self.sampling, self.with_adapters, self.system = Sampling(), True, ""
 
@@ -119,6 +120,19 @@ def test_what_fails_does_not_end_the_chat() -> None:
     assert screen.refused[0] == "too long"
     assert "memory" in screen.refused[1]
     assert about(Spoken("", "length", 0, 0.0, 0)).endswith("cut at max-new-tokens")
+
+
+def test_an_interrupt_ends_the_answer_or_the_chat() -> None:
+    """Ctrl-C outside of a token ends the turn where the screen was asked for that, and everything where it was not."""
+    for is_asked in (True, False):
+        talk, screen = Talk(KeyboardInterrupt()), Script("one", "two", is_asked=is_asked)
+        given: Any = talk
+        if is_asked:
+            Chat(given, screen, True).run()
+            assert (talk.asked, screen.refused) == (["one", "two"], ["interrupted; this turn is not kept"])
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                Chat(given, screen, True).run()
 
 
 def piped(path: Path, text: str, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:

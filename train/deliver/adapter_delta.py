@@ -83,9 +83,7 @@ def read_trained(folder: Path, vocabulary: int) -> Trained:
             trained.rows[f"{layer}.weight"] = Rows(_ids(settings, layer), tensor.float())
         elif known.removesuffix(".weight") in layers:
             trained.whole[known] = tensor.float()
-        elif f"{known.partition('.lora_B.weight')[0]}.lora_A.weight" not in {
-            key.removeprefix(PREFIX) for key in tensors
-        }:
+        elif not (known.endswith(".lora_B.weight") and known.replace(".lora_B.", ".lora_A.") in halves):
             lost.append(name)
     if lost:
         reason = f"{', '.join(sorted(lost)[:3])} would be lost: LoRA on linear layers, rows and whole layers are merged"

@@ -134,7 +134,7 @@ class Merge:
         else:
             base, _ = load_base(config, self.dtype, cpu, HostBlocks([], pin=False), 0, False)
             base.dequantize()
-        if self.trained.vocabulary > len(base.get_input_embeddings().weight):
+        if self.trained.rows:  # resize_token_embeddings(n) with the size that there is changes nothing
             base.resize_token_embeddings(self.trained.vocabulary, mean_resizing=False)
         for name in self.trained.names:
             weight = base.get_parameter(name)

@@ -1,5 +1,6 @@
 """The health check of a container."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 from tests.conftest import ROOT
 from train import health
+from train.run.heartbeats import write_beat
 
 TRAINER = """
 import sys, time
@@ -76,6 +78,22 @@ def test_a_stopped_trainer_is_unhealthy(folder: Path, trainer: subprocess.Popen[
     trainer.send_signal(signal.SIGCONT)
     os.waitpid(trainer.pid, os.WCONTINUED)
     assert health.trouble(folder) == ""
+
+
+def test_a_process_that_waits_in_vain_is_unhealthy(
+    folder: Path, trainer: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    """Rank 1 has arrived where rank 0 has not, for longer than the timeout and the launcher's patience."""
+    run = tmp_path / "run-folder"
+    (folder / "run").write_text(json.dumps({"dir": str(run), "timeout_seconds": 600}))
+    (folder / f"pid-{os.getpid()}").write_text("1")
+    beats = run / ".heartbeats"
+    beats.mkdir(parents=True)
+    write_beat(beats, rank=0, step=2, arrivals=0)
+    write_beat(beats, rank=1, step=2, arrivals=1)
+    assert health.trouble(folder) == ""
+    os.utime(beats / "1", (time.time() - 700,) * 2)
+    assert health.trouble(folder) == "processes wait for one that has not answered for 600 s"
 
 
 def test_where_nothing_trains_all_is_well(tmp_path: Path) -> None:

@@ -10,5 +10,7 @@ else
     digest=$(docker buildx imagetools inspect --format '{{.Manifest.Digest}}' "$image")
 fi
 [[ "$digest" =~ ^sha256:[0-9a-f]{64}$ ]] || { echo "the registry names no digest of $image: $digest" >&2; exit 78; }
-printf '# Made by docker/pin.sh on %s from %s\n%s@%s\n' "$(date -u +%F)" "$image" "$image" "$digest" >docker/base.lock
-echo "the base image is $image@$digest, kept in docker/base.lock"
+name=$image
+[[ "${image##*/}" != *:* ]] || name=${image%:*} # some engines take no tag beside a digest
+printf '# Made by docker/pin.sh on %s from %s\n%s@%s\n' "$(date -u +%F)" "$image" "$name" "$digest" >docker/base.lock
+echo "the base image is $image, $digest, kept in docker/base.lock"

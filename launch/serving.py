@@ -61,8 +61,8 @@ class Adapter:
             return ""
         return (
             f"the adapter was trained on {self.base} in {self.held}, and is served on the weights as they are stored, "
-            "which is another base: answers may differ from those in answers.json. What was trained is served after "
-            "`handloop merge` onto the dequantised base"
+            "which is another base: answers may differ from those in answers.json. To serve what was trained, serve "
+            "the folder that `handloop merge --onto dequantized` makes"
         )
 
     def files(self, *options: str) -> list[str]:
@@ -109,33 +109,51 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def find(source: Path, base: str) -> Adapter | Merged | Gguf:
-    """What lies there: a run folder or its final/, a merged model, a .gguf file, or a folder with one."""
+def find(source: Path, base: str) -> Adapter | Merged:
+    """A run folder or its final/, another adapter, or a merged model; raises Refused."""
     place = source.resolve()
-    if place.is_file() and place.suffix == ".gguf":
-        return Gguf(place)
+    if place.suffix == ".gguf":
+        raise Refused(f"{source} goes to launch/serve_llama_cpp.sh; here a run, or a merged folder, is served")
     if not place.is_dir():
-        raise Refused(f"{source} is no folder and no .gguf file")
+        raise Refused(f"{source} is no folder")
     for folder in (place / "final", place):
         if (folder / "adapter_config.json").exists():
             return Adapter.read(folder, base)
-    if "model_type" in read_object(place / "config.json"):
-        return Merged(place)
-    files = sorted(place.glob("*.gguf"))
-    if len(files) > 1:
-        raise Refused(f"{source} has several models, name one: {', '.join(file.name for file in files)}")
-    if files:
-        return Gguf(files[0])
-    raise Refused(
-        f"{source} has neither final/ (a run that has not finished has none yet), nor adapter_config.json, nor a "
-        "model's config.json, nor a .gguf file"
-    )
+    if "model_type" not in read_object(place / "config.json"):
+        raise Refused(
+            f"{source} has neither final/ (a run that has not finished has none yet), nor adapter_config.json, nor a "
+            "model's config.json"
+        )
+    if base:
+        raise Refused("--base goes with an adapter; this model has its base in it")
+    return Merged(place)
 
 
-def vllm(source: Adapter | Merged | Gguf, name: str) -> list[str]:
+def find_gguf(source: Path, base: str) -> Gguf:
+    """A .gguf file; in a folder or its export/ the one that the Modelfile names, else the only one; raises Refused."""
+    if base:
+        raise Refused("--base goes with an adapter; a .gguf file has its base in it")
+    place = source.resolve()
+    if place.is_file() and place.suffix == ".gguf":
+        return Gguf(place)
+    for folder in (place, (place / "export").resolve()):
+        named = [folder / name for name in models_of(folder / "Modelfile")]
+        files = [path.resolve() for path in named if path.is_file()] or sorted(folder.glob("*.gguf"))
+        if len(files) > 1:
+            raise Refused(f"{folder} has several models, name one: {', '.join(file.name for file in files)}")
+        if files:
+            return Gguf(files[0])
+    raise Refused(f"there is no .gguf file in {source}: `handloop export --format ollama` makes one, with a Modelfile")
+
+
+def models_of(path: Path) -> list[str]:
+    """What the FROM lines of a Modelfile name; nothing where there is none."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return re.findall(r"^\s*FROM\s+\"?(.+?)\"?\s*$", text, re.MULTILINE | re.IGNORECASE)
+
+
+def vllm(source: Adapter | Merged, name: str) -> list[str]:
     """`vllm serve`: the base under its own name, and the adapter under `name`."""
-    if isinstance(source, Gguf):
-        raise Refused("vLLM is given the merged folder here; a .gguf file goes to launch/serve_llama_cpp.sh")
     if isinstance(source, Merged):
         return ["vllm", "serve", str(source.folder), *LOOPBACK, "--served-model-name", name]
     rank = next((rank for rank in VLLM_RANKS if rank >= source.rank), None)
@@ -148,14 +166,12 @@ def vllm(source: Adapter | Merged | Gguf, name: str) -> list[str]:
     return ["vllm", "serve", source.base, *source.place(), *LOOPBACK, *tokenizer, *files, *lora]
 
 
-def sglang(source: Adapter | Merged | Gguf, name: str) -> list[str]:
+def sglang(source: Adapter | Merged, name: str) -> list[str]:
     """`sglang serve`: the base under its own name, and the adapter as BASE:NAME.
 
     Its rank and layers are read from the adapter. The end tokens are taken from the base's own config.json alone, so
     those that were trained are put there.
     """
-    if isinstance(source, Gguf):
-        raise Refused("SGLang is given the merged folder here; a .gguf file goes to launch/serve_llama_cpp.sh")
     if isinstance(source, Merged):
         return ["sglang", "serve", "--model-path", str(source.folder), *LOOPBACK, "--served-model-name", name]
     ends = {"eos_token_id": source.end_token_ids}
@@ -165,23 +181,19 @@ def sglang(source: Adapter | Merged | Gguf, name: str) -> list[str]:
     return ["sglang", "serve", "--model-path", source.base, *source.place(), *LOOPBACK, *tokenizer, *override, *lora]
 
 
-def llama_cpp(source: Adapter | Merged | Gguf, name: str) -> list[str]:
+def llama_cpp(source: Gguf, name: str) -> list[str]:
     """`llama-server`: the model, with the chat template beside it or else the one inside it."""
-    if not isinstance(source, Gguf):
-        raise Refused("llama.cpp takes .gguf files: make one with `handloop export`")
     template = source.beside / TEMPLATE
     chat = ["--chat-template-file", str(template)] if template.exists() else []
     return ["llama-server", "--model", str(source.file), "--alias", name, *LOOPBACK, "--jinja", *chat]
 
 
-def ollama(source: Adapter | Merged | Gguf, name: str) -> list[str]:
+def ollama(source: Gguf, name: str) -> list[str]:
     """`ollama create`: the model of the Modelfile beside the .gguf file, for the server that runs already."""
-    if not isinstance(source, Gguf):
-        raise Refused("Ollama takes a .gguf file with a Modelfile beside it: make both with `handloop export`")
     path = source.beside / "Modelfile"
     if not path.exists():
-        raise Refused(f"there is no {path}: `handloop export` writes one beside the .gguf file")
-    models = re.findall(r"^\s*FROM\s+\"?(.+?)\"?\s*$", path.read_text(encoding="utf-8"), re.MULTILINE | re.IGNORECASE)
+        raise Refused(f"there is no {path}: `handloop export --format ollama` writes one beside the .gguf file")
+    models = models_of(path)
     if len(models) != 1 or (source.beside / models[0]).resolve() != source.file:
         raise Refused(f"{path} is not of {source.file.name}: FROM names {', '.join(models) or 'nothing'}")
     return ["ollama", "create", name, "--file", str(path)]
@@ -191,16 +203,20 @@ def ollama(source: Adapter | Merged | Gguf, name: str) -> list[str]:
 class Engine:
     """A server that others make."""
 
-    command: Callable[[Adapter | Merged | Gguf, str], list[str]]
+    find: Callable[[Path, str], Any]  # what is served, from SOURCE and --base
+    command: Callable[[Any, str], list[str]]
     install: str  # how one gets it
     ask: str  # how one asks it, for what
 
 
+OWN_ENVIRONMENT = "in an environment of its own"
 ENGINES = {
-    "vllm": Engine(vllm, "pip install vllm, in an environment of its own", 'model "{name}", port 8000'),
-    "sglang": Engine(sglang, "pip install sglang, in an environment of its own", 'model "{model}", port 30000'),
-    "ollama": Engine(ollama, "see https://ollama.com/download", "ollama run {name}, or its API on port 11434"),
-    "llama_cpp": Engine(llama_cpp, "build https://github.com/ggml-org/llama.cpp", 'model "{name}", port 8080'),
+    "vllm": Engine(find, vllm, f"pip install vllm, {OWN_ENVIRONMENT}", 'model "{name}", port 8000'),
+    "sglang": Engine(find, sglang, f"pip install sglang, {OWN_ENVIRONMENT}", 'model "{model}", port 30000'),
+    "ollama": Engine(find_gguf, ollama, "see https://ollama.com/download", "ollama run {name}, or its API, port 11434"),
+    "llama_cpp": Engine(
+        find_gguf, llama_cpp, "build https://github.com/ggml-org/llama.cpp", 'model "{name}", port 8080'
+    ),
 }
 
 
@@ -215,8 +231,8 @@ def default_name(found: Adapter | Merged | Gguf) -> str:
     """The run's, the folder's or the file's name."""
     if isinstance(found, Gguf):
         return found.file.stem
-    is_final = isinstance(found, Adapter) and found.folder.name == "final"
-    return found.folder.parent.name if is_final else found.folder.name
+    is_part = found.folder.name in ("final", "export", "merged")
+    return found.folder.parent.name if is_part else found.folder.name
 
 
 def make_command(words: Sequence[str]) -> tuple[list[str], list[str], bool]:
@@ -230,9 +246,8 @@ def make_command(words: Sequence[str]) -> tuple[list[str], list[str], bool]:
     options.add_argument("--base", default="", help="the base's folder or hub id, if it is not where it was trained on")
     options.add_argument("--dry-run", action="store_true", help="show the command and end")
     given, others = options.parse_known_args(words[1:])
-    found, engine = find(given.source, given.base), ENGINES[words[0]]
-    if given.base and not isinstance(found, Adapter):
-        raise Refused("--base goes with an adapter; this model has its base in it")
+    engine = ENGINES[words[0]]
+    found = engine.find(given.source, given.base)
     name = given.name or default_name(found)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise Refused(f"{name!r} is no name of letters, digits, dots, hyphens and underlines; give --name")

@@ -128,16 +128,20 @@ def test_a_merged_model_is_served_under_its_name(tmp_path: Path, engine: str) ->
     (merged / "config.json").write_text(json.dumps({"model_type": "llama"}))
     command = shown(engine, merged)
     assert str(merged) in command
-    assert value(command, "--served-model-name") == "merged"
+    assert value(command, "--served-model-name") == tmp_path.name  # of `merged` in a run or an export
+    assert value(shown(engine, merged, "--name", "mine"), "--served-model-name") == "mine"
     with pytest.raises(Refused, match="has its base in it"):
         shown(engine, merged, "--base", "x")
 
 
 def test_llama_cpp_serves_a_gguf_file(tmp_path: Path) -> None:
-    """By its name or its folder, with the chat template beside it; several in a folder must be named."""
+    """By its name, its folder or its run's, with the chat template beside it; one of several must be named."""
     (tmp_path / "model-Q8_0.gguf").touch()
     command = shown("llama_cpp", tmp_path / "model-Q8_0.gguf", "--lora", "adapter.gguf")
     assert command == shown("llama_cpp", tmp_path, "--lora", "adapter.gguf")
+    run = write_run(tmp_path / "run", HUB)
+    (run / "export").symlink_to(tmp_path)
+    assert command == shown("llama_cpp", run, "--lora", "adapter.gguf")
     assert value(command, "--model") == str(tmp_path / "model-Q8_0.gguf")
     assert value(command, "--alias") == "model-Q8_0"
     assert value(command, "--lora") == "adapter.gguf"
@@ -147,6 +151,8 @@ def test_llama_cpp_serves_a_gguf_file(tmp_path: Path) -> None:
     (tmp_path / "other.gguf").touch()
     with pytest.raises(Refused, match=r"several models, name one: model-Q8_0\.gguf, other\.gguf"):
         shown("llama_cpp", tmp_path)
+    (tmp_path / "Modelfile").write_text("FROM ./other.gguf\n")
+    assert value(shown("llama_cpp", tmp_path), "--model") == str(tmp_path / "other.gguf")
 
 
 @pytest.mark.parametrize("named", ["./model.gguf", "model.gguf", '"./model.gguf"', "{folder}/model.gguf"])
@@ -158,6 +164,11 @@ def test_ollama_gets_the_modelfile(tmp_path: Path, named: str) -> None:
     modelfile = tmp_path / "Modelfile"
     modelfile.write_text(f"# a comment\nFROM {named.format(folder=tmp_path)}\nPARAMETER stop <|end|>\n")
     assert shown("ollama", tmp_path, "--name", "mine") == ["ollama", "create", "mine", "--file", str(modelfile)]
+    (tmp_path / "adapter.gguf").touch()
+    assert str(modelfile) in shown("ollama", tmp_path, "--name", "mine")
+    with pytest.raises(Refused, match=r"is not of adapter\.gguf"):
+        shown("ollama", tmp_path / "adapter.gguf", "--name", "mine")
+    (tmp_path / "adapter.gguf").unlink()
     modelfile.write_text("FROM llama3.1\n")
     with pytest.raises(Refused, match=r"FROM names llama3\.1"):
         shown("ollama", tmp_path, "--name", "mine")
@@ -173,12 +184,14 @@ def test_what_is_nothing_of_it_is_refused(run: Path, tmp_path: Path) -> None:
     for engine in ("ollama", "llama_cpp"):
         with pytest.raises(Refused, match="handloop export"):
             shown(engine, run)
+        with pytest.raises(Refused, match="has its base in it"):
+            shown(engine, model, "--base", "x")
     with pytest.raises(Refused, match="is no name"):
         shown("vllm", run, "--name", "a b")
     (run / "final").rename(run / "other")
     with pytest.raises(Refused, match="has not finished"):
         shown("vllm", run)
-    with pytest.raises(Refused, match=r"no folder and no \.gguf file"):
+    with pytest.raises(Refused, match="is no folder"):
         shown("vllm", tmp_path / "nowhere")
     (run / "other" / "base.json").write_text("{")
     with pytest.raises(Refused, match=r"base\.json"):

@@ -43,7 +43,7 @@ def test_vllm_reads_what_is_made_for_it(tmp_path: Path, monkeypatch: pytest.Monk
         ("a100", final, HUB["name"])
     ]
     read = parser.parse_args(made("vllm", merged_model(tmp_path / "merged"))[2:])
-    assert (read.model_tag, read.served_model_name) == (str(tmp_path / "merged"), ["merged"])
+    assert (read.model_tag, read.served_model_name) == (str(tmp_path / "merged"), [tmp_path.name])
 
 
 def test_sglang_reads_what_is_made_for_it(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_sglang_reads_what_is_made_for_it(tmp_path: Path) -> None:
     assert json.loads(read.json_model_override_args) == {"eos_token_id": [128001, 128009]}
     assert (read.enable_lora, read.lora_strict_loading, read.lora_paths) == (True, True, [f"a100={final}"])
     read = parser.parse_args(made("sglang", merged_model(tmp_path / "merged"))[2:])
-    assert (read.model_path, read.served_model_name) == (str(tmp_path / "merged"), "merged")
+    assert (read.model_path, read.served_model_name) == (str(tmp_path / "merged"), tmp_path.name)
 
 
 def test_llama_server_reads_what_is_made_for_it(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from launch.serving import make_command
-from tests.unit.test_serving import HUB, write_run
+from tests.unit.launch.test_serving import HUB, write_run
 
 
 def made(engine: str, source: Path, *words: str) -> list[str]:

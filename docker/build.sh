@@ -16,5 +16,5 @@ fi
 [ -f docker/base.lock ] || bash docker/pin.sh
 options=()
 [ "$engine" = docker ] || options=(--format docker) # the OCI format has no health checks
-exec "$engine" build "${options[@]}" --build-arg BASE="$(tail -n 1 docker/base.lock)" --build-arg LOCKS="$locks" \
+exec "$engine" build ${options[@]+"${options[@]}"} --build-arg BASE="$(tail -n 1 docker/base.lock)" --build-arg LOCKS="$locks" \
     --tag "$tag" --file docker/Dockerfile "$@" .

@@ -65,12 +65,10 @@ class Adapter:
             "the folder that `handloop merge --onto dequantized` makes"
         )
 
-    def files(self, *options: str) -> list[str]:
-        """Each option that this folder has a file for, with its path: the template that was trained, for one."""
-        paths = {"--chat-template": self.folder / TEMPLATE, "--generation-config": self.folder}
-        has = {"--chat-template": TEMPLATE, "--generation-config": "generation_config.json"}
-        wanted = [option for option in options if (self.folder / has[option]).exists()]
-        return [word for option in wanted for word in (option, str(paths[option]))]
+    def template(self) -> list[str]:
+        """The chat template that was trained, if it is there."""
+        path = self.folder / TEMPLATE
+        return ["--chat-template", str(path)] if path.exists() else []
 
     def place(self) -> list[str]:
         """The base's commit, where it has one."""
@@ -137,8 +135,8 @@ def find_gguf(source: Path, base: str) -> Gguf:
     if place.is_file() and place.suffix == ".gguf":
         return Gguf(place)
     for folder in (place, (place / "export").resolve()):
-        named = [folder / name for name in models_of(folder / "Modelfile")]
-        files = [path.resolve() for path in named if path.is_file()] or sorted(folder.glob("*.gguf"))
+        named = (folder / model_of(folder / "Modelfile")).resolve()
+        files = [named] if named.is_file() else sorted(folder.glob("*.gguf"))
         if len(files) > 1:
             raise Refused(f"{folder} has several models, name one: {', '.join(file.name for file in files)}")
         if files:
@@ -146,10 +144,11 @@ def find_gguf(source: Path, base: str) -> Gguf:
     raise Refused(f"there is no .gguf file in {source}: `handloop export --format ollama` makes one, with a Modelfile")
 
 
-def models_of(path: Path) -> list[str]:
-    """What the FROM lines of a Modelfile name; nothing where there is none."""
+def model_of(path: Path) -> str:
+    """What the FROM line of a Modelfile names; empty where there is none."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return re.findall(r"^\s*FROM\s+\"?(.+?)\"?\s*$", text, re.MULTILINE | re.IGNORECASE)
+    found = re.search(r"^\s*FROM\s+\"?(.+?)\"?\s*$", text, re.MULTILINE | re.IGNORECASE)
+    return found[1] if found else ""
 
 
 def vllm(source: Adapter | Merged, name: str) -> list[str]:
@@ -160,23 +159,23 @@ def vllm(source: Adapter | Merged, name: str) -> list[str]:
     if rank is None:
         raise Refused(f"vLLM serves adapters up to rank {VLLM_RANKS[-1]}, and this one has {source.rank}: merge it")
     module = {"name": name, "path": str(source.folder), "base_model_name": source.base}
-    files = source.files("--chat-template", "--generation-config")
+    ends = ["--generation-config", str(source.folder)] if source.end_token_ids else []
     lora = ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", json.dumps(module)]
-    tokenizer = ["--tokenizer", str(source.folder)]
-    return ["vllm", "serve", source.base, *source.place(), *LOOPBACK, *tokenizer, *files, *lora]
+    tokenizer = ["--tokenizer", str(source.folder), *source.template()]
+    return ["vllm", "serve", source.base, *source.place(), *LOOPBACK, *tokenizer, *ends, *lora]
 
 
 def sglang(source: Adapter | Merged, name: str) -> list[str]:
     """`sglang serve`: the base under its own name, and the adapter as BASE:NAME.
 
-    Its rank and layers are read from the adapter. The end tokens are taken from the base's own config.json alone, so
-    those that were trained are put there.
+    Its rank and layers are read from the adapter, the end tokens from the base's own files alone: so those that were
+    trained are put into its configuration.
     """
     if isinstance(source, Merged):
         return ["sglang", "serve", "--model-path", str(source.folder), *LOOPBACK, "--served-model-name", name]
     ends = {"eos_token_id": source.end_token_ids}
     override = ["--json-model-override-args", json.dumps(ends)] if source.end_token_ids else []
-    tokenizer = ["--tokenizer-path", str(source.folder), *source.files("--chat-template")]
+    tokenizer = ["--tokenizer-path", str(source.folder), *source.template()]
     lora = ["--enable-lora", "--lora-strict-loading", "--lora-paths", f"{name}={source.folder}"]
     return ["sglang", "serve", "--model-path", source.base, *source.place(), *LOOPBACK, *tokenizer, *override, *lora]
 
@@ -193,9 +192,9 @@ def ollama(source: Gguf, name: str) -> list[str]:
     path = source.beside / "Modelfile"
     if not path.exists():
         raise Refused(f"there is no {path}: `handloop export --format ollama` writes one beside the .gguf file")
-    models = models_of(path)
-    if len(models) != 1 or (source.beside / models[0]).resolve() != source.file:
-        raise Refused(f"{path} is not of {source.file.name}: FROM names {', '.join(models) or 'nothing'}")
+    model = model_of(path)
+    if (source.beside / model).resolve() != source.file:
+        raise Refused(f"{path} is not of {source.file.name}: FROM names {model or 'nothing'}")
     return ["ollama", "create", name, "--file", str(path)]
 
 
@@ -211,11 +210,11 @@ class Engine:
 
 OWN_ENVIRONMENT = "in an environment of its own"
 ENGINES = {
-    "vllm": Engine(find, vllm, f"pip install vllm, {OWN_ENVIRONMENT}", 'model "{name}", port 8000'),
-    "sglang": Engine(find, sglang, f"pip install sglang, {OWN_ENVIRONMENT}", 'model "{model}", port 30000'),
-    "ollama": Engine(find_gguf, ollama, "see https://ollama.com/download", "ollama run {name}, or its API, port 11434"),
+    "vllm": Engine(find, vllm, f"pip install vllm, {OWN_ENVIRONMENT}", 'model "{name}"; port 8000 by default'),
+    "sglang": Engine(find, sglang, f"pip install sglang, {OWN_ENVIRONMENT}", 'model "{model}"; port 30000 by default'),
+    "ollama": Engine(find_gguf, ollama, "see https://ollama.com/download", "ollama run {name}, or its API"),
     "llama_cpp": Engine(
-        find_gguf, llama_cpp, "build https://github.com/ggml-org/llama.cpp", 'model "{name}", port 8080'
+        find_gguf, llama_cpp, "build https://github.com/ggml-org/llama.cpp", 'model "{name}"; port 8080 by default'
     ),
 }
 

@@ -1,13 +1,15 @@
 """Writes requirements.lock and requirements-cuda.lock: the pins of constraints.txt, with the sha256 of all their files.
 
-    pip install uv && python launch/lock.py
+    pip install uv && python launch/lock.py [cu126]
 
 uv asks the package index what each release needs and which files it has; no wheel is downloaded. What the CUDA build of
 torch needs beyond constraints.txt goes into the second file, because other builds of torch do not want those gigabytes.
+With cu126 it writes requirements-cu126.lock instead, which is whole: the same pins with torch's build for CUDA 12.6.
 """
 
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -22,13 +24,20 @@ SAYS = {
     "requirements.lock": "The pins are those of constraints.txt.",
     "requirements-cuda.lock": "What the CUDA build of torch needs beyond requirements.lock.",
 }
+LINUX = "environments = [\"sys_platform == 'linux'\"]\n"
+OLD_GPUS = "requirements-cu126.lock"
+INDEX = "https://download.pytorch.org/whl/cu126"  # torch alone comes from there
+LINUX_CU126 = f"""environments = ["sys_platform == 'linux' and platform_machine == 'x86_64'"]
+index = [{{name = "cu126", url = "{INDEX}", explicit = true}}]
+sources = {{torch = {{index = "cu126"}}}}
+"""
 
 
-def resolve(project: str, constraints: Path) -> list[str]:
+def resolve(project: str, constraints: Path, settings: str = LINUX) -> list[str]:
     """One block of text for each package that Linux needs: its pin and its hashes."""
     with tempfile.TemporaryDirectory() as folder:
         described = Path(folder, "pyproject.toml")
-        described.write_text(f"{project}\n[tool.uv]\nenvironments = [\"sys_platform == 'linux'\"]\n", encoding="utf-8")
+        described.write_text(f"{project}\n[tool.uv]\n{settings}", encoding="utf-8")
         words = ["uv", "pip", "compile", "pyproject.toml", "--extra", "dev", "--constraint", str(constraints)]
         options = ["--universal", "--python-version", "3.11", "--generate-hashes", "--no-annotate", "--no-header"]
         done = subprocess.run([*words, *options], cwd=folder, check=True, stdout=subprocess.PIPE, text=True)
@@ -42,11 +51,28 @@ def pins(text: str) -> dict[str, str]:
     return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found}
 
 
-def main() -> None:
-    """Writes both files; raises AssertionError where constraints.txt pins what nothing needs or ALSO is old."""
+def whole_lock(blocks: list[str], pinned: dict[str, str]) -> str:
+    """requirements-cu126.lock; raises AssertionError where a package has no hash or is not the pinned one."""
+    unhashed = [block.split()[0] for block in blocks if "--hash=sha256:" not in block]
+    assert not unhashed, f"the index gives no sha256 for {', '.join(unhashed)}"
+    found = pins("".join(blocks))
+    assert found["torch"].endswith("+cu126"), f"the index has torch {found['torch']}"
+    wanted = pinned | {"torch": f"{pinned['torch']}+cu126"}
+    assert wanted.items() <= found.items(), f"not as pinned: {sorted(wanted.items() - found.items())}"
+    says = f"The pins are those of constraints.txt; torch is built for CUDA 12.6.\n--extra-index-url {INDEX}"
+    return HEADER.format(says) + "".join(block.rstrip("\n") + "\n" for block in blocks)
+
+
+def main(words: list[str]) -> None:
+    """Writes the files; raises AssertionError where constraints.txt pins what nothing needs or ALSO is old."""
     constraints = ROOT / "constraints.txt"
     pinned = pins(constraints.read_text(encoding="utf-8"))
-    blocks = resolve((ROOT / "pyproject.toml").read_text(encoding="utf-8"), constraints)
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    if words == ["cu126"]:
+        (ROOT / OLD_GPUS).write_text(whole_lock(resolve(project, constraints, LINUX_CU126), pinned), encoding="utf-8")
+        return
+    assert not words, f"unknown: {words}; the only word is cu126"
+    blocks = resolve(project, constraints)
     used = pins("".join(blocks))
     assert set(pinned) <= set(used), f"pinned and not needed: {sorted(set(pinned) - set(used))}"
     assert set(ALSO) <= {f"{name}=={version}" for name, version in used.items()}, "ALSO names another version"
@@ -61,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -13,6 +13,7 @@ ALLOWED = {
     "train.learning_rate": {"config"},
     "train.profiles": {"config"},
     "train.run": {"config", "data_tools", "metrics", "optim"},
+    "train.health": {"run"},
     "train.launcher": {"run"},
     "train.data": {"batching", "collate", "config", "data_tools", "seeds"},
     "train.engine": {"batching", "collate", "config", "run"},

@@ -14,7 +14,7 @@ from train.profiles import PROFILES
 PAIRS = {
     path.name: re.search(r"^launch (\S+\.yaml) (\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
     for path in sorted((ROOT / "launch").glob("*.sh"))
-    if path.name not in ("_common.sh", "test.sh")
+    if path.name not in ("_common.sh", "test.sh") and not path.name.startswith("serve_")
 }
 
 

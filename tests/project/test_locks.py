@@ -2,7 +2,9 @@
 
 import re
 
-from launch.lock import pins
+import pytest
+
+from launch.lock import pins, whole_lock
 from tests.conftest import ROOT
 
 
@@ -41,3 +43,21 @@ def test_the_scripts_install_only_what_the_locks_name() -> None:
         "install --no-build-isolation -e . # with the setuptools of the lock"
     ]
     assert script.count("pip install") == 1
+
+
+def test_the_lock_for_old_gpus_has_every_hash_and_their_torch() -> None:
+    """It is the pins with torch's build for CUDA 12.6 from its index; no hash, or another version, is refused."""
+    digest = "0a" * 32
+    torch, rich = (f"{pin} \\\n    --hash=sha256:{digest}\n" for pin in ("torch==2.13.0+cu126", "rich==15.0.0"))
+    pinned = {"torch": "2.13.0", "rich": "15.0.0"}
+    text = whole_lock([torch, rich], pinned)
+    assert pins(text) == {"torch": "2.13.0+cu126", "rich": "15.0.0"}
+    assert "\n--extra-index-url https://download.pytorch.org/whl/cu126\n" in text
+    for blocks, why in (
+        ([torch, "rich==15.0.0\n"], "no sha256 for rich"),
+        ([torch.replace("+cu126", ""), rich], "has torch 2.13.0"),
+        ([torch.replace("2.13", "2.14"), rich], "not as pinned"),
+        ([torch], "not as pinned"),
+    ):
+        with pytest.raises(AssertionError, match=why):
+            whole_lock(blocks, pinned)

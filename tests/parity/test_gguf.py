@@ -9,6 +9,7 @@ import torch
 
 from tests.gguf_models import SHAPES, logits_of, model_folder, needs_llama_cpp, written
 from train.config import LLAMA_LINEAR_LAYERS
+from train.deliver import llama_cpp_runner
 from train.deliver.adapter_delta import Rows, read_trained
 from train.deliver.gguf_adapter import write_adapter_gguf
 from train.deliver.gguf_writer import write_gguf
@@ -28,6 +29,17 @@ def test_llama_cpp_computes_what_transformers_computes(name: str, tmp_path: Path
         found = llama.logits(IDS)
     wanted = logits_of(model, IDS)
     assert found.shape == wanted.shape
+    assert (found - wanted).norm() <= 2e-5 * wanted.norm()
+
+
+def test_a_row_may_be_longer_than_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Computed 50 tokens at a time, 192 tokens have the same logits, each at its place."""
+    model = model_folder(tmp_path, SHAPES["llama"])
+    write_gguf(tmp_path, tmp_path / "tiny.gguf", "F32", *written(tmp_path))
+    monkeypatch.setattr(llama_cpp_runner, "MAX_BATCH", 50)
+    with LlamaCpp(tmp_path / "tiny.gguf", is_exact=True) as llama:
+        found = llama.logits(IDS)
+    wanted = logits_of(model, IDS)
     assert (found - wanted).norm() <= 2e-5 * wanted.norm()
 
 

@@ -44,7 +44,7 @@ class Pieces:
         if self.after_question != self.generation:
             question = f"{{{{ if $last }}}}{question}{{{{ else }}}}{_literal(self.after_question)}{{{{ end }}}}"
         return (
-            f"{begin}{{{{ range $i, $message := .Messages }}}}"
+            f"{begin}{{{{ range $i, $_ := .Messages }}}}"
             "{{ $last := eq (len (slice $.Messages $i)) 1 }}"
             f'{{{{ if eq .Role "user" }}}}{{{{ .Content }}}}{question}'
             '{{ else if eq .Role "assistant" }}{{ .Content }}'
@@ -134,7 +134,7 @@ class _Evaluation:
             if action.startswith("if "):
                 text, at = self.choice(action.removeprefix("if "), at + 1)
                 written += text
-            elif action == "range $i, $message := .Messages":
+            elif action == "range $i, $_ := .Messages":
                 text, at = self.loop(at + 1)
                 written += text
             elif action.startswith('"'):

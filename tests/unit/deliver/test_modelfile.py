@@ -16,7 +16,7 @@ TEMPLATE \"\"\"{{ if .System }}<|system|>
 {{ .System }}
 <|user|>
 {{ else }}<|user|>
-{{ end }}{{ range $i, $message := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}\
+{{ end }}{{ range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}\
 {{ if eq .Role "user" }}{{ .Content }}
 <|assistant|>
 {{ else if eq .Role "assistant" }}{{ .Content }}{{ if not $last }}<|end|>

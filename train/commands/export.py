@@ -3,11 +3,15 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_tools.terminal import typed_path
 from train.commands.merge import LIMITS
 from train.commands.options import RunOptions
 from train.run.exits import ExitCode, ExitWith
+
+if TYPE_CHECKING:
+    from train.deliver.receipt import Limits
 
 FORMATS = ("adapter", "safetensors", "gguf", "adapter-gguf", "ollama")
 QUANTIZED = ("Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
@@ -20,6 +24,8 @@ def main(words: list[str]) -> int:
     own.add_argument("--format", nargs="+", choices=FORMATS, default=[], help="what to write; ollama is gguf and more")
     own.add_argument("--quantize", nargs="+", choices=QUANTIZED, default=[], help="further GGUF files, by llama.cpp")
     own.add_argument("--onto", choices=sorted(LIMITS), help="the base before it was quantised, or as it was trained on")
+    own.add_argument("--max-kl", type=float, metavar="NATS", help="mean KL divergence that quantised files may have")
+    own.add_argument("--min-agreement", type=float, metavar="SHARE", help="top-1 agreement that they must have")
     own.add_argument("--output", type=typed_path, metavar="FOLDER", help="default RUN/export")
     own.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     own.add_argument("--push", metavar="OWNER/NAME", help="send it to the hub; without --format what RUN/export holds")
@@ -49,7 +55,7 @@ def main(words: list[str]) -> int:
             tuple(dict.fromkeys(options.quantize)),
             onto or "original",
             Limits(*LIMITS["dequantized" if is_trained_on else "original"]),
-            Limits(*QUANTIZED_LIMITS),
+            _quantized_limits(options),
         )
         notes = Export(run, wanted, _say).write(target)
     elif not (target / "README.md").is_file():
@@ -65,12 +71,24 @@ def main(words: list[str]) -> int:
     return 0
 
 
+def _quantized_limits(options: argparse.Namespace) -> "Limits":
+    from train.deliver.receipt import Limits
+
+    max_kl, min_agreement = QUANTIZED_LIMITS
+    return Limits(
+        max_kl if options.max_kl is None else options.max_kl,
+        min_agreement if options.min_agreement is None else options.min_agreement,
+    )
+
+
 def _check(own: RunOptions, options: argparse.Namespace) -> None:
     """Refuses options that nothing would read."""
     if not options.format and not options.push:
         own.error("write --format, or --push to send what is exported already")
     if options.quantize and not {"gguf", "ollama"} & set(options.format):
         own.error("--quantize makes GGUF files: add --format gguf or --format ollama")
+    if not options.quantize and (options.max_kl, options.min_agreement) != (None, None):
+        own.error("--max-kl and --min-agreement are limits of quantised files: add --quantize")
     if options.onto and not {"safetensors", "gguf", "ollama"} & set(options.format):
         own.error("--onto: nothing is merged; add --format safetensors, gguf or ollama, or leave it out")
     if not options.push and (options.public or options.dry_run):

@@ -271,7 +271,10 @@ class Export:
         receipt = Receipt.of(probe, trained, behaviour(model, probe))
         if problems := receipt.problems(limits):
             what = f"by {receipt.num_positions} {receipt.kind} predictions: {'; '.join(problems)}"
-            raise ExitWith(ExitCode.UNLIKE, f"{name} does not behave like the trained model, {what}; nothing was kept")
+            is_quantized = limits is self.wanted.quantized_limits
+            way_out = "; --max-kl and --min-agreement say what is allowed" if is_quantized else ""
+            reason = f"{name} does not behave like the trained model, {what}\nnothing was kept{way_out}"
+            raise ExitWith(ExitCode.UNLIKE, reason)
         self.receipts[name] = receipt.as_json()
 
 

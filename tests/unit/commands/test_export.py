@@ -139,8 +139,11 @@ def test_real_llama_cpp_answers_as_the_trained_model(run: Path, capsys: pytest.C
     assert eight["mean_kl"] < four["mean_kl"] < 1.0
     kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(run / "export/my-run-Q4_K_M.gguf").tensors}
     assert {"Q4_K", "Q6_K"} <= kinds
-    said = capsys.readouterr().out
-    assert "2 of 2 greedy answers equal" in said
+    assert "2 of 2 greedy answers equal" in capsys.readouterr().out
+    words = ["--format", "gguf", "--overwrite", "--quantize", "Q4_0", "--max-kl", "1e-9"]
+    assert main(["export", str(run), *words]) == 84
+    assert "my-run-Q4_0.gguf does not behave like the trained model" in capsys.readouterr().err
+    assert (run / "export" / "my-run-Q8_0.gguf").exists(), "the earlier export stands"
 
 
 @needs_llama_cpp
@@ -204,6 +207,7 @@ def test_what_cannot_be_done_is_refused_first(
         "write --format, or --push": [str(run)],
         "--quantize makes GGUF files": [str(run), "--format", "adapter", "--quantize", "Q4_0"],
         "--onto: nothing is merged": [str(run), "--format", "adapter", "--onto", "original"],
+        "--max-kl and --min-agreement are limits of": [str(run), "--format", "gguf", "--max-kl", "2"],
         "--public and --dry-run belong to --push": [str(run), "--format", "adapter", "--public"],
         "there is no export in": [str(run), "--push", "me/x", "--dry-run"],
         "--push me: write OWNER/NAME": [str(run), "--format", "adapter", "--push", "me", "--dry-run"],

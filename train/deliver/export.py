@@ -100,7 +100,7 @@ class Export:
             gguf_files = self._merged_files(folder, merge) if merge is not None else []
             adapter_gguf = self._adapter_file(folder) if "adapter-gguf" in self.wanted.formats else ""
             if "ollama" in self.wanted.formats:
-                self._modelfile(folder, gguf_files[-1])
+                self._modelfile(folder, gguf_files[:2][-1])  # the first quantised one, if there is any
             contents = Contents(
                 adapter="adapter" in self.wanted.formats,
                 merged=self._merged_name if "safetensors" in self.wanted.formats else "",

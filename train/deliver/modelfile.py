@@ -24,7 +24,7 @@ def modelfile(
         lines.append(f"# no TEMPLATE: {instead}")
         notes = [f"Modelfile: no TEMPLATE, because {'; '.join(reasons)}; {instead}"]
     lines += [f"PARAMETER stop {_quoted(token)}" for token in end_tokens]
-    lines.append("# answers were compared at temperature 0; for the same ones:  PARAMETER temperature 0")
+    lines.append("# for greedy answers, such as a receipt compares:  PARAMETER temperature 0")
     return "\n".join(lines) + "\n", notes
 
 

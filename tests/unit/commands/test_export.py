@@ -129,7 +129,8 @@ def test_a_base_of_the_hub_and_data_of_the_hub_are_linked(run: Path, capsys: pyt
 @needs_llama_cpp
 def test_real_llama_cpp_answers_as_the_trained_model(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """F16 and quantised files are asked by llama.cpp what the trained model was asked; the receipts are close."""
-    assert main(["export", str(run), "--format", "gguf", "--quantize", "Q8_0", "Q4_K_M"]) == 0
+    assert main(["export", str(run), "--format", "ollama", "--quantize", "Q8_0", "Q4_K_M"]) == 0
+    assert (run / "export" / "Modelfile").read_text().startswith("FROM ./my-run-Q8_0.gguf\n")
     receipts = json.loads((run / "export" / "receipts.json").read_text())
     assert set(receipts) == {"my-run-F16.gguf", "my-run-Q8_0.gguf", "my-run-Q4_K_M.gguf"}
     whole, eight, four = receipts.values()

@@ -23,7 +23,7 @@ TEMPLATE \"\"\"{{ if .System }}<|system|>
 <|user|>
 {{ end }}{{ end }}{{ end }}\"\"\"
 PARAMETER stop "<|end|>"
-# answers were compared at temperature 0; for the same ones:  PARAMETER temperature 0
+# for greedy answers, such as a receipt compares:  PARAMETER temperature 0
 """
 TURNS = [("system", "S {{ x }}"), ("user", "a"), ("assistant", "b\n"), ("user", "c"), ("assistant", "d"), ("user", "e")]
 

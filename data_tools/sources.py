@@ -93,6 +93,11 @@ def survey(paths: Sequence[str], data_format: str, fields: Sequence[str] = ()) -
     return found
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether a name that is no file or folder here may be that of a data set on the hub."""
+    return bool(HUB_NAME.fullmatch(name)) and kind_of(Path(name.partition(":")[0])) not in KNOWN_EXTENSIONS
+
+
 def _origins(name: str, report: Report, notes: list[str]) -> list[Origin]:
     path = Path(name)
     if path.is_dir():
@@ -113,7 +118,7 @@ def _origins(name: str, report: Report, notes: list[str]) -> list[Origin]:
         others = [file for file in matching if file not in files]
         notes.append(_said(name, files, {"of another kind": others}, shared))
         return [_file(file) for file in files]
-    if HUB_NAME.fullmatch(name) and kind_of(Path(name.partition(":")[0])) not in KNOWN_EXTENSIONS:
+    if is_hub_name(name):
         return [HubData(name)]
     report.add(name, "no such file or folder")
     return []

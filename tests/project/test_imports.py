@@ -28,6 +28,8 @@ LIBRARIES_WITH_ONE_OWNER = {
     "tyro": {"train.cli"},
     "dotenv": {"train.run.hub_token"},
     "prompt_toolkit": {"train.commands.chat_screen"},
+    "gguf": set(),  # train.deliver.optional imports it and llama_cpp by name
+    "llama_cpp": set(),
 }
 
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi, get_token, snapshot_download
+from huggingface_hub import HfApi, ModelCard, get_token, snapshot_download
 from huggingface_hub.constants import is_offline_mode
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -21,6 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from yaml import YAMLError
 
 from train.config import ModelConfig
 from train.run.exits import ExitCode, ExitWith
@@ -67,12 +69,12 @@ def _on_hub(name: str, revision: str) -> BasePlace:
         return BasePlace(folder, name, commit=folder.name)
     except (HfHubHTTPError, HFValidationError) as error:
         if isinstance(error, HfHubHTTPError) and getattr(error.response, "status_code", 0) >= 500:
-            return _cached(name, revision, _first_line(error))
+            return _cached(name, revision, first_line(error))
         raise refusal(*_told(name, revision, error)) from None
     except Exception as error:
-        if not _is_of_the_network(error):
+        if not is_of_the_network(error):
             raise
-        return _cached(name, revision, _first_line(error))
+        return _cached(name, revision, first_line(error))
 
 
 def _ask(name: str, revision: str) -> None:
@@ -96,6 +98,21 @@ def _ask(name: str, revision: str) -> None:
         raise OSError(f"no answer within {HUB_SECONDS:.0f} s") from None
     if error is not None:
         raise error
+
+
+def licence_of(place: BasePlace) -> dict[str, str]:
+    """The licence that the base's own card names (license, license_name, license_link); empty where it is not known."""
+    try:
+        if not place.commit:
+            data: Any = ModelCard.load(place.folder / "README.md").data
+        else:
+            data = HfApi().model_info(place.name, revision=place.commit, timeout=HUB_SECONDS).card_data
+    except Exception as error:  # a card may hold anything, and the hub need not answer
+        if not isinstance(error, ValueError | TypeError | YAMLError) and not is_of_the_network(error):
+            raise
+        return {}
+    found = {key: getattr(data, key, None) for key in ("license", "license_name", "license_link")}
+    return {key: value for key, value in found.items() if isinstance(value, str) and value}
 
 
 def fetch_weights(place: BasePlace) -> list[Path]:
@@ -138,7 +155,7 @@ def _indexed(place: BasePlace, index: Path) -> list[str]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         wrong = [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise unreadable(place.name, f"cannot read {SAFE_WEIGHTS_INDEX_NAME}: {_first_line(error)}") from None
+        raise unreadable(place.name, f"cannot read {SAFE_WEIGHTS_INDEX_NAME}: {first_line(error)}") from None
     if wrong:
         raise unreadable(place.name, f"{SAFE_WEIGHTS_INDEX_NAME} names {wrong[0]!r}; only *.safetensors are read")
     return names
@@ -151,9 +168,9 @@ def _download(name: str, revision: str, patterns: Sequence[str]) -> Path:
     except HfHubHTTPError as error:
         raise refusal(*_told(name, revision, error)) from None
     except Exception as error:
-        if not _is_of_the_network(error):
+        if not is_of_the_network(error):
             raise
-        raise unreadable(name, f"its files cannot be downloaded: {_first_line(error)}") from None
+        raise unreadable(name, f"its files cannot be downloaded: {first_line(error)}") from None
 
 
 def _cached(name: str, revision: str, why: str, note: str = "the hub cannot be reached") -> BasePlace:
@@ -164,7 +181,7 @@ def _cached(name: str, revision: str, why: str, note: str = "the hub cannot be r
         reason = f"it is no folder here, and not in the cache of the hub, which cannot be asked: {why}"
         raise refusal(f"--model.name_or_path {name}", reason) from None
     except HFValidationError as error:
-        raise refusal(f"--model.name_or_path {name}", _first_line(error)) from None
+        raise refusal(f"--model.name_or_path {name}", first_line(error)) from None
     commit = folder.name
     return BasePlace(folder, name, commit, f"{note}; {name} is taken from the cache, commit {commit}" if note else "")
 
@@ -185,13 +202,13 @@ def _told(name: str, revision: str, error: Exception) -> tuple[str, str]:
         return option, f"no such folder, and no such model on the hub; if it is private, {whose}"
     if status in (401, 403):
         return option, f"the hub refuses your token ({status}): {GET_TOKEN}"
-    return option, f"cannot read it: {_first_line(error)}"
+    return option, f"cannot read it: {first_line(error)}"
 
 
-def _is_of_the_network(error: Exception) -> bool:
+def is_of_the_network(error: Exception) -> bool:
     """Whether this is an error of the network or the disk; httpx's own inherit from nothing else."""
     return isinstance(error, OSError | RuntimeError) or "httpx" in type(error).__module__
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__

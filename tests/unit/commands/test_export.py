@@ -1,0 +1,248 @@
+"""`handloop export` on a finished run: what is written, what is said of it, what is sent, and what is refused."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import BUNDLED_BASE
+from tests.finished_runs import finish
+from tests.gguf_models import needs_llama_cpp
+from train.commands.handloop import main
+from train.config import Config, ModelConfig
+from train.deliver import export, receipt
+
+IDS = torch.arange(5, 45)[None]
+
+
+@pytest.fixture
+def run(config: Config, tmp_path: Path) -> Path:
+    """A finished run on a copy of the bundled base, which is held in fp32."""
+    base = tmp_path / "a private place" / "base"
+    shutil.copytree(BUNDLED_BASE, base)
+    model = ModelConfig(name_or_path=str(base), quantization="none", dtype="fp32")
+    return finish(replace(config, model=model), tmp_path / "my run")
+
+
+@pytest.fixture(autouse=True)
+def _short_receipts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compares less than a user's export does."""
+    monkeypatch.setattr(receipt, "MAX_ROWS", 6)
+    monkeypatch.setattr(receipt, "NUM_QUESTIONS", 2)
+
+
+@pytest.fixture
+def without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where it is not installed."""
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+
+
+def refusal(words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What is said when the command ends with 78."""
+    assert main(["export", *words]) == 78
+    return capsys.readouterr().err
+
+
+def front_matter(folder: Path) -> dict[str, Any]:
+    return yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+
+
+@pytest.mark.usefixtures("without_llama_cpp")
+def test_everything_is_written_and_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All formats in one folder, from which PEFT and transformers load; files and sizes are listed; no path is told."""
+    words = ["--format", "adapter", "safetensors", "gguf", "adapter-gguf", "ollama"]
+    assert main(["export", str(run), *words]) == 0
+    said, folder = capsys.readouterr().out, run / "export"
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert {"README.md", "adapter_model.safetensors", "merged/model.safetensors", "Modelfile"} <= files
+    assert {"my-run-F16.gguf", "my-run-adapter.gguf", "receipts.json"} <= files
+    for name in files:
+        assert f"{(folder / name).stat().st_size:>15,}  {name}" in said
+        text = (folder / name).read_bytes()
+        assert str(tmp_path).encode() not in text
+        assert b"a private place" not in text
+    assert "llama-cpp-python is not installed (pip install -c constraints.txt -e .[gguf])" in said
+    base = AutoModelForCausalLM.from_pretrained(BUNDLED_BASE, dtype=torch.float32)
+    merged: Any = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32).eval()
+    with torch.no_grad():
+        adapted = PeftModel.from_pretrained(base, str(folder)).eval()(input_ids=IDS).logits
+        torch.testing.assert_close(merged(input_ids=IDS).logits, adapted, rtol=0, atol=0.2)  # the base's own bf16
+    assert (folder / "Modelfile").read_text().startswith("FROM ./my-run-F16.gguf\nTEMPLATE")
+
+
+@pytest.mark.usefixtures("without_llama_cpp")
+def test_the_readme_says_what_is_known(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Data by name, recipe, receipt, how to load it; the base's licence from its card, none without one."""
+    metrics = [{"step": 1, "train/loss": 2.5}, {"step": 2, "train/loss": 1.25, "eval/loss": 1.5}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    assert main(["export", str(run), "--format", "safetensors"]) == 0
+    text = (run / "export" / "README.md").read_text()
+    assert front_matter(run / "export") == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "handloop"],
+    }
+    for part in ("`pairs.jsonl`", "| `lora.r` | `4` |", "Training loss 2.5000 at step 1, 1.2500 at step 2", "`base`"):
+        assert part in text
+    assert "validation loss 1.5000 at step 2." in text
+    assert 'AutoModelForCausalLM.from_pretrained("THIS_FOLDER", dtype="auto")' in text
+    assert "`model.safetensors` | " in text.partition("## Receipt")[2]
+    assert "is not known here" in text.partition("## Licence")[2]
+    base = Path(json.loads((run / "final" / "base.json").read_text())["name"])
+    card = "---\nlicense: other\nlicense_name: mine\nlicense_link: https://a.example\ntags: [x]\n---\n# Base\n"
+    (base / "README.md").write_text(card)
+    assert main(["export", str(run), "--format", "adapter", "--overwrite"]) == 0
+    found = front_matter(run / "export")
+    assert (found["license"], found["license_name"], found["license_link"]) == ("other", "mine", "https://a.example")
+    assert 'license_name: "mine"' in (run / "export" / "README.md").read_text()
+    assert not (run / "export" / "model.safetensors").exists(), "an older export is replaced as a whole"
+
+
+def test_a_base_of_the_hub_and_data_of_the_hub_are_linked(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The base's id and commit, and data sets, are in the front matter; files with such names are not."""
+    from train.deliver.card import Contents, card
+    from train.deliver.finished import finished_run
+
+    found = finished_run(run)
+    data = replace(found.config.data, path=("somebody/rows:train", "reports/private.jsonl", "a/b/c/*.txt"))
+    found = replace(found, base={"name": "me/base", "commit": "0123abc"}, config=replace(found.config, data=data))
+    contents = Contents(True, "", ["x.gguf"], "", False, {}, ["a note"])
+    text = card(found, "x", contents, {"license": "apache-2.0"})
+    fields = yaml.safe_load(text.split("---\n")[1])
+    assert (fields["base_model"], fields["datasets"], fields["license"]) == ("me/base", ["somebody/rows"], "apache-2.0")
+    assert "[me/base](https://huggingface.co/me/base) (commit `0123abc`)" in text
+    assert "`somebody/rows:train`, `private.jsonl`, `*.txt`" in text
+    assert 'from_pretrained("me/base"' in text
+    assert "- a note" in text
+
+
+@needs_llama_cpp
+def test_real_llama_cpp_answers_as_the_trained_model(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """F16 and quantised files are asked by llama.cpp what the trained model was asked; the receipts are close."""
+    assert main(["export", str(run), "--format", "ollama", "--quantize", "Q8_0", "Q4_K_M"]) == 0
+    assert (run / "export" / "Modelfile").read_text().startswith("FROM ./my-run-Q8_0.gguf\n")
+    receipts = json.loads((run / "export" / "receipts.json").read_text())
+    assert set(receipts) == {"my-run-F16.gguf", "my-run-Q8_0.gguf", "my-run-Q4_K_M.gguf"}
+    whole, eight, four = receipts.values()
+    assert whole["num_questions"] == whole["equal_answers"] == 2
+    assert whole["mean_kl"] < 1e-4
+    assert whole["mean_kl"] < eight["mean_kl"] < 1e-2
+    assert eight["mean_kl"] < four["mean_kl"] < 1.0
+    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(run / "export/my-run-Q4_K_M.gguf").tensors}
+    assert {"Q4_K", "Q6_K"} <= kinds
+    assert "2 of 2 greedy answers equal" in capsys.readouterr().out
+    words = ["--format", "gguf", "--overwrite", "--quantize", "Q4_0", "--max-kl", "1e-9"]
+    assert main(["export", str(run), *words]) == 84
+    assert "my-run-Q4_0.gguf does not behave like the trained model" in capsys.readouterr().err
+    assert (run / "export" / "my-run-Q8_0.gguf").exists(), "the earlier export stands"
+
+
+@needs_llama_cpp
+def test_new_tokens_are_in_the_file(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tokens that the run has added are in the vocabulary, with their trained rows; no adapter file can have them."""
+    model = ModelConfig(name_or_path=str(BUNDLED_BASE), quantization="none", dtype="fp32")
+    lora = replace(config.lora, trainable_tokens=("<|so|>", "bolt"))
+    run = finish(replace(config, model=model, lora=lora), tmp_path / "run")
+    assert main(["export", str(run), "--format", "gguf"]) == 0
+    reader = gguf.GGUFReader(run / "export" / "run-F16.gguf")
+    tokens: Any = reader.get_field("tokenizer.ggml.tokens")
+    assert tokens.contents()[2048:] == ["<|so|>", "bolt"]
+    assert json.loads((run / "export" / "receipts.json").read_text())["run-F16.gguf"]["mean_kl"] < 1e-4
+    words = [str(run), "--format", "adapter-gguf", "--overwrite"]
+    assert "only adapters of linear layers can be an adapter of llama.cpp" in refusal(words, capsys)
+
+
+@needs_llama_cpp
+def test_a_file_that_answers_otherwise_is_not_kept(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the file holds other weights than were trained, 84 and nothing is left."""
+    from train.deliver.gguf_shape import GgufShape
+
+    monkeypatch.setattr(GgufShape, "permuted", lambda self, name, tensor: tensor)
+    assert main(["export", str(run), "--format", "gguf"]) == 84
+    assert "my-run-F16.gguf does not behave like the trained model" in capsys.readouterr().err
+    assert not (run / "export").exists()
+    assert not list(run.glob(".tmp-*"))
+
+
+@pytest.mark.usefixtures("without_llama_cpp")
+def test_an_export_is_sent_once_it_was_seen(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dry run lists files and sends nothing; later the folder is sent as it is, private unless --public."""
+    sent: list[tuple[Any, ...]] = []
+    monkeypatch.setattr("train.deliver.push.push", lambda *told: sent.append(told) or "https://hub.example/me/x")
+    monkeypatch.setattr("train.deliver.push.is_offline_mode", lambda: False)
+    monkeypatch.setattr("train.deliver.push.get_token", lambda: "hf_" + "x" * 30)
+    assert main(["export", str(run), "--format", "adapter", "--push", "me/x", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "adapter_model.safetensors" in said
+    assert "nothing was sent to me/x, which would be made private" in said
+    assert not sent
+    assert main(["export", str(run), "--push", "me/x"]) == 0
+    assert main(["export", str(run), "--push", "me/x", "--public"]) == 0
+    said = capsys.readouterr()
+    assert "sent to https://hub.example/me/x" in said.out
+    assert "xxxxxxxx" not in said.out + said.err
+    names = sorted(path.name for path in (run / "export").iterdir())
+    assert sent == [(run / "export", "me/x", False, names), (run / "export", "me/x", True, names)]
+
+
+@pytest.mark.usefixtures("without_llama_cpp")
+def test_what_cannot_be_done_is_refused_first(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Options that nothing reads, an export that is there, no space, a family of another kind: 78, nothing written."""
+    said = {
+        "write --format, or --push": [str(run)],
+        "--quantize makes GGUF files": [str(run), "--format", "adapter", "--quantize", "Q4_0"],
+        "--onto: nothing is merged": [str(run), "--format", "adapter", "--onto", "original"],
+        "--max-kl and --min-agreement are limits of": [str(run), "--format", "gguf", "--max-kl", "2"],
+        "--public and --dry-run belong to --push": [str(run), "--format", "adapter", "--public"],
+        "there is no export in": [str(run), "--push", "me/x", "--dry-run"],
+        "--push me: write OWNER/NAME": [str(run), "--format", "adapter", "--push", "me", "--dry-run"],
+        "--onto dequantized: the base was not": [str(run), "--format", "safetensors", "--onto", "dequantized"],
+        "name a run folder": ["--format", "adapter"],
+    }
+    for reason, words in said.items():
+        assert reason in refusal(words, capsys)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    assert "0.0 GB are free" in refusal([str(run), "--format", "gguf"], capsys)
+    assert not (run / "export").exists()
+    (run / "export").mkdir()
+    assert "it exists; write --overwrite" in refusal([str(run), "--format", "adapter"], capsys)
+    (run / "export" / "README.md").write_text("my own notes")
+    assert "it is no export" in refusal([str(run), "--format", "adapter", "--overwrite"], capsys)
+    assert (run / "export" / "README.md").read_text() == "my own notes"
+
+
+def test_quantising_needs_llama_cpp(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it --quantize ends with 78 and the way to install it, before anything is merged."""
+    monkeypatch.setitem(__import__("sys").modules, "llama_cpp", None)
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    said = refusal([str(run), "--format", "gguf", "--quantize", "Q4_0"], capsys)
+    assert "the package llama_cpp is needed" in said
+    assert "pip install -c constraints.txt -e .[gguf]" in said
+    assert not (run / "export").exists()
+
+
+def test_weights_of_an_export_are_the_merged_ones(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The F16 file holds the merged model's weights, to fp16's rounding."""
+    assert main(["export", str(run), "--format", "safetensors", "gguf"]) == 0
+    merged = load_file(run / "export" / "model.safetensors")
+    tensors = {t.name: t.data for t in gguf.GGUFReader(run / "export" / "my-run-F16.gguf").tensors}
+    found = torch.from_numpy(tensors["blk.3.ffn_down.weight"].copy())
+    assert torch.equal(found, merged["model.layers.3.mlp.down_proj.weight"].half())

@@ -1,0 +1,110 @@
+"""`handloop export`."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_tools.terminal import typed_path
+from train.commands.merge import LIMITS
+from train.commands.options import RunOptions
+from train.run.exits import ExitCode, ExitWith
+
+if TYPE_CHECKING:
+    from train.deliver.receipt import Limits
+
+FORMATS = ("adapter", "safetensors", "gguf", "adapter-gguf", "ollama")
+QUANTIZED = ("Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
+QUANTIZED_LIMITS = (1.0, 0.5)  # mean KL in nats and top-1 agreement: what is beyond them is broken, not only coarse
+
+
+def main(words: list[str]) -> int:
+    """Writes a finished run as files for others, with a README and receipts; sends them to the hub if asked."""
+    own = RunOptions("export", "Writes adapter, merged model or GGUF files with a README, and sends them to the hub.")
+    own.add_argument("--format", nargs="+", choices=FORMATS, default=[], help="what to write; ollama is gguf and more")
+    own.add_argument("--quantize", nargs="+", choices=QUANTIZED, default=[], help="further GGUF files, by llama.cpp")
+    own.add_argument("--onto", choices=sorted(LIMITS), help="the base before it was quantised, or as it was trained on")
+    own.add_argument("--max-kl", type=float, metavar="NATS", help="mean KL divergence that quantised files may have")
+    own.add_argument("--min-agreement", type=float, metavar="SHARE", help="top-1 agreement that they must have")
+    own.add_argument("--output", type=typed_path, metavar="FOLDER", help="default RUN/export")
+    own.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    own.add_argument("--push", metavar="OWNER/NAME", help="send it to the hub; without --format what RUN/export holds")
+    own.add_argument("--public", action="store_true", help="make the repository public; without it, it is private")
+    own.add_argument("--dry-run", action="store_true", help="list what would be sent, and send nothing")
+    options, rest = own.parse_known_args(words)
+    _check(own, options)
+    # imported here because they take seconds, for which --help should not wait
+    from train.deliver.export import RECEIPTS, Export, Wanted, lines_of
+    from train.deliver.push import check_push, files_of, push
+    from train.deliver.receipt import Limits
+    from train.run.folder import read_object
+
+    run = own.run(rest)
+    if options.push:
+        check_push(options.push, needs_token=not options.dry_run)
+    target = Path(options.output or run.folder.path / "export")
+    notes = []
+    if options.format:
+        _check_target(target, options.overwrite)
+        onto = options.onto or ("original" if run.config.model.quantization == "none" else "")
+        if not onto and {"safetensors", "gguf", "ollama"} & set(options.format):
+            own.error("write --onto original, the base before quantisation, or --onto dequantized, the one trained on")
+        is_trained_on = onto == "dequantized" or run.config.model.quantization == "none"
+        wanted = Wanted(
+            frozenset(options.format),
+            tuple(dict.fromkeys(options.quantize)),
+            onto or "original",
+            Limits(*LIMITS["dequantized" if is_trained_on else "original"]),
+            _quantized_limits(options),
+        )
+        notes = Export(run, wanted, _say).write(target)
+    elif not (target / "README.md").is_file():
+        own.error(f"write --format: there is no export in {target}")
+    files = files_of(target)
+    receipts = read_object(target / RECEIPTS)
+    print("\n".join([*lines_of(files, receipts), *(f"note: {note}" for note in notes), f"in {target}"]))
+    if options.push and not options.dry_run:
+        print(f"sent to {push(target, options.push, options.public, [name for name, _ in files])}")
+    elif options.push:
+        visible = "public" if options.public else "private"
+        print(f"--dry-run: nothing was sent to {options.push}, which would be made {visible} if it is new")
+    return 0
+
+
+def _quantized_limits(options: argparse.Namespace) -> "Limits":
+    from train.deliver.receipt import Limits
+
+    max_kl, min_agreement = QUANTIZED_LIMITS
+    return Limits(
+        max_kl if options.max_kl is None else options.max_kl,
+        min_agreement if options.min_agreement is None else options.min_agreement,
+    )
+
+
+def _check(own: RunOptions, options: argparse.Namespace) -> None:
+    """Refuses options that nothing would read."""
+    if not options.format and not options.push:
+        own.error("write --format, or --push to send what is exported already")
+    if options.quantize and not {"gguf", "ollama"} & set(options.format):
+        own.error("--quantize makes GGUF files: add --format gguf or --format ollama")
+    if not options.quantize and (options.max_kl, options.min_agreement) != (None, None):
+        own.error("--max-kl and --min-agreement are limits of quantised files: add --quantize")
+    if options.onto and not {"safetensors", "gguf", "ollama"} & set(options.format):
+        own.error("--onto: nothing is merged; add --format safetensors, gguf or ollama, or leave it out")
+    if not options.push and (options.public or options.dry_run):
+        own.error("--public and --dry-run belong to --push OWNER/NAME")
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    """Refuses a folder that is there, unless it is an export that is to be replaced: it would be gone as a whole."""
+    if not target.exists():
+        return
+    if not overwrite:
+        raise ExitWith(ExitCode.BAD_INPUT, f"--output {target}: it exists; write --overwrite to replace it")
+    readme = target / "README.md"
+    if not readme.is_file() or "\n- handloop\n" not in readme.read_text(encoding="utf-8", errors="replace"):
+        raise ExitWith(ExitCode.BAD_INPUT, f"--output {target}: it is no export, and is not replaced; name another")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,17 @@
+"""Packages that only an export needs, and that are not installed with the others."""
+
+import importlib
+from types import ModuleType
+
+from train.run.exits import ExitCode, ExitWith
+
+INSTALL = "pip install -c constraints.txt -e .[gguf]"
+
+
+def package(name: str) -> ModuleType:
+    """`gguf`, or `llama_cpp`, which compiles llama.cpp; raises ExitWith(BAD_INPUT) with the way to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        reason = f"the package {name} is needed, and cannot be imported ({error}): {INSTALL}"
+        raise ExitWith(ExitCode.BAD_INPUT, reason) from None

@@ -22,7 +22,11 @@ def render_document(
     begin = begin_ids(tokenizer)
     # split_special_tokens: "<|end_of_text|>" in the text does not end the document
     encoded: Any = tokenizer(
-        document.text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True
+        document.text,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        split_special_tokens=True,
+        verbose=False,  # that the text is longer than the model takes; it is cut here
     )
     body: list[int] = [*encoded["input_ids"], tokenizer.eos_token_id]
     ranks = _break_ranks(document.text, encoded["offset_mapping"])

@@ -26,6 +26,11 @@ def printable(text: str) -> str:
     return " ".join(visible(part) for part in text.split(" "))
 
 
+def printable_lines(text: str) -> str:
+    """`text` safe for a terminal, with its spaces, tabs and line breaks as they are."""
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
+
+
 def _visible_character(character: str, breaks: str) -> str:
     if character == "\n":
         return breaks

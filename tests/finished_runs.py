@@ -18,13 +18,13 @@ from train.run.folder import RunFolder
 
 
 def finish(config: Config, folder: Path, size: float = 0.05) -> Path:
-    """Writes config.json, attempts.jsonl and final/ with adapters drawn at this size; returns the run folder."""
+    """Writes config.json, attempts.jsonl and final/, a random step of this size from where training starts."""
     config = replace(config, run=RunConfig(dir=str(folder), device="cpu"))
     training = training_of(config, Accelerator(cpu=True))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in training.parameters.values():
-            parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
     prepared = splits_of(config).training.prepared
     publish_final(
         RunFolder.of(config).final,
@@ -32,7 +32,8 @@ def finish(config: Config, folder: Path, size: float = 0.05) -> Path:
         adapter_config(training.model),
         load_tokenizer(config).backend,
         prepared.statistics.end_token_ids,
-        training.model.about.identity() | {"fingerprint": base_fingerprint(config)},
+        training.model.about.identity()
+        | {"fingerprint": base_fingerprint(config), "vocabulary": training.model.head.weight.shape[0]},
     )
     log = AttemptLog(RunFolder.of(config))
     log.begin(asdict(config), {"engine": "reference", "summary": ""}, {"data": {"fingerprint": prepared.fingerprint}})

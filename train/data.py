@@ -86,6 +86,12 @@ class TrainingData:
         """The samples that every epoch visits, in the data's order."""
         return sorted({i for row in self.rows for i in row})
 
+    def visited_samples(self, num_steps: int) -> list[int]:
+        """The samples of the first `num_steps` optimizer steps, in the data's order."""
+        if num_steps >= self.steps_per_epoch:
+            return self.trained_samples()
+        return sorted({i for step in range(num_steps) for i in self.sample_ids(step)})
+
     def total_steps(self, train: TrainConfig) -> int:
         """Optimizer steps in the whole run."""
         steps = self.steps_per_epoch * train.epochs

@@ -22,7 +22,7 @@ DEFECTS = {
     "reading the data": Defect("train.main", "read_data", ZeroDivisionError(f"with {TOKEN}")),
     "loading the base": Defect("train.main", "assemble", RuntimeError("not of the processes")),
     "training, step 2": Defect("train.loop", "optimizer_step", AttributeError("no such thing"), call=2),
-    "publishing final/": Defect("train.main", "publish_final", KeyError("name")),
+    "publishing final/": Defect("train.delivery", "publish_final", KeyError("name")),
     "starting the processes": Defect("train.main", "start_accelerator", SystemExit("a library left")),
 }
 

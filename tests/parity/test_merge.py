@@ -35,6 +35,7 @@ def adapted_logits(base: Path, final: Path, **options: Any) -> torch.Tensor:
     """By transformers and PEFT alone."""
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
     keep_one_cpu_kernel(model)
+    model.resize_token_embeddings(json.loads((final / "base.json").read_text())["vocabulary"])
     with torch.no_grad():
         return PeftModel.from_pretrained(model, str(final)).eval()(input_ids=IDS).logits
 
@@ -103,6 +104,25 @@ def test_weights_that_transformers_renames(config: Config, tmp_path: Path, monke
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("name", ["one file", "tied", "without prefix"])
+def test_rows_and_whole_layers(name: str, quantization: str, config: Config, tmp_path: Path) -> None:
+    """New tokens' rows, in tied and untied pairs, and a head trained whole come along, with the vocabulary's size."""
+    base = write(tmp_path / "base", SHAPES[name])
+    config = on(config, base, quantization)
+    lora = replace(config.lora, rslora=True, trainable_tokens=("<|so|>", "bolt"))
+    if name == "without prefix":
+        lora = replace(lora, modules_to_save=("lm_head",))
+    run = finish(replace(config, lora=lora), tmp_path / "run")
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    options = {"quantization_config": nf4, "device_map": {"": "cpu"}} if quantization == "nf4" else {}
+    wanted = adapted_logits(base, run / "final", **options)
+    merged = written(run, "original" if quantization == "none" else "dequantized", tmp_path / "merged")
+    torch.testing.assert_close(merged_logits(merged), wanted, rtol=0, atol=2e-3)
+    assert settings_of(merged)["vocab_size"] == wanted.shape[-1] == settings_of(base)["vocab_size"] + 2
+    load_merged(merged, torch.float32, torch.device("cpu"))
+
+
 def test_a_transposed_layer(config: Config, tmp_path: Path) -> None:
     """GPT-2's layers hold their weights transposed: its merged model computes what PEFT does."""
     base = write(tmp_path / "base", Shape())
@@ -137,7 +157,8 @@ def test_the_receipt_tells_merges_apart(nf4_run: Path) -> None:
     assert json.loads((nf4_run / "merged" / command.RECEIPT).read_text()) == record
     load_merged(nf4_run / "merged", torch.bfloat16, torch.device("cpu"))
     before = sorted(path.name for path in nf4_run.iterdir())
-    lost = replace(merge, deltas=dict(list(merge.deltas.items())[::2]))
+    half = replace(merge.trained, deltas=dict(list(merge.trained.deltas.items())[::2]))
+    lost = replace(merge, trained=half)
     with pytest.raises(ExitWith, match="the merged model is not what was trained") as ended:
         command.write_with_receipt(lost, limits, nf4_run / "other")
     assert ended.value.code == ExitCode.UNLIKE
@@ -161,8 +182,8 @@ def test_what_cannot_be_merged_is_refused(nf4_run: Path, config: Config, tmp_pat
     refused(tmp_path / "base", "original", "it is no run folder")
     adapter = nf4_run / "final" / "adapter_model.safetensors"
     whole = load_file(adapter)
-    save_file(whole | {"base_model.model.lm_head.weight": torch.zeros(2, 2)}, adapter)
-    refused(nf4_run, "dequantized", r"lm_head\.weight would be lost")
+    save_file(whole | {"base_model.model.lm_head.bias": torch.zeros(2)}, adapter)
+    refused(nf4_run, "dequantized", r"lm_head\.bias would be lost")
     save_file(whole, adapter)
     weights = tmp_path / "base" / "model.safetensors"
     tensors = load_file(weights)

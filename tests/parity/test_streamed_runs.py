@@ -85,7 +85,7 @@ def test_a_model_that_is_streamed_answers(config: Config) -> None:
         answers.append([compare(Generator(training.model, tokenizer, [0], 12), asked, lambda: False) for _ in range(2)])
         assert optimizer_step(training, 3).loss > 0  # the engine takes its memory again
     assert answers[0] == answers[1]
-    assert answers[0][0][0].after
+    assert answers[0][0][0].after.text
 
 
 def test_questions_are_asked_again_where_memory_ends_within_a_pass(

@@ -27,6 +27,7 @@ LIBRARIES_WITH_ONE_OWNER = {
     "wandb": {"train.track.weights_and_biases"},
     "tyro": {"train.cli"},
     "dotenv": {"train.run.hub_token"},
+    "prompt_toolkit": {"train.commands.chat_screen"},
 }
 
 

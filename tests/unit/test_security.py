@@ -23,6 +23,7 @@ from tests.conftest import tokenizer_at
 from train.cli import parse
 from train.commands.handloop import main as command
 from train.deliver.compare import Answer, show_answers
+from train.deliver.generation import Completion
 from train.run.durable import publish
 from train.run.exits import ExitCode, ExitWith
 from train.run.redact import redact
@@ -179,7 +180,7 @@ def test_answers_are_shown_as_they_are() -> None:
     written = io.StringIO()
     console = Console(file=written, width=200)
     answer = f"see [/etc/hosts] [bold]list[0] {HOSTILE}"
-    show_answers(console, "answers", [Answer(answer, answer, answer, answer, True, True, True, True)])
+    show_answers(console, "answers", [Answer(answer, answer, *[Completion(answer, True, 1)] * 2)])
     said = written.getvalue()
     assert said.count("see [/etc/hosts] [bold]list[0] ") == 3
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", said)

@@ -19,6 +19,8 @@ COMMANDS = {
     "preview": "show the samples token by token, trained and masked",
     "audit": "audit the data before training; exit 78 if it should not be trained on",
     "glossary": "turn a glossary into prompt/response JSONL",
+    "chat": "talk to a run's model, with its adapters or without, or to any model",
+    "compare": "ask base and tuned model the same questions: what was learnt, what forgotten",
     "plan": "predict memory and speed before any weights are read",
     "merge": "add a run's adapters to its base's weights, with a receipt",
 }

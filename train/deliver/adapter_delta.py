@@ -1,4 +1,4 @@
-"""The adapters of a finished run as what they add to the weights of the base."""
+"""What a finished run has trained, as what it changes in the base: sums to weights, rows, and whole layers."""
 
 import math
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from train.run.exits import ExitCode, ExitWith
 from train.run.folder import read_object
 
 PREFIX = "base_model.model."  # which PEFT puts before the names of the base's modules
+ROWS = ".token_adapter.trainable_tokens_delta"
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,38 @@ class Delta:
         return self.scale * (self.b.to(device) @ self.a.to(device))
 
 
-def read_deltas(folder: Path) -> dict[str, Delta]:
-    """The adapters of a PEFT folder by the name of the module of the base that each belongs to.
+@dataclass(frozen=True)
+class Rows:
+    """Trained rows of an embedding or a head."""
 
-    Raises ExitWith(BAD_INPUT) where the folder holds anything else, which a merge would lose.
-    """
+    ids: list[int]
+    values: torch.Tensor  # fp32 [len(ids), H]
+
+    def put_into(self, weight: torch.Tensor, size: int) -> torch.Tensor:
+        """The weight, [V, H], with at least `size` rows and these in their places."""
+        more = weight.float().mean(0, keepdim=True).to(weight.dtype).expand(max(0, size - len(weight)), -1)
+        whole = torch.cat([weight, more])
+        whole[self.ids] = self.values.to(weight)
+        return whole
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Everything that was trained, by the names of the base's parameters."""
+
+    deltas: dict[str, Delta]
+    rows: dict[str, Rows]
+    whole: dict[str, torch.Tensor]
+    vocabulary: int  # rows that embedding and head need; 0: as many as they have
+
+    @property
+    def names(self) -> set[str]:
+        """Of all parameters that it changes."""
+        return {*self.deltas, *self.rows, *self.whole}
+
+
+def read_trained(folder: Path, vocabulary: int) -> Trained:
+    """What a PEFT folder holds; raises ExitWith(BAD_INPUT) where it is more than is known here, which would be lost."""
     settings = read_object(folder / ADAPTER_CONFIG)
     try:
         tensors = safetensors.torch.load_file(folder / ADAPTER)
@@ -41,20 +69,32 @@ def read_deltas(folder: Path) -> dict[str, Delta]:
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ExitWith(ExitCode.BAD_INPUT, f"{folder}: the adapter cannot be read: {error}") from None
     scale = alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
-    deltas: dict[str, Delta] = {}
-    for name in sorted(tensors):
-        module, is_a, _ = name.removeprefix(PREFIX).partition(".lora_A.weight")
-        if is_a:
-            b = tensors.get(f"{PREFIX}{module}.lora_B.weight")
-            if b is None:
-                raise ExitWith(ExitCode.BAD_INPUT, f"{folder}: {name} has no lora_B")
-            deltas[module] = Delta(tensors[name].float(), b.float(), scale)
-    merged = {f"{PREFIX}{module}.lora_{half}.weight" for module in deltas for half in "AB"}
-    others = sorted(tensors.keys() - merged) + _other_kinds(settings)
-    if others:
-        reason = f"{', '.join(others[:3])} would be lost: only LoRA on linear layers is merged"
+    trained, lost = Trained({}, {}, {}, vocabulary), _other_kinds(settings)
+    layers: Any = settings.get("modules_to_save") or []
+    halves = {name.removeprefix(PREFIX) for name in tensors}
+    for name, tensor in tensors.items():
+        known = name.removeprefix(PREFIX)
+        module, is_a, _ = known.partition(".lora_A.weight")
+        other = tensors.get(f"{PREFIX}{module}.lora_B.weight")
+        if is_a and other is not None:
+            trained.deltas[f"{module}.weight"] = Delta(tensor.float(), other.float(), scale)
+        elif known.endswith(ROWS):
+            layer = known.removesuffix(ROWS)
+            trained.rows[f"{layer}.weight"] = Rows(_ids(settings, layer), tensor.float())
+        elif known.removesuffix(".weight") in layers:
+            trained.whole[known] = tensor.float()
+        elif not (known.endswith(".lora_B.weight") and known.replace(".lora_B.", ".lora_A.") in halves):
+            lost.append(name)
+    if lost:
+        reason = f"{', '.join(sorted(lost)[:3])} would be lost: LoRA on linear layers, rows and whole layers are merged"
         raise ExitWith(ExitCode.BAD_INPUT, f"{folder}: {reason}")
-    return deltas
+    return trained
+
+
+def _ids(settings: dict[str, Any], layer: str) -> list[int]:
+    """The trained rows of a layer, as adapter_config.json has them: for each layer, or once."""
+    found: Any = settings.get("trainable_token_indices")
+    return list(found[layer] if isinstance(found, dict) else found)
 
 
 def _other_kinds(settings: dict[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
 """Asks the base and the tuned model the same questions, and shows the answers side by side."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -11,22 +11,23 @@ from rich.text import Text
 from data_tools.terminal import printable
 from train.deliver.generation import Completion, Generator, in_batches
 from train.deliver.questions import Question
+from train.deliver.scores import Score, score
 
 ROWS_SHOWN = 6
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A question, its reference answer, and the answers of the base and of the tuned model."""
+    """A question, its reference answer if it has one, and what the base and the tuned model wrote."""
 
     question: str
-    reference: str
-    before: str
-    after: str
-    exact: bool  # the tuned model's answer equals the reference
-    stopped: bool  # the tuned model ended its answer with an end token
-    before_exact: bool
-    before_stopped: bool
+    reference: str | None
+    before: Completion
+    after: Completion
+
+    def score(self, completion: Completion) -> Score | None:
+        """How one of the two compares with the reference; None where there is none."""
+        return None if self.reference is None else score(completion.text, self.reference)
 
 
 def compare(generator: Generator, questions: Sequence[Question], must_stop: Callable[[], bool]) -> list[Answer]:
@@ -42,49 +43,56 @@ def compare(generator: Generator, questions: Sequence[Question], must_stop: Call
     answers: list[Answer] = []
     with model.generating():
         for batch, completions in in_batches(questions, generate_both, must_stop):
-            answers += [_answer(*each) for each in zip(batch, *completions, strict=True)]
+            for question, before, after in zip(batch, *completions, strict=True):
+                answers.append(Answer(question.text, question.reference, before, after))
     return answers
-
-
-def _answer(question: Question, before: Completion, after: Completion) -> Answer:
-    return Answer(
-        question=question.text,
-        reference=question.reference,
-        before=before.text,
-        after=after.text,
-        exact=after.text == question.reference,
-        stopped=after.is_stopped,
-        before_exact=before.text == question.reference,
-        before_stopped=before.is_stopped,
-    )
 
 
 def as_rows(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     """The answers as written to answers.json."""
-    return [asdict(answer) for answer in answers]
+    return [
+        {
+            "question": answer.question,
+            "reference": answer.reference,
+            "before": answer.before.text,
+            "after": answer.after.text,
+            "exact": answer.after.text == answer.reference,
+            "stopped": answer.after.is_stopped,
+            "before_exact": answer.before.text == answer.reference,
+            "before_stopped": answer.before.is_stopped,
+        }
+        for answer in answers
+    ]
 
 
 def show_answers(console: Console, title: str, answers: Sequence[Answer]) -> None:
     """A table of the first few answers, and the counts over all of them."""
-    table = Table(title=f"the first {min(ROWS_SHOWN, len(answers))} {title}, before and after", show_lines=True)
+    show_first(console, title, answers, ROWS_SHOWN)
+    total = len(answers)
+    console.print(f"{title}:", highlight=False)
+    for label, completions in (("before", [a.before for a in answers]), ("after", [a.after for a in answers])):
+        pairs = zip(completions, answers, strict=True)
+        exact = sum(completion.text == answer.reference for completion, answer in pairs)
+        stopped = sum(completion.is_stopped for completion in completions)
+        shares = (
+            f"{exact} of {total} exact ({exact / total:.1%}), {stopped} stopped by themselves ({stopped / total:.1%})"
+        )
+        console.print(f"{label:>6}: {shares}", highlight=False, soft_wrap=True)
+
+
+def show_first(console: Console, title: str, answers: Sequence[Answer], count: int) -> None:
+    """A table of the first `count` answers, before and after."""
+    table = Table(title=f"the first {min(count, len(answers))} {title}, before and after", show_lines=True)
     table.add_column("question", ratio=2)
     table.add_column("before", ratio=3, style="dim")
     table.add_column("after", ratio=3)
     table.add_column("exact", justify="center")
     table.add_column("stopped", justify="center")
-    for answer in answers[:ROWS_SHOWN]:
-        marks = ("yes" if answer.exact else "no", "yes" if answer.stopped else "no")
-        table.add_row(*map(_shown, (answer.question, answer.before, answer.after)), *marks)
+    for answer in answers[:count]:
+        exact = "-" if answer.reference is None else "yes" if answer.after.text == answer.reference else "no"
+        texts = (answer.question, answer.before.text, answer.after.text)
+        table.add_row(*map(_shown, texts), exact, "yes" if answer.after.is_stopped else "no")
     console.print(table)
-    total = len(answers)
-    before = sum(a.before_exact for a in answers), sum(a.before_stopped for a in answers)
-    after = sum(a.exact for a in answers), sum(a.stopped for a in answers)
-    console.print(f"{title}:", highlight=False)
-    for label, (exact, stopped) in (("before", before), ("after", after)):
-        shares = (
-            f"{exact} of {total} exact ({exact / total:.1%}), {stopped} stopped by themselves ({stopped / total:.1%})"
-        )
-        console.print(f"{label:>6}: {shares}", highlight=False, soft_wrap=True)
 
 
 def _shown(text: str) -> Text:

@@ -47,9 +47,8 @@ class FinishedRun:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is loaded: a GPU if there is one, unless --run.device says otherwise."""
-        has_gpu = torch.cuda.is_available() and self.config.run.device != "cpu"
-        return torch.device("cuda" if has_gpu else "cpu")
+        """Where the model is loaded."""
+        return device_of(self.config)
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,8 @@ def finished_run(path: Path, words: Sequence[str] = (), usage: str = "") -> Fini
 
     Raises ExitWith(BAD_INPUT) where it is none or has no final/.
     """
-    folder = RunFolder(path.parent if path.name == "final" and not (path / "config.json").exists() else path)
+    beside = RunFolder(path.parent)
+    folder = beside if path == beside.final and not RunFolder(path).config.exists() else RunFolder(path)
     record = read_object(folder.config)
     if not path.is_dir():
         raise refused(path, "no such folder; name a run folder, such as runs/demo")
@@ -88,6 +88,12 @@ def finished_run(path: Path, words: Sequence[str] = (), usage: str = "") -> Fini
     config = replace(config, model=model, run=replace(config.run, dir=str(folder.path), device="auto"))
     config = parse_over(_found_again(config, started_in), words, usage)
     return FinishedRun(folder, config, base)
+
+
+def device_of(config: Config) -> torch.device:
+    """A GPU if there is one, unless --run.device says otherwise."""
+    has_gpu = torch.cuda.is_available() and config.run.device != "cpu"
+    return torch.device("cuda" if has_gpu else "cpu")
 
 
 def config_of(record: dict[str, Any], folder: RunFolder) -> Config:
@@ -129,7 +135,7 @@ def load_tuned(run: FinishedRun) -> Tuned:
     """
     check_machine(run.config)
     check_base(run)
-    model = load_model(run.config, run.device, inference_plan(run))
+    model = load_model(run.config, run.device, inference_plan(run.config, run.device))
     try:
         load_adapters(model, safetensors.torch.load_file(run.folder.final / ADAPTER))
     except (OSError, ValueError, SafetensorError) as error:
@@ -146,9 +152,8 @@ def check_base(run: FinishedRun) -> None:
         raise refused(Path(name), f"{reason} ({run.folder.final / BASE}); name the right one: --model.name_or_path")
 
 
-def inference_plan(run: FinishedRun) -> Plan:
+def inference_plan(config: Config, device: torch.device) -> Plan:
     """All blocks on the device where they fit beside RESERVE; otherwise as many are streamed as memory needs."""
-    config, device = run.config, run.device
     sketched = sketched_sizes(config, device, compute_type(config.model.dtype, device).dtype)
     resident, sizes = reference_plan(sketched.num_blocks, config.memory), sketched.sizes
     streams_all = config.memory.offload == "stream"

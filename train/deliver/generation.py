@@ -21,6 +21,7 @@ class Completion:
 
     text: str
     is_stopped: bool  # by an end token, not by max_new_tokens
+    num_tokens: int  # without the end token
 
 
 @dataclass(frozen=True)
@@ -59,18 +60,22 @@ class Generator:
 
     def _completion(self, tokens: list[int]) -> Completion:
         end = next((i for i, token in enumerate(tokens) if token in self.end_token_ids), None)
-        return Completion(str(self.tokenizer.decode(tokens[:end])).strip(), is_stopped=end is not None)
+        written = tokens[:end]
+        return Completion(str(self.tokenizer.decode(written)).strip(), end is not None, len(written))
 
 
 def in_batches(
-    items: Sequence[Item], generate: Callable[[Sequence[Item]], Result], must_stop: Callable[[], bool]
+    items: Sequence[Item],
+    generate: Callable[[Sequence[Item]], Result],
+    must_stop: Callable[[], bool],
+    size: int = MAX_BATCH_SIZE,
 ) -> Iterator[tuple[Sequence[Item], Result]]:
-    """Yields (items, `generate(items)`) batch by batch; ends early when `must_stop` returns True.
+    """Yields (items, `generate(items)`) in batches of `size`; ends early when `must_stop` returns True.
 
     A batch that runs out of GPU memory is halved, and so are all later ones: the keys and values of 32 answers of an 8B
     model do not fit on a small GPU. Raises OutOfMemoryError if a single item does not fit.
     """
-    done, size = 0, MAX_BATCH_SIZE
+    done = 0
     while done < len(items) and not must_stop():
         batch = items[done : done + size]
         try:

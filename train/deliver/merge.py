@@ -22,7 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from train.checkpoints.contents import ADAPTER, ADAPTER_CONFIG
 from train.config import ModelConfig
-from train.deliver.adapter_delta import Delta, read_deltas
+from train.deliver.adapter_delta import Trained, read_trained
 from train.deliver.final import BASE
 from train.deliver.finished import FinishedRun
 from train.engine.host_stream import HostBlocks
@@ -48,7 +48,7 @@ class Merge:
     run: FinishedRun
     onto: Onto
     dtype: torch.dtype  # of the merged model
-    deltas: dict[str, Delta]
+    trained: Trained
 
     @classmethod
     def of(cls, run: FinishedRun, onto: Onto, dtype: str = "") -> "Merge":
@@ -65,12 +65,14 @@ class Merge:
             raise refused("--onto dequantized: the base was not quantised; write --onto original")
         own: Any = getattr(shape, "dtype", None)
         found = DTYPES[dtype] if dtype else own if own in DTYPES.values() else torch.bfloat16
-        return cls(run, onto, found, read_deltas(run.folder.final))
+        return cls(run, onto, found, read_trained(run.folder.final, int(run.base.get("vocabulary", 0))))
 
     def num_bytes(self) -> int:
         """What the merged model's weights take on the disk."""
         base = skeleton(replace(self.run.config.model, quantization="none", random_init=True), self.dtype)
-        return sum(parameter.numel() for parameter in base.parameters()) * self.dtype.itemsize
+        more = {name: self.trained.vocabulary - base.get_parameter(name).shape[0] for name in self.trained.rows}
+        added = sum(max(0, count) * base.get_parameter(name).shape[1] for name, count in more.items())
+        return (sum(parameter.numel() for parameter in base.parameters()) + added) * self.dtype.itemsize
 
     def write(self, target: Path) -> None:
         """Writes the model into the empty folder `target`, one weight file of the base in memory at a time.
@@ -88,17 +90,13 @@ class Merge:
             try:
                 stored = StoredWeights(fetch_weights(locate(config)), files)
                 names = _names_in_files(base, stored)
-                if self._weights() <= set(names.values()):
+                if self.trained.names <= set(names.values()):
                     self._write_file_by_file(target, base, stored, names)
                 else:
                     self._write_whole(target)
             except (SafetensorError, OSError) as error:
                 raise cannot_read(config, "its weights, or write merged ones", error) from None
         self._write_companions(target)
-
-    def _weights(self) -> set[str]:
-        """Names of the weights that adapters are added to."""
-        return {f"{module}.weight" for module in self.deltas}
 
     def _write_file_by_file(
         self, target: Path, base: PreTrainedModel, stored: StoredWeights, names: dict[str, str]
@@ -115,7 +113,7 @@ class Merge:
                 if name and self.onto == "dequantized":
                     packed = as_parameter(parameters[name], read(name, parameters[name]), device)
                     values = computed_values(packed)
-                elif name or not _is_part(place, names):
+                elif name or not (_is_part(place, names) or _is_copy(base, place)):
                     values = stored.values(place)
                 else:
                     continue
@@ -136,19 +134,25 @@ class Merge:
         else:
             base, _ = load_base(config, self.dtype, cpu, HostBlocks([], pin=False), 0, False)
             base.dequantize()
-        for module in self.deltas:
-            weight: Any = base.get_submodule(module).weight
-            weight.data = self._merged(base, f"{module}.weight", weight.data)
+        if self.trained.rows:  # resize_token_embeddings(n) with the size that there is changes nothing
+            base.resize_token_embeddings(self.trained.vocabulary, mean_resizing=False)
+        for name in self.trained.names:
+            weight = base.get_parameter(name)
+            weight.data = self._merged(base, name, weight.data)
         torch.nn.Module.to(base, self.dtype)
         base.save_pretrained(target)
 
     def _merged(self, base: PreTrainedModel, name: str, values: torch.Tensor) -> torch.Tensor:
-        """The base's values, with what an adapter adds to them, in this model's type and host memory."""
-        module, _, kind = name.rpartition(".")
-        if kind == "weight" and module in self.deltas:
-            delta = self.deltas[module].on(self.run.device)
-            is_transposed = isinstance(base.get_submodule(module), Conv1D)
-            values = values.to(self.run.device).float() + (delta.T if is_transposed else delta)
+        """The base's values with what was trained of them, in this model's type and host memory."""
+        trained, device = self.trained, self.run.device
+        if name in trained.deltas:
+            delta = trained.deltas[name].on(device)
+            is_transposed = isinstance(base.get_submodule(name.rpartition(".")[0]), Conv1D)
+            values = values.to(device).float() + (delta.T if is_transposed else delta)
+        elif name in trained.rows:
+            values = trained.rows[name].put_into(values.float(), trained.vocabulary)
+        elif name in trained.whole:
+            values = trained.whole[name]
         if values.is_floating_point():
             values = values.to("cpu", self.dtype)
             if not values.isfinite().all():
@@ -164,6 +168,8 @@ class Merge:
             part.pop("quantization_config", None)
             for key in {"dtype", "torch_dtype"} & part.keys():
                 part[key] = str(self.dtype).removeprefix("torch.")
+            if self.trained.rows and part.get("vocab_size", self.trained.vocabulary) < self.trained.vocabulary:
+                part["vocab_size"] = self.trained.vocabulary
         settings["dtype"] = str(self.dtype).removeprefix("torch.")
         (target / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         for pattern in COMPANIONS:
@@ -192,6 +198,11 @@ def _names_in_files(base: PreTrainedModel, stored: StoredWeights) -> dict[str, s
     tied = tied_embedding(base)
     names = ((stored.place_of(name, name == tied), name) for name, _ in base.named_parameters())
     return {place: name for place, name in names if place}
+
+
+def _is_copy(base: PreTrainedModel, place: str) -> bool:
+    """Whether this is the head's copy of an embedding that the two share."""
+    return bool(tied_embedding(base)) and place == "lm_head.weight"
 
 
 def _is_part(place: str, names: dict[str, str]) -> bool:

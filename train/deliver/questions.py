@@ -1,24 +1,30 @@
-"""The questions that are asked after training: what stood before trained answers, token for token as it was trained."""
+"""Questions with their prompts, token for token as training has them before an answer: of samples, and of a file."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from data_tools.encode import special_ids
+from data_tools.messages import Message
+from data_tools.prepare import PrepareSettings, prepare
+from data_tools.prompts import PromptRenderer
+from data_tools.readers import first_line, kind_of, open_bytes
+from data_tools.report import DataError
 from data_tools.samples import Sample
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt as token ids, what was asked in it last, and the answer in the data."""
+    """A prompt as token ids, what was asked in it last, and the answer in the data, or None."""
 
     prompt: list[int]
     text: str
-    reference: str
+    reference: str | None
 
 
 def questions_of(
@@ -38,3 +44,40 @@ def _question(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Questi
     if not start or ids[end - 1] not in special_ids(tokenizer):
         return None
     return Question(ids[:start], row["question"], str(tokenizer.decode(ids[start : end - 1])).strip())
+
+
+def questions_in(
+    path: Path, settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase, count: int
+) -> tuple[list[Question], list[str]]:
+    """The first `count` questions of a file, and notes: rows as data.path reads them, or a text, a question a line.
+
+    `settings` say how conversations are rendered; raises DataError where the file cannot be read.
+    """
+    if kind_of(path) == ".txt":
+        return _questions_in_lines(path, settings, tokenizer, count), []
+    prepared = prepare(replace(settings, paths=(str(path),)), tokenizer)
+    found = questions_of(prepared.dataset, range(len(prepared.dataset)), tokenizer, count)
+    dropped = prepared.statistics.num_dropped
+    if not found:
+        raise DataError(f"{path}: it has no question with an answer; write rows of prompt and response, or messages")
+    return found, [f"{path}: {dropped} rows are longer than the model takes, and not asked"] if dropped else []
+
+
+def _questions_in_lines(
+    path: Path, settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase, count: int
+) -> list[Question]:
+    try:
+        with open_bytes(path) as file:
+            lines: Sequence[str] = file.read().decode("utf-8-sig").splitlines()
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {first_line(error)}") from None
+    prompts, found = PromptRenderer(tokenizer, settings.render), []
+    for number, line in enumerate(lines, start=1):
+        if line.strip() and len(found) < count:
+            try:
+                found.append(Question(prompts.ids([Message("user", line.strip())]), line.strip(), None))
+            except ValueError as error:
+                raise DataError(f"{path}:{number}: {error}") from None
+    if not found:
+        raise DataError(f"{path}: it has no line with a question")
+    return found

@@ -49,6 +49,7 @@ class RunFolder:
     defect = Entry("defect.txt")  # the report of the last defect of Handloop, if there was one
     answers = Entry("answers.json")
     held_out_answers = Entry("answers_held_out.json")
+    comparison = Entry("compare.json")  # of base and tuned model, by handloop compare
     checkpoints = Entry("checkpoints")
     final = Entry("final")
     wandb = Entry("wandb")  # Weights & Biases makes it, in the folder that it is given

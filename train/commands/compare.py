@@ -1,0 +1,61 @@
+"""`handloop compare`."""
+
+import json
+import sys
+
+from data_tools.terminal import typed_path
+from train.commands.options import RunOptions, positive_number
+from train.profiles import DEMO
+from train.run.durable import write_atomically
+
+
+def main(words: list[str]) -> int:
+    """Asks base and tuned model of a finished run the same questions, and measures what was learnt and forgotten."""
+    own = RunOptions("compare", "Asks the base and the tuned model the same questions.")
+    own.add_argument("--num", type=positive_number, default=32, metavar="N", help="questions a group (default 32)")
+    own.add_argument(
+        "--max-new-tokens", type=positive_number, metavar="N", help="an answer's limit (default the run's)"
+    )
+    own.add_argument("--questions", type=typed_path, metavar="FILE", help="also ask these: rows, or .txt, one a line")
+    own.add_argument("--general", type=typed_path, metavar="FILE", help="text for the loss, not the bundled one")
+    own.add_argument(
+        "--loss-tokens", type=positive_number, default=65536, metavar="N", help="tokens for each loss (default 65536)"
+    )
+    own.add_argument("--show", type=positive_number, metavar="N", help="also print the first N answers of each group")
+    own.add_argument("--output", type=typed_path, metavar="FILE", help="write the JSON there, not into the run folder")
+    own.add_argument("--json", action="store_true", help="print the JSON instead of tables")
+    options, rest = own.parse_known_args(words)
+    # imported here because they take seconds, for which --help should not wait
+    from rich.console import Console
+
+    from train.deliver.comparison import Wanted, compared, material_of
+    from train.deliver.comparison_table import WIDTH, show_comparison
+    from train.deliver.finished import load_tuned
+
+    run = own.run(rest)
+    wanted = Wanted(
+        num_questions=options.num,
+        max_new_tokens=options.max_new_tokens or run.config.compare.max_new_tokens,
+        num_loss_tokens=options.loss_tokens,
+        general_questions=DEMO / "general_questions.jsonl",
+        general_text=options.general or DEMO / "general.txt",
+        questions=options.questions,
+    )
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    material = material_of(run, wanted)  # before the weights are read, because a file may be wrong
+    for note in material.notes:
+        say(f"note: {note}")
+    found = compared(load_tuned(run), material, wanted, say)
+    text = json.dumps(found.as_json(), indent=2, ensure_ascii=False) + "\n"
+    target = options.output or run.folder.comparison
+    write_atomically(target, text)
+    if options.json:
+        print(text, end="")
+    else:
+        console = Console()
+        show_comparison(console if console.is_terminal else Console(width=WIDTH), found, options.show or 0)
+    say(f"written to {target}")
+    return 0

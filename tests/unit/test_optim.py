@@ -108,3 +108,38 @@ def test_every_optimizer_of_the_configuration_is_in_the_table() -> None:
         built = kind.build([{"params": [leaf]}], lr=1.0, weight_decay=0.0)
         assert isinstance(built, Optimizer8bit) == kind.is_8bit, name
         assert bool(getattr(built, "is_paged", False)) == kind.is_paged, name
+
+
+@pytest.mark.parametrize("name", ["paged_adamw_8bit", "adamw_8bit", "adamw"])
+def test_lora_plus_has_a_leaf_and_a_rate_for_b(name: Literal["paged_adamw_8bit", "adamw_8bit", "adamw"]) -> None:
+    """A first step moves B the ratio times as far as A, small B too; saved state continues to the bit."""
+    config = OptimConfig(name=name, lora_plus_ratio=8.0)
+
+    def leaves() -> FlatParameters:
+        generator = torch.Generator().manual_seed(3)
+        shapes = {
+            "x.lora_A": (64, 80),
+            "x.lora_B": (80, 64),
+            "y.lora_A": (8, 8),
+            "y.lora_B": (8, 8),
+            "z.lora_A": (70, 80),
+        }
+        named = {f"{key}.weight": torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+        return FlatParameters({key: torch.nn.Parameter(value) for key, value in named.items()}, config.lora_plus_ratio)
+
+    flat = leaves()
+    assert len(flat.leaves) == 4  # the large A, the large B, and two small ones
+    advance(build_optimizer(flat, config), flat, 0, 1)
+    start = leaves().named
+    moved = {key: (parameter - start[key]).abs().mean().item() for key, parameter in flat.named.items()}
+    for key, distance in moved.items():
+        assert distance == pytest.approx(0.08 if "lora_B" in key else 0.01, rel=0.05), key
+    whole, first, second = leaves(), leaves(), leaves()
+    advance(build_optimizer(whole, config), whole, 0, 6)
+    optimizer, resumed = build_optimizer(first, config), build_optimizer(second, config)
+    advance(optimizer, first, 0, 3)
+    for key, parameter in second.named.items():
+        parameter.data.copy_(first.named[key].data)
+    load_optimizer_state(resumed, second, optimizer_state(optimizer, first))
+    advance(resumed, second, 3, 6)
+    assert all(torch.equal(whole.named[key], second.named[key]) for key in whole.named)

@@ -76,7 +76,7 @@ class LanguageModel(torch.nn.Module):
         """The type of the head's product and, unless all is trained, of hidden states."""
         return self.head.weight.dtype
 
-    def _computing(self) -> AbstractContextManager[None]:
+    def _computing(self) -> AbstractContextManager[Any]:
         """The compute type where fp32 weights are trained whole; a frozen base has it itself."""
         is_whole = isinstance(self.adapted, WholeModel)
         return computing_in(self.compute_dtype, self.causal_lm.device) if is_whole else nullcontext()

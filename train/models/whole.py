@@ -1,7 +1,6 @@
 """Full fine-tuning (train.method full): the base itself is trained, in fp32, in the place of adapters on it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -52,8 +51,6 @@ def trained_weights(base: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in base.named_parameters() if parameter.requires_grad}
 
 
-@contextmanager
-def computing_in(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+def computing_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
     """While entered, products of fp32 weights are computed in the type, as torch's autocast does."""
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        yield
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)

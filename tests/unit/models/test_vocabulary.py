@@ -101,11 +101,14 @@ def test_what_is_trained_is_planned(llama31_8b: Path, config: Config) -> None:
     assert head.head_bytes == plain.head_bytes == 2 * matrix
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("lora", [{"trainable_tokens": ("bolt",)}, {"modules_to_save": ("lm_head", "embed_tokens")}])
-def test_half_precision_keeps_what_is_trained_in_fp32(lora: dict[str, Any], config: Config, tmp_path: Path) -> None:
-    """On NF4 in bf16 both engines give one loss and one gradient, up to rounding, for fp32 rows and layers."""
+def test_half_precision_keeps_what_is_trained_in_fp32(
+    lora: dict[str, Any], dtype: Any, config: Config, tmp_path: Path
+) -> None:
+    """On NF4 in 16 bits both engines give one loss and one gradient, up to rounding, for fp32 rows and layers."""
     config = with_lora(config, write_llama(tmp_path / "base", Shape()), **lora)
-    config = replace(config, model=replace(config.model, dtype="bf16", quantization="nf4"))
+    config = replace(config, model=replace(config.model, dtype=dtype, quantization="nf4"))
     losses, gradients = [], []
     for kind in ("reference", "fused"):
         training = training_of(replace(config, engine=replace(config.engine, kind=kind)), Accelerator(cpu=True))  # type: ignore[arg-type]

@@ -12,15 +12,13 @@ from importlib.util import find_spec
 from pathlib import Path, PurePath
 from typing import Any
 
-import torch
-
 from data_tools.chat_template import ChatTemplate
 from train.checkpoints.contents import ADAPTER_CONFIG
 from train.config import parse_argument
 from train.deliver.adapter_delta import read_trained
 from train.deliver.card import Contents, card
 from train.deliver.final import BASE
-from train.deliver.finished import FinishedRun, data_of, load_tuned, today_of, tokenizer_of
+from train.deliver.finished import FinishedRun, data_of, today_of, tokenizer_of
 from train.deliver.gguf_adapter import write_adapter_gguf
 from train.deliver.gguf_check import check_tokens, unknown_ends
 from train.deliver.gguf_shape import GgufShape, gguf_shape
@@ -30,6 +28,7 @@ from train.deliver.llama_cpp_runner import LlamaCpp, quantize
 from train.deliver.merge import Merge, Onto, load_merged
 from train.deliver.modelfile import modelfile
 from train.deliver.optional import INSTALL, package
+from train.deliver.proof import place_for, trained_behaviour
 from train.deliver.receipt import (
     MAX_NEW_TOKENS,
     Behaviour,
@@ -39,7 +38,6 @@ from train.deliver.receipt import (
     Receipt,
     TransformersModel,
     behaviour,
-    probe_of,
 )
 from train.models.hub import licence_of, locate
 from train.run.durable import publish
@@ -197,7 +195,7 @@ class Export:
         merge.write(merged)
         if keeps:
             self.say("asking the merged model what the trained one was asked")
-            served = load_merged(merged, merge.dtype, torch.device("cpu"))
+            served = load_merged(merged, merge.dtype, place_for(merge, self.say))
             model = TransformersModel(served, self.tokenizer, self.end_token_ids)
             weights = next(merged.glob("model.safetensors*"))  # the file, or the index of several
             self._measure(weights.relative_to(folder).as_posix(), model, self.wanted.limits)
@@ -249,15 +247,7 @@ class Export:
     @cached_property
     def _trained(self) -> tuple[Probe, Behaviour]:
         """What models are asked, and what the trained one does."""
-        self.say(f"loading {self.run.config.model.name_or_path} with the adapters of {self.run.folder.final}")
-        tuned = load_tuned(self.run)
-        probe = probe_of(self._splits, tuned.tokenizer)
-        with tuned.model.generating():
-            asked = TransformersModel(tuned.model.causal_lm, tuned.tokenizer, tuned.end_token_ids)
-            trained = behaviour(asked, probe)
-        del tuned, asked  # before the next model is loaded
-        gc.collect()
-        return probe, trained
+        return trained_behaviour(self.run, self._splits, self.say)
 
     def _measure_gguf(self, path: Path, limits: Limits) -> None:
         if self.has_llama_cpp:

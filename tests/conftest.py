@@ -288,6 +288,10 @@ def _bits(row: dict[str, float], name: str) -> str:
     return row.get(name, float("nan")).hex()
 
 
+thorough: Any = pytest.mark.skipif(
+    os.environ.get("HANDLOOP_TESTS") != "thorough" and os.environ.get("HANDLOOP_FAULTS") != "full",
+    reason="a further variant of a test beside it: bash launch/test.sh --thorough",
+)
 needs_shared: Callable = pytest.mark.skipif(
     not SHARED.is_dir(),
     reason=f"needs real tokenizers, chat templates or data sets, which are not bundled; none at {SHARED}",

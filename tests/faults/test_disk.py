@@ -117,7 +117,7 @@ def test_other_errors_and_a_slow_disk(often: Config, tmp_path: Path, tally: Tall
         DiskError(9, 9, errno.EACCES, function="sync"),
         DiskError(11, 11, errno.EIO, function="sync"),
     ]
-    for number, fault in enumerate(cases[: tally.times(3, 8)]):
+    for number, fault in enumerate(cases[: tally.times(2, 8)]):
         run_dir = tmp_path / f"case-{number}"
         outcome = run_command(arguments(at(often, run_dir)), fault)
         tally.check(outcome.returncode == 0, f"{fault}: {outcome.stderr[-300:]}")

@@ -30,7 +30,7 @@ def test_kills_at_random_moments(dropped: Config, tmp_path: Path, tally: Tally) 
     """SIGKILL at random moments of a run, including loading; two or three per run, which then finishes."""
     longer = replace(dropped, train=replace(dropped.train, epochs=4))
     expected = reference(longer, tmp_path / "reference")
-    for number in range(tally.times(3, 60)):
+    for number in range(tally.times(2, 60)):
         draw, run_dir = random.Random(number), tmp_path / f"run-{number}"
         words = arguments(at(longer, run_dir))
         for _ in range(tally.times(2, 3)):
@@ -81,7 +81,7 @@ def test_every_kind_of_run_resumes_to_the_bit(config: Config, tmp_path: Path, ta
     """Accumulation 1, 3, 4; three optimizers; dropout; schedules; killed in epochs, at their end, after validation."""
     cases = matrix()
     assert len(cases) == 48
-    numbers = range(0, 48, 1 if tally.full else 13)
+    numbers = range(0, 48, 1 if tally.full else 19)
     values = [len({cases[number][place] for number in numbers}) for place in range(4)]
     assert values == [3, 4, 3, 2], "the short count leaves out a value"
     for number in numbers:
@@ -107,7 +107,7 @@ def test_every_kind_of_run_resumes_to_the_bit(config: Config, tmp_path: Path, ta
 @pytest.mark.fault("T13")
 def test_a_chain_of_resumes(dropped: Config, tmp_path: Path, tally: Tally) -> None:
     """Eleven starts (five in the short count), all but the last killed behind their first checkpoint."""
-    kills = tally.times(4, 10)
+    kills = tally.times(3, 10)
     for number in range(tally.times(1, 3)):
         seeded = replace(dropped, train=replace(dropped.train, epochs=tally.times(4, 8), seed=number))
         expected = reference(seeded, tmp_path / f"reference-{number}")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.compare_runs import at, exit_record, start_processes
-from tests.conftest import ROOT, arguments, with_batch
+from tests.conftest import ROOT, arguments, thorough, with_batch
 from tests.faults.test_stops import COMMANDS, trainers
 from tests.interruptions import Defect
 from train.config import Config
@@ -114,6 +114,7 @@ def test_a_defect_in_one_of_two(config: Config, tmp_path: Path) -> None:
         assert ends == [70]
 
 
+@thorough
 @pytest.mark.fault("T26")
 def test_a_second_job_leaves_no_record_in_the_folder(config: Config, tmp_path: Path) -> None:
     """Its first process is refused; the other one, which waits in vain, does not end the job that has it."""

@@ -23,7 +23,7 @@ def test_a_head_that_is_not_known_is_refused(
 ) -> None:
     """Each of these heads, taken for one that only multiplies, ends the run, whatever the seed."""
     folder = write(tmp_path / "base", HEADS[name]())
-    monkeypatch.setattr(language_model, "head_of", lambda model: Head(model.get_output_embeddings().weight))
+    monkeypatch.setattr(language_model, "head_of", lambda model, compute: Head(model.get_output_embeddings().weight))
     for seed in range(4):
         config = replace(for_all_linear(config, folder), train=replace(config.train, seed=seed))
         with pytest.raises(ExitWith, match="of the logits that our head makes differ from transformers'") as caught:

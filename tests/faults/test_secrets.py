@@ -91,7 +91,7 @@ def test_secrets_in_options(config: Config, tmp_path: Path, tally: Tally) -> Non
         ["--wandb.password", TOKEN],
         ["--model.revision", TOKEN],
     ]
-    for way in ways[: tally.times(3, len(ways))]:
+    for way in ways[: tally.times(2, len(ways))]:
         run_dir.mkdir(exist_ok=True)
         (run_dir / "a file").touch()
         with FakeServer() as server:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.compare_runs import at, exit_record, finish, reference, result_of, start_processes
-from tests.conftest import Outcome, arguments, run_command, with_batch
+from tests.conftest import Outcome, arguments, run_command, thorough, with_batch
 from tests.injections import Both, NotANumber, OtherScale
 from tests.interruptions import AtMicroBatch, InValidation
 from train.checkpoints.store import CheckpointStore
@@ -47,7 +47,9 @@ PLACES = [(0, 0, 0), (1, 1, 1), (1, 3, 2), (2, 0, 2), (5, 1, 6)]
 
 
 @pytest.mark.fault("T27")
-@pytest.mark.parametrize(("step", "number", "saved"), PLACES)
+@pytest.mark.parametrize(
+    ("step", "number", "saved"), [*PLACES[:3], *(pytest.param(*each, marks=thorough) for each in PLACES[3:])]
+)
 def test_a_signal_within_a_step(step: int, number: int, saved: int, dropout: Config, tmp_path: Path) -> None:
     """The unfinished step leaves no trace; in the last micro-batch the step is finished instead. The same bits."""
     expected = reference(dropout, tmp_path / "reference")
@@ -70,7 +72,7 @@ def test_a_signal_within_a_step(step: int, number: int, saved: int, dropout: Con
 
 
 @pytest.mark.fault("T27")
-@pytest.mark.parametrize("visit", [1, 2])
+@pytest.mark.parametrize("visit", [1, pytest.param(2, marks=thorough)])
 def test_the_loss_scale_of_a_dropped_step(visit: int, dropout: Config, tmp_path: Path) -> None:
     """fp16: what is saved then is the scaler before the step, also where that had been computed at half the scale."""
     half = replace(dropout, model=replace(dropout.model, dtype="fp16", quantization="none"))
@@ -95,7 +97,7 @@ def together(config: Config, run_dir: Path, faults: list[Callable[[], None] | No
 
 
 @pytest.mark.fault("T27")
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=thorough), 1])
 def test_one_of_two_processes_is_asked(rank: int, dropout: Config, tmp_path: Path) -> None:
     """The other one learns it from the sum and drops the step too; the same bits."""
     config = with_batch(dropout, 1, 4)
@@ -111,7 +113,7 @@ def test_one_of_two_processes_is_asked(rank: int, dropout: Config, tmp_path: Pat
 
 
 @pytest.mark.fault("T27")
-@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=thorough), 4])
 def test_a_signal_within_a_validation(every: int, dropout: Config, tmp_path: Path) -> None:
     """Its row waits in the checkpoint, through a second stop, and is logged with its validation, in the right place."""
     data = replace(dropout.data, validation_path=dropout.data.path, gate="warn")
@@ -161,6 +163,7 @@ def test_a_stop_that_takes_longer_than_it_may_is_said(dropout: Config, tmp_path:
     assert "lower --batch.per_device" in outcome.stdout.lower()
 
 
+@thorough
 @pytest.mark.fault("T27")
 def test_a_checkpoint_of_another_run_is_saved_here(dropout: Config, tmp_path: Path) -> None:
     """A run that goes on from a named checkpoint and is stopped in its first step has a checkpoint of its own."""

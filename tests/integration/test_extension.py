@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.compare_runs import at, change_states, finish, reference, result_of
-from tests.conftest import Outcome, arguments, run_command
+from tests.conftest import Outcome, arguments, run_command, thorough
 from tests.injections import Fault
 from train.checkpoints.contents import STATE
 from train.config import CheckpointConfig, CompareConfig, Config
@@ -45,7 +45,7 @@ def as_of_before(state: dict[str, Any]) -> None:
     del state["schedule"], state["identity"]["details"], state["versions"]["CPU threads"]
 
 
-@pytest.mark.parametrize("is_old", [False, True])
+@pytest.mark.parametrize("is_old", [False, pytest.param(True, marks=thorough)])
 def test_a_constant_schedule_goes_on_freely(is_old: bool, config: Config, tmp_path: Path) -> None:
     """A finished run of two epochs, repeated with three, is the run of three to the bit; answers and final/ are new."""
     run_dir = tmp_path / "run"
@@ -91,7 +91,7 @@ def test_what_the_schedule_forbids_is_refused_with_both_ways_out(config: Config,
     assert run(of(config, tmp_path)).returncode == 0  # the run itself is untouched
 
 
-@pytest.mark.parametrize("is_old", [False, True])
+@pytest.mark.parametrize("is_old", [pytest.param(False, marks=thorough), True])
 def test_an_extension_is_found_again_to_the_bit(is_old: bool, config: Config, tmp_path: Path) -> None:
     """Extended, killed before and behind its first save, repeated, extended again: as without the kills."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -136,6 +136,7 @@ def test_an_extension_is_recorded(config: Config, tmp_path: Path) -> None:
     assert state["schedule"] == [[0, 0.01, 6], [6, 0.0025, 9]]
 
 
+@thorough
 def test_an_extension_from_next_to_nothing_is_warned_of(config: Config, tmp_path: Path) -> None:
     """The last rate of a long cosine is below 1 % of the peak: its extension hardly trains, and that is said."""
     tiny = replace(config, train=replace(config.train, max_steps=0))
@@ -148,6 +149,7 @@ def test_an_extension_from_next_to_nothing_is_warned_of(config: Config, tmp_path
     assert "warning   the extension" not in finish(arguments(of(config, tmp_path / "short", 3, extend=True))).stdout
 
 
+@thorough
 def test_max_steps_is_extended_likewise(config: Config, tmp_path: Path) -> None:
     """A run of four steps goes on to six by max_steps, and then to the end of its epochs."""
 

@@ -13,7 +13,7 @@ from typing import Literal
 import pytest
 
 from tests.compare_runs import at, reference, result_of
-from tests.conftest import ROOT, Run, arguments, losses, run_command, with_batch
+from tests.conftest import ROOT, Run, arguments, losses, run_command, thorough, with_batch
 from tests.injections import Fault
 from train.config import CheckpointConfig, Config, EngineConfig
 from train.track.metrics_file import read_metrics
@@ -31,7 +31,7 @@ def uninterrupted(config: Config, run_dir: Path) -> dict[str, bytes]:
     return expected
 
 
-@pytest.mark.parametrize("kind", ["reference", "fused"])
+@pytest.mark.parametrize("kind", [pytest.param("reference", marks=thorough), "fused"])
 def test_kill_between_saves_before_the_first_and_twice(
     kind: Literal["reference", "fused"], dropped: Config, tmp_path: Path
 ) -> None:
@@ -180,6 +180,7 @@ def test_another_split_of_the_same_data_is_refused(dropped: Config, tmp_path: Pa
     assert "loading" not in outcome.stdout
 
 
+@thorough  # T14 does it in short counts
 def test_the_number_of_processes_may_change(config: Config, tmp_path: Path) -> None:
     """Stopped as two processes by SIGTERM, continued as one: the samples and, closely, the losses of one process."""
     config = replace(config, train=replace(config.train, epochs=20))

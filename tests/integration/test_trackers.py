@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from tests.conftest import arguments, losses, run_command
+from tests.conftest import arguments, losses, run_command, thorough
 from train.config import Config, TrackConfig
 from train.track.metrics_file import MetricsFile, read_metrics
 from train.track.weights_and_biases import wandb_mode
@@ -46,6 +46,7 @@ def test_the_record_continues_under_the_same_id(config: Config, tmp_path: Path) 
     assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
+@thorough  # T19 does it in short counts
 def test_an_unreachable_server_costs_seconds_and_no_bit(config: Config, tmp_path: Path) -> None:
     """Online with a key but no server: exit 0, the same losses, and a message that says where the metrics are."""
     environment = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_MODE": ""}

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config
 
-from tests.conftest import training_of
+from tests.conftest import thorough, training_of
 from tests.parity.bases import Shape, by_transformers, first_loss, on, rewrite, ways, write
 from train.config import Config
 from train.run.exits import ExitWith
@@ -31,7 +31,7 @@ def drawn(number: int) -> Shape:
     )
 
 
-@pytest.mark.parametrize("number", range(14))
+@pytest.mark.parametrize("number", [*range(8), *(pytest.param(n, marks=thorough) for n in range(8, 14))])
 def test_one_loss_on_every_path(number: int, config: Config, tmp_path: Path) -> None:
     """Random checkpoints: sharded, tied, renamed, in three types, quantised already, with rubbish beside."""
     shape = drawn(number)

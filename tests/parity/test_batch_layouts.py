@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from tests.conftest import ROOT, arguments, training_of, with_batch
+from tests.conftest import ROOT, arguments, thorough, training_of, with_batch
 from train.config import BatchConfig, Config, EngineConfig
 from train.run.processes import any_process
 from train.step import Training, optimizer_step
@@ -145,7 +145,7 @@ def test_gradient_checkpointing_changes_nothing(unclipped: Config) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["reference", "fused"])
+@pytest.mark.parametrize("kind", [pytest.param("reference", marks=thorough), "fused"])
 def test_two_processes_train_the_same_samples_to_the_same_losses(
     kind: Literal["reference", "fused"], config: Config, tmp_path: Path
 ) -> None:

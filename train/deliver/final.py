@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
 
 from train.checkpoints.contents import adapter_files
 from train.models.language_model import LanguageModel
@@ -57,7 +58,7 @@ def publish_model(
             whole.save_pretrained(temporary, state_dict=state)
         except SafetensorError as error:  # as of a full disk
             raise OSError(str(error)) from error
-        shutil.copy(base_folder / "config.json", temporary / "config.json")
+        shutil.copy(base_folder / CONFIG_NAME, temporary / CONFIG_NAME)
         _write_beside(temporary, tokenizer, end_token_ids, base)
 
 

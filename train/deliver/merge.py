@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from train.checkpoints.contents import ADAPTER, ADAPTER_CONFIG
 from train.config import ModelConfig
@@ -163,7 +163,7 @@ class Merge:
     def _write_companions(self, target: Path) -> None:
         """config.json, tokenizer, chat template, generation settings, licence."""
         place, final = locate(self.run.config.model), self.run.folder.final
-        settings = json.loads((place.folder / "config.json").read_text(encoding="utf-8"))
+        settings = json.loads((place.folder / CONFIG_NAME).read_text(encoding="utf-8"))
         for part in (settings, *(value for value in settings.values() if isinstance(value, dict))):
             part.pop("quantization_config", None)
             for key in {"dtype", "torch_dtype"} & part.keys():
@@ -171,7 +171,7 @@ class Merge:
             if self.trained.rows and part.get("vocab_size", self.trained.vocabulary) < self.trained.vocabulary:
                 part["vocab_size"] = self.trained.vocabulary
         settings["dtype"] = str(self.dtype).removeprefix("torch.")
-        (target / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (target / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         for pattern in COMPANIONS:
             for path in place.folder.glob(pattern):
                 shutil.copyfile(path, target / path.name)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from tests.conftest import splits_of, training_of
 from train.config import Config, RunConfig
 from train.deliver.final import publish_final
-from train.models.fingerprint import base_fingerprint
+from train.models.fingerprint import base_fingerprint, content_fingerprint
 from train.models.language_model import adapter_config
 from train.models.tokenizer import load_tokenizer
 from train.run.attempts import AttemptLog
@@ -33,7 +33,8 @@ def finish(config: Config, folder: Path, size: float = 0.05) -> Path:
         load_tokenizer(config).backend,
         prepared.statistics.end_token_ids,
         training.model.about.identity()
-        | {"fingerprint": base_fingerprint(config), "vocabulary": training.model.head.weight.shape[0]},
+        | {"fingerprint": base_fingerprint(config), "content": content_fingerprint(config)}
+        | {"vocabulary": training.model.head.weight.shape[0]},
     )
     log = AttemptLog(RunFolder.of(config))
     log.begin(asdict(config), {"engine": "reference", "summary": ""}, {"data": {"fingerprint": prepared.fingerprint}})

@@ -9,6 +9,7 @@ from train.deliver.compare import as_rows, compare, show_answers
 from train.deliver.final import publish_final, publish_model
 from train.deliver.generation import Generator
 from train.deliver.questions import questions_of
+from train.models.fingerprint import content_fingerprint
 from train.models.language_model import adapter_config
 from train.models.tokenizer import Tokenizer
 from train.run.durable import write_atomically
@@ -22,7 +23,8 @@ from train.track.trackers import Trackers
 def publish(training: Training, tokenizer: Tokenizer, splits: Splits, fingerprint: str) -> None:
     """Publishes final/, with the base's fingerprint; raises ExitWith(SAVE_FAILED) where it cannot be written."""
     final, end_token_ids = RunFolder.of(training.config).final, splits.training.prepared.statistics.end_token_ids
-    model, base = training.model, training.model.about.identity() | {"fingerprint": fingerprint}
+    model, prints = training.model, {"fingerprint": fingerprint, "content": content_fingerprint(training.config)}
+    base = model.about.identity() | prints
     if training.config.lora.trainable_tokens:  # what the reader gives to resize_token_embeddings
         base |= {"vocabulary": model.head.weight.shape[0]}
     try:

@@ -17,7 +17,7 @@ from train.commands import merge as command
 from train.config import Config, DataConfig
 from train.deliver.finished import finished_run
 from train.deliver.merge import Merge, load_merged
-from train.deliver.receipt import Limits
+from train.deliver.proof import limits_of
 from train.models.language_model import keep_one_cpu_kernel
 from train.run.exits import ExitCode, ExitWith
 
@@ -105,7 +105,7 @@ def test_weights_that_transformers_renames(config: Config, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-@pytest.mark.parametrize("name", ["one file", "tied", "without prefix"])
+@pytest.mark.parametrize("name", ["one file", "tied", "without prefix", "sharded"])
 def test_rows_and_whole_layers(name: str, quantization: str, config: Config, tmp_path: Path) -> None:
     """New tokens' rows, in tied and untied pairs, and a head trained whole come along, with the vocabulary's size."""
     base = write(tmp_path / "base", SHAPES[name])
@@ -113,6 +113,8 @@ def test_rows_and_whole_layers(name: str, quantization: str, config: Config, tmp
     lora = replace(config.lora, rslora=True, trainable_tokens=("<|so|>", "bolt"))
     if name == "without prefix":
         lora = replace(lora, modules_to_save=("lm_head",))
+    if name == "sharded":
+        lora = replace(lora, modules_to_save=("lm_head", "embed_tokens"))
     run = finish(replace(config, lora=lora), tmp_path / "run")
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     options = {"quantization_config": nf4, "device_map": {"": "cpu"}} if quantization == "nf4" else {}
@@ -149,7 +151,7 @@ def nf4_run(config: Config, tmp_path: Path) -> Path:
 def test_the_receipt_tells_merges_apart(nf4_run: Path) -> None:
     """Onto what was trained on the model is kept; with half the adapter lost it is refused, and nothing is left."""
     merge = Merge.of(finished_run(nf4_run), "dequantized", "")
-    limits = Limits(*command.LIMITS["dequantized"])
+    limits = limits_of(merge)
     record = command.write_with_receipt(merge, limits, nf4_run / "merged")
     assert record["receipt"]["kind"] == "held out"
     assert record["receipt"]["num_positions"] > 100
@@ -165,13 +167,22 @@ def test_the_receipt_tells_merges_apart(nf4_run: Path) -> None:
     assert sorted(path.name for path in nf4_run.iterdir()) == before
 
 
+def test_nothing_tells_of_a_folder_s_place(nf4_run: Path, tmp_path: Path) -> None:
+    """Neither the paths that older transformers wrote into config.json nor the base's are in what is handed on."""
+    settings = tmp_path / "base" / "config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "_name_or_path": str(tmp_path / "secret")}))
+    command.main([str(nf4_run), "--onto", "dequantized"])
+    for path in (nf4_run / "merged-dequantized").iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path.name
+
+
 def test_what_cannot_be_merged_is_refused(nf4_run: Path, config: Config, tmp_path: Path) -> None:
     """A changed base, an adapter that is more than LoRA, a base in 4 bits alone, and one that was never quantised."""
 
-    def refused(run: Path, onto: str, reason: str) -> None:
+    def refused(run: Path, onto: str, reason: str, *words: str) -> None:
         before = sorted(run.rglob("*"))
         with pytest.raises(ExitWith, match=reason) as ended:
-            command.main([str(run), "--onto", onto])
+            command.main([str(run), "--onto", onto, *words])
         assert ended.value.code == ExitCode.BAD_INPUT
         assert sorted(run.rglob("*")) == before
 
@@ -179,12 +190,18 @@ def test_what_cannot_be_merged_is_refused(nf4_run: Path, config: Config, tmp_pat
     refused(plain, "dequantized", "the base was not quantised; write --onto original")
     packed = write(tmp_path / "packed", Shape(quantized="nf4"))
     refused(finish(on(config, packed, "nf4"), tmp_path / "of-packed"), "original", "stored quantised")
+    in_8_bits = write(tmp_path / "in-8-bits", Shape(quantized="int8"))
+    of_8_bits = finish(on(config, in_8_bits, "int8"), tmp_path / "of-8-bits")
+    for onto in ("original", "dequantized"):
+        refused(of_8_bits, onto, "stored in 8 bits, onto which nothing is merged")
     refused(tmp_path / "base", "original", "it is no run folder")
     adapter = nf4_run / "final" / "adapter_model.safetensors"
     whole = load_file(adapter)
     save_file(whole | {"base_model.model.lm_head.bias": torch.zeros(2)}, adapter)
     refused(nf4_run, "dequantized", r"lm_head\.bias would be lost")
     save_file(whole, adapter)
+    for option, value in (("model.quantization", "none"), ("lora.alpha", "1"), ("train.seed", "5")):
+        refused(nf4_run, "original", rf"--{option}: a finished run is taken as it was trained", f"--{option}", value)
     weights = tmp_path / "base" / "model.safetensors"
     tensors = load_file(weights)
     tensors["model.norm.weight"] += 1

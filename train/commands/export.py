@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_tools.terminal import typed_path
-from train.commands.merge import LIMITS
+from train.commands.merge import ONTO
 from train.commands.options import RunOptions
 from train.run.exits import ExitCode, ExitWith
 
@@ -23,7 +23,7 @@ def main(words: list[str]) -> int:
     own = RunOptions("export", "Writes adapter, merged model or GGUF files with a README, and sends them to the hub.")
     own.add_argument("--format", nargs="+", choices=FORMATS, default=[], help="what to write; ollama is gguf and more")
     own.add_argument("--quantize", nargs="+", choices=QUANTIZED, default=[], help="further GGUF files, by llama.cpp")
-    own.add_argument("--onto", choices=sorted(LIMITS), help="the base before it was quantised, or as it was trained on")
+    own.add_argument("--onto", choices=ONTO, help="the base before it was quantised, or as it was trained on")
     own.add_argument("--max-kl", type=float, metavar="NATS", help="mean KL divergence that quantised files may have")
     own.add_argument("--min-agreement", type=float, metavar="SHARE", help="top-1 agreement that they must have")
     own.add_argument("--output", type=typed_path, metavar="FOLDER", help="default RUN/export")
@@ -36,7 +36,6 @@ def main(words: list[str]) -> int:
     # imported here because they take seconds, for which --help should not wait
     from train.deliver.export import RECEIPTS, Export, Wanted, lines_of
     from train.deliver.push import check_push, files_of, push
-    from train.deliver.receipt import Limits
     from train.run.folder import read_object
 
     run = own.run(rest)
@@ -49,12 +48,10 @@ def main(words: list[str]) -> int:
         onto = options.onto or ("original" if run.config.model.quantization == "none" else "")
         if not onto and {"safetensors", "gguf", "ollama"} & set(options.format):
             own.error("write --onto original, the base before quantisation, or --onto dequantized, the one trained on")
-        is_trained_on = onto == "dequantized" or run.config.model.quantization == "none"
         wanted = Wanted(
             frozenset(options.format),
             tuple(dict.fromkeys(options.quantize)),
             onto or "original",
-            Limits(*LIMITS["dequantized" if is_trained_on else "original"]),
             _quantized_limits(options),
         )
         notes = Export(run, wanted, _say).write(target)

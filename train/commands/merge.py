@@ -15,15 +15,14 @@ if TYPE_CHECKING:
     from train.deliver.receipt import Limits, Receipt
 
 RECEIPT = "receipt.json"
+ONTO = ("dequantized", "original")
 REPLACE = "; write --overwrite to replace it"
-# mean KL in nats and top-1 agreement that a merged model must reach (docs/LOG.md has what merges reach)
-LIMITS = {"dequantized": (0.02, 0.9), "original": (0.5, 0.75)}
 
 
 def main(words: list[str]) -> int:
     """Writes base and adapters as one model, and a receipt of how it differs from what was trained."""
     own = RunOptions("merge", "Adds the adapters to the base's weights, and proves what came of it.")
-    own.add_argument("--onto", choices=sorted(LIMITS), help="the base before it was quantised, or as it was trained on")
+    own.add_argument("--onto", choices=ONTO, help="the base before it was quantised, or as it was trained on")
     own.add_argument("--output", type=typed_path, metavar="FOLDER", help="default RUN/merged-ONTO")
     own.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of the merged weights; default the base's own")
     own.add_argument("--max-kl", type=float, metavar="NATS", help="mean KL divergence that is allowed")
@@ -35,15 +34,11 @@ def main(words: list[str]) -> int:
         own.error("write --onto original, the base before quantisation, or --onto dequantized, the one trained on")
     # imported here because they take seconds, for which --help should not wait
     from train.deliver.merge import Merge
-    from train.deliver.receipt import Limits
+    from train.deliver.proof import limits_of
 
     run = own.run(rest)
     merge = Merge.of(run, options.onto, options.dtype or "")
-    max_kl, min_agreement = LIMITS[options.onto]
-    limits = Limits(
-        max_kl if options.max_kl is None else options.max_kl,
-        min_agreement if options.min_agreement is None else options.min_agreement,
-    )
+    limits = limits_of(merge, options.max_kl, options.min_agreement)
     target = Path(options.output or run.folder.path / f"merged-{options.onto}")
     if target.exists() and not (options.overwrite and (target / RECEIPT).is_file()):
         way = "it is no merged model, and is not replaced; name another" if options.overwrite else "it exists"
@@ -64,12 +59,13 @@ def write_with_receipt(merge: "Merge", limits: "Limits", target: Path) -> dict[s
     for note in notes:
         _say(note)
     probe, trained, unloaded = trained_and_unloaded(merge.run, splits, _say)
+    place = place_for(merge, _say)
     with publish(target) as temporary:
         _say(f"merging onto the {merge.onto} base")
         merge.write(temporary)
         _say("asking the merged model what the trained one was asked")
         tokenizer, ends = tokenizer_of(merge.run.folder)
-        served = load_merged(temporary, merge.dtype, place_for(merge, _say))
+        served = load_merged(temporary, merge.dtype, place)
         receipt = Receipt.of(probe, trained, behaviour(TransformersModel(served, tokenizer, ends), probe))
         if problems := receipt.problems(limits):
             raise ExitWith(
@@ -89,9 +85,11 @@ def _record(merge: "Merge", receipt: "Receipt", unloaded: "Receipt | None") -> d
     from train.models.fingerprint import content_hashes
     from train.run.versions import versions
 
-    held = merge.run.base.get("held", "")
+    base, held = dict(merge.run.base), merge.run.base.get("held", "")
+    if not base.get("commit"):  # a folder, whose path is this machine's business
+        base["name"] = Path(str(base.get("name", ""))).name
     return {
-        "base": {name: merge.run.base.get(name, "") for name in ("name", "commit", "fingerprint")},
+        "base": {name: base.get(name, "") for name in ("name", "commit", "fingerprint")},
         "trained_in": held,
         "adapter_sha256": content_hashes([merge.run.folder.final / ADAPTER])[0],
         "onto": merge.onto,

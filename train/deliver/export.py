@@ -28,7 +28,7 @@ from train.deliver.llama_cpp_runner import LlamaCpp, quantize
 from train.deliver.merge import Merge, Onto, load_merged
 from train.deliver.modelfile import modelfile
 from train.deliver.optional import INSTALL, package
-from train.deliver.proof import place_for, trained_behaviour
+from train.deliver.proof import limits_of, place_for, trained_behaviour
 from train.deliver.receipt import (
     MAX_NEW_TOKENS,
     Behaviour,
@@ -59,7 +59,6 @@ class Wanted:
     formats: frozenset[str]
     quantized: tuple[str, ...]  # further GGUF files
     onto: Onto
-    limits: Limits  # for models in 16 bits
     quantized_limits: Limits
 
     @property
@@ -198,20 +197,20 @@ class Export:
             served = load_merged(merged, merge.dtype, place_for(merge, self.say))
             model = TransformersModel(served, self.tokenizer, self.end_token_ids)
             weights = next(merged.glob("model.safetensors*"))  # the file, or the index of several
-            self._measure(weights.relative_to(folder).as_posix(), model, self.wanted.limits)
+            self._measure(weights.relative_to(folder).as_posix(), model, limits_of(merge))
             del served, model
             gc.collect()
-        files = self._gguf_files(folder, merged) if self.wanted.has_gguf else []
+        files = self._gguf_files(folder, merged, limits_of(merge)) if self.wanted.has_gguf else []
         if not keeps:
             shutil.rmtree(merged)
         return files
 
-    def _gguf_files(self, folder: Path, merged: Path) -> list[str]:
+    def _gguf_files(self, folder: Path, merged: Path, limits: Limits) -> list[str]:
         first = folder / f"{self.name}-F16.gguf"
         self.say(f"writing {first.name}")
         write_gguf(merged, first, "F16", gguf_shape(merged), self._vocabulary)
         files = [first.name]
-        self._measure_gguf(first, self.wanted.limits)
+        self._measure_gguf(first, limits)
         for kind in self.wanted.quantized:
             path = folder / f"{self.name}-{kind}.gguf"
             self.say(f"writing {path.name}")

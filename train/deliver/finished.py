@@ -22,7 +22,8 @@ from train.data import Splits, read_data, run_date
 from train.deliver.final import BASE
 from train.engine.plan import Plan, reference_plan, spread
 from train.memory.outlook import sketched_sizes
-from train.models.fingerprint import base_fingerprint
+from train.models.fingerprint import base_fingerprint, content_fingerprint
+from train.models.hub import locate
 from train.models.language_model import LanguageModel, load_adapters, load_model
 from train.models.shape import BROKEN
 from train.models.tokenizer import load_tokenizer
@@ -35,6 +36,8 @@ from train.run.folder import RunFolder, read_object
 GIB = 2**30
 RESERVE = 0.15  # share of the free GPU memory that stays for keys, values and logits
 MIN_RESERVE = 3 * GIB // 4
+# of a run's options: where its base and its data are, and how and where it is executed
+MAY_CHANGE = ("model.name_or_path", "model.revision", "model.dtype", "data.", "memory.", "run.device", "compare.")
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,24 @@ def finished_run(path: Path, words: Sequence[str] = (), usage: str = "") -> Fini
     model = replace(config.model, name_or_path=str(base.get("name", config.model.name_or_path)))
     model = replace(model, revision=str(base.get("commit") or config.model.revision))
     config = replace(config, model=model, run=replace(config.run, dir=str(folder.path), device="auto"))
-    config = parse_over(_found_again(config, started_in), words, usage)
-    return FinishedRun(folder, config, base)
+    asked = parse_over(_found_again(config, started_in), words, usage)
+    _refuse_other_models(config, asked, usage)
+    if asked.model.name_or_path != config.model.name_or_path and asked.model.revision == config.model.revision:
+        asked = replace(asked, model=replace(asked.model, revision="main"))  # the commit was the other one's
+    return FinishedRun(folder, asked, base)
+
+
+def _refuse_other_models(run: Config, asked: Config, usage: str) -> None:
+    """Raises ExitWith(BAD_INPUT) where an option would make another model of what was trained, or is not read."""
+    before: dict[str, Any] = dataclasses.asdict(run)
+    after: dict[str, Any] = dataclasses.asdict(asked)
+    sections = [section for section in before if isinstance(before[section], dict)]
+    pairs = [(section, name) for section in sections for name in before[section]]
+    changed = [f"{section}.{name}" for section, name in pairs if before[section][name] != after[section][name]]
+    refused_ones = [f"--{option}" for option in changed if not option.startswith(MAY_CHANGE)]
+    if refused_ones:
+        reason = f"{', '.join(refused_ones)}: a finished run is taken as it was trained; only these may be replaced: "
+        raise ExitWith(ExitCode.BAD_INPUT, f"{reason}{', '.join(MAY_CHANGE)}\n{usage}".rstrip())
 
 
 def device_of(config: Config) -> torch.device:
@@ -145,11 +164,20 @@ def load_tuned(run: FinishedRun) -> Tuned:
 
 def check_base(run: FinishedRun) -> None:
     """Raises ExitWith(BAD_INPUT) unless the base is, to the byte, the one that the adapters were trained on."""
-    trained_on, found = run.base.get("fingerprint"), base_fingerprint(run.config)
-    if trained_on and found != trained_on:
-        name = run.config.model.name_or_path
+    base, place = run.base, locate(run.config.model)
+    if base.get("content"):
+        is_same = base["content"] == content_fingerprint(run.config)
+    elif bool(base.get("commit")) != bool(place.commit):  # an older version's base.json
+        reason = (
+            f"a folder cannot be compared with a commit of the hub; name the one that {run.folder.final / BASE} names"
+        )
+        raise refused(Path(place.name), reason)
+    else:
+        is_same = base.get("fingerprint") in (None, base_fingerprint(run.config))
+    if not is_same:
         reason = "its config.json or weights are not those that the adapters were trained on"
-        raise refused(Path(name), f"{reason} ({run.folder.final / BASE}); name the right one: --model.name_or_path")
+        name = Path(run.config.model.name_or_path)
+        raise refused(name, f"{reason} ({run.folder.final / BASE}); name the right one: --model.name_or_path")
 
 
 def inference_plan(config: Config, device: torch.device) -> Plan:

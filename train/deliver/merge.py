@@ -55,10 +55,12 @@ class Merge:
         """Of a finished run; without `dtype` in that of the base's config.json. Raises ExitWith(BAD_INPUT)."""
         config = run.config.model
         shape = model_shape(config)
-        is_stored_quantized = stored_quantization(config, shape) is not None
+        stored = stored_quantization(config, shape)
         if config.random_init:
             raise refused(f"{run.folder.path}: its base has random weights, which nobody else can add adapters to")
-        if onto == "original" and is_stored_quantized:
+        if stored is not None and stored.load_in_8bit:
+            raise refused(f"{config.name_or_path} is stored in 8 bits, onto which nothing is merged: serve the adapter")
+        if onto == "original" and stored is not None:
             reason = f"{config.name_or_path} is stored quantised and has no other weights"
             raise refused(f"--onto original: {reason}; write --onto dequantized")
         if onto == "dequantized" and config.quantization == "none":
@@ -70,7 +72,8 @@ class Merge:
     def num_bytes(self) -> int:
         """What the merged model's weights take on the disk."""
         base = skeleton(replace(self.run.config.model, quantization="none", random_init=True), self.dtype)
-        more = {name: self.trained.vocabulary - base.get_parameter(name).shape[0] for name in self.trained.rows}
+        changed = {*self.trained.rows, *self.trained.whole}
+        more = {name: self.trained.vocabulary - base.get_parameter(name).shape[0] for name in changed}
         added = sum(max(0, count) * base.get_parameter(name).shape[1] for name, count in more.items())
         return (sum(parameter.numel() for parameter in base.parameters()) + added) * self.dtype.itemsize
 
@@ -134,7 +137,7 @@ class Merge:
         else:
             base, _ = load_base(config, self.dtype, cpu, HostBlocks([], pin=False), 0, False)
             base.dequantize()
-        if self.trained.rows:  # resize_token_embeddings(n) with the size that there is changes nothing
+        if self.trained.vocabulary:  # resize_token_embeddings(n) with the size that there is changes nothing
             base.resize_token_embeddings(self.trained.vocabulary, mean_resizing=False)
         for name in self.trained.names:
             weight = base.get_parameter(name)
@@ -168,7 +171,8 @@ class Merge:
             part.pop("quantization_config", None)
             for key in {"dtype", "torch_dtype"} & part.keys():
                 part[key] = str(self.dtype).removeprefix("torch.")
-            if self.trained.rows and part.get("vocab_size", self.trained.vocabulary) < self.trained.vocabulary:
+            part.pop("_name_or_path", None)  # a path of whoever saved the base
+            if part.get("vocab_size", self.trained.vocabulary) < self.trained.vocabulary:
                 part["vocab_size"] = self.trained.vocabulary
         settings["dtype"] = str(self.dtype).removeprefix("torch.")
         (target / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -1,5 +1,6 @@
 """Whether a model that is handed on behaves like the one that was trained: both asked the same, and compared."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -37,8 +38,8 @@ class Probe:
 class Model(Protocol):
     """A model that can be compared, whatever runs it."""
 
-    def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """Ids [T] -> fp32 logits [T, V] in host memory."""
+    def logits(self, ids: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+        """Ids [T] -> fp32 logits [len(positions), V] in host memory: those of all T are 4 GB for a long row."""
         ...
 
     def answer(self, prompt: Sequence[int]) -> list[int]:
@@ -136,12 +137,16 @@ class TransformersModel:
             pad_token_id=tokenizer.pad_token_id,
         )
         self.end_token_ids = set(end_token_ids)
+        self.keeps = "logits_to_keep" in inspect.signature(causal_lm.forward).parameters
 
     @torch.no_grad()
-    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+    def logits(self, ids: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         """See Model."""
         row = torch.tensor([list(ids)], device=self.causal_lm.device)
-        return self.causal_lm(input_ids=row, use_cache=False).logits[0].float().cpu()
+        kept = torch.tensor(list(positions), device=self.causal_lm.device)
+        if self.keeps:
+            return self.causal_lm(input_ids=row, use_cache=False, logits_to_keep=kept).logits[0].float().cpu()
+        return self.causal_lm(input_ids=row, use_cache=False).logits[0, kept].float().cpu()
 
     @torch.no_grad()
     def answer(self, prompt: Sequence[int]) -> list[int]:
@@ -159,7 +164,7 @@ def until_end(ids: list[int], ends: set[int]) -> list[int]:
 
 def behaviour(model: Model, probe: Probe) -> Behaviour:
     """Asks the model everything in the probe."""
-    logits = [model.logits(row)[places] for row, places in zip(probe.rows, probe.positions, strict=True)]
+    logits = [model.logits(row, places) for row, places in zip(probe.rows, probe.positions, strict=True)]
     return Behaviour(torch.cat(logits), [model.answer(prompt) for prompt in probe.questions])
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -24,13 +25,23 @@ def base_fingerprint(config: Config) -> str:
     Over config.json and, for each weight file that is loaded, its content; for random weights the seed; for a hub model
     the commit, which names its content.
     """
+    place = locate(config.model)
+    return _fingerprint(config, place.commit)
+
+
+def content_fingerprint(config: Config) -> str:
+    """Likewise, but for a hub model by the content of its files too: it tells whether a folder is a copy of it."""
+    return _fingerprint(config, "")
+
+
+def _fingerprint(config: Config, commit: str) -> str:
     shape, place = model_shape(config.model), locate(config.model)
     settings = {key: value for key, value in shape.to_diff_dict().items() if key != "transformers_version"}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     if config.model.random_init:
         digest.update(f"random {config.train.seed}".encode())
-    elif place.commit:
-        digest.update(place.commit.encode())
+    elif commit:
+        digest.update(commit.encode())
     else:
         paths = fetch_weights(place)
         for path, content in zip(paths, content_hashes(paths), strict=True):
@@ -48,6 +59,9 @@ def content_hashes(paths: Sequence[Path]) -> list[str]:
 
 
 def _content_hash(path: Path) -> str:
+    blob = path.resolve()
+    if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):  # the hub's cache names it so
+        return blob.name
     status = path.stat()
     state = [str(path.resolve()), status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
     key = hashlib.sha256(json.dumps(state).encode()).hexdigest()

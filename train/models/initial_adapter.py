@@ -16,9 +16,10 @@ from train.config import Config
 from train.models.fingerprint import base_fingerprint
 from train.models.hub import locate
 from train.run.exits import ExitCode, ExitWith
+from train.run.folder import RunFolder
 
 ADAPTER, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-FINAL, BASE, STATE, MANIFEST = "final", "base.json", "trainer_state.json", "manifest.json"
+BASE, STATE, MANIFEST = "base.json", "trainer_state.json", "manifest.json"
 # how PEFT draws fresh adapters; other ways than these change the base's weights too, which the adapter then needs
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 # what of adapter_config.json decides what an adapter computes, beside rank, scale and the tensors
@@ -117,8 +118,8 @@ def refusal(config: Config, reason: str) -> ExitWith:
 
 def _folder_of(path: Path) -> Path:
     """The folder with the adapter: the one that is named, or the final/ of a run folder."""
-    is_run = not (path / SETTINGS).exists() and (path / FINAL / SETTINGS).exists()
-    return path / FINAL if is_run else path
+    final = RunFolder(path).final
+    return final if not (path / SETTINGS).exists() and (final / SETTINGS).exists() else path
 
 
 def _problems(settings: Mapping[str, Any], config: Config) -> Iterator[str]:

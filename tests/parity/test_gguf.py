@@ -26,21 +26,25 @@ def test_llama_cpp_computes_what_transformers_computes(name: str, tmp_path: Path
     model = model_folder(tmp_path, SHAPES[name], shard_size="300KB")
     write_gguf(tmp_path, tmp_path / "tiny.gguf", "F32", *written(tmp_path))
     with LlamaCpp(tmp_path / "tiny.gguf", is_exact=True) as llama:
-        found = llama.logits(IDS)
+        found = llama.logits(IDS, range(len(IDS)))
     wanted = logits_of(model, IDS)
     assert found.shape == wanted.shape
     assert (found - wanted).norm() <= 2e-5 * wanted.norm()
 
 
 def test_a_row_may_be_longer_than_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Computed 50 tokens at a time, 192 tokens have the same logits, each at its place."""
+    """Computed 50 tokens at a time, 192 tokens have the same logits, each at its place, asked for all or for some."""
     model = model_folder(tmp_path, SHAPES["llama"])
     write_gguf(tmp_path, tmp_path / "tiny.gguf", "F32", *written(tmp_path))
     monkeypatch.setattr(llama_cpp_runner, "MAX_BATCH", 50)
     with LlamaCpp(tmp_path / "tiny.gguf", is_exact=True) as llama:
-        found = llama.logits(IDS)
+        found = llama.logits(IDS, range(len(IDS)))
+        places = [0, 49, 50, 191, 7]  # of the first, second and last of 4 batches, not of the third
+        some = llama.logits(IDS, places)
     wanted = logits_of(model, IDS)
     assert (found - wanted).norm() <= 2e-5 * wanted.norm()
+    assert some.shape == (len(places), wanted.shape[1])
+    assert (some - wanted[places]).norm() <= 2e-5 * wanted[places].norm()
 
 
 @pytest.mark.parametrize("uses_rslora", [False, True])
@@ -59,7 +63,7 @@ def test_an_adapter_over_the_base_computes_what_peft_computes(name: str, uses_rs
     assert len(trained.deltas) == 7 * 2 + 1
     write_adapter_gguf(tmp_path / "final", tmp_path / "adapter.gguf", shape, trained, "tiny")
     with LlamaCpp(tmp_path / "base.gguf", adapter=tmp_path / "adapter.gguf", is_exact=True) as llama:
-        found = llama.logits(IDS)
+        found = llama.logits(IDS, range(len(IDS)))
     wanted = logits_of(adapted, IDS)
     assert (found - wanted).norm() <= 2e-5 * wanted.norm()
     assert (found - plain).norm() > 0.1 * wanted.norm()

@@ -61,7 +61,7 @@ def main(words: list[str]) -> int:
     receipts = read_object(target / RECEIPTS)
     print("\n".join([*lines_of(files, receipts), *(f"note: {note}" for note in notes), f"in {target}"]))
     if options.push and not options.dry_run:
-        print(f"sent to {push(target, options.push, options.public, [name for name, _ in files])}")
+        print("\n".join(push(target, options.push, options.public, [name for name, _ in files])))
     elif options.push:
         visible = "public" if options.public else "private"
         print(f"--dry-run: nothing was sent to {options.push}, which would be made {visible} if it is new")

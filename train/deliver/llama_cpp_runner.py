@@ -56,10 +56,10 @@ class LlamaCpp:
         """Frees the model, and with it its adapter."""
         self.vocabulary.close()
 
-    def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """Ids [T] -> fp32 logits [T, V] in host memory."""
+    def logits(self, ids: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+        """Ids [T] -> fp32 logits [len(positions), V] at these positions of the row, in host memory."""
         with self._context(len(ids)) as context:
-            return torch.from_numpy(self._decode(context, ids, 0, of_all=True))
+            return torch.from_numpy(self._decode(context, ids, 0, positions))
 
     def answer(self, prompt: Sequence[int]) -> list[int]:
         """The ids of the greedy answer, without its end token."""
@@ -67,7 +67,7 @@ class LlamaCpp:
         with self._context(len(prompt) + self.max_new_tokens) as context:
             step, position = list(prompt), 0
             while len(answer) < self.max_new_tokens:
-                token = int(self._decode(context, step, position, of_all=False)[-1].argmax())
+                token = int(self._decode(context, step, position, [len(step) - 1])[0].argmax())
                 if token in self.end_token_ids:
                     break
                 answer.append(token)
@@ -97,26 +97,27 @@ class LlamaCpp:
         finally:
             api.llama_free(context)
 
-    def _decode(self, context: Any, ids: Sequence[int], start: int, of_all: bool) -> np.ndarray:
-        """Logits of all the ids, or of the last alone, fp32 [T or 1, V]."""
+    def _decode(self, context: Any, ids: Sequence[int], start: int, positions: Sequence[int]) -> np.ndarray:
+        """Logits at these positions among the ids, fp32 [len(positions), V]; llama.cpp computes no others."""
         api, size = self.vocabulary.api, self.vocabulary.size
-        logits = np.empty((len(ids) if of_all else 1, size), np.float32)
+        logits = np.empty((len(positions), size), np.float32)
         for begin in range(0, len(ids), MAX_BATCH):
             part = ids[begin : begin + MAX_BATCH]
+            rows = [(row, at - begin) for row, at in enumerate(positions) if 0 <= at - begin < len(part)]
             batch = api.llama_batch_init(len(part), 0, 1)
             batch.n_tokens = len(part)
             for i, token in enumerate(part):
                 batch.token[i], batch.pos[i] = token, start + begin + i
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-                batch.logits[i] = of_all or begin + i == len(ids) - 1
+                batch.logits[i] = False
+            for _, i in rows:
+                batch.logits[i] = True
             code = api.llama_decode(context, batch)
-            if code:
-                api.llama_batch_free(batch)
-                raise RuntimeError(f"llama_decode of {self.vocabulary.path} returned {code}")
-            for i in (each for each in range(len(part)) if batch.logits[each]):
-                at = begin + i if of_all else 0
-                logits[at] = np.ctypeslib.as_array(api.llama_get_logits_ith(context, i), (size,))
             api.llama_batch_free(batch)
+            if code:
+                raise RuntimeError(f"llama_decode of {self.vocabulary.path} returned {code}")
+            for row, i in rows:
+                logits[row] = np.ctypeslib.as_array(api.llama_get_logits_ith(context, i), (size,))
         return logits
 
 

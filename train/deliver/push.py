@@ -32,14 +32,18 @@ def files_of(folder: Path) -> list[tuple[str, int]]:
     return [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files]
 
 
-def push(folder: Path, name: str, is_public: bool, names: Sequence[str]) -> str:
-    """Sends these files of the folder to the model OWNER/NAME, which is made if it is not there; returns its address.
+def push(folder: Path, name: str, is_public: bool, names: Sequence[str]) -> list[str]:
+    """Sends these files of the folder to the model OWNER/NAME, which is made if it is not there; returns what was done.
 
-    A new one is private unless `is_public`; one that is there keeps its visibility. Raises ExitWith(BAD_INPUT).
+    A new one is private unless `is_public`. One that is there keeps its visibility: create_repo does not look at it.
+    Raises ExitWith(BAD_INPUT), also for one that everybody sees without `is_public`, before a file is sent.
     """
     api = HfApi()
     try:
         address = api.create_repo(name, repo_type="model", private=not is_public, exist_ok=True)
+        is_private = bool(api.repo_info(name, repo_type="model").private)
+        if not is_private and not is_public:
+            raise _refused(name, "it is there and public; write --public to publish, or name another")
         api.upload_folder(
             repo_id=name,
             folder_path=folder,
@@ -47,13 +51,16 @@ def push(folder: Path, name: str, is_public: bool, names: Sequence[str]) -> str:
             allow_patterns=list(names),
             commit_message="Upload the export of a Handloop run",
         )
+    except ExitWith:
+        raise
     except Exception as error:
         if isinstance(error, HfHubHTTPError):
             raise _refused(name, _told(error)) from None
         if not is_of_the_network(error):
             raise
         raise _refused(name, f"the hub cannot be reached: {first_line(error)}; repeat the command") from None
-    return str(address)
+    kept = "--public: it was there, and private, and stays private; its settings on the hub change that"
+    return [f"sent to {address}", *([kept] if is_public and is_private else [])]
 
 
 def _told(error: HfHubHTTPError) -> str:

@@ -21,20 +21,60 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+class Hub:
+    """What stands in for the hub: whether repositories are private, and what was sent to them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_private: dict[str, bool] = {}
+        self.sent: list[dict[str, Any]] = []
+        monkeypatch.setattr(HfApi, "create_repo", lambda _, name, **how: self.create(name, **how))
+        monkeypatch.setattr(HfApi, "repo_info", lambda _, name, **how: self.describe(name, **how))
+        monkeypatch.setattr(HfApi, "upload_folder", lambda _, **how: self.sent.append(how))
+
+    def create(self, name: str, repo_type: str, private: bool, exist_ok: bool) -> str:
+        """As the hub does, which does not look at `private` where the repository is there."""
+        assert repo_type == "model"
+        assert exist_ok
+        self.is_private.setdefault(name, private)
+        return "URL"
+
+    def describe(self, name: str, repo_type: str) -> Any:
+        assert repo_type == "model"
+        return SimpleNamespace(private=self.is_private[name])
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """An empty one."""
+    return Hub(monkeypatch)
+
+
 @pytest.mark.parametrize("is_public", [False, True])
-def test_the_listed_files_are_sent(is_public: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_listed_files_are_sent(is_public: bool, folder: Path, hub: Hub) -> None:
     """Exactly what is listed goes to a repository that is private unless it is to be public."""
-    calls: list[dict[str, Any]] = []
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **how: calls.append({"name": name, **how}) or "URL")
-    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **how: calls.append(how))
     files = files_of(folder)
     assert files == [("README.md", 4), ("merged/config.json", 2), ("x.gguf", 7)]
     (folder / "secret.txt").write_text("written since")
-    assert push(folder, "me/model", is_public, [name for name, _ in files]) == "URL"
-    made, sent = calls
-    assert (made["name"], made["private"], made["repo_type"]) == ("me/model", not is_public, "model")
-    assert sent["allow_patterns"] == ["README.md", "merged/config.json", "x.gguf"]
-    assert (sent["repo_id"], sent["folder_path"]) == ("me/model", folder)
+    for _ in range(2):  # to a new one, and again
+        assert push(folder, "me/model", is_public, [name for name, _ in files]) == ["sent to URL"]
+    assert hub.is_private == {"me/model": not is_public}
+    assert len(hub.sent) == 2
+    for sent in hub.sent:
+        assert sent["allow_patterns"] == ["README.md", "merged/config.json", "x.gguf"]
+        assert (sent["repo_id"], sent["folder_path"], sent["repo_type"]) == ("me/model", folder, "model")
+
+
+def test_nothing_is_published_unasked(folder: Path, hub: Hub) -> None:
+    """A repository that is public already gets nothing without --public; one that is private is said to stay so."""
+    hub.is_private = {"me/open": False, "me/closed": True}
+    with pytest.raises(ExitWith, match="--push me/open: it is there and public; write --public") as refusal:
+        push(folder, "me/open", False, ["README.md"])
+    assert refusal.value.code == ExitCode.BAD_INPUT
+    assert not hub.sent
+    assert push(folder, "me/open", True, ["README.md"]) == ["sent to URL"]
+    assert "stays private" in push(folder, "me/closed", True, ["README.md"])[1]
+    assert hub.is_private == {"me/open": False, "me/closed": True}
+    assert len(hub.sent) == 2
 
 
 @pytest.mark.parametrize(

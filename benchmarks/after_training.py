@@ -29,7 +29,7 @@ def main() -> None:
     options = parser.parse_args()
     moved = ["--model.name_or_path", options.base] if options.base else []
     run, record = str(options.run), {}
-    said("compare", run, *moved, "--num", "64", "--max-new-tokens", "160")
+    said("compare", run, *moved, "--num", "24", "--max-new-tokens", "128")
     record["compare"] = json.loads((options.run / "compare.json").read_text())
     for group in record["compare"]["groups"].values():
         group.pop("answers", None)  # the rows themselves

@@ -39,7 +39,7 @@ def main() -> None:
         said(
             "export", run, *moved, "--onto", onto, "--format", "ollama", "--quantize", *options.quantize, "--overwrite"
         )
-        record[f"export {onto}"] = json.loads((options.run / "export" / "receipts.json").read_text())
+        record[f"export {onto}"] = json.loads((options.run / "export" / "receipts.json").read_text())["files"]
         found = sorted((options.run / "export").glob("*.gguf"))
         record[f"asked {onto}"] = {path.name: asked(options.run, moved, path) for path in found}
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}

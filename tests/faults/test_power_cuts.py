@@ -87,7 +87,7 @@ def check_run(root: Path, marks: dict[str, Any]) -> str:
         return f"{type(error).__name__}: {error}"
 
 
-FINAL = {"adapter_model.safetensors": "adapter", "tokenizer.json": "tokens"}
+FINAL = {"adapter_model.safetensors": "adapter", "merged/config.json": "shape"}
 
 
 def record_final(log: Log, root: Path) -> None:
@@ -95,6 +95,7 @@ def record_final(log: Log, root: Path) -> None:
     for edition in ("1", "2"):
         log.mark("written", edition)
         with publish(root / "run" / "final") as folder:
+            (folder / "merged").mkdir()
             for name, text in FINAL.items():
                 (folder / name).write_text(text + edition)
         log.mark("published", edition)
@@ -105,7 +106,8 @@ def check_final(root: Path, marks: dict[str, Any]) -> str:
     folder, done = root / "run" / "final", marks.get("published", "")
     if not folder.exists():
         return f"final, edition {done}, is lost" if done and done == marks["written"] else ""
-    content = {path.name: path.read_text() for path in folder.iterdir()}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    content = {path.relative_to(folder).as_posix(): path.read_text() for path in files}
     allowed = {done, marks["written"]} - {""}
     whole = [edition for edition in allowed if content == {name: text + edition for name, text in FINAL.items()}]
     return "" if whole else f"final is neither of {sorted(allowed)}: {content}"

@@ -34,9 +34,9 @@ def main(words: list[str]) -> int:
     options, rest = own.parse_known_args(words)
     _check(own, options)
     # imported here because they take seconds, for which --help should not wait
-    from train.deliver.export import RECEIPTS, Export, Wanted, lines_of
+    from train.deliver.export import Export, Wanted
+    from train.deliver.exported import check_is_of, lines_of
     from train.deliver.push import check_push, files_of, push
-    from train.run.folder import read_object
 
     run = own.run(rest)
     if options.push:
@@ -57,9 +57,10 @@ def main(words: list[str]) -> int:
         notes = Export(run, wanted, _say).write(target)
     elif not (target / "README.md").is_file():
         own.error(f"write --format: there is no export in {target}")
+    else:
+        check_is_of(target, run)
     files = files_of(target)
-    receipts = read_object(target / RECEIPTS)
-    print("\n".join([*lines_of(files, receipts), *(f"note: {note}" for note in notes), f"in {target}"]))
+    print("\n".join([*lines_of(target, files), *(f"note: {note}" for note in notes), f"in {target}"]))
     if options.push and not options.dry_run:
         print("\n".join(push(target, options.push, options.public, [name for name, _ in files])))
     elif options.push:
@@ -88,6 +89,8 @@ def _check(own: RunOptions, options: argparse.Namespace) -> None:
         own.error("--max-kl and --min-agreement are limits of quantised files: add --quantize")
     if options.onto and not {"safetensors", "gguf", "ollama"} & set(options.format):
         own.error("--onto: nothing is merged; add --format safetensors, gguf or ollama, or leave it out")
+    if options.overwrite and not options.format:
+        own.error("--overwrite: nothing is written without --format; leave it out, or add --format")
     if not options.push and (options.public or options.dry_run):
         own.error("--public and --dry-run belong to --push OWNER/NAME")
 

@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
@@ -17,9 +17,10 @@ from train.checkpoints.contents import ADAPTER_CONFIG
 from train.config import parse_argument
 from train.deliver.adapter_delta import read_trained
 from train.deliver.card import Contents, card
+from train.deliver.exported import write_receipts
 from train.deliver.final import BASE
 from train.deliver.finished import FinishedRun, data_of, today_of, tokenizer_of
-from train.deliver.gguf_adapter import write_adapter_gguf
+from train.deliver.gguf_adapter import adapter_tensors, write_adapter_gguf
 from train.deliver.gguf_check import check_tokens, unknown_ends
 from train.deliver.gguf_shape import GgufShape, gguf_shape
 from train.deliver.gguf_tokenizer import Vocabulary, vocabulary
@@ -40,7 +41,7 @@ from train.deliver.receipt import (
     behaviour,
 )
 from train.models.hub import licence_of, locate
-from train.run.durable import publish
+from train.run.durable import make_readable, publish
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import read_object
 
@@ -48,7 +49,7 @@ MERGED_FORMATS = {"safetensors", "gguf", "ollama"}
 CHECKED_ROWS = 64  # samples of the data that llama.cpp tokenises
 # bits a weight takes, with scales; for the free space that is asked for
 BITS = {"F16": 16.0, "Q8_0": 8.5, "Q6_K": 6.6, "Q5_K_M": 5.7, "Q4_K_M": 4.9, "Q4_0": 4.6}
-README, RECEIPTS, MODELFILE = "README.md", "receipts.json", "Modelfile"
+README, MODELFILE = "README.md", "Modelfile"
 Say = Callable[[str], None]
 
 
@@ -109,8 +110,8 @@ class Export:
             )
             text = card(self.run, self.name, contents, licence_of(locate(self.run.config.model)))
             (folder / README).write_text(text, encoding="utf-8")
-            if self.receipts:
-                (folder / RECEIPTS).write_text(json.dumps(self.receipts, indent=1) + "\n", encoding="utf-8")
+            write_receipts(folder, self.run, self.receipts)
+            make_readable(folder)
         return self.notes
 
     @property
@@ -125,6 +126,8 @@ class Export:
             self.notes += self._shape.notes
         if self.wanted.quantized:
             package("llama_cpp")
+        if "adapter-gguf" in self.wanted.formats:
+            adapter_tensors(self.run.folder.final, self._shape, read_trained(self.run.folder.final, self._num_tokens))
         if self.wanted.has_gguf:
             self._check_vocabulary()
         if not MERGED_FORMATS & self.wanted.formats:
@@ -265,14 +268,3 @@ class Export:
             reason = f"{name} does not behave like the trained model, {what}\nnothing was kept{way_out}"
             raise ExitWith(ExitCode.UNLIKE, reason)
         self.receipts[name] = receipt.as_json()
-
-
-def lines_of(files: Sequence[tuple[str, int]], receipts: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The files with their sizes, and their receipts in short."""
-    lines = []
-    for name, size in files:
-        found = receipts.get(name)
-        told = f"  mean KL {found['mean_kl']:.2g} nats, agreement {found['agreement']:.1%}" if found else ""
-        told += f", {found['equal_answers']} of {found['num_questions']} greedy answers equal" if found else ""
-        lines.append(f"{size:>15,}  {name}{told}")
-    return lines

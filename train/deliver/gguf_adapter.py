@@ -10,11 +10,10 @@ from train.deliver.gguf_writer import SUFFIXES
 from train.deliver.optional import package
 
 
-def write_adapter_gguf(folder: Path, path: Path, shape: GgufShape, trained: Trained, name: str) -> None:
-    """Writes the adapters of `folder` to `path` in fp32.
+def adapter_tensors(folder: Path, shape: GgufShape, trained: Trained) -> dict[str, str]:
+    """llama.cpp's names of the weights that the adapters of `folder` change.
 
-    llama.cpp multiplies by alpha / r, and has one alpha for all adapters: where ranks or scales differ, B carries the
-    difference. Raises ExitWith(BAD_INPUT) for an adapter that llama.cpp does not add.
+    Raises ExitWith(BAD_INPUT) for an adapter that llama.cpp does not add.
     """
     gguf = package("gguf")
     arch = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[shape.family.architecture]
@@ -23,6 +22,20 @@ def write_adapter_gguf(folder: Path, path: Path, shape: GgufShape, trained: Trai
     if others or not trained.deltas:
         reason = f"{', '.join(others) or 'nothing'} was trained, and only adapters of linear layers can be"
         raise not_written(folder, f"{reason} an adapter of llama.cpp; write the merged model")
+    tensors = {weight: names.get_name(weight, try_suffixes=SUFFIXES) for weight in trained.deltas}
+    for weight, tensor in tensors.items():
+        if tensor is None or tensor not in shape.expected() or tensor == "token_embd.weight":
+            raise not_written(folder, f"llama.cpp has no adapter of {weight} for this model")
+    return tensors
+
+
+def write_adapter_gguf(folder: Path, path: Path, shape: GgufShape, trained: Trained, name: str) -> None:
+    """Writes the adapters of `folder` to `path` in fp32.
+
+    llama.cpp multiplies by alpha / r, and has one alpha for all adapters: where ranks or scales differ, B carries the
+    difference. Raises ExitWith(BAD_INPUT) as adapter_tensors does.
+    """
+    gguf, tensors = package("gguf"), adapter_tensors(folder, shape, trained)
     first = next(iter(trained.deltas.values()))
     alpha = first.scale * first.a.shape[0]
     writer = gguf.GGUFWriter(path, shape.family.architecture)
@@ -32,10 +45,7 @@ def write_adapter_gguf(folder: Path, path: Path, shape: GgufShape, trained: Trai
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     for weight, delta in trained.deltas.items():
-        tensor = names.get_name(weight, try_suffixes=SUFFIXES)
-        if tensor is None or tensor not in shape.expected() or tensor == "token_embd.weight":
-            raise not_written(folder, f"llama.cpp has no adapter of {weight} for this model")
-        b = delta.b * (delta.scale * delta.a.shape[0] / alpha)
+        tensor, b = tensors[weight], delta.b * (delta.scale * delta.a.shape[0] / alpha)
         writer.add_tensor(f"{tensor}.lora_a", delta.a.contiguous().numpy())
         writer.add_tensor(f"{tensor}.lora_b", _rows(shape, tensor, b).numpy())
     writer.write_header_to_file()

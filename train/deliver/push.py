@@ -59,7 +59,7 @@ def push(folder: Path, name: str, is_public: bool, names: Sequence[str]) -> list
         if not is_of_the_network(error):
             raise
         raise _refused(name, f"the hub cannot be reached: {first_line(error)}; repeat the command") from None
-    kept = "--public: it was there, and private, and stays private; its settings on the hub change that"
+    kept = "--public: the repository is private and stays so; its settings on the hub change that"
     return [f"sent to {address}", *([kept] if is_public and is_private else [])]
 
 

@@ -45,16 +45,16 @@ def sync(path: Path) -> None:
 def publish(target: Path) -> Iterator[Path]:
     """Yields a temporary folder to fill, which then becomes `target` atomically and durably, or not at all.
 
-    The files are synced, then the folder; it is renamed, and the parent is synced. An older `target` is moved aside
-    before the rename and removed at the end. On any error the temporary folder is removed.
+    All that is in it is synced, then the folder; it is renamed, and the parent is synced. An older `target` is moved
+    aside before the rename and removed at the end. On any error the temporary folder is removed.
     """
     make_folder(target.parent)
     temporary = target.parent / f".tmp-{target.name}-{uuid.uuid4().hex[:8]}"
     temporary.mkdir(mode=0o700)
     try:
         yield temporary
-        for file in temporary.iterdir():
-            sync(file)
+        for path in temporary.rglob("*"):
+            sync(path)
         sync(temporary)
         replaced = aside_name(target, "trash") if target.exists() else None
         try:
@@ -74,12 +74,11 @@ def publish(target: Path) -> Iterator[Path]:
 
 
 def make_readable(folder: Path) -> None:
-    """Gives a folder and its files the rights that the user's umask leaves, for a server that runs as another user."""
+    """Gives a folder and all in it the rights that the user's umask leaves, for a server that runs as another user."""
     mask = os.umask(0)
     os.umask(mask)
-    for file in folder.iterdir():
-        file.chmod(0o666 & ~mask)
-    folder.chmod(0o777 & ~mask)
+    for path in (*folder.rglob("*"), folder):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def aside_name(folder: Path, kind: str) -> Path:

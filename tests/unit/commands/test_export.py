@@ -1,7 +1,9 @@
 """`handloop export` on a finished run: what is written, what is said of it, what is sent, and what is refused."""
 
 import json
+import os
 import shutil
+import stat
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -59,13 +61,22 @@ def front_matter(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("without_llama_cpp")
 def test_everything_is_written_and_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All formats in one folder, from which PEFT and transformers load; files and sizes are listed; no path is told."""
+    """All formats in one folder, from which PEFT and transformers load; files and sizes are listed; no path is told.
+
+    A server that runs as another user can read all of it, as far as the umask allows.
+    """
     words = ["--format", "adapter", "safetensors", "gguf", "adapter-gguf", "ollama"]
-    assert main(["export", str(run), *words]) == 0
+    before = os.umask(0o027)
+    try:
+        assert main(["export", str(run), *words]) == 0
+    finally:
+        os.umask(before)
     said, folder = capsys.readouterr().out, run / "export"
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert {"README.md", "adapter_model.safetensors", "merged/model.safetensors", "Modelfile"} <= files
     assert {"my-run-F16.gguf", "my-run-adapter.gguf", "receipts.json"} <= files
+    for path in (folder, *folder.rglob("*")):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o750 if path.is_dir() else 0o640), path
     for name in files:
         assert f"{(folder / name).stat().st_size:>15,}  {name}" in said
         text = (folder / name).read_bytes()
@@ -131,7 +142,7 @@ def test_real_llama_cpp_answers_as_the_trained_model(run: Path, capsys: pytest.C
     """F16 and quantised files are asked by llama.cpp what the trained model was asked; the receipts are close."""
     assert main(["export", str(run), "--format", "ollama", "--quantize", "Q8_0", "Q4_K_M"]) == 0
     assert (run / "export" / "Modelfile").read_text().startswith("FROM ./my-run-Q8_0.gguf\n")
-    receipts = json.loads((run / "export" / "receipts.json").read_text())
+    receipts = json.loads((run / "export" / "receipts.json").read_text())["files"]
     assert set(receipts) == {"my-run-F16.gguf", "my-run-Q8_0.gguf", "my-run-Q4_K_M.gguf"}
     whole, eight, four = receipts.values()
     assert whole["num_questions"] == whole["equal_answers"] == 2
@@ -157,9 +168,12 @@ def test_new_tokens_are_in_the_file(config: Config, tmp_path: Path, capsys: pyte
     reader = gguf.GGUFReader(run / "export" / "run-F16.gguf")
     tokens: Any = reader.get_field("tokenizer.ggml.tokens")
     assert tokens.contents()[2048:] == ["<|so|>", "bolt"]
-    assert json.loads((run / "export" / "receipts.json").read_text())["run-F16.gguf"]["mean_kl"] < 1e-4
-    words = [str(run), "--format", "adapter-gguf", "--overwrite"]
-    assert "only adapters of linear layers can be an adapter of llama.cpp" in refusal(words, capsys)
+    assert json.loads((run / "export" / "receipts.json").read_text())["files"]["run-F16.gguf"]["mean_kl"] < 1e-4
+    capsys.readouterr()
+    said = refusal([str(run), "--format", "gguf", "adapter-gguf", "--overwrite"], capsys)
+    assert "only adapters of linear layers can be an adapter of llama.cpp" in said
+    assert "asking" not in said, "it is refused before anything is computed"
+    assert "tokenises" not in said
 
 
 @needs_llama_cpp
@@ -197,6 +211,11 @@ def test_an_export_is_sent_once_it_was_seen(
     assert "xxxxxxxx" not in said.out + said.err
     names = sorted(path.name for path in (run / "export").iterdir())
     assert sent == [(run / "export", "me/x", False, names), (run / "export", "me/x", True, names)]
+    (run / "final" / "adapter_model.safetensors").write_bytes(b"trained since")
+    for words in ([], ["--dry-run"]):
+        said = refusal([str(run), "--push", "me/x", *words], capsys)
+        assert "it was not exported from the adapter that is in final/ now; export again" in said
+    assert len(sent) == 2
 
 
 @pytest.mark.usefixtures("without_llama_cpp")
@@ -210,6 +229,7 @@ def test_what_cannot_be_done_is_refused_first(
         "--onto: nothing is merged": [str(run), "--format", "adapter", "--onto", "original"],
         "--max-kl and --min-agreement are limits of": [str(run), "--format", "gguf", "--max-kl", "2"],
         "--public and --dry-run belong to --push": [str(run), "--format", "adapter", "--public"],
+        "--overwrite: nothing is written without --format": [str(run), "--push", "me/x", "--dry-run", "--overwrite"],
         "there is no export in": [str(run), "--push", "me/x", "--dry-run"],
         "--push me: write OWNER/NAME": [str(run), "--format", "adapter", "--push", "me", "--dry-run"],
         "--onto dequantized: the base was not": [str(run), "--format", "safetensors", "--onto", "dequantized"],

@@ -72,7 +72,7 @@ def test_nothing_is_published_unasked(folder: Path, hub: Hub) -> None:
     assert refusal.value.code == ExitCode.BAD_INPUT
     assert not hub.sent
     assert push(folder, "me/open", True, ["README.md"]) == ["sent to URL"]
-    assert "stays private" in push(folder, "me/closed", True, ["README.md"])[1]
+    assert "is private and stays so" in push(folder, "me/closed", True, ["README.md"])[1]
     assert hub.is_private == {"me/open": False, "me/closed": True}
     assert len(hub.sent) == 2
 

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from types import FrameType
 
 from data_tools.report import DataError
 from train.run.defects import print_defect
@@ -29,6 +30,14 @@ _LINES = "\n".join(f"  {name:9} {what}" for name, what in COMMANDS.items())
 USAGE = f"usage: handloop COMMAND [options]\n\n{_LINES}\n\nhandloop COMMAND --help lists its options"
 
 
+class Terminated(BaseException):
+    """SIGTERM or SIGHUP: the command unwinds, so that what it has written by halves is removed."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code; an error becomes one message on stderr."""
     if argv is None:  # the script, whose streams are the process's own
@@ -36,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     take_token()
     try:
+        if argv is None:
+            _unwind_on_signals()
         code = _run(words)
         sys.stdout.flush()
         return code
@@ -56,6 +67,8 @@ def _end_by(error: BaseException, words: Sequence[str]) -> tuple[int, str]:
         return error.code, error.reason
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, ""
+    if isinstance(error, Terminated):
+        return 128 + error.number, ""
     if isinstance(error, OSError):
         with suppress(OSError, ValueError):  # what is left in the buffer would be tried again at the end
             lead_to_null(sys.stdout.fileno())
@@ -64,6 +77,22 @@ def _end_by(error: BaseException, words: Sequence[str]) -> tuple[int, str]:
     if isinstance(error, DataError | MemoryError):
         return ExitCode.BAD_INPUT, str(error) or "out of memory"
     return ExitCode.DEFECT, print_defect(error, f"running handloop {' '.join(words[:1])}", words)
+
+
+def _unwind_on_signals() -> None:
+    """Raises Terminated at the first SIGTERM or SIGHUP and ignores further ones, which would cut the removal short.
+
+    One that this process was started to ignore (nohup: SIGHUP) stays ignored.
+    """
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise Terminated(number)
+
+    for number in numbers:
+        signal.signal(number, end)
 
 
 def _run(words: list[str]) -> int:

@@ -27,6 +27,10 @@ COMMANDS = {
     "export": "write a run as adapter, merged model, GGUF or for Ollama, and send it to the hub",
 }
 _LINES = "\n".join(f"  {name:9} {what}" for name, what in COMMANDS.items())
+LESS_MEMORY = (
+    "the GPU has not enough free memory: --memory.budget below what is free leaves more of the model in host memory, "
+    "--run.device cpu needs no GPU; shorter answers need less (compare and chat: fewer new tokens)"
+)
 USAGE = f"usage: handloop COMMAND [options]\n\n{_LINES}\n\nhandloop COMMAND --help lists its options"
 
 
@@ -76,6 +80,9 @@ def _end_by(error: BaseException, words: Sequence[str]) -> tuple[int, str]:
         return (0, "") if isinstance(error, BrokenPipeError) else (ExitCode.BAD_INPUT, str(error))
     if isinstance(error, DataError | MemoryError):
         return ExitCode.BAD_INPUT, str(error) or "out of memory"
+    torch = sys.modules.get("torch")  # not imported for this: it takes seconds
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return ExitCode.BAD_INPUT, f"{str(error).partition(chr(10))[0]}\n{LESS_MEMORY}"
     return ExitCode.DEFECT, print_defect(error, f"running handloop {' '.join(words[:1])}", words)
 
 

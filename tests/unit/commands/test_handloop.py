@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_tools.report import DataError
 from tests.conftest import ROOT
 from train.commands import handloop, preview
+from train.commands.handloop import LESS_MEMORY
 from train.run.exits import ExitCode, ExitWith
 
 COMMAND = [sys.executable, "-c", "import sys\nfrom train.commands.handloop import main\nsys.exit(main())"]
@@ -69,6 +71,7 @@ def test_what_ends_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         (ExitWith(ExitCode.NON_FINITE, "no number"), 79, "\nhandloop: no number\n"),
         (MemoryError(), 78, "\nhandloop: out of memory\n"),
         (KeyboardInterrupt(), 130, ""),
+        (torch.OutOfMemoryError("CUDA out of memory."), 78, f"\nhandloop: CUDA out of memory.\n{LESS_MEMORY}\n"),
     ]
     for error, code, text in [*ends, (ZeroDivisionError("a bug, hf_" + "a" * 30), 70, None)]:
 

@@ -192,6 +192,27 @@ def test_a_file_without_questions_is_refused(
     assert "asking" not in said
 
 
+REFUSED = {
+    "missing": (["--output", "missing/x.json"], "--output missing/x.json: there is no folder missing; make it"),
+    "folder": (["--output", "."], "--output .: it is a folder; name a file in it"),
+    "unread": (["--compare.num_questions", "1"], "here --num says how many are asked"),
+    "unread, spelled otherwise": (["--compare.num-questions=1"], "here --num says how many are asked"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_at_once(
+    name: str, finished_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A result that could not be written, and an option that would not be read, end it with 78 before any work."""
+    words, reason = REFUSED[name]
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", str(finished_path), *words]) == 78
+    said = capsys.readouterr().err
+    assert reason in said
+    assert "asking" not in said
+
+
 def test_the_tables_fit_a_terminal(finished_path: Path) -> None:
     """With the longest shares and counts no line is wider than 80 columns, and none is cut."""
     written = Completion("yes", True, 4096)

@@ -1,12 +1,16 @@
 """`handloop compare`."""
 
 import json
+import os
+import re
 import sys
+from pathlib import Path
 
 from data_tools.terminal import typed_path
 from train.commands.options import RunOptions, positive_number
 from train.profiles import DEMO
 from train.run.durable import write_atomically
+from train.run.exits import ExitCode, ExitWith
 
 
 def main(words: list[str]) -> int:
@@ -25,6 +29,10 @@ def main(words: list[str]) -> int:
     own.add_argument("--output", type=typed_path, metavar="FILE", help="write the JSON there, not into the run folder")
     own.add_argument("--json", action="store_true", help="print the JSON instead of tables")
     options, rest = own.parse_known_args(words)
+    if any(re.match(r"--compare[.]num[_-]questions\b", word) for word in rest):
+        own.error("--compare.num_questions: it is of the answers at a run's end; here --num says how many are asked")
+    if options.output is not None:
+        _check_output(Path(options.output))
     # imported here because they take seconds, for which --help should not wait
     from rich.console import Console
 
@@ -59,3 +67,16 @@ def main(words: list[str]) -> int:
         show_comparison(console if console.is_terminal else Console(width=WIDTH), found, options.show or 0)
     say(f"written to {target}")
     return 0
+
+
+def _check_output(path: Path) -> None:
+    """Refuses a file that could not be written, before minutes are spent on what it is to hold."""
+    reason = ""
+    if path.is_dir():
+        reason = "it is a folder; name a file in it"
+    elif not path.parent.is_dir():
+        reason = f"there is no folder {path.parent}; make it, or name a file elsewhere"
+    elif not os.access(path.parent, os.W_OK | os.X_OK):
+        reason = f"the folder {path.parent} cannot be written to; name a file elsewhere"
+    if reason:
+        raise ExitWith(ExitCode.BAD_INPUT, f"--output {path}: {reason}")

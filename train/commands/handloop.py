@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from types import FrameType
 
 from data_tools.report import DataError
 from train.run.defects import print_defect
@@ -26,7 +27,19 @@ COMMANDS = {
     "export": "write a run as adapter, merged model, GGUF or for Ollama, and send it to the hub",
 }
 _LINES = "\n".join(f"  {name:9} {what}" for name, what in COMMANDS.items())
+LESS_MEMORY = (
+    "the GPU has not enough free memory: --memory.budget below what is free leaves more of the model in host memory, "
+    "--run.device cpu needs no GPU; shorter answers need less (compare and chat: fewer new tokens)"
+)
 USAGE = f"usage: handloop COMMAND [options]\n\n{_LINES}\n\nhandloop COMMAND --help lists its options"
+
+
+class Terminated(BaseException):
+    """SIGTERM or SIGHUP: the command unwinds, so that what it has written by halves is removed."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     take_token()
     try:
+        if argv is None:
+            _unwind_on_signals()
         code = _run(words)
         sys.stdout.flush()
         return code
@@ -56,6 +71,8 @@ def _end_by(error: BaseException, words: Sequence[str]) -> tuple[int, str]:
         return error.code, error.reason
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, ""
+    if isinstance(error, Terminated):
+        return 128 + error.number, ""
     if isinstance(error, OSError):
         with suppress(OSError, ValueError):  # what is left in the buffer would be tried again at the end
             lead_to_null(sys.stdout.fileno())
@@ -63,7 +80,26 @@ def _end_by(error: BaseException, words: Sequence[str]) -> tuple[int, str]:
         return (0, "") if isinstance(error, BrokenPipeError) else (ExitCode.BAD_INPUT, str(error))
     if isinstance(error, DataError | MemoryError):
         return ExitCode.BAD_INPUT, str(error) or "out of memory"
+    torch = sys.modules.get("torch")  # not imported for this: it takes seconds
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return ExitCode.BAD_INPUT, f"{str(error).partition(chr(10))[0]}\n{LESS_MEMORY}"
     return ExitCode.DEFECT, print_defect(error, f"running handloop {' '.join(words[:1])}", words)
+
+
+def _unwind_on_signals() -> None:
+    """Raises Terminated at the first SIGTERM or SIGHUP and ignores further ones, which would cut the removal short.
+
+    One that this process was started to ignore (nohup: SIGHUP) stays ignored.
+    """
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise Terminated(number)
+
+    for number in numbers:
+        signal.signal(number, end)
 
 
 def _run(words: list[str]) -> int:

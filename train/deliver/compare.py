@@ -36,7 +36,7 @@ def compare(generator: Generator, questions: Sequence[Question], must_stop: Call
 
     def generate_both(batch: Sequence[Question]) -> tuple[list[Completion], list[Completion]]:
         prompts = [question.prompt for question in batch]
-        with model.adapted.disable_adapter():
+        with model.without_adapters():
             before = generator(prompts)
         return before, generator(prompts)
 

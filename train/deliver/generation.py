@@ -26,7 +26,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Generator:
-    """Decodes greedily, with the adapters unless called inside `model.adapted.disable_adapter()`."""
+    """Decodes greedily, with the adapters unless called inside `model.without_adapters()`."""
 
     model: LanguageModel
     tokenizer: PreTrainedTokenizerBase

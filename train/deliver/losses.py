@@ -39,7 +39,7 @@ def losses_of(model: LanguageModel, samples: Sequence[dict[str, Any]], pad_token
     @torch.no_grad()
     def both(batch: Sequence[dict[str, Any]]) -> tuple[float, float, int]:
         micro_batch = collate(batch, pad_token_id).to(model.head.weight.device)
-        with model.adapted.disable_adapter():
+        with model.without_adapters():
             before = float(model(micro_batch))
         return before, float(model(micro_batch)), len(micro_batch.targets)
 

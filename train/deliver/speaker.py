@@ -111,7 +111,7 @@ class Speaker:
         pad = self.tokenizer.pad_token_id
         ids: list[int] | None = None
         try:
-            with nullcontext() if with_adapters else self.model.adapted.disable_adapter():
+            with nullcontext() if with_adapters else self.model.without_adapters():
                 found = causal_lm.generate(
                     input_ids=input_ids,
                     attention_mask=torch.ones_like(input_ids),

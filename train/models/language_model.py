@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import bitsandbytes as bnb
@@ -147,6 +148,20 @@ class LanguageModel(torch.nn.Module):
             causal_lm.set_attn_implementation(kind)
             transformers_model.generation_config = own_settings
             self.train()
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """While entered, answers and losses of the reference path are the base's own.
+
+        PEFT switches off its own layers, and does not know the head that the loss is computed with.
+        """
+        tuned = self.head
+        self.head = replace(tuned, rows=None, whole=None)
+        try:
+            with self.adapted.disable_adapter():
+                yield
+        finally:
+            self.head = tuned
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The trained parameters, by the names that PEFT gives them, or in full fine-tuning transformers."""

@@ -1,5 +1,7 @@
 """Writes that a crash or a power cut leaves complete or undone."""
 
+import fcntl
+import glob
 import os
 import shutil
 import uuid
@@ -45,32 +47,66 @@ def sync(path: Path) -> None:
 def publish(target: Path) -> Iterator[Path]:
     """Yields a temporary folder to fill, which then becomes `target` atomically and durably, or not at all.
 
-    All that is in it is synced, then the folder; it is renamed, and the parent is synced. An older `target` is moved
-    aside before the rename and removed at the end. On any error the temporary folder is removed.
+    All that is in it is synced, then the folder; it is renamed, and the parent is synced. An older `target` is moved aside
+    before the rename and removed at the end. On any error, and on Ctrl-C, the temporary folder is removed; what a kill
+    left of an earlier try is removed at the start.
     """
     make_folder(target.parent)
+    _sweep(target)
     temporary = target.parent / f".tmp-{target.name}-{uuid.uuid4().hex[:8]}"
     temporary.mkdir(mode=0o700)
     try:
-        yield temporary
-        for path in temporary.rglob("*"):
-            sync(path)
-        sync(temporary)
-        replaced = aside_name(target, "trash") if target.exists() else None
-        try:
-            if replaced is not None:
-                os.rename(target, replaced)
-                sync(target.parent)
-            os.rename(temporary, target)
-        except OSError:
-            if replaced is not None and replaced.exists():
-                os.rename(replaced, target)
-            raise
-        sync(target.parent)
+        with _held(temporary):
+            yield temporary
+            for path in temporary.rglob("*"):
+                sync(path)
+            sync(temporary)
+            replaced = aside_name(target, "trash") if target.exists() else None
+            try:
+                if replaced is not None:
+                    os.rename(target, replaced)
+                    sync(target.parent)
+                os.rename(temporary, target)
+            except BaseException:
+                if replaced is not None and replaced.exists() and not target.exists():
+                    os.rename(replaced, target)
+                raise
+            sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sweep(target: Path) -> None:
+    """Removes what killed processes left beside `target`: what they wrote, and what they had replaced.
+
+    What a living process writes stays, and so does what was moved aside where nothing has come in its place.
+    """
+    kinds = ("tmp", "trash") if target.exists() else ("tmp",)
+    for kind in kinds:
+        for leftover in target.parent.glob(f".{kind}-{glob.escape(target.name)}-{'[0-9a-f]' * 8}"):
+            with suppress(OSError), _held(leftover) as is_ours:
+                if is_ours:
+                    shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Locks a folder while entered, and yields whether that succeeded: the lock ends with the process, even by SIGKILL.
+
+    Some network file systems lock no folder (flock(2), NFS details); there nothing is ever swept.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_held = True
+        except OSError:
+            is_held = False
+        yield is_held
+    finally:
+        os.close(descriptor)
 
 
 def make_readable(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,22 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, GenerationConfig
 
+from tests.finished_runs import finish
+from tests.parity.bases import Shape, on, write
 from tests.unit.conftest import MAX_NEW_TOKENS, NUM_ASKED
 from train.commands.handloop import main
+from train.config import Config
 from train.data import prepare_settings
-from train.deliver.compare import Answer
+from train.deliver.compare import Answer, compare
 from train.deliver.comparison import Comparison, Wanted, first_samples, material_of
 from train.deliver.comparison_table import show_comparison
 from train.deliver.finished import data_of, finished_run, load_tuned, today_of
-from train.deliver.generation import Completion
+from train.deliver.generation import Completion, Generator
 from train.deliver.losses import TokenLoss, losses_of
-from train.deliver.questions import questions_in
+from train.deliver.questions import Question, questions_in
 from train.profiles import DEMO
 
 WORDS = ["--num", str(NUM_ASKED), "--max-new-tokens", str(MAX_NEW_TOKENS)]
@@ -90,6 +96,42 @@ def test_the_base_s_loss_is_that_without_adapters(finished_path: Path) -> None:
     assert zero.num_tokens == tuned.num_tokens == sum(sum(row["trained"][1:]) for row in rows)
 
 
+KINDS: dict[str, tuple[bool, dict[str, Any]]] = {  # whether the head is the embedding, and what is trained
+    "plain": (False, {}),
+    "rows": (False, {"trainable_tokens": ("a", "e")}),
+    "rows of one matrix": (True, {"trainable_tokens": ("a", "e")}),
+    "head": (False, {"modules_to_save": ("lm_head",)}),
+    "embedding": (False, {"modules_to_save": ("embed_tokens",)}),
+    "rows beside a whole head": (False, {"modules_to_save": ("lm_head",), "trainable_tokens": ("a", "e")}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_the_base_is_the_one_of_transformers(kind: str, config: Config, tmp_path: Path) -> None:
+    """Whatever is trained, loss and answers before are those of transformers alone, and those after are not."""
+    is_tied, trained = KINDS[kind]
+    base = write(tmp_path / "base", Shape(is_tied=is_tied))
+    config = on(config, base, "none")
+    run = finished_run(finish(replace(config, lora=replace(config.lora, **trained)), tmp_path / "run", size=0.3))
+    tuned, rows = load_tuned(run), first_samples(data_of(run)[0].training.samples, 300)
+    plain: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    settings = GenerationConfig(max_new_tokens=9, eos_token_id=list(tuned.end_token_ids), pad_token_id=0)
+    wanted, answers = 0.0, []
+    for row in rows:
+        ids, is_target = torch.tensor(row["input_ids"]), torch.tensor(row["trained"][1:], dtype=torch.bool)
+        logits = plain(input_ids=ids[None]).logits[0, :-1]
+        wanted += float(cross_entropy(logits[is_target], ids[1:][is_target], reduction="sum"))
+        found = plain.generate(ids[None, :9], attention_mask=torch.ones(1, 9), generation_config=settings)
+        answers.append(str(tuned.tokenizer.decode(found[0, 9:])).strip())
+    loss = losses_of(tuned.model, rows, 0)
+    assert loss.before == pytest.approx(wanted, rel=1e-5)
+    assert abs(loss.after - wanted) > 1e-4 * wanted
+    questions = [Question(row["input_ids"][:9], "", None) for row in rows]
+    both = compare(Generator(tuned.model, tuned.tokenizer, tuned.end_token_ids, 9), questions, lambda: False)
+    assert [answer.before.text for answer in both] == answers != [answer.after.text for answer in both]
+
+
 def test_without_its_data_the_other_groups_stand(copied: Path, tmp_path: Path) -> None:
     """Where training rows are gone that is noted, and held-out rows and general questions are compared; 0."""
     gone = tmp_path / "gone.jsonl"
@@ -147,6 +189,27 @@ def test_a_file_without_questions_is_refused(
     assert main(["compare", str(finished_path), "--questions", str(path)]) == 78
     said = capsys.readouterr().err
     assert str(path) in said
+    assert "asking" not in said
+
+
+REFUSED = {
+    "missing": (["--output", "missing/x.json"], "--output missing/x.json: there is no folder missing; make it"),
+    "folder": (["--output", "."], "--output .: it is a folder; name a file in it"),
+    "unread": (["--compare.num_questions", "1"], "here --num says how many are asked"),
+    "unread, spelled otherwise": (["--compare.num-questions=1"], "here --num says how many are asked"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_at_once(
+    name: str, finished_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A result that could not be written, and an option that would not be read, end it with 78 before any work."""
+    words, reason = REFUSED[name]
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", str(finished_path), *words]) == 78
+    said = capsys.readouterr().err
+    assert reason in said
     assert "asking" not in said
 
 

@@ -48,7 +48,7 @@ def test_answers_are_the_generator_s(tuned: Tuned) -> None:
     for number in range(3):
         prompt = ids_of(tuned, f"What is part {number}?")
         for adapters in (True, False):
-            with nullcontext() if adapters else tuned.model.adapted.disable_adapter():
+            with nullcontext() if adapters else tuned.model.without_adapters():
                 (wanted,) = generator([prompt])
             spoken = said_by(speaker, prompt, adapters=adapters)
             assert (spoken.text, spoken.num_tokens) == (wanted.text, wanted.num_tokens)

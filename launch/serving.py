@@ -23,6 +23,9 @@ LOOPBACK = ("--host", "127.0.0.1")  # nobody outside this machine reaches a serv
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # MaxLoRARanks in vllm/config/lora.py
 NOT_QUANTIZED = ("", "bf16", "fp16", "fp32")
 TEMPLATE = "chat_template.jinja"
+ARGUMENTS = "--default-chat-template-kwargs"  # of vLLM
+PARTS = ("final", "export", "merged", "merged-original", "merged-dequantized")  # folders in a run or an export
+BESIDE_LORA = ("modules_to_save", "trainable_token_indices")  # of adapter_config.json
 
 
 class Refused(Exception):
@@ -39,6 +42,7 @@ class Adapter:
     held: str  # how the base was held while training, such as NF4; empty if that is not known
     rank: int  # the largest one
     end_token_ids: list[int]  # that were trained
+    arguments: dict[str, Any]  # of the chat template
 
     @classmethod
     def read(cls, folder: Path, base: str) -> "Adapter":
@@ -46,14 +50,20 @@ class Adapter:
         config, told = read_object(folder / "adapter_config.json"), read_object(folder / "base.json")
         name = str(told.get("name") or config.get("base_model_name_or_path") or "")
         commit = str(told.get("commit") or config.get("revision") or "")
+        if whole := [key for key in BESIDE_LORA if config.get(key)]:
+            reason = f"{' and '.join(whole)} of adapter_config.json: servers load LoRA alone"
+            raise Refused(f"{folder}: {reason}; serve the folder that `handloop merge` makes")
         if base and base != name:  # another copy, whose commit nobody knows
             name, commit = str(Path(base).resolve()) if Path(base).is_dir() else base, ""
-        if not name or (name.startswith(("/", ".", "~")) and not Path(name).is_dir()):
+        # without a commit it was a folder, of which an export keeps the last part: not the hub's model of that name
+        is_path = name.startswith(("/", ".", "~")) or (told and not commit and not base)
+        if not name or (is_path and not Path(name).is_dir()):
             raise Refused(f"{folder}: its base {name or 'has no name'} is no folder here; say where it is with --base")
         ranks = [config.get("r", 0), *(config.get("rank_pattern") or {}).values()]
         ends = read_object(folder / "generation_config.json").get("eos_token_id")
         ends = ends if isinstance(ends, list) else [ends] if isinstance(ends, int) else []
-        return cls(folder, name, commit, str(told.get("held", "")), max(ranks), ends)
+        held, arguments = str(told.get("held", "")), template_arguments(folder)
+        return cls(folder, name, commit, held, max(ranks), ends, arguments)
 
     def note(self) -> str:
         """What is different about the base that is served, if it is; otherwise empty."""
@@ -77,21 +87,17 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Merged:
-    """A folder that transformers loads: base and adapter in one."""
+    """A folder that transformers loads: base and adapter in one, or final/ of a model that was trained whole."""
 
     folder: Path
+    arguments: dict[str, Any]  # of the chat template
 
 
 @dataclass(frozen=True)
 class Gguf:
-    """A model in llama.cpp's format, and what lies beside it."""
+    """A model in llama.cpp's format."""
 
     file: Path
-
-    @property
-    def beside(self) -> Path:
-        """Its folder."""
-        return self.file.parent
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -107,8 +113,26 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
+def template_arguments(folder: Path) -> dict[str, Any]:
+    """--data.template_arguments of the run that a folder lies in, read as train.config.parse_argument does."""
+    for place in folder.parents[:2]:
+        data = read_object(place / "config.json").get("data")
+        if isinstance(data, dict):
+            pairs = (str(text).partition("=") for text in data.get("template_arguments") or ())
+            return {name: value_of(text) for name, _, text in pairs}
+    return {}
+
+
+def value_of(text: str) -> Any:
+    """What JSON or Python spell so, or else the text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
+
+
 def find(source: Path, base: str) -> Adapter | Merged:
-    """A run folder or its final/, another adapter, or a merged model; raises Refused."""
+    """A run folder or its final/, another adapter, or a model; raises Refused."""
     place = source.resolve()
     if place.suffix == ".gguf":
         raise Refused(f"{source} goes to launch/serve_llama_cpp.sh; here a run, or a merged folder, is served")
@@ -117,14 +141,11 @@ def find(source: Path, base: str) -> Adapter | Merged:
     for folder in (place / "final", place):
         if (folder / "adapter_config.json").exists():
             return Adapter.read(folder, base)
-    if "model_type" not in read_object(place / "config.json"):
-        raise Refused(
-            f"{source} has neither final/ (a run that has not finished has none yet), nor adapter_config.json, nor a "
-            "model's config.json"
-        )
-    if base:
-        raise Refused("--base goes with an adapter; this model has its base in it")
-    return Merged(place)
+        if "model_type" in read_object(folder / "config.json"):
+            if base:
+                raise Refused("--base goes with an adapter; this model has its base in it")
+            return Merged(folder, template_arguments(folder))
+    raise Refused(f"{source} has no final/ (the run has not finished?), adapter_config.json or model's config.json")
 
 
 def find_gguf(source: Path, base: str) -> Gguf:
@@ -153,15 +174,16 @@ def model_of(path: Path) -> str:
 
 def vllm(source: Adapter | Merged, name: str) -> list[str]:
     """`vllm serve`: the base under its own name, and the adapter under `name`."""
+    arguments = [ARGUMENTS, json.dumps(source.arguments)] if source.arguments else []
     if isinstance(source, Merged):
-        return ["vllm", "serve", str(source.folder), *LOOPBACK, "--served-model-name", name]
+        return ["vllm", "serve", str(source.folder), *LOOPBACK, *arguments, "--served-model-name", name]
     rank = next((rank for rank in VLLM_RANKS if rank >= source.rank), None)
     if rank is None:
         raise Refused(f"vLLM serves adapters up to rank {VLLM_RANKS[-1]}, and this one has {source.rank}: merge it")
     module = {"name": name, "path": str(source.folder), "base_model_name": source.base}
     ends = ["--generation-config", str(source.folder)] if source.end_token_ids else []
     lora = ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", json.dumps(module)]
-    tokenizer = ["--tokenizer", str(source.folder), *source.template()]
+    tokenizer = ["--tokenizer", str(source.folder), *source.template(), *arguments]
     return ["vllm", "serve", source.base, *source.place(), *LOOPBACK, *tokenizer, *ends, *lora]
 
 
@@ -181,19 +203,17 @@ def sglang(source: Adapter | Merged, name: str) -> list[str]:
 
 
 def llama_cpp(source: Gguf, name: str) -> list[str]:
-    """`llama-server`: the model, with the chat template beside it or else the one inside it."""
-    template = source.beside / TEMPLATE
-    chat = ["--chat-template-file", str(template)] if template.exists() else []
-    return ["llama-server", "--model", str(source.file), "--alias", name, *LOOPBACK, "--jinja", *chat]
+    """`llama-server`: the model, with the chat template inside it, which alone has the run's template arguments."""
+    return ["llama-server", "--model", str(source.file), "--alias", name, *LOOPBACK, "--jinja"]
 
 
 def ollama(source: Gguf, name: str) -> list[str]:
     """`ollama create`: the model of the Modelfile beside the .gguf file, for the server that runs already."""
-    path = source.beside / "Modelfile"
+    path = source.file.parent / "Modelfile"
     if not path.exists():
         raise Refused(f"there is no {path}: `handloop export --format ollama` writes one beside the .gguf file")
     model = model_of(path)
-    if (source.beside / model).resolve() != source.file:
+    if (source.file.parent / model).resolve() != source.file:
         raise Refused(f"{path} is not of {source.file.name}: FROM names {model or 'nothing'}")
     return ["ollama", "create", name, "--file", str(path)]
 
@@ -230,8 +250,7 @@ def default_name(found: Adapter | Merged | Gguf) -> str:
     """The run's, the folder's or the file's name."""
     if isinstance(found, Gguf):
         return found.file.stem
-    is_part = found.folder.name in ("final", "export", "merged")
-    return found.folder.parent.name if is_part else found.folder.name
+    return next(folder.name for folder in (found.folder, *found.folder.parents) if folder.name not in PARTS)
 
 
 def make_command(words: Sequence[str]) -> tuple[list[str], list[str], bool]:
@@ -255,6 +274,9 @@ def make_command(words: Sequence[str]) -> tuple[list[str], list[str], bool]:
         raise Refused(f"{command[0]} is not on the PATH: {engine.install}; --dry-run shows the command without it")
     model = f"{found.base}:{name}" if isinstance(found, Adapter) else name
     notes = [found.note()] if isinstance(found, Adapter) and found.note() else []
+    if not isinstance(found, Gguf) and found.arguments and ARGUMENTS not in command:
+        told = json.dumps({"chat_template_kwargs": found.arguments})
+        notes.append(f"the run gave its chat template arguments, and the server has no option for it: ask with {told}")
     return command, [*notes, f"ask for it: {engine.ask.format(name=name, model=model)}"], given.dry_run
 
 
@@ -265,8 +287,7 @@ def main(words: Sequence[str]) -> int:
     except Refused as refused:
         print(f"handloop: {refused}", file=sys.stderr)
         return BAD_INPUT
-    for note in notes:
-        print(note, file=sys.stderr)
+    print(*notes, sep="\n", file=sys.stderr)
     print(shlex.join(command), flush=True)
     if not is_shown_only:
         os.execvp(command[0], command)

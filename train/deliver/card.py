@@ -103,6 +103,12 @@ def _uses(run: FinishedRun, contents: Contents) -> list[str]:
         uses.append(f"As an adapter in llama.cpp: `llama-cli -m BASE.gguf --lora {contents.adapter_gguf}`")
     if contents.modelfile:
         uses.append("With Ollama: `ollama create NAME -f Modelfile`, then `ollama run NAME`")
+    given = ", ".join(f"`{each}`" for each in run.config.data.template_arguments)
+    if given and (contents.adapter or contents.merged):
+        uses.append(
+            f"Conversations were rendered with {given}: give the same to `apply_chat_template`, or to a server as "
+            "`chat_template_kwargs`. GGUF files have them in their template."
+        )
     return uses
 
 

@@ -135,6 +135,9 @@ def test_a_base_of_the_hub_and_data_of_the_hub_are_linked(run: Path, capsys: pyt
     assert "`somebody/rows:train`, `private.jsonl`, `*.txt`" in text
     assert 'from_pretrained("me/base"' in text
     assert "- a note" in text
+    assert "rendered with" not in text
+    found = replace(found, config=replace(found.config, data=replace(data, template_arguments=("thinking=false",))))
+    assert "rendered with `thinking=false`: give the same to" in card(found, "x", contents, {})
 
 
 @needs_llama_cpp

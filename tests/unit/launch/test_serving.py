@@ -10,6 +10,7 @@ import pytest
 
 from launch.serving import ENGINES, Refused, main, make_command
 from tests.conftest import ROOT
+from train.config import parse_argument
 
 COMMIT = "d04e592bb4f6aa9cfee91e2e20afa771667e1d4b"
 HUB = {"name": "meta-llama/Llama-3.1-8B", "commit": COMMIT, "held": "NF4"}
@@ -28,7 +29,20 @@ def write_run(folder: Path, base: dict[str, str], **adapter: Any) -> Path:
     for name, content in files.items():
         (final / name).write_text(json.dumps(content))
     (final / "chat_template.jinja").write_text("{{ messages }}")
-    (folder / "config.json").write_text(json.dumps({"profile": "a100", "model": {}, "run": {}}))
+    give_arguments(folder)
+    return folder
+
+
+def give_arguments(run: Path, *arguments: str) -> None:
+    """Writes config.json of a run with these --data.template_arguments."""
+    record = {"profile": "a100", "model": {}, "run": {}, "data": {"template_arguments": arguments}}
+    (run / "config.json").write_text(json.dumps(record))
+
+
+def write_model(folder: Path) -> Path:
+    """What is taken for a model's folder."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     return folder
 
 
@@ -112,6 +126,53 @@ def test_a_base_that_is_not_here_is_refused(tmp_path: Path, engine: str) -> None
     assert COMMIT in shown(engine, tmp_path / "hub", "--base", HUB["name"])
 
 
+@pytest.mark.parametrize("engine", SERVERS)
+def test_the_name_of_a_folder_is_no_hub_id(tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export keeps the last part of a base's path, which is refused, not fetched; --base says what it is."""
+    run = write_run(tmp_path / "run", {"name": "gpt2", "commit": "", "held": "bf16"}, base_model_name_or_path="gpt2")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Refused, match="its base gpt2 is no folder here; say where it is with --base"):
+        shown(engine, run)
+    assert "gpt2" in shown(engine, run, "--base", "gpt2")
+    (tmp_path / "gpt2").mkdir()
+    assert "gpt2" in shown(engine, run)
+
+
+@pytest.mark.parametrize("engine", SERVERS)
+@pytest.mark.parametrize("more", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": {"embed_tokens": [7]}}])
+def test_what_servers_cannot_load_is_refused(tmp_path: Path, engine: str, more: dict[str, Any]) -> None:
+    """Whole layers and rows of the embedding, which would be left out or refused late, with the way out."""
+    with pytest.raises(Refused, match=f"{next(iter(more))} of adapter_config.json(.|\n)*`handloop merge`"):
+        shown(engine, write_run(tmp_path / "run", HUB, **more))
+    assert shown(engine, write_run(tmp_path / "plain", HUB, **dict.fromkeys(more)))
+
+
+def test_template_arguments_of_the_run_are_served(run: Path) -> None:
+    """vLLM gets them as defaults, for adapter and merged folder, also in an export; of SGLang it is said how to ask."""
+    words = ("enable_thinking=false", "reasoning=True", "effort=high", "day=a=b", "budget=3")
+    give_arguments(run, *words)
+    wanted = dict(map(parse_argument, words))
+    assert wanted == {"enable_thinking": False, "reasoning": True, "effort": "high", "day": "a=b", "budget": 3}
+    for source in (run, run / "final", write_model(run / "merged-original"), write_model(run / "export" / "merged")):
+        assert json.loads(value(shown("vllm", source), "--default-chat-template-kwargs")) == wanted
+        _, notes, _ = make_command(["sglang", str(source), "--dry-run"])
+        assert json.dumps({"chat_template_kwargs": wanted}) in notes[-2]
+        assert "chat_template_kwargs" not in " ".join(make_command(["vllm", str(source), "--dry-run"])[1])
+    give_arguments(run)
+    assert "--default-chat-template-kwargs" not in shown("vllm", run)
+
+
+@pytest.mark.parametrize("engine", SERVERS)
+def test_a_model_that_was_trained_whole_is_served(tmp_path: Path, engine: str) -> None:
+    """final/ of a run with train.method full is a model: the run is served under its name."""
+    final = write_model(tmp_path / "whole" / "final")
+    give_arguments(tmp_path / "whole")
+    command = shown(engine, tmp_path / "whole")
+    assert str(final) in command
+    assert value(command, "--served-model-name") == "whole"
+    assert "--enable-lora" not in command
+
+
 def test_without_base_json_peft_tells_the_base(tmp_path: Path) -> None:
     """An adapter of another trainer is served as well; what it does not have is not passed."""
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8, "base_model_name_or_path": "owner/base"}))
@@ -123,19 +184,22 @@ def test_without_base_json_peft_tells_the_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize("engine", SERVERS)
 def test_a_merged_model_is_served_under_its_name(tmp_path: Path, engine: str) -> None:
     """It brings tokenizer, template and end tokens with it; --base has no meaning there and is refused."""
-    merged = tmp_path / "merged"
-    merged.mkdir()
-    (merged / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    command = shown(engine, merged)
-    assert str(merged) in command
-    assert value(command, "--served-model-name") == tmp_path.name  # of `merged` in a run or an export
+    for place in ("merged", "merged-original", "merged-dequantized", "export/merged"):  # in a run or an export
+        merged = write_model(tmp_path / place)
+        command = shown(engine, merged)
+        assert str(merged) in command
+        assert value(command, "--served-model-name") == tmp_path.name
     assert value(shown(engine, merged, "--name", "mine"), "--served-model-name") == "mine"
     with pytest.raises(Refused, match="has its base in it"):
         shown(engine, merged, "--base", "x")
 
 
 def test_llama_cpp_serves_a_gguf_file(tmp_path: Path) -> None:
-    """By its name, its folder or its run's, with the chat template beside it; one of several must be named."""
+    """By its name, its folder or its run's, with the chat template in it, not the one beside it, which lacks arguments.
+
+    One of several must be named.
+    """
+    (tmp_path / "chat_template.jinja").touch()
     (tmp_path / "model-Q8_0.gguf").touch()
     command = shown("llama_cpp", tmp_path / "model-Q8_0.gguf", "--lora", "adapter.gguf")
     assert command == shown("llama_cpp", tmp_path, "--lora", "adapter.gguf")
@@ -146,8 +210,6 @@ def test_llama_cpp_serves_a_gguf_file(tmp_path: Path) -> None:
     assert value(command, "--alias") == "model-Q8_0"
     assert value(command, "--lora") == "adapter.gguf"
     assert "--chat-template-file" not in command
-    (tmp_path / "chat_template.jinja").touch()
-    assert value(shown("llama_cpp", tmp_path), "--chat-template-file") == str(tmp_path / "chat_template.jinja")
     (tmp_path / "other.gguf").touch()
     with pytest.raises(Refused, match=r"several models, name one: model-Q8_0\.gguf, other\.gguf"):
         shown("llama_cpp", tmp_path)

@@ -93,7 +93,9 @@ def vocabulary(
         raise _refused(f"{type(tokenizer).__name__} has no tokenizer.json")
     told = json.loads(backend.to_str())
     model = told["model"]
-    is_spm = model.get("type") == "BPE" and bool(model.get("byte_fallback"))
+    # with a byte-level vocabulary nothing ever falls back, whatever the model says
+    is_byte_level = '"ByteLevel"' in json.dumps(told.get("pre_tokenizer"))
+    is_spm = model.get("type") == "BPE" and bool(model.get("byte_fallback")) and not is_byte_level
     reason = _unwritten(model) or (_unlike_sentencepiece(told) if is_spm else "")
     if reason:
         raise _refused(reason)

@@ -231,7 +231,8 @@ def test_the_tables_fit_a_terminal(finished_path: Path) -> None:
 
 def test_trained_questions_were_trained(finished_path: Path) -> None:
     """The trained group holds rows of the steps that were made, in the data's order, also of a part of an epoch."""
-    run = finished_run(finished_path, ["--train.max_steps", "1"])
+    run = finished_run(finished_path)
+    run = replace(run, config=replace(run.config, train=replace(run.config.train, max_steps=1)))
 
     wanted = Wanted(
         50, 1, 10, *[Path(__file__).parents[3] / "demo" / name for name in ("general_questions.jsonl", "general.txt")]

@@ -48,8 +48,8 @@ def publish(target: Path) -> Iterator[Path]:
     """Yields a temporary folder to fill, which then becomes `target` atomically and durably, or not at all.
 
     All that is in it is synced, then the folder; it is renamed, and the parent is synced. An older `target` is moved
-    aside before the rename and removed at the end. On any error, and on Ctrl-C, the temporary folder is removed; what a kill
-    left of an earlier try is removed at the start.
+    aside before the rename and removed at the end. On any error, and on Ctrl-C, the temporary folder is removed; what a
+    kill left of an earlier try is removed at the start.
     """
     make_folder(target.parent)
     _sweep(target)

@@ -89,6 +89,16 @@ def test_every_way_to_split_text_has_its_name(words: tuple[str, ...], ignores_me
     assert check_tokens(path, told, tokenizer, template, []) >= len(TEXTS) - (3 if told.pre == "tekken" else 0)
 
 
+def test_bytes_that_nothing_falls_back_on(tmp_path: Path) -> None:
+    """A byte-level tokenizer whose model says byte_fallback, as some saved ones do, is still byte-level."""
+    saved = byte_level(("gpt2",), False).backend_tokenizer
+    told = json.loads(saved.to_str())
+    told["model"]["byte_fallback"] = True
+    tokenizer = as_tokenizer(Tokenizer.from_str(json.dumps(told)))
+    assert json.loads(tokenizer.backend_tokenizer.to_str())["model"]["byte_fallback"]
+    assert written(tmp_path, tokenizer)[1].pre == PRE_TOKENIZERS[("gpt2",), False]
+
+
 @pytest.mark.parametrize("scheme", ["prepend", "always", "first", "never"])
 def test_text_with_byte_fallback_is_merged_by_scores(scheme: str, tmp_path: Path) -> None:
     """SentencePiece's kind of BPE, with each way to put a space before a text: the same ids, also of bytes."""

@@ -35,7 +35,8 @@ def main() -> None:
     for group in record["compare"]["groups"].values():
         group.pop("answers", None)  # the rows themselves
     for onto in ("dequantized", "original"):
-        said("merge", run, *moved, "--onto", onto, "--overwrite")
+        if not (options.run / f"merged-{onto}").exists():
+            said("merge", run, *moved, "--onto", onto)
         record[f"merge {onto}"] = json.loads((options.run / f"merged-{onto}" / "receipt.json").read_text())
         said(
             "export", run, *moved, "--onto", onto, "--format", "ollama", "--quantize", *options.quantize, "--overwrite"

@@ -90,10 +90,10 @@ def test_every_way_to_split_text_has_its_name(words: tuple[str, ...], ignores_me
 
 
 def test_bytes_that_nothing_falls_back_on(tmp_path: Path) -> None:
-    """A byte-level tokenizer whose model says byte_fallback, as some saved ones do, is still byte-level."""
+    """Saved with byte_fallback and an empty list of normalizers, a byte-level tokenizer is one all the same."""
     saved = byte_level(("gpt2",), False).backend_tokenizer
     told = json.loads(saved.to_str())
-    told["model"]["byte_fallback"] = True
+    told["model"]["byte_fallback"], told["normalizer"] = True, {"type": "Sequence", "normalizers": []}
     tokenizer = as_tokenizer(Tokenizer.from_str(json.dumps(told)))
     assert json.loads(tokenizer.backend_tokenizer.to_str())["model"]["byte_fallback"]
     assert written(tmp_path, tokenizer)[1].pre == PRE_TOKENIZERS[("gpt2",), False]

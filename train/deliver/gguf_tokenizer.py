@@ -132,11 +132,12 @@ def _unwritten(model: Mapping[str, Any]) -> str:
 
 def _pre_tokenizer(told: Mapping[str, Any], notes: list[str]) -> str:
     """llama.cpp's name for how the text is split."""
-    kind = (told.get("normalizer") or {}).get("type")
-    if kind == "NFC":
+    normalizer = told.get("normalizer") or {}
+    kinds = [part.get("type") for part in normalizer.get("normalizers", [normalizer] if normalizer else [])]
+    if kinds == ["NFC"]:
         notes.append("llama.cpp does not compose characters (NFC) as the tokenizer does: send it composed text")
-    elif kind is not None:
-        raise _refused(f"its tokenizer normalises text by {kind}")
+    elif kinds:
+        raise _refused(f"its tokenizer normalises text by {', '.join(map(str, kinds))}")
     found = told.get("pre_tokenizer") or {}
     parts = found.get("pretokenizers", [found])
     key = (tuple(word for part in parts for word in _split(part)), bool(told["model"].get("ignore_merges")))

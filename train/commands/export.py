@@ -23,7 +23,7 @@ def main(words: list[str]) -> int:
     own = RunOptions("export", "Writes adapter, merged model or GGUF files with a README, and sends them to the hub.")
     own.add_argument("--format", nargs="+", choices=FORMATS, default=[], help="what to write; ollama is gguf and more")
     own.add_argument("--quantize", nargs="+", choices=QUANTIZED, default=[], help="further GGUF files, by llama.cpp")
-    own.add_argument("--onto", choices=ONTO, help="the base before it was quantised, or as it was trained on")
+    own.add_argument("--onto", choices=ONTO, help="the base as it was trained on, or before it was quantised")
     own.add_argument("--max-kl", type=float, metavar="NATS", help="mean KL divergence that quantised files may have")
     own.add_argument("--min-agreement", type=float, metavar="SHARE", help="top-1 agreement that they must have")
     own.add_argument("--output", type=typed_path, metavar="FOLDER", help="default RUN/export")

@@ -22,7 +22,7 @@ REPLACE = "; write --overwrite to replace it"
 def main(words: list[str]) -> int:
     """Writes base and adapters as one model, and a receipt of how it differs from what was trained."""
     own = RunOptions("merge", "Adds the adapters to the base's weights, and proves what came of it.")
-    own.add_argument("--onto", choices=ONTO, help="the base before it was quantised, or as it was trained on")
+    own.add_argument("--onto", choices=ONTO, help="the base as it was trained on, or before it was quantised")
     own.add_argument("--output", type=typed_path, metavar="FOLDER", help="default RUN/merged-ONTO")
     own.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of the merged weights; default the base's own")
     own.add_argument("--max-kl", type=float, metavar="NATS", help="mean KL divergence that is allowed")

@@ -29,7 +29,7 @@ from train.checkpoints.contents import (
     manifest_of,
     step_folder,
 )
-from train.run.durable import aside_name, publish, sync
+from train.run.durable import aside_name, publish, sweep, sync
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder
 
@@ -174,10 +174,13 @@ class CheckpointStore:
                     shutil.rmtree(_set_aside(folder, "trash"))
 
     def _sweep(self) -> None:
-        """Removes what a killed process was writing or deleting; the caller must hold the run's lock."""
-        for parent in (self.root, self.folder.path):
-            for leftover in (*parent.glob(".tmp-*"), *parent.glob(".trash-*")):
-                shutil.rmtree(leftover, ignore_errors=True)
+        """Removes what a killed process was writing or deleting; the caller must hold the run's lock.
+
+        Nobody else writes among the checkpoints. The run folder itself may also be a running merge's or export's target.
+        """
+        for leftover in (*self.root.glob(".tmp-*"), *self.root.glob(".trash-*")):
+            shutil.rmtree(leftover, ignore_errors=True)
+        sweep(self.folder.path)
 
 
 def free_bytes(folder: Path) -> int:

@@ -52,7 +52,7 @@ def publish(target: Path) -> Iterator[Path]:
     kill left of an earlier try is removed at the start.
     """
     make_folder(target.parent)
-    _sweep(target)
+    sweep(target.parent, glob.escape(target.name))
     temporary = target.parent / f".tmp-{target.name}-{uuid.uuid4().hex[:8]}"
     temporary.mkdir(mode=0o700)
     try:
@@ -78,14 +78,14 @@ def publish(target: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _sweep(target: Path) -> None:
-    """Removes what killed processes left beside `target`: what they wrote, and what they had replaced.
+def sweep(folder: Path, name: str = "*") -> None:
+    """Removes what killed processes left in `folder` beside what is called `name`: what they wrote, what they replaced.
 
     What a living process writes stays, and so does what was moved aside where nothing has come in its place.
     """
-    kinds = ("tmp", "trash") if target.exists() else ("tmp",)
-    for kind in kinds:
-        for leftover in target.parent.glob(f".{kind}-{glob.escape(target.name)}-{'[0-9a-f]' * 8}"):
+    for leftover in folder.glob(f".*-{name}-{'[0-9a-f]' * 8}"):
+        kind, replaced = leftover.name[1:-9].split("-", 1)
+        if kind == "tmp" or (kind == "trash" and (folder / replaced).exists()):
             with suppress(OSError), _held(leftover) as is_ours:
                 if is_ours:
                     shutil.rmtree(leftover, ignore_errors=True)

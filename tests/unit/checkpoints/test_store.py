@@ -23,6 +23,7 @@ from train.checkpoints.resume import checkpoint_layout, restore
 from train.checkpoints.store import CheckpointStore
 from train.config import Config
 from train.optim import optimizer_state
+from train.run.durable import publish
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder
 from train.step import optimizer_step
@@ -130,6 +131,22 @@ def test_a_failed_write_leaves_what_stood(store: CheckpointStore, monkeypatch: p
     assert caught.value.code == ExitCode.SAVE_FAILED
     assert [path.name for path in store.root.iterdir()] == ["step-0000000001"]
     assert store.latest() is not None
+
+
+def test_a_start_sweeps_what_is_left_and_not_what_is_being_written(store: CheckpointStore) -> None:
+    """Training that goes on while a merge writes into the run folder removes a killed process's rest, not the merge's."""
+    write(store, 1)
+    run = store.folder.path
+    left = [run / ".tmp-final-0123abcd", run / "checkpoints/.tmp-step-0000000002-0123abcd"]
+    left.append(run / "checkpoints/.trash-step-0000000000-0123abcd")
+    only_copy = run / ".trash-merged-original-0123abcd"
+    for folder in (*left, only_copy):
+        folder.mkdir()
+    with publish(run / "merged") as being_written:
+        store.latest()
+        assert being_written.is_dir() and only_copy.is_dir()
+        assert not any(folder.exists() for folder in left)
+    assert (run / "merged").is_dir()
 
 
 def test_no_weight_that_is_not_a_number_is_published() -> None:

@@ -176,7 +176,7 @@ class CheckpointStore:
     def _sweep(self) -> None:
         """Removes what a killed process was writing or deleting; the caller must hold the run's lock.
 
-        Nobody else writes among the checkpoints. The run folder itself may also be a running merge's or export's target.
+        Nobody else writes among the checkpoints; into the run folder a merge or an export may be writing now.
         """
         for leftover in (*self.root.glob(".tmp-*"), *self.root.glob(".trash-*")):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -134,7 +134,7 @@ def test_a_failed_write_leaves_what_stood(store: CheckpointStore, monkeypatch: p
 
 
 def test_a_start_sweeps_what_is_left_and_not_what_is_being_written(store: CheckpointStore) -> None:
-    """Training that goes on while a merge writes into the run folder removes a killed process's rest, not the merge's."""
+    """Training that goes on beside a merge into its folder removes a killed process's rest, not what is written."""
     write(store, 1)
     run = store.folder.path
     left = [run / ".tmp-final-0123abcd", run / "checkpoints/.tmp-step-0000000002-0123abcd"]
@@ -144,7 +144,8 @@ def test_a_start_sweeps_what_is_left_and_not_what_is_being_written(store: Checkp
         folder.mkdir()
     with publish(run / "merged") as being_written:
         store.latest()
-        assert being_written.is_dir() and only_copy.is_dir()
+        assert being_written.is_dir()
+        assert only_copy.is_dir()
         assert not any(folder.exists() for folder in left)
     assert (run / "merged").is_dir()
 

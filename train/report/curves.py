@@ -1,0 +1,81 @@
+"""Curves out of rows: read, smoothed, and thinned without losing an extreme. Pure."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from train.report.values import number
+
+MIN_SPAN, SPANS = 10, 50  # smoothed over a fiftieth of the run, and at least ten steps
+BUCKETS = 400  # about one for each pixel of a figure's width
+TABLE_ROWS = 40
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A number by step."""
+
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def lowest(self) -> int:
+        """The place of the lowest value, the first of equal ones."""
+        return min(range(len(self)), key=lambda i: self.values[i])
+
+    @property
+    def highest(self) -> int:
+        """The place of the highest value, the first of equal ones."""
+        return max(range(len(self)), key=lambda i: self.values[i])
+
+    def only(self, places: Iterable[int]) -> "Curve":
+        """The points at these places."""
+        kept = sorted(set(places))
+        return Curve(tuple(self.steps[i] for i in kept), tuple(self.values[i] for i in kept))
+
+
+def curve(rows: Sequence[dict[str, Any]], key: str) -> Curve:
+    """What the rows have under the key; those without a finite number are left out."""
+    points = [(row["step"], value) for row in rows if (value := number(row.get(key))) is not None]
+    return Curve(tuple(step for step, _ in points), tuple(value for _, value in points))
+
+
+def span_of(num_points: int) -> int:
+    """Over how many points a curve of this length is smoothed."""
+    return max(MIN_SPAN, num_points // SPANS)
+
+
+def smoothed(raw: Curve) -> Curve:
+    """Its exponential mean: of all points so far up to the span, then with a weight of 1/span for the newest."""
+    span, mean, values = span_of(len(raw)), 0.0, []
+    for i, value in enumerate(raw.values):
+        mean += (value - mean) / min(i + 1, span)
+        values.append(mean)
+    return Curve(raw.steps, tuple(values))
+
+
+def thinned(full: Curve, buckets: int = BUCKETS) -> Curve:
+    """First and last point, and of each of `buckets` equal stretches of steps the lowest and the highest."""
+    if len(full) <= 2 * buckets:
+        return full
+    width = (full.steps[-1] - full.steps[0]) / buckets
+    places: dict[int, list[int]] = {}
+    for i, step in enumerate(full.steps):
+        places.setdefault(int((step - full.steps[0]) / width), []).append(i)
+    kept = {0, len(full) - 1}
+    for each in places.values():
+        kept |= {min(each, key=lambda i: full.values[i]), max(each, key=lambda i: full.values[i])}
+    return full.only(kept)
+
+
+def table_steps(curves: Sequence[Curve], wanted: Iterable[int] = ()) -> list[int]:
+    """The steps that a table shows: `wanted`, each curve's ends and extremes, and others at equal distances."""
+    chosen, every = set(wanted), sorted({step for each in curves for step in each.steps})
+    for each in curves:
+        if len(each):
+            chosen |= {each.steps[i] for i in (0, -1, each.lowest, each.highest)}
+    stride = max(1, -(-len(every) // TABLE_ROWS))
+    return sorted((chosen | set(every[::stride])) & set(every))

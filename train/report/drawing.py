@@ -1,4 +1,4 @@
-"""Charts as SVG, by matplotlib: the same bytes for the same chart, in the colours of the page, without the user's text."""
+"""Charts as SVG, by matplotlib: in the colours of the page, without the user's text, the same bytes each time."""
 
 import re
 from io import StringIO
@@ -82,8 +82,8 @@ def _mark(axes: Any, chart: Chart) -> None:
     edge = axes.get_xaxis_transform()  # steps across, shares of the height upwards
     for steps, height, marker in ((chart.marks.saved, 0.0, "^"), (chart.marks.skipped, 0.97, "x")):
         if steps:
-            places = [height] * len(steps)
-            axes.plot(steps, places, transform=edge, clip_on=False, color=QUIET, linestyle="", marker=marker, markersize=5)
+            style = {"color": QUIET, "linestyle": "", "marker": marker, "markersize": 5, "clip_on": False}
+            axes.plot(steps, [height] * len(steps), transform=edge, **style)
 
 
 def _scale(axes: Any, chart: Chart) -> None:
@@ -116,6 +116,7 @@ def _for_page(text: str, key: str) -> str:
     text = re.sub(r"^<svg [^>]*>", head, text)
     text = re.sub(r'\bid="', f'id="{key}-', text)
     text = text.replace("url(#", f"url(#{key}-").replace('xlink:href="#', f'href="#{key}-')
+    text = re.sub(r"font-family: [^;]+; ", "", text)
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
     return text.strip()

@@ -96,7 +96,9 @@ def loss_name(run: RunRecord, key: str) -> str:
         paths = texts(run.plan.get("validation_paths"))
         place = int(match[1]) - 1
         return paths[place] if 0 <= place < len(paths) else f"held-out data {match[1]}"
-    return {"eval/loss": "all held-out data", "eval/general_loss": "general text (its rise is forgetting)"}.get(key, key)
+    return {"eval/loss": "all held-out data", "eval/general_loss": "general text (its rise is forgetting)"}.get(
+        key, key
+    )
 
 
 def _memory(run: RunRecord) -> list[Line]:
@@ -161,7 +163,8 @@ def _is_said(line: Line) -> bool:
 
 
 def _told(line: Line) -> str:
-    return f"{line.label}: {brief(line.full.values[0])}" if line.role == "limit" else f"{line.label}: {_figures(line.full)}"
+    is_constant = line.role == "limit"
+    return f"{line.label}: {brief(line.full.values[0]) if is_constant else _figures(line.full)}"
 
 
 def _figures(of: Curve) -> str:
@@ -191,7 +194,7 @@ def _steps(steps: Iterable[int]) -> str:
 
 
 def _table(title: str, lines: Sequence[tuple[str, Line]]) -> Table:
-    """The lines' numbers by step: all, or some where they are many, in the letters' order where there are several runs."""
+    """The lines' numbers by step, a run after the other: all, or some where they are many."""
     rows: list[list[Cell]] = []
     columns = list(dict.fromkeys(line.column for _, line in lines))
     letters = list(dict.fromkeys(letter for letter, _ in lines))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+NOTHING = "-"
 UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
 
@@ -37,7 +38,7 @@ def texts(value: Any) -> list[str]:
 def shown(value: Any) -> str:
     """A value as an option's or a cell's text."""
     if value is None or value == "" or value == []:
-        return "–"
+        return NOTHING
     if isinstance(value, float):
         return brief(value)
     if isinstance(value, list):
@@ -48,14 +49,14 @@ def shown(value: Any) -> str:
 def brief(value: float | None) -> str:
     """A number with four digits, or, beyond a thousand, to the unit."""
     if value is None:
-        return "–"
+        return NOTHING
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
 
 
 def span(seconds: float | None) -> str:
     """A time such as `1 h 4 min`."""
     if seconds is None:
-        return "–"
+        return NOTHING
     if seconds < 60:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -65,7 +66,7 @@ def span(seconds: float | None) -> str:
 def size(num_bytes: float | None) -> str:
     """A size such as `1.4 GiB`."""
     if num_bytes is None:
-        return "–"
+        return NOTHING
     unit, name = next(((unit, name) for unit, name in UNITS if num_bytes >= unit), (1, "bytes"))
     return f"{num_bytes / unit:.3g} {name}" if num_bytes < 1000 * unit else f"{num_bytes / unit:,.0f} {name}"
 

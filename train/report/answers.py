@@ -24,16 +24,17 @@ def answers_section(run: RunRecord, notes: list[str]) -> Section:
     if not comparison and run.folder.comparison.exists():
         notes.append(f"{run.folder.comparison.name} is damaged")
     blocks = [*_scores(at(comparison, "groups")), *_losses(at(comparison, "losses"))]
-    for path, kind in ((run.folder.answers, "trained"), (run.folder.held_out_answers, "held out")):
+    asked = set()  # groups whose answers are here twice: at the run's end, and by handloop compare
+    for path, kind in ((run.folder.answers, "trained"), (run.folder.held_out_answers, "held-out")):
         rows = _listed(path, notes)
         if rows:
+            asked.add(kind.replace("-", "_"))
             blocks.append(_asked(kind, rows, path.name))
     groups = at(comparison, "groups")
     for name, group in groups.items() if isinstance(groups, dict) else ():
-        if name not in ("trained", "held_out") or not blocks[2:]:
-            rows = [row for row in _items(at(group, "answers"))]
-            if rows:
-                blocks.append(_compared(shown(name).replace("_", " "), rows, run.folder.comparison.name))
+        rows = _items(at(group, "answers"))
+        if rows and name not in asked:
+            blocks.append(_compared(shown(name).replace("_", " "), rows, run.folder.comparison.name))
     blocks += _while_training(objects_of(run.folder.validation_answers, notes))
     if not blocks:
         blocks.append(Text("No answers are recorded in this folder: handloop compare asks base and tuned model."))
@@ -63,7 +64,13 @@ def _losses(losses: Any) -> list[Block]:
     rows: list[list[Cell]] = []
     for name, found in losses.items() if isinstance(losses, dict) else ():
         figures = [number(at(found, key)) for key in ("before", "after", "difference")]
-        rows.append([f"{shown(name).replace('_', ' ')} text", *figures, whole(at(found, "num_tokens"))])
+        rows.append(
+            [
+                f"{shown(name).replace('_', ' ')} {'text' if name == 'general' else 'rows'}",
+                *figures,
+                whole(at(found, "num_tokens")),
+            ]
+        )
     header = ["loss per token", "before", "after", "difference", "tokens"]
     return (
         [Table("Losses of handloop compare; a rise on general text is what was forgotten", header, rows)]
@@ -102,7 +109,9 @@ def _asked(kind: str, rows: Sequence[dict[str, Any]], name: str) -> Questions:
         for row in rows[:MAX_QUESTIONS]
     ]
     return Questions(
-        f"Questions {kind}", f"{plural(len(rows), 'question')}. {'. '.join(told)}.{_rest(rows, name)}", questions
+        f"{kind.capitalize()} questions",
+        f"{plural(len(rows), 'question')}. {'. '.join(told)}.{_rest(rows, name)}",
+        questions,
     )
 
 
@@ -137,7 +146,7 @@ def _while_training(rows: Sequence[dict[str, Any]]) -> list[Block]:
             for row in kept
         ]
         questions.append(Question(_short(kept[0].get("question")), replies))
-    summary = f"{plural(len(questions), 'held-out question')}, asked again at validations; each time the weights of that step."
+    summary = f"{plural(len(questions), 'held-out question')}, asked at validations of the weights of that step."
     return [Questions("Answers while training", summary, questions[:MAX_QUESTIONS], num_open=1)] if questions else []
 
 

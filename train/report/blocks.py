@@ -33,6 +33,12 @@ class Table:
     is_folded: bool = False  # behind its caption, until it is opened
     kind: str = "table"
 
+    @property
+    def numeric(self) -> list[bool]:
+        """Of each column whether all of it are numbers, which stand one below the other then."""
+        columns = [[row[place] for row in self.rows] for place in range(len(self.header))]
+        return [all(cell is None or isinstance(cell, int | float) for cell in column) for column in columns]
+
 
 @dataclass(frozen=True)
 class Code:

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from train.report.values import number
 
-MIN_SPAN, SPANS = 10, 50  # smoothed over a fiftieth of the run, and at least ten steps
+MIN_SPAN, SPANS = 11, 50  # smoothed over a fiftieth of the run, and at least eleven steps
 BUCKETS = 400  # about one for each pixel of a figure's width
 TABLE_ROWS = 40
 
@@ -44,16 +45,17 @@ def curve(rows: Sequence[dict[str, Any]], key: str) -> Curve:
 
 
 def span_of(num_points: int) -> int:
-    """Over how many points a curve of this length is smoothed."""
-    return max(MIN_SPAN, num_points // SPANS)
+    """Over how many points a curve of this length is smoothed: an odd number, as many before as after each."""
+    return max(MIN_SPAN, num_points // SPANS) | 1
 
 
 def smoothed(raw: Curve) -> Curve:
-    """Its exponential mean: of all points so far up to the span, then with a weight of 1/span for the newest."""
-    span, mean, values = span_of(len(raw)), 0.0, []
-    for i, value in enumerate(raw.values):
-        mean += (value - mean) / min(i + 1, span)
-        values.append(mean)
+    """Each point's mean with as many before as after it, so that it lags nowhere; near the ends with fewer."""
+    sums = [0.0, *accumulate(raw.values)]
+    half, last, values = span_of(len(raw)) // 2, len(raw) - 1, []
+    for i in range(len(raw)):
+        reach = min(half, i, last - i)
+        values.append((sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1))
     return Curve(raw.steps, tuple(values))
 
 

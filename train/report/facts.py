@@ -4,7 +4,7 @@ from typing import Any
 
 from train.report.blocks import Block, Cell, Facts, Section, Table, Text
 from train.report.record import RunRecord
-from train.report.summary import flat, profile_of
+from train.report.summary import NOT_COMPARED, flat, profile_of
 from train.report.values import NOTHING, at, number, shown, texts, whole
 
 GIB = 2**30
@@ -213,7 +213,9 @@ def config_section(run: RunRecord) -> Section:
     blocks: list[Block] = []
     if own:
         rows: list[list[Cell]] = [
-            [name, shown(value), shown(own.get(name))] for name, value in options.items() if value != own.get(name)
+            [name, shown(value), shown(own.get(name))]
+            for name, value in options.items()
+            if value != own.get(name) and name not in NOT_COMPARED
         ]
         caption = f"Options that differ from the profile {shown(run.config.get('profile'))}"
         blocks.append(Table(caption, ["option", "this run", "profile"], rows) if rows else Text(f"{caption}: none."))

@@ -11,6 +11,7 @@ from train.report.values import at, brief, number, plural, texts
 
 LOSSES = re.compile(r"eval/(?!best_).*loss")
 WIDE = 30  # largest over smallest value from which on an axis is logarithmic
+LINEAR = ("learning-rate", "memory", "mfu")  # whatever their values
 MAX_WANTED = 40  # validations whose rows a table shows in any case
 GIB = 2**30
 
@@ -44,12 +45,15 @@ class Chart:
     unit: str
     lines: Sequence[Line]
     marks: Marks
+    last_step: int  # of all runs: where the axis ends
     sentence: str
     table: Table
 
     @property
     def is_logarithmic(self) -> bool:
         """Whether the values are positive and of such different sizes that the small ones could not be seen."""
+        if self.key in LINEAR:
+            return False
         values = [value for line in self.lines if line.role != "raw" for value in line.full.values]
         return bool(values) and min(values) > 0 and max(values) / min(values) > WIDE
 
@@ -69,7 +73,7 @@ def _measured(key: str, label: str) -> Callable[[RunRecord], list[Line]]:
 
     def lines(run: RunRecord) -> list[Line]:
         raw = curve(run.rows, key)
-        over = f"{label}, mean over about {span_of(len(raw))} steps"
+        over = f"mean of {span_of(len(raw))} steps around it"
         return [Line(label, raw, "raw", 0, key), Line(over, smoothed(raw), "line", 0)]
 
     return lines
@@ -136,25 +140,28 @@ def charts_of(run: RunRecord) -> list[Chart]:
         if lines:
             sentence = f"{'; '.join(map(_told, filter(_is_said, lines)))}. {_marks_told(marks)}".rstrip()
             table = _table(kind.title, [("", line) for line in lines if line.column])
-            charts.append(Chart(kind.key, kind.title, kind.unit, lines, marks, sentence, table))
+            charts.append(Chart(kind.key, kind.title, kind.unit, lines, marks, run.last_step, sentence, table))
     return charts
 
 
 def overlaid(runs: Sequence[tuple[str, RunRecord]]) -> list[Chart]:
     """The charts of several runs, each run's most telling line in its own colour, by the runs' letters."""
-    charts = []
+    charts, last = [], max(run.last_step for _, run in runs)
     for kind in KINDS:
-        drawn, listed = [], []
+        drawn, listed, told = [], [], []
         for place, (letter, run) in enumerate(runs):
             found = [line for line in kind.lines(run) if len(line.full)]
             main = next((line for line in found if line.role in ("line", "points")), None)
-            if main is not None:
-                drawn.append(replace(main, label=f"{letter}: {run.name}", series=place))
-                listed += [(letter, line) for line in found if line.column and line.series == main.series]
+            if main is None:
+                continue
+            drawn.append(replace(main, label=f"{letter}: {run.name}", series=place))
+            exact = next(line for line in found if line.column and line.series == main.series)
+            listed.append((letter, exact))
+            told.append(f"{letter}: {_figures(exact.full)}")
         if drawn:
-            told = "; ".join(f"{line.label.partition(':')[0]}: {_figures(line.full)}" for line in drawn)
-            table = _table(kind.title, listed)
-            charts.append(Chart(kind.key, kind.title, kind.unit, drawn, Marks(), f"{told}.", table))
+            smooth = "The lines are means of the steps around each. " if any(not line.column for line in drawn) else ""
+            table, sentence = _table(kind.title, listed), f"{smooth}{'; '.join(told)}."
+            charts.append(Chart(kind.key, kind.title, kind.unit, drawn, Marks(), last, sentence, table))
     return charts
 
 

@@ -77,8 +77,8 @@ def figures_of(run: RunRecord) -> list[tuple[str, str]]:
     of = f" of {run.total_steps:,}" if run.total_steps is not None else ""
     told = [
         (f"{run.last_step:,}{of}", "steps"),
-        (f"{brief(losses[0])} → {brief(losses[-1])}" if losses else "", "training loss"),
-        (brief(min(held_out)) if held_out else "", "lowest validation loss"),
+        (f"{losses[0]:.3g} → {losses[-1]:.3g}" if losses else "", "training loss"),
+        (f"{min(held_out):.3g}" if held_out else "", "lowest validation loss"),
         (brief(run.median("perf/tokens_per_second")), "tokens/s, median"),
         (f"{peak:.2f} GiB" if peak else "", "peak memory reserved"),
         (span(run.seconds), "from start to end"),

@@ -1,11 +1,11 @@
 """The page: its parts put together, and written as HTML that is whole in itself."""
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from data_tools.terminal import JOINERS
 from train.report.answers import answers_section
@@ -16,7 +16,7 @@ from train.report.figures import Chart, charts_of, overlaid
 from train.report.outcome import ending_line, ending_section, figures_of, loading_section, receipts_section
 from train.report.record import RunRecord
 from train.report.summary import differing, results_of
-from train.report.values import brief, shown
+from train.report.values import brief, letter_of, shown
 from train.run.redact import redact
 
 TEMPLATE = "page.html"
@@ -56,11 +56,6 @@ def page_of_several(runs: Sequence[RunRecord]) -> Page:
     ]
     notes = [f"{letter}: {note}" for letter, run in lettered for note in run.notes]
     return Page(f"{len(runs)} runs compared", ", ".join(run.name for run in runs), [], sections, notes)
-
-
-def letter_of(place: int) -> str:
-    """A, B and so on; after Z A2."""
-    return chr(ord("A") + place % 26) + (str(place // 26 + 1) if place >= 26 else "")
 
 
 def options_table(lettered: Sequence[tuple[str, RunRecord]]) -> Block:
@@ -103,7 +98,12 @@ def _picture(chart: Chart) -> Picture:
 
 
 def render(page: Page) -> str:
-    """The page as HTML: no scripts, nothing loaded, everything escaped, secrets and control characters shown as such."""
+    """The page as HTML: no scripts, nothing loaded, all text escaped, without secrets, control characters visible."""
+    return _template().render(page=page, num_colours=NUM_COLOURS, num_dashes=len(DASHES)) + "\n"
+
+
+@cache
+def _template() -> Template:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -113,12 +113,11 @@ def render(page: Page) -> str:
         lstrip_blocks=True,
     )
     environment.filters["brief"] = brief
-    template = environment.get_template(TEMPLATE)
-    return template.render(page=page, num_colours=NUM_COLOURS, num_dashes=len(DASHES)) + "\n"
+    return environment.get_template(TEMPLATE)
 
 
 def _safe(value: Any) -> Any:
     """What is written of a value, before it is escaped; markup is only what the template itself declares so."""
-    if isinstance(value, str) and not isinstance(value, Markup):
+    if isinstance(value, str) and not hasattr(value, "__html__"):
         return redact(value, keep=f"\n\t{JOINERS}")
     return value

@@ -80,7 +80,7 @@ def summary_of(run: RunRecord, name: str = "") -> Summary:
 def base_name(run: RunRecord) -> str:
     """The hub id of the base, or the last part of its folder's path."""
     name = at(run.config, "model", "name_or_path") or run.base.get("name") or at(run.start, "base", "name")
-    return data_name(shown(name))
+    return data_name(shown(name)) if name else ""
 
 
 def data_name(name: str) -> str:

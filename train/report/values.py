@@ -50,7 +50,9 @@ def brief(value: float | None) -> str:
     """A number with four digits, or, beyond a thousand, to the unit."""
     if value is None:
         return NOTHING
-    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def span(seconds: float | None) -> str:
@@ -74,3 +76,8 @@ def size(num_bytes: float | None) -> str:
 def plural(count: int, noun: str) -> str:
     """`1 step`, `2 steps`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def letter_of(place: int) -> str:
+    """A, B and so on; after Z A2."""
+    return chr(ord("A") + place % 26) + (str(place // 26 + 1) if place >= 26 else "")

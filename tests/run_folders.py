@@ -3,7 +3,7 @@
 import json
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -109,12 +109,12 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     path.write_text("".join(f"{json.dumps(each)}\n" for each in rows), encoding="utf-8")
 
 
-def damaged(content: Any, put: Any) -> Iterable[Callable[[], None]]:
-    """Functions that each replace one value in the content; the caller looks, and the next one undoes it first."""
-    if isinstance(content, dict | list):
-        for key in list(content) if isinstance(content, dict) else range(len(content)):
-            before = content[key]
-            content[key] = put
-            yield lambda: None
-            content[key] = before
-            yield from damaged(before, put)
+def damage(content: Any, noise: random.Random, share: float) -> Any:
+    """The content with this share of its values, at any depth, replaced by something else."""
+    if noise.random() < share:
+        return noise.choice([None, "<b>x", -1, 10**400, [1], {"a": {}}, float("nan"), True])
+    if isinstance(content, dict):
+        return {key: damage(value, noise, share) for key, value in content.items()}
+    if isinstance(content, list):
+        return [damage(value, noise, share) for value in content]
+    return content

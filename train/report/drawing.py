@@ -10,6 +10,7 @@ from train.run.exits import ExitCode, ExitWith
 
 INSTALL = "pip install -c constraints.txt -e ."
 NUM_COLOURS = 8
+MAX_MARKERS = 120  # side by side
 # matplotlib knows no CSS: each of these colours, which nothing else has, becomes a variable of the page
 INK, QUIET, GRID = "#fe0102", "#fe0103", "#fe0104"
 VARIABLES = {INK: "--ink", QUIET: "--quiet", GRID: "--line"}
@@ -72,7 +73,8 @@ def _draw(axes: Any, line: Line) -> None:
     elif line.role == "limit":
         style |= {"linewidth": 1.4}
     else:
-        style |= {"linewidth": 1.5, "marker": "o" if line.role == "points" or len(points) == 1 else "", "markersize": 4}
+        is_marked = line.role == "points" and len(points) <= MAX_MARKERS
+        style |= {"linewidth": 1.5, "marker": "o" if is_marked or len(points) == 1 else "", "markersize": 4}
     axes.plot(points.steps, points.values, **style)
 
 
@@ -81,9 +83,10 @@ def _mark(axes: Any, chart: Chart) -> None:
         axes.axvline(step, color=QUIET, linewidth=1, linestyle=(0, (3, 2)))
     edge = axes.get_xaxis_transform()  # steps across, shares of the height upwards
     for steps, height, marker in ((chart.marks.saved, 0.0, "^"), (chart.marks.skipped, 0.97, "x")):
-        if steps:
-            style = {"color": QUIET, "linestyle": "", "marker": marker, "markersize": 5, "clip_on": False}
-            axes.plot(steps, [height] * len(steps), transform=edge, **style)
+        # of marks that would lie on each other, one
+        seen = sorted({int(MAX_MARKERS * step / max(1, chart.last_step)): step for step in steps}.values())
+        style = {"color": QUIET, "linestyle": "", "marker": marker, "markersize": 5, "clip_on": False}
+        axes.plot(seen, [height] * len(seen), transform=edge, **style)
 
 
 def _scale(axes: Any, chart: Chart) -> None:

@@ -15,7 +15,10 @@ def main(words: list[str]) -> int:
     own.epilog = "RUN is a run folder, such as runs/demo. The page loads nothing: it can be sent as it is."
     own.add_argument("runs", nargs="+", type=typed_path, metavar="RUN", help="a run folder; several are compared")
     own.add_argument(
-        "--output", type=typed_path, metavar="FILE.html", help="default RUN/report.html; to be given for several runs"
+        "--output",
+        type=typed_path,
+        metavar="FILE.html",
+        help="default: in the run folder; to be given for several runs",
     )
     options = own.parse_args(words)
     folders = [_run_folder(path) for path in options.runs]

@@ -209,7 +209,9 @@ def config_section(run: RunRecord) -> Section:
     """The options, those first that the profile has otherwise."""
     options, own = flat(run.config), profile_of(run.config)
     if not options:
-        return Section("configuration", "Configuration", [Text("config.json is not there or damaged.", True)])
+        return Section(
+            "configuration", "Configuration", [Text(f"{run.folder.config.name} is not there, or damaged.", True)]
+        )
     blocks: list[Block] = []
     if own:
         rows: list[list[Cell]] = [

@@ -23,7 +23,7 @@ class State(StrEnum):
 
 MEANINGS = {
     ExitCode.FINISHED: "finished",
-    ExitCode.DEFECT: "a defect of Handloop; its report is defect.txt",
+    ExitCode.DEFECT: "a defect of Handloop; its report is in the run folder",
     ExitCode.INTERRUPTED: "interrupted with a checkpoint: run the same command again",
     ExitCode.SAVE_FAILED: "something could not be saved; older checkpoints stand",
     ExitCode.FINGERPRINT_MISMATCH: "the checkpoint belongs to another recipe, model or data set",

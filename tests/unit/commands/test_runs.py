@@ -64,6 +64,21 @@ def test_the_figures_are_those_of_the_run(tmp_path: Path, capsys: pytest.Capture
     assert (found["exact"], found["started"]) == ("1 of 2 held out", "2026-01-01T10:00:00+00:00")
 
 
+def test_nothing_of_a_run_reaches_the_terminal_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Escapes and secrets in names, data and options are shown as such, in the list, the comparison and the JSON."""
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    names = ["\x1b[31mred", "b"]
+    folders = [write_run(tmp_path / name, num_steps=3, data__path=[f"0123456789abcdef{name}"]) for name in names]
+    for words in ([str(tmp_path)], list(map(str, folders)), ["--json", str(tmp_path)]):
+        said = listed_json(words, capsys)
+        assert "\x1b" not in said
+        assert "\\x1b[31mred" in said
+        assert "0123456789abcdef" not in said
+        assert "[secret]" in said
+
+
 def listed_json(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert main(["runs", *words]) == 0
     return capsys.readouterr().out

@@ -10,6 +10,7 @@ from train.report.values import number
 MIN_SPAN, SPANS = 11, 50  # smoothed over a fiftieth of the run, and at least eleven steps
 BUCKETS = 400  # about one for each pixel of a figure's width
 TABLE_ROWS = 40
+SMALLEST, LARGEST = 1e-38, 1e38  # that fp32 holds; with others, which only damage makes, no chart can be laid out
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,15 @@ class Curve:
         return Curve(tuple(self.steps[i] for i in kept), tuple(self.values[i] for i in kept))
 
 
+def drawable(value: Any) -> float | None:
+    """A number that can be drawn; None for anything else."""
+    found = number(value)
+    return found if found is not None and (found == 0 or SMALLEST <= abs(found) <= LARGEST) else None
+
+
 def curve(rows: Sequence[dict[str, Any]], key: str) -> Curve:
-    """What the rows have under the key; those without a finite number are left out."""
-    points = [(row["step"], value) for row in rows if (value := number(row.get(key))) is not None]
+    """What the rows have under the key; those without a number that can be drawn are left out."""
+    points = [(row["step"], value) for row in rows if (value := drawable(row.get(key))) is not None]
     return Curve(tuple(step for step, _ in points), tuple(value for _, value in points))
 
 

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from train.report.blocks import Cell, Table
-from train.report.curves import Curve, curve, smoothed, span_of, table_steps
+from train.report.curves import Curve, curve, drawable, smoothed, span_of, table_steps
 from train.report.record import RunRecord
-from train.report.values import at, brief, number, plural, texts
+from train.report.values import at, brief, plural, texts
 
 LOSSES = re.compile(r"eval/(?!best_).*loss")
-WIDE = 30  # largest over smallest value from which on an axis is logarithmic
+WIDE, TOO_WIDE = 30, 1e20  # largest over smallest value between which an axis is logarithmic
 LINEAR = ("learning-rate", "memory", "mfu")  # whatever their values
 MAX_WANTED = 40  # validations whose rows a table shows in any case
 GIB = 2**30
@@ -55,7 +55,7 @@ class Chart:
         if self.key in LINEAR:
             return False
         values = [value for line in self.lines if line.role != "raw" for value in line.full.values]
-        return bool(values) and min(values) > 0 and max(values) / min(values) > WIDE
+        return bool(values) and min(values) > 0 and WIDE < max(values) / min(values) < TOO_WIDE
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _memory(run: RunRecord) -> list[Line]:
         Line("reserved by torch", reserved, "line", 0, "memory/peak_reserved_gib"),
         Line("allocated", allocated, "line", 1, "memory/peak_allocated_gib"),
     ]
-    planned = number(at(run.plan, "peak_bytes"))
+    planned = drawable(at(run.plan, "peak_bytes"))
     if planned and len(reserved):
         ends = (reserved.steps[0], reserved.steps[-1])
         lines.append(Line("planned", Curve(ends, (planned / GIB, planned / GIB)), "limit", 2))

@@ -9,8 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from train.report.curves import drawable
 from train.report.state import State, is_locked, state_by
-from train.report.values import at, number, whole
+from train.report.values import at, whole
 from train.run.attempts import Attempt, read_attempts
 from train.run.folder import RunFolder, read_object
 from train.run.json_lines import read_lines
@@ -57,7 +58,7 @@ class RunRecord:
     @property
     def resumes(self) -> list[int]:
         """The steps after which later attempts went on."""
-        return [whole(attempt.start.get("from_step")) or 0 for attempt in self.attempts[1:]]
+        return [_step(attempt.start.get("from_step")) or 0 for attempt in self.attempts[1:]]
 
     @property
     def skipped(self) -> list[int]:
@@ -70,13 +71,13 @@ class RunRecord:
 
         Rows of 0.1.0 do not say which step was saved: it is the one before the row that has the time of saving.
         """
-        told = [whole(row.get("checkpoint/step")) for row in self.rows]
-        rows = [row for row in self.rows if "perf/save_seconds" in row and "checkpoint/step" not in row]
-        return sorted({*filter(None, told), *(row["step"] - 1 for row in rows), *self.folder.checkpoint_steps})
+        told = [_step(row.get("checkpoint/step")) for row in self.rows]
+        told += [row["step"] - 1 for row in self.rows if "perf/save_seconds" in row and "checkpoint/step" not in row]
+        return sorted({step for step in [*told, *self.folder.checkpoint_steps] if step is not None and step > 0})
 
     def values(self, key: str) -> list[float]:
-        """The finite numbers that rows have under the key."""
-        return [value for row in self.rows if (value := number(row.get(key))) is not None]
+        """The numbers that rows have under the key, as far as they can be drawn."""
+        return [value for row in self.rows if (value := drawable(row.get(key))) is not None]
 
     def median(self, key: str) -> float | None:
         """Their median; None where there are none."""
@@ -88,7 +89,7 @@ class RunRecord:
         """How long its attempts took; of one without an end, the steps that are left of it. None: nothing is known."""
         if not self.attempts:
             return sum(self.values("perf/step_seconds")) or None
-        bounds = [whole(attempt.start.get("from_step")) or 0 for attempt in self.attempts] + [MAX_STEP]
+        bounds = [_step(attempt.start.get("from_step")) or 0 for attempt in self.attempts] + [MAX_STEP]
         return sum(
             _seconds(attempt, [row for row in self.rows if first < row["step"] <= last])
             for attempt, (first, last) in zip(self.attempts, pairwise(bounds), strict=True)
@@ -154,14 +155,16 @@ def objects_of(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 def _rows(path: Path, notes: list[str]) -> list[Row]:
     found = objects_of(path, notes)
-    by_step = {row["step"]: row for row in found if _is_step(row.get("step"))}
+    by_step = {row["step"]: row for row in found if _step(row.get("step")) is not None}
     if lost := len(found) - len(by_step):
         notes.append(f"{path.name}: {lost} of {len(found)} rows have no step of their own and are left out")
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _is_step(value: Any) -> bool:
-    return whole(value) is not None and 0 <= value <= MAX_STEP
+def _step(value: Any) -> int | None:
+    """A number of steps; None for anything else."""
+    step = whole(value)
+    return step if step is not None and 0 <= step <= MAX_STEP else None
 
 
 def _ending(exit_record: dict[str, Any], attempts: list[Attempt]) -> dict[str, Any]:
@@ -172,4 +175,4 @@ def _seconds(attempt: Attempt, rows: list[Row]) -> float:
     with suppress(ValueError, TypeError, KeyError):  # no end, or no times
         ended = datetime.fromisoformat((attempt.end or {})["time"])
         return (ended - datetime.fromisoformat(attempt.start["time"])).total_seconds()
-    return sum(number(row.get("perf/step_seconds")) or 0.0 for row in rows)
+    return sum(drawable(row.get("perf/step_seconds")) or 0.0 for row in rows)

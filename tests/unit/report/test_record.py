@@ -3,6 +3,7 @@
 import fcntl
 import json
 import random
+import warnings
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,21 @@ def test_nothing_in_a_folder_breaks_the_page(tmp_path: Path, monkeypatch: pytest
     assert pages.count("</html>") == 2
     assert "<b>" not in pages
     json.dumps(summary_of(run).as_json())
+
+
+def test_numbers_of_any_size_are_drawn_or_left_out(tmp_path: Path) -> None:
+    """Losses, speeds, steps and memory of any size in a row make no chart impossible."""
+    sizes = [1e308, -1e308, 5e-324, 10**300, 1e38, 1e-38, -5, 0, 2**53]
+    keys = [key for key, value in row(1).items() if isinstance(value, float)]
+    rows = [row(step) | dict.fromkeys(keys, size) for step, size in enumerate(sizes, start=1)]
+    rows += [row(50) | {"checkpoint/step": 10**400}, row(2**53), row(2**60)]
+    folder = RunFolder(write_run(tmp_path))
+    write_lines(folder.metrics, rows)
+    write_lines(folder.attempts, [{"attempt": n, "event": "start", "from_step": 10**300 * n} for n in (1, 2)])
+    write(folder.plan, {"engine": "", "summary": "", "peak_bytes": 1e308})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert render(page_of(read_run(tmp_path))).count("<svg ") == 7
 
 
 def test_a_folder_without_a_run_is_none(tmp_path: Path) -> None:

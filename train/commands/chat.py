@@ -29,9 +29,19 @@ SETTINGS = {
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+class ChatOptions(RunOptions):
+    """An argument parser for a chat, whose first word may be a model without a run, which takes any option."""
+
+    wanted = "name a run folder or a model"
+
+    def replaceable(self, run: Path) -> tuple[str, ...]:
+        """As RunOptions."""
+        return ("",) if is_model(run) else super().replaceable(run)
+
+
 def main(words: list[str]) -> int:
     """Talks to the model of a run, with its adapters or without, or to a model that has no run."""
-    own = RunOptions("chat", "Talks to a finished run's model, or to any model.")
+    own = ChatOptions("chat", "Talks to a finished run's model, or to any model.")
     own.usage = f"{own.usage}".replace("RUN", "RUN|MODEL")
     for name, what in SETTINGS.items():
         own.add_argument(f"--{name}", metavar="X", help=what)
@@ -43,8 +53,6 @@ def main(words: list[str]) -> int:
         help="prompts of answers with a thought or without; auto: as the run was trained",
     )
     options, rest = own.parse_known_args(words)
-    if not rest or rest[0].startswith("-"):
-        own.error("name a run folder or a model")
     path, settings = Path(rest[0]), rest[1:]
     # imported here because they take seconds, for which --help should not wait
     from train.cli import parse_over

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_tools.spelling import nearest
 from data_tools.terminal import typed_path
 from train.commands.options import RunOptions
 from train.profiles import data_alone
@@ -88,7 +89,7 @@ def main(words: list[str]) -> int:
     screen.say(f"{path} on {partner.model.head.weight.device.type}; /help lists the commands")
     with partner.model.generating():
         chat.run()
-    return 0
+    return screen.exit_code()
 
 
 def is_model(path: Path) -> bool:
@@ -127,7 +128,9 @@ class Chat:
             if name in self.commands:
                 self.commands[name][2]("".join(rest))
             elif re.match("/(?!/)", text):
-                self.screen.refuse(f"{name}: no such command; /help lists them. As a text it is written /{name}")
+                near = nearest(name, self.commands)
+                meant = f"did you mean {near}?" if near else "/help lists them."
+                self.screen.refuse(f"{name}: no such command; {meant} As a text it is written /{name}")
             elif text:
                 self.answer(text[1:] if text.startswith(("//", "\\/")) else text)
 
@@ -151,6 +154,14 @@ class Chat:
             )
         else:
             self.screen.end_answer(about(spoken))
+            if spoken.ended == "length":
+                self.screen.warn(f"the answer is cut after {spoken.num_tokens} tokens; {self.longer(spoken)}")
+
+    def longer(self, spoken: "Spoken") -> str:
+        """How an answer that was cut could have been longer."""
+        if spoken.num_tokens < self.talk.sampling.max_new_tokens:
+            return "the model's context is full: /reset forgets what was said"
+        return "--max-new-tokens N, or /set max-new-tokens N, lets it be longer"
 
     def base(self, _: str) -> None:
         """/base"""
@@ -216,5 +227,5 @@ class Chat:
 def about(spoken: "Spoken") -> str:
     """What is said of an answer."""
     speed = spoken.num_tokens / spoken.seconds if spoken.seconds else 0.0
-    ends = {"stopped": "", "length": ", cut at max-new-tokens", "interrupted": ", interrupted"}
-    return f"{spoken.num_tokens} tokens, {speed:.1f} tokens/s{ends[spoken.ended]}"
+    end = ", interrupted" if spoken.ended == "interrupted" else ""
+    return f"{spoken.num_tokens} tokens, {speed:.1f} tokens/s{end}"

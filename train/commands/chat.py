@@ -39,6 +39,11 @@ class ChatOptions(RunOptions):
         """As RunOptions."""
         return ("",) if is_model(run) else super().replaceable(run)
 
+    def check_run(self, run: Path) -> None:
+        """As RunOptions; a model is as good."""
+        if not is_model(run):
+            super().check_run(run)
+
 
 def main(words: list[str]) -> int:
     """Talks to the model of a run, with its adapters or without, or to a model that has no run."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from train.cli import ITS_OWN, MAY_CHANGE, check_words, parse
+from train.commands.folders import check_is_run
 from train.run.exits import ExitCode, ExitWith
 
 if TYPE_CHECKING:
@@ -80,7 +81,12 @@ class RunOptions(Options):
         check_words(rest[has_run:], self.names, others, self.format_usage().strip())
         if not has_run:
             self.error(self.wanted)
+        self.check_run(Path(rest[0]))
         return options, rest
+
+    def check_run(self, run: Path) -> None:
+        """Raises ExitWith(BAD_INPUT) unless this is a run folder or its final/."""
+        check_is_run(run)
 
     def replaceable(self, run: Path) -> tuple[str, ...]:
         """With what the options of train/main.py begin that replace those of the run."""

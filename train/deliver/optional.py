@@ -5,7 +5,7 @@ from types import ModuleType
 
 from train.run.exits import ExitCode, ExitWith
 
-INSTALL = ".venv/bin/pip install -c constraints.txt -e '.[gguf]'"
+INSTALL = "pip install -c constraints.txt -e .[gguf]"
 
 
 def package(name: str) -> ModuleType:

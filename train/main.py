@@ -22,6 +22,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from data_tools.terminal import fitted
 from train.assemble import assemble
 from train.attempt_record import record_start
 from train.audit_gate import enforce_gate, run_audit
@@ -202,7 +203,7 @@ def keep_date(folder: RunFolder, today: date) -> int:
 def report_audit(config: Config, tokenizer: Tokenizer, data: TrainingData, splits: Splits) -> int:
     """Prints the audit's warnings; raises ExitWith(BAD_INPUT) if the data must not be trained on."""
     for line in enforce_gate(config, run_audit(config, tokenizer.backend, data, splits)):
-        print(f"data      {line}", flush=True)
+        print(fitted(f"data      {line}"), flush=True)
     return 0
 
 

@@ -23,8 +23,8 @@ ALLOWED = {
     "train.step": {"config", "data", "engine", "learning_rate", "metrics", "models", "optim", "run", "seeds"},
     "train.validation": {"batching", "collate", "metrics", "run", "step"},
     "train.grace": {"config"},
-    "train.track": {"config", "run"},
-    "train.cli": {"config", "not_offered", "profiles", "run"},
+    "train.track": {"config", "data_tools", "run"},
+    "train.cli": {"config", "data_tools", "not_offered", "profiles", "run"},
     "train.not_offered": set(),
     "train.audit_gate": {"config", "data", "data_tools", "run"},
     "train.assemble": {
@@ -123,7 +123,7 @@ ALLOWED_MODULES = {
     "train.run.host_memory": set(),
     "train.run.devices": {"train.run.exits"},
     "train.track.loss_watch": set(),
-    "train.track.display": set(),
+    "train.track.display": {"data_tools.terminal"},
     "train.track.metrics_file": {"train.run.json_lines"},
     "train.track.wandb_settings": {"train.run.exits"},
     "train.track.isolated": {"train.run.redact", "train.track.metrics_file"},
@@ -177,12 +177,7 @@ ALLOWED_MODULES = {
         "train.memory.sizes",
         "train.run.devices",
     },
-    "train.memory.cost": {
-        "train.engine.copies",
-        "train.engine.plan",
-        "train.memory.candidate",
-        "train.memory.sizes",
-    },
+    "train.memory.cost": {"train.engine.copies", "train.engine.plan", "train.memory.candidate", "train.memory.sizes"},
     "train.memory.time": {"train.memory.candidate"},
     "train.memory.search": {
         "train.batching",
@@ -199,6 +194,7 @@ ALLOWED_MODULES = {
         "data_tools.render",
     },
     "data_tools.answers": {"data_tools.dialogue", "data_tools.locate", "data_tools.messages"},
+    "data_tools.arguments": {"data_tools.report", "data_tools.spelling"},
     "data_tools.audit": {
         "data_tools.data_lines",
         "data_tools.prepare",
@@ -225,7 +221,12 @@ ALLOWED_MODULES = {
         "data_tools.tool_calls",
         "data_tools.values",
     },
-    "data_tools.glossary": {"data_tools.glossary_files", "data_tools.report", "data_tools.terminal"},
+    "data_tools.glossary": {
+        "data_tools.arguments",
+        "data_tools.glossary_files",
+        "data_tools.report",
+        "data_tools.terminal",
+    },
     "data_tools.glossary_files": {"data_tools.report"},
     "data_tools.locate": {"data_tools.messages"},
     "data_tools.making": {
@@ -288,6 +289,7 @@ ALLOWED_MODULES = {
     "data_tools.scan": {"data_tools.encode", "data_tools.prepare", "data_tools.similarity"},
     "data_tools.similarity": set(),
     "data_tools.sources": {"data_tools.data_sets", "data_tools.readers", "data_tools.report", "data_tools.terminal"},
+    "data_tools.spelling": set(),
     "data_tools.strict_json": set(),
     "data_tools.terminal": set(),
     "data_tools.tool_calls": {"data_tools.strict_json", "data_tools.values"},

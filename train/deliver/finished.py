@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from train.checkpoints.contents import ADAPTER, ADAPTER_CONFIG
-from train.cli import parse_over
+from train.cli import MAY_CHANGE, parse_over
 from train.config import Config, parse_bytes
 from train.data import Splits, read_data, run_date
 from train.deliver.final import BASE
@@ -36,8 +36,6 @@ from train.run.folder import RunFolder, read_object
 GIB = 2**30
 RESERVE = 0.15  # share of the free GPU memory that stays for keys, values and logits
 MIN_RESERVE = 3 * GIB // 4
-# of a run's options: where its base and its data are, and how and where it is executed
-MAY_CHANGE = ("model.name_or_path", "model.revision", "model.dtype", "data.", "memory.", "run.device", "compare.")
 
 
 @dataclass(frozen=True)

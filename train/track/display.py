@@ -14,6 +14,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from data_tools.terminal import fitted
+
 PLAIN_LINE_SECONDS = 5.0  # between two lines, without a terminal
 
 
@@ -55,7 +57,7 @@ class Display:
             left = f"  {per_step * (self.total_steps - step):.0f} s left" if step < self.total_steps else ""
             self.console.print(f"step {step}/{self.total_steps}  {numbers}{left}", highlight=False, soft_wrap=True)
         if "warning" in row:
-            self.console.print(f"step {step}: {row['warning']}", highlight=False, soft_wrap=True)
+            self.console.print(fitted(f"step {step}: {row['warning']}"), highlight=False, soft_wrap=True)
         if step == self.total_steps:
             self.progress.stop()
 

@@ -21,7 +21,7 @@ USAGE = "usage: accelerate launch train/main.py --profile NAME [--section.field 
 _PARSING = (tyro.conf.FlagConversionOff,)
 # options that name files or folders, some of them beside other values
 PATHS = ("run.dir", "run.resume", "model.name_or_path", "data.path", "data.validation_path", "data.chat_template")
-PATHS += ("lora.init_from",)
+PATHS += ("lora.init_from", "validate.general_text")
 
 
 def parse(argv: Sequence[str], usage: str = USAGE, needs_profile: bool = True) -> Config:

@@ -64,7 +64,7 @@ def test_the_best_checkpoint_stays(saver: Callable[[CheckpointConfig], Saver]) -
     best = made.store.best()
     assert best == (made.store.root / "step-0000000002", 1.0)
     again = Saver.of(made.training, made.store, {}, Trackers(), made.store.latest())
-    assert (again.saved, again.lowest) == (5, 1.0)
+    assert (again.saved, again.record.best_step, again.record.best_loss) == (5, 2, 1.0)
     made.save(6, 0.5, must_stop=False)
     assert sorted(int(path.name[5:]) for path in made.store.root.iterdir()) == [5, 6]
 

@@ -25,12 +25,9 @@ def held_out(config: Config, pairs: Path) -> Config:
 
 
 def evaluated(run_dir: Path) -> list[dict[str, Any]]:
-    """What was measured and answered, by step, without the clock."""
+    """What was measured, by step."""
     rows = [row for row in read_metrics(run_dir / "metrics.jsonl") if "eval/loss" in row]
-    kept = [{name: row[name] for name in row if name == "step" or name.startswith("eval/")} for row in rows]
-    for row in kept:
-        del row["eval/seconds"]
-    return kept
+    return [{name: row[name] for name in row if name == "step" or name.startswith("eval/")} for row in rows]
 
 
 def answers_in(run_dir: Path) -> list[dict[str, Any]]:

@@ -46,7 +46,7 @@ def validate(training: Training, material: Material, watch: Watch = UNWATCHED) -
     if material.general is not None:
         loss_sum, num_tokens = of_text[-1]
         row["eval/general_loss"] = loss_sum / num_tokens
-    return row | {"eval/seconds": round(time.monotonic() - started, 3)}
+    return row | {"perf/validation_seconds": round(time.monotonic() - started, 3)}
 
 
 def _add(training: Training, samples: Dataset, sums: torch.Tensor, watch: Watch, pace: Pace) -> bool:

@@ -84,7 +84,7 @@ def material_of(run: FinishedRun, wanted: Wanted) -> Material:
     training, validation = _data(run, tokenizer, found.notes)
     if training is not None:
         data = TrainingData(training.samples, run.config, _layout(run), tokenizer.pad_token_id)
-        visited = data.visited_samples(data.total_steps(run.config.train))
+        visited = data.visited_samples(run.base.get("step") or data.total_steps(run.config.train))
         found.questions[TRAINED] = questions_of(training.samples, visited, tokenizer, count)
     if validation is not None:
         samples: Any = validation.samples

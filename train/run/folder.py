@@ -50,6 +50,7 @@ class RunFolder:
     answers = Entry("answers.json")
     held_out_answers = Entry("answers_held_out.json")
     comparison = Entry("compare.json")  # of base and tuned model, by handloop compare
+    validation_answers = Entry("validation_answers.jsonl")  # a line an answer, at each validation
     checkpoints = Entry("checkpoints")
     final = Entry("final")
     wandb = Entry("wandb")  # Weights & Biases makes it, in the folder that it is given

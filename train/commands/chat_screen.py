@@ -18,6 +18,7 @@ from rich.text import Text
 from data_tools.cache import cache_root
 from data_tools.report import DataError
 from data_tools.terminal import printable_lines
+from train.commands.options import say
 from train.run.exits import ExitCode, ExitWith
 
 
@@ -68,7 +69,7 @@ class Pipe:
 
     def say(self, line: str) -> None:
         """As Screen; to stderr."""
-        print(line, file=sys.stderr, flush=True)
+        say(line)
 
     def refuse(self, reason: str) -> None:
         """Raises ExitWith(BAD_INPUT): a script that is not understood is not to go on."""

@@ -3,11 +3,10 @@
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
 from data_tools.terminal import typed_path
-from train.commands.options import RunOptions, positive_number
+from train.commands.options import RunOptions, positive_number, say
 from train.profiles import DEMO
 from train.run.durable import write_atomically
 from train.run.exits import ExitCode, ExitWith
@@ -49,10 +48,6 @@ def main(words: list[str]) -> int:
         general_text=options.general or DEMO / "general.txt",
         questions=options.questions,
     )
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     material = material_of(run, wanted)  # before the weights are read, because a file may be wrong
     for note in material.notes:
         say(f"note: {note}")

@@ -1,13 +1,12 @@
 """`handloop export`."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_tools.terminal import typed_path
 from train.commands.merge import ONTO
-from train.commands.options import RunOptions
+from train.commands.options import RunOptions, say
 from train.run.exits import ExitCode, ExitWith
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def main(words: list[str]) -> int:
             onto or "original",
             _quantized_limits(options),
         )
-        notes = Export(run, wanted, _say).write(target)
+        notes = Export(run, wanted, say).write(target)
     elif not (target / "README.md").is_file():
         own.error(f"write --format: there is no export in {target}")
     else:
@@ -104,7 +103,3 @@ def _check_target(target: Path, overwrite: bool) -> None:
     readme = target / "README.md"
     if not readme.is_file() or "\n- handloop\n" not in readme.read_text(encoding="utf-8", errors="replace"):
         raise ExitWith(ExitCode.BAD_INPUT, f"--output {target}: it is no export, and is not replaced; name another")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

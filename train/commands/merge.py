@@ -1,12 +1,11 @@
 """`handloop merge`."""
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.terminal import typed_path
-from train.commands.options import RunOptions
+from train.commands.options import RunOptions, say
 from train.run.durable import make_readable, publish
 from train.run.exits import ExitCode, ExitWith
 
@@ -57,13 +56,13 @@ def write_with_receipt(merge: "Merge", limits: "Limits", target: Path) -> dict[s
 
     splits, notes = data_of(merge.run)
     for note in notes:
-        _say(note)
-    probe, trained, unloaded = trained_and_unloaded(merge.run, splits, _say)
-    place = place_for(merge, _say)
+        say(note)
+    probe, trained, unloaded = trained_and_unloaded(merge.run, splits, say)
+    place = place_for(merge, say)
     with publish(target) as temporary:
-        _say(f"merging onto the {merge.onto} base")
+        say(f"merging onto the {merge.onto} base")
         merge.write(temporary)
-        _say("asking the merged model what the trained one was asked")
+        say("asking the merged model what the trained one was asked")
         tokenizer, ends = tokenizer_of(merge.run.folder)
         served = load_merged(temporary, merge.dtype, place)
         receipt = Receipt.of(probe, trained, behaviour(TransformersModel(served, tokenizer, ends), probe))
@@ -120,7 +119,3 @@ def _figures(receipt: dict[str, Any]) -> str:
         f"{receipt['largest_difference']:.2g}, loss {receipt['loss_trained']:.4f} -> {receipt['loss_served']:.4f}"
         + (f", {answers}" if receipt["num_questions"] else "")
     )
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -71,6 +71,11 @@ class RunOptions(Options):
         return finished_run(Path(words[0]), words[1:], self.format_usage().strip())
 
 
+def say(line: str) -> None:
+    """Tells the user what is being done, on stderr, so that stdout has results alone."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def positive_number(text: str) -> int:
     """An argparse type: an integer of 1 or more."""
     if not text.isdecimal() or int(text) < 1:

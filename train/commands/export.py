@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from data_tools.terminal import typed_path
 from train.commands.merge import ONTO
-from train.commands.options import RunOptions, say
-from train.run.exits import ExitCode, ExitWith
+from train.commands.options import RunOptions, check_output_folder, say
 
 if TYPE_CHECKING:
     from train.deliver.receipt import Limits
@@ -43,7 +42,7 @@ def main(words: list[str]) -> int:
     target = Path(options.output or run.folder.path / "export")
     notes = []
     if options.format:
-        _check_target(target, options.overwrite)
+        check_output_folder(target, options.overwrite, "export", _is_export(target))
         onto = options.onto or ("original" if run.config.model.quantization == "none" else "")
         if not onto and {"safetensors", "gguf", "ollama"} & set(options.format):
             own.error("write --onto original, the base before quantisation, or --onto dequantized, the one trained on")
@@ -94,12 +93,7 @@ def _check(own: RunOptions, options: argparse.Namespace) -> None:
         own.error("--public and --dry-run belong to --push OWNER/NAME")
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
-    """Refuses a folder that is there, unless it is an export that is to be replaced: it would be gone as a whole."""
-    if not target.exists():
-        return
-    if not overwrite:
-        raise ExitWith(ExitCode.BAD_INPUT, f"--output {target}: it exists; write --overwrite to replace it")
-    readme = target / "README.md"
-    if not readme.is_file() or "\n- handloop\n" not in readme.read_text(encoding="utf-8", errors="replace"):
-        raise ExitWith(ExitCode.BAD_INPUT, f"--output {target}: it is no export, and is not replaced; name another")
+def _is_export(folder: Path) -> bool:
+    """Whether its README has the tag that an export's has."""
+    readme = folder / "README.md"
+    return readme.is_file() and "\n- handloop\n" in readme.read_text(encoding="utf-8", errors="replace")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.terminal import typed_path
-from train.commands.options import RunOptions, say
+from train.commands.options import RunOptions, check_output_folder, say
 from train.run.durable import make_readable, publish
 from train.run.exits import ExitCode, ExitWith
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 RECEIPT = "receipt.json"
 ONTO = ("dequantized", "original")
-REPLACE = "; write --overwrite to replace it"
 
 
 def main(words: list[str]) -> int:
@@ -39,9 +38,7 @@ def main(words: list[str]) -> int:
     merge = Merge.of(run, options.onto, options.dtype or "")
     limits = limits_of(merge, options.max_kl, options.min_agreement)
     target = Path(options.output or run.folder.path / f"merged-{options.onto}")
-    if target.exists() and not (options.overwrite and (target / RECEIPT).is_file()):
-        way = "it is no merged model, and is not replaced; name another" if options.overwrite else "it exists"
-        raise ExitWith(ExitCode.BAD_INPUT, f"--output {target}: {way}{'' if options.overwrite else REPLACE}")
+    check_output_folder(target, options.overwrite, "merged model", (target / RECEIPT).is_file())
     record = write_with_receipt(merge, limits, target)
     print(json.dumps(record, indent=1) if options.json else "\n".join(_lines(record, target)))
     return 0

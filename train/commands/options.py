@@ -71,6 +71,19 @@ class RunOptions(Options):
         return finished_run(Path(words[0]), words[1:], self.format_usage().strip())
 
 
+def check_output_folder(target: Path, overwrite: bool, kind: str, is_one: bool) -> None:
+    """Refuses a folder that is there, unless it is one of its kind that is to be replaced: it would be gone as a whole.
+
+    `is_one` says whether it is what an earlier command of this kind wrote. Raises ExitWith(BAD_INPUT).
+    """
+    if not target.exists():
+        return
+    if not overwrite:
+        raise ExitWith(ExitCode.BAD_INPUT, f"--output {target}: it exists; write --overwrite to replace it")
+    if not is_one:
+        raise ExitWith(ExitCode.BAD_INPUT, f"--output {target}: it is no {kind}, and is not replaced; name another")
+
+
 def say(line: str) -> None:
     """Tells the user what is being done, on stderr, so that stdout has results alone."""
     print(line, file=sys.stderr, flush=True)

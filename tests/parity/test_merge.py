@@ -1,5 +1,6 @@
 """A merged model is base and adapter as trained: for every kind of base, and where it is not, nothing is left."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -155,6 +156,8 @@ def test_the_receipt_tells_merges_apart(nf4_run: Path) -> None:
     record = command.write_with_receipt(merge, limits, nf4_run / "merged")
     assert record["receipt"]["kind"] == "held out"
     assert record["receipt"]["num_positions"] > 100
+    adapter = (nf4_run / "final" / "adapter_model.safetensors").read_bytes()
+    assert record["adapter_sha256"] == hashlib.sha256(adapter).hexdigest()
     assert record["receipt"]["mean_kl"] < record["merge_and_unload"]["mean_kl"] / 5
     assert json.loads((nf4_run / "merged" / command.RECEIPT).read_text()) == record
     load_merged(nf4_run / "merged", torch.bfloat16, torch.device("cpu"))

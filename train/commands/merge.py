@@ -77,8 +77,6 @@ def write_with_receipt(merge: "Merge", limits: "Limits", target: Path) -> dict[s
 
 def _record(merge: "Merge", receipt: "Receipt", unloaded: "Receipt | None") -> dict[str, Any]:
     """What is written beside the merged model, and is true of it alone."""
-    from train.checkpoints.contents import ADAPTER
-    from train.models.fingerprint import content_hashes
     from train.run.versions import versions
 
     base, held = dict(merge.run.base), merge.run.base.get("held", "")
@@ -87,7 +85,7 @@ def _record(merge: "Merge", receipt: "Receipt", unloaded: "Receipt | None") -> d
     return {
         "base": {name: base.get(name, "") for name in ("name", "commit", "fingerprint")},
         "trained_in": held,
-        "adapter_sha256": content_hashes([merge.run.folder.final / ADAPTER])[0],
+        "adapter_sha256": merge.run.adapter_sha256,
         "onto": merge.onto,
         "dtype": str(merge.dtype).removeprefix("torch."),
         "versions": versions(),

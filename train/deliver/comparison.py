@@ -1,6 +1,5 @@
 """Base and tuned model of a finished run side by side: answers by group of questions, and losses, as compare.json."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
@@ -10,7 +9,6 @@ from typing import Any
 
 from data_tools.prepare import DataSplit, Prepared, PrepareSettings, prepare
 from data_tools.report import DataError
-from train.checkpoints.contents import ADAPTER
 from train.data import BatchLayout, TrainingData, prepare_settings
 from train.deliver.compare import Answer, compare
 from train.deliver.finished import FinishedRun, Tuned, data_of, today_of
@@ -60,12 +58,11 @@ class Comparison:
     def as_json(self) -> dict[str, Any]:
         """As compare.json has it; the adapter's hash says of which final/ it is."""
         run, wanted = self.run, self.wanted
-        adapter = hashlib.sha256((run.folder.final / ADAPTER).read_bytes()).hexdigest()
         return {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "run": str(run.folder.path),
             "base": run.base.get("name", run.config.model.name_or_path),
-            "adapter_sha256": adapter,
+            "adapter_sha256": run.adapter_sha256,
             "device": str(run.device),
             "max_new_tokens": wanted.max_new_tokens,
             "groups": {_key(name): group_json(found) for name, found in self.answers.items()},

@@ -22,7 +22,7 @@ from train.data import Splits, read_data, run_date
 from train.deliver.final import BASE
 from train.engine.plan import Plan, reference_plan, spread
 from train.memory.outlook import sketched_sizes
-from train.models.fingerprint import base_fingerprint, content_fingerprint
+from train.models.fingerprint import base_fingerprint, content_fingerprint, content_hashes
 from train.models.hub import locate
 from train.models.language_model import LanguageModel, load_adapters, load_model
 from train.models.shape import BROKEN
@@ -52,6 +52,11 @@ class FinishedRun:
     def device(self) -> torch.device:
         """Where the model is loaded."""
         return device_of(self.config)
+
+    @property
+    def adapter_sha256(self) -> str:
+        """Of the adapters in final/ now: it says what was made of which."""
+        return content_hashes([self.folder.final / ADAPTER])[0]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from train.deliver.generation import Completion, Generator
 from train.deliver.losses import TokenLoss, losses_of
 from train.deliver.questions import Question, questions_in, questions_of
 from train.deliver.scores import rate
-from train.models.shape import model_shape, text_shape
+from train.models.shape import max_positions
 from train.models.tokenizer import load_tokenizer
 from train.run.attempts import last_start
 from train.run.exits import ExitWith
@@ -88,7 +88,7 @@ def material_of(run: FinishedRun, wanted: Wanted) -> Material:
         found.questions[HELD_OUT] = questions_of(samples, range(len(samples)), tokenizer, count)
         found.samples[HELD_OUT] = first_samples(samples, wanted.num_loss_tokens)
     plain = _plain_settings(run, today_of(run))
-    longest = _longest(run)
+    longest = max_positions(run.config.model) or run.config.data.max_length
     try:
         asked = replace(plain, max_length=longest, fields=())
         found.questions[GENERAL] = questions_in(wanted.general_questions, asked, tokenizer, count)[0]
@@ -204,12 +204,6 @@ def _layout(run: FinishedRun) -> BatchLayout:
 def _plain_settings(run: FinishedRun, today: date) -> PrepareSettings:
     """How files beside the run's data are read: in any format, rendered as the run's data."""
     return replace(prepare_settings(run.config, (), today), format="auto", on_error="stop")
-
-
-def _longest(run: FinishedRun) -> int:
-    """Tokens that the model takes at most."""
-    longest = getattr(text_shape(model_shape(run.config.model)), "max_position_embeddings", None)
-    return int(longest or run.config.data.max_length)
 
 
 def _key(name: str) -> str:

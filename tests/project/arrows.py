@@ -74,7 +74,6 @@ ALLOWED = {
         "assemble",
         "audit_gate",
         "batching",
-        "checkpoints",
         "cli",
         "config",
         "data",

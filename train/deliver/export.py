@@ -15,7 +15,6 @@ from typing import Any
 from data_tools.chat_template import ChatTemplate
 from train.checkpoints.contents import ADAPTER_CONFIG
 from train.config import parse_argument
-from train.deliver.adapter_delta import read_trained
 from train.deliver.card import Contents, card
 from train.deliver.exported import write_receipts
 from train.deliver.final import BASE
@@ -127,15 +126,15 @@ class Export:
         if self.wanted.quantized:
             package("llama_cpp")
         if "adapter-gguf" in self.wanted.formats:
-            adapter_tensors(self.run.folder.final, self._shape, read_trained(self.run.folder.final, self._num_tokens))
+            adapter_tensors(self.run.folder.final, self._shape, self.run.trained)
         if self.wanted.has_gguf:
             self._check_vocabulary()
         if not MERGED_FORMATS & self.wanted.formats:
             return None
         merge = Merge.of(self.run, self.wanted.onto)
         kinds = (*(("F16",) if self.wanted.has_gguf else ()), *self.wanted.quantized)
-        weights = merge.num_bytes() / merge.dtype.itemsize
-        need = merge.num_bytes() + sum(weights * BITS[kind] / 8 for kind in kinds)
+        weights = merge.num_bytes / merge.dtype.itemsize
+        need = merge.num_bytes + sum(weights * BITS[kind] / 8 for kind in kinds)
         free = shutil.disk_usage(next(path for path in (target, *target.resolve().parents) if path.exists())).free
         if need > free:
             reason = f"{need / 1e9:.1f} GB are needed, and {free / 1e9:.1f} GB are free"
@@ -149,13 +148,8 @@ class Export:
     @cached_property
     def _vocabulary(self) -> Vocabulary:
         """With the tokens that the run has added."""
-        rows = max(self._shape.config.vocab_size, self._num_tokens)
+        rows = max(self._shape.config.vocab_size, self.run.trained.vocabulary)
         return vocabulary(self.tokenizer, self.end_token_ids, rows, self.template, self.name)
-
-    @property
-    def _num_tokens(self) -> int:
-        """Rows that embedding and head need; 0: those of the base."""
-        return int(self.run.base.get("vocabulary", 0))
 
     def _check_vocabulary(self) -> None:
         """Tries llama.cpp's tokenizer on a file of the vocabulary alone."""
@@ -224,8 +218,7 @@ class Export:
 
     def _adapter_file(self, folder: Path) -> str:
         path = folder / f"{self.name}-adapter.gguf"
-        final = self.run.folder.final
-        write_adapter_gguf(final, path, self._shape, read_trained(final, self._num_tokens), self.name)
+        write_adapter_gguf(self.run.folder.final, path, self._shape, self.run.trained, self.name)
         self.notes.append(f"{path.name} was not tried: llama.cpp loads it over the base's own GGUF file")
         return path.name
 

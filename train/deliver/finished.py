@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from train.checkpoints.contents import ADAPTER, ADAPTER_CONFIG
 from train.cli import parse_over
 from train.config import Config, parse_bytes
 from train.data import Splits, read_data, run_date
+from train.deliver.adapter_delta import Trained, read_trained
 from train.deliver.final import BASE
 from train.engine.plan import Plan, reference_plan, spread
 from train.memory.outlook import sketched_sizes
@@ -53,6 +55,11 @@ class FinishedRun:
         """Where the model is loaded."""
         return device_of(self.config)
 
+    @cached_property
+    def trained(self) -> Trained:
+        """What final/ changes in the base; raises ExitWith(BAD_INPUT) where that is not all known here."""
+        return read_trained(self.folder.final, int(self.base.get("vocabulary", 0)))
+
     @property
     def adapter_sha256(self) -> str:
         """Of the adapters in final/ now: it says what was made of which."""
@@ -81,7 +88,8 @@ def finished_run(path: Path, words: Sequence[str] = (), usage: str = "") -> Fini
         raise refused(path, "no such folder; name a run folder, such as runs/demo")
     if not record or folder.is_foreign(folder.config):
         raise refused(path, "it is no run folder: it has no config.json of a run")
-    if config_of(record, folder).train.method == "full":
+    config = config_of(record, folder)
+    if config.train.method == "full":
         reason = "it was trained whole (train.method full): final/ is a model itself, which transformers loads"
         raise refused(path, reason)
     missing = [name for name in (ADAPTER, ADAPTER_CONFIG, BASE) if not (folder.final / name).is_file()]
@@ -89,7 +97,7 @@ def finished_run(path: Path, words: Sequence[str] = (), usage: str = "") -> Fini
         ended = read_object(folder.exit).get("reason")
         how = f"; its last attempt ended: {ended}" if ended else ""
         raise refused(path, f"final/{missing[0]} is not there{how}\nrepeat the command that trained it to finish it")
-    config, base = config_of(record, folder), read_object(folder.final / BASE)
+    base = read_object(folder.final / BASE)
     started_in = Path(str(last_start(folder).get("working_folder", ".")))
     model = replace(config.model, name_or_path=str(base.get("name", config.model.name_or_path)))
     model = replace(model, revision=str(base.get("commit") or config.model.revision))

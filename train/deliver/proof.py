@@ -53,7 +53,7 @@ def place_for(merge: Merge, say: Say) -> torch.device:
 
     Raises ExitWith(BAD_INPUT) where host memory does not hold it either.
     """
-    need = int(1.15 * merge.num_bytes()) + GIB
+    need = int(1.15 * merge.num_bytes) + GIB
     if merge.run.device.type == "cuda":
         torch.cuda.empty_cache()
         if torch.cuda.mem_get_info()[0] > need:

@@ -70,11 +70,7 @@ def main(words: list[str]) -> int:
 def _quantized_limits(options: argparse.Namespace) -> "Limits":
     from train.deliver.receipt import Limits
 
-    max_kl, min_agreement = QUANTIZED_LIMITS
-    return Limits(
-        max_kl if options.max_kl is None else options.max_kl,
-        min_agreement if options.min_agreement is None else options.min_agreement,
-    )
+    return Limits(*QUANTIZED_LIMITS).with_options(options.max_kl, options.min_agreement)
 
 
 def _check(own: RunOptions, options: argparse.Namespace) -> None:

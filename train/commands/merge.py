@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from data_tools.terminal import typed_path
 from train.commands.options import RunOptions, check_output_folder, say
 from train.run.durable import make_readable, publish
-from train.run.exits import ExitCode, ExitWith
 
 if TYPE_CHECKING:
     from train.deliver.merge import Merge
@@ -36,7 +35,7 @@ def main(words: list[str]) -> int:
 
     run = own.run(rest)
     merge = Merge.of(run, options.onto, options.dtype or "")
-    limits = limits_of(merge, options.max_kl, options.min_agreement)
+    limits = limits_of(merge).with_options(options.max_kl, options.min_agreement)
     target = Path(options.output or run.folder.path / f"merged-{options.onto}")
     check_output_folder(target, options.overwrite, "merged model", (target / RECEIPT).is_file())
     record = write_with_receipt(merge, limits, target)
@@ -46,30 +45,16 @@ def main(words: list[str]) -> int:
 
 def write_with_receipt(merge: "Merge", limits: "Limits", target: Path) -> dict[str, Any]:
     """Writes the merged model and its receipt; raises ExitWith(UNLIKE), and leaves nothing, over a limit."""
-    from train.deliver.finished import data_of, tokenizer_of
-    from train.deliver.merge import load_merged
-    from train.deliver.proof import place_for, trained_and_unloaded
-    from train.deliver.receipt import Receipt, TransformersModel, behaviour
+    from train.deliver.finished import data_of
+    from train.deliver.proof import proof_of
 
     splits, notes = data_of(merge.run)
     for note in notes:
         say(note)
-    probe, trained, unloaded = trained_and_unloaded(merge.run, splits, say)
-    place = place_for(merge, say)
+    proof = proof_of(merge.run, splits, say, unloads=True)
     with publish(target) as temporary:
-        say(f"merging onto the {merge.onto} base")
-        merge.write(temporary)
-        say("asking the merged model what the trained one was asked")
-        tokenizer, ends = tokenizer_of(merge.run.folder)
-        served = load_merged(temporary, merge.dtype, place)
-        receipt = Receipt.of(probe, trained, behaviour(TransformersModel(served, tokenizer, ends), probe))
-        if problems := receipt.problems(limits):
-            raise ExitWith(
-                ExitCode.UNLIKE,
-                f"the merged model is not what was trained, by {receipt.num_positions} {receipt.kind} predictions: "
-                f"{'; '.join(problems)}\nnothing was kept; --max-kl and --min-agreement say what is allowed",
-            )
-        record = _record(merge, receipt, Receipt.of(probe, trained, unloaded) if unloaded else None)
+        receipt = proof.write_merged(merge, temporary, limits, say)
+        record = _record(merge, receipt, proof.unloaded)
         (temporary / RECEIPT).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         make_readable(temporary)
     return record

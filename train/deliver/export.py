@@ -1,6 +1,5 @@
 """A finished run -> a folder to hand on: adapter, merged model, GGUF files, Modelfile, README and receipts."""
 
-import gc
 import json
 import re
 import shutil
@@ -25,20 +24,11 @@ from train.deliver.gguf_shape import GgufShape, gguf_shape
 from train.deliver.gguf_tokenizer import Vocabulary, vocabulary
 from train.deliver.gguf_writer import write_gguf, write_vocabulary
 from train.deliver.llama_cpp_runner import LlamaCpp, quantize
-from train.deliver.merge import Merge, Onto, load_merged
+from train.deliver.merge import Merge, Onto
 from train.deliver.modelfile import modelfile
 from train.deliver.optional import INSTALL, package
-from train.deliver.proof import limits_of, place_for, trained_behaviour
-from train.deliver.receipt import (
-    MAX_NEW_TOKENS,
-    Behaviour,
-    Limits,
-    Model,
-    Probe,
-    Receipt,
-    TransformersModel,
-    behaviour,
-)
+from train.deliver.proof import Proof, limits_of, proof_of
+from train.deliver.receipt import MAX_NEW_TOKENS, Limits
 from train.models.hub import licence_of, locate
 from train.run.durable import make_readable, publish
 from train.run.exits import ExitCode, ExitWith
@@ -186,17 +176,14 @@ class Export:
         keeps = "safetensors" in self.wanted.formats
         merged = folder / self._merged_name if keeps else folder / ".merged"
         merged.mkdir(exist_ok=True)
-        _ = self._trained  # before the merge, so that both are not in memory
-        self.say(f"merging onto the {merge.onto} base")
-        merge.write(merged)
         if keeps:
-            self.say("asking the merged model what the trained one was asked")
-            served = load_merged(merged, merge.dtype, place_for(merge, self.say))
-            model = TransformersModel(served, self.tokenizer, self.end_token_ids)
+            receipt = self._proof.write_merged(merge, merged, limits_of(merge), self.say)
             weights = next(merged.glob("model.safetensors*"))  # the file, or the index of several
-            self._measure(weights.relative_to(folder).as_posix(), model, limits_of(merge))
-            del served, model
-            gc.collect()
+            self.receipts[weights.relative_to(folder).as_posix()] = receipt.as_json()
+        else:
+            _ = self._proof  # before the merge, so that both are not in memory
+            self.say(f"merging onto the {merge.onto} base")
+            merge.write(merged)
         files = self._gguf_files(folder, merged, limits_of(merge)) if self.wanted.has_gguf else []
         if not keeps:
             shutil.rmtree(merged)
@@ -240,24 +227,11 @@ class Export:
         return splits
 
     @cached_property
-    def _trained(self) -> tuple[Probe, Behaviour]:
-        """What models are asked, and what the trained one does."""
-        return trained_behaviour(self.run, self._splits, self.say)
+    def _proof(self) -> Proof:
+        return proof_of(self.run, self._splits, self.say, unloads=False)
 
     def _measure_gguf(self, path: Path, limits: Limits) -> None:
         if self.has_llama_cpp:
             self.say(f"asking llama.cpp with {path.name} what the trained model was asked")
             with LlamaCpp(path, self.end_token_ids, MAX_NEW_TOKENS) as model:
-                self._measure(path.name, model, limits)
-
-    def _measure(self, name: str, model: Model, limits: Limits) -> None:
-        """The receipt of a file; raises ExitWith(UNLIKE) where it is over a limit."""
-        probe, trained = self._trained
-        receipt = Receipt.of(probe, trained, behaviour(model, probe))
-        if problems := receipt.problems(limits):
-            what = f"by {receipt.num_positions} {receipt.kind} predictions: {'; '.join(problems)}"
-            is_quantized = limits is self.wanted.quantized_limits
-            way_out = "; --max-kl and --min-agreement say what is allowed" if is_quantized else ""
-            reason = f"{name} does not behave like the trained model, {what}\nnothing was kept{way_out}"
-            raise ExitWith(ExitCode.UNLIKE, reason)
-        self.receipts[name] = receipt.as_json()
+                self.receipts[path.name] = self._proof.receipt(path.name, model, limits).as_json()

@@ -61,6 +61,15 @@ class Limits:
 
     max_kl: float  # mean over positions, in nats
     min_agreement: float
+    are_options: bool = False  # --max-kl and --min-agreement set them
+
+    def with_options(self, max_kl: float | None, min_agreement: float | None) -> "Limits":
+        """With what a user gave in place of these; None: nothing."""
+        return Limits(
+            self.max_kl if max_kl is None else max_kl,
+            self.min_agreement if min_agreement is None else min_agreement,
+            are_options=True,
+        )
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from tests.finished_runs import finish
 from tests.gguf_models import needs_llama_cpp
 from train.commands.handloop import main
 from train.config import Config, ModelConfig
-from train.deliver import export, receipt
+from train.deliver import export, proof, receipt
 
 IDS = torch.arange(5, 45)[None]
 
@@ -248,6 +248,16 @@ def test_what_cannot_be_done_is_refused_first(
     (run / "export" / "README.md").write_text("my own notes")
     assert "it is no export" in refusal([str(run), "--format", "adapter", "--overwrite"], capsys)
     assert (run / "export" / "README.md").read_text() == "my own notes"
+
+
+def test_a_model_that_memory_does_not_hold_is_not_written(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the merged model cannot be asked, it is refused before minutes are spent on writing it."""
+    monkeypatch.setattr(proof, "free_host_bytes", lambda: 0)
+    said = refusal([str(run), "--format", "safetensors"], capsys)
+    assert "0.0 GiB of host memory are free" in said
+    assert "merging onto" not in said
 
 
 def test_quantising_needs_llama_cpp(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, Q
 from tests.finished_runs import finish, settings_of
 from tests.parity.bases import Shape, on, write
 from train.commands import merge as command
+from train.commands.handloop import main
 from train.config import Config, DataConfig
 from train.deliver.finished import finished_run
 from train.deliver.merge import Merge, load_merged
@@ -168,6 +170,25 @@ def test_the_receipt_tells_merges_apart(nf4_run: Path) -> None:
         command.write_with_receipt(lost, limits, nf4_run / "other")
     assert ended.value.code == ExitCode.UNLIKE
     assert sorted(path.name for path in nf4_run.iterdir()) == before
+
+
+def test_data_that_has_moved(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Merge and export say what the data is for, before they read weights; at its new place it is the same data."""
+    base, rows = write(tmp_path / "base", Shape()), Path(shutil.copy(config.data.path[0], tmp_path / "rows.jsonl"))
+    data = DataConfig((str(rows),), max_length=128, validation_fraction=0.3)
+    run = str(finish(replace(on(config, base, "none"), data=data), tmp_path / "run"))
+    moved = rows.rename(tmp_path / "elsewhere.jsonl")
+    for words in (["merge"], ["export", "--format", "safetensors"]):
+        assert main([words[0], run, "--onto", "original", *words[1:]]) == ExitCode.BAD_INPUT
+        said = capsys.readouterr().err
+        assert "The data is needed for the receipt, which proves on held-out rows that" in said
+        assert "If it has moved, write --data.path NEWPLACE.\n" in said
+        assert "loading" not in said
+    monkeypatch.setattr("train.deliver.receipt.NUM_QUESTIONS", 1)
+    assert main(["merge", run, "--onto", "original", "--data.path", str(moved)]) == 0
+    assert "not those that were trained on" not in capsys.readouterr().err
 
 
 def test_nothing_tells_of_a_folder_s_place(nf4_run: Path, tmp_path: Path) -> None:

@@ -45,13 +45,9 @@ def main(words: list[str]) -> int:
 
 def write_with_receipt(merge: "Merge", limits: "Limits", target: Path) -> dict[str, Any]:
     """Writes the merged model and its receipt; raises ExitWith(UNLIKE), and leaves nothing, over a limit."""
-    from train.deliver.finished import data_of
-    from train.deliver.proof import proof_of
+    from train.deliver.proof import data_for_proof, proof_of
 
-    splits, notes = data_of(merge.run)
-    for note in notes:
-        say(note)
-    proof = proof_of(merge.run, splits, say, unloads=True)
+    proof = proof_of(merge.run, data_for_proof(merge.run, say), say, unloads=True)
     with publish(target) as temporary:
         receipt = proof.write_merged(merge, temporary, limits, say)
         record = _record(merge, receipt, proof.unloaded)

@@ -178,7 +178,8 @@ def _data(run: FinishedRun, tokenizer: Any, notes: list[str]) -> tuple[DataSplit
         notes += changed
         return splits.training, splits.validation
     except (ExitWith, DataError) as error:
-        notes.append(f"the data of the run cannot be used: {getattr(error, 'reason', error)}")
+        way_out = "; if it has moved, write --data.path NEWPLACE" if isinstance(error, DataError) else ""
+        notes.append(f"the data of the run cannot be used: {getattr(error, 'reason', error)}{way_out}")
     config = run.config
     if not config.data.validation_path:
         return None, None

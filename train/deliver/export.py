@@ -14,10 +14,11 @@ from typing import Any
 from data_tools.chat_template import ChatTemplate
 from train.checkpoints.contents import ADAPTER_CONFIG
 from train.config import parse_argument
+from train.data import Splits
 from train.deliver.card import Contents, card
 from train.deliver.exported import write_receipts
 from train.deliver.final import BASE
-from train.deliver.finished import FinishedRun, data_of, today_of, tokenizer_of
+from train.deliver.finished import FinishedRun, today_of, tokenizer_of
 from train.deliver.gguf_adapter import adapter_tensors, write_adapter_gguf
 from train.deliver.gguf_check import check_tokens, unknown_ends
 from train.deliver.gguf_shape import GgufShape, gguf_shape
@@ -27,7 +28,7 @@ from train.deliver.llama_cpp_runner import LlamaCpp, quantize
 from train.deliver.merge import Merge, Onto
 from train.deliver.modelfile import modelfile
 from train.deliver.optional import INSTALL, package
-from train.deliver.proof import Proof, limits_of, proof_of
+from train.deliver.proof import Proof, data_for_proof, limits_of, proof_of
 from train.deliver.receipt import MAX_NEW_TOKENS, Limits
 from train.models.hub import licence_of, locate
 from train.run.durable import make_readable, publish
@@ -220,11 +221,8 @@ class Export:
         self.notes += notes
 
     @cached_property
-    def _splits(self) -> Any:
-        splits, changes = data_of(self.run)
-        for change in changes:
-            self.say(change)
-        return splits
+    def _splits(self) -> Splits:
+        return data_for_proof(self.run, self.say)
 
     @cached_property
     def _proof(self) -> Proof:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from data_tools.report import DataError
 from train.data import Splits
-from train.deliver.finished import FinishedRun, load_tuned, tokenizer_of
+from train.deliver.finished import FinishedRun, data_of, load_tuned, tokenizer_of
 from train.deliver.merge import Merge, load_merged
 from train.deliver.receipt import Behaviour, Limits, Model, Probe, Receipt, TransformersModel, behaviour, probe_of
 from train.memory.gpus import free_host_bytes
@@ -52,6 +53,22 @@ class Proof:
         del served
         gc.collect()  # modules refer to one another
         return receipt
+
+
+def data_for_proof(run: FinishedRun, say: Say) -> Splits:
+    """The run's data, on whose held-out rows models are asked; raises ExitWith(BAD_INPUT) where it cannot be had."""
+    try:
+        splits, changes = data_of(run)
+    except DataError as error:
+        also = " --data.validation_path NEWPLACE" if run.config.data.validation_path else ""
+        reason = (
+            f"{error}\nThe data is needed for the receipt, which proves on held-out rows that what is written does "
+            f"what base and adapter do. If it has moved, write --data.path NEWPLACE{also}."
+        )
+        raise ExitWith(ExitCode.BAD_INPUT, reason) from None
+    for change in changes:
+        say(change)
+    return splits
 
 
 def proof_of(run: FinishedRun, splits: Splits, say: Say, unloads: bool) -> Proof:

@@ -182,7 +182,8 @@ class Export:
             weights = next(merged.glob("model.safetensors*"))  # the file, or the index of several
             self.receipts[weights.relative_to(folder).as_posix()] = receipt.as_json()
         else:
-            _ = self._proof  # before the merge, so that both are not in memory
+            if self.has_llama_cpp:
+                _ = self._proof  # before the merge, so that both are not in memory
             self.say(f"merging onto the {merge.onto} base")
             merge.write(merged)
         files = self._gguf_files(folder, merged, limits_of(merge)) if self.wanted.has_gguf else []

@@ -25,7 +25,7 @@ from train.checkpoints.contents import ADAPTER, ADAPTER_CONFIG
 from train.config import ModelConfig
 from train.deliver.adapter_delta import Trained
 from train.deliver.final import BASE
-from train.deliver.finished import FinishedRun
+from train.deliver.finished import FinishedRun, check_base
 from train.engine.host_stream import HostBlocks
 from train.models.base import as_parameter, computed_values, load_base, read_stored, skeleton
 from train.models.completeness import tied_embedding
@@ -66,6 +66,7 @@ class Merge:
             raise refused(f"--onto original: {reason}; write --onto dequantized")
         if onto == "dequantized" and config.quantization == "none":
             raise refused("--onto dequantized: the base was not quantised; write --onto original")
+        check_base(run)
         own: Any = getattr(shape, "dtype", None)
         found = DTYPES[dtype] if dtype else own if own in DTYPES.values() else torch.bfloat16
         return cls(run, onto, found, run.trained)

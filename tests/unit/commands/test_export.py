@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import BUNDLED_BASE
@@ -248,6 +248,20 @@ def test_what_cannot_be_done_is_refused_first(
     (run / "export" / "README.md").write_text("my own notes")
     assert "it is no export" in refusal([str(run), "--format", "adapter", "--overwrite"], capsys)
     assert (run / "export" / "README.md").read_text() == "my own notes"
+
+
+@pytest.mark.usefixtures("without_llama_cpp")
+def test_files_that_nothing_can_ask_need_no_data(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A GGUF file alone, without llama.cpp, is written without data or trained model, but of the right base alone."""
+    moved = ["--data.path", str(run / "nowhere.jsonl")]
+    assert main(["export", str(run), "--format", "gguf", *moved]) == 0
+    assert "asking" not in capsys.readouterr().err
+    base = Path(json.loads((run / "final" / "base.json").read_text())["name"])
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    said = refusal([str(run), "--format", "gguf", "--overwrite", *moved], capsys)
+    assert "not those that the adapters were trained on" in said
 
 
 def test_a_model_that_memory_does_not_hold_is_not_written(

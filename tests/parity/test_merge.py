@@ -191,6 +191,21 @@ def test_data_that_has_moved(
     assert "not those that were trained on" not in capsys.readouterr().err
 
 
+def test_a_base_that_has_moved(nf4_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command that loads it says which option names its new place, and takes it from there."""
+    moved = (tmp_path / "base").rename(tmp_path / "elsewhere")
+    merge = ["merge", str(nf4_run), "--onto", "dequantized", "--json"]
+    export = ["export", str(nf4_run), "--format", "adapter"]
+    for words in (merge, export, ["compare", str(nf4_run)], ["chat", str(nf4_run)]):
+        assert main(words) == ExitCode.BAD_INPUT
+        said = capsys.readouterr().err
+        reason = f"its base is no longer in {tmp_path / 'base'}; if it has moved, write --model.name_or_path NEWPLACE"
+        assert said == f"\nhandloop: {nf4_run}: {reason}\n"
+    assert main([*export, "--model.name_or_path", str(moved)]) == 0
+    capsys.readouterr()
+    assert main(["export", str(nf4_run), "--push", "me/x", "--dry-run"]) == 0, "what is exported is sent without it"
+
+
 def test_nothing_tells_of_a_folder_s_place(nf4_run: Path, tmp_path: Path) -> None:
     """Neither the paths that older transformers wrote into config.json nor the base's are in what is handed on."""
     settings = tmp_path / "base" / "config.json"

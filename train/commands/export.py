@@ -36,16 +36,16 @@ def main(words: list[str]) -> int:
     from train.deliver.exported import check_is_of, lines_of
     from train.deliver.push import check_push, files_of, push
 
-    run = own.run(rest)
+    run = own.run(rest, needs_base=bool(options.format))
     if options.push:
         check_push(options.push, needs_token=not options.dry_run)
     target = Path(options.output or run.folder.path / "export")
     notes = []
     if options.format:
-        check_output_folder(target, options.overwrite, "export", _is_export(target))
         onto = options.onto or ("original" if run.config.model.quantization == "none" else "")
         if not onto and {"safetensors", "gguf", "ollama"} & set(options.format):
             own.error("write --onto original, the base before quantisation, or --onto dequantized, the one trained on")
+        check_output_folder(target, options.overwrite, "export", _is_export(target))
         wanted = Wanted(
             frozenset(options.format),
             tuple(dict.fromkeys(options.quantize)),

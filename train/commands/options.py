@@ -62,13 +62,16 @@ class RunOptions(Options):
         self.usage = f"handloop {command} RUN [--section.field VALUE ...] [options]"
         self.epilog = "RUN is a run folder, such as runs/demo; options of train/main.py replace those of the run."
 
-    def run(self, words: list[str]) -> "FinishedRun":
+    def run(self, words: list[str], needs_base: bool = True) -> "FinishedRun":
         """The finished run that the remaining words name; raises ExitWith(BAD_INPUT) with this command's usage."""
-        from train.deliver.finished import finished_run
+        from train.deliver.finished import check_base_is_there, finished_run
 
         if not words or words[0].startswith("-"):
             self.error("name a run folder, such as runs/demo")
-        return finished_run(Path(words[0]), words[1:], self.format_usage().strip())
+        run = finished_run(Path(words[0]), words[1:], self.format_usage().strip())
+        if needs_base:
+            check_base_is_there(run)
+        return run
 
 
 def check_output_folder(target: Path, overwrite: bool, kind: str, is_one: bool) -> None:

@@ -193,6 +193,14 @@ def check_base(run: FinishedRun) -> None:
         raise refused(name, f"{reason} ({run.folder.final / BASE}); name the right one: --model.name_or_path")
 
 
+def check_base_is_there(run: FinishedRun) -> None:
+    """Raises ExitWith(BAD_INPUT) where the base, a folder, is no longer where it was when the run was trained."""
+    name = run.config.model.name_or_path
+    if not run.base.get("commit") and name == run.base.get("name") and not Path(name).is_dir():
+        reason = f"its base is no longer in {name}; if it has moved, write --model.name_or_path NEWPLACE"
+        raise refused(run.folder.path, reason)
+
+
 def inference_plan(config: Config, device: torch.device) -> Plan:
     """All blocks on the device where they fit beside RESERVE; otherwise as many are streamed as memory needs."""
     sketched = sketched_sizes(config, device, compute_type(config.model.dtype, device).dtype)

@@ -274,6 +274,24 @@ def test_a_model_that_memory_does_not_hold_is_not_written(
     assert "merging onto" not in said
 
 
+def test_a_missing_option_is_told_before_a_folder_in_the_way(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where --onto is missing and --output exists, --onto comes first: the other cannot be answered without it."""
+    model = ModelConfig(name_or_path=str(BUNDLED_BASE), quantization="nf4", dtype="fp32")
+    run = finish(replace(config, model=model), tmp_path / "run")
+    (run / "export").mkdir()
+    (run / "merged-original").mkdir()
+    assert "write --onto original" in refusal([str(run), "--format", "safetensors"], capsys)
+    assert "it exists" in refusal([str(run), "--format", "safetensors", "--onto", "original"], capsys)
+    assert main(["merge", str(run)]) == 78
+    assert "write --onto original" in capsys.readouterr().err
+    assert main(["merge", str(run), "--onto", "original"]) == 78
+    assert "it exists; write --overwrite" in capsys.readouterr().err
+    assert main(["merge", str(run), "--onto", "original", "--overwrite"]) == 78
+    assert "it is no merged model" in capsys.readouterr().err
+
+
 def test_quantising_needs_llama_cpp(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,7 @@ from train.deliver.gguf_writer import write_gguf, write_vocabulary
 from train.deliver.llama_cpp_runner import LlamaCpp, quantize
 from train.deliver.merge import Merge, Onto
 from train.deliver.modelfile import modelfile
-from train.deliver.optional import INSTALL, package
+from train.deliver.optional import COMPILES, INSTALL, package
 from train.deliver.proof import Proof, data_for_proof, limits_of, proof_of
 from train.deliver.receipt import MAX_NEW_TOKENS, Limits
 from train.models.hub import licence_of, locate
@@ -148,8 +148,9 @@ class Export:
         if not self.has_llama_cpp:
             self.notes.append(
                 "the GGUF files are not verified: neither their tokens nor their answers were compared, because "
-                f"llama-cpp-python is not installed ({INSTALL})"
+                "llama-cpp-python is not installed"
             )
+            self.say(f"to have the GGUF files verified, install llama-cpp-python, {COMPILES}:\n  {INSTALL}")
             return
         samples = self._splits.training.samples
         rows = [samples[i]["input_ids"] for i in range(min(CHECKED_ROWS, len(samples)))]

@@ -24,6 +24,7 @@ from train.commands.handloop import main
 from train.config import Config, ModelConfig
 from train.deliver import export, proof, receipt
 
+INSTALL = ".venv/bin/pip install -c constraints.txt -e '.[gguf]'"  # brackets are quoted, for shells that read them
 IDS = torch.arange(5, 45)[None]
 
 
@@ -71,7 +72,7 @@ def test_everything_is_written_and_told(run: Path, tmp_path: Path, capsys: pytes
         assert main(["export", str(run), *words]) == 0
     finally:
         os.umask(before)
-    said, folder = capsys.readouterr().out, run / "export"
+    (said, told), folder = capsys.readouterr(), run / "export"
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert {"README.md", "adapter_model.safetensors", "merged/model.safetensors", "Modelfile"} <= files
     assert {"my-run-F16.gguf", "my-run-adapter.gguf", "receipts.json"} <= files
@@ -82,7 +83,8 @@ def test_everything_is_written_and_told(run: Path, tmp_path: Path, capsys: pytes
         text = (folder / name).read_bytes()
         assert str(tmp_path).encode() not in text
         assert b"a private place" not in text
-    assert "llama-cpp-python is not installed (pip install -c constraints.txt -e .[gguf])" in said
+    assert "because llama-cpp-python is not installed" in " ".join(said.split())
+    assert f"which compiles llama.cpp for some minutes:\n  {INSTALL}\n" in told
     base = AutoModelForCausalLM.from_pretrained(BUNDLED_BASE, dtype=torch.float32)
     merged: Any = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32).eval()
     with torch.no_grad():
@@ -300,7 +302,7 @@ def test_quantising_needs_llama_cpp(
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     said = refusal([str(run), "--format", "gguf", "--quantize", "Q4_0"], capsys)
     assert "the package llama_cpp is needed" in said
-    assert "pip install -c constraints.txt -e .[gguf]" in said
+    assert f"which compiles llama.cpp for some minutes:\n  {INSTALL}\n" in said
     assert not (run / "export").exists()
 
 

@@ -172,6 +172,22 @@ def test_the_receipt_tells_merges_apart(nf4_run: Path) -> None:
     assert sorted(path.name for path in nf4_run.iterdir()) == before
 
 
+def test_the_receipt_is_shown_with_its_limits(nf4_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Kept or not, what was measured stands beside what is allowed; over a limit nothing is left."""
+    words = ["merge", str(nf4_run), "--onto", "dequantized"]
+    assert main([*words, "--max-kl", "1e-12"]) == ExitCode.UNLIKE
+    out, told = capsys.readouterr()
+    assert "<= 1e-12 too far" in " ".join(told.split())
+    assert "nothing was kept; --max-kl and --min-agreement say what is allowed" in told
+    assert not out
+    assert not (nf4_run / "merged-dequantized").exists()
+    assert main([*words, "--min-agreement", "0.5"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "<= 0.02 ok" in said
+    assert ">= 50% ok" in said
+    assert "behaves like the trained one, within both limits merge_and_unload, of PEFT on the NF4 base" in said
+
+
 def test_data_that_has_moved(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

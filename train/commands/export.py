@@ -1,14 +1,16 @@
 """`handloop export`."""
 
 import argparse
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data_tools.terminal import typed_path
 from train.commands.merge import ONTO
-from train.commands.options import RunOptions, check_output_folder, say
+from train.commands.options import RunOptions, check_output_folder, fitted, say, table_console
 
 if TYPE_CHECKING:
+    from train.deliver.export import Export
     from train.deliver.receipt import Limits
 
 FORMATS = ("adapter", "safetensors", "gguf", "adapter-gguf", "ollama")
@@ -33,14 +35,14 @@ def main(words: list[str]) -> int:
     _check(own, options)
     # imported here because they take seconds, for which --help should not wait
     from train.deliver.export import Export, Wanted
-    from train.deliver.exported import check_is_of, lines_of
+    from train.deliver.exported import check_is_of, receipts_of
     from train.deliver.push import check_push, files_of, push
 
     run = own.run(rest, needs_base=bool(options.format))
     if options.push:
         check_push(options.push, needs_token=not options.dry_run)
     target = Path(options.output or run.folder.path / "export")
-    notes = []
+    notes, limits = [], {}
     if options.format:
         onto = options.onto or ("original" if run.config.model.quantization == "none" else "")
         if not onto and {"safetensors", "gguf", "ollama"} & set(options.format):
@@ -52,19 +54,44 @@ def main(words: list[str]) -> int:
             onto or "original",
             _quantized_limits(options),
         )
-        notes = Export(run, wanted, say).write(target)
+        export = Export(run, wanted, say)
+        notes, limits = _written(export, target), export.limits
     elif not (target / "README.md").is_file():
         own.error(f"write --format: there is no export in {target}")
     else:
         check_is_of(target, run)
     files = files_of(target)
-    print("\n".join([*lines_of(target, files), *(f"note: {note}" for note in notes), f"in {target}"]))
+    print("\n".join(f"{size:>15,}  {name}" for name, size in files))
+    _show(receipts_of(target), limits)
+    print("\n".join(fitted(line, sys.stdout) for line in [*(f"note: {note}" for note in notes), f"in {target}"]))
     if options.push and not options.dry_run:
         print("\n".join(push(target, options.push, options.public, [name for name, _ in files])))
     elif options.push:
         visible = "public" if options.public else "private"
         print(f"--dry-run: nothing was sent to {options.push}, which would be made {visible} if it is new")
     return 0
+
+
+def _written(export: "Export", target: Path) -> list[str]:
+    """Writes it; the table of a file that is too far from what was trained is shown before the command ends by it."""
+    from train.deliver.receipt import Unlike
+    from train.deliver.receipt_table import show_files
+
+    try:
+        return export.write(target)
+    except Unlike as unlike:
+        receipts = {**export.receipts, unlike.name: unlike.receipt.as_json()}
+        show_files(table_console(is_error=True), receipts, {**export.limits, unlike.name: unlike.limits})
+        raise
+
+
+def _show(receipts: dict[str, dict[str, Any]], limits: dict[str, "Limits"]) -> None:
+    """The receipts as a table, if anything was asked; an earlier export's are shown without limits."""
+    from train.deliver.receipt_table import asked_of, show_files
+
+    if receipts:
+        print(fitted(asked_of(next(iter(receipts.values()))), sys.stdout))
+        show_files(table_console(), receipts, limits)
 
 
 def _quantized_limits(options: argparse.Namespace) -> "Limits":

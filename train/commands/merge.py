@@ -1,11 +1,12 @@
 """`handloop merge`."""
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.terminal import typed_path
-from train.commands.options import RunOptions, check_output_folder, say
+from train.commands.options import RunOptions, check_output_folder, fitted, say, table_console
 from train.run.durable import make_readable, publish
 
 if TYPE_CHECKING:
@@ -32,19 +33,28 @@ def main(words: list[str]) -> int:
     # imported here because they take seconds, for which --help should not wait
     from train.deliver.merge import Merge
     from train.deliver.proof import limits_of
+    from train.deliver.receipt import Unlike
+    from train.deliver.receipt_table import show_merged
 
     run = own.run(rest)
     merge = Merge.of(run, options.onto, options.dtype or "")
     limits = limits_of(merge).with_options(options.max_kl, options.min_agreement)
     target = Path(options.output or run.folder.path / f"merged-{options.onto}")
     check_output_folder(target, options.overwrite, "merged model", (target / RECEIPT).is_file())
-    record = write_with_receipt(merge, limits, target)
-    print(json.dumps(record, indent=1) if options.json else "\n".join(_lines(record, target)))
+    try:
+        record = write_with_receipt(merge, limits, target)
+    except Unlike as unlike:
+        show_merged(table_console(is_error=True), unlike.receipt.as_json(), limits, None)
+        raise
+    if options.json:
+        print(json.dumps(record, indent=1))
+    else:
+        _show(record, limits, target)
     return 0
 
 
 def write_with_receipt(merge: "Merge", limits: "Limits", target: Path) -> dict[str, Any]:
-    """Writes the merged model and its receipt; raises ExitWith(UNLIKE), and leaves nothing, over a limit."""
+    """Writes the merged model and its receipt; raises Unlike, and leaves nothing, over a limit."""
     from train.deliver.proof import data_for_proof, proof_of
 
     proof = proof_of(merge.run, data_for_proof(merge.run, say), say, unloads=True)
@@ -75,23 +85,18 @@ def _record(merge: "Merge", receipt: "Receipt", unloaded: "Receipt | None") -> d
     }
 
 
-def _lines(record: dict[str, Any], target: Path) -> list[str]:
+def _show(record: dict[str, Any], limits: "Limits", target: Path) -> None:
+    """What a user reads: the receipt with its limits, what else was measured, and where the model is."""
+    from train.deliver.receipt_table import asked_of, show_merged
+
     receipt, unloaded = record["receipt"], record["merge_and_unload"]
-    lines = [
-        f"receipt: {receipt['num_positions']:,} predictions in {receipt['num_rows']} {receipt['kind']} rows, "
-        "against base and adapter as trained",
-        f"  this model ({record['onto']}, {record['dtype']}): {_figures(receipt)}",
-    ]
+    print(fitted(asked_of(receipt), sys.stdout))
+    show_merged(table_console(), receipt, limits, unloaded)
+    lines = [f"this model ({record['onto']}, {record['dtype']}) behaves like the trained one, within both limits"]
     if unloaded:
-        lines.append(f"  merge_and_unload on the {record['trained_in']} base: {_figures(unloaded)}")
-        lines.append("  (it rounds base and adapter to 4 or 8 bits together: another model than was trained)")
-    return [*lines, f"merged model and {RECEIPT} in {target}"]
-
-
-def _figures(receipt: dict[str, Any]) -> str:
-    answers = f"{receipt['equal_answers']} of {receipt['num_questions']} greedy answers equal"
-    return (
-        f"mean KL {receipt['mean_kl']:.2g} nats, top-1 agreement {receipt['agreement']:.1%}, largest logit difference "
-        f"{receipt['largest_difference']:.2g}, loss {receipt['loss_trained']:.4f} -> {receipt['loss_served']:.4f}"
-        + (f", {answers}" if receipt["num_questions"] else "")
-    )
+        lines.append(
+            f"merge_and_unload, of PEFT on the {record['trained_in']} base, is there to compare: it rounds base and "
+            "adapter to 4 or 8 bits together, which is another model than was trained"
+        )
+    lines.append(f"merged model and {RECEIPT} in {target}")
+    print("\n".join(fitted(line, sys.stdout) for line in lines))

@@ -2,16 +2,22 @@
 
 import argparse
 import re
+import shutil
 import sys
+import textwrap
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from train.run.exits import ExitCode, ExitWith
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from train.config import Config
     from train.deliver.finished import FinishedRun
+
+WIDTH = 80  # columns of tables where there is no terminal
 
 
 class Options(argparse.ArgumentParser):
@@ -89,7 +95,27 @@ def check_output_folder(target: Path, overwrite: bool, kind: str, is_one: bool) 
 
 def say(line: str) -> None:
     """Tells the user what is being done, on stderr, so that stdout has results alone."""
-    print(line, file=sys.stderr, flush=True)
+    print(fitted(line, sys.stderr), file=sys.stderr, flush=True)
+
+
+def fitted(text: str, stream: TextIO) -> str:
+    """The text with its lines wrapped at words where the stream is a terminal.
+
+    Indented lines, such as a command to paste, and names longer than a line stay whole.
+    """
+    if not stream.isatty():
+        return text
+    width = shutil.get_terminal_size((WIDTH, 24)).columns
+    fill = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False).fill
+    return "\n".join(line if line.startswith("  ") else fill(line) for line in text.split("\n"))
+
+
+def table_console(is_error: bool = False) -> "Console":
+    """Where tables are printed, stdout or stderr: as wide as the terminal, in a pipe of WIDTH columns."""
+    from rich.console import Console
+
+    console = Console(stderr=is_error)
+    return console if console.is_terminal else Console(stderr=is_error, width=WIDTH)
 
 
 def positive_number(text: str) -> int:

@@ -67,6 +67,7 @@ class Export:
     say: Say
     notes: list[str] = field(default_factory=list)
     receipts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    limits: dict[str, Limits] = field(default_factory=dict)  # of the same files
 
     def __post_init__(self) -> None:
         self.tokenizer, self.end_token_ids = tokenizer_of(self.run.folder)
@@ -181,7 +182,8 @@ class Export:
         if keeps:
             receipt = self._proof.write_merged(merge, merged, limits_of(merge), self.say)
             weights = next(merged.glob("model.safetensors*"))  # the file, or the index of several
-            self.receipts[weights.relative_to(folder).as_posix()] = receipt.as_json()
+            name = weights.relative_to(folder).as_posix()
+            self.receipts[name], self.limits[name] = receipt.as_json(), limits_of(merge)
         else:
             if self.has_llama_cpp:
                 _ = self._proof  # before the merge, so that both are not in memory
@@ -235,3 +237,4 @@ class Export:
             self.say(f"asking llama.cpp with {path.name} what the trained model was asked")
             with LlamaCpp(path, self.end_token_ids, MAX_NEW_TOKENS) as model:
                 self.receipts[path.name] = self._proof.receipt(path.name, model, limits).as_json()
+            self.limits[path.name] = limits

@@ -1,7 +1,7 @@
 """receipts.json: of which adapter an exported folder is, and how its files differ from what was trained."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,6 @@ def check_is_of(folder: Path, run: FinishedRun) -> None:
         raise ExitWith(ExitCode.BAD_INPUT, f"{folder}: {reason}; export again: --format and --overwrite")
 
 
-def lines_of(folder: Path, files: Sequence[tuple[str, int]]) -> list[str]:
-    """The files with their sizes, and their receipts in short."""
-    lines, receipts = [], read_object(folder / RECEIPTS)[FILES]
-    for name, size in files:
-        found = receipts.get(name)
-        told = f"  mean KL {found['mean_kl']:.2g} nats, agreement {found['agreement']:.1%}" if found else ""
-        told += f", {found['equal_answers']} of {found['num_questions']} greedy answers equal" if found else ""
-        lines.append(f"{size:>15,}  {name}{told}")
-    return lines
+def receipts_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """The receipts of an export's files, by their names."""
+    return dict(read_object(folder / RECEIPTS)[FILES])

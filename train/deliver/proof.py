@@ -12,7 +12,17 @@ from data_tools.report import DataError
 from train.data import Splits
 from train.deliver.finished import FinishedRun, data_of, load_tuned, tokenizer_of
 from train.deliver.merge import Merge, load_merged
-from train.deliver.receipt import Behaviour, Limits, Model, Probe, Receipt, TransformersModel, behaviour, probe_of
+from train.deliver.receipt import (
+    Behaviour,
+    Limits,
+    Model,
+    Probe,
+    Receipt,
+    TransformersModel,
+    Unlike,
+    behaviour,
+    probe_of,
+)
 from train.memory.gpus import free_host_bytes
 from train.run.exits import ExitCode, ExitWith
 
@@ -29,19 +39,16 @@ class Proof:
     unloaded: Receipt | None  # of what PEFT makes of the quantised weights (merge_and_unload), to compare with
 
     def receipt(self, name: str, model: Model, limits: Limits) -> Receipt:
-        """How the model called `name` differs from the trained one; raises ExitWith(UNLIKE) over a limit."""
+        """How the model called `name` differs from the trained one; raises Unlike over a limit."""
         receipt = Receipt.of(self.probe, self.trained, behaviour(model, self.probe))
-        if problems := receipt.problems(limits):
-            what = f"by {receipt.num_positions:,} {receipt.kind} predictions: {'; '.join(problems)}"
-            way_out = "; --max-kl and --min-agreement say what is allowed" if limits.are_options else ""
-            reason = f"{name} does not behave like the trained model, {what}\nnothing was kept{way_out}"
-            raise ExitWith(ExitCode.UNLIKE, reason)
+        if receipt.problems(limits):
+            raise Unlike(name, receipt, limits)
         return receipt
 
     def write_merged(self, merge: Merge, folder: Path, limits: Limits, say: Say) -> Receipt:
         """Writes the merged model into the empty `folder` and asks it, as it will be served.
 
-        Raises ExitWith(UNLIKE) where it is over a limit, ExitWith(BAD_INPUT) where it cannot be written or loaded.
+        Raises Unlike where it is over a limit, ExitWith(BAD_INPUT) where it cannot be written or loaded.
         """
         place = place_for(merge, say)  # before minutes are spent on writing
         say(f"merging onto the {merge.onto} base")

@@ -1,5 +1,6 @@
 """The data commands look at files without a profile, and say what there is to be said of the data."""
 
+import io
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from tests.conftest import BUNDLED_BASE
 from tests.unit.data_tools.jinja import THINKS, answer, user
 from train.commands.handloop import main
+from train.commands.options import fitted
 
 
 def test_files_without_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -72,3 +74,21 @@ def test_history_is_said_with_what_it_costs(tmp_path: Path, capsys: pytest.Captu
     assert "thinking  2 answers stand behind an empty think block, which is not trained" in shown
     assert main(["audit", str(path), "--data.chat_template", str(template), "--data.history", "last"]) == 0
     assert "warning   1 earlier answers are not trained (--data.history last)" in capsys.readouterr().out
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_lines_fit_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal lines break between words; a path, and a command to paste, stay whole; a pipe gets whole lines."""
+    monkeypatch.setenv("COLUMNS", "30")
+    path, command = f"/a/{'long-folder/' * 4}x", f"  pip install {'x' * 30}"
+    text = f"the merged model is written, with its receipt, to {path}\n{command}"
+    lines = fitted(text, Terminal()).split("\n")
+    assert lines[:2] == ["the merged model is written,", "with its receipt, to"]
+    assert lines[2:] == [path, command]
+    assert fitted(text, io.StringIO()) == text

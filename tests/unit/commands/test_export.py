@@ -21,9 +21,12 @@ from tests.finished_runs import export_refusal, finish
 from tests.gguf_models import needs_llama_cpp
 from train.commands.handloop import main
 from train.config import Config, ModelConfig
+from train.deliver.card import Contents, card
+from train.deliver.finished import finished_run
 from train.deliver.optional import INSTALL
 
 pytestmark = pytest.mark.usefixtures("short_receipts")
+MERGED = "merged model, base and LoRA adapters in one, as"
 IDS = torch.arange(5, 45)[None]
 
 
@@ -74,7 +77,7 @@ def test_the_readme_says_what_is_known(run: Path, capsys: pytest.CaptureFixture[
     assert front_matter(run / "export") == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["lora", "handloop"],
+        "tags": ["handloop"],
     }
     for part in ("`pairs.jsonl`", "| `lora.r` | `4` |", "Training loss 2.5000 at step 1, 1.2500 at step 2", "`base`"):
         assert part in text
@@ -94,9 +97,6 @@ def test_the_readme_says_what_is_known(run: Path, capsys: pytest.CaptureFixture[
 
 def test_a_base_of_the_hub_and_data_of_the_hub_are_linked(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The base's id and commit, and data sets, are in the front matter; files with such names are not."""
-    from train.deliver.card import Contents, card
-    from train.deliver.finished import finished_run
-
     found = finished_run(run)
     data = replace(found.config.data, path=("somebody/rows:train", "reports/private.jsonl", "a/b/c/*.txt"))
     found = replace(found, base={"name": "me/base", "commit": "0123abc"}, config=replace(found.config, data=data))
@@ -111,6 +111,30 @@ def test_a_base_of_the_hub_and_data_of_the_hub_are_linked(run: Path, capsys: pyt
     assert "rendered with" not in text
     found = replace(found, config=replace(found.config, data=replace(data, template_arguments=("thinking=false",))))
     assert "rendered with `thinking=false`: give the same to" in card(found, "x", contents, {})
+
+
+@pytest.mark.parametrize(
+    ("contents", "what", "tags"),
+    [
+        (Contents(True, "", [], "", False, {}, []), "LoRA adapters. The base", ["lora"]),
+        (Contents(False, "", [], "a.gguf", False, {}, []), "LoRA adapters as a GGUF file. The base", ["lora", "gguf"]),
+        (Contents(False, ".", [], "", False, {}, []), f"A {MERGED} safetensors. ", []),
+        (Contents(False, "", ["x"], "", True, {}, []), f"A {MERGED} a GGUF file. ", ["gguf"]),
+        (
+            Contents(True, "merged", ["x", "y"], "", False, {}, []),
+            f"LoRA adapters; a {MERGED} safetensors and GGUF files. ",
+            ["lora", "gguf"],
+        ),
+    ],
+)
+def test_the_readme_says_what_it_is_of(run: Path, contents: Contents, what: str, tags: list[str]) -> None:
+    """Only what holds adapters apart from their base is called so, and tagged so; a merged model is called one."""
+    found = replace(finished_run(run), base={"name": "me/base", "commit": "0123abc"})
+    text = card(found, "x", contents, {})
+    fields = yaml.safe_load(text.split("---\n")[1])
+    assert text.partition("# x\n\n")[2].startswith(what)
+    assert fields["tags"] == [*tags, "handloop"]
+    assert fields["base_model_relation"] == ("adapter" if "lora" in tags else "finetune")
 
 
 @needs_llama_cpp

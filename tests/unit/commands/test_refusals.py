@@ -1,4 +1,4 @@
-"""`handloop export` refuses what cannot be done, before anything is computed, and wants no more than it needs."""
+"""What merge and export refuse, before anything is computed, and that they want no more than they need."""
 
 import json
 import shutil

@@ -89,7 +89,6 @@ ALLOWED = {
         "assemble",
         "audit_gate",
         "batching",
-        "checkpoints",
         "cli",
         "config",
         "data",

@@ -18,6 +18,7 @@ from rich.text import Text
 from data_tools.cache import cache_root
 from data_tools.report import DataError
 from data_tools.terminal import printable_lines
+from train.commands.options import say
 from train.run.exits import ExitCode
 
 
@@ -82,7 +83,7 @@ class Pipe:
 
     def say(self, line: str) -> None:
         """As Screen; to stderr."""
-        print(line, file=sys.stderr, flush=True)
+        say(line)
 
     def warn(self, line: str) -> None:
         """As Screen; to stderr, with the number of the line that was read last."""

@@ -9,6 +9,7 @@ from types import FrameType
 
 from data_tools.report import DataError
 from data_tools.spelling import nearest
+from data_tools.terminal import fitted
 from train.run.defects import print_defect
 from train.run.exits import ExitCode, ExitWith
 from train.run.hub_token import take_token
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException as error:
         code, reason = _end_by(error, words)
     if reason:
-        print(f"\nhandloop: {redact(reason)}", file=sys.stderr, flush=True)
+        print(fitted(f"\nhandloop: {redact(reason)}", sys.stderr), file=sys.stderr, flush=True)
     return code
 
 

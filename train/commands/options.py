@@ -7,13 +7,18 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from data_tools.terminal import fitted
 from train.cli import ITS_OWN, MAY_CHANGE, check_words, parse
 from train.commands.folders import check_is_run
 from train.run.exits import ExitCode, ExitWith
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from train.config import Config
     from train.deliver.finished import FinishedRun
+
+WIDTH = 80  # columns of tables where there is no terminal
 
 
 class Options(argparse.ArgumentParser):
@@ -92,11 +97,40 @@ class RunOptions(Options):
         """With what the options of train/main.py begin that replace those of the run."""
         return MAY_CHANGE
 
-    def run(self, words: list[str]) -> "FinishedRun":
+    def run(self, words: list[str], needs_base: bool = True) -> "FinishedRun":
         """The finished run that the remaining words name; raises ExitWith(BAD_INPUT) with this command's usage."""
-        from train.deliver.finished import finished_run
+        from train.deliver.finished import check_base_is_there, finished_run
 
-        return finished_run(Path(words[0]), words[1:], self.format_usage().strip())
+        run = finished_run(Path(words[0]), words[1:], self.format_usage().strip())
+        if needs_base:
+            check_base_is_there(run)
+        return run
+
+
+def check_output_folder(target: Path, overwrite: bool, kind: str, is_one: bool) -> None:
+    """Refuses a folder that is there, unless it is one of its kind that is to be replaced: it would be gone as a whole.
+
+    `is_one` says whether it is what an earlier command of this kind wrote. Raises ExitWith(BAD_INPUT).
+    """
+    if not target.exists():
+        return
+    if not overwrite:
+        raise ExitWith(ExitCode.BAD_INPUT, f"--output {target}: it exists; write --overwrite to replace it")
+    if not is_one:
+        raise ExitWith(ExitCode.BAD_INPUT, f"--output {target}: it is no {kind}, and is not replaced; name another")
+
+
+def say(line: str) -> None:
+    """Tells the user what is being done, on stderr, so that stdout has results alone."""
+    print(fitted(line, sys.stderr), file=sys.stderr, flush=True)
+
+
+def table_console(is_error: bool = False) -> "Console":
+    """Where tables are printed, stdout or stderr: as wide as the terminal, in a pipe of WIDTH columns."""
+    from rich.console import Console
+
+    console = Console(stderr=is_error)
+    return console if console.is_terminal else Console(stderr=is_error, width=WIDTH)
 
 
 def positive_number(text: str) -> int:

@@ -1,5 +1,6 @@
 """Options of the commands: what misspelt ones may mean, and what the data commands say of files without a profile."""
 
+import io
 import json
 import os
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from data_tools.terminal import fitted
 from tests.conftest import BUNDLED_BASE, ROOT
 from tests.unit.data_tools.jinja import THINKS, answer, user
 from train.commands import handloop
@@ -144,3 +146,21 @@ def test_a_usage_error_waits_for_no_library() -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     told = [line for line in done.stdout.splitlines() if line.startswith("## ")]
     assert told == [f"## {words} {78 if words else 0}" for words in REFUSED], done.stderr
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_lines_fit_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal lines break between words; a path, and a command to paste, stay whole; a pipe gets whole lines."""
+    monkeypatch.setenv("COLUMNS", "40")
+    path, command = f"/a/{'long-folder/' * 4}x", f"  pip install {'x' * 30}"
+    text = f"the merged model is written, with its receipt, to {path}\n{command}"
+    lines = fitted(text, Terminal()).split("\n")
+    assert lines[:2] == ["the merged model is written, with its", "  receipt, to"]
+    assert [line.strip() for line in lines[2:]] == [path, command.strip()]
+    assert fitted(text, io.StringIO()) == text

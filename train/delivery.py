@@ -43,7 +43,7 @@ def deliver(training: Training, tokenizer: Tokenizer, splits: Splits, trackers: 
     whole is asked nothing: it cannot answer without.
     """
     if training.config.train.method == "full":
-        print(f"the model is in {RunFolder.of(training.config).final}; the base is gone, so no questions are asked")
+        print("the base is gone, so no questions are asked")
         return
     try:
         ask(training, tokenizer, splits, trackers, stop)
@@ -82,4 +82,3 @@ def ask(training: Training, tokenizer: Tokenizer, splits: Splits, trackers: Trac
         write_atomically(path, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
         trackers.table(path.stem, rows)
         show_answers(console, f"{kind} questions", answers)
-    console.print(f"the adapter is in {folder.final}", highlight=False, soft_wrap=True)

@@ -20,8 +20,6 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-
 from train.assemble import assemble
 from train.attempt_record import record_start
 from train.audit_gate import enforce_gate, run_audit
@@ -177,7 +175,7 @@ def job(config: Config, observed: Observed) -> None:
         on_first_process(accelerator, lambda: keep_date(folder, today))
     raise_if_stopped(config, accelerator, stop)
 
-    trackers = open_trackers(training, store, checkpoint, listeners, observed.watch)
+    trackers = open_trackers(training, store, checkpoint, listeners, observed)
     closing.callback(trackers.finish)
     if accelerator.is_main_process:
         record_start(observed.log, training, prepared, checkpoint)
@@ -211,7 +209,7 @@ def open_trackers(
     store: CheckpointStore,
     checkpoint: Checkpoint | None,
     listeners: list[Listener],
-    watch: Callable[[Row], None] | None,
+    observed: Observed,
 ) -> Trackers:
     """Everyone who is told about the run; only the first process tells anyone."""
     if not training.accelerator.is_main_process:
@@ -220,11 +218,11 @@ def open_trackers(
     is_own = checkpoint is not None and store.holds(checkpoint)
     metrics = MetricsFile(folder.metrics, checkpoint.state.metrics_bytes if checkpoint and is_own else 0)
     shown = checkpoint.state.step - bool(checkpoint.state.unlogged) if checkpoint else 0
-    display = Display(Console(), shown, training.total_steps, training.data.steps_per_epoch)
+    display = Display.of(training, shown, observed.stop.is_received)
     for line in (note for listener in listeners for note in listener.notes):
         say(training.accelerator, line)
     isolated = [Isolated(listener, store.run_uid(), folder.metrics) for listener in listeners]
-    return Trackers(metrics, display, isolated, watch)
+    return Trackers(metrics, display, isolated, observed.watch)
 
 
 if __name__ == "__main__":

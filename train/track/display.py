@@ -106,8 +106,9 @@ class Display:
 
     def _close(self) -> bool:
         """Whether all that waits is shown and the thread has ended."""
+        patience = 0.0 if self.closing.is_set() else PATIENCE_SECONDS  # once is enough
         self.closing.set()
-        self.thread.join(PATIENCE_SECONDS)
+        self.thread.join(patience)
         return not self.thread.is_alive()
 
     def _work(self) -> None:
@@ -143,7 +144,7 @@ class Display:
             lines = short_summary(self.facts, rows, room)
         else:
             return  # the end is an error, which is told next
-        self.console.print(Text("\n".join(["", *lines])), soft_wrap=True)
+        put(self.console, "\n".join(["", *lines]))
 
 
 class Screen:
@@ -157,16 +158,18 @@ class Screen:
     def take(self, row: Row, now: float) -> None:
         """Prints a line above the screen at an epoch's end, and at a validation."""
         if is_milestone(self.progress, row):
-            self.console.print(Text(epoch_line(self.progress, row)), soft_wrap=True)
+            put(self.console, epoch_line(self.progress, row))
 
     def tick(self, now: float) -> None:
         """Draws the screen, if a row has come, the second or the terminal's size has changed."""
         progress = self.progress
+        if self.painter.is_frozen():
+            self.painter.stop()
+            return
         state = (progress.step, self.console.size, int(now))
         if state == self.shown or not (progress.row or progress.validation) or not progress.last_at:
             return
         self.shown = state
-        self.painter.start()
         self.painter.show(screen(progress, now, room_of(self.console)))
 
     def close(self) -> None:
@@ -185,18 +188,21 @@ class Lines:
         """Prints the row if it is time, and its warning."""
         if is_milestone(self.progress, row) or now - self.last_line > PLAIN_LINE_SECONDS:
             self.last_line = now
-            self._print(plain_line(self.progress, row, now))
+            put(self.console, plain_line(self.progress, row, now))
         if "warning" in row:
-            self._print(f"step {row['step']}: {row['warning']}")
-
-    def _print(self, text: str) -> None:
-        self.console.print(Text(printable(text)), soft_wrap=True)
+            put(self.console, f"step {row['step']}: {printable(str(row['warning']))}")
 
     def tick(self, now: float) -> None:
         """Nothing moves."""
 
     def close(self) -> None:
         """Nothing is to be removed."""
+
+
+def put(console: Console, text: str) -> None:
+    """Prints the text as it is, without characters that the encoding lacks."""
+    written = text.encode(console.encoding, "backslashreplace").decode(console.encoding)
+    console.print(Text(written), soft_wrap=True)
 
 
 def is_milestone(progress: Progress, row: Row) -> bool:

@@ -1,5 +1,6 @@
 """Keeps a few lines at the bottom of a terminal, and writes only what has changed of them."""
 
+import sys
 from collections.abc import Callable, Sequence
 
 from rich.console import Console, ConsoleRenderable
@@ -21,20 +22,19 @@ class Painter(Live):
 
     def __init__(self, console: Console, is_frozen: Callable[[], bool]) -> None:
         """From when `is_frozen` says so nothing moves any more: somebody writes to the terminal past this class."""
-        super().__init__(console=console, auto_refresh=False, transient=True)
+        is_shared = sys.stderr is not None and sys.stderr.isatty()  # what goes to a file is to stay there
+        super().__init__(console=console, auto_refresh=False, transient=True, redirect_stderr=is_shared)
         self.is_frozen = is_frozen
         self.is_left = False  # frozen, and the cursor put below the lines
         self.wanted: Sequence[Line] = ()
         self.shown: Sequence[Line] = ()
         self.shown_width = console.width
 
-    def start(self, refresh: bool = False) -> None:
-        """Begins, without hiding the cursor."""
-        super().start(refresh)
-        self.console.show_cursor(True)
-
     def show(self, lines: Sequence[Line]) -> None:
         """Shows these lines from now on."""
+        if not self.is_started:
+            self.start()
+            self.console.show_cursor(True)
         self.wanted = lines
         if lines != self.shown or self.console.width != self.shown_width:
             self.refresh()
@@ -73,4 +73,6 @@ class Painter(Live):
                 found.append(erase_rest)
         surplus = len(old) - max(len(new), 1)
         back = [(ControlType.CURSOR_UP, surplus)] if surplus > 0 else []
-        return Segments([*found, Control(ControlType.CARRIAGE_RETURN, *back).segment])
+        # a ^C that the terminal echoes then stands behind the last line, not in it
+        end = (ControlType.CURSOR_MOVE_TO_COLUMN, columns_of(new[-1]) if new else 0)
+        return Segments([*found, Control(*back, end).segment])

@@ -27,9 +27,13 @@ def plain_line(progress: Progress, row: Row, now: float) -> str:
 
 
 def epoch_line(progress: Progress, row: Row) -> str:
-    """The end of an epoch in a few words, to stay above the screen."""
-    smoothed = f"loss {progress.smoothed.value():.4f} smoothed" if progress.first_loss is not None else "no loss yet"
-    return "  ".join([f"epoch {row['epoch']:.2f}", f"step {row['step']}", smoothed, *_validation(progress, row)])
+    """The end of an epoch, or a validation, in less than a terminal's width, to stay above the screen."""
+    parts = [f"epoch {row['epoch']:.2f}", f"step {row['step']}"]
+    parts += [f"loss {progress.smoothed.value():.4f} smoothed"] if progress.first_loss is not None else []
+    if "eval/loss" in row and (best := progress.best_validation):
+        told = ", best so far" if best[1] == row["step"] else ""
+        parts.append(f"validation {row['eval/loss']:.4f}{told}")
+    return "  ".join(parts)
 
 
 def _validation(progress: Progress, row: Row) -> list[str]:
@@ -37,6 +41,6 @@ def _validation(progress: Progress, row: Row) -> list[str]:
         return []
     loss, step = progress.best_validation
     told = [f"perplexity {row['eval/perplexity']:.2f}"] if "eval/perplexity" in row else []
-    told += [f"best {loss:.4f} at step {step}"] if step != row["step"] else ["the best so far"]
+    told += [f"best {loss:.4f} at step {step}"] if step != row["step"] else ["best so far"]
     told += [f"general text {row['eval/general_loss']:.4f}"] if "eval/general_loss" in row else []
     return [f"validation {row['eval/loss']:.4f} ({', '.join(told)})"]

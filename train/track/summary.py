@@ -111,8 +111,8 @@ def _head(word: str, facts: RunFacts, rows: Sequence[Row]) -> str:
     whole = f"; the whole run, with all of its {attempts} attempts" if attempts > 1 else ""
     steps = f"{last:,} of {facts.total_steps:,} steps" if last < facts.total_steps else f"{last:,} steps"
     skipped = f", {totals.num_skipped:,} of them left out" if totals.num_skipped else ""
-    epochs = f"{facts.epochs(last):.4g} epochs"
-    return _line(word, f"{steps}{skipped}, {epochs}, {duration(totals.seconds)} in steps{whole}")
+    epochs = f"{facts.epochs(last):.2f}".rstrip("0").rstrip(".")
+    return _line(word, f"{steps}{skipped}, {epochs} epochs, {duration(totals.seconds)} in steps{whole}")
 
 
 def _losses(facts: RunFacts, rows: Sequence[Row], room: Room) -> list[str]:

@@ -101,8 +101,11 @@ class Display:
     def finish(self) -> None:
         """Removes the screen and prints the summary."""
         if self._close():
-            with suppress(OSError, SystemExit):  # a terminal that is gone; rich exits for a pipe without a reader
+            try:
                 self._sum_up()
+            except (Exception, SystemExit) as error:
+                if not self._is_gone(error):
+                    raise
 
     def _close(self) -> bool:
         """Whether all that waits is shown and the thread has ended."""
@@ -121,10 +124,13 @@ class Display:
             self._catch_up()
             self.view.close()
         except BaseException as error:  # in a thread nobody else would hear of it
-            is_gone = isinstance(error, OSError | SystemExit) or getattr(self.console.file, "closed", False)
-            self.failure = None if is_gone else error
+            self.failure = None if self._is_gone(error) else error
             with suppress(BaseException):
                 self.view.close()
+
+    def _is_gone(self, error: BaseException) -> bool:
+        """Whether the error is that of a terminal that is gone; rich exits for a pipe without a reader."""
+        return isinstance(error, OSError | SystemExit) or getattr(self.console.file, "closed", False)
 
     def _catch_up(self) -> None:
         while self.waiting:

@@ -63,7 +63,7 @@ def screen(progress: Progress, now: float, room: Room) -> list[Line]:
     for block in blocks:
         if block.importance == 2 and free >= 2:
             block.lines = _chart(progress, width, min(free, CHART_ROWS), room.is_ascii)
-    lines = [line for block in blocks for line in block.lines]
+    lines = [line for block in blocks for line in block.lines][:height]
     return [_fitted(line, width, room.is_ascii) for line in lines]
 
 

@@ -125,7 +125,7 @@ def _losses(facts: RunFacts, rows: Sequence[Row], room: Room) -> list[str]:
         width = min(CHART_WIDTH, room.width - 1 - LABEL)
         drawn = chart(means(losses, width), CHART_HEIGHT, room.is_ascii) if width > 0 else []
         lines += [_line("loss", told), *(" " * LABEL + row.rstrip() for row in drawn)]
-    for name, label in (("eval/loss", "validation"), ("eval/general_loss", "general text")):
+    for name, label in (("eval/loss", "validation"), ("eval/general_loss", "general")):
         if trend := Trend.of(rows, name):
             lines.append(_line(label, _trend(trend, "before" if trend.first[0] == 0 else "first")))
     return lines

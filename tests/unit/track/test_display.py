@@ -13,8 +13,16 @@ import pytest
 from accelerate import Accelerator
 from rich.console import Console
 
+from benchmarks.display import main
 from tests.conftest import training_of
-from tests.unit.track.terminal import TOTAL_STEPS, Terminal, console_on, facts_in, rows_of_a_run
+from tests.unit.track.terminal import (
+    STEPS_PER_EPOCH,
+    TOTAL_STEPS,
+    Terminal,
+    console_on,
+    facts_in,
+    rows_of_a_run,
+)
 from train.config import Config
 from train.track import display
 from train.track.display import PLAIN_LINE_SECONDS, Display, Lines, room_of
@@ -243,3 +251,30 @@ def test_what_it_takes_from_a_training(config: Config) -> None:
     assert facts.planned_gib == training.plan.peak_bytes / 2**30
     assert facts.folder.path == Path(config.run.dir)
     assert "CPU" in facts.device
+
+
+def test_the_picture_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the same bytes, with the step's facts, small, and without a font from elsewhere."""
+    config = {
+        "model": {"name_or_path": "/a/base", "quantization": "nf4"},
+        "data": {"path": ["/b/rows.jsonl"]},
+        "lora": {"r": 8},
+    }
+    data = {"total_steps": TOTAL_STEPS, "steps_per_epoch": STEPS_PER_EPOCH}
+    start = {"attempt": 1, "event": "start", "device": "a GPU, 80 GiB", "data": data}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "plan.json").write_text(json.dumps({"peak_bytes": 2**30, "uses_graphs": False}))
+    (tmp_path / "attempts.jsonl").write_text(json.dumps(start) + "\n")
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of_a_run()))
+    drawn = []
+    for name in ("one.svg", "two.svg"):
+        words = ["display", str(tmp_path), "--step", "45", "--out", str(tmp_path / name)]
+        monkeypatch.setattr(sys, "argv", words)
+        main()
+        drawn.append((tmp_path / name).read_text(encoding="utf-8").replace("&#160;", " "))
+    assert drawn[0] == drawn[1]
+    for fact in ("base on rows.jsonl", "LoRA r=8 on NF4", "a GPU", "45 of 60", "1.7500", "of 1.00 GiB planned"):
+        assert fact in drawn[0], fact
+    assert len(drawn[0]) < 60_000
+    assert "url(" not in drawn[0].replace("url(#", "")
+    assert "@font-face" not in drawn[0]

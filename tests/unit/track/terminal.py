@@ -25,6 +25,7 @@ class Terminal(io.StringIO):
         self.width, self.row, self.column = width, 0, 0
         self.cells: list[list[str]] = [[]]
         self.written: list[str] = []
+        self.has_cursor = True
 
     def isatty(self) -> bool:
         return True
@@ -55,8 +56,11 @@ class Terminal(io.StringIO):
         elif code == "K":
             assert argument in ("", "0")
             del self.cells[self.row][self.column :]
+        elif code in "hl":
+            assert argument == "?25"
+            self.has_cursor = code == "h"
         else:
-            assert code == "m" or (code in "hl" and argument == "?25"), code
+            assert code == "m", code
 
     def _type(self, characters: str) -> None:
         for character in characters:

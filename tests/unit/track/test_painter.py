@@ -11,7 +11,7 @@ from train.track.painter import Painter
 from train.track.progress import Progress
 from train.track.screen import Line, Room, screen
 
-MAX_BYTES = 1_600  # of a refresh at 80x24; rich's Live writes the whole screen, 1.7 to 2.4 kB, each time
+MAX_BYTES, MAX_BYTES_OF_A_SECOND = 1_600, 500  # of a refresh at 80x24; rich's Live writes 1.7 kB each time
 
 
 def never() -> bool:
@@ -38,11 +38,11 @@ def test_what_is_printed_stands_above(monkeypatch: pytest.MonkeyPatch) -> None:
             wanted = [*texts[:-1], texts[-1] or "end"]
             painter.show(lines_of(*wanted))
         assert terminal.rows() == [*printed, *wanted]
+        assert terminal.has_cursor
     painter.stop()
     assert sys.stdout is terminal
     print("after")
     assert terminal.rows() == [*printed, "after"]
-    assert "\x1b[?25l" not in terminal.written[-1]
 
 
 def test_a_terminal_that_becomes_narrower() -> None:
@@ -87,7 +87,7 @@ def test_stderr_in_a_file_stays_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_refresh_is_small(tmp_path: Path) -> None:
-    """At 80x24 every refresh of a run in full colour takes one write of at most MAX_BYTES, an unchanged one none."""
+    """At 80x24 and in colour a row takes one write of at most MAX_BYTES, a passing second a third, no change none."""
     terminal = Terminal()
     painter = Painter(console_on(terminal), never)
     progress, sizes = Progress(facts_in(tmp_path), first_step=0), []
@@ -99,5 +99,9 @@ def test_a_refresh_is_small(tmp_path: Path) -> None:
         count = len(terminal.written)
         painter.show(shown)
         assert len(terminal.written) == count
+        if row["step"] > 21:  # the times so far and left, and the age of the checkpoint
+            painter.show(screen(progress, row["step"] + 1, Room(80, 24, is_ascii=False)))
+            assert len(terminal.written) == count + 1
+            assert len(terminal.written[-1].encode()) <= MAX_BYTES_OF_A_SECOND
     assert max(sizes[2:]) <= MAX_BYTES
     painter.stop()

@@ -1,6 +1,6 @@
 """Draws the display of a run as it was at a step, out of its run folder: `docs/display.svg`.
 
-    python -m benchmarks.display RUN --step 190 --base SmolLM2-135M --out docs/display.svg
+    python -m benchmarks.display RUN --step 150 --base SmolLM2-135M --out docs/display.svg
 
 The same folder and step give the same bytes. The picture in docs/ is of SmolLM2-135M in NF4 on the bundled glossary
 (`--profile a100 --data.path demo/glossary.jsonl --data.validation_path demo/held_out.jsonl`, 16 samples a step, six

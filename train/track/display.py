@@ -90,13 +90,15 @@ class Display:
         return cls(facts, Console(), first_step, is_stopping)
 
     def log(self, row: Row) -> None:
-        """Hands the row to the thread; after the last step the screen is gone. Raises what failed in the thread."""
+        """Hands the row to the thread. Raises what failed there."""
         if self.failure is not None:
             failure, self.failure = self.failure, None
             raise failure
         self.waiting.append((time.monotonic(), row))
-        if row["step"] >= self.facts.total_steps:
-            self._close()
+
+    def rest(self) -> None:
+        """Removes the screen: no row comes any more, and the terminal is for others."""
+        self._close()
 
     def finish(self) -> None:
         """Removes the screen and prints the summary."""

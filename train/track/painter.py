@@ -14,7 +14,7 @@ from train.track.screen import BLANK, Line, columns_of
 class Painter(Live):
     """rich's Live with a painting of its own: the lines stay at the bottom, what others print goes above them.
 
-    Live erases all lines and writes them again, 2.4 kB for 80x24, which flickers over a slow connection, and leaves
+    Live erases all lines and writes them again, 1.7 kB at 80x24, which flickers over a slow connection, and leaves
     pieces behind where a narrower terminal has wrapped what stood there. Here unchanged lines are passed over, changed
     ones are written over without being erased first, and the rows that wrapped lines take are counted. The cursor
     stays visible, as a killed run could not show it again.

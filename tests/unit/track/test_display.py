@@ -147,24 +147,25 @@ def test_the_screen_comes_and_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     shown = Display(facts_in(tmp_path), console_on(terminal))
-    for row in rows_of_a_run():
+    for row in rows_of_a_run(last := 55):
         shown.log(row)
         if row["step"] == 50:
             deadline = time.monotonic() + 5
             while "step        50 of 60" not in "\n".join(terminal.rows()) and time.monotonic() < deadline:
                 time.sleep(0.01)
             assert "step        50 of 60" in "\n".join(terminal.rows())
+    shown.rest()  # also where training ends before its last step
     print("asking questions")
-    ended(tmp_path, 0)
+    ended(tmp_path, 0, last)
     shown.finish()
     rows = terminal.rows()
     above = [row for row in rows if row.startswith("epoch ")]
-    assert [row.split()[1] for row in above] == ["0.00", "1.00", "2.00", "3.00"]
+    assert [row.split()[1] for row in above] == ["0.00", "1.00", "2.00"]
     assert "step 40" in above[2]
     assert "validation 1.7500, best so far" in above[2]
     assert all(len(row) < 80 for row in above)
     assert rows[len(above)] == "asking questions"
-    assert sum(row.startswith("finished    60 steps") for row in rows) == 1
+    assert sum(row.startswith("finished    55 of 60 steps") for row in rows) == 1
     assert not any("left" in row and "━" in row for row in rows)
 
 

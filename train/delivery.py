@@ -42,6 +42,7 @@ def deliver(training: Training, tokenizer: Tokenizer, splits: Splits, trackers: 
     final/ stands, so nothing undoes the training: what fails here is ExitWith(DELIVERY_FAILED). A base that was trained
     whole is asked nothing: it cannot answer without.
     """
+    trackers.rest()
     if training.config.train.method == "full":
         print("the base is gone, so no questions are asked")
         return

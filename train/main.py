@@ -183,7 +183,6 @@ def job(config: Config, observed: Observed) -> None:
     heartbeat = Heartbeat(config, accelerator, stop)
     measure = partial(validate, training, validation, heartbeat) if validation else dict
     training_loop(Boundary(training, heartbeat, trackers, saver, measure, doing))
-    trackers.rest()
     doing.now = "publishing final/"
     close_group(together=True)
     if accelerator.is_main_process:

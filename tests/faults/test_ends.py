@@ -135,7 +135,7 @@ def test_ctrl_c_that_ends_the_reader_first(config: Config, tmp_path: Path) -> No
 @pytest.mark.fault("T28")
 def test_a_terminal_that_closes_while_it_shows_the_screen(config: Config, tmp_path: Path) -> None:
     """The real script on a terminal that is closed, as by a lost connection, while its thread draws: same bits, 0."""
-    config = replace(config, train=replace(config.train, epochs=20))
+    config = replace(config, train=replace(config.train, epochs=8))
     assert run_command(arguments(at(config, tmp_path / "alone"))).returncode == 0
     ours, its = pty.openpty()
     process = script(arguments(at(config, tmp_path / "run")), its, TERM="xterm")

@@ -65,8 +65,8 @@ def summary(facts: RunFacts, rows: Sequence[Row], room: Room) -> list[str]:
     """The lines about a finished run."""
     folder = facts.folder
     result = "the model" if facts.is_whole else "the adapter"
-    where = [(f"{folder.final}/", f"{result}, its tokenizer and generation settings")]
-    where += [(f"{folder.answers}", "answers without and with the adapter")] if folder.answers.exists() else []
+    where = [(f"{folder.final}/", f"{result} and its tokenizer")]
+    where += [(f"{folder.answers}", "without and with it")] if folder.answers.exists() else []
     where += [(f"{folder.metrics}", "every step")]
     return [
         _head("finished", facts, rows),
@@ -86,11 +86,11 @@ def short_summary(facts: RunFacts, rows: Sequence[Row], room: Room) -> list[str]
 def next_commands(folder: RunFolder, is_whole: bool) -> list[tuple[str, str]]:
     """What a user may type now, and what for. A base that was trained whole has nothing to compare with."""
     command, run = handloop(), shlex.quote(str(folder.path))
-    report = (f"{command} report {run}", "all of it as a page for a browser")
+    report = (f"{command} report {run}", "all of it on a page")
     if is_whole:
         return [report]
     return [
-        (f"{command} compare {run}", "what it has learnt, and what it has forgotten"),
+        (f"{command} compare {run}", "what it learnt, and forgot"),
         (f"{command} chat {run}", "talk to it"),
         report,
     ]
@@ -108,7 +108,7 @@ def _head(word: str, facts: RunFacts, rows: Sequence[Row]) -> str:
     """Steps and time; of a run that was resumed, that this is all of it."""
     totals, last = Totals.of(facts, rows), rows[-1]["step"]
     attempts = len(read_attempts(facts.folder))
-    whole = f"; the whole run, with all of its {attempts} attempts" if attempts > 1 else ""
+    whole = f", all {attempts} attempts together" if attempts > 1 else ""
     steps = f"{last:,} of {facts.total_steps:,} steps" if last < facts.total_steps else f"{last:,} steps"
     skipped = f", {totals.num_skipped:,} of them left out" if totals.num_skipped else ""
     epochs = f"{facts.epochs(last):.2f}".rstrip("0").rstrip(".")

@@ -39,7 +39,7 @@ def test_a_resumed_run_is_counted_whole_and_that_is_said(tmp_path: Path) -> None
     """The rows of all attempts count; the number of attempts is that of attempts.jsonl."""
     lines = [{"attempt": number, "event": "start"} for number in (1, 2, 3)]
     (tmp_path / "attempts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert "; the whole run, with all of its 3 attempts" in summary(facts_in(tmp_path), list(rows_of_a_run()), ROOM)[0]
+    assert ", all 3 attempts together" in summary(facts_in(tmp_path), list(rows_of_a_run()), ROOM)[0]
 
 
 def test_a_stopped_run_is_told_in_short(tmp_path: Path) -> None:

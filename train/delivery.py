@@ -70,8 +70,9 @@ def deliver(
     final/ stands, so nothing undoes the training: what fails here is ExitWith(DELIVERY_FAILED). A base that was trained
     whole is asked nothing: it cannot answer without.
     """
+    trackers.rest()
     if training.config.train.method == "full":
-        print(f"the model is in {RunFolder.of(training.config).final}; the base is gone, so no questions are asked")
+        print("the base is gone, so no questions are asked")
         return
     try:
         ask(training, tokenizer, splits, trackers, stop, step)
@@ -112,4 +113,3 @@ def ask(
         write_atomically(path, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
         trackers.table(path.stem, rows)
         show_answers(console, f"{kind} questions", answers)
-    console.print(f"the adapter is in {folder.final}", highlight=False, soft_wrap=True)

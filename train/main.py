@@ -19,8 +19,6 @@ from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
-from rich.console import Console
-
 from data_tools.prepare import Prepared
 from data_tools.terminal import fitted
 from train.assemble import assemble
@@ -176,7 +174,7 @@ def job(config: Config, observed: Observed) -> str:
     on_first_process(accelerator, lambda: check_folder(training, store, prepared, today))
     raise_if_stopped(config, accelerator, stop)
 
-    trackers = open_trackers(training, store, checkpoint, listeners, observed.watch)
+    trackers = open_trackers(training, store, checkpoint, listeners, observed)
     closing.callback(trackers.finish)
     on_first_process(accelerator, lambda: record_start(observed.log, training, prepared, checkpoint))
     saver = Saver.of(training, store, run_identity, trackers, checkpoint)
@@ -213,7 +211,7 @@ def open_trackers(
     store: CheckpointStore,
     checkpoint: Checkpoint | None,
     listeners: list[Listener],
-    watch: Callable[[Row], None] | None,
+    observed: Observed,
 ) -> Trackers:
     """Everyone who is told about the run; only the first process tells anyone."""
     if not training.accelerator.is_main_process:
@@ -222,12 +220,12 @@ def open_trackers(
     is_own = checkpoint is not None and store.holds(checkpoint)
     metrics = MetricsFile(folder.metrics, checkpoint.state.metrics_bytes if checkpoint and is_own else 0)
     shown = checkpoint.state.step - bool(checkpoint.state.unlogged) if checkpoint else 0
-    display = Display(Console(), shown, training.total_steps, training.data.steps_per_epoch)
+    display = Display.of(training, shown, observed.stop.is_received)
     for line in (note for listener in listeners for note in listener.notes):
         say(training.accelerator, line)
     isolated = [Isolated(listener, store.run_uid(), folder.metrics) for listener in listeners]
     answers = MetricsFile(folder.validation_answers, checkpoint.state.answers_bytes if checkpoint and is_own else 0)
-    return Trackers(metrics, display, isolated, watch, answers)
+    return Trackers(metrics, display, isolated, observed.watch, answers)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m benchmarks.after_training runs/glossary [--base FOLDER] [--quantize Q8_0 Q4_K_M]
 
 Prints each command and what it said, as Markdown, and adds the figures to results/after_training.json under the run's
-name. Needs llama-cpp-python: pip install -c constraints.txt -e .[gguf]
+name. Needs llama-cpp-python: .venv/bin/pip install -c constraints.txt -e '.[gguf]'
 """
 
 import argparse

@@ -8,7 +8,7 @@ import numpy as np
 
 from data_tools.data_lines import data_warnings, described
 from data_tools.prepare import DataSplit, Statistics
-from data_tools.scan import CUT, MASKED, NUM_PLACES, TRAINED, Finding, Scan, column
+from data_tools.scan import CUT, MASKED, NUM_PLACES, TRAINED, Finding, Scan, column, reworded
 from data_tools.similarity import first_equal, first_near
 from data_tools.terminal import printable
 
@@ -45,6 +45,9 @@ RULES = {
     "leaked_rows": Rule("validation rows are also training rows", REFUSE_ANY, "remove them from one of the two"),
     "near_leaked_rows": Rule(
         "validation rows nearly repeat a training row", WARN_ONLY, "remove them from one of the two"
+    ),
+    "leaked_wordings": Rule(
+        "validation rows ask for a training row's answer in other words", WARN_ONLY, "right to measure wordings alone"
     ),
     "leaked_prompts": Rule("validation rows share the prompt of a training row", WARN_ONLY, "split the data by prompt"),
     "duplicates": Rule("rows repeat an earlier row exactly", WARN_ONLY, "keep one of each"),
@@ -219,11 +222,13 @@ def _repeats(scan: Scan) -> dict[str, Finding]:
     exact, normalised = first_equal(scan.exact), first_equal(scan.normalised)
     near, prompt = first_near(scan.sketches), first_equal(scan.prompts)
     is_exact, is_normalised, is_near = exact != own, normalised != own, near != own
+    is_near &= ~is_normalised & ~is_exact
+    is_near &= ~reworded(scan, is_near, scan, near)
     is_conflict = (prompt != own) & (scan.prompts != 0) & ~is_normalised
     repeated = {
         "duplicates": (exact, is_exact),
         "normalised_duplicates": (normalised, is_normalised & ~is_exact),
-        "near_duplicates": (near, is_near & ~is_normalised & ~is_exact),
+        "near_duplicates": (near, is_near),
         "conflicting_answers": (prompt, is_conflict),
     }
     findings = {}
@@ -239,10 +244,12 @@ def _leaks(scan: Scan, validation: Scan) -> dict[str, Finding]:
     near = first_near(np.concatenate([scan.sketches, validation.sketches]))[num_trained:]
     is_leaked = np.isin(validation.normalised, scan.normalised)
     is_near = (near < num_trained) & ~is_leaked
+    is_reworded = reworded(validation, is_near, scan, near)
     is_prompt = np.isin(validation.prompts, scan.prompts) & (validation.prompts != 0) & ~is_leaked & ~is_near
     twins = {
         "leaked_rows": (is_leaked, lambda i: int(np.argmax(scan.normalised == validation.normalised[i]))),
-        "near_leaked_rows": (is_near, lambda i: int(near[i])),
+        "near_leaked_rows": (is_near & ~is_reworded, lambda i: int(near[i])),
+        "leaked_wordings": (is_reworded, lambda i: int(near[i])),
         "leaked_prompts": (is_prompt, lambda i: int(np.argmax(scan.prompts == validation.prompts[i]))),
     }
     findings = {}

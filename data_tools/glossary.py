@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
+from data_tools.arguments import Parser
 from data_tools.glossary_files import Glossary, Term, read_terms
-from data_tools.report import DataError, Report
+from data_tools.report import Report
 from data_tools.terminal import typed_path
 
 # Two terms are compared if they differ in one letter, if one is a prefix of the other, or from this difflib ratio on:
@@ -236,14 +236,9 @@ def statistics(glossary: Glossary, pairs: Pairs, settings: PairSettings) -> str:
     return "\n".join(lines)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise DataError(f"{message}\n{self.format_usage().strip()}")
-
-
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     default = PairSettings()
-    parser = _Parser(prog="handloop glossary", description=__doc__, allow_abbrev=False)
+    parser = Parser("handloop glossary", __doc__)
     parser.add_argument("source", type=typed_path, metavar="SOURCE", help="a .csv, .json, .yaml or .py file of terms")
     parser.add_argument("--out", type=typed_path, help="JSONL file for the training rows (SOURCE's name, .train.jsonl)")
     parser.add_argument(

@@ -1,5 +1,6 @@
-"""What an audit reads: how each sample begins and ends, and the facts of each record."""
+"""What an audit reads: how each sample begins and ends, the facts of each record, and questions in other words."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,10 +10,11 @@ from datasets import Dataset
 
 from data_tools.encode import special_ids
 from data_tools.prepare import DataSplit
-from data_tools.similarity import NUM_MINIMA
+from data_tools.similarity import NEAR_SIMILARITY, NUM_MINIMA, sketches
 
 NUM_PLACES = 5  # rows named per finding
 SAMPLES_AT_ONCE = 1000
+MAX_WORDINGS = 12  # of one question, as many as `handloop glossary` knows; an answer to more prompts is a stock phrase
 # What became of a record's end tokens; if there are several, the worst (largest) counts.
 NO_TARGET, TRAINED, CUT, MASKED = range(4)
 
@@ -23,6 +25,14 @@ class Finding:
 
     count: int = 0
     places: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """The tokens of a record's first sample; empty for a record without samples."""
+
+    prompt: tuple[int, ...]  # what is not trained
+    trained: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -114,17 +124,31 @@ class Scan:
 
     def __init__(self, split: DataSplit, rows: np.ndarray, tokenizer: Any) -> None:
         facts = split.prepared.facts
-        self.rows, self.table = rows, facts
+        self.split, self.rows, self.table = split, rows, facts
         self.samples = read_samples(split.samples, len(facts), tokenizer)
         self.exact, self.normalised, self.prompts = (
             facts[name].to_numpy()[rows] for name in ("exact", "normalised", "prompt")
         )
-        sketches = np.frombuffer(b"".join(facts["sketch"].to_pylist()), np.uint32)
-        self.sketches = sketches.reshape(-1, NUM_MINIMA)[rows]  # [records, NUM_MINIMA]
+        minima = np.frombuffer(b"".join(facts["sketch"].to_pylist()), np.uint32)
+        self.sketches = minima.reshape(-1, NUM_MINIMA)[rows]  # [records, NUM_MINIMA]
 
     def place(self, i: int) -> str:
         """The place of the split's record `i` as file:line."""
         return self.table["place"][int(self.rows[i])].as_py()
+
+    def spoken(self, rows: np.ndarray) -> Iterator[Spoken]:
+        """What the split's records of these indices say."""
+        records, firsts = np.unique(column(self.split.samples, "record"), return_index=True)
+        places = np.searchsorted(records, self.rows[rows])
+        has_sample = np.append(records, -1)[places] == self.rows[rows]
+        for start in range(0, len(rows), SAMPLES_AT_ONCE):
+            which = slice(start, start + SAMPLES_AT_ONCE)
+            found: Any = self.split.samples[firsts[places[which][has_sample[which]]].tolist()]
+            samples = zip(found["input_ids"], found["trained"], strict=True)
+            for has_one in has_sample[which]:
+                pairs = list(zip(*next(samples), strict=True)) if has_one else []
+                prompt, trained = ([token for token, is_it in pairs if is_it == kind] for kind in (False, True))
+                yield Spoken(tuple(prompt), tuple(trained))
 
     def findings(self) -> dict[str, Finding]:
         """What is wrong with single records: how they were tokenised and cut, and garbage in their texts."""
@@ -158,3 +182,20 @@ class Scan:
         first = np.flatnonzero(has_it)[:NUM_PLACES]
         places = [f"{self.place(i)} ({note(i)})" if note else self.place(i) for i in first]
         return Finding(int(has_it.sum()), places)
+
+
+def reworded(scan: Scan, asked: np.ndarray, others: Scan, twins: np.ndarray) -> np.ndarray:
+    """[rows] bool: which of the `asked` have the answer of their twin to the token, and a prompt in other words.
+
+    Several wordings of a question are no near-duplicates, however long the answer that they share. Prompts are in
+    other words where they are not near-duplicates themselves. `twins` are rows of `others`.
+    """
+    rows = np.flatnonzero(asked)
+    pairs = list(zip(scan.spoken(rows), others.spoken(twins[rows]), strict=True))
+    same = np.array([bool(one.trained) and one.trained == two.trained for one, two in pairs], bool)
+    own, other = (sketches([" ".join(map(str, pair[side].prompt)) for pair in pairs]) for side in (0, 1))
+    found = rows[same & ((own == other).mean(axis=1) < NEAR_SIMILARITY)]
+    counts = np.bincount(twins[found], minlength=len(others.rows))
+    result = np.zeros(len(asked), bool)
+    result[found] = counts[twins[found]] < MAX_WORDINGS
+    return result

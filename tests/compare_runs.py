@@ -30,7 +30,7 @@ def result_of(run_dir: Path) -> dict[str, bytes]:
         "saved": last.name.encode() + (last / "adapter_model.safetensors").read_bytes(),
         "optimizer": (last / "optimizer.safetensors").read_bytes(),
         "losses": repr(losses(run_dir)).encode(),
-        "samples": repr([(row["step"], row["data/sample_ids"]) for row in rows]).encode(),
+        "samples": repr([(row["step"], row.get("data/sample_ids")) for row in rows]).encode(),
     }
 
 

@@ -40,6 +40,7 @@ from train.config import (  # noqa: E402
     RunConfig,
     TrackConfig,
     TrainConfig,
+    ValidateConfig,
 )
 from train.data import (  # noqa: E402
     BatchLayout,
@@ -167,6 +168,7 @@ def config(shape: Path, pairs: Path, tmp_path: Path) -> Config:
         optim=OptimConfig(lr=1e-2, warmup=2),
         train=TrainConfig(epochs=2),
         memory=MemoryConfig(checkpointing="none"),
+        validate=ValidateConfig(at_start=False, general_text="off", num_questions=0),
         track=TrackConfig(wandb="off"),
         compare=CompareConfig(num_questions=0),
     )

@@ -1,13 +1,16 @@
 """A run folder as training leaves it, made in a second: random adapters on a base, which no step has trained."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import Accelerator
 
 from tests.conftest import splits_of, training_of
+from train.commands.handloop import main
 from train.config import Config, RunConfig
 from train.deliver.final import publish_final
 from train.models.fingerprint import base_fingerprint, content_fingerprint
@@ -44,3 +47,9 @@ def finish(config: Config, folder: Path, size: float = 0.05) -> Path:
 def settings_of(folder: Path) -> dict:
     """The config.json of a model folder."""
     return json.loads((folder / "config.json").read_text())
+
+
+def export_refusal(words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What `handloop export` says when it ends with 78."""
+    assert main(["export", *words]) == 78
+    return capsys.readouterr().err

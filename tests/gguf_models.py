@@ -15,7 +15,7 @@ from train.deliver.gguf_tokenizer import Vocabulary, vocabulary
 
 needs_llama_cpp: Any = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None,
-    reason="needs llama.cpp: pip install -c constraints.txt -e .[gguf]",
+    reason="needs llama.cpp: .venv/bin/pip install -c constraints.txt -e '.[gguf]'",
 )
 NUM_ROWS = 2050  # two more than the bundled tokenizer has tokens
 SIZES: dict[str, Any] = {

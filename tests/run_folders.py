@@ -35,7 +35,7 @@ def row(step: int) -> dict[str, Any]:
 
 def rows_of(num_steps: int, validate_every: int = 50) -> list[dict[str, Any]]:
     """The rows of a run, one of step 0 among them, with validations, checkpoints, a skipped step and a warning."""
-    rows = [{"step": 0, "epoch": 0.0, "eval/loss": 4.75}, *map(row, range(1, num_steps + 1))]
+    rows = [{"step": 0, "epoch": 0.0, "eval/loss": 0.3}, *map(row, range(1, num_steps + 1))]
     for each in rows[validate_every::validate_every]:
         loss = 0.6 + each["train/loss"] / 2
         each |= {"eval/loss": loss, "eval/perplexity": math.exp(loss), "eval/path1/loss": loss - 0.1}

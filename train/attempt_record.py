@@ -11,7 +11,7 @@ from train.run.versions import code_version, versions
 from train.step import Training
 
 
-def record_start(log: AttemptLog, training: Training, prepared: Prepared, checkpoint: Checkpoint | None) -> None:
+def record_start(log: AttemptLog, training: Training, prepared: Prepared, checkpoint: Checkpoint | None) -> int:
     """Begins the attempt in the run folder: config.json, plan.json and a line in attempts.jsonl."""
     plan, data, engine = training.plan, training.data, training.model.engine_name
     about = training.model.about
@@ -25,6 +25,7 @@ def record_start(log: AttemptLog, training: Training, prepared: Prepared, checkp
             **asdict(plan),
             "parts": dict(plan.parts),
             "schedule": _schedule(training),
+            "validation_paths": list(training.config.data.validation_path or training.config.data.path),
         },
         start={
             "from_step": checkpoint.state.step if checkpoint else 0,
@@ -53,6 +54,7 @@ def record_start(log: AttemptLog, training: Training, prepared: Prepared, checkp
             "schedule": _schedule(training),
         },
     )
+    return 0
 
 
 def _schedule(training: Training) -> dict[str, object]:

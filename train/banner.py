@@ -16,6 +16,7 @@ from train.run.devices import device_name
 from train.run.versions import versions
 from train.step import Training
 
+MAX_WARMUP = 1 / 3  # of the steps; recipes take 0 to 10 %
 MIN_EXTENSION_RATE = 0.01  # of the peak; below it an extension is hardly training
 
 
@@ -140,11 +141,8 @@ def _warnings(training: Training, splits: Splits) -> list[str]:
     if config.data.validation_path and splits.validation is not None:
         lost = _lost(config, splits.validation.prepared.statistics)
         lines += [f"warning   validation: {line}" for line in lost]
-    if config.optim.warmup >= training.total_steps:
-        lines.append(
-            f"warning   optim.warmup = {config.optim.warmup} is not less than the run's {training.total_steps} steps, "
-            "so the learning rate hardly reaches its peak"
-        )
+    if warning := warmup_warning(config.optim.warmup, training.total_steps):
+        lines.append(f"warning   {warning}")
     last = training.schedule.decays[-1]
     if last.rate < MIN_EXTENSION_RATE * config.optim.lr:
         lines.append(
@@ -153,6 +151,16 @@ def _warnings(training: Training, splits: Splits) -> list[str]:
             "(--run.resume never) learns more"
         )
     return lines
+
+
+def warmup_warning(warmup: int, total_steps: int) -> str:
+    """A warning if the warmup takes more of the run than MAX_WARMUP, with one that fits; otherwise empty."""
+    if warmup <= MAX_WARMUP * total_steps:
+        return ""
+    fits = f"--optim.warmup {total_steps // 10} is a tenth of them"
+    if warmup >= total_steps:
+        return f"optim.warmup {warmup} leaves none of the run's {total_steps:,} steps at the peak learning rate; {fits}"
+    return f"optim.warmup {warmup} is {warmup / total_steps:.0%} of the run's {total_steps:,} steps; {fits}"
 
 
 def _slow_stop(training: Training) -> str:

@@ -2,15 +2,15 @@
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import tyro
 
+from data_tools.spelling import nearest
 from train.config import Config
 from train.not_offered import reason_for
 from train.profiles import PROFILES, data_alone
@@ -21,25 +21,29 @@ USAGE = "usage: accelerate launch train/main.py --profile NAME [--section.field 
 _PARSING = (tyro.conf.FlagConversionOff,)
 # options that name files or folders, some of them beside other values
 PATHS = ("run.dir", "run.resume", "model.name_or_path", "data.path", "data.validation_path", "data.chat_template")
-PATHS += ("lora.init_from",)
+PATHS += ("lora.init_from", "validate.general_text")
+# beginnings of the options that a finished run takes: where its base and data are, how and where it is executed
+MAY_CHANGE = ("model.name_or_path", "model.revision", "model.dtype", "data.", "memory.", "run.device", "compare.")
+ITS_OWN = ("profile", "print-config", "help")  # what the command line knows beside the configuration
 
 
-def parse(argv: Sequence[str], usage: str = USAGE, needs_profile: bool = True) -> Config:
+def parse(argv: Sequence[str], usage: str = USAGE, needs_profile: bool = True, own: Sequence[str] = ITS_OWN) -> Config:
     """The configuration that `argv` asks for; where it needs no profile, `data_alone` stands in for one.
 
-    Raises ExitWith(BAD_INPUT) with every unknown option and invalid value, and the usage; SystemExit(0) after `--help`
-    or `--print-config`.
+    `own` names the command's further options, one of which may be meant by a misspelt word. Raises
+    ExitWith(BAD_INPUT) with every unknown option and invalid value, and the usage; SystemExit(0) after `--help` or
+    `--print-config`.
     """
     try:
-        return _parse(argv, needs_profile)
+        return _parse(argv, needs_profile, own)
     except ExitWith as end:
         raise ExitWith(end.code, f"{end.reason}\n{usage}") from None
 
 
-def _parse(argv: Sequence[str], needs_profile: bool) -> Config:
+def _parse(argv: Sequence[str], needs_profile: bool, own: Sequence[str]) -> Config:
     words = [word for word in argv if word != "--print-config"]
     has_profile = any(name == "profile" for name, _ in _grouped(words))
-    profile, words = _take_profile(words) if needs_profile or has_profile else (data_alone(), words)
+    profile, words = _take_profile(words, own) if needs_profile or has_profile else (data_alone(), words)
     if {"-h", "--help"} & set(words):
         tyro.cli(
             Config,
@@ -48,7 +52,7 @@ def _parse(argv: Sequence[str], needs_profile: bool) -> Config:
             config=_PARSING,
             prog=f"train/main.py --profile {profile.profile}",
         )
-    config = checked(*_override(profile, words))
+    config = checked(*_override(profile, words, own))
     if "--print-config" in argv:
         print(json.dumps(dataclasses.asdict(config), indent=2))
         raise SystemExit(0)
@@ -63,17 +67,34 @@ def parse_over(config: Config, words: Sequence[str], usage: str) -> Config:
         raise ExitWith(end.code, f"{end.reason}\n{usage}".rstrip()) from None
 
 
+def check_words(words: Sequence[str], own: Sequence[str], others: tuple[str, ...], usage: str) -> None:
+    """Raises ExitWith(BAD_INPUT) with every option in `words` that there is not, and every invalid value.
+
+    It needs no profile. A misspelt word is taken for one of `own`, or for an option that begins with one of `others`.
+    """
+    try:
+        if problems := _override(data_alone(), list(words), own, others)[1]:
+            raise unusable(problems)
+    except ExitWith as end:
+        raise ExitWith(end.code, f"{end.reason}\n{usage}") from None
+
+
 def checked(config: Config, problems: Sequence[str] = ()) -> Config:
     """`config` with home folders in its paths; raises ExitWith(BAD_INPUT) with what is impossible, and `problems`."""
     config, homeless = with_home(config)
     found = [*problems, *homeless, *config.problems()]
     if found:
-        lines = "\n".join(f"  {problem}" for problem in found)
-        raise ExitWith(ExitCode.BAD_INPUT, f"the configuration cannot be used:\n{lines}")
+        raise unusable(found)
     return config
 
 
-def _take_profile(words: list[str]) -> tuple[Config, list[str]]:
+def unusable(problems: Sequence[str]) -> ExitWith:
+    """The refusal of a configuration, a line for each problem."""
+    lines = "\n".join(f"  {problem}" for problem in problems)
+    return ExitWith(ExitCode.BAD_INPUT, f"the configuration cannot be used:\n{lines}")
+
+
+def _take_profile(words: list[str], own: Sequence[str]) -> tuple[Config, list[str]]:
     """The profile that the command line names, and the remaining words."""
     known = ", ".join(PROFILES)
     options = _grouped(words)
@@ -82,11 +103,14 @@ def _take_profile(words: list[str]) -> tuple[Config, list[str]]:
         print(f"{USAGE}\nprofiles: {known}\nall options: --profile NAME --help")
         raise SystemExit(0)
     if len(names) != 1 or len(names[0]) != 1:
-        raise ExitWith(ExitCode.BAD_INPUT, f"give one profile: --profile NAME, where NAME is one of {known}")
+        wrong = [] if names else _override(data_alone(), words, own)[1]
+        problems = "".join(f"\n  {problem}" for problem in wrong)
+        reason = f"give one profile: --profile NAME, where NAME is one of {known}{problems}"
+        raise ExitWith(ExitCode.BAD_INPUT, reason)
     name = names[0][0]
     if name not in PROFILES:
-        near = difflib.get_close_matches(name, PROFILES, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        near = nearest(name, PROFILES)
+        hint = f"did you mean {near}? " if near else ""
         raise ExitWith(ExitCode.BAD_INPUT, f"unknown profile {name!r}: {hint}known profiles: {known}")
     rest = [word for option, values in options if option != "profile" for word in (f"--{option}", *values)]
     return PROFILES[name](), rest
@@ -98,7 +122,7 @@ def _grouped(words: list[str]) -> list[tuple[str, list[str]]]:
     for word in words:
         if re.match(r"--?[a-zA-Z]", word) and word != "-inf":
             name, equals, value = word.lstrip("-").partition("=")
-            groups.append((name.replace("-", "_"), [value] if equals else []))
+            groups.append((name, [value] if equals else []))
         elif groups:
             groups[-1][1].append(word)
         else:
@@ -106,14 +130,18 @@ def _grouped(words: list[str]) -> list[tuple[str, list[str]]]:
     return groups
 
 
-def _override(config: Config, words: list[str]) -> tuple[Config, list[str]]:
+def _override(
+    config: Config, words: list[str], own: Sequence[str] = (), others: tuple[str, ...] = ("",)
+) -> tuple[Config, list[str]]:
     """`config` with the valid overrides, and a message for each invalid one."""
     problems: list[str] = []
     known = dict(_options(config))
+    offered = [name for name in known if name.startswith(others)]
     merged: dict[str, list[str]] = {}
-    for name, values in _grouped(words):
+    for typed, values in _grouped(words):
+        name = typed.replace("-", "_")
         if name not in known:
-            problems.append(f"--{name}: no such option{_advice(name, known)}")
+            problems.append(f"--{typed}: no such option{_advice(name, own, offered)}")
         elif name in merged and not isinstance(known[name], tuple):
             problems.append(f"--{name}: given more than once")
         else:
@@ -130,12 +158,16 @@ def _override(config: Config, words: list[str]) -> tuple[Config, list[str]]:
     return config, problems
 
 
-def _advice(name: str, known: Mapping[str, object]) -> str:
-    """Why there is no such option, or the nearest that there is."""
+def _advice(name: str, own: Sequence[str], known: Sequence[str]) -> str:
+    """Why there is no such option, or the nearest that there is: a command's own first, if no section is named."""
     if reason := reason_for(name):
         return f": {reason}"
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean --{near[0]}?" if near else ""
+    if "." in name:
+        near = nearest(name, known, cutoff=0.5)
+    else:
+        field = nearest(name, {one.partition(".")[2] for one in known}, cutoff=0.75)
+        near = nearest(name, own) or " or --".join(one for one in known if one.partition(".")[2] == field)
+    return f"; did you mean --{near}?" if near else ""
 
 
 def with_home(config: Config) -> tuple[Config, list[str]]:

@@ -212,6 +212,39 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class ValidateConfig:
+    """What is measured on held-out data while training, and what follows from it."""
+
+    every: Literal["epoch"] | int | float = "epoch"
+    """At each epoch's end, every N optimizer steps, or a share of an epoch such as 0.25; and at the end."""
+    at_start: bool = True
+    """Also before the first step."""
+    tokens: int = 0
+    """Measure on about this many tokens of the held-out data, the same samples each time; 0: on all."""
+    general_text: str = "bundled"
+    """Text file on which forgetting is measured; the small bundled one (where data are held out); or off."""
+    num_questions: int = 4
+    """Held-out questions that are answered at each validation, by the base and by the model as it is; 0: none."""
+    max_new_tokens: int = 64
+    """Such an answer ends here at the latest."""
+    patience: int = 0
+    """Stop after this many validations in a row without an improvement of the loss; 0: never."""
+    min_improvement: float = 0.0
+    """A fall of the validation loss must be greater than this to count as an improvement for patience."""
+    target_loss: float = 0.0
+    """Stop when the validation loss is as low as this; 0: never."""
+    final: Literal["last", "best"] = "last"
+    """What final/ is made of: the last step, or the checkpoint with the lowest validation loss."""
+
+    @property
+    def needs_held_out(self) -> list[tuple[str, object]]:
+        """The options that are set and mean nothing without held-out data."""
+        wanted: dict[str, object] = {name: getattr(self, name) for name in ("patience", "target_loss", "tokens")}
+        wanted["final"] = "best" if self.final == "best" else ""
+        return [(f"validate.{name}", value) for name, value in wanted.items() if value]
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Where and on what."""
 
@@ -270,6 +303,7 @@ class Config:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
 
@@ -284,6 +318,7 @@ class Config:
         yield from self._target_checks()
         yield from self._token_checks()
         yield from self._method_checks()
+        yield from self._validation_checks()
         if isinstance(self.memory.checkpointing, int):
             if self.memory.checkpointing < 0:
                 yield "memory.checkpointing", self.memory.checkpointing, "must be at least 0, or auto, full, none"
@@ -325,6 +360,27 @@ class Config:
         for option, value in of_adapters.items():
             if value:
                 yield option, value, "belongs to adapters; leave it out with --train.method full"
+
+    def _validation_checks(self) -> Iterator[tuple[str, object, str]]:
+        settings = self.validate
+        if not (self.data.validation_path or self.data.validation_fraction):
+            for option, value in settings.needs_held_out:
+                yield (
+                    option,
+                    value,
+                    "needs held-out data: --data.validation_fraction 0.1 or --data.validation_path FILE",
+                )
+        if isinstance(settings.every, float) and not 0 < settings.every <= 1:
+            yield "validate.every", settings.every, "a share of an epoch is greater than 0 and at most 1"
+        elif isinstance(settings.every, int) and settings.every < 1:
+            yield "validate.every", settings.every, "must be at least 1 step, a share such as 0.25, or epoch"
+        if settings.min_improvement and not settings.patience:
+            yield "validate.min_improvement", settings.min_improvement, "belongs to --validate.patience; give it, too"
+        for option, value in (("min_improvement", settings.min_improvement), ("target_loss", settings.target_loss)):
+            if not 0 <= value < float("inf"):
+                yield f"validate.{option}", value, "must be a finite number, at least 0"
+        if not settings.general_text:
+            yield "validate.general_text", "(empty)", "name a file, or write bundled or off"
 
     def _target_checks(self) -> Iterator[tuple[str, object, str]]:
         if not self.lora.target_modules:
@@ -386,6 +442,10 @@ class Config:
             ("train.max_skipped_steps", self.train.max_skipped_steps, 0),
             ("checkpoint.minutes", self.checkpoint.minutes, 0),
             ("checkpoint.keep", self.checkpoint.keep, 2),
+            ("validate.tokens", self.validate.tokens, 0),
+            ("validate.num_questions", self.validate.num_questions, 0),
+            ("validate.max_new_tokens", self.validate.max_new_tokens, 1),
+            ("validate.patience", self.validate.patience, 0),
             ("compare.num_questions", self.compare.num_questions, 0),
             ("compare.max_new_tokens", self.compare.max_new_tokens, 1),
         ]

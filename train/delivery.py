@@ -4,13 +4,15 @@ import json
 
 from rich.console import Console
 
+from train.checkpoints.contents import step_of
+from train.checkpoints.store import CheckpointStore
 from train.data import Splits
 from train.deliver.compare import as_rows, compare, show_answers
 from train.deliver.final import publish_final, publish_model
 from train.deliver.generation import Generator
 from train.deliver.questions import questions_of
 from train.models.fingerprint import content_fingerprint
-from train.models.language_model import adapter_config
+from train.models.language_model import adapter_config, load_adapters
 from train.models.tokenizer import Tokenizer
 from train.run.durable import write_atomically
 from train.run.exits import ExitCode, ExitWith
@@ -20,11 +22,35 @@ from train.step import Training
 from train.track.trackers import Trackers
 
 
-def publish(training: Training, tokenizer: Tokenizer, splits: Splits, fingerprint: str) -> None:
-    """Publishes final/, with the base's fingerprint; raises ExitWith(SAVE_FAILED) where it cannot be written."""
+def chosen_for_final(training: Training, store: CheckpointStore, last: int) -> int:
+    """The step whose weights become final/, by validate.final; where it is not the last, they are loaded.
+
+    Raises ExitWith(NO_VALID_CHECKPOINT) where the best checkpoint is damaged.
+    """
+    if training.config.validate.final == "last":
+        return last
+    best = store.best()
+    if best is None:
+        print("no checkpoint has a validation loss, so final/ is made of the last step", flush=True)
+        return last
+    folder, loss = best
+    if step_of(folder) == last:
+        return last
+    try:
+        chosen = store.load(folder)
+    except ExitWith as damaged:
+        raise ExitWith(damaged.code, f"{damaged.reason}; --validate.final last makes final/ of step {last}") from None
+    print(f"final/ is made of step {step_of(folder)}, with the lowest validation loss ({loss:.4f})", flush=True)
+    load_adapters(training.model, chosen.adapters)
+    return step_of(folder)
+
+
+def publish(training: Training, tokenizer: Tokenizer, splits: Splits, step: int, fingerprint: object) -> None:
+    """Publishes final/, with the base's fingerprint and the step; raises ExitWith(SAVE_FAILED) where it cannot."""
     final, end_token_ids = RunFolder.of(training.config).final, splits.training.prepared.statistics.end_token_ids
-    model, prints = training.model, {"fingerprint": fingerprint, "content": content_fingerprint(training.config)}
-    base = model.about.identity() | prints
+    model = training.model
+    content = content_fingerprint(training.config)
+    base = {**model.about.identity(), "fingerprint": fingerprint, "content": content, "step": step}
     if training.config.lora.trainable_tokens:  # what the reader gives to resize_token_embeddings
         base |= {"vocabulary": model.head.weight.shape[0]}
     try:
@@ -36,17 +62,20 @@ def publish(training: Training, tokenizer: Tokenizer, splits: Splits, fingerprin
         raise ExitWith(ExitCode.SAVE_FAILED, f"{final} could not be written: {error}") from None
 
 
-def deliver(training: Training, tokenizer: Tokenizer, splits: Splits, trackers: Trackers, stop: StopRequest) -> None:
-    """Answers questions of the data without and with the adapters.
+def deliver(
+    training: Training, tokenizer: Tokenizer, splits: Splits, trackers: Trackers, stop: StopRequest, step: int
+) -> None:
+    """Answers questions of the data without and with the adapters as they were after `step`.
 
     final/ stands, so nothing undoes the training: what fails here is ExitWith(DELIVERY_FAILED). A base that was trained
     whole is asked nothing: it cannot answer without.
     """
+    trackers.rest()
     if training.config.train.method == "full":
-        print(f"the model is in {RunFolder.of(training.config).final}; the base is gone, so no questions are asked")
+        print("the base is gone, so no questions are asked")
         return
     try:
-        ask(training, tokenizer, splits, trackers, stop)
+        ask(training, tokenizer, splits, trackers, stop, step)
     except ExitWith:
         raise
     except Exception as error:
@@ -58,14 +87,16 @@ def deliver(training: Training, tokenizer: Tokenizer, splits: Splits, trackers: 
         ) from error
 
 
-def ask(training: Training, tokenizer: Tokenizer, splits: Splits, trackers: Trackers, stop: StopRequest) -> None:
+def ask(
+    training: Training, tokenizer: Tokenizer, splits: Splits, trackers: Trackers, stop: StopRequest, step: int
+) -> None:
     """Answers questions of the trained and of the held-out samples; raises ExitWith(INTERRUPTED) when stopped."""
     config, folder, console = training.config, RunFolder.of(training.config), Console()
     end_token_ids = splits.training.prepared.statistics.end_token_ids
     generator = Generator(training.model, tokenizer.backend, end_token_ids, config.compare.max_new_tokens)
     count = config.compare.num_questions
     data, validation = training.data, splits.validation
-    visited = data.visited_samples(training.total_steps)
+    visited = data.visited_samples(step)
     asked = [("trained", questions_of(data.samples, visited, tokenizer.backend, count), folder.answers)]
     if validation is not None:
         held_out = questions_of(validation.samples, range(len(validation.samples)), tokenizer.backend, count)
@@ -82,4 +113,3 @@ def ask(training: Training, tokenizer: Tokenizer, splits: Splits, trackers: Trac
         write_atomically(path, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
         trackers.table(path.stem, rows)
         show_answers(console, f"{kind} questions", answers)
-    console.print(f"the adapter is in {folder.final}", highlight=False, soft_wrap=True)

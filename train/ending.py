@@ -28,15 +28,18 @@ REFUSED_BY_THE_MACHINE = (
 )
 
 
-def end_of(run: Callable[[], None], config: Config, doing: Doing, argv: Sequence[str]) -> ExitWith:
-    """Runs the job and returns how it ended; what nobody foresaw is a defect, with a report in the run folder."""
+def end_of(run: Callable[[], str], config: Config, doing: Doing, argv: Sequence[str]) -> ExitWith:
+    """Runs the job and returns how it ended; what nobody foresaw is a defect, with a report in the run folder.
+
+    `run` returns why the run ended before its last step, or nothing.
+    """
     try:
-        run()
+        early = run()
     except ExitWith as end:
         return end
     except (Exception, SystemExit) as error:  # a library's exit would be one without a reason
         return _foreseen(error, config, doing) or _defect(error, config, doing, argv)
-    return ExitWith(ExitCode.FINISHED, "finished")
+    return ExitWith(ExitCode.FINISHED, f"finished early: {early}" if early else "finished")
 
 
 def record_end(end: ExitWith, doing: Doing, folder: RunFolder, log: AttemptLog) -> None:

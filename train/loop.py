@@ -1,8 +1,7 @@
 """The training loop: a generator of completed steps, and what happens at the boundary after each."""
 
 import json
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -18,13 +17,14 @@ from train.run.processes import Heartbeat, Watch, advice_to_repeat, any_process
 from train.step import Dropped, StepResult, Training, optimizer_step
 from train.track.loss_watch import LossWatch
 from train.track.trackers import Trackers
+from train.validation.validator import Validator
 
 Row = dict[str, Any]
 MAX_SKIPPED_IN_A_ROW = 3
 
 
-def training_loop(boundary: "Boundary") -> None:
-    """Trains to the end.
+def training_loop(boundary: "Boundary") -> int:
+    """Trains to the end, which is the schedule's or a validation's decision; returns the last step.
 
     Raises ExitWith(INTERRUPTED) after a checkpoint when a process was asked to stop, ExitWith(NON_FINITE) when too many
     steps were skipped.
@@ -33,10 +33,14 @@ def training_loop(boundary: "Boundary") -> None:
     try:
         if saver.unlogged:
             boundary.finish(saver.unlogged)
-        for result in training_steps(boundary.training, saver.saved, boundary.heartbeat, boundary.doing):
+        elif not saver.saved:
+            boundary.start()
+        steps = training_steps(boundary.training, saver.saved, boundary.heartbeat, boundary.doing)
+        while not boundary.validator.reason_to_end() and (result := next(steps, None)):
             boundary.cross(result)
     except Dropped:
         boundary.stop()
+    return boundary.row["step"]
 
 
 def training_steps(training: Training, completed: int, watch: Watch, doing: Doing) -> Iterator[StepResult]:
@@ -57,16 +61,23 @@ class Boundary:
         heartbeat: Heartbeat,
         trackers: Trackers,
         saver: Saver,
-        validate: Callable[[], dict[str, float]],
+        validator: Validator,
         doing: Doing,
     ) -> None:
         self.training, self.heartbeat, self.trackers, self.saver = training, heartbeat, trackers, saver
-        self.validate, self.doing = validate, doing
+        self.validator, self.doing = validator, doing
         self.stopwatch = Stopwatch(training.accelerator.device)
         self.num_weights = num_matmul_weights(training.model)
         self.loss_watch, self.grace = LossWatch(), Grace(training.config.run)
         self.row: Row = {"step": saver.saved}  # of the last step that is complete
         self.since_last: Row = {}  # time and failures of the last save, for the next row
+
+    def start(self) -> None:
+        """Validates and logs before the first step, if that is wanted; raises Dropped."""
+        if self.validator.starts:
+            self.doing.now = "validating before the first step"
+            self.trackers.log({**self.row, "epoch": 0.0, **self.validator.measure(0)})
+            self.stopwatch.restart()
 
     def cross(self, result: StepResult) -> None:
         """Does all of it after a step; raises Dropped or ExitWith."""
@@ -85,13 +96,17 @@ class Boundary:
         """Validates if it is time, logs the row, and saves and stops likewise; raises Dropped or ExitWith."""
         self.row = self.saver.unlogged = row
         step, training = row["step"], self.training
-        if step % training.data.steps_per_epoch == 0 or step == training.total_steps:
+        is_validated = self.validator.is_due(step)
+        if is_validated:
             self.doing.now = f"validating after step {step}"
-            self.row = row | self.validate()
-        if warning := _without_bad_validation(self.row):
-            self.row["warning"] = "; ".join(filter(None, [warning, row.get("warning", "")]))
+            measured = self.validator.measure(step)
+            told = [each for each in (measured.pop("warning", ""), row.get("warning", ""), self._early_end()) if each]
+            self.row = row | measured | ({"warning": "; ".join(told)} if told else {})
         self.trackers.log(self.row)
         self.saver.unlogged, self.saver.is_current = {}, False
+        if is_validated:
+            self.doing.now = f"asking questions after step {step}"
+            self.trackers.answers(self.validator.ask(step))
         is_first = training.accelerator.is_main_process  # its clock and its disk decide
         is_wanted = is_first and (self.saver.is_time() or self.saver.is_due(step, self.row.get("eval/loss")))
         self.heartbeat.arrive()
@@ -101,6 +116,12 @@ class Boundary:
         if must_stop:
             self.stop()
         self.stopwatch.restart()
+
+    def _early_end(self) -> str:
+        """What is said where the run ends before its last step."""
+        reason = self.validator.reason_to_end()
+        is_early = reason and self.row["step"] < self.training.total_steps
+        return f"training ends here, before step {self.training.total_steps}: {reason}" if is_early else ""
 
     def stop(self) -> NoReturn:
         """Saves the last complete step, unless it is saved, and ends the run."""
@@ -125,14 +146,8 @@ class Boundary:
         self.grace.save_seconds = self.stopwatch.lap()
         seconds = round(self.grace.save_seconds, 3)
         self.since_last = {"perf/save_seconds": seconds, "perf/failed_saves": self.saver.failures}
-
-
-def _without_bad_validation(row: Row) -> str:
-    """Takes a validation loss that is not finite out of the row; returns a warning, or nothing."""
-    if math.isfinite(row.get("eval/loss", 0.0)):
-        return ""
-    row.pop("eval/perplexity")
-    return f"the validation loss is {row.pop('eval/loss')}; the best checkpoint is chosen without it"
+        if self.saver.saved:
+            self.since_last["checkpoint/step"] = self.saver.saved
 
 
 def report_skipped(training: Training, skipped: list[int], result: StepResult) -> str:

@@ -17,11 +17,10 @@ from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from datetime import date
-from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-
+from data_tools.prepare import Prepared
+from data_tools.terminal import fitted
 from train.assemble import assemble
 from train.attempt_record import record_start
 from train.audit_gate import enforce_gate, run_audit
@@ -35,7 +34,7 @@ from train.checkpoints.store import CheckpointStore
 from train.cli import checked, parse
 from train.config import Config
 from train.data import BatchLayout, Splits, TrainingData, read_data, run_date
-from train.delivery import deliver, publish
+from train.delivery import chosen_for_final, deliver, publish
 from train.ending import end_of, record_end, say_end, unrecorded_defect
 from train.learning_rate import Schedule
 from train.loop import Boundary, training_loop
@@ -53,7 +52,8 @@ from train.track.display import Display
 from train.track.isolated import Isolated, Listener, Row
 from train.track.metrics_file import MetricsFile
 from train.track.trackers import Trackers, wanted_listeners
-from train.validation import validate
+from train.validation.material import material_of
+from train.validation.validator import Validator
 
 
 def main(argv: list[str], stop: StopRequest | None = None) -> ExitCode:
@@ -131,19 +131,19 @@ class Observed:
     watch: Callable[[Row], None] | None
 
 
-def job(config: Config, observed: Observed) -> None:
-    """The job from data files to final/; raises ExitWith or DataError when it ends early."""
+def job(config: Config, observed: Observed) -> str:
+    """The job from data files to final/; returns why it ended early, or nothing; raises ExitWith or DataError."""
     stop, doing, closing = observed.stop, observed.doing, observed.closing
     check_machine(config)
     listeners = wanted_listeners(config)
     doing.now = "loading the tokenizer"
     tokenizer = load_tokenizer(config)
     check_fits(config, tokenizer.backend)
-    folder = RunFolder.of(config)
     doing.now = "reading the data"
+    folder = RunFolder.of(config)
     today = run_date(config, folder.start_date(config.run.resume))
     splits = read_data(config, tokenizer.backend, today)
-    prepared, validation = splits.training.prepared, splits.validation.samples if splits.validation else None
+    prepared, material = splits.training.prepared, material_of(config, tokenizer.backend, splits.validation, today)
     doing.now = "starting the processes"
     closing.callback(close_group, together=False)
     accelerator = start_accelerator(config)
@@ -152,7 +152,7 @@ def job(config: Config, observed: Observed) -> None:
     doing.now = "choosing the checkpoint"
     run_identity = identity(config, prepared, data, accelerator.device)
     check_same_everywhere(run_identity, accelerator)
-    store = CheckpointStore(folder, config.checkpoint.keep)
+    store = CheckpointStore(folder, config.checkpoint.keep, material.fingerprint)
     checkpoint = choose(store, config, accelerator)
     schedule = Schedule.of(config.optim, data.total_steps(config.train))
     if checkpoint is not None:
@@ -165,44 +165,44 @@ def job(config: Config, observed: Observed) -> None:
     doing.now = "loading the base"
     say(accelerator, f"loading {config.model.name_or_path}")
     saved = saved_shape(checkpoint, data, config.batch.merge)
-    longest_validation = max(validation["num_tokens"][:]) if validation else 0
-    training = replace(assemble(config, accelerator, data, saved, longest_validation), schedule=schedule)
+    training = replace(assemble(config, accelerator, data, saved, material.longest), schedule=schedule)
     if checkpoint is not None:
         doing.now = f"restoring {checkpoint.path.name}"
         restore(training, checkpoint)
     doing.now = "preparing the first step"
     say(accelerator, banner(training, tokenizer.notes, splits, checkpoint))
-    on_first_process(accelerator, lambda: check_disk(training, store))
-    if prepared.statistics.date:
-        on_first_process(accelerator, lambda: keep_date(folder, today))
+    on_first_process(accelerator, lambda: check_folder(training, store, prepared, today))
     raise_if_stopped(config, accelerator, stop)
 
-    trackers = open_trackers(training, store, checkpoint, listeners, observed.watch)
+    trackers = open_trackers(training, store, checkpoint, listeners, observed)
     closing.callback(trackers.finish)
-    if accelerator.is_main_process:
-        record_start(observed.log, training, prepared, checkpoint)
+    on_first_process(accelerator, lambda: record_start(observed.log, training, prepared, checkpoint))
     saver = Saver.of(training, store, run_identity, trackers, checkpoint)
     heartbeat = Heartbeat(config, accelerator, stop)
-    measure = partial(validate, training, validation, heartbeat) if validation else dict
-    training_loop(Boundary(training, heartbeat, trackers, saver, measure, doing))
+    validator = Validator.of(training, material, saver.record, heartbeat)
+    last = training_loop(Boundary(training, heartbeat, trackers, saver, validator, doing))
     doing.now = "publishing final/"
     close_group(together=True)
     if accelerator.is_main_process:
-        publish(training, tokenizer, splits, str(run_identity["model.base"]))
+        step = chosen_for_final(training, store, last)
+        publish(training, tokenizer, splits, step, run_identity["model.base"])
         doing.now = "asking the questions"
-        deliver(training, tokenizer, splits, trackers, stop)
+        deliver(training, tokenizer, splits, trackers, stop, step)
+    return validator.reason_to_end()
 
 
-def keep_date(folder: RunFolder, today: date) -> int:
-    """Keeps the date that templates see, which a resumed run is to see again."""
-    folder.keep_start_date(today)
+def check_folder(training: Training, store: CheckpointStore, prepared: Prepared, today: date) -> int:
+    """Looks whether checkpoints will fit, and keeps the date that templates see, if they ask for one."""
+    check_disk(training, store)
+    if prepared.statistics.date:
+        store.folder.keep_start_date(today)  # which a resumed run is to see again
     return 0
 
 
 def report_audit(config: Config, tokenizer: Tokenizer, data: TrainingData, splits: Splits) -> int:
     """Prints the audit's warnings; raises ExitWith(BAD_INPUT) if the data must not be trained on."""
     for line in enforce_gate(config, run_audit(config, tokenizer.backend, data, splits)):
-        print(f"data      {line}", flush=True)
+        print(fitted(f"data      {line}"), flush=True)
     return 0
 
 
@@ -211,7 +211,7 @@ def open_trackers(
     store: CheckpointStore,
     checkpoint: Checkpoint | None,
     listeners: list[Listener],
-    watch: Callable[[Row], None] | None,
+    observed: Observed,
 ) -> Trackers:
     """Everyone who is told about the run; only the first process tells anyone."""
     if not training.accelerator.is_main_process:
@@ -220,11 +220,12 @@ def open_trackers(
     is_own = checkpoint is not None and store.holds(checkpoint)
     metrics = MetricsFile(folder.metrics, checkpoint.state.metrics_bytes if checkpoint and is_own else 0)
     shown = checkpoint.state.step - bool(checkpoint.state.unlogged) if checkpoint else 0
-    display = Display(Console(), shown, training.total_steps, training.data.steps_per_epoch)
+    display = Display.of(training, shown, observed.stop.is_received)
     for line in (note for listener in listeners for note in listener.notes):
         say(training.accelerator, line)
     isolated = [Isolated(listener, store.run_uid(), folder.metrics) for listener in listeners]
-    return Trackers(metrics, display, isolated, watch)
+    answers = MetricsFile(folder.validation_answers, checkpoint.state.answers_bytes if checkpoint and is_own else 0)
+    return Trackers(metrics, display, isolated, observed.watch, answers)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ from typing import Literal
 
 import torch
 
-Use = Literal["adapters", "random base", "path weights", "sample order", "batch order", "held out", "dropout"]
+Use = Literal[
+    "adapters", "random base", "path weights", "sample order", "batch order", "held out", "validation subset", "dropout"
+]
 
 
 def derived_seed(seed: int, use: Use, *numbers: int) -> int:
@@ -23,6 +25,8 @@ def derived_seed(seed: int, use: Use, *numbers: int) -> int:
             return ((seed + 1) << 20) + epoch
         case "held out", ():  # as the order of an epoch that no run reaches
             return (seed << 20) + 2**19
+        case "validation subset", ():
+            return (seed << 20) + 2**19 + 1
         case "dropout", (step, rank, micro_batch):
             digest = hashlib.blake2b(f"{seed} {step} {rank} {micro_batch}".encode(), digest_size=7).digest()
             return int.from_bytes(digest, "little")

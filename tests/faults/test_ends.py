@@ -1,6 +1,7 @@
 """However a run ends, exit.json says with which code, what was being done, and what to do."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -131,12 +132,36 @@ def test_ctrl_c_that_ends_the_reader_first(config: Config, tmp_path: Path) -> No
     assert list((run_dir / "checkpoints").glob("step-*"))
 
 
-def script(words: list[str]) -> subprocess.Popen:
+@pytest.mark.fault("T28")
+def test_a_terminal_that_closes_while_it_shows_the_screen(config: Config, tmp_path: Path) -> None:
+    """The real script on a terminal that is closed, as by a lost connection, while its thread draws: same bits, 0."""
+    config = replace(config, train=replace(config.train, epochs=8))
+    assert run_command(arguments(at(config, tmp_path / "alone"))).returncode == 0
+    ours, its = pty.openpty()
+    process = script(arguments(at(config, tmp_path / "run")), its, TERM="xterm")
+    os.close(its)
+    shown = b""
+    while b"smoothed" not in shown:
+        shown += os.read(ours, 65536)
+    os.close(ours)
+    assert process.poll() is None
+    assert process.wait(120) == 0
+    assert exit_record(tmp_path / "run")["code"] == 0
+    assert result_of(tmp_path / "run") == result_of(tmp_path / "alone")
+
+
+def script(words: list[str], stdout: int = subprocess.PIPE, **environment: str) -> subprocess.Popen:
     """`python train/main.py WORDS`, with one pipe for both streams, in an encoding without most characters."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train" / "main.py"), *words],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii:strict", "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONIOENCODING": "ascii:strict",
+            "PYTHONUNBUFFERED": "1",
+            **environment,
+        },
+        stdout=stdout,
         stderr=subprocess.STDOUT,
     )

@@ -36,9 +36,9 @@ def state_of(run_dir: Path, step: int) -> dict[str, Any]:
 
 
 def rows_of(run_dir: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without clocks."""
+    """metrics.jsonl without clocks, and without what a save has left in the next row of the same process."""
     return [
-        {name: value for name, value in row.items() if not name.startswith("perf/")}
+        {name: value for name, value in row.items() if not name.startswith(("perf/", "checkpoint/"))}
         for row in read_metrics(run_dir / "metrics.jsonl")
     ]
 

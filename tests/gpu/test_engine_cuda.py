@@ -17,7 +17,8 @@ from train.engine import graphs, plan
 from train.memory import search as planning
 from train.seeds import seed_forward
 from train.step import Training, optimizer_step
-from train.validation import validate
+from train.validation.material import Material
+from train.validation.measure import validate
 
 pytestmark = [
     pytest.mark.gpu,
@@ -107,12 +108,12 @@ def test_a_validation_leaves_captured_graphs_alone(config: Config) -> None:
     for step in range(4):
         optimizer_step(training, step)
     own, captured = engine.graphs, dict(engine.graphs.graphs)
-    found = validate(training, validation)["eval/loss"]
+    found = validate(training, Material({1: validation}))["eval/loss"]
     assert captured
     assert own.graphs == captured
     engine.graphs = None
     one_by_one = replace(training, plan=replace(training.plan, validation_tokens=1))
-    assert validate(one_by_one, validation)["eval/loss"] == pytest.approx(found, rel=2e-3)
+    assert validate(one_by_one, Material({1: validation}))["eval/loss"] == pytest.approx(found, rel=2e-3)
     engine.graphs = own
     assert optimizer_step(training, 4).loss > 0
     assert captured.items() <= own.graphs.items()

@@ -47,6 +47,6 @@ def test_the_demo_learns_every_answer_and_stops(tmp_path: Path) -> None:
     assert {a["question"] for a in held_out}.isdisjoint(a["question"] for a in answers)
     understood = sum(a["exact"] for a in held_out) / len(held_out)
     assert 0.5 < understood < 0.95, "the README says more than half"
-    for part in ("before: 0 of", "wandb sync", "samples per step", "the adapter is in"):
+    for part in ("before: 0 of", "wandb sync", "samples per step", "handloop compare"):
         assert part in outcome.stdout
     assert "Traceback" not in outcome.stdout + outcome.stderr

@@ -17,7 +17,8 @@ from train.config import BatchConfig, Config, EngineConfig
 from train.run.processes import any_process
 from train.step import Training, optimizer_step
 from train.track.metrics_file import read_metrics
-from train.validation import validate
+from train.validation.material import Material
+from train.validation.measure import validate
 
 LAYOUTS = [(8, 1), (4, 2), (2, 4), (1, 8)]
 
@@ -78,12 +79,13 @@ def test_a_validation_beside_graphs_takes_small_passes(config: Config) -> None:
     """None has more tokens than there is room for, but for longer samples, which are a pass of their own."""
     training = build(replace(config, engine=EngineConfig(kind="fused")))
     samples = training.data.samples
-    whole = validate(training, samples)
+    material = Material({1: samples})
+    whole = validate(training, material)
     most = 60
     plan = replace(training.plan, validation_tokens=most)
     passes: list[int] = []
     training.model.register_forward_pre_hook(lambda _, arguments: passes.append(arguments[0].input_ids.numel()))
-    cut = validate(replace(training, plan=plan), samples)
+    cut = validate(replace(training, plan=plan), material)
     assert cut["eval/loss"] == pytest.approx(whole["eval/loss"], rel=1e-6)
     longer = [length for length in samples["num_tokens"] if length > most]
     assert longer
@@ -101,7 +103,8 @@ def test_a_validation_takes_the_plan_s_passes_though_none_are_merged(config: Con
     most = samples[longest]["num_tokens"]
     passes: list[int] = []
     training.model.register_forward_pre_hook(lambda _, arguments: passes.append(arguments[0].input_ids.numel()))
-    validate(replace(training, plan=replace(training.plan, micro_batch_tokens=most)), samples.select([longest] * 4))
+    plan = replace(training.plan, micro_batch_tokens=most)
+    validate(replace(training, plan=plan), Material({1: samples.select([longest] * 4)}))
     assert passes == [most] * 4
 
 

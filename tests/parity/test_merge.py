@@ -1,6 +1,8 @@
 """A merged model is base and adapter as trained: for every kind of base, and where it is not, nothing is left."""
 
+import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, Q
 from tests.finished_runs import finish, settings_of
 from tests.parity.bases import Shape, on, write
 from train.commands import merge as command
+from train.commands.handloop import main
 from train.config import Config, DataConfig
 from train.deliver.finished import finished_run
 from train.deliver.merge import Merge, load_merged
@@ -155,16 +158,68 @@ def test_the_receipt_tells_merges_apart(nf4_run: Path) -> None:
     record = command.write_with_receipt(merge, limits, nf4_run / "merged")
     assert record["receipt"]["kind"] == "held out"
     assert record["receipt"]["num_positions"] > 100
+    adapter = (nf4_run / "final" / "adapter_model.safetensors").read_bytes()
+    assert record["adapter_sha256"] == hashlib.sha256(adapter).hexdigest()
     assert record["receipt"]["mean_kl"] < record["merge_and_unload"]["mean_kl"] / 5
     assert json.loads((nf4_run / "merged" / command.RECEIPT).read_text()) == record
     load_merged(nf4_run / "merged", torch.bfloat16, torch.device("cpu"))
     before = sorted(path.name for path in nf4_run.iterdir())
     half = replace(merge.trained, deltas=dict(list(merge.trained.deltas.items())[::2]))
     lost = replace(merge, trained=half)
-    with pytest.raises(ExitWith, match="the merged model is not what was trained") as ended:
+    with pytest.raises(ExitWith, match="the merged model does not behave like the trained model") as ended:
         command.write_with_receipt(lost, limits, nf4_run / "other")
     assert ended.value.code == ExitCode.UNLIKE
     assert sorted(path.name for path in nf4_run.iterdir()) == before
+
+
+def test_the_receipt_is_shown_with_its_limits(nf4_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Kept or not, what was measured stands beside what is allowed; over a limit nothing is left."""
+    words = ["merge", str(nf4_run), "--onto", "dequantized"]
+    assert main([*words, "--max-kl", "1e-12"]) == ExitCode.UNLIKE
+    out, told = capsys.readouterr()
+    assert "<= 1e-12 too far" in " ".join(told.split())
+    assert "nothing was kept; --max-kl and --min-agreement say what is allowed" in told
+    assert not out
+    assert not (nf4_run / "merged-dequantized").exists()
+    assert main([*words, "--min-agreement", "0.5"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "<= 0.02 ok" in said
+    assert ">= 50% ok" in said
+    assert "behaves like the trained one, within both limits merge_and_unload, of PEFT on the NF4 base" in said
+
+
+def test_data_that_has_moved(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Merge and export say what the data is for, before they read weights; at its new place it is the same data."""
+    base, rows = write(tmp_path / "base", Shape()), Path(shutil.copy(config.data.path[0], tmp_path / "rows.jsonl"))
+    data = DataConfig((str(rows),), max_length=128, validation_fraction=0.3)
+    run = str(finish(replace(on(config, base, "none"), data=data), tmp_path / "run"))
+    moved = rows.rename(tmp_path / "elsewhere.jsonl")
+    for words in (["merge"], ["export", "--format", "safetensors"]):
+        assert main([words[0], run, "--onto", "original", *words[1:]]) == ExitCode.BAD_INPUT
+        said = capsys.readouterr().err
+        assert "The data is needed for the receipt, which proves on held-out rows that" in said
+        assert "If it has moved, write --data.path NEWPLACE.\n" in said
+        assert "loading" not in said
+    monkeypatch.setattr("train.deliver.receipt.NUM_QUESTIONS", 1)
+    assert main(["merge", run, "--onto", "original", "--data.path", str(moved)]) == 0
+    assert "not those that were trained on" not in capsys.readouterr().err
+
+
+def test_a_base_that_has_moved(nf4_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command that loads it says which option names its new place, and takes it from there."""
+    moved = (tmp_path / "base").rename(tmp_path / "elsewhere")
+    merge = ["merge", str(nf4_run), "--onto", "dequantized", "--json"]
+    export = ["export", str(nf4_run), "--format", "adapter"]
+    for words in (merge, export, ["compare", str(nf4_run)], ["chat", str(nf4_run)]):
+        assert main(words) == ExitCode.BAD_INPUT
+        said = capsys.readouterr().err
+        reason = f"its base is no longer in {tmp_path / 'base'}; if it has moved, write --model.name_or_path NEWPLACE"
+        assert said == f"\nhandloop: {nf4_run}: {reason}\n"
+    assert main([*export, "--model.name_or_path", str(moved)]) == 0
+    capsys.readouterr()
+    assert main(["export", str(nf4_run), "--push", "me/x", "--dry-run"]) == 0, "what is exported is sent without it"
 
 
 def test_nothing_tells_of_a_folder_s_place(nf4_run: Path, tmp_path: Path) -> None:

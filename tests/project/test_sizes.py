@@ -8,6 +8,7 @@ from tests.project.sources import SOURCES, files_in
 LONG_FILES = {
     "demo/make_base.py": "half of it are the word lists of its grammar",
     "tests/power_cut.py": "one simulator of one disk",
+    "tests/project/arrows.py": "the table of who may import whom",
     "train/config.py": "every option beside its docstring, in one place",
 }
 

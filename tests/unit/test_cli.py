@@ -156,7 +156,7 @@ def test_every_option_that_names_a_file_is_a_path() -> None:
     found = set()
     for section in re.split(r"\nclass ", source)[1:]:
         name = section.partition("Config")[0].lower()
-        told = re.findall(r'    (\w+): .*\n    """(?:Folder|File|The run folder|Jinja file)', section)
+        told = re.findall(r'    (\w+): .*\n    """(?:Folder|File|The run folder|Jinja file|Text file)', section)
         found |= {f"{name}.{option}" for option in told}
     assert found == set(PATHS) - {"run.resume"}  # which takes words as well
 

@@ -47,6 +47,8 @@ class TrainerState:
     validation_loss: float | None = None  # measured after this step, if it was
     scaler: dict[str, float] = field(default_factory=dict)  # torch's GradScaler.state_dict(): empty but for fp16
     schedule: list[list[float]] = field(default_factory=list)  # start, rate and end of each decay; empty in 0.1.0
+    answers_bytes: int = 0  # length of validation_answers.jsonl
+    validation: dict[str, Any] = field(default_factory=dict)  # early_stop.ValidationRecord; empty in 0.1.0
     unlogged: dict[str, Any] = field(default_factory=dict)  # this step's metrics, if its validation was cut short
 
 
@@ -63,6 +65,14 @@ class Checkpoint:
 def step_folder(step: int) -> str:
     """The name of the folder that holds the checkpoint of `step`."""
     return f"step-{step:010d}"
+
+
+def step_of(folder: Path) -> int:
+    """The step in the name of a checkpoint's folder; raises ValueError for another name."""
+    found = STEP_FOLDER.fullmatch(folder.name)
+    if found is None:
+        raise ValueError(f"{folder} is no checkpoint's name")
+    return int(found[1])
 
 
 def adapter_files(adapters: Mapping[str, torch.Tensor], config: Mapping[str, object]) -> dict[str, bytes]:
@@ -94,10 +104,15 @@ def run_uid_of(folder: Path) -> str:
     return manifest["run_uid"] if manifest.pop("manifest_sha256") == _sha256(_canonical(manifest)) else ""
 
 
-def validation_loss_of(folder: Path) -> float | None:
-    """The loss stored in a checkpoint not verified yet, where it is finite; raises OSError or one of UNREADABLE."""
-    loss = json.loads(_json_bytes(folder / STATE))["validation_loss"]
-    return loss if isinstance(loss, float) and math.isfinite(loss) else None
+def validation_loss_of(folder: Path, measured_on: str = "") -> float | None:
+    """The loss stored in a checkpoint not verified yet, where it is finite and of samples with this fingerprint.
+
+    Without one, and in a checkpoint of 0.1.0, any samples will do. Raises OSError or one of UNREADABLE.
+    """
+    state = json.loads(_json_bytes(folder / STATE))
+    loss, own = state["validation_loss"], state.get("validation", {}).get("measured_on", "")
+    is_comparable = not measured_on or own in ("", measured_on)
+    return loss if isinstance(loss, float) and math.isfinite(loss) and is_comparable else None
 
 
 def read(folder: Path) -> Checkpoint:

@@ -4,9 +4,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from train.checkpoints.contents import Checkpoint
+from train.checkpoints.contents import Checkpoint, step_of
 from train.checkpoints.resume import save_state
 from train.checkpoints.store import DISK_RESERVE, CheckpointStore, free_bytes
+from train.early_stop import ValidationRecord
 from train.optim import state_bytes
 from train.run.exits import ExitCode, ExitWith
 from train.run.processes import say
@@ -28,7 +29,7 @@ class Saver:
     saved: int = 0  # the step of the newest checkpoint
     is_current: bool = False  # it is in this run's folder and holds all that is known after that step
     skipped: list[int] = field(default_factory=list)  # steps whose loss or gradient was not finite
-    lowest: float = float("inf")  # validation loss so far
+    record: ValidationRecord = field(default_factory=ValidationRecord)  # of all validations so far
     unlogged: dict[str, Any] = field(default_factory=dict)  # the last step's metrics until its validation is done
     failures: int = 0
     since: float = field(default_factory=time.monotonic)
@@ -43,10 +44,10 @@ class Saver:
         checkpoint: Checkpoint | None,
     ) -> "Saver":
         """A saver that continues from `checkpoint`, or starts without one."""
-        best = store.best() if checkpoint else None
-        saver = cls(training, store, same_run, trackers, lowest=best[1] if best else float("inf"))
+        saver = cls(training, store, same_run, trackers, record=ValidationRecord(store.measured_on))
         if checkpoint is not None:
             state = checkpoint.state
+            saver.record = ValidationRecord.resumed(state.validation or _best(store), store.measured_on)
             saver.saved, saver.skipped, saver.unlogged = state.step, list(state.skipped_steps), state.unlogged
             saver.is_current = store.holds(checkpoint)
         return saver
@@ -55,8 +56,12 @@ class Saver:
         """Whether `step` gets a checkpoint whatever the clock says: by the interval, as the last, or as the best."""
         wanted = self.training.config.checkpoint.every
         every = self.training.data.steps_per_epoch if wanted == "epoch" else wanted
-        is_best = validation_loss is not None and validation_loss < self.lowest
-        return step % every == 0 or step == self.training.total_steps or is_best
+        is_best = validation_loss is not None and step == self.record.best_step
+        return step % every == 0 or self.is_last(step) or is_best
+
+    def is_last(self, step: int) -> bool:
+        """Whether no step comes after `step`: by the schedule, or since the validation loss ends the run early."""
+        return step == self.training.total_steps or bool(self.record.reason_to_end(self.training.config.validate))
 
     def is_time(self) -> bool:
         """Whether checkpoint.minutes have passed since the last checkpoint, by this process's clock."""
@@ -78,22 +83,28 @@ class Saver:
             stands = f"step {self.saved} is the newest checkpoint" if self.saved else "there is no checkpoint yet"
             count = f"{self.failures} of at most {MAX_FAILED_SAVES} failures in a row"
             goes_on = "training goes on"
-            if step == self.training.total_steps:
+            if self.is_last(step):
                 goes_on = "training is over, final/ follows; repeating the command would train the last steps again"
             say(self.training.accelerator, f"\n{redact(end.reason)}\n{goes_on}, {stands}; {count}")
             return
         self.saved, self.is_current, self.failures = step, True, 0
-        if validation_loss is not None:
-            self.lowest = min(self.lowest, validation_loss)
 
     def _moment(self, step: int, validation_loss: float | None) -> dict[str, object]:
         return {
             "step": step,
             "metrics_bytes": self.trackers.metrics_bytes(),
+            "answers_bytes": self.trackers.answers_bytes(),
             "skipped_steps": self.skipped,
             "validation_loss": validation_loss,
+            "validation": self.record.as_state(),
             "unlogged": self.unlogged,
         }
+
+
+def _best(store: CheckpointStore) -> dict[str, Any]:
+    """What a checkpoint of 0.1.0 leaves to be read from all of them."""
+    best = store.best()
+    return {"best_loss": best[1], "best_step": step_of(best[0])} if best else {}
 
 
 def checkpoint_bytes(training: Training) -> int:

@@ -40,8 +40,10 @@ DISK_RESERVE = 1.2  # free space wanted before a save, in sizes of what is saved
 class CheckpointStore:
     """The checkpoints in one run folder, as the process that writes them sees them."""
 
-    def __init__(self, folder: RunFolder, keep: int) -> None:
+    def __init__(self, folder: RunFolder, keep: int, measured_on: str = "") -> None:
+        """`measured_on` is the fingerprint of the samples that validation losses are compared on; empty: any."""
         self.folder = folder
+        self.measured_on = measured_on
         self.root = folder.checkpoints
         self.keep = keep
 
@@ -156,7 +158,7 @@ class CheckpointStore:
         measured = []
         for folder in self._folders():
             with suppress(OSError, *UNREADABLE):
-                loss = contents.validation_loss_of(folder)
+                loss = contents.validation_loss_of(folder, self.measured_on)
                 if loss is not None:
                     measured.append((loss, folder))
         return min(measured)[::-1] if measured else None

@@ -18,6 +18,8 @@ def main(words: list[str]) -> int:
     )
     own.add_argument("--json", action="store_true", help="print everything as one JSON object")
     options, rest = own.parse_known_args(words)
+    config = own.config(rest)
+    # imported here because they take seconds, for which --help and a misspelt option should not wait
     from data_tools.abilities import abilities_of
     from data_tools.audit import failures
     from data_tools.audit_report import show_audit
@@ -25,7 +27,6 @@ def main(words: list[str]) -> int:
     from train.data import BatchLayout, TrainingData, prepare_settings, read_data, run_date
     from train.models.tokenizer import load_tokenizer
 
-    config = own.config(rest)
     tokenizer = load_tokenizer(config).backend
     today = run_date(config, date.today())
     splits = read_data(config, tokenizer, today)

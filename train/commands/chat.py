@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_tools.spelling import nearest
 from data_tools.terminal import typed_path
 from train.commands.options import RunOptions
 from train.profiles import data_alone
@@ -29,9 +30,24 @@ SETTINGS = {
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+class ChatOptions(RunOptions):
+    """An argument parser for a chat, whose first word may be a model without a run, which takes any option."""
+
+    wanted = "name a run folder or a model"
+
+    def replaceable(self, run: Path) -> tuple[str, ...]:
+        """As RunOptions."""
+        return ("",) if is_model(run) else super().replaceable(run)
+
+    def check_run(self, run: Path) -> None:
+        """As RunOptions; a model is as good."""
+        if not is_model(run):
+            super().check_run(run)
+
+
 def main(words: list[str]) -> int:
     """Talks to the model of a run, with its adapters or without, or to a model that has no run."""
-    own = RunOptions("chat", "Talks to a finished run's model, or to any model.")
+    own = ChatOptions("chat", "Talks to a finished run's model, or to any model.")
     own.usage = f"{own.usage}".replace("RUN", "RUN|MODEL")
     for name, what in SETTINGS.items():
         own.add_argument(f"--{name}", metavar="X", help=what)
@@ -43,8 +59,6 @@ def main(words: list[str]) -> int:
         help="prompts of answers with a thought or without; auto: as the run was trained",
     )
     options, rest = own.parse_known_args(words)
-    if not rest or rest[0].startswith("-"):
-        own.error("name a run folder or a model")
     path, settings = Path(rest[0]), rest[1:]
     # imported here because they take seconds, for which --help should not wait
     from train.cli import parse_over
@@ -80,7 +94,7 @@ def main(words: list[str]) -> int:
     screen.say(f"{path} on {partner.model.head.weight.device.type}; /help lists the commands")
     with partner.model.generating():
         chat.run()
-    return 0
+    return screen.exit_code()
 
 
 def is_model(path: Path) -> bool:
@@ -119,7 +133,9 @@ class Chat:
             if name in self.commands:
                 self.commands[name][2]("".join(rest))
             elif re.match("/(?!/)", text):
-                self.screen.refuse(f"{name}: no such command; /help lists them. As a text it is written /{name}")
+                near = nearest(name, self.commands)
+                meant = f"did you mean {near}?" if near else "/help lists them."
+                self.screen.refuse(f"{name}: no such command; {meant} As a text it is written /{name}")
             elif text:
                 self.answer(text[1:] if text.startswith(("//", "\\/")) else text)
 
@@ -143,6 +159,14 @@ class Chat:
             )
         else:
             self.screen.end_answer(about(spoken))
+            if spoken.ended == "length":
+                self.screen.warn(f"the answer is cut after {spoken.num_tokens} tokens; {self.longer(spoken)}")
+
+    def longer(self, spoken: "Spoken") -> str:
+        """How an answer that was cut could have been longer."""
+        if spoken.num_tokens < self.talk.sampling.max_new_tokens:
+            return "the model's context is full: /reset forgets what was said"
+        return "--max-new-tokens N, or /set max-new-tokens N, lets it be longer"
 
     def base(self, _: str) -> None:
         """/base"""
@@ -208,5 +232,5 @@ class Chat:
 def about(spoken: "Spoken") -> str:
     """What is said of an answer."""
     speed = spoken.num_tokens / spoken.seconds if spoken.seconds else 0.0
-    ends = {"stopped": "", "length": ", cut at max-new-tokens", "interrupted": ", interrupted"}
-    return f"{spoken.num_tokens} tokens, {speed:.1f} tokens/s{ends[spoken.ended]}"
+    end = ", interrupted" if spoken.ended == "interrupted" else ""
+    return f"{spoken.num_tokens} tokens, {speed:.1f} tokens/s{end}"

@@ -18,7 +18,8 @@ from rich.text import Text
 from data_tools.cache import cache_root
 from data_tools.report import DataError
 from data_tools.terminal import printable_lines
-from train.run.exits import ExitCode, ExitWith
+from train.commands.options import say
+from train.run.exits import ExitCode
 
 
 class Screen(Protocol):
@@ -36,8 +37,14 @@ class Screen(Protocol):
     def say(self, line: str) -> None:
         """A line that is no answer."""
 
+    def warn(self, line: str) -> None:
+        """A line that is to be seen."""
+
     def refuse(self, reason: str) -> None:
-        """Says that what was read cannot be done; in a pipe this is the end."""
+        """Says that what was read cannot be done; the chat goes on."""
+
+    def exit_code(self) -> ExitCode:
+        """That of the chat, at its end."""
 
     @contextmanager
     def answering(self) -> Iterator[Callable[[], bool]]:
@@ -48,10 +55,15 @@ class Screen(Protocol):
 class Pipe:
     """Lines of stdin are messages, answers go to stdout, and nothing else does."""
 
+    def __init__(self) -> None:
+        self.num_lines = self.num_refused = 0
+        self.written = ""  # of the answer that is not at its end
+
     def read(self, prompt: str) -> str | None:
         """As Screen; a line that ends with a backslash goes on in the next one."""
         lines: list[str] = []
         while line := sys.stdin.readline():
+            self.num_lines += 1
             lines.append(line.rstrip("\n"))
             if not lines[-1].endswith("\\"):
                 break
@@ -61,18 +73,32 @@ class Pipe:
     def write(self, text: str) -> None:
         """As Screen; escaped where stdout is a terminal."""
         print(printable_lines(text) if sys.stdout.isatty() else text, end="", flush=True)
+        self.written = text or self.written
 
     def end_answer(self, about: str) -> None:
-        """As Screen; a line break alone."""
-        print(flush=True)
+        """As Screen; a line break alone, unless the answer ends with its own."""
+        if not self.written.endswith("\n"):
+            print(flush=True)
+        self.written = ""
 
     def say(self, line: str) -> None:
         """As Screen; to stderr."""
-        print(line, file=sys.stderr, flush=True)
+        say(line)
+
+    def warn(self, line: str) -> None:
+        """As Screen; to stderr, with the number of the line that was read last."""
+        if self.written:  # half an answer
+            self.end_answer("")
+        self.say(f"line {self.num_lines}: {line}")
 
     def refuse(self, reason: str) -> None:
-        """Raises ExitWith(BAD_INPUT): a script that is not understood is not to go on."""
-        raise ExitWith(ExitCode.BAD_INPUT, reason)
+        """As Screen; in the end the exit code tells of it."""
+        self.num_refused += 1
+        self.warn(reason)
+
+    def exit_code(self) -> ExitCode:
+        """As Screen; BAD_INPUT if something was refused, which stderr has named."""
+        return ExitCode.BAD_INPUT if self.num_refused else ExitCode.FINISHED
 
     @contextmanager
     def answering(self) -> Iterator[Callable[[], bool]]:
@@ -86,6 +112,7 @@ class Terminal:
     def __init__(self, **given: Any) -> None:
         """`given` is for PromptSession, for example another input."""
         self.console = Console()
+        self.is_open = False  # an answer that is not at its end
         history, note = _history()
         self.session: PromptSession[str] = PromptSession(
             history=history, key_bindings=_keys(), multiline=True, prompt_continuation="  ", **given
@@ -106,19 +133,32 @@ class Terminal:
     def write(self, text: str) -> None:
         """As Screen."""
         print(printable_lines(text), end="", flush=True)
+        self.is_open = True
 
     def end_answer(self, about: str) -> None:
         """As Screen; the line is dim."""
         print(flush=True)
+        self.is_open = False
         self.say(about)
 
     def say(self, line: str) -> None:
         """As Screen; dim."""
         self.console.print(Text(printable_lines(line), style="dim"))
 
+    def warn(self, line: str) -> None:
+        """As Screen; in colour."""
+        if self.is_open:  # half an answer
+            print(flush=True)
+        self.is_open = False
+        self.console.print(Text(printable_lines(line), style="yellow"))
+
     def refuse(self, reason: str) -> None:
-        """As Screen; the chat goes on."""
-        self.console.print(Text(printable_lines(reason), style="yellow"))
+        """As Screen."""
+        self.warn(reason)
+
+    def exit_code(self) -> ExitCode:
+        """As Screen; whoever sat before it has seen everything."""
+        return ExitCode.FINISHED
 
     @contextmanager
     def answering(self) -> Iterator[Callable[[], bool]]:

@@ -3,11 +3,10 @@
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
 from data_tools.terminal import typed_path
-from train.commands.options import RunOptions, positive_number
+from train.commands.options import RunOptions, positive_number, say, table_console
 from train.profiles import DEMO
 from train.run.durable import write_atomically
 from train.run.exits import ExitCode, ExitWith
@@ -34,10 +33,8 @@ def main(words: list[str]) -> int:
     if options.output is not None:
         _check_output(Path(options.output))
     # imported here because they take seconds, for which --help should not wait
-    from rich.console import Console
-
     from train.deliver.comparison import Wanted, compared, material_of
-    from train.deliver.comparison_table import WIDTH, show_comparison
+    from train.deliver.comparison_table import show_comparison
     from train.deliver.finished import load_tuned
 
     run = own.run(rest)
@@ -49,10 +46,6 @@ def main(words: list[str]) -> int:
         general_text=options.general or DEMO / "general.txt",
         questions=options.questions,
     )
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     material = material_of(run, wanted)  # before the weights are read, because a file may be wrong
     for note in material.notes:
         say(f"note: {note}")
@@ -63,8 +56,7 @@ def main(words: list[str]) -> int:
     if options.json:
         print(text, end="")
     else:
-        console = Console()
-        show_comparison(console if console.is_terminal else Console(width=WIDTH), found, options.show or 0)
+        show_comparison(table_console(), found, options.show or 0)
     say(f"written to {target}")
     return 0
 

@@ -1,16 +1,15 @@
 """`handloop export`."""
 
 import argparse
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from data_tools.terminal import typed_path
+from data_tools.terminal import fitted, typed_path
 from train.commands.merge import ONTO
-from train.commands.options import RunOptions
-from train.run.exits import ExitCode, ExitWith
+from train.commands.options import RunOptions, check_output_folder, say, table_console
 
 if TYPE_CHECKING:
+    from train.deliver.export import Export
     from train.deliver.receipt import Limits
 
 FORMATS = ("adapter", "safetensors", "gguf", "adapter-gguf", "ollama")
@@ -35,32 +34,35 @@ def main(words: list[str]) -> int:
     _check(own, options)
     # imported here because they take seconds, for which --help should not wait
     from train.deliver.export import Export, Wanted
-    from train.deliver.exported import check_is_of, lines_of
+    from train.deliver.exported import check_is_of, receipts_of
     from train.deliver.push import check_push, files_of, push
 
-    run = own.run(rest)
+    run = own.run(rest, needs_base=bool(options.format))
     if options.push:
         check_push(options.push, needs_token=not options.dry_run)
     target = Path(options.output or run.folder.path / "export")
-    notes = []
+    notes, limits = [], {}
     if options.format:
-        _check_target(target, options.overwrite)
         onto = options.onto or ("original" if run.config.model.quantization == "none" else "")
         if not onto and {"safetensors", "gguf", "ollama"} & set(options.format):
             own.error("write --onto original, the base before quantisation, or --onto dequantized, the one trained on")
+        check_output_folder(target, options.overwrite, "export", _is_export(target))
         wanted = Wanted(
             frozenset(options.format),
             tuple(dict.fromkeys(options.quantize)),
             onto or "original",
             _quantized_limits(options),
         )
-        notes = Export(run, wanted, _say).write(target)
+        export = Export(run, wanted, say)
+        notes, limits = _written(export, target), export.limits
     elif not (target / "README.md").is_file():
         own.error(f"write --format: there is no export in {target}")
     else:
         check_is_of(target, run)
     files = files_of(target)
-    print("\n".join([*lines_of(target, files), *(f"note: {note}" for note in notes), f"in {target}"]))
+    print("\n".join(f"{size:>15,}  {name}" for name, size in files))
+    _show(receipts_of(target), limits)
+    print("\n".join(fitted(line) for line in [*(f"note: {note}" for note in notes), f"in {target}"]))
     if options.push and not options.dry_run:
         print("\n".join(push(target, options.push, options.public, [name for name, _ in files])))
     elif options.push:
@@ -69,14 +71,32 @@ def main(words: list[str]) -> int:
     return 0
 
 
+def _written(export: "Export", target: Path) -> list[str]:
+    """Writes it; the table of a file that is too far from what was trained is shown before the command ends by it."""
+    from train.deliver.receipt import Unlike
+    from train.deliver.receipt_table import show_files
+
+    try:
+        return export.write(target)
+    except Unlike as unlike:
+        receipts = {**export.receipts, unlike.name: unlike.receipt.as_json()}
+        show_files(table_console(is_error=True), receipts, {**export.limits, unlike.name: unlike.limits})
+        raise
+
+
+def _show(receipts: dict[str, dict[str, Any]], limits: dict[str, "Limits"]) -> None:
+    """The receipts as a table, if anything was asked; an earlier export's are shown without limits."""
+    from train.deliver.receipt_table import asked_of, show_files
+
+    if receipts:
+        print(fitted(asked_of(next(iter(receipts.values())))))
+        show_files(table_console(), receipts, limits)
+
+
 def _quantized_limits(options: argparse.Namespace) -> "Limits":
     from train.deliver.receipt import Limits
 
-    max_kl, min_agreement = QUANTIZED_LIMITS
-    return Limits(
-        max_kl if options.max_kl is None else options.max_kl,
-        min_agreement if options.min_agreement is None else options.min_agreement,
-    )
+    return Limits(*QUANTIZED_LIMITS).with_options(options.max_kl, options.min_agreement)
 
 
 def _check(own: RunOptions, options: argparse.Namespace) -> None:
@@ -95,16 +115,7 @@ def _check(own: RunOptions, options: argparse.Namespace) -> None:
         own.error("--public and --dry-run belong to --push OWNER/NAME")
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
-    """Refuses a folder that is there, unless it is an export that is to be replaced: it would be gone as a whole."""
-    if not target.exists():
-        return
-    if not overwrite:
-        raise ExitWith(ExitCode.BAD_INPUT, f"--output {target}: it exists; write --overwrite to replace it")
-    readme = target / "README.md"
-    if not readme.is_file() or "\n- handloop\n" not in readme.read_text(encoding="utf-8", errors="replace"):
-        raise ExitWith(ExitCode.BAD_INPUT, f"--output {target}: it is no export, and is not replaced; name another")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _is_export(folder: Path) -> bool:
+    """Whether its README has the tag that an export's has."""
+    readme = folder / "README.md"
+    return readme.is_file() and "\n- handloop\n" in readme.read_text(encoding="utf-8", errors="replace")

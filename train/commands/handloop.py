@@ -1,6 +1,5 @@
 """The `handloop` command: every tool except training."""
 
-import difflib
 import importlib
 import signal
 import sys
@@ -9,6 +8,8 @@ from contextlib import suppress
 from types import FrameType
 
 from data_tools.report import DataError
+from data_tools.spelling import nearest
+from data_tools.terminal import fitted
 from train.run.defects import print_defect
 from train.run.exits import ExitCode, ExitWith
 from train.run.hub_token import take_token
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException as error:
         code, reason = _end_by(error, words)
     if reason:
-        print(f"\nhandloop: {redact(reason)}", file=sys.stderr, flush=True)
+        print(fitted(f"\nhandloop: {redact(reason)}", sys.stderr), file=sys.stderr, flush=True)
     return code
 
 
@@ -110,6 +111,6 @@ def _run(words: list[str]) -> int:
         return 0
     if words[0] in COMMANDS:
         return importlib.import_module(f"train.commands.{words[0]}").main(words[1:])
-    near = difflib.get_close_matches(words[0], COMMANDS, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    near = nearest(words[0], COMMANDS)
+    hint = f"; did you mean {near}?" if near else ""
     raise ExitWith(ExitCode.BAD_INPUT, f"unknown command {words[0]!r}{hint}\n{USAGE}")

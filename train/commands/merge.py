@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.terminal import typed_path
-from train.commands.options import RunOptions
+from train.commands.options import RunOptions, check_output_folder, fitted, say, table_console
 from train.run.durable import make_readable, publish
-from train.run.exits import ExitCode, ExitWith
 
 if TYPE_CHECKING:
     from train.deliver.merge import Merge
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
 
 RECEIPT = "receipt.json"
 ONTO = ("dequantized", "original")
-REPLACE = "; write --overwrite to replace it"
 
 
 def main(words: list[str]) -> int:
@@ -35,45 +33,34 @@ def main(words: list[str]) -> int:
     # imported here because they take seconds, for which --help should not wait
     from train.deliver.merge import Merge
     from train.deliver.proof import limits_of
+    from train.deliver.receipt import Unlike
+    from train.deliver.receipt_table import show_merged
 
     run = own.run(rest)
     merge = Merge.of(run, options.onto, options.dtype or "")
-    limits = limits_of(merge, options.max_kl, options.min_agreement)
+    limits = limits_of(merge).with_options(options.max_kl, options.min_agreement)
     target = Path(options.output or run.folder.path / f"merged-{options.onto}")
-    if target.exists() and not (options.overwrite and (target / RECEIPT).is_file()):
-        way = "it is no merged model, and is not replaced; name another" if options.overwrite else "it exists"
-        raise ExitWith(ExitCode.BAD_INPUT, f"--output {target}: {way}{'' if options.overwrite else REPLACE}")
-    record = write_with_receipt(merge, limits, target)
-    print(json.dumps(record, indent=1) if options.json else "\n".join(_lines(record, target)))
+    check_output_folder(target, options.overwrite, "merged model", (target / RECEIPT).is_file())
+    try:
+        record = write_with_receipt(merge, limits, target)
+    except Unlike as unlike:
+        show_merged(table_console(is_error=True), unlike.receipt.as_json(), limits, None)
+        raise
+    if options.json:
+        print(json.dumps(record, indent=1))
+    else:
+        _show(record, limits, target)
     return 0
 
 
 def write_with_receipt(merge: "Merge", limits: "Limits", target: Path) -> dict[str, Any]:
-    """Writes the merged model and its receipt; raises ExitWith(UNLIKE), and leaves nothing, over a limit."""
-    from train.deliver.finished import data_of, tokenizer_of
-    from train.deliver.merge import load_merged
-    from train.deliver.proof import place_for, trained_and_unloaded
-    from train.deliver.receipt import Receipt, TransformersModel, behaviour
+    """Writes the merged model and its receipt; raises Unlike, and leaves nothing, over a limit."""
+    from train.deliver.proof import data_for_proof, proof_of
 
-    splits, notes = data_of(merge.run)
-    for note in notes:
-        _say(note)
-    probe, trained, unloaded = trained_and_unloaded(merge.run, splits, _say)
-    place = place_for(merge, _say)
+    proof = proof_of(merge.run, data_for_proof(merge.run, say), say, unloads=True)
     with publish(target) as temporary:
-        _say(f"merging onto the {merge.onto} base")
-        merge.write(temporary)
-        _say("asking the merged model what the trained one was asked")
-        tokenizer, ends = tokenizer_of(merge.run.folder)
-        served = load_merged(temporary, merge.dtype, place)
-        receipt = Receipt.of(probe, trained, behaviour(TransformersModel(served, tokenizer, ends), probe))
-        if problems := receipt.problems(limits):
-            raise ExitWith(
-                ExitCode.UNLIKE,
-                f"the merged model is not what was trained, by {receipt.num_positions} {receipt.kind} predictions: "
-                f"{'; '.join(problems)}\nnothing was kept; --max-kl and --min-agreement say what is allowed",
-            )
-        record = _record(merge, receipt, Receipt.of(probe, trained, unloaded) if unloaded else None)
+        receipt = proof.write_merged(merge, temporary, limits, say)
+        record = _record(merge, receipt, proof.unloaded)
         (temporary / RECEIPT).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         make_readable(temporary)
     return record
@@ -81,8 +68,6 @@ def write_with_receipt(merge: "Merge", limits: "Limits", target: Path) -> dict[s
 
 def _record(merge: "Merge", receipt: "Receipt", unloaded: "Receipt | None") -> dict[str, Any]:
     """What is written beside the merged model, and is true of it alone."""
-    from train.checkpoints.contents import ADAPTER
-    from train.models.fingerprint import content_hashes
     from train.run.versions import versions
 
     base, held = dict(merge.run.base), merge.run.base.get("held", "")
@@ -91,7 +76,7 @@ def _record(merge: "Merge", receipt: "Receipt", unloaded: "Receipt | None") -> d
     return {
         "base": {name: base.get(name, "") for name in ("name", "commit", "fingerprint")},
         "trained_in": held,
-        "adapter_sha256": content_hashes([merge.run.folder.final / ADAPTER])[0],
+        "adapter_sha256": merge.run.adapter_sha256,
         "onto": merge.onto,
         "dtype": str(merge.dtype).removeprefix("torch."),
         "versions": versions(),
@@ -100,27 +85,18 @@ def _record(merge: "Merge", receipt: "Receipt", unloaded: "Receipt | None") -> d
     }
 
 
-def _lines(record: dict[str, Any], target: Path) -> list[str]:
+def _show(record: dict[str, Any], limits: "Limits", target: Path) -> None:
+    """What a user reads: the receipt with its limits, what else was measured, and where the model is."""
+    from train.deliver.receipt_table import asked_of, show_merged
+
     receipt, unloaded = record["receipt"], record["merge_and_unload"]
-    lines = [
-        f"receipt: {receipt['num_positions']:,} predictions in {receipt['num_rows']} {receipt['kind']} rows, "
-        "against base and adapter as trained",
-        f"  this model ({record['onto']}, {record['dtype']}): {_figures(receipt)}",
-    ]
+    print(fitted(asked_of(receipt), sys.stdout))
+    show_merged(table_console(), receipt, limits, unloaded)
+    lines = [f"this model ({record['onto']}, {record['dtype']}) behaves like the trained one, within both limits"]
     if unloaded:
-        lines.append(f"  merge_and_unload on the {record['trained_in']} base: {_figures(unloaded)}")
-        lines.append("  (it rounds base and adapter to 4 or 8 bits together: another model than was trained)")
-    return [*lines, f"merged model and {RECEIPT} in {target}"]
-
-
-def _figures(receipt: dict[str, Any]) -> str:
-    answers = f"{receipt['equal_answers']} of {receipt['num_questions']} greedy answers equal"
-    return (
-        f"mean KL {receipt['mean_kl']:.2g} nats, top-1 agreement {receipt['agreement']:.1%}, largest logit difference "
-        f"{receipt['largest_difference']:.2g}, loss {receipt['loss_trained']:.4f} -> {receipt['loss_served']:.4f}"
-        + (f", {answers}" if receipt["num_questions"] else "")
-    )
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+        lines.append(
+            f"merge_and_unload, of PEFT on the {record['trained_in']} base, is there to compare: it rounds base and "
+            "adapter to 4 or 8 bits together, which is another model than was trained"
+        )
+    lines.append(f"merged model and {RECEIPT} in {target}")
+    print("\n".join(fitted(line, sys.stdout) for line in lines))

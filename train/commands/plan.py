@@ -16,12 +16,13 @@ def main(words: list[str]) -> int:
     """Prints what a run needs and how fast it would be; returns 78 where it does not fit."""
     own = _options()
     options, rest = own.parse_known_args(words)
+    config = own.config(rest)
+    _check(options, config)
+    # imported here because it takes seconds, for which --help and a misspelt option should not wait
     from train.models.tokenizer import check_length
 
-    config = own.config(rest)
     check_length(config)
     mean_length = options.mean_length or config.data.max_length
-    _check(options, config)
     return _probe(options, config, mean_length) if options.probe else _forecast(options, config, mean_length)
 
 

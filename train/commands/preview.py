@@ -27,7 +27,8 @@ def main(words: list[str]) -> int:
         help="print one JSON object per sample, the first with `about`: what is said of data and template",
     )
     options, rest = own.parse_known_args(words)
-    # imported here because they take seconds, for which --help should not wait
+    config = own.config(rest)
+    # imported here because they take seconds, for which --help and a misspelt option should not wait
     from data_tools.abilities import abilities_of
     from data_tools.data_lines import data_lines, data_warnings, described
     from data_tools.prepare import prepare
@@ -36,7 +37,6 @@ def main(words: list[str]) -> int:
     from train.data import BatchLayout, TrainingData, prepare_settings, run_date
     from train.models.tokenizer import load_tokenizer
 
-    config = own.config(rest)
     tokenizer = load_tokenizer(config).backend
     settings = prepare_settings(config, config.data.path, run_date(config, date.today()))
     prepared = prepare(settings, tokenizer)

@@ -3,9 +3,12 @@
 from pathlib import Path
 
 from data_tools.terminal import typed_path
+from train.commands.folders import check_is_run
 from train.commands.options import Options
+from train.report.record import is_run, read_run
 from train.run.durable import write_atomically
 from train.run.exits import ExitCode, ExitWith
+from train.run.folder import RunFolder
 
 
 def main(words: list[str]) -> int:
@@ -26,7 +29,6 @@ def main(words: list[str]) -> int:
         own.error("several runs share no folder for their page: --output FILE.html says where it goes")
     # imported here because it takes a moment, for which --help should not wait
     from train.report.page import page_of, page_of_several, render
-    from train.report.record import read_run
 
     runs = [read_run(folder) for folder in folders]
     page = page_of(runs[0]) if len(runs) == 1 else page_of_several(runs)
@@ -41,14 +43,8 @@ def main(words: list[str]) -> int:
 
 def _run_folder(path: Path) -> Path:
     """The folder, or that of the final/ that was named; raises ExitWith(BAD_INPUT) where there is no run."""
-    from train.report.record import is_run
-    from train.run.folder import RunFolder
-
     if path == RunFolder(path.parent).final and is_run(path.parent):
         return path.parent
-    if not path.is_dir():
-        raise ExitWith(ExitCode.BAD_INPUT, f"{path}: no such folder; name a run folder, such as runs/demo")
     if not is_run(path):
-        reason = "no run has written into it; handloop runs FOLDER lists those below a folder"
-        raise ExitWith(ExitCode.BAD_INPUT, f"{path}: {reason}")
+        check_is_run(path)  # which asks for more, so that it says here what the folder is instead
     return path

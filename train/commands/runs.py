@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from data_tools.terminal import typed_path
-from train.commands.options import Options
+from train.commands.options import Options, table_console
+from train.report.record import is_run, read_run
 from train.run.exits import ExitCode, ExitWith
 
 RUNS = "runs"
@@ -26,22 +27,17 @@ def main(words: list[str]) -> int:
             )
             raise ExitWith(ExitCode.BAD_INPUT, f"{folder}: {reason}")
     # imported here because it takes a moment, for which --help should not wait
-    from rich.console import Console
-
-    from train.report.record import is_run, read_run
-    from train.report.run_table import WIDTH, show_differences, show_runs
+    from train.report.run_table import show_differences, show_runs
     from train.report.summary import read_runs, summary_of
 
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(width=WIDTH, highlight=False)
     is_comparison = len(folders) > 1 and all(map(is_run, folders))
     runs = [(str(path), read_run(path)) for path in folders] if is_comparison else read_runs(folders)
     if options.json:
         print(json.dumps([summary_of(run, name).as_json() for name, run in runs], indent=2, ensure_ascii=False))
     elif is_comparison:
-        show_differences(console, runs)
+        show_differences(table_console(), runs)
     elif runs:
-        show_runs(console, [summary_of(run, name) for name, run in runs])
+        show_runs(table_console(), [summary_of(run, name) for name, run in runs])
     else:
         print(f"no runs in {', '.join(map(str, folders))}")
     return 0

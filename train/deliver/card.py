@@ -39,13 +39,29 @@ class Contents:
     receipts: Mapping[str, Mapping[str, Any]]  # by what they are of
     notes: Sequence[str]
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether adapters are among it, apart from their base."""
+        return self.adapter or bool(self.adapter_gguf)
+
+    @property
+    def what(self) -> str:
+        """What it is, in words."""
+        kinds = ["LoRA adapters"] if self.adapter else []
+        kinds += ["LoRA adapters as a GGUF file"] if self.adapter_gguf else []
+        merged = ["safetensors"] if self.merged else []
+        merged += ["GGUF files" if len(self.gguf) > 1 else "a GGUF file"] if self.gguf else []
+        kinds += [f"a merged model, base and LoRA adapters in one, as {' and '.join(merged)}"] if merged else []
+        text = "; ".join(kinds)
+        return f"{text[0].upper()}{text[1:]}"
+
 
 def card(run: FinishedRun, name: str, contents: Contents, licence: Mapping[str, str]) -> str:
     """README.md. `licence` is the base's: license, license_name and license_link, as its own card has them."""
     start = last_start(run.folder)
     sections = [
         f"# {name}",
-        _about(run, start),
+        _about(run, start, contents),
         "## Use\n\n" + "\n\n".join(_uses(run, contents)),
         "## Data\n\n" + _data(run, start),
         "## Training\n\n" + _training(run, start),
@@ -60,10 +76,11 @@ def _front_matter(run: FinishedRun, contents: Contents, licence: Mapping[str, st
     fields: dict[str, Any] = {}
     if run.base.get("commit"):
         fields["base_model"] = run.base["name"]
-        fields["base_model_relation"] = "adapter" if contents.adapter else "finetune"
+        fields["base_model_relation"] = "adapter" if contents.has_adapter else "finetune"
     fields["library_name"] = "peft" if contents.adapter else "transformers" if contents.merged else "gguf"
     fields["pipeline_tag"] = "text-generation"
-    fields["tags"] = ["lora", *(["gguf"] if contents.gguf or contents.adapter_gguf else []), "handloop"]
+    is_gguf = bool(contents.gguf or contents.adapter_gguf)
+    fields["tags"] = [*(["lora"] if contents.has_adapter else []), *(["gguf"] if is_gguf else []), "handloop"]
     data_sets = [name.partition(":")[0] for name in run.config.data.path if _is_on_hub(name)]
     if data_sets:
         fields["datasets"] = sorted(set(data_sets))
@@ -76,11 +93,11 @@ def _base_name(run: FinishedRun) -> str:
     return f"[{name}](https://huggingface.co/{name}) (commit `{commit}`)" if commit else f"`{PurePath(name).name}`"
 
 
-def _about(run: FinishedRun, start: Mapping[str, Any]) -> str:
+def _about(run: FinishedRun, start: Mapping[str, Any], contents: Contents) -> str:
     held = {"nf4": "4 bits (NF4)", "int8": "8 bits", "none": "16 or 32 bits"}[run.config.model.quantization]
     return (
-        f"LoRA adapters for {_base_name(run)}, trained by Handloop {start.get('code_version', '')} "
-        f"while the base was held in {held}."
+        f"{contents.what}. The base is {_base_name(run)}, and was held in {held} while Handloop "
+        f"{start.get('code_version', '')} trained the adapters."
     )
 
 

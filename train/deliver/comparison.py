@@ -1,6 +1,5 @@
 """Base and tuned model of a finished run side by side: answers by group of questions, and losses, as compare.json."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
@@ -10,7 +9,6 @@ from typing import Any
 
 from data_tools.prepare import DataSplit, Prepared, PrepareSettings, prepare
 from data_tools.report import DataError
-from train.checkpoints.contents import ADAPTER
 from train.data import BatchLayout, TrainingData, prepare_settings
 from train.deliver.compare import Answer, compare
 from train.deliver.finished import FinishedRun, Tuned, data_of, today_of
@@ -18,7 +16,7 @@ from train.deliver.generation import Completion, Generator
 from train.deliver.losses import TokenLoss, losses_of
 from train.deliver.questions import Question, questions_in, questions_of
 from train.deliver.scores import rate
-from train.models.shape import model_shape, text_shape
+from train.models.shape import max_positions
 from train.models.tokenizer import load_tokenizer
 from train.run.attempts import last_start
 from train.run.exits import ExitWith
@@ -60,12 +58,11 @@ class Comparison:
     def as_json(self) -> dict[str, Any]:
         """As compare.json has it; the adapter's hash says of which final/ it is."""
         run, wanted = self.run, self.wanted
-        adapter = hashlib.sha256((run.folder.final / ADAPTER).read_bytes()).hexdigest()
         return {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "run": str(run.folder.path),
             "base": run.base.get("name", run.config.model.name_or_path),
-            "adapter_sha256": adapter,
+            "adapter_sha256": run.adapter_sha256,
             "device": str(run.device),
             "max_new_tokens": wanted.max_new_tokens,
             "groups": {_key(name): group_json(found) for name, found in self.answers.items()},
@@ -84,14 +81,14 @@ def material_of(run: FinishedRun, wanted: Wanted) -> Material:
     training, validation = _data(run, tokenizer, found.notes)
     if training is not None:
         data = TrainingData(training.samples, run.config, _layout(run), tokenizer.pad_token_id)
-        visited = data.visited_samples(data.total_steps(run.config.train))
+        visited = data.visited_samples(run.base.get("step") or data.total_steps(run.config.train))
         found.questions[TRAINED] = questions_of(training.samples, visited, tokenizer, count)
     if validation is not None:
         samples: Any = validation.samples
         found.questions[HELD_OUT] = questions_of(samples, range(len(samples)), tokenizer, count)
         found.samples[HELD_OUT] = first_samples(samples, wanted.num_loss_tokens)
     plain = _plain_settings(run, today_of(run))
-    longest = _longest(run)
+    longest = max_positions(run.config.model) or run.config.data.max_length
     try:
         asked = replace(plain, max_length=longest, fields=())
         found.questions[GENERAL] = questions_in(wanted.general_questions, asked, tokenizer, count)[0]
@@ -181,7 +178,8 @@ def _data(run: FinishedRun, tokenizer: Any, notes: list[str]) -> tuple[DataSplit
         notes += changed
         return splits.training, splits.validation
     except (ExitWith, DataError) as error:
-        notes.append(f"the data of the run cannot be used: {getattr(error, 'reason', error)}")
+        way_out = "; if it has moved, write --data.path NEWPLACE" if isinstance(error, DataError) else ""
+        notes.append(f"the data of the run cannot be used: {getattr(error, 'reason', error)}{way_out}")
     config = run.config
     if not config.data.validation_path:
         return None, None
@@ -207,12 +205,6 @@ def _layout(run: FinishedRun) -> BatchLayout:
 def _plain_settings(run: FinishedRun, today: date) -> PrepareSettings:
     """How files beside the run's data are read: in any format, rendered as the run's data."""
     return replace(prepare_settings(run.config, (), today), format="auto", on_error="stop")
-
-
-def _longest(run: FinishedRun) -> int:
-    """Tokens that the model takes at most."""
-    longest = getattr(text_shape(model_shape(run.config.model)), "max_position_embeddings", None)
-    return int(longest or run.config.data.max_length)
 
 
 def _key(name: str) -> str:

@@ -9,8 +9,6 @@ from rich.table import Table
 from train.deliver.compare import show_first
 from train.deliver.comparison import GENERAL, Comparison, group_json
 
-WIDTH = 80
-
 
 def show_comparison(console: Console, found: Comparison, num_shown: int) -> None:
     """The first answers of each group, then the figures of all, then the losses."""

@@ -1,6 +1,5 @@
 """A finished run -> a folder to hand on: adapter, merged model, GGUF files, Modelfile, README and receipts."""
 
-import gc
 import json
 import re
 import shutil
@@ -15,31 +14,22 @@ from typing import Any
 from data_tools.chat_template import ChatTemplate
 from train.checkpoints.contents import ADAPTER_CONFIG
 from train.config import parse_argument
-from train.deliver.adapter_delta import read_trained
+from train.data import Splits
 from train.deliver.card import Contents, card
 from train.deliver.exported import write_receipts
 from train.deliver.final import BASE
-from train.deliver.finished import FinishedRun, data_of, today_of, tokenizer_of
+from train.deliver.finished import FinishedRun, today_of, tokenizer_of
 from train.deliver.gguf_adapter import adapter_tensors, write_adapter_gguf
 from train.deliver.gguf_check import check_tokens, unknown_ends
 from train.deliver.gguf_shape import GgufShape, gguf_shape
 from train.deliver.gguf_tokenizer import Vocabulary, vocabulary
 from train.deliver.gguf_writer import write_gguf, write_vocabulary
 from train.deliver.llama_cpp_runner import LlamaCpp, quantize
-from train.deliver.merge import Merge, Onto, load_merged
+from train.deliver.merge import Merge, Onto
 from train.deliver.modelfile import modelfile
-from train.deliver.optional import INSTALL, package
-from train.deliver.proof import limits_of, place_for, trained_behaviour
-from train.deliver.receipt import (
-    MAX_NEW_TOKENS,
-    Behaviour,
-    Limits,
-    Model,
-    Probe,
-    Receipt,
-    TransformersModel,
-    behaviour,
-)
+from train.deliver.optional import COMPILES, INSTALL, package
+from train.deliver.proof import Proof, data_for_proof, limits_of, proof_of
+from train.deliver.receipt import MAX_NEW_TOKENS, Limits
 from train.models.hub import licence_of, locate
 from train.run.durable import make_readable, publish
 from train.run.exits import ExitCode, ExitWith
@@ -77,6 +67,7 @@ class Export:
     say: Say
     notes: list[str] = field(default_factory=list)
     receipts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    limits: dict[str, Limits] = field(default_factory=dict)  # of the same files
 
     def __post_init__(self) -> None:
         self.tokenizer, self.end_token_ids = tokenizer_of(self.run.folder)
@@ -127,15 +118,15 @@ class Export:
         if self.wanted.quantized:
             package("llama_cpp")
         if "adapter-gguf" in self.wanted.formats:
-            adapter_tensors(self.run.folder.final, self._shape, read_trained(self.run.folder.final, self._num_tokens))
+            adapter_tensors(self.run.folder.final, self._shape, self.run.trained)
         if self.wanted.has_gguf:
             self._check_vocabulary()
         if not MERGED_FORMATS & self.wanted.formats:
             return None
         merge = Merge.of(self.run, self.wanted.onto)
         kinds = (*(("F16",) if self.wanted.has_gguf else ()), *self.wanted.quantized)
-        weights = merge.num_bytes() / merge.dtype.itemsize
-        need = merge.num_bytes() + sum(weights * BITS[kind] / 8 for kind in kinds)
+        weights = merge.num_bytes / merge.dtype.itemsize
+        need = merge.num_bytes + sum(weights * BITS[kind] / 8 for kind in kinds)
         free = shutil.disk_usage(next(path for path in (target, *target.resolve().parents) if path.exists())).free
         if need > free:
             reason = f"{need / 1e9:.1f} GB are needed, and {free / 1e9:.1f} GB are free"
@@ -149,13 +140,8 @@ class Export:
     @cached_property
     def _vocabulary(self) -> Vocabulary:
         """With the tokens that the run has added."""
-        rows = max(self._shape.config.vocab_size, self._num_tokens)
+        rows = max(self._shape.config.vocab_size, self.run.trained.vocabulary)
         return vocabulary(self.tokenizer, self.end_token_ids, rows, self.template, self.name)
-
-    @property
-    def _num_tokens(self) -> int:
-        """Rows that embedding and head need; 0: those of the base."""
-        return int(self.run.base.get("vocabulary", 0))
 
     def _check_vocabulary(self) -> None:
         """Tries llama.cpp's tokenizer on a file of the vocabulary alone."""
@@ -163,8 +149,9 @@ class Export:
         if not self.has_llama_cpp:
             self.notes.append(
                 "the GGUF files are not verified: neither their tokens nor their answers were compared, because "
-                f"llama-cpp-python is not installed ({INSTALL})"
+                "llama-cpp-python is not installed"
             )
+            self.say(f"to have the GGUF files verified, install llama-cpp-python, {COMPILES}:\n  {INSTALL}")
             return
         samples = self._splits.training.samples
         rows = [samples[i]["input_ids"] for i in range(min(CHECKED_ROWS, len(samples)))]
@@ -192,17 +179,16 @@ class Export:
         keeps = "safetensors" in self.wanted.formats
         merged = folder / self._merged_name if keeps else folder / ".merged"
         merged.mkdir(exist_ok=True)
-        _ = self._trained  # before the merge, so that both are not in memory
-        self.say(f"merging onto the {merge.onto} base")
-        merge.write(merged)
         if keeps:
-            self.say("asking the merged model what the trained one was asked")
-            served = load_merged(merged, merge.dtype, place_for(merge, self.say))
-            model = TransformersModel(served, self.tokenizer, self.end_token_ids)
+            receipt = self._proof.write_merged(merge, merged, limits_of(merge), self.say)
             weights = next(merged.glob("model.safetensors*"))  # the file, or the index of several
-            self._measure(weights.relative_to(folder).as_posix(), model, limits_of(merge))
-            del served, model
-            gc.collect()
+            name = weights.relative_to(folder).as_posix()
+            self.receipts[name], self.limits[name] = receipt.as_json(), limits_of(merge)
+        else:
+            if self.has_llama_cpp:
+                _ = self._proof  # before the merge, so that both are not in memory
+            self.say(f"merging onto the {merge.onto} base")
+            merge.write(merged)
         files = self._gguf_files(folder, merged, limits_of(merge)) if self.wanted.has_gguf else []
         if not keeps:
             shutil.rmtree(merged)
@@ -224,8 +210,7 @@ class Export:
 
     def _adapter_file(self, folder: Path) -> str:
         path = folder / f"{self.name}-adapter.gguf"
-        final = self.run.folder.final
-        write_adapter_gguf(final, path, self._shape, read_trained(final, self._num_tokens), self.name)
+        write_adapter_gguf(self.run.folder.final, path, self._shape, self.run.trained, self.name)
         self.notes.append(f"{path.name} was not tried: llama.cpp loads it over the base's own GGUF file")
         return path.name
 
@@ -240,31 +225,16 @@ class Export:
         self.notes += notes
 
     @cached_property
-    def _splits(self) -> Any:
-        splits, changes = data_of(self.run)
-        for change in changes:
-            self.say(change)
-        return splits
+    def _splits(self) -> Splits:
+        return data_for_proof(self.run, self.say)
 
     @cached_property
-    def _trained(self) -> tuple[Probe, Behaviour]:
-        """What models are asked, and what the trained one does."""
-        return trained_behaviour(self.run, self._splits, self.say)
+    def _proof(self) -> Proof:
+        return proof_of(self.run, self._splits, self.say, unloads=False)
 
     def _measure_gguf(self, path: Path, limits: Limits) -> None:
         if self.has_llama_cpp:
             self.say(f"asking llama.cpp with {path.name} what the trained model was asked")
             with LlamaCpp(path, self.end_token_ids, MAX_NEW_TOKENS) as model:
-                self._measure(path.name, model, limits)
-
-    def _measure(self, name: str, model: Model, limits: Limits) -> None:
-        """The receipt of a file; raises ExitWith(UNLIKE) where it is over a limit."""
-        probe, trained = self._trained
-        receipt = Receipt.of(probe, trained, behaviour(model, probe))
-        if problems := receipt.problems(limits):
-            what = f"by {receipt.num_positions} {receipt.kind} predictions: {'; '.join(problems)}"
-            is_quantized = limits is self.wanted.quantized_limits
-            way_out = "; --max-kl and --min-agreement say what is allowed" if is_quantized else ""
-            reason = f"{name} does not behave like the trained model, {what}\nnothing was kept{way_out}"
-            raise ExitWith(ExitCode.UNLIKE, reason)
-        self.receipts[name] = receipt.as_json()
+                self.receipts[path.name] = self._proof.receipt(path.name, model, limits).as_json()
+            self.limits[path.name] = limits

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from train.checkpoints.contents import ADAPTER, ADAPTER_CONFIG
-from train.cli import parse_over
+from train.cli import MAY_CHANGE, parse_over
 from train.config import Config, parse_bytes
 from train.data import Splits, read_data, run_date
+from train.deliver.adapter_delta import Trained, read_trained
 from train.deliver.final import BASE
 from train.engine.plan import Plan, reference_plan, spread
 from train.memory.outlook import sketched_sizes
-from train.models.fingerprint import base_fingerprint, content_fingerprint
+from train.models.fingerprint import base_fingerprint, content_fingerprint, content_hashes
 from train.models.hub import locate
 from train.models.language_model import LanguageModel, load_adapters, load_model
 from train.models.shape import BROKEN
@@ -36,8 +38,6 @@ from train.run.folder import RunFolder, read_object
 GIB = 2**30
 RESERVE = 0.15  # share of the free GPU memory that stays for keys, values and logits
 MIN_RESERVE = 3 * GIB // 4
-# of a run's options: where its base and its data are, and how and where it is executed
-MAY_CHANGE = ("model.name_or_path", "model.revision", "model.dtype", "data.", "memory.", "run.device", "compare.")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,16 @@ class FinishedRun:
     def device(self) -> torch.device:
         """Where the model is loaded."""
         return device_of(self.config)
+
+    @cached_property
+    def trained(self) -> Trained:
+        """What final/ changes in the base; raises ExitWith(BAD_INPUT) where that is not all known here."""
+        return read_trained(self.folder.final, int(self.base.get("vocabulary", 0)))
+
+    @property
+    def adapter_sha256(self) -> str:
+        """Of the adapters in final/ now: it says what was made of which."""
+        return content_hashes([self.folder.final / ADAPTER])[0]
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,8 @@ def finished_run(path: Path, words: Sequence[str] = (), usage: str = "") -> Fini
         raise refused(path, "no such folder; name a run folder, such as runs/demo")
     if not record or folder.is_foreign(folder.config):
         raise refused(path, "it is no run folder: it has no config.json of a run")
-    if config_of(record, folder).train.method == "full":
+    config = config_of(record, folder)
+    if config.train.method == "full":
         reason = "it was trained whole (train.method full): final/ is a model itself, which transformers loads"
         raise refused(path, reason)
     missing = [name for name in (ADAPTER, ADAPTER_CONFIG, BASE) if not (folder.final / name).is_file()]
@@ -84,7 +95,7 @@ def finished_run(path: Path, words: Sequence[str] = (), usage: str = "") -> Fini
         ended = read_object(folder.exit).get("reason")
         how = f"; its last attempt ended: {ended}" if ended else ""
         raise refused(path, f"final/{missing[0]} is not there{how}\nrepeat the command that trained it to finish it")
-    config, base = config_of(record, folder), read_object(folder.final / BASE)
+    base = read_object(folder.final / BASE)
     started_in = Path(str(last_start(folder).get("working_folder", ".")))
     model = replace(config.model, name_or_path=str(base.get("name", config.model.name_or_path)))
     model = replace(model, revision=str(base.get("commit") or config.model.revision))
@@ -178,6 +189,14 @@ def check_base(run: FinishedRun) -> None:
         reason = "its config.json or weights are not those that the adapters were trained on"
         name = Path(run.config.model.name_or_path)
         raise refused(name, f"{reason} ({run.folder.final / BASE}); name the right one: --model.name_or_path")
+
+
+def check_base_is_there(run: FinishedRun) -> None:
+    """Raises ExitWith(BAD_INPUT) where the base, a folder, is no longer where it was when the run was trained."""
+    name = run.config.model.name_or_path
+    if not run.base.get("commit") and name == run.base.get("name") and not Path(name).is_dir():
+        reason = f"its base is no longer in {name}; if it has moved, write --model.name_or_path NEWPLACE"
+        raise refused(run.folder.path, reason)
 
 
 def inference_plan(config: Config, device: torch.device) -> Plan:

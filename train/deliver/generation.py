@@ -32,6 +32,7 @@ class Generator:
     tokenizer: PreTrainedTokenizerBase
     end_token_ids: Sequence[int]
     max_new_tokens: int
+    must_stop: Callable[[], bool] = lambda: False  # asked after each token; then all answers end where they are
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Sequence[int]]) -> list[Completion]:
@@ -55,6 +56,7 @@ class Generator:
             input_ids=input_ids.to(causal_lm.device),
             attention_mask=attention_mask.to(causal_lm.device),
             generation_config=settings,
+            stopping_criteria=[lambda ids, scores: torch.full((len(ids),), self.must_stop(), device=ids.device)],
         )
         return [self._completion(tokens) for tokens in generated[:, longest:].tolist()]
 

@@ -10,6 +10,7 @@ import json
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +23,9 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from train.checkpoints.contents import ADAPTER, ADAPTER_CONFIG
 from train.config import ModelConfig
-from train.deliver.adapter_delta import Trained, read_trained
+from train.deliver.adapter_delta import Trained
 from train.deliver.final import BASE
-from train.deliver.finished import FinishedRun
+from train.deliver.finished import FinishedRun, check_base
 from train.engine.host_stream import HostBlocks
 from train.models.base import as_parameter, computed_values, load_base, read_stored, skeleton
 from train.models.completeness import tied_embedding
@@ -65,10 +66,12 @@ class Merge:
             raise refused(f"--onto original: {reason}; write --onto dequantized")
         if onto == "dequantized" and config.quantization == "none":
             raise refused("--onto dequantized: the base was not quantised; write --onto original")
+        check_base(run)
         own: Any = getattr(shape, "dtype", None)
         found = DTYPES[dtype] if dtype else own if own in DTYPES.values() else torch.bfloat16
-        return cls(run, onto, found, read_trained(run.folder.final, int(run.base.get("vocabulary", 0))))
+        return cls(run, onto, found, run.trained)
 
+    @cached_property
     def num_bytes(self) -> int:
         """What the merged model's weights take on the disk."""
         base = skeleton(replace(self.run.config.model, quantization="none", random_init=True), self.dtype)
@@ -83,7 +86,7 @@ class Merge:
         Only where transformers reads the base's tensors under other names than they are stored by, as with some
         multimodal bases, it is whole in host memory. Raises ExitWith(BAD_INPUT) where a file cannot be read or written.
         """
-        need, free = self.num_bytes(), shutil.disk_usage(target).free
+        need, free = self.num_bytes, shutil.disk_usage(target).free
         if free < need:
             raise refused(f"{target.parent}: {need / 1e9:.1f} GB are needed, and {free / 1e9:.1f} GB are free")
         config = self.run.config.model
@@ -124,7 +127,7 @@ class Merge:
             save_file(tensors, target / path.name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, path.name)
         if len(stored.opened) > 1 or next(iter(stored.opened)).name != "model.safetensors":
-            index = {"metadata": {"total_size": self.num_bytes()}, "weight_map": weight_map}
+            index = {"metadata": {"total_size": self.num_bytes}, "weight_map": weight_map}
             (target / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def _write_whole(self, target: Path) -> None:

@@ -5,7 +5,9 @@ from types import ModuleType
 
 from train.run.exits import ExitCode, ExitWith
 
-INSTALL = "pip install -c constraints.txt -e .[gguf]"
+# as a shell takes it from the project's folder; llama.cpp is compiled, in three minutes on two cores
+INSTALL = ".venv/bin/pip install -c constraints.txt -e '.[gguf]'"
+COMPILES = "which compiles llama.cpp for some minutes"
 
 
 def package(name: str) -> ModuleType:
@@ -13,5 +15,7 @@ def package(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        reason = f"the package {name} is needed, and cannot be imported ({error}): {INSTALL}"
+        reason = (
+            f"the package {name} is needed, and cannot be imported ({error}).\nInstall it, {COMPILES}:\n  {INSTALL}"
+        )
         raise ExitWith(ExitCode.BAD_INPUT, reason) from None

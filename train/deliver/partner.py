@@ -13,7 +13,7 @@ from train.data import prepare_settings, run_date
 from train.deliver.finished import FinishedRun, device_of, inference_plan, load_tuned, today_of
 from train.models.hub import locate
 from train.models.language_model import LanguageModel, load_model
-from train.models.shape import model_shape, text_shape
+from train.models.shape import max_positions, model_shape, text_shape
 from train.models.tokenizer import load_tokenizer
 from train.run.accelerator import check_machine
 from train.run.attempts import last_start
@@ -35,7 +35,7 @@ class Partner:
     @property
     def context(self) -> int:
         """Tokens that the model takes at most; 0 where config.json says no number."""
-        return int(getattr(text_shape(model_shape(self.config.model)), "max_position_embeddings", None) or 0)
+        return max_positions(self.config.model)
 
 
 def partner_of_run(run: FinishedRun) -> Partner:

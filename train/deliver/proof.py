@@ -3,13 +3,26 @@
 import gc
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from data_tools.report import DataError
 from train.data import Splits
-from train.deliver.finished import FinishedRun, load_tuned
-from train.deliver.merge import Merge
-from train.deliver.receipt import Behaviour, Limits, Probe, TransformersModel, behaviour, probe_of
+from train.deliver.finished import FinishedRun, data_of, load_tuned, tokenizer_of
+from train.deliver.merge import Merge, load_merged
+from train.deliver.receipt import (
+    Behaviour,
+    Limits,
+    Model,
+    Probe,
+    Receipt,
+    TransformersModel,
+    Unlike,
+    behaviour,
+    probe_of,
+)
 from train.memory.gpus import free_host_bytes
 from train.run.exits import ExitCode, ExitWith
 
@@ -17,35 +30,75 @@ GIB = 2**30
 Say = Callable[[str], None]
 
 
-def trained_behaviour(run: FinishedRun, splits: Splits, say: Say) -> tuple[Probe, Behaviour]:
-    """What is asked, and what the trained model does; it is not in memory afterwards."""
-    probe, trained, _ = _behaviours(run, splits, say, unloads=False)
-    return probe, trained
+@dataclass(frozen=True)
+class Proof:
+    """What a model is asked that is to be what was trained, and what the trained one does."""
+
+    probe: Probe
+    trained: Behaviour
+    unloaded: Receipt | None  # of what PEFT makes of the quantised weights (merge_and_unload), to compare with
+
+    def receipt(self, name: str, model: Model, limits: Limits) -> Receipt:
+        """How the model called `name` differs from the trained one; raises Unlike over a limit."""
+        receipt = Receipt.of(self.probe, self.trained, behaviour(model, self.probe))
+        if receipt.problems(limits):
+            raise Unlike(name, receipt, limits)
+        return receipt
+
+    def write_merged(self, merge: Merge, folder: Path, limits: Limits, say: Say) -> Receipt:
+        """Writes the merged model into the empty `folder` and asks it, as it will be served.
+
+        Raises Unlike where it is over a limit, ExitWith(BAD_INPUT) where it cannot be written or loaded.
+        """
+        place = place_for(merge, say)  # before minutes are spent on writing
+        say(f"merging onto the {merge.onto} base")
+        merge.write(folder)
+        say("asking the merged model what the trained one was asked")
+        tokenizer, ends = tokenizer_of(merge.run.folder)
+        served = TransformersModel(load_merged(folder, merge.dtype, place), tokenizer, ends)
+        receipt = self.receipt("the merged model", served, limits)
+        del served
+        gc.collect()  # modules refer to one another
+        return receipt
 
 
-def trained_and_unloaded(run: FinishedRun, splits: Splits, say: Say) -> tuple[Probe, Behaviour, Behaviour | None]:
-    """Likewise, and what the model does once PEFT has merged it in its quantised weights.
+def data_for_proof(run: FinishedRun, say: Say) -> Splits:
+    """The run's data, on whose held-out rows models are asked; raises ExitWith(BAD_INPUT) where it cannot be had."""
+    try:
+        splits, changes = data_of(run)
+    except DataError as error:
+        also = " --data.validation_path NEWPLACE" if run.config.data.validation_path else ""
+        reason = (
+            f"{error}\nThe data is needed for the receipt, which proves on held-out rows that what is written does "
+            f"what base and adapter do. If it has moved, write --data.path NEWPLACE{also}."
+        )
+        raise ExitWith(ExitCode.BAD_INPUT, reason) from None
+    for change in changes:
+        say(change)
+    return splits
 
-    None for the last where nothing is quantised, or weights are streamed, which PEFT cannot merge.
+
+def proof_of(run: FinishedRun, splits: Splits, say: Say, unloads: bool) -> Proof:
+    """Asks the trained model, which is not in memory afterwards.
+
+    With `unloads` also what PEFT makes of its quantised weights; where none is quantised, or weights are streamed,
+    which PEFT cannot merge, there is no such receipt.
     """
-    return _behaviours(run, splits, say, unloads=run.config.model.quantization != "none")
-
-
-def _behaviours(run: FinishedRun, splits: Splits, say: Say, unloads: bool) -> tuple[Probe, Behaviour, Behaviour | None]:
     say(f"loading {run.config.model.name_or_path} with the adapters of {run.folder.final}")
     tuned = load_tuned(run)
     probe, unloaded = probe_of(splits, tuned.tokenizer), None
+    unloads = unloads and run.config.model.quantization != "none" and tuned.model.engine is None
     asked = TransformersModel(tuned.model.causal_lm, tuned.tokenizer, tuned.end_token_ids)
     with tuned.model.generating():
         trained = behaviour(asked, probe)
-        if unloads and tuned.model.engine is None:
+        if unloads:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that generations may differ: by how much is what is measured
                 tuned.model.adapted.merge_adapter()
-            unloaded = behaviour(asked, probe)
+            unloaded = Receipt.of(probe, trained, behaviour(asked, probe))
     del tuned, asked
     gc.collect()  # modules refer to one another
-    return probe, trained, unloaded
+    return Proof(probe, trained, unloaded)
 
 
 def place_for(merge: Merge, say: Say) -> torch.device:
@@ -53,7 +106,7 @@ def place_for(merge: Merge, say: Say) -> torch.device:
 
     Raises ExitWith(BAD_INPUT) where host memory does not hold it either.
     """
-    need = int(1.15 * merge.num_bytes()) + GIB
+    need = int(1.15 * merge.num_bytes) + GIB
     if merge.run.device.type == "cuda":
         torch.cuda.empty_cache()
         if torch.cuda.mem_get_info()[0] > need:
@@ -69,13 +122,10 @@ def place_for(merge: Merge, say: Say) -> torch.device:
     return torch.device("cpu")
 
 
-def limits_of(merge: Merge, max_kl: float | None = None, min_agreement: float | None = None) -> Limits:
+def limits_of(merge: Merge) -> Limits:
     """How far the merged model may be from the trained one; onto another base than was trained on it may be farther.
 
     docs/LOG.md has what merges reach.
     """
     is_trained_on = merge.onto == "dequantized" or merge.run.config.model.quantization == "none"
-    usual = Limits(0.02, 0.9) if is_trained_on else Limits(0.5, 0.75)
-    return Limits(
-        usual.max_kl if max_kl is None else max_kl, usual.min_agreement if min_agreement is None else min_agreement
-    )
+    return Limits(0.02, 0.9) if is_trained_on else Limits(0.5, 0.75)

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from data_tools.samples import Sample
 from train.data import Splits
 from train.deliver.questions import questions_of
+from train.run.exits import ExitCode, ExitWith
 
 MAX_POSITIONS = 1024  # predictions that are compared: their logits are kept, 0.5 GB at 128,000 tokens
 MAX_ROWS = 64
@@ -61,6 +62,23 @@ class Limits:
 
     max_kl: float  # mean over positions, in nats
     min_agreement: float
+    are_options: bool = False  # --max-kl and --min-agreement set them
+
+    def allows_kl(self, mean_kl: float) -> bool:
+        """Whether a model may differ so; one that is no number it may not."""
+        return mean_kl <= self.max_kl
+
+    def allows_agreement(self, agreement: float) -> bool:
+        """Whether a model may agree so seldom."""
+        return agreement >= self.min_agreement
+
+    def with_options(self, max_kl: float | None, min_agreement: float | None) -> "Limits":
+        """With what a user gave in place of these; None: nothing."""
+        return Limits(
+            self.max_kl if max_kl is None else max_kl,
+            self.min_agreement if min_agreement is None else min_agreement,
+            are_options=True,
+        )
 
 
 @dataclass(frozen=True)
@@ -118,11 +136,22 @@ class Receipt:
     def problems(self, limits: Limits) -> list[str]:
         """What exceeds the limits; a figure that is no number does."""
         found = []
-        if not self.mean_kl <= limits.max_kl:
+        if not limits.allows_kl(self.mean_kl):
             found.append(f"mean KL {self.mean_kl:.3g} nats, {limits.max_kl:g} allowed")
-        if not self.agreement >= limits.min_agreement:
+        if not limits.allows_agreement(self.agreement):
             found.append(f"top-1 agreement {self.agreement:.1%}, {limits.min_agreement:.1%} wanted")
         return found
+
+
+class Unlike(ExitWith):
+    """The end by a model that differs too much from the trained one; it is not kept."""
+
+    def __init__(self, name: str, receipt: Receipt, limits: Limits) -> None:
+        what = f"by {receipt.num_positions:,} {receipt.kind} predictions: {'; '.join(receipt.problems(limits))}"
+        way_out = "; --max-kl and --min-agreement say what is allowed" if limits.are_options else ""
+        reason = f"{name} does not behave like the trained model, {what}\nnothing was kept{way_out}"
+        super().__init__(ExitCode.UNLIKE, reason)
+        self.name, self.receipt, self.limits = name, receipt, limits
 
 
 class TransformersModel:

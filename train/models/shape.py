@@ -57,6 +57,11 @@ def text_shape(shape: PreTrainedConfig) -> Any:
     return shape.get_text_config(decoder=True)
 
 
+def max_positions(config: ModelConfig) -> int:
+    """Tokens that the base takes at most; 0 where config.json says no number."""
+    return int(getattr(text_shape(model_shape(config)), "max_position_embeddings", None) or 0)
+
+
 def auto_class(config: ModelConfig, shape: PreTrainedConfig) -> Any:
     """transformers' class that loads the base; raises ExitWith(BAD_INPUT) where it knows no language model in it."""
     for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):

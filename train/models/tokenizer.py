@@ -13,7 +13,7 @@ from data_tools.chat_template import PLAIN_TEMPLATE, ChatTemplate, read_template
 from data_tools.encode import CONTROL
 from train.config import Config, parse_argument
 from train.models.hub import locate
-from train.models.shape import BROKEN, cannot_read, model_shape, text_shape
+from train.models.shape import BROKEN, cannot_read, max_positions, model_shape, text_shape
 from train.run.exits import ExitCode, ExitWith
 
 # Tokens that models ship for padding: where pad is unset or equals eos, the first one in the vocabulary is used.
@@ -130,8 +130,8 @@ def check_fits(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def check_length(config: Config) -> None:
     """Raises ExitWith(BAD_INPUT) where samples may be longer than the model was made for, or it cannot be found."""
-    longest = getattr(text_shape(model_shape(config.model)), "max_position_embeddings", None)
-    if longest is not None and config.data.max_length > longest:
+    longest = max_positions(config.model)
+    if longest and config.data.max_length > longest:
         reason = (
             f"--data.max_length {config.data.max_length}: {config.model.name_or_path} was made for {longest} at most"
         )

@@ -72,7 +72,7 @@ def ending_line(run: RunRecord) -> str:
 
 def figures_of(run: RunRecord) -> list[tuple[str, str]]:
     """What is seen first: value and name."""
-    losses, held_out = run.values("train/loss"), run.values("eval/loss")
+    losses, held_out = run.values("train/loss"), run.held_out.values
     peak = max(run.values("memory/peak_reserved_gib"), default=None)
     of = f" of {run.total_steps:,}" if run.total_steps is not None else ""
     told = [

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from train.report.curves import drawable
+from train.report.curves import Curve, curve, drawable
 from train.report.state import State, is_locked, state_by
 from train.report.values import at, whole
 from train.run.attempts import Attempt, read_attempts
@@ -74,6 +74,11 @@ class RunRecord:
         told = [_step(row.get("checkpoint/step")) for row in self.rows]
         told += [row["step"] - 1 for row in self.rows if "perf/save_seconds" in row and "checkpoint/step" not in row]
         return sorted({step for step in [*told, *self.folder.checkpoint_steps] if step is not None and step > 0})
+
+    @property
+    def held_out(self) -> Curve:
+        """The losses on held-out data after steps; that before the first step is no candidate for the lowest."""
+        return curve([row for row in self.rows if row["step"]], "eval/loss")
 
     def values(self, key: str) -> list[float]:
         """The numbers that rows have under the key, as far as they can be drawn."""

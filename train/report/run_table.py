@@ -14,7 +14,6 @@ from train.report.summary import Summary, differing, results_of
 from train.report.values import NOTHING, brief, letter_of, shown, size, span
 from train.run.redact import redact
 
-WIDTH = 80
 COLUMNS = {"state": 11, "step": 13, "loss": 8, "best": 8, "eval best": 10, "tokens/s": 9, "time": 9, "size": 9}
 COLOURS = {"finished": "green", "running": "cyan", "stopped": "yellow", "killed": "red", "failed": "red"}
 

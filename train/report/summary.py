@@ -50,7 +50,7 @@ class Summary:
 
 def summary_of(run: RunRecord, name: str = "") -> Summary:
     """The figures of a run, under the name that a list gives it."""
-    losses, held_out = curve(run.rows, "train/loss"), curve(run.rows, "eval/loss")
+    losses, held_out = curve(run.rows, "train/loss"), run.held_out
     data = at(run.config, "data", "path")
     return Summary(
         name=name or run.name,

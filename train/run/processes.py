@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from data_tools.terminal import fitted
 from train.config import Config
 from train.metrics import to_host
 from train.run.exits import ExitCode, ExitWith
@@ -114,10 +115,10 @@ def peer_failure(config: Config, error: RuntimeError) -> str:
 
 
 def say(accelerator: Accelerator, text: str) -> None:
-    """Prints `text` in the first process only."""
+    """Prints `text` in the first process only, fitted to a terminal."""
     if accelerator.is_main_process:
         with suppress(OSError):  # the terminal may be closed, or stdout a file on a full disk
-            print(text, file=sys.stdout, flush=True)
+            print(fitted(text), file=sys.stdout, flush=True)
 
 
 def advice_to_repeat(config: Config) -> str:

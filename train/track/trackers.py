@@ -24,7 +24,7 @@ def wanted_listeners(config: Config) -> list[Listener]:
 
 
 class Watcher(Protocol):
-    """Sees the rows in this process, at once: the terminal."""
+    """Sees the rows in this process, at once."""
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Takes one row of metrics, at a step's boundary."""
@@ -32,6 +32,14 @@ class Watcher(Protocol):
 
     def finish(self) -> None:
         """Ends; nothing comes after it."""
+        ...
+
+
+class TerminalWatcher(Watcher, Protocol):
+    """Shows them on the terminal."""
+
+    def rest(self) -> None:
+        """Training is over: no row comes any more, and others use the terminal."""
         ...
 
 
@@ -59,11 +67,12 @@ class Trackers:
     def __init__(
         self,
         metrics: MetricsFile | None = None,
-        display: Watcher | None = None,
+        display: TerminalWatcher | None = None,
         listeners: Sequence[Isolated] = (),
         watch: Callable[[Mapping[str, Any]], None] | None = None,
+        answers: MetricsFile | None = None,
     ) -> None:
-        self.metrics = metrics
+        self.metrics, self.answers_file, self.display = metrics, answers, display
         self.listeners = listeners
         # metrics.jsonl first: what a listener lacks is read from it
         own = Watch(watch) if watch else None
@@ -78,15 +87,31 @@ class Trackers:
         """Tells the listeners a table; it has a file of its own in the run folder."""
         self._each(self.listeners, lambda listener: listener.table(name, rows))
 
+    def answers(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Tells the answers of one validation, if there are any: a line each in a file of their own, and a table."""
+        if rows and self.answers_file is not None:
+            for row in rows:
+                self._each([self.answers_file], lambda file, row=row: file.log(row))
+            self.table("validation", rows)
+
+    def rest(self) -> None:
+        """Tells the terminal's watcher that training is over; the others wait for the answers and the end."""
+        self._each([self.display] if self.display else [], lambda display: display.rest())
+
     def finish(self) -> None:
         """Ends all of them, also those that were left out; the listeners together, so that patience is spent once."""
         self.left_out.clear()
         self._each(self.listeners, lambda listener: listener.request_finish())
         self._each(self.watchers, lambda watcher: watcher.finish())
+        self._each([self.answers_file] if self.answers_file else [], lambda file: file.finish())
 
     def metrics_bytes(self) -> int:
         """Length of metrics.jsonl, made durable; 0 in a process that writes none. Raises OSError."""
         return self.metrics.durable_bytes() if self.metrics else 0
+
+    def answers_bytes(self) -> int:
+        """Length of validation_answers.jsonl, likewise."""
+        return self.answers_file.durable_bytes() if self.answers_file else 0
 
     def _each(self, members: Sequence[T], tell: Callable[[T], None]) -> None:
         for member in members:

@@ -34,9 +34,11 @@ def test_due_by_epoch_steps_end_and_best(saver: Callable[[CheckpointConfig], Sav
     by_epoch, by_steps = saver(CheckpointConfig()), saver(CheckpointConfig(every=4))
     assert [step for step in range(1, 7) if by_epoch.is_due(step, None)] == [3, 6]
     assert [step for step in range(1, 7) if by_steps.is_due(step, None)] == [4, 6]
+    by_steps.record.add(3, 2.0, 0.0)
     assert by_steps.is_due(3, 2.0)
-    by_steps.save(3, 2.0, must_stop=False)
+    by_steps.record.add(5, 2.0, 0.0)
     assert not by_steps.is_due(5, 2.0)
+    by_steps.record.add(5, 1.9, 0.0)
     assert by_steps.is_due(5, 1.9)
 
 
@@ -59,12 +61,14 @@ def test_the_best_checkpoint_stays(saver: Callable[[CheckpointConfig], Saver]) -
     """Beside the newest two; when a better one comes the old best goes; a resumed run knows it."""
     made = saver(CheckpointConfig(every=1))
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, None)):
+        if loss is not None:
+            made.record.add(step, loss, 0.0)
         made.save(step, loss, must_stop=False)
     assert sorted(int(path.name[5:]) for path in made.store.root.iterdir()) == [2, 4, 5]
     best = made.store.best()
     assert best == (made.store.root / "step-0000000002", 1.0)
     again = Saver.of(made.training, made.store, {}, Trackers(), made.store.latest())
-    assert (again.saved, again.lowest) == (5, 1.0)
+    assert (again.saved, again.record.best_step, again.record.best_loss) == (5, 2, 1.0)
     made.save(6, 0.5, must_stop=False)
     assert sorted(int(path.name[5:]) for path in made.store.root.iterdir()) == [5, 6]
 

@@ -14,6 +14,7 @@ from train.commands import handloop
 from train.commands.chat import Chat, about, is_model
 from train.deliver.sampling import Sampling
 from train.deliver.speaker import Spoken
+from train.run.exits import ExitCode
 
 
 class Script:
@@ -36,8 +37,14 @@ class Script:
     def say(self, line: str) -> None:
         self.said.append(line)
 
+    def warn(self, line: str) -> None:
+        self.said.append(line)
+
     def refuse(self, reason: str) -> None:
         self.refused.append(reason)
+
+    def exit_code(self) -> ExitCode:
+        return ExitCode.FINISHED
 
     @contextmanager
     def answering(self) -> Any:
@@ -119,7 +126,7 @@ def test_what_fails_does_not_end_the_chat() -> None:
     assert talk.asked == ["one", "two", "three"]
     assert screen.refused[0] == "too long"
     assert "memory" in screen.refused[1]
-    assert about(Spoken("", "length", 0, 0.0, 0)).endswith("cut at max-new-tokens")
+    assert about(Spoken("", "interrupted", 0, 0.0, 0)).endswith("interrupted")
 
 
 def test_an_interrupt_ends_the_answer_or_the_chat() -> None:
@@ -156,10 +163,28 @@ def test_in_a_pipe(
     assert [turn["content"] for turn in saved["messages"]] == [rows[1]["question"], lines[1]]
 
 
-def test_bad_words_end_with_78(
-    finished_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_misspelt_command_costs_its_line_alone(
+    finished_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No folder, no run, impossible settings and unknown options are refused, and in a pipe an unknown command."""
+    """In a pipe it is said with its line and the nearest command, what follows is answered, and the code is 78.
+
+    An answer that the limit cuts is named too, but fails nothing.
+    """
+    question = json.loads((finished_path / "answers.json").read_text())[0]["question"]
+    words = (finished_path, f"{question}\n/hlep\n/rest\n{question}\n", monkeypatch, "--max-new-tokens", "1")
+    assert piped(*words) == 78
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 2
+    assert "line 2: /hlep: no such command; did you mean /help? As a text it is written //hlep\n" in said.err
+    assert "line 3: /rest: no such command; did you mean /reset?" in said.err
+    cut = "the answer is cut after 1 tokens; --max-new-tokens N, or /set max-new-tokens N, lets it be longer"
+    assert [f"line {number}: {cut}" in said.err for number in range(1, 5)] == [True, False, False, True]
+    assert piped(finished_path, question, monkeypatch, "--max-new-tokens", "1") == 0
+    assert f"line 1: {cut}" in capsys.readouterr().err
+
+
+def test_bad_words_end_with_78(finished_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No folder, no run, impossible settings and unknown options are refused."""
     (tmp_path / "config.json").write_text("{}")
     for words, reason in [
         ([], "name a run folder or a model"),
@@ -170,8 +195,6 @@ def test_bad_words_end_with_78(
     ]:
         assert handloop.main(["chat", *words]) == 78, words
         assert reason in capsys.readouterr().err
-    assert piped(finished_path, "/bas\n", monkeypatch) == 78
-    assert "/bas: no such command" in capsys.readouterr().err
 
 
 def test_a_run_and_a_model_are_told_apart(finished_path: Path, tmp_path: Path) -> None:

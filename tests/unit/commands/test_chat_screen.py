@@ -12,6 +12,7 @@ from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 from train.commands.chat_screen import Pipe, Terminal, history_file
+from train.run.exits import ExitCode
 
 ENTER, ALT_ENTER, CTRL_C, CTRL_D = "\r", "\x1b\r", "\x03", "\x04"
 
@@ -114,3 +115,27 @@ def test_a_pipe_is_bare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     screen.say("a note")
     said = capsys.readouterr()
     assert (said.out, said.err) == ("an\x1bswer\n", "a note\n")
+
+
+def test_every_answer_in_a_pipe_ends_with_one_line_break(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also one that has its own, and half a one before something is refused; what is refused makes the code 78."""
+    screen = Pipe()
+    for pieces in (["two", "\n", "lines"], ["one\n"], [], ["last", ""]):
+        for piece in pieces:
+            screen.write(piece)
+        screen.end_answer("")
+    assert screen.exit_code() == ExitCode.FINISHED
+    screen.write("half")
+    screen.refuse("no memory")
+    screen.refuse("no memory")
+    assert capsys.readouterr().out == "two\nlines\none\n\nlast\nhalf\n"
+    assert screen.exit_code() == ExitCode.BAD_INPUT
+
+
+def test_a_refusal_stands_on_a_line_of_its_own(keys: PipeInput, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a terminal what is refused does not follow half an answer."""
+    screen = terminal(keys)
+    screen.write("half")
+    screen.refuse("no memory")
+    screen.refuse("twice")
+    assert capsys.readouterr().out == "half\nno memory\ntwice\n"

@@ -1,10 +1,9 @@
-"""`handloop export` on a finished run: what is written, what is said of it, what is sent, and what is refused."""
+"""`handloop export` on a finished run: what is written, what is said of it, what is sent."""
 
 import json
 import os
-import shutil
+import re
 import stat
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,41 +17,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import BUNDLED_BASE
-from tests.finished_runs import finish
+from tests.finished_runs import export_refusal, finish
 from tests.gguf_models import needs_llama_cpp
 from train.commands.handloop import main
 from train.config import Config, ModelConfig
-from train.deliver import export, receipt
+from train.deliver.card import Contents, card
+from train.deliver.finished import finished_run
+from train.deliver.optional import INSTALL
 
+pytestmark = pytest.mark.usefixtures("short_receipts")
+MERGED = "merged model, base and LoRA adapters in one, as"
 IDS = torch.arange(5, 45)[None]
-
-
-@pytest.fixture
-def run(config: Config, tmp_path: Path) -> Path:
-    """A finished run on a copy of the bundled base, which is held in fp32."""
-    base = tmp_path / "a private place" / "base"
-    shutil.copytree(BUNDLED_BASE, base)
-    model = ModelConfig(name_or_path=str(base), quantization="none", dtype="fp32")
-    return finish(replace(config, model=model), tmp_path / "my run")
-
-
-@pytest.fixture(autouse=True)
-def _short_receipts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compares less than a user's export does."""
-    monkeypatch.setattr(receipt, "MAX_ROWS", 6)
-    monkeypatch.setattr(receipt, "NUM_QUESTIONS", 2)
-
-
-@pytest.fixture
-def without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine where it is not installed."""
-    monkeypatch.setattr(export, "find_spec", lambda name: None)
-
-
-def refusal(words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What is said when the command ends with 78."""
-    assert main(["export", *words]) == 78
-    return capsys.readouterr().err
 
 
 def front_matter(folder: Path) -> dict[str, Any]:
@@ -71,7 +46,7 @@ def test_everything_is_written_and_told(run: Path, tmp_path: Path, capsys: pytes
         assert main(["export", str(run), *words]) == 0
     finally:
         os.umask(before)
-    said, folder = capsys.readouterr().out, run / "export"
+    (said, told), folder = capsys.readouterr(), run / "export"
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert {"README.md", "adapter_model.safetensors", "merged/model.safetensors", "Modelfile"} <= files
     assert {"my-run-F16.gguf", "my-run-adapter.gguf", "receipts.json"} <= files
@@ -82,7 +57,8 @@ def test_everything_is_written_and_told(run: Path, tmp_path: Path, capsys: pytes
         text = (folder / name).read_bytes()
         assert str(tmp_path).encode() not in text
         assert b"a private place" not in text
-    assert "llama-cpp-python is not installed (pip install -c constraints.txt -e .[gguf])" in said
+    assert "because llama-cpp-python is not installed" in " ".join(said.split())
+    assert f"which compiles llama.cpp for some minutes:\n  {INSTALL}\n" in told
     base = AutoModelForCausalLM.from_pretrained(BUNDLED_BASE, dtype=torch.float32)
     merged: Any = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32).eval()
     with torch.no_grad():
@@ -101,7 +77,7 @@ def test_the_readme_says_what_is_known(run: Path, capsys: pytest.CaptureFixture[
     assert front_matter(run / "export") == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["lora", "handloop"],
+        "tags": ["handloop"],
     }
     for part in ("`pairs.jsonl`", "| `lora.r` | `4` |", "Training loss 2.5000 at step 1, 1.2500 at step 2", "`base`"):
         assert part in text
@@ -121,9 +97,6 @@ def test_the_readme_says_what_is_known(run: Path, capsys: pytest.CaptureFixture[
 
 def test_a_base_of_the_hub_and_data_of_the_hub_are_linked(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The base's id and commit, and data sets, are in the front matter; files with such names are not."""
-    from train.deliver.card import Contents, card
-    from train.deliver.finished import finished_run
-
     found = finished_run(run)
     data = replace(found.config.data, path=("somebody/rows:train", "reports/private.jsonl", "a/b/c/*.txt"))
     found = replace(found, base={"name": "me/base", "commit": "0123abc"}, config=replace(found.config, data=data))
@@ -140,6 +113,30 @@ def test_a_base_of_the_hub_and_data_of_the_hub_are_linked(run: Path, capsys: pyt
     assert "rendered with `thinking=false`: give the same to" in card(found, "x", contents, {})
 
 
+@pytest.mark.parametrize(
+    ("contents", "what", "tags"),
+    [
+        (Contents(True, "", [], "", False, {}, []), "LoRA adapters. The base", ["lora"]),
+        (Contents(False, "", [], "a.gguf", False, {}, []), "LoRA adapters as a GGUF file. The base", ["lora", "gguf"]),
+        (Contents(False, ".", [], "", False, {}, []), f"A {MERGED} safetensors. ", []),
+        (Contents(False, "", ["x"], "", True, {}, []), f"A {MERGED} a GGUF file. ", ["gguf"]),
+        (
+            Contents(True, "merged", ["x", "y"], "", False, {}, []),
+            f"LoRA adapters; a {MERGED} safetensors and GGUF files. ",
+            ["lora", "gguf"],
+        ),
+    ],
+)
+def test_the_readme_says_what_it_is_of(run: Path, contents: Contents, what: str, tags: list[str]) -> None:
+    """Only what holds adapters apart from their base is called so, and tagged so; a merged model is called one."""
+    found = replace(finished_run(run), base={"name": "me/base", "commit": "0123abc"})
+    text = card(found, "x", contents, {})
+    fields = yaml.safe_load(text.split("---\n")[1])
+    assert text.partition("# x\n\n")[2].startswith(what)
+    assert fields["tags"] == [*tags, "handloop"]
+    assert fields["base_model_relation"] == ("adapter" if "lora" in tags else "finetune")
+
+
 @needs_llama_cpp
 def test_real_llama_cpp_answers_as_the_trained_model(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """F16 and quantised files are asked by llama.cpp what the trained model was asked; the receipts are close."""
@@ -154,10 +151,14 @@ def test_real_llama_cpp_answers_as_the_trained_model(run: Path, capsys: pytest.C
     assert eight["mean_kl"] < four["mean_kl"] < 1.0
     kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(run / "export/my-run-Q4_K_M.gguf").tensors}
     assert {"Q4_K", "Q6_K"} <= kinds
-    assert "2 of 2 greedy answers equal" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"my-run-F16.gguf \S+ <= 0.02 \S+ >= 90% 2 of 2 ok", said), "judged as a merge is"
+    assert said.count(">= 50%") == 2, "quantised ones have limits of their own"
     words = ["--format", "gguf", "--overwrite", "--quantize", "Q4_0", "--max-kl", "1e-9"]
     assert main(["export", str(run), *words]) == 84
-    assert "my-run-Q4_0.gguf does not behave like the trained model" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "my-run-Q4_0.gguf does not behave like the trained model" in said
+    assert "<= 1e-09" in said.partition("too far")[0], "the table is shown, with the limit"
     assert (run / "export" / "my-run-Q8_0.gguf").exists(), "the earlier export stands"
 
 
@@ -173,7 +174,7 @@ def test_new_tokens_are_in_the_file(config: Config, tmp_path: Path, capsys: pyte
     assert tokens.contents()[2048:] == ["<|so|>", "bolt"]
     assert json.loads((run / "export" / "receipts.json").read_text())["files"]["run-F16.gguf"]["mean_kl"] < 1e-4
     capsys.readouterr()
-    said = refusal([str(run), "--format", "gguf", "adapter-gguf", "--overwrite"], capsys)
+    said = export_refusal([str(run), "--format", "gguf", "adapter-gguf", "--overwrite"], capsys)
     assert "only adapters of linear layers can be an adapter of llama.cpp" in said
     assert "asking" not in said, "it is refused before anything is computed"
     assert "tokenises" not in said
@@ -216,50 +217,9 @@ def test_an_export_is_sent_once_it_was_seen(
     assert sent == [(run / "export", "me/x", False, names), (run / "export", "me/x", True, names)]
     (run / "final" / "adapter_model.safetensors").write_bytes(b"trained since")
     for words in ([], ["--dry-run"]):
-        said = refusal([str(run), "--push", "me/x", *words], capsys)
+        said = export_refusal([str(run), "--push", "me/x", *words], capsys)
         assert "it was not exported from the adapter that is in final/ now; export again" in said
     assert len(sent) == 2
-
-
-@pytest.mark.usefixtures("without_llama_cpp")
-def test_what_cannot_be_done_is_refused_first(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Options that nothing reads, an export that is there, no space, a family of another kind: 78, nothing written."""
-    said = {
-        "write --format, or --push": [str(run)],
-        "--quantize makes GGUF files": [str(run), "--format", "adapter", "--quantize", "Q4_0"],
-        "--onto: nothing is merged": [str(run), "--format", "adapter", "--onto", "original"],
-        "--max-kl and --min-agreement are limits of": [str(run), "--format", "gguf", "--max-kl", "2"],
-        "--public and --dry-run belong to --push": [str(run), "--format", "adapter", "--public"],
-        "--overwrite: nothing is written without --format": [str(run), "--push", "me/x", "--dry-run", "--overwrite"],
-        "there is no export in": [str(run), "--push", "me/x", "--dry-run"],
-        "--push me: write OWNER/NAME": [str(run), "--format", "adapter", "--push", "me", "--dry-run"],
-        "--onto dequantized: the base was not": [str(run), "--format", "safetensors", "--onto", "dequantized"],
-        "name a run folder": ["--format", "adapter"],
-    }
-    for reason, words in said.items():
-        assert reason in refusal(words, capsys)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
-    assert "0.0 GB are free" in refusal([str(run), "--format", "gguf"], capsys)
-    assert not (run / "export").exists()
-    (run / "export").mkdir()
-    assert "it exists; write --overwrite" in refusal([str(run), "--format", "adapter"], capsys)
-    (run / "export" / "README.md").write_text("my own notes")
-    assert "it is no export" in refusal([str(run), "--format", "adapter", "--overwrite"], capsys)
-    assert (run / "export" / "README.md").read_text() == "my own notes"
-
-
-def test_quantising_needs_llama_cpp(
-    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without it --quantize ends with 78 and the way to install it, before anything is merged."""
-    monkeypatch.setitem(__import__("sys").modules, "llama_cpp", None)
-    monkeypatch.setattr(export, "find_spec", lambda name: None)
-    said = refusal([str(run), "--format", "gguf", "--quantize", "Q4_0"], capsys)
-    assert "the package llama_cpp is needed" in said
-    assert "pip install -c constraints.txt -e .[gguf]" in said
-    assert not (run / "export").exists()
 
 
 def test_weights_of_an_export_are_the_merged_ones(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

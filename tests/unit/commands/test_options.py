@@ -1,13 +1,19 @@
-"""The data commands look at files without a profile, and say what there is to be said of the data."""
+"""Options of the commands: what misspelt ones may mean, and what the data commands say of files without a profile."""
 
+import io
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import BUNDLED_BASE
+from data_tools.terminal import fitted
+from tests.conftest import BUNDLED_BASE, ROOT
 from tests.unit.data_tools.jinja import THINKS, answer, user
+from train.commands import handloop
 from train.commands.handloop import main
 
 
@@ -72,3 +78,89 @@ def test_history_is_said_with_what_it_costs(tmp_path: Path, capsys: pytest.Captu
     assert "thinking  2 answers stand behind an empty think block, which is not trained" in shown
     assert main(["audit", str(path), "--data.chat_template", str(template), "--data.history", "last"]) == 0
     assert "warning   1 earlier answers are not trained (--data.history last)" in capsys.readouterr().out
+
+
+MISSPELT = [  # the words of a command, and what it answers
+    (["merge", "RUN", "--ont", "original"], "--ont: no such option; did you mean --onto?"),
+    (["merge", "RUN", "--onto", "original", "--dtyp", "bf16"], "--dtyp: no such option; did you mean --dtype?"),
+    (["merge", "RUN", "--quantise", "Q4_0"], "--quantise: no such option\n"),  # the run's quantisation stays
+    (["export", "RUN", "--formt", "gguf"], "--formt: no such option; did you mean --format?"),
+    (["export", "RUN", "--format", "gguf", "--quantise", "Q4_0"], "did you mean --quantize?"),
+    (["export", "RUN", "--max-klm", "1"], "--max-klm: no such option; did you mean --max-kl?"),
+    (["compare", "RUN", "--nmu", "3", "--device", "cpu"], "did you mean --num?"),
+    (["compare", "RUN", "--nmu", "3", "--device", "cpu"], "--device: no such option; did you mean --run.device?"),
+    (["chat", "RUN", "--temprature", "0"], "--temprature: no such option; did you mean --temperature?"),
+    (["chat", "RUN", "--temp=0"], "--temp: no such option; did you mean --temperature?"),
+    (["chat", "RUN", "--quantization", "nf4"], "--quantization: no such option\n"),
+    (["chat", "MODEL", "--quantization", "nf4"], "did you mean --model.quantization?"),
+    (["plan", "--prob"], "--prob: no such option; did you mean --probe?"),
+    (["plan", "--profile", "demo", "--mean-lenth", "3"], "did you mean --mean-length?"),
+    (["plan", "--profil", "demo"], "--profil: no such option; did you mean --profile?"),
+    (["plan", "--profile", "demo", "--lr", "1"], "--lr: no such option; did you mean --optim.lr?"),
+    (["preview", "FILE", "--row", "3"], "--row: no such option; did you mean --rows?"),
+    (["audit", "FILE", "--jsn"], "--jsn: no such option; did you mean --json?"),
+    (["audit", "FILE", "--data.pth", "x"], "--data.pth: no such option; did you mean --data.path?"),
+    (["glossary", "FILE", "--fomrs", "3"], "--fomrs: no such option; did you mean --forms?"),
+]
+
+
+@pytest.mark.parametrize(("words", "answer"), MISSPELT, ids=[" ".join(words) for words, _ in MISSPELT])
+def test_a_misspelt_option_is_taken_for_one_that_the_command_takes(
+    words: list[str], answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own options come first; of train/main.py only those that this very command would take."""
+    assert handloop.main([str(BUNDLED_BASE) if word == "MODEL" else word for word in words]) == 78
+    said = capsys.readouterr().err
+    assert answer in said
+    assert f"usage: handloop {words[0]}" in said
+
+
+def test_every_command_is_tried() -> None:
+    """A new command has a row above."""
+    assert {words[0] for words, _ in MISSPELT} == set(handloop.COMMANDS)
+
+
+def test_all_that_is_wrong_with_the_words_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two misspelt options and an invalid value are one report, also where the run is not there."""
+    assert handloop.main(["merge", "RUN", "--ont", "x", "--jsn", "--run.device", "gpu"]) == 78
+    said = capsys.readouterr().err
+    for part in ("did you mean --onto?", "did you mean --json?", "--run.device gpu: "):
+        assert part in said
+
+
+REFUSED = [[], ["foo"], ["plan"], *([name, "--hlep"] for name in handloop.COMMANDS)]
+REFUSED += [["merge", "--onto", "original"], ["export", "--format", "gguf"], ["compare"], ["chat"]]
+TRY = """
+import json, sys
+from train.commands import handloop
+for words in json.loads(sys.argv[1]):
+    code = handloop.main(words)
+    print("##", words, code, *sorted({"torch", "transformers", "datasets", "numpy"} & set(sys.modules)))
+"""
+
+
+def test_a_usage_error_waits_for_no_library() -> None:
+    """Neither torch nor another library that takes seconds is imported before the words are understood."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", TRY, json.dumps(REFUSED)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    told = [line for line in done.stdout.splitlines() if line.startswith("## ")]
+    assert told == [f"## {words} {78 if words else 0}" for words in REFUSED], done.stderr
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_lines_fit_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal lines break between words; a path, and a command to paste, stay whole; a pipe gets whole lines."""
+    monkeypatch.setenv("COLUMNS", "40")
+    path, command = f"/a/{'long-folder/' * 4}x", f"  pip install {'x' * 30}"
+    text = f"the merged model is written, with its receipt, to {path}\n{command}"
+    lines = fitted(text, Terminal()).split("\n")
+    assert lines[:2] == ["the merged model is written, with its", "  receipt, to"]
+    assert [line.strip() for line in lines[2:]] == [path, command.strip()]
+    assert fitted(text, io.StringIO()) == text

@@ -52,7 +52,7 @@ def test_an_earlier_run_keeps_its_page(tmp_path: Path) -> None:
     [
         ([], "RUN"),
         (["{}/nowhere"], "no such folder; name a run folder"),
-        (["{}"], "no run has written into it; handloop runs"),
+        (["{}"], "holds runs: name one of"),
         (["{}/run", "--output", "{}/no/page.html"], "--output FILE.html names another"),
         (["{}/run", "--output", "{}/run"], "--output FILE.html names another"),
         (["{}/run", "--optim.lr", "1"], "--optim.lr"),

@@ -26,6 +26,29 @@ def test_near_duplicates_across_the_sides(tmp_path: Path) -> None:
     assert failures(result) == []
 
 
+def test_a_question_in_other_words_is_no_near_duplicate(tmp_path: Path) -> None:
+    """Up to twelve wordings with one long answer are not warned about; near ones, and stock phrases, are.
+
+    Among the validation rows it is said for what it is.
+    """
+    words = " ".join(f"word{i}" for i in range(120))
+    asked = [{"prompt": prompt, "response": words} for prompt in ("Define AOG.", "Explain AOG.", "What is AOG?")]
+    training = write(tmp_path / "train.jsonl", [*numbered(20), *asked])
+    assert found(audit_of(training)) == {}
+    long = " ".join(f"asked{i}" for i in range(80))
+    near = [{"prompt": prompt, "response": words} for prompt in (long, long.replace("asked40", "other"))]
+    assert found(audit_of(write(tmp_path / "near.jsonl", near))) == {"near_duplicates": 1}
+    changed = {"prompt": "Explain AOG.", "response": words.replace("word60 ", "other ")}
+    assert found(audit_of(write(tmp_path / "changed.jsonl", [asked[0], changed]))) == {"near_duplicates": 1}
+    stock = [{"prompt": f"{word} it?", "response": words} for word in "ABCDEFGHIJKLMN"]
+    assert found(audit_of(write(tmp_path / "stock.jsonl", stock))) == {"near_duplicates": 13}
+    assert found(audit_of(write(tmp_path / "twelve.jsonl", stock[:12]))) == {}
+    held_out = write(tmp_path / "validation.jsonl", [*numbered(3, start=100), {"prompt": "AOG?", "response": words}])
+    result = audit_of(training, held_out)
+    assert found(result) == {"leaked_wordings": 1}
+    assert "1 validation rows ask for a training row's answer in other words (25.0%)" in warnings(result)[0]
+
+
 def test_the_validation_data_has_a_report_of_its_own(tmp_path: Path) -> None:
     """Nine of ten validation rows are too long: that is said, with their places, and does not refuse training."""
     training = write(tmp_path / "train.jsonl", numbered(20))

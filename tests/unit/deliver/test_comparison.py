@@ -138,6 +138,7 @@ def test_without_its_data_the_other_groups_stand(copied: Path, tmp_path: Path) -
     found = compared(copied, "--data.path", str(gone), *BRIEF)
     assert list(found["groups"]) == ["held_out", "general"]
     assert "gone.jsonl: no such file" in found["notes"][0]
+    assert found["notes"][0].endswith("; if it has moved, write --data.path NEWPLACE")
     found = compared(copied, "--data.path", str(gone), "--data.validation_path", str(gone), *BRIEF)
     assert (list(found["groups"]), list(found["losses"])) == (["general"], ["general"])
 

@@ -260,6 +260,15 @@ def test_what_is_nothing_of_it_is_refused(run: Path, tmp_path: Path) -> None:
         shown("vllm", run / "other")
 
 
+def test_hints_can_be_pasted() -> None:
+    """How a server is installed is a line that bash reads, in an environment of its own."""
+    for engine in ("vllm", "sglang", "llama_cpp"):
+        hint = ENGINES[engine].install
+        assert subprocess.run(["bash", "-n", "-c", hint]).returncode == 0
+        assert "PATH=" in hint
+    assert ENGINES["vllm"].install.startswith("python3 -m venv ~/vllm && ~/vllm/bin/pip install vllm")
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_each_script_becomes_its_server(run: Path, tmp_path: Path, engine: str) -> None:
     """With the server's own options last, on the loopback address; without the program, 78 and how to get it."""

@@ -27,6 +27,20 @@ def test_a_jump_is_said_once_where_it_is() -> None:
     assert warning.startswith("the loss jumped to 5.0000 from about 1.9")
 
 
+def test_one_hard_batch_is_no_jump() -> None:
+    """A step that is somewhat high is said only with the one behind it; afterwards the watch is as before."""
+    falling = noisy(3.0, 1.0, 150)
+    watch = LossWatch()
+    for loss in falling[:100]:
+        watch.check(loss)
+    high = watch.mean + 8 * math.sqrt(watch.variance)
+    assert said([*falling[:100], high, *falling[101:]]) == []
+    ((position, warning),) = said([*falling[:100], high, high, *falling[102:]])
+    assert position == 101
+    assert warning.startswith(f"the loss jumped to {high:.4f} from about {watch.mean:.4f}")
+    assert [place for place, _ in said([*falling[:100], high, *falling[101:120], 5.0, 5.0])] == [121]
+
+
 def test_the_start_of_training_is_no_jump() -> None:
     """The first steps may do what they like; what is not a number is another's matter."""
     assert said([5.0, 9.0, 2.0, 12.0, 4.0]) == []

@@ -43,6 +43,9 @@ class Screen:
             raise ValueError("no such colour")
         self.rows.append(row)
 
+    def rest(self) -> None:
+        self.rows.append("rest")
+
     def finish(self) -> None:
         if self.failing == "finish":
             raise ValueError("no such colour")
@@ -57,12 +60,14 @@ def test_what_fails_is_left_out_and_the_others_go_on(
     trackers = Trackers(MetricsFile(metrics, 0), screen, [Isolated(fake, "uid", metrics)])
     for step in (1, 2, 3):
         trackers.log({"step": step})
+    trackers.rest()
     trackers.table("answers", [{"question": "q"}])
     assert trackers.metrics_bytes() == metrics.stat().st_size > 0
     trackers.finish()
     assert [row["step"] for row in read_metrics(metrics)] == [1, 2, 3]
     assert [row["step"] for row in fake.rows[:3]] == [1, 2, 3]
-    assert len(screen.rows) == (1 if failing == "log" else 3)
+    assert len(screen.rows) == (1 if failing == "log" else 4)
+    assert (screen.rows[-1] == "rest") == (failing == "finish")
     assert capsys.readouterr().err == "Screen is left out from now on: no such colour\n"
 
 
@@ -70,6 +75,7 @@ def test_a_process_that_tells_nobody() -> None:
     """All but the first process of a run: nothing is written, nothing fails."""
     trackers = Trackers()
     trackers.log({"step": 1})
+    trackers.rest()
     trackers.table("answers", [])
     trackers.finish()
     assert trackers.metrics_bytes() == 0

@@ -1,0 +1,1 @@
+"""Scripts that start Handloop, and servers of what it makes."""

@@ -1,0 +1,107 @@
+"""What a run is validated on: held-out samples by data path, a general text, and a few questions."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from data_tools.prepare import DataSplit, prepare
+from data_tools.report import DataError
+from train.config import Config
+from train.data import prepare_settings
+from train.deliver.questions import Question, questions_of
+from train.profiles import DEMO
+from train.seeds import derived_seed
+
+BUNDLED, OFF = "bundled", "off"
+
+
+@dataclass(frozen=True)
+class Material:
+    """Samples and questions; all of it may be empty, and then nothing is measured.
+
+    `parts` are the held-out samples by the number of their data path, counted from 1.
+    """
+
+    parts: Mapping[int, Dataset] = field(default_factory=dict)
+    general: Dataset | None = None  # not part of the validation loss
+    questions: tuple[Question, ...] = ()
+    tokenizer: Any = None  # of the questions and their answers
+    end_token_ids: tuple[int, ...] = ()
+    fingerprint: str = ""  # equal where the validation losses can be compared
+
+    @property
+    def texts(self) -> list[Dataset]:
+        """All that a loss is taken on."""
+        return [*self.parts.values(), *([] if self.general is None else [self.general])]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample; 0 where there is none."""
+        return max((max(samples["num_tokens"][:]) for samples in self.texts), default=0)
+
+
+def material_of(config: Config, tokenizer: Any, held_out: DataSplit | None, today: date) -> Material:
+    """What `config` wants to be measured on; raises DataError where the general text cannot be used."""
+    general = general_text(config, tokenizer, held_out is not None, today)
+    if held_out is None:
+        return Material(general=general)
+    samples: Any = held_out.samples
+    chosen = subset(samples["num_tokens"][:], samples["path_number"][:], config.validate.tokens, config.train.seed)
+    paths = np.asarray(samples["path_number"][:])[chosen]
+    parts = {
+        int(path) + 1: samples.select([chosen[i] for i in np.flatnonzero(paths == path)]) for path in np.unique(paths)
+    }
+    count = config.validate.num_questions
+    decisive = (held_out.prepared.fingerprint, config.data.validation_fraction, config.validate.tokens, chosen)
+    return Material(
+        parts,
+        general,
+        tuple(questions_of(samples, range(len(samples)), tokenizer, count)) if count else (),
+        tokenizer,
+        tuple(held_out.prepared.statistics.end_token_ids),
+        hashlib.sha256(repr(decisive).encode()).hexdigest()[:32],
+    )
+
+
+def subset(num_tokens: Sequence[int], path_numbers: Sequence[int], budget: int, seed: int) -> list[int]:
+    """The samples that are measured each time: all (budget 0), or as many drawn ones as `budget` tokens hold.
+
+    At least one of each path. A drawn sample that does not fit is left out, and smaller ones may follow.
+    """
+    everything = list(range(len(num_tokens)))
+    if not budget or sum(num_tokens) <= budget:
+        return everything
+    generator = torch.Generator().manual_seed(derived_seed(seed, "validation subset"))
+    chosen: list[int] = []
+    seen: set[int] = set()
+    left = budget
+    order = torch.randperm(len(num_tokens), generator=generator).tolist()
+    first = {path_numbers[i]: i for i in reversed(order)}.values()  # the first drawn of each path
+    for i in [*first, *order]:
+        if i not in seen and (num_tokens[i] <= left or len(seen) < len(first)):
+            seen.add(i)
+            chosen.append(i)
+            left -= num_tokens[i]
+    return sorted(chosen)
+
+
+def general_text(config: Config, tokenizer: Any, has_held_out: bool, today: date) -> Dataset | None:
+    """The text on which forgetting is measured, in samples of at most data.max_length tokens; None where it is off.
+
+    The bundled one only beside held-out samples. Raises DataError where the user's cannot be read.
+    """
+    wanted = config.validate.general_text
+    if wanted == OFF or (wanted == BUNDLED and not has_held_out):
+        return None
+    path = str(DEMO / "general.txt") if wanted == BUNDLED else wanted
+    settings = prepare_settings(config, (path,), today)
+    try:
+        return prepare(replace(settings, format="text", fields=(), on_error="stop"), tokenizer).dataset
+    except DataError as error:
+        raise DataError(f"--validate.general_text {wanted}: {error}") from None

@@ -8,15 +8,22 @@ from tests.compare_runs import at
 from tests.conftest import arguments, losses, run_command
 from tests.injections import Fault
 from train.config import CompareConfig, Config, TrackConfig
+from train.report.page import page_of, render
+from train.report.record import read_run
+from train.report.state import State
 from train.run.attempts import read_attempts
 from train.run.folder import OURS, RunFolder, read_object
 from train.run.versions import versions
 
 
 def test_a_run_records_itself(config: Config, tmp_path: Path) -> None:
-    """Killed behind its first save and repeated: both attempts, configuration and plan, read from the files."""
+    """Killed behind its first save and repeated: both attempts, configuration and plan, read from the files.
+
+    The report of the folder knows as much: killed and finished, where it went on, what was saved, and the batch.
+    """
     words, folder = arguments(at(config, tmp_path / "run")), RunFolder(tmp_path / "run")
     assert run_command(words, Fault("save", 1, "after")).returncode == -signal.SIGKILL
+    assert read_run(folder.path).state == State.KILLED
     outcome = run_command(words)
     assert outcome.returncode == 0, outcome.stderr
     killed, finished = read_attempts(folder)
@@ -39,6 +46,11 @@ def test_a_run_records_itself(config: Config, tmp_path: Path) -> None:
     assert saved["optim"]["lr"] == config.optim.lr
     assert saved["data"]["path"] == list(config.data.path)
     assert saved["run"]["dir"] == str(folder.path)
+    run = read_run(folder.path)
+    assert (run.state, run.resumes, run.last_step, run.total_steps) == (State.FINISHED, [3], 6, 6)
+    assert {3, 6} <= set(run.saved)
+    samples = config.batch.per_device * config.batch.accumulation
+    assert f" x 1 process = {samples} samples a step" in render(page_of(run))
 
 
 def test_a_start_that_is_refused_is_no_attempt(config: Config, tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ LIBRARIES_WITH_ONE_OWNER = {
     "wandb": {"train.track.weights_and_biases"},
     "tyro": {"train.cli"},
     "dotenv": {"train.run.hub_token"},
+    "matplotlib": {"train.report.drawing"},
+    "jinja2": {"data_tools.chat_template", "train.report.page"},
     "prompt_toolkit": {"train.commands.chat_screen"},
     "gguf": set(),  # train.deliver.optional imports it and llama_cpp by name
     "llama_cpp": set(),

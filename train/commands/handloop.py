@@ -25,6 +25,8 @@ COMMANDS = {
     "compare": "ask base and tuned model the same questions: what was learnt, what forgotten",
     "plan": "predict memory and speed before any weights are read",
     "merge": "add a run's adapters to its base's weights, with a receipt",
+    "report": "write a page on a run, or on several: curves, answers, options, memory",
+    "runs": "list runs, or compare some: options, results",
     "export": "write a run as adapter, merged model, GGUF or for Ollama, and send it to the hub",
 }
 _LINES = "\n".join(f"  {name:9} {what}" for name, what in COMMANDS.items())

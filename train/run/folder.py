@@ -47,6 +47,7 @@ class RunFolder:
     metrics = Entry("metrics.jsonl")  # a line a step
     exit = Entry("exit.json")  # how the last attempt ended; absent while one runs, or where it was killed
     defect = Entry("defect.txt")  # the report of the last defect of Handloop, if there was one
+    report = Entry("report.html")  # the page of handloop report
     answers = Entry("answers.json")
     held_out_answers = Entry("answers_held_out.json")
     comparison = Entry("compare.json")  # of base and tuned model, by handloop compare
@@ -65,6 +66,19 @@ class RunFolder:
     def nonfinite(self, step: int) -> Path:
         """The note about a step that was left out because its loss or gradient was not finite."""
         return self.path / f"nonfinite-step-{step}.json"
+
+    @property
+    def checkpoint_steps(self) -> list[int]:
+        """The steps of the checkpoints that stand, by their folders' names; whether they are whole is not looked at."""
+        with suppress(OSError):
+            found = (STEP.fullmatch(path.name) for path in self.checkpoints.iterdir() if path.is_dir())
+            return sorted(int(match[1]) for match in found if match)
+        return []
+
+    @property
+    def receipts(self) -> list[Path]:
+        """Those of `handloop merge` and `handloop export`, where they wrote into the run folder."""
+        return [*sorted(self.path.glob("merged-*/receipt.json")), *self.path.glob("export/receipts.json")]
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -154,6 +168,7 @@ OURS = {entry.name for entry in vars(RunFolder).values() if isinstance(entry, En
 # notes on steps, and what a killed process was writing
 OURS_TOO = re.compile(r"nonfinite-step-\d+\.json|\.(tmp|trash)-.*|\..*\.tmp-\d+")
 PREVIOUS = re.compile(r"previous-\d+")
+STEP = re.compile(r"step-(\d{10})")
 _IDENTIFIERS = threading.Lock()  # trackers ask for their ids in threads of their own
 
 

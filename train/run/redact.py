@@ -30,11 +30,11 @@ PATTERNS = (
 )
 
 
-def redact(text: str) -> str:
+def redact(text: str, keep: str = "\n") -> str:
     """`text` without tokens of known forms, passwords in URLs, and the values of SECRET_VARIABLES.
 
     A key of 40 hexadecimal digits looks like a commit; it is removed only if a variable holds it. Control characters
-    are escaped.
+    are escaped, except those in `keep`.
     """
     for name in SECRET_VARIABLES:
         value = os.environ.get(name, "").strip()
@@ -42,7 +42,7 @@ def redact(text: str) -> str:
             text = text.replace(value, REMOVED)
     for pattern, replacement in PATTERNS:
         text = pattern.sub(replacement, text)
-    return escaped(text, keep="\n")  # the text may come from a stranger
+    return escaped(text, keep)  # the text may come from a stranger
 
 
 def print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -62,7 +62,14 @@ def test_everything_of_a_run_moves_and_nothing_else(folder: RunFolder, capsys: p
     """All that a run can write, also what a kill left half-written; not what a user has put beside it."""
     listed = ["run.json", "config.json", "plan.json", "attempts.jsonl", "metrics.jsonl", "exit.json", "answers.json"]
     listed += ["answers_held_out.json", "nonfinite-step-3.json", "checkpoints/", "final/", "wandb/", ".heartbeats/"]
-    listed += ["defect.txt", "compare.json", ".tmp-final-0123abcd/", ".run.json.tmp-17"]
+    listed += [
+        "report.html",
+        "validation_answers.jsonl",
+        "defect.txt",
+        "compare.json",
+        ".tmp-final-0123abcd/",
+        ".run.json.tmp-17",
+    ]
     stays = [".lock", "previous-1/", "previous-9/", "log.txt", "rows.jsonl", "texts/", "nonfinite-step-x.json"]
     fill(folder, [*listed, *stays])
     folder.config.write_text('{"profile": "demo", "run": {}}')

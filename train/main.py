@@ -223,7 +223,8 @@ def open_trackers(
     display = Display(Console(), shown, training.total_steps, training.data.steps_per_epoch)
     for line in (note for listener in listeners for note in listener.notes):
         say(training.accelerator, line)
-    isolated = [Isolated(listener, store.run_uid(), folder.metrics) for listener in listeners]
+    answers = folder.validation_answers
+    isolated = [Isolated(listener, store.run_uid(), folder.metrics, answers) for listener in listeners]
     return Trackers(metrics, display, isolated, watch)
 
 

@@ -12,7 +12,7 @@ from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder
 from train.run.redact import redact
 from train.track import wandb_settings
-from train.track.isolated import Listener
+from train.track.isolated import Listener, Row
 
 # Sections sent to Weights & Biases. Paths, and any section added later, stay at home until they are named here.
 SHARED_SECTIONS = ("lora", "batch", "optim", "train", "memory", "checkpoint")
@@ -43,6 +43,7 @@ class WeightsAndBiases(Listener):
         self.mode = mode
         self.folder = RunFolder.of(config)
         self.run: Any = None
+        self.step = 0  # of the last row
         self.notes = tuple(f"{self.name}: {line}" for line in wandb_settings.decided())
 
     @classmethod
@@ -82,27 +83,30 @@ class WeightsAndBiases(Listener):
         )
         self.run.define_metric("step", hidden=True)
         self.run.define_metric("*", step_metric="step")
-        return max(self.run.summary.get("step") or 0, self.run.starting_step)  # the server's; 0 offline
+        # the server's, where the summary may be behind the history, whose own steps are ours; -1 and 0 - 1 offline
+        return max(self.run.summary.get("step", -1), self.run.starting_step - 1)
 
-    def catch_up(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def catch_up(self, rows: Sequence[Row], answers: Mapping[int, Sequence[Row]]) -> None:
         """Logs them; then earlier attempts' offline records, whose steps are now in this one too, are set aside."""
-        super().catch_up(rows)
+        super().catch_up(rows, answers)
         superseded = self.folder.wandb / "superseded"  # where `wandb sync` does not look
         for old in self.folder.wandb.glob("offline-run-*"):
             if old.resolve() != self._record().resolve():
                 superseded.mkdir(exist_ok=True)
                 os.rename(old, superseded / old.name)
 
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Sends the row."""
-        self.run.log(dict(row))
+    def log(self, row: Row) -> None:
+        """Sends the row, as W&B's own step of the same number, which it keeps until the next one begins."""
+        self.step = row["step"]
+        self.run.log(dict(row), step=self.step)
 
-    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Sends the rows as a table."""
+    def table(self, name: str, rows: Sequence[Row]) -> None:
+        """Sends the rows as a table of the step that they name, or of the last one."""
         import wandb
 
         columns: Any = list(rows[0])
-        self.run.log({f"samples/{name}": wandb.Table(columns, [[row[c] for c in columns] for row in rows])})
+        table = wandb.Table(columns, [[row[column] for column in columns] for row in rows])
+        self.run.log({f"samples/{name}": table}, step=max(self.step, rows[0].get("step", 0)))
 
     def finish(self) -> str:
         """Sends what is left; says how to upload an offline record."""

@@ -242,6 +242,8 @@ class TrackConfig:
     online with a key (WANDB_API_KEY or netrc), else recorded offline for a later sync."""
     project: str = ""
     """Weights & Biases project; empty: WANDB_PROJECT, or handloop."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard into the run folder."""
 
 
 @dataclass(frozen=True)

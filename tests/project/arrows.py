@@ -123,6 +123,7 @@ ALLOWED_MODULES = {
     "train.run.host_memory": set(),
     "train.run.devices": {"train.run.exits"},
     "train.track.loss_watch": set(),
+    "train.track.shared": {"train.config"},
     "train.track.display": set(),
     "train.track.metrics_file": {"train.run.json_lines"},
     "train.track.wandb_settings": {"train.run.exits"},

@@ -13,19 +13,7 @@ from train.run.folder import RunFolder
 from train.run.redact import redact
 from train.track import wandb_settings
 from train.track.isolated import Listener, Row
-
-# Sections sent to Weights & Biases. Paths, and any section added later, stay at home until they are named here.
-SHARED_SECTIONS = ("lora", "batch", "optim", "train", "memory", "checkpoint")
-KEPT = ("lora.init_from", "lora.trainable_tokens")  # of these sections: a path, and words of the data
-
-
-def shared_config(config: Config) -> dict[str, dict[str, Any]]:
-    """The options that are sent, by section."""
-    sections = {section: vars(getattr(config, section)).items() for section in SHARED_SECTIONS}
-    return {
-        section: {name: value for name, value in fields if f"{section}.{name}" not in KEPT}
-        for section, fields in sections.items()
-    }
+from train.track.shared import shared_config
 
 
 class WeightsAndBiases(Listener):

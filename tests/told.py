@@ -45,7 +45,7 @@ def attempt(config: Config, first: int, last: int, ends: str = "finished", **env
     """An attempt that completes the steps from `first` to `last`; returns what it printed.
 
     It ends as `finished`, as `saved` (75), as `failed` (70), or `killed` as soon as the last row is told, or `late`,
-    killed a second after it.
+    killed when the listeners have taken it.
     """
     said = Path(config.run.dir).parent / "said"
     process = _FORKS.Process(target=_attempt, args=(config, (first, last), ends, {**os.environ, **environment}, said))
@@ -80,10 +80,12 @@ def _attempt(config: Config, span: tuple[int, int], ends: str, environment: dict
                 file.write("".join(json.dumps(answer) + "\n" for answer in table))
             trackers.table("validation", table)
         trackers.log(row)
-    time.sleep(1.0 if ends == "late" else 0)
+    while ends == "late" and any(each.last_step < span[1] for each in listeners):
+        time.sleep(0.05)
     if ends in ("killed", "late"):
         os.kill(os.getpid(), signal.SIGKILL)
-    trackers.table("answers", [{"question": "Who?", "with": "me"}])
+    if ends == "finished":
+        trackers.table("answers", [{"question": "Who?", "with": "me"}])
     code = {"finished": 0, "saved": 75, "failed": 70}[ends]
     folder.exit.write_text(json.dumps({"code": code, "name": ends, "reason": "for a test"}))
     trackers.finish()

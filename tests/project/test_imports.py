@@ -25,6 +25,7 @@ LIBRARIES_WITH_ONE_OWNER = {
     },
     "triton": {"train.engine.kernels"},
     "wandb": {"train.track.weights_and_biases"},
+    "mlflow": {"train.track.mlflow_tracker"},
     "tensorboard": set(),  # torch's writer imports it, for train.track.tensorboard_tracker
     "tyro": {"train.cli"},
     "dotenv": {"train.run.hub_token"},

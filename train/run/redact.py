@@ -17,6 +17,8 @@ SECRET_VARIABLES = (
     "HUGGINGFACE_HUB_TOKEN",
     "WANDB_API_KEY",
     "WANDB_IDENTITY_TOKEN",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
 )
 MIN_SECRET_LENGTH = 8  # replacing shorter values would remove ordinary words
 PATTERNS = (

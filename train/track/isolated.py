@@ -14,6 +14,7 @@ from train.track.metrics_file import read_metrics
 
 PATIENCE_SECONDS = 15.0  # all that a run waits for its listeners, once, at its end
 QUEUE_SIZE = 10_000  # messages that a listener may be behind
+IDLE_SECONDS = 5.0  # without a message, until a listener is told so
 NO_ANSWERS = Path(os.devnull)  # of a run that keeps none
 VALIDATION = "validation"  # the table of a validation's answers
 
@@ -58,6 +59,10 @@ class Listener(Protocol):
 
     def table(self, name: str, rows: Sequence[Row]) -> None:
         """Takes a table, such as the answers of the finished model; a record that holds none leaves it out."""
+        return
+
+    def idle(self, seconds: float) -> None:
+        """Is called every few seconds while there is nothing to take, for `seconds` by now."""
         return
 
     def abandon(self) -> None:
@@ -134,12 +139,20 @@ class Isolated:
         try:
             self.last_step = self.listener.start(run_uid)
             self._catch_up()
-            while (message := self.messages.get()) is not None:
+            while (message := self._next()) is not None:
                 message()
             self.farewell = self.listener.finish()
         except BaseException as error:  # whatever it is, it must not reach training
             lines = redact(str(error)).strip().splitlines() or ["without a message"]
             self.failure = self.failure or f"stopped recording ({type(error).__name__}: {lines[0]})"
+
+    def _next(self) -> Callable[[], None] | None:
+        since = time.monotonic()
+        while True:
+            try:
+                return self.messages.get(timeout=IDLE_SECONDS)
+            except queue.Empty:
+                self.listener.idle(time.monotonic() - since)
 
     def _catch_up(self) -> None:
         missing = [row for row in read_metrics(self.metrics) if row["step"] > self.last_step]

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 from train.config import Config
 from train.track.isolated import Isolated, Listener
 from train.track.metrics_file import MetricsFile
+from train.track.mlflow_tracker import MLflow
 from train.track.tensorboard_tracker import TensorBoard
 from train.track.weights_and_biases import WeightsAndBiases
 
@@ -20,7 +21,7 @@ def wanted_listeners(config: Config) -> list[Listener]:
     To add a tracker write its Listener in a file beside weights_and_biases.py, its options in TrackConfig
     (train/config.py), a name for what it writes in the run folder in RunFolder (train/run/folder.py), and a line here.
     """
-    found = [WeightsAndBiases.wanted(config), TensorBoard.wanted(config)]
+    found = [WeightsAndBiases.wanted(config), MLflow.wanted(config), TensorBoard.wanted(config)]
     return [listener for listener in found if listener is not None]
 
 

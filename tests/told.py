@@ -5,6 +5,8 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +50,23 @@ def attempt(config: Config, first: int, last: int, ends: str = "finished", **env
     killed when the listeners have taken it.
     """
     said = Path(config.run.dir).parent / "said"
-    process = _FORKS.Process(target=_attempt, args=(config, (first, last), ends, {**os.environ, **environment}, said))
+    told = Told(ROWS[first : last + 1], VALIDATED)
+    process = _FORKS.Process(target=_attempt, args=(config, told, ends, {**os.environ, **environment}, said))
     process.start()
     process.join(120)
     assert process.exitcode == (-signal.SIGKILL if ends in ("killed", "late") else 0), said.read_text()
     return said.read_text()
 
 
-def _attempt(config: Config, span: tuple[int, int], ends: str, environment: dict[str, str], said: Path) -> None:
+@dataclass(frozen=True)
+class Told:
+    """What an attempt tells: the rows, and the steps with a table."""
+
+    rows: list[dict[str, Any]]
+    validated: tuple[int, ...]
+
+
+def _attempt(config: Config, told: Told, ends: str, environment: dict[str, str], said: Path) -> None:
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 1)
     os.dup2(1, 2)
     os.environ.clear()
@@ -67,20 +78,20 @@ def _attempt(config: Config, span: tuple[int, int], ends: str, environment: dict
     folder = RunFolder.of(config)
     folder.path.mkdir(exist_ok=True)
     folder.exit.unlink(missing_ok=True)
-    kept = _shortened(folder, span[0])
+    kept = _shortened(folder, told.rows[0]["step"])
     listeners = [
         Isolated(each, folder.identifier("run_uid", lambda: "0123456789"), folder.metrics, folder.validation_answers)
         for each in wanted_listeners(config)
     ]
     trackers = Trackers(MetricsFile(folder.metrics, kept), None, listeners)
-    for row in ROWS[span[0] : span[1] + 1]:
-        if row["step"] in VALIDATED:
+    for row in told.rows:
+        if row["step"] in told.validated:
             table = answers(row["step"])
             with folder.validation_answers.open("a") as file:
                 file.write("".join(json.dumps(answer) + "\n" for answer in table))
             trackers.table("validation", table)
         trackers.log(row)
-    while ends == "late" and any(each.last_step < span[1] for each in listeners):
+    while ends == "late" and any(each.last_step < told.rows[-1]["step"] for each in listeners):
         time.sleep(0.05)
     if ends in ("killed", "late"):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -95,8 +106,9 @@ def _shortened(folder: RunFolder, first: int) -> int:
     """Shortens what earlier attempts wrote to the steps before `first`; returns the length of metrics.jsonl."""
     if not folder.metrics.exists():
         return 0
-    answers = folder.validation_answers.read_text().splitlines(keepends=True)
-    folder.validation_answers.write_text("".join(line for line in answers if json.loads(line)["step"] < first))
+    with suppress(FileNotFoundError):
+        answers = folder.validation_answers.read_text().splitlines(keepends=True)
+        folder.validation_answers.write_text("".join(line for line in answers if json.loads(line)["step"] < first))
     lines = folder.metrics.read_bytes().splitlines(keepends=True)
     return sum(len(line) for line in lines if json.loads(line)["step"] < first)
 

@@ -242,6 +242,8 @@ class TrackConfig:
     online with a key (WANDB_API_KEY or netrc), else recorded offline for a later sync."""
     project: str = ""
     """Project at Weights & Biases, experiment at MLflow; empty: WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME, or handloop."""
+    wandb_artifact: bool = False
+    """Send final/ to Weights & Biases at the end, as an artifact; the run waits for it for ten minutes at most."""
     mlflow: str = "off"
     """off; on: where MLFLOW_TRACKING_URI says, or mlflow.db in the working directory; or a server's address."""
     tensorboard: bool = False
@@ -314,6 +316,8 @@ class Config:
 
     def _track_checks(self) -> Iterator[tuple[str, object, str]]:
         place = self.track.mlflow
+        if self.track.wandb_artifact and self.track.wandb == "off":
+            yield "track.wandb_artifact", True, "there is no Weights & Biases with --track.wandb off; leave one out"
         if not re.fullmatch(r"off|on|databricks|[a-z0-9+-]+://.+", place):
             yield "track.mlflow", place, "write off, on, or an address such as http://127.0.0.1:5000"
         elif re.match(r"[^/]+://[^/@]*:[^/@]*@", place):

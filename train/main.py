@@ -1,5 +1,6 @@
 """Trains adapters: `accelerate launch train/main.py --profile NAME [--section.field VALUE ...]`."""
 
+import json
 import sys
 
 from train.run.redact import print_redacted
@@ -14,7 +15,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     follow_launcher()
 
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
@@ -24,7 +25,7 @@ from rich.console import Console
 
 from train.assemble import assemble
 from train.attempt_record import record_start
-from train.audit_gate import enforce_gate, run_audit
+from train.audit_gate import counts, enforce_gate, run_audit
 from train.banner import banner
 from train.checkpoints.contents import Checkpoint
 from train.checkpoints.extension import resumed_schedule
@@ -43,6 +44,7 @@ from train.models.tokenizer import Tokenizer, check_fits, load_tokenizer
 from train.run.accelerator import check_machine, close_group, start_accelerator
 from train.run.attempts import AttemptLog
 from train.run.defects import Doing
+from train.run.durable import write_atomically
 from train.run.environment import is_first_process
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder
@@ -181,6 +183,7 @@ def job(config: Config, observed: Observed) -> None:
     closing.callback(trackers.finish)
     if accelerator.is_main_process:
         record_start(observed.log, training, prepared, checkpoint)
+        trackers.tell_about(folder)
     saver = Saver.of(training, store, run_identity, trackers, checkpoint)
     heartbeat = Heartbeat(config, accelerator, stop)
     measure = partial(validate, training, validation, heartbeat) if validation else dict
@@ -201,8 +204,11 @@ def keep_date(folder: RunFolder, today: date) -> int:
 
 def report_audit(config: Config, tokenizer: Tokenizer, data: TrainingData, splits: Splits) -> int:
     """Prints the audit's warnings; raises ExitWith(BAD_INPUT) if the data must not be trained on."""
-    for line in enforce_gate(config, run_audit(config, tokenizer.backend, data, splits)):
+    found = run_audit(config, tokenizer.backend, data, splits)
+    for line in enforce_gate(config, found):
         print(f"data      {line}", flush=True)
+    with suppress(OSError):  # trackers are told of it; a full disk is said where it matters
+        write_atomically(RunFolder.of(config).audit, "".join(json.dumps(line) + "\n" for line in counts(found)))
     return 0
 
 

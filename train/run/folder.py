@@ -43,6 +43,7 @@ class RunFolder:
     identity = Entry(IDENTITY)  # the run's id, and the ids of its records at trackers
     config = Entry("config.json")  # what the last attempt ran with
     plan = Entry("plan.json")  # how the last attempt is executed
+    audit = Entry("audit.jsonl")  # a line a kind of finding of the audit at the start: how often
     attempts = Entry("attempts.jsonl")  # a line at each attempt's start and end
     metrics = Entry("metrics.jsonl")  # a line a step
     exit = Entry("exit.json")  # how the last attempt ended; absent while one runs, or where it was killed

@@ -31,6 +31,7 @@ class Listener(Protocol):
 
     name: str  # as a person calls it
     notes: Sequence[str] = ()  # lines that people should know at the start
+    extra_seconds: float = 0.0  # of patience at the end, for an upload that was asked for
 
     def start(self, run_uid: str) -> int:
         """Begins the record of the run, or goes on with it; returns the last step that it already has, or -1.
@@ -105,7 +106,7 @@ class Isolated:
 
     def request_finish(self) -> None:
         """Asks the listener to end, and counts its patience from here: several listeners end at the same time."""
-        self.deadline = time.monotonic() + PATIENCE_SECONDS
+        self.deadline = time.monotonic() + PATIENCE_SECONDS + self.listener.extra_seconds
         self._put(None)
 
     def finish(self) -> None:
@@ -115,7 +116,8 @@ class Isolated:
         if not self.failure:
             self.thread.join(max(0.0, self.deadline - time.monotonic()))
             if self.thread.is_alive():
-                self.failure = self.failure or f"no answer within {PATIENCE_SECONDS:.0f} s"
+                patience = PATIENCE_SECONDS + self.listener.extra_seconds
+                self.failure = self.failure or f"no answer within {patience:.0f} s"
         if self.failure:
             self._tell_failure()
             self.listener.abandon()

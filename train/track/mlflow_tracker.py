@@ -13,7 +13,7 @@ from train.run.folder import RunFolder, read_object
 from train.run.redact import redact
 from train.track.isolated import VALIDATION, Listener, Row
 from train.track.metrics_file import read_metrics
-from train.track.shared import flat_config, summary_of
+from train.track.shared import ABOUT, flat_config, summary_of, table_key
 
 INSTALL = "pip install -c constraints.txt -e .[mlflow]"
 MAX_METRICS = 1000  # in a request, by the server's limit
@@ -21,7 +21,7 @@ MAX_PARAMS = 100
 SEND_SECONDS = 5.0  # between two requests: a request takes tens of milliseconds, as long as a quick step
 ON_EVERY_ROW = "epoch"  # the metric by which the server is asked which steps it has
 STATUS = {ExitCode.FINISHED: "FINISHED", ExitCode.INTERRUPTED: "KILLED"}  # any other end: FAILED
-TABLES = "samples"  # folder of the tables among the run's artifacts
+SAMPLES = table_key("").rstrip("/")  # folder of the steps' tables among the run's artifacts
 
 
 class MLflow(Listener):
@@ -119,7 +119,7 @@ class MLflow(Listener):
 
     def _held_tables(self) -> set[str]:
         try:
-            return {each.path for each in self.client.list_artifacts(self.run_id, TABLES)}
+            return {each.path for each in self.client.list_artifacts(self.run_id, SAMPLES)}
         except Exception as error:
             self._lose_tables(error)
             return set()
@@ -180,4 +180,4 @@ class MLflow(Listener):
 
 
 def _table_path(name: str, step: int) -> str:
-    return f"{TABLES}/{name}-step-{step:010}.json"
+    return f"{table_key(name)}.json" if name in ABOUT else f"{table_key(name)}-step-{step:010}.json"

@@ -8,6 +8,7 @@ from train.config import Config
 # Sections that are sent. Paths, and any section added later, stay at home until they are named here.
 SHARED_SECTIONS = ("lora", "batch", "optim", "train", "memory", "checkpoint")
 KEPT = ("lora.init_from", "lora.trainable_tokens")  # of these sections: a path, and words of the data
+ABOUT = ("plan", "audit")  # tables of the run as a whole; others are of a step
 WARM_UP_STEPS = 5  # of an attempt, in which kernels are compiled and memory is found
 
 
@@ -27,6 +28,18 @@ def flat_config(config: Config) -> dict[str, bool | int | float | str]:
         for section, fields in shared_config(config).items()
         for name, value in fields.items()
     }
+
+
+def table_key(name: str) -> str:
+    """Under which a table is sent."""
+    return f"{'run' if name in ABOUT else 'samples'}/{name}"
+
+
+def plan_table(plan: dict[str, Any]) -> list[dict[str, str]]:
+    """The facts of plan.json that are sent; `reason`, for one, may quote a path."""
+    facts = {name: plan[name] for name in ("engine", "summary", "peak_bytes") if name in plan}
+    facts |= {f"bytes of {name}": count for name, count in plan.get("parts", {}).items()}
+    return [{"fact": name, "value": str(value)} for name, value in facts.items()]
 
 
 def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from train.config import Config
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder
 from train.track.isolated import Listener, Row
-from train.track.shared import flat_config
+from train.track.shared import flat_config, table_key
 
 FLUSH_SECONDS = 15  # what a killed run loses until it is resumed
 MAX_WAITING = 1000  # events on the way to the file
@@ -72,7 +72,7 @@ class TensorBoard(Listener):
     def table(self, name: str, rows: Sequence[Row]) -> None:
         """Writes the rows as a Markdown table."""
         step = max(self.step, rows[0].get("step", 0))
-        self.writer.add_text(f"samples/{name}", markdown(rows), step)
+        self.writer.add_text(table_key(name), markdown(rows), step)
 
     def finish(self) -> str:
         """Closes the file; says how to look at it."""

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from train.config import Config
+from train.run.folder import RunFolder, read_object
 from train.track.isolated import Isolated, Listener
-from train.track.metrics_file import MetricsFile
+from train.track.metrics_file import MetricsFile, read_metrics
 from train.track.mlflow_tracker import MLflow
+from train.track.shared import plan_table
 from train.track.tensorboard_tracker import TensorBoard
 from train.track.weights_and_biases import WeightsAndBiases
 
@@ -77,8 +79,16 @@ class Trackers:
         self._each(self.watchers, lambda watcher: watcher.log(row))
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Tells the listeners a table; it has a file of its own in the run folder."""
+        """Tells the listeners a table, unless it is empty; it has a file of its own in the run folder."""
+        if not rows:
+            return
         self._each(self.listeners, lambda listener: listener.table(name, rows))
+
+    def tell_about(self, folder: RunFolder) -> None:
+        """Tells the listeners the plan and what the audit found, as the run folder has them."""
+        with contextlib.suppress(OSError):
+            self.table("audit", read_metrics(folder.audit))
+        self.table("plan", plan_table(read_object(folder.plan)))
 
     def finish(self) -> None:
         """Ends all of them, also those that were left out; the listeners together, so that patience is spent once."""

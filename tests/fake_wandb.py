@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
@@ -17,12 +16,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from wandb.proto import wandb_internal_pb2
-
-PROTOCOL: Any = wandb_internal_pb2  # its classes are made at import
+from train.track.offline_records import records
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
-BLOCK, HEADER, FIRST_BLOCK_STARTS = 32768, 7, 7  # of the LevelDB log that a .wandb file is
 
 
 def environment(url: str, key: str = KEY) -> dict[str, str]:
@@ -199,25 +195,6 @@ def services_of(process: int) -> list[str]:
         with suppress(OSError):
             lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace").strip())
     return [line for line in lines if "wandb-core" in line and line.endswith(f"--pid {process}")]
-
-
-def records(path: Path) -> Iterator[Any]:
-    """The records of a .wandb file, up to where a killed process stopped."""
-    data = path.read_bytes()
-    position, whole = FIRST_BLOCK_STARTS, b""
-    while position + HEADER <= len(data):
-        left = BLOCK - position % BLOCK
-        if left < HEADER:
-            position += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)  # checksum, bytes, full/first/middle/last
-        part = data[position + HEADER : position + HEADER + length]
-        if kind == 0 or len(part) < length:
-            return
-        position += HEADER + length
-        whole = part if kind in (1, 2) else whole + part
-        if kind in (1, 4):
-            yield PROTOCOL.Record.FromString(whole)
 
 
 def recorded_rows(path: Path) -> list[dict[str, Any]]:

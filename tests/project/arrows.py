@@ -86,6 +86,7 @@ ALLOWED = {
         "profiles",
         "run",
         "step",
+        "track",
     },
 }
 # What is computed is stacked more strictly: each module of these may import only these, of the whole of ours.

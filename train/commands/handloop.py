@@ -24,6 +24,7 @@ COMMANDS = {
     "compare": "ask base and tuned model the same questions: what was learnt, what forgotten",
     "plan": "predict memory and speed before any weights are read",
     "merge": "add a run's adapters to its base's weights, with a receipt",
+    "sync": "upload to Weights & Biases what runs have recorded offline",
     "export": "write a run as adapter, merged model, GGUF or for Ollama, and send it to the hub",
 }
 _LINES = "\n".join(f"  {name:9} {what}" for name, what in COMMANDS.items())

@@ -86,6 +86,17 @@ class RunFolder:
             shutil.rmtree(self.heartbeats, ignore_errors=True)
             yield
 
+    def is_in_use(self) -> bool:
+        """Whether a job has the folder; raises OSError where its lock cannot be read."""
+        if not self.lock.exists():
+            return False
+        with self.lock.open("r") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return True
+            return False
+
     def write_exit(self, code: ExitCode, reason: str, **facts: float | str) -> None:
         """Records how the run ended: launchers flatten exit codes (accelerate and torchrun return 1 for all)."""
         make_folder(self.path)

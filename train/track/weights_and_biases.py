@@ -14,10 +14,9 @@ from train.run.redact import redact
 from train.track import wandb_settings
 from train.track.isolated import Listener, Row
 from train.track.metrics_file import read_metrics
+from train.track.offline_records import OFFLINE_RECORDS, SUPERSEDED, last_online_step, last_uploaded_step
 from train.track.shared import ABOUT, shared_config, summary_of, table_key
 
-OFFLINE_RECORDS = "offline-run-*"  # folders in RunFolder.wandb
-SUPERSEDED = "superseded"  # where `wandb sync` does not look
 ARTIFACT_SECONDS = 600.0  # that a run waits for its artifact's upload, which was asked for
 # what W&B's summary keeps of a metric, beside its last value
 SUMMARIES = {
@@ -33,8 +32,8 @@ class WeightsAndBiases(Listener):
     """Goes on under the id in run.json.
 
     A killed attempt leaves behind what its service process had not yet sent (online) or written (offline, 15 s or
-    32 KiB). A server says which steps it has; an offline record is a new one that gets all of them, and older ones are
-    set aside.
+    32 KiB). A server says which steps it has; an offline record is a new one that gets all that are not uploaded, which
+    `wandb sync` would send again, and older ones are set aside.
     """
 
     name = "Weights & Biases"
@@ -69,8 +68,8 @@ class WeightsAndBiases(Listener):
         try:
             self._init(run_uid, identity, project)
         except Exception as error:
-            if self.mode == "offline":
-                raise
+            if self.mode == "offline" or last_online_step(self.folder) >= 0:
+                raise  # another record would repeat what the server has; the next attempt sends what it lacks
             self.fallback = f"{type(error).__name__}: {redact(str(error)).strip().partition(chr(10))[0]}"
             self.mode = "offline"
             self._restart_service()
@@ -80,7 +79,7 @@ class WeightsAndBiases(Listener):
         self.run.define_metric("*", step_metric="step")
         for name, summary in SUMMARIES.items():
             self.run.define_metric(name, step_metric="step", summary=summary)
-        last = self.run.summary.get("step", -1)
+        last = self.run.summary.get("step", -1) if self.mode == "online" else last_uploaded_step(self.folder)
         self.step = max(0, last)
         return last
 

@@ -127,7 +127,8 @@ def test_an_alert_is_in_the_record(watched: Config, monkeypatch: pytest.MonkeyPa
 def test_a_whole_run_is_recorded_with_its_plan_audit_and_adapter(watched: Config) -> None:
     """Plan and audit as tables of counts, and final/ as an artifact with what it was made of, but no path of ours."""
     asked = replace(watched, track=replace(watched.track, wandb_artifact=True))
-    outcome = run_command(arguments(asked), WANDB_TAGS="one,two", WANDB_RUN_GROUP="night", **OFFLINE)
+    variables = {"WANDB_TAGS": "one,two", "WANDB_RUN_GROUP": "night", **OFFLINE}
+    outcome = run_command(arguments(asked), None, **variables)
     assert outcome.returncode == 0, outcome.stderr
     record = record_of(asked)
     found, summary = kinds(record), summary_in(record)
@@ -173,6 +174,20 @@ def test_a_server_has_step_0_once(config: Config) -> None:
         told.attempt(online, 5, 7, "saved", **environment(server.url))
     assert [row["step"] for row in server.rows] == list(range(told.LAST + 1))
     assert len(server.names) == 1
+
+
+def test_what_a_server_has_in_part_gets_no_second_record(config: Config) -> None:
+    """A resumed run whose server is gone: it says so, and the next attempt sends what is missing there."""
+    online = replace(config, track=TrackConfig(wandb="online"))
+    with FakeServer() as server, pytest.MonkeyPatch.context() as here:
+        here.setattr(told, "VALIDATED", ())
+        told.attempt(online, 0, 3, "saved", **environment(server.url))
+        server.status = 401
+        assert "stopped recording (CommError: " in told.attempt(online, 4, 5, "saved", **environment(server.url))
+        assert not list((Path(online.run.dir) / "wandb").glob("offline-run-*"))
+        server.status = 200
+        told.attempt(online, 6, 7, "saved", **environment(server.url))
+    assert [row["step"] for row in server.rows] == list(range(told.LAST + 1))
 
 
 def test_a_sweep_s_agent_names_the_run(config: Config) -> None:

@@ -41,6 +41,7 @@ class FakeServer:
         self.names: set[str] = set()  # of the runs
         self.rows: list[dict[str, Any]] = []
         self.summary: dict[str, Any] = {}
+        self.artifacts: list[dict[str, Any]] = []
         self.num_rows_received = 0
         self.server = _Quiet(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -74,7 +75,7 @@ class FakeServer:
                 self.summary = json.loads(content["content"][-1])
 
     def _graphql(self, request: dict[str, Any]) -> object:
-        given = request["variables"]
+        given = request.get("variables") or {}
         project = {"id": "p", "name": "handloop", "entity": {"id": "e", "name": "someone"}}
         bucket = {
             **{"id": "b", "name": given.get("name"), "displayName": "d", "config": "{}", "project": project},
@@ -83,12 +84,21 @@ class FakeServer:
             "summaryMetrics": json.dumps(self.summary),
             "wandbConfig": '{"t": 1}',
         }
-        if request["operationName"] == "UpsertBucket":
+        if request.get("operationName") == "UpsertBucket":
             self.names.add(given["name"])
             return {"upsertBucket": {"inserted": not self.rows, "bucket": bucket}}
-        if request["operationName"] == "RunResumeStatus":
+        if request.get("operationName") == "RunResumeStatus":
             return {"model": project | {"bucket": bucket if self.names else None}}
-        if request["operationName"] == "CreateRunFiles":
+        if "query ArtifactType(" in request["query"]:
+            return {"project": {"artifact": None}}
+        if request.get("operationName") == "Viewer":
+            someone = {"id": "v", "entity": "someone", "username": "someone", "email": "", "flags": "{}"}
+            return {"viewer": someone | {"teams": {"edges": []}}}
+        if request.get("operationName") == "CreateArtifact":  # it has the files already
+            self.artifacts.append(given)
+            artifact = {"id": "a", "state": "COMMITTED", "artifactSequence": {"id": "s", "latestArtifact": None}}
+            return {"createArtifact": {"artifact": artifact}}
+        if request.get("operationName") == "CreateRunFiles":
             files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in given["files"]]
             return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
         return {}

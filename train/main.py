@@ -178,7 +178,6 @@ def job(config: Config, observed: Observed) -> None:
     if prepared.statistics.date:
         on_first_process(accelerator, lambda: keep_date(folder, today))
     raise_if_stopped(config, accelerator, stop)
-
     trackers = open_trackers(training, store, checkpoint, listeners, observed.watch)
     closing.callback(trackers.finish)
     if accelerator.is_main_process:

@@ -47,6 +47,11 @@ def redact(text: str) -> str:
     return escaped(text, keep="\n")  # the text may come from a stranger
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, redacted, in one line."""
+    return (redact(str(error)).strip().splitlines() or ["without a message"])[0]
+
+
 def print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """A sys.excepthook that prints the traceback without secrets."""
     print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from train.run.redact import redact
+from train.run.redact import first_line
 from train.track.metrics_file import read_metrics
 
 PATIENCE_SECONDS = 15.0  # all that a run waits for its listeners, once, at its end
@@ -145,8 +145,7 @@ class Isolated:
                 message()
             self.farewell = self.listener.finish()
         except BaseException as error:  # whatever it is, it must not reach training
-            lines = redact(str(error)).strip().splitlines() or ["without a message"]
-            self.failure = self.failure or f"stopped recording ({type(error).__name__}: {lines[0]})"
+            self.failure = self.failure or f"stopped recording ({type(error).__name__}: {first_line(error)})"
 
     def _next(self) -> Callable[[], None] | None:
         since = time.monotonic()

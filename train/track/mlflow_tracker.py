@@ -10,7 +10,7 @@ from typing import Any
 from train.config import Config
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder, read_object
-from train.run.redact import redact
+from train.run.redact import first_line, redact
 from train.track.isolated import VALIDATION, Listener, Row
 from train.track.metrics_file import read_metrics
 from train.track.shared import ABOUT, flat_config, summary_of, table_key
@@ -160,7 +160,7 @@ class MLflow(Listener):
             self._lose_tables(error)
 
     def _lose_tables(self, error: Exception) -> None:
-        self.lost_tables = self.lost_tables or f"{type(error).__name__}: {redact(str(error)).partition(chr(10))[0]}"
+        self.lost_tables = self.lost_tables or f"{type(error).__name__}: {first_line(error)}"
 
     def finish(self) -> str:
         """Sends what is left, the numbers by which runs are compared, and how the run ended."""

@@ -10,7 +10,7 @@ from uuid import uuid4
 from train.config import Config
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder, read_object
-from train.run.redact import redact
+from train.run.redact import first_line, redact
 from train.track import wandb_settings
 from train.track.isolated import Listener, Row
 from train.track.metrics_file import read_metrics
@@ -45,6 +45,7 @@ class WeightsAndBiases(Listener):
         self.run: Any = None
         self.step = 0  # of the last row
         self.alerted: set[str] = set()
+        self.lost_tables = ""  # why the server took none
         self.fallback = ""  # why there is an offline record, where the run was to be online
         self.notes = tuple(f"{self.name}: {line}" for line in wandb_settings.decided())
         if config.track.wandb_artifact:
@@ -70,7 +71,7 @@ class WeightsAndBiases(Listener):
         except Exception as error:
             if self.mode == "offline" or last_online_step(self.folder) >= 0:
                 raise  # another record would repeat what the server has; the next attempt sends what it lacks
-            self.fallback = f"{type(error).__name__}: {redact(str(error)).strip().partition(chr(10))[0]}"
+            self.fallback = f"{type(error).__name__}: {first_line(error)}"
             self.mode = "offline"
             self._restart_service()
             wandb_settings.settle_environment(self.mode, identity, project)
@@ -142,17 +143,21 @@ class WeightsAndBiases(Listener):
     def table(self, name: str, rows: Sequence[Row]) -> None:
         """Sends the rows as a table of the step that they name, or of the last one.
 
-        What belongs to no step, or to one that is with the server already, goes into the summary.
+        What belongs to no step, or to one that is with the server already, goes into the summary. A server that takes
+        no artifacts, which tables are, costs the tables and not the metrics.
         """
         import wandb
 
         columns: Any = list(rows[0])
-        table = wandb.Table(columns, [[row[column] for column in columns] for row in rows])
         step = max(self.step, rows[0].get("step", 0))
-        if name in ABOUT or step < self.run.starting_step:
-            self.run.summary[table_key(name)] = table
-        else:
-            self.run.log({table_key(name): table}, step=step)
+        try:
+            table = wandb.Table(columns, [[row[column] for column in columns] for row in rows])
+            if name in ABOUT or step < self.run.starting_step:
+                self.run.summary[table_key(name)] = table
+            else:
+                self.run.log({table_key(name): table}, step=step)
+        except Exception as error:
+            self.lost_tables = self.lost_tables or f"{type(error).__name__}: {first_line(error)}"
 
     def finish(self) -> str:
         """Sends what is left and how the run ended; says how to upload an offline record."""
@@ -165,7 +170,7 @@ class WeightsAndBiases(Listener):
         record = self._record()
         self.run.finish(exit_code=code)
         if self.mode != "offline":
-            return ""
+            return f"{self.name}: it took no tables ({self.lost_tables})" if self.lost_tables else ""
         why = f"could not be reached ({self.fallback}) and " if self.fallback else ""
         return f"{self.name} {why}recorded offline; to upload it: wandb sync {record}"
 

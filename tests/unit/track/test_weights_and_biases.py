@@ -86,13 +86,16 @@ def test_axes_and_summaries_are_defined(watched: Config) -> None:
 
 
 class FakeRun:
-    """Notes alerts."""
+    """Notes alerts, and takes rows of numbers alone."""
+
+    starting_step = 0
 
     def __init__(self) -> None:
         self.alerts: list[tuple[str, str]] = []
 
     def log(self, row: dict[str, Any], step: int) -> None:
-        """Takes the row."""
+        if not all(isinstance(value, int | float) for value in row.values()):
+            raise TypeError("no tables here")
 
     def alert(self, title: str, text: str, level: str) -> None:
         self.alerts.append((title, text))
@@ -115,6 +118,15 @@ def test_alerts_come_once_a_kind(watched: Config) -> None:
     ]
     assert run.alerts[0][1] == "step 2: its loss or gradient was not finite"
     assert all(len(title) < 64 for title, _ in run.alerts)  # W&B's limit
+
+
+def test_a_server_without_artifacts_costs_the_tables(watched: Config) -> None:
+    """A table that cannot be sent does not end the record; the end says which error it was."""
+    listener, run = WeightsAndBiases(watched, "online"), FakeRun()
+    listener.run = run
+    listener.table("validation", [{"step": 0, "now": "a bolt"}])
+    listener.log({"step": 1})
+    assert listener.lost_tables == "TypeError: no tables here"
 
 
 def test_an_alert_is_in_the_record(watched: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,20 +179,19 @@ def test_online_that_cannot_start_becomes_an_offline_record(config: Config) -> N
 def test_a_server_has_step_0_once(config: Config) -> None:
     """Killed and resumed online: each row from step 0 on is there once, in one run."""
     online = replace(config, track=TrackConfig(wandb="online"))
-    with FakeServer() as server, pytest.MonkeyPatch.context() as here:
-        here.setattr(told, "VALIDATED", ())  # the server takes no artifacts
+    with FakeServer() as server:
         told.attempt(online, 0, 0, "late", **environment(server.url))
         told.attempt(online, 1, 6, "late", **environment(server.url))
         told.attempt(online, 5, 7, "saved", **environment(server.url))
     assert [row["step"] for row in server.rows] == list(range(told.LAST + 1))
     assert len(server.names) == 1
+    assert [row["step"] for row in server.rows if "samples/validation" in row] == list(told.VALIDATED)
 
 
 def test_what_a_server_has_in_part_gets_no_second_record(config: Config) -> None:
     """A resumed run whose server is gone: it says so, and the next attempt sends what is missing there."""
     online = replace(config, track=TrackConfig(wandb="online"))
-    with FakeServer() as server, pytest.MonkeyPatch.context() as here:
-        here.setattr(told, "VALIDATED", ())
+    with FakeServer() as server:
         told.attempt(online, 0, 3, "saved", **environment(server.url))
         server.status = 401
         assert "stopped recording (CommError: " in told.attempt(online, 4, 5, "saved", **environment(server.url))
@@ -194,8 +205,7 @@ def test_a_sweep_s_agent_names_the_run(config: Config) -> None:
     """With WANDB_SWEEP_ID the run takes the id that the agent has given it, and goes on under it when resumed."""
     online = replace(config, track=TrackConfig(wandb="online"))
     agent = {"WANDB_SWEEP_ID": "a-sweep", "WANDB_RUN_ID": "agents-run"}
-    with FakeServer() as server, pytest.MonkeyPatch.context() as here:
-        here.setattr(told, "VALIDATED", ())
+    with FakeServer() as server:
         told.attempt(online, 0, 3, "saved", **environment(server.url), **agent)
         told.attempt(online, 4, 5, "saved", **environment(server.url))
     assert server.names == {"agents-run"}

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
@@ -17,12 +16,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from wandb.proto import wandb_internal_pb2
-
-PROTOCOL: Any = wandb_internal_pb2  # its classes are made at import
+from train.track.offline_records import records
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
-BLOCK, HEADER, FIRST_BLOCK_STARTS = 32768, 7, 7  # of the LevelDB log that a .wandb file is
 
 
 def environment(url: str, key: str = KEY) -> dict[str, str]:
@@ -45,6 +41,7 @@ class FakeServer:
         self.names: set[str] = set()  # of the runs
         self.rows: list[dict[str, Any]] = []
         self.summary: dict[str, Any] = {}
+        self.artifacts: list[dict[str, Any]] = []
         self.num_rows_received = 0
         self.server = _Quiet(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -78,7 +75,7 @@ class FakeServer:
                 self.summary = json.loads(content["content"][-1])
 
     def _graphql(self, request: dict[str, Any]) -> object:
-        given = request["variables"]
+        given = request.get("variables") or {}
         project = {"id": "p", "name": "handloop", "entity": {"id": "e", "name": "someone"}}
         bucket = {
             **{"id": "b", "name": given.get("name"), "displayName": "d", "config": "{}", "project": project},
@@ -87,12 +84,21 @@ class FakeServer:
             "summaryMetrics": json.dumps(self.summary),
             "wandbConfig": '{"t": 1}',
         }
-        if request["operationName"] == "UpsertBucket":
+        if request.get("operationName") == "UpsertBucket":
             self.names.add(given["name"])
             return {"upsertBucket": {"inserted": not self.rows, "bucket": bucket}}
-        if request["operationName"] == "RunResumeStatus":
+        if request.get("operationName") == "RunResumeStatus":
             return {"model": project | {"bucket": bucket if self.names else None}}
-        if request["operationName"] == "CreateRunFiles":
+        if "query ArtifactType(" in request["query"]:
+            return {"project": {"artifact": None}}
+        if request.get("operationName") == "Viewer":
+            someone = {"id": "v", "entity": "someone", "username": "someone", "email": "", "flags": "{}"}
+            return {"viewer": someone | {"teams": {"edges": []}}}
+        if request.get("operationName") == "CreateArtifact":  # it has the files already
+            self.artifacts.append(given)
+            artifact = {"id": "a", "state": "COMMITTED", "artifactSequence": {"id": "s", "latestArtifact": None}}
+            return {"createArtifact": {"artifact": artifact}}
+        if request.get("operationName") == "CreateRunFiles":
             files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in given["files"]]
             return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
         return {}
@@ -199,25 +205,6 @@ def services_of(process: int) -> list[str]:
         with suppress(OSError):
             lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace").strip())
     return [line for line in lines if "wandb-core" in line and line.endswith(f"--pid {process}")]
-
-
-def records(path: Path) -> Iterator[Any]:
-    """The records of a .wandb file, up to where a killed process stopped."""
-    data = path.read_bytes()
-    position, whole = FIRST_BLOCK_STARTS, b""
-    while position + HEADER <= len(data):
-        left = BLOCK - position % BLOCK
-        if left < HEADER:
-            position += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)  # checksum, bytes, full/first/middle/last
-        part = data[position + HEADER : position + HEADER + length]
-        if kind == 0 or len(part) < length:
-            return
-        position += HEADER + length
-        whole = part if kind in (1, 2) else whole + part
-        if kind in (1, 4):
-            yield PROTOCOL.Record.FromString(whole)
 
 
 def recorded_rows(path: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from data_tools.audit import Audit, Schedule, audit, failures, warnings
+from data_tools.audit import Audit, Schedule, SplitAudit, audit, failures, warnings
 from train.config import Config
 from train.data import Splits, TrainingData
 from train.run.exits import ExitCode, ExitWith
@@ -33,3 +33,19 @@ def enforce_gate(config: Config, found: Audit) -> Sequence[str]:
         advice = "fix the data, or train on it as it is with --data.gate warn; handloop audit shows more"
         raise ExitWith(ExitCode.BAD_INPUT, f"the data should not be trained on:\n{lines}\n{advice}")
     return [*reasons, *warnings(found)]
+
+
+def counts(found: Audit) -> list[dict[str, str | int]]:
+    """How much there is, and how often each kind of finding: numbers alone, no row's text and no file's name."""
+    splits: dict[str, SplitAudit] = {"training": found}
+    if found.validation is not None:
+        splits["validation"] = found.validation
+    amounts = ("rows", "samples", "tokens", "supervised_tokens")
+    lines: list[dict[str, str | int]] = [
+        {"finding": amount, **{name: getattr(split, amount) for name, split in splits.items()}} for amount in amounts
+    ]
+    for kind in found.findings:
+        line = {name: split.findings[kind].count for name, split in splits.items() if kind in split.findings}
+        if any(line.values()):
+            lines.append({"finding": kind, **dict.fromkeys(splits, 0), **line})
+    return lines

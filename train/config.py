@@ -274,7 +274,13 @@ class TrackConfig:
     """Weights & Biases. auto: what WANDB_DISABLED, WANDB_MODE, `wandb offline` or `wandb disabled` say; otherwise
     online with a key (WANDB_API_KEY or netrc), else recorded offline for a later sync."""
     project: str = ""
-    """Weights & Biases project; empty: WANDB_PROJECT, or handloop."""
+    """Project at Weights & Biases, experiment at MLflow; empty: WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME, or handloop."""
+    wandb_artifact: bool = False
+    """Send final/ to Weights & Biases at the end, as an artifact; the run waits for it for ten minutes at most."""
+    mlflow: str = "off"
+    """off; on: where MLFLOW_TRACKING_URI says, or mlflow.db in the working directory; or a server's address."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard into the run folder."""
 
 
 @dataclass(frozen=True)
@@ -319,6 +325,7 @@ class Config:
         yield from self._token_checks()
         yield from self._method_checks()
         yield from self._validation_checks()
+        yield from self._track_checks()
         if isinstance(self.memory.checkpointing, int):
             if self.memory.checkpointing < 0:
                 yield "memory.checkpointing", self.memory.checkpointing, "must be at least 0, or auto, full, none"
@@ -341,6 +348,16 @@ class Config:
         twice = sorted({token for token in tokens if tokens.count(token) > 1})
         if twice:
             yield "lora.trainable_tokens", " ".join(twice), "is there twice"
+
+    def _track_checks(self) -> Iterator[tuple[str, object, str]]:
+        place = self.track.mlflow
+        if self.track.wandb_artifact and self.track.wandb == "off":
+            yield "track.wandb_artifact", True, "there is no Weights & Biases with --track.wandb off; leave one out"
+        if not re.fullmatch(r"off|on|databricks|[a-z0-9+-]+://.+", place):
+            yield "track.mlflow", place, "write off, on, or an address such as http://127.0.0.1:5000"
+        elif re.match(r"[^/]+://[^/@]*:[^/@]*@", place):
+            reason = "a password here is read by everybody: use MLFLOW_TRACKING_PASSWORD, or on and MLFLOW_TRACKING_URI"
+            yield "track.mlflow", place.partition("://")[0] + "://...", reason
 
     def _method_checks(self) -> Iterator[tuple[str, object, str]]:
         if self.train.method != "full":

@@ -1,5 +1,6 @@
 """Trains adapters: `accelerate launch train/main.py --profile NAME [--section.field VALUE ...]`."""
 
+import json
 import sys
 
 from train.run.redact import print_redacted
@@ -14,7 +15,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     follow_launcher()
 
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -23,7 +24,7 @@ from data_tools.prepare import Prepared
 from data_tools.terminal import fitted
 from train.assemble import assemble
 from train.attempt_record import record_start
-from train.audit_gate import enforce_gate, run_audit
+from train.audit_gate import counts, enforce_gate, run_audit
 from train.banner import banner
 from train.checkpoints.contents import Checkpoint
 from train.checkpoints.extension import resumed_schedule
@@ -42,6 +43,7 @@ from train.models.tokenizer import Tokenizer, check_fits, load_tokenizer
 from train.run.accelerator import check_machine, close_group, start_accelerator
 from train.run.attempts import AttemptLog
 from train.run.defects import Doing
+from train.run.durable import write_atomically
 from train.run.environment import is_first_process
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder
@@ -177,6 +179,7 @@ def job(config: Config, observed: Observed) -> str:
     trackers = open_trackers(training, store, checkpoint, listeners, observed)
     closing.callback(trackers.finish)
     on_first_process(accelerator, lambda: record_start(observed.log, training, prepared, checkpoint))
+    trackers.tell_about(folder)
     saver = Saver.of(training, store, run_identity, trackers, checkpoint)
     heartbeat = Heartbeat(config, accelerator, stop)
     validator = Validator.of(training, material, saver.record, heartbeat)
@@ -201,8 +204,11 @@ def check_folder(training: Training, store: CheckpointStore, prepared: Prepared,
 
 def report_audit(config: Config, tokenizer: Tokenizer, data: TrainingData, splits: Splits) -> int:
     """Prints the audit's warnings; raises ExitWith(BAD_INPUT) if the data must not be trained on."""
-    for line in enforce_gate(config, run_audit(config, tokenizer.backend, data, splits)):
+    found = run_audit(config, tokenizer.backend, data, splits)
+    for line in enforce_gate(config, found):
         print(fitted(f"data      {line}"), flush=True)
+    with suppress(OSError):  # trackers are told of it; a full disk is said where it matters
+        write_atomically(RunFolder.of(config).audit, "".join(json.dumps(line) + "\n" for line in counts(found)))
     return 0
 
 
@@ -223,8 +229,9 @@ def open_trackers(
     display = Display.of(training, shown, observed.stop.is_received)
     for line in (note for listener in listeners for note in listener.notes):
         say(training.accelerator, line)
-    isolated = [Isolated(listener, store.run_uid(), folder.metrics) for listener in listeners]
-    answers = MetricsFile(folder.validation_answers, checkpoint.state.answers_bytes if checkpoint and is_own else 0)
+    kept = checkpoint.state.answers_bytes if checkpoint and is_own else 0
+    answers = MetricsFile(folder.validation_answers, kept)
+    isolated = [Isolated(listener, store.run_uid(), folder.metrics, answers.path) for listener in listeners]
     return Trackers(metrics, display, isolated, observed.watch, answers)
 
 

@@ -27,7 +27,7 @@ MODES = Literal["auto", "online", "offline", "off"]
 MAX_ADDED_SECONDS = 20.0
 SHORT_PATIENCE = 2.0
 NUM_STEPS = 90
-NO_ANSWER = r"no answer within|deadline exceeded"  # by the timeout of the run, or of the client
+NO_ANSWER = r"no answer within|could not be reached"  # within the patience of the run, or of the client
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,7 @@ ALLOWED = {
         "report",
         "run",
         "step",
+        "track",
     },
 }
 # What is computed is stacked more strictly: each module of these may import only these, of the whole of ours.
@@ -143,6 +144,7 @@ ALLOWED_MODULES = {
     "train.track.words": set(),
     "train.track.progress": {"train.run.folder"},
     "train.track.screen": {"data_tools.terminal", "train.track.chart", "train.track.progress", "train.track.words"},
+    "train.track.shared": {"train.config"},
     "train.track.metrics_file": {"train.run.json_lines"},
     "train.track.wandb_settings": {"train.run.exits"},
     "train.track.isolated": {"train.run.redact", "train.track.metrics_file"},

@@ -27,6 +27,7 @@ COMMANDS = {
     "merge": "add a run's adapters to its base's weights, with a receipt",
     "report": "write a page on a run, or on several: curves, answers, options, memory",
     "runs": "list runs, or compare some: options, results",
+    "sync": "upload to Weights & Biases what runs have recorded offline",
     "export": "write a run as adapter, merged model, GGUF or for Ollama, and send it to the hub",
 }
 _LINES = "\n".join(f"  {name:9} {what}" for name, what in COMMANDS.items())

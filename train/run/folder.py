@@ -43,6 +43,7 @@ class RunFolder:
     identity = Entry(IDENTITY)  # the run's id, and the ids of its records at trackers
     config = Entry("config.json")  # what the last attempt ran with
     plan = Entry("plan.json")  # how the last attempt is executed
+    audit = Entry("audit.jsonl")  # a line a kind of finding of the audit at the start: how often
     attempts = Entry("attempts.jsonl")  # a line at each attempt's start and end
     metrics = Entry("metrics.jsonl")  # a line a step
     exit = Entry("exit.json")  # how the last attempt ended; absent while one runs, or where it was killed
@@ -55,6 +56,8 @@ class RunFolder:
     checkpoints = Entry("checkpoints")
     final = Entry("final")
     wandb = Entry("wandb")  # Weights & Biases makes it, in the folder that it is given
+    tensorboard = Entry("tensorboard")  # event files
+    validation_answers = Entry("validation_answers.jsonl")  # a line an answer, at each validation
     heartbeats = Entry(".heartbeats")  # a file a process: the last step that it completed
     lock = Entry(LOCK)
 
@@ -97,6 +100,17 @@ class RunFolder:
             self.exit.unlink(missing_ok=True)  # an earlier attempt's
             shutil.rmtree(self.heartbeats, ignore_errors=True)
             yield
+
+    def is_in_use(self) -> bool:
+        """Whether a job has the folder; raises OSError where its lock cannot be read."""
+        if not self.lock.exists():
+            return False
+        with self.lock.open("r") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return True
+            return False
 
     def write_exit(self, code: ExitCode, reason: str, **facts: float | str) -> None:
         """Records how the run ended: launchers flatten exit codes (accelerate and torchrun return 1 for all)."""

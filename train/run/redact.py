@@ -17,6 +17,8 @@ SECRET_VARIABLES = (
     "HUGGINGFACE_HUB_TOKEN",
     "WANDB_API_KEY",
     "WANDB_IDENTITY_TOKEN",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
 )
 MIN_SECRET_LENGTH = 8  # replacing shorter values would remove ordinary words
 PATTERNS = (
@@ -43,6 +45,11 @@ def redact(text: str, keep: str = "\n") -> str:
     for pattern, replacement in PATTERNS:
         text = pattern.sub(replacement, text)
     return escaped(text, keep)  # the text may come from a stranger
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, redacted, in one line."""
+    return (redact(str(error)).strip().splitlines() or ["without a message"])[0]
 
 
 def print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

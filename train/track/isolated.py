@@ -1,6 +1,7 @@
 """Gives a listener a thread of its own, so that it may hang, fail or die while training goes on."""
 
 import contextlib
+import os
 import queue
 import threading
 import time
@@ -8,11 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from train.run.redact import redact
+from train.run.redact import first_line
 from train.track.metrics_file import read_metrics
 
 PATIENCE_SECONDS = 15.0  # all that a run waits for its listeners, once, at its end
 QUEUE_SIZE = 10_000  # messages that a listener may be behind
+IDLE_SECONDS = 5.0  # without a message, until a listener is told so
+NO_ANSWERS = Path(os.devnull)  # of a run that keeps none
+VALIDATION = "validation"  # the table of a validation's answers
 
 Row = Mapping[str, Any]
 
@@ -27,9 +31,13 @@ class Listener(Protocol):
 
     name: str  # as a person calls it
     notes: Sequence[str] = ()  # lines that people should know at the start
+    extra_seconds: float = 0.0  # of patience at the end, for an upload that was asked for
 
     def start(self, run_uid: str) -> int:
-        """Begins the record of the run, or goes on with it; returns the last step that it already has, or 0."""
+        """Begins the record of the run, or goes on with it; returns the last step that it already has, or -1.
+
+        Rows may begin with step 0: a validation before the first step.
+        """
         ...
 
     def log(self, row: Row) -> None:
@@ -40,13 +48,22 @@ class Listener(Protocol):
         """Ends the record; returns what people should know of it, such as how to upload it, or nothing."""
         ...
 
-    def catch_up(self, rows: Sequence[Row]) -> None:
-        """Takes the rows that it lacks, right after `start`: a killed attempt left before they were delivered."""
+    def catch_up(self, rows: Sequence[Row], answers: Mapping[int, Sequence[Row]]) -> None:
+        """Takes the rows that it lacks, and the answers of validations by step, right after `start`.
+
+        A killed attempt left before they were delivered.
+        """
         for row in rows:
             self.log(row)
+            if row["step"] in answers:
+                self.table(VALIDATION, answers[row["step"]])
 
     def table(self, name: str, rows: Sequence[Row]) -> None:
         """Takes a table, such as the answers of the finished model; a record that holds none leaves it out."""
+        return
+
+    def idle(self, seconds: float) -> None:
+        """Is called every few seconds while there is nothing to take, for `seconds` by now."""
         return
 
     def abandon(self) -> None:
@@ -61,11 +78,14 @@ class Isolated:
     reported once and told nothing more.
     """
 
-    def __init__(self, listener: Listener, run_uid: str, metrics: Path) -> None:
-        """Starts at once; `metrics` is the run's metrics.jsonl, already shortened to the checkpoint."""
+    def __init__(self, listener: Listener, run_uid: str, metrics: Path, answers: Path = NO_ANSWERS) -> None:
+        """Starts at once; `metrics` is the run's metrics.jsonl, `answers` those of its validations, which need not be.
+
+        Both are already shortened to the checkpoint.
+        """
         self.listener = listener
-        self.metrics = metrics
-        self.last_step = 0  # that the listener has; the thread's own
+        self.metrics, self.answers = metrics, answers
+        self.last_step = self.last_answers = -1  # that the listener has; the thread's own
         self.farewell = ""
         self.failure = ""
         self.is_failure_told = False
@@ -82,11 +102,11 @@ class Isolated:
     def table(self, name: str, rows: Sequence[Row]) -> None:
         """Passes the table on."""
         kept = list(rows)
-        self._put(lambda: self.listener.table(name, kept))
+        self._put(lambda: self._table(name, kept))
 
     def request_finish(self) -> None:
         """Asks the listener to end, and counts its patience from here: several listeners end at the same time."""
-        self.deadline = time.monotonic() + PATIENCE_SECONDS
+        self.deadline = time.monotonic() + PATIENCE_SECONDS + self.listener.extra_seconds
         self._put(None)
 
     def finish(self) -> None:
@@ -96,7 +116,8 @@ class Isolated:
         if not self.failure:
             self.thread.join(max(0.0, self.deadline - time.monotonic()))
             if self.thread.is_alive():
-                self.failure = self.failure or f"no answer within {PATIENCE_SECONDS:.0f} s"
+                patience = PATIENCE_SECONDS + self.listener.extra_seconds
+                self.failure = self.failure or f"no answer within {patience:.0f} s"
         if self.failure:
             self._tell_failure()
             self.listener.abandon()
@@ -119,15 +140,35 @@ class Isolated:
     def _work(self, run_uid: str) -> None:
         try:
             self.last_step = self.listener.start(run_uid)
-            missing = [row for row in read_metrics(self.metrics) if row["step"] > self.last_step]
-            self.listener.catch_up([_told(row) for row in missing])
-            self.last_step = missing[-1]["step"] if missing else self.last_step
-            while (message := self.messages.get()) is not None:
+            self._catch_up()
+            while (message := self._next()) is not None:
                 message()
             self.farewell = self.listener.finish()
         except BaseException as error:  # whatever it is, it must not reach training
-            lines = redact(str(error)).strip().splitlines() or ["without a message"]
-            self.failure = self.failure or f"stopped recording ({type(error).__name__}: {lines[0]})"
+            self.failure = self.failure or f"stopped recording ({type(error).__name__}: {first_line(error)})"
+
+    def _next(self) -> Callable[[], None] | None:
+        since = time.monotonic()
+        while True:
+            try:
+                return self.messages.get(timeout=IDLE_SECONDS)
+            except queue.Empty:
+                self.listener.idle(time.monotonic() - since)
+
+    def _catch_up(self) -> None:
+        missing = [row for row in read_metrics(self.metrics) if row["step"] > self.last_step]
+        answers: dict[int, list[Row]] = {}
+        with contextlib.suppress(FileNotFoundError):
+            for answer in read_metrics(self.answers):
+                answers.setdefault(answer["step"], []).append(answer)
+        self.listener.catch_up([_told(row) for row in missing], answers)
+        if missing:
+            self.last_step = missing[-1]["step"]
+            self.last_answers = max((step for step in answers if step <= self.last_step), default=-1)
+
+    def _table(self, name: str, rows: Sequence[Row]) -> None:
+        if name != VALIDATION or (rows and rows[0]["step"] > self.last_answers):  # else it came with the missing ones
+            self.listener.table(name, rows)
 
     def _log(self, row: Row) -> None:
         if row["step"] > self.last_step:  # else it came with the missing ones

@@ -6,8 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from train.config import Config
+from train.run.folder import RunFolder, read_object
 from train.track.isolated import Isolated, Listener
-from train.track.metrics_file import MetricsFile
+from train.track.metrics_file import MetricsFile, read_metrics
+from train.track.mlflow_tracker import MLflow
+from train.track.shared import plan_table
+from train.track.tensorboard_tracker import TensorBoard
 from train.track.weights_and_biases import WeightsAndBiases
 
 T = TypeVar("T")
@@ -19,7 +23,7 @@ def wanted_listeners(config: Config) -> list[Listener]:
     To add a tracker write its Listener in a file beside weights_and_biases.py, its options in TrackConfig
     (train/config.py), a name for what it writes in the run folder in RunFolder (train/run/folder.py), and a line here.
     """
-    found = [WeightsAndBiases.wanted(config)]
+    found = [WeightsAndBiases.wanted(config), MLflow.wanted(config), TensorBoard.wanted(config)]
     return [listener for listener in found if listener is not None]
 
 
@@ -84,7 +88,9 @@ class Trackers:
         self._each(self.watchers, lambda watcher: watcher.log(row))
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Tells the listeners a table; it has a file of its own in the run folder."""
+        """Tells the listeners a table, unless it is empty; it has a file of its own in the run folder."""
+        if not rows:
+            return
         self._each(self.listeners, lambda listener: listener.table(name, rows))
 
     def answers(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -97,6 +103,12 @@ class Trackers:
     def rest(self) -> None:
         """Tells the terminal's watcher that training is over; the others wait for the answers and the end."""
         self._each([self.display] if self.display else [], lambda display: display.rest())
+
+    def tell_about(self, folder: RunFolder) -> None:
+        """Tells the listeners the plan and what the audit found, as the run folder has them."""
+        with contextlib.suppress(OSError):
+            self.table("audit", read_metrics(folder.audit))
+        self.table("plan", plan_table(read_object(folder.plan)))
 
     def finish(self) -> None:
         """Ends all of them, also those that were left out; the listeners together, so that patience is spent once."""

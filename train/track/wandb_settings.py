@@ -7,7 +7,7 @@ a second. docs/ENVIRONMENT.md lists them.
 import configparser
 import netrc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -37,6 +37,8 @@ DECIDED = (
     ("WANDB_WATCH", NOT_TRUE, "gradients and weights are not sent"),
     ("WANDB_INIT_TIMEOUT", (), "15 s, so that a silent server costs no more"),
 )
+# what belongs to a run that records, and not to one that uploads a record
+OF_A_RUN = {"WANDB_MODE", "WANDB_DISABLED", "WANDB_SWEEP_ID", *(name for name, _, _ in DECIDED)}
 
 
 def said_mode() -> str:
@@ -101,19 +103,31 @@ def project() -> str:
     return os.environ.get("WANDB_PROJECT") or setting("project")
 
 
+def run_of_sweep() -> Callable[[], str] | None:
+    """What gives a new run the id that an agent of a sweep has chosen for it, where there is one."""
+    chosen = os.environ.get("WANDB_RUN_ID", "")
+    return (lambda: chosen) if chosen and os.environ.get("WANDB_SWEEP_ID") else None
+
+
 def decided() -> list[str]:
     """A line for each variable that says otherwise than what is done."""
     return [
         f"{name} has no effect: {instead}"
         for name, agreeing, instead in DECIDED
         if os.environ.get(name) and os.environ[name].lower() not in agreeing
+        if not (name == "WANDB_RUN_ID" and run_of_sweep())
     ]
 
 
-def settle_environment(mode: str) -> None:
-    """Makes the environment say what is done, before wandb reads it: it refuses combinations of what is decided."""
+def settle_environment(mode: str, identity: str, project: str) -> None:
+    """Makes the environment say what is done, before wandb reads it: it refuses combinations of what is decided.
+
+    In a sweep wandb takes id and project from there alone.
+    """
     for name, _, _ in DECIDED:
         os.environ.pop(name, None)
+    if os.environ.get("WANDB_SWEEP_ID"):
+        os.environ.update(WANDB_RUN_ID=identity, WANDB_PROJECT=project)
     os.environ["WANDB_MODE"] = mode
     if mode == "offline":
         os.environ["WANDB_ERROR_REPORTING"] = "false"  # a crash report is an upload

@@ -11,7 +11,7 @@ class Minimal(Listener):
 
     name = "Minimal"
 
-    def __init__(self, has: int = 0) -> None:
+    def __init__(self, has: int = -1) -> None:
         self.has = has
         self.rows: list[Any] = []
 
@@ -30,7 +30,7 @@ class Fake(Minimal):
 
     name = "Fake"
 
-    def __init__(self, has: int = 0, acts: dict[str, Callable[[], object]] | None = None) -> None:
+    def __init__(self, has: int = -1, acts: dict[str, Callable[[], object]] | None = None) -> None:
         super().__init__(has)
         self.acts = acts or {}
         self.calls: list[str] = []
@@ -44,9 +44,9 @@ class Fake(Minimal):
         self._act("start")
         return super().start(run_uid)
 
-    def catch_up(self, rows: Sequence[Any]) -> None:
+    def catch_up(self, rows: Sequence[Any], answers: Any) -> None:
         self._act("catch_up")
-        super().catch_up(rows)
+        super().catch_up(rows, answers)
 
     def log(self, row: Any) -> None:
         self._act("log")

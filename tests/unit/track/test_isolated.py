@@ -49,10 +49,10 @@ def test_a_listener_needs_four_names(metrics: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("has", [0, 3, 5, 9])
+@pytest.mark.parametrize("has", [-1, 0, 3, 5, 9])
 def test_missing_steps_come_out_of_the_metrics_file(has: int, metrics: Path) -> None:
-    """Killed before five rows were delivered: each step that it lacks arrives once, and no list does."""
-    rows = [{"step": step, "train/loss": step / 2, "data/sample_ids": [step]} for step in range(1, 6)]
+    """Killed before six rows were delivered: each step that it lacks arrives once, step 0 too, and no list does."""
+    rows = [{"step": step, "train/loss": step / 2, "data/sample_ids": [step]} for step in range(6)]
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "tr')
     fake = Fake(has)
     telling = Isolated(fake, "uid", metrics)
@@ -168,3 +168,24 @@ def test_a_terminal_that_is_gone_does_not_keep_the_service_alive(
     fake = Fake(acts={"log": fail})
     a_whole_run(fake, metrics)
     assert fake.calls[-1] == "abandon"
+
+
+@pytest.mark.parametrize("has", [-1, 1, 2])
+def test_answers_of_validations_come_once_and_behind_their_step(has: int, metrics: Path, tmp_path: Path) -> None:
+    """Those of missing steps are read from their file; what training tells of the same steps is not told again."""
+    metrics.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(5)))
+    answers = tmp_path / "validation_answers.jsonl"
+    answers.write_text("".join(json.dumps({"step": step, "now": "x"}) + "\n" for step in (0, 2, 2, 4)))
+    fake = Fake(has)
+    telling = Isolated(fake, "uid", metrics, answers)
+    for step in range(5, 8):
+        telling.table("validation", [{"step": step - 1, "now": "x"}])
+        telling.log({"step": step})
+    telling.request_finish()
+    telling.finish()
+    tables = [row for row in fake.rows if isinstance(row, tuple)]
+    assert [(name, rows[0]["step"], len(rows)) for name, rows in tables if rows[0]["step"] > has] == [
+        (name, step, 1 + (step == 2)) for name, step in (("validation", s) for s in (0, 2, 4, 5, 6)) if step > has
+    ]
+    assert fake.rows.index({"step": 4}) + 1 == fake.rows.index(("validation", [{"step": 4, "now": "x"}]))
+    assert len(tables) == len([step for step in (0, 2, 4, 5, 6) if step > has])

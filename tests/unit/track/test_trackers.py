@@ -14,8 +14,8 @@ from train.config import Config
 from train.track import isolated
 from train.track.isolated import Isolated
 from train.track.metrics_file import MetricsFile, read_metrics
+from train.track.shared import shared_config
 from train.track.trackers import Trackers
-from train.track.weights_and_biases import shared_config
 
 
 def test_listeners_share_one_patience(

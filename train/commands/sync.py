@@ -1,0 +1,56 @@
+"""`handloop sync`: uploads to Weights & Biases what runs have recorded offline."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from data_tools.terminal import typed_path
+from train.run.exits import ExitCode, ExitWith
+from train.run.folder import RunFolder
+from train.run.redact import redact
+from train.track import wandb_settings
+from train.track.offline_records import Record, last_step_in, record_of
+
+
+def main(words: list[str]) -> int:
+    """Uploads each run's record that is not uploaded yet; raises ExitWith(BAD_INPUT) before the first if one cannot."""
+    own = Arguments(prog="handloop sync", description="Uploads what runs have recorded offline to Weights & Biases.")
+    own.add_argument("runs", nargs="+", type=typed_path, metavar="RUN", help="a run folder, such as runs/demo")
+    own.add_argument("--dry-run", action="store_true", help="say what would be uploaded, and upload nothing")
+    options = own.parse_args(words)
+    records = {path: record_of(RunFolder(path)) for path in map(Path, options.runs)}
+    if not options.dry_run and not wandb_settings.has_key():
+        reason = "there is no key for Weights & Biases: run `wandb login`, or set WANDB_API_KEY"
+        raise ExitWith(ExitCode.BAD_INPUT, reason)
+    for run, record in records.items():
+        what = f"{record.folder.name}, steps up to {last_step_in(record.file)}"
+        if record.is_uploaded:
+            print(f"{run}: uploaded already: {what}")
+        elif options.dry_run:
+            print(f"{run}: would upload {what}")
+        else:
+            upload(record)
+            print(f"{run}: uploaded {what}", flush=True)
+    return 0
+
+
+class Arguments(argparse.ArgumentParser):
+    """A parser whose errors are ExitWith(BAD_INPUT)."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ExitWith(ExitCode.BAD_INPUT, f"{message}\n{self.format_usage().strip()}")
+
+
+def upload(record: Record) -> None:
+    """Runs `wandb sync`; raises ExitWith(BAD_INPUT) with what it says where the record is not marked as uploaded."""
+    variables = {name: value for name, value in os.environ.items() if name not in wandb_settings.OF_A_RUN}
+    command = [sys.executable, "-m", "wandb", "sync", "--yes", str(record.folder)]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, errors="replace")
+    if done.returncode or not record.is_uploaded:
+        said = redact(f"{done.stdout}\n{done.stderr}".strip())[-2000:]
+        reason = f"{record.folder} could not be uploaded; it stays, so try again:\n{said or 'wandb sync said nothing'}"
+        raise ExitWith(ExitCode.BAD_INPUT, reason)
+    print(redact(done.stdout.strip()))

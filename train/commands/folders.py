@@ -35,7 +35,7 @@ def _what(path: Path) -> str:
         return f", but an export for llama.cpp: bash launch/serve_llama_cpp.sh {quoted} serves it; {where}"
     if (path / "adapter_config.json").is_file():
         return f", but an adapter alone: bash launch/serve_vllm.sh {quoted} serves it; {where}"
-    if "model_type" in read_object(path / "config.json"):
+    if "model_type" in read_object(RunFolder(path).config):  # a model's has the same name
         return f", but a model: handloop chat {quoted}, or bash launch/serve_vllm.sh {quoted}; {where}"
     if runs := sorted(each.name for each in path.glob("*/") if is_run(each)):
         more = ", ..." if len(runs) > SHOWN else ""

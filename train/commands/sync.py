@@ -47,7 +47,7 @@ class Arguments(argparse.ArgumentParser):
 def upload(record: Record) -> None:
     """Runs `wandb sync`; raises ExitWith(BAD_INPUT) with what it says where the record is not marked as uploaded."""
     variables = {name: value for name, value in os.environ.items() if name not in wandb_settings.OF_A_RUN}
-    command = [sys.executable, "-m", "wandb", "sync", "--yes", str(record.folder)]
+    command = [sys.executable, *wandb_settings.SYNC, str(record.folder)]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, errors="replace")
     if done.returncode or not record.is_uploaded:
         said = redact(f"{done.stdout}\n{done.stderr}".strip())[-2000:]

@@ -15,6 +15,9 @@ from train.track.metrics_file import read_metrics
 PATIENCE_SECONDS = 15.0  # all that a run waits for its listeners, once, at its end
 QUEUE_SIZE = 10_000  # messages that a listener may be behind
 IDLE_SECONDS = 5.0  # without a message, until a listener is told so
+# Between two looks for messages. Python code in a listener's thread and the code that launches a step's kernels exclude
+# each other; right behind a step, taken one by one, messages cost that step more than they take.
+PAUSE_SECONDS = 0.5
 NO_ANSWERS = Path(os.devnull)  # of a run that keeps none
 VALIDATION = "validation"  # the table of a validation's answers
 
@@ -90,7 +93,8 @@ class Isolated:
         self.failure = ""
         self.is_failure_told = False
         self.deadline = float("inf")
-        self.messages: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=QUEUE_SIZE)  # None is the end
+        self.messages: queue.Queue[Callable[[], None]] = queue.Queue(maxsize=QUEUE_SIZE)
+        self.ending = threading.Event()
         self.thread = threading.Thread(target=self._work, args=(run_uid,), daemon=True)
         self.thread.start()
 
@@ -107,7 +111,7 @@ class Isolated:
     def request_finish(self) -> None:
         """Asks the listener to end, and counts its patience from here: several listeners end at the same time."""
         self.deadline = time.monotonic() + PATIENCE_SECONDS + self.listener.extra_seconds
-        self._put(None)
+        self.ending.set()
 
     def finish(self) -> None:
         """Waits until the deadline for what is under way, and says what became of it."""
@@ -129,7 +133,7 @@ class Isolated:
             self.is_failure_told = True
             _say(f"{self.listener.name}: {self.failure}; all metrics are in {self.metrics}")
 
-    def _put(self, message: Callable[[], None] | None) -> None:
+    def _put(self, message: Callable[[], None]) -> None:
         if self.failure:
             return
         try:
@@ -141,19 +145,24 @@ class Isolated:
         try:
             self.last_step = self.listener.start(run_uid)
             self._catch_up()
-            while (message := self._next()) is not None:
-                message()
+            self._listen()
             self.farewell = self.listener.finish()
         except BaseException as error:  # whatever it is, it must not reach training
             self.failure = self.failure or f"stopped recording ({type(error).__name__}: {first_line(error)})"
 
-    def _next(self) -> Callable[[], None] | None:
-        since = time.monotonic()
-        while True:
-            try:
-                return self.messages.get(timeout=IDLE_SECONDS)
-            except queue.Empty:
-                self.listener.idle(time.monotonic() - since)
+    def _listen(self) -> None:
+        """Takes what has come, every PAUSE_SECONDS, until the end is asked for."""
+        taken = told = time.monotonic()  # when something was taken, and when the listener knew of the time
+        is_last = False
+        while not is_last:
+            is_last = self.ending.wait(PAUSE_SECONDS)
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self.messages.get_nowait()()
+                    taken = told = time.monotonic()
+            if time.monotonic() - told > IDLE_SECONDS:
+                told = time.monotonic()
+                self.listener.idle(told - taken)
 
     def _catch_up(self) -> None:
         missing = [row for row in read_metrics(self.metrics) if row["step"] > self.last_step]

@@ -52,7 +52,7 @@ def record_of(run: RunFolder) -> Record:
     except OSError as error:
         raise ExitWith(ExitCode.BAD_INPUT, f"{run.path}: {error}") from None
     if not is_record:
-        raise ExitWith(ExitCode.BAD_INPUT, f"{file}: it is no record of Weights & Biases; metrics.jsonl has all steps")
+        raise ExitWith(ExitCode.BAD_INPUT, f"{file}: it is no record of Weights & Biases; {run.metrics} has all steps")
     return Record(file.parent, file)
 
 

@@ -37,6 +37,7 @@ DECIDED = (
     ("WANDB_WATCH", NOT_TRUE, "gradients and weights are not sent"),
     ("WANDB_INIT_TIMEOUT", (), "15 s, so that a silent server costs no more"),
 )
+SYNC = ("-m", "wandb", "sync", "--yes")  # its command, for Python
 # what belongs to a run that records, and not to one that uploads a record
 OF_A_RUN = {"WANDB_MODE", "WANDB_DISABLED", "WANDB_SWEEP_ID", *(name for name, _, _ in DECIDED)}
 

@@ -239,9 +239,13 @@ class ValidateConfig:
     @property
     def needs_held_out(self) -> list[tuple[str, object]]:
         """The options that are set and mean nothing without held-out data."""
-        wanted: dict[str, object] = {name: getattr(self, name) for name in ("patience", "target_loss", "tokens")}
-        wanted["final"] = "best" if self.final == "best" else ""
-        return [(f"validate.{name}", value) for name, value in wanted.items() if value]
+        wanted: dict[str, object] = {
+            "validate.patience": self.patience,
+            "validate.target_loss": self.target_loss,
+            "validate.tokens": self.tokens,
+            "validate.final": "best" if self.final == "best" else "",
+        }
+        return [(option, value) for option, value in wanted.items() if value]
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,6 @@ class Listener(Protocol):
 
     name: str  # as a person calls it
     notes: Sequence[str] = ()  # lines that people should know at the start
-    extra_seconds: float = 0.0  # of patience at the end, for an upload that was asked for
 
     def start(self, run_uid: str) -> int:
         """Begins the record of the run, or goes on with it; returns the last step that it already has, or -1.
@@ -69,6 +68,10 @@ class Listener(Protocol):
         """Is called every few seconds while there is nothing to take, for `seconds` by now."""
         return
 
+    def extra_seconds(self) -> float:
+        """Of patience at the end, for an upload that was asked for; called from the main thread."""
+        return 0.0
+
     def abandon(self) -> None:
         """Ends, from the main thread, helper processes that would block the interpreter's exit after a failure."""
         return
@@ -92,7 +95,7 @@ class Isolated:
         self.farewell = ""
         self.failure = ""
         self.is_failure_told = False
-        self.deadline = float("inf")
+        self.patience, self.deadline = PATIENCE_SECONDS, float("inf")
         self.messages: queue.Queue[Callable[[], None]] = queue.Queue(maxsize=QUEUE_SIZE)
         self.ending = threading.Event()
         self.thread = threading.Thread(target=self._work, args=(run_uid,), daemon=True)
@@ -110,7 +113,8 @@ class Isolated:
 
     def request_finish(self) -> None:
         """Asks the listener to end, and counts its patience from here: several listeners end at the same time."""
-        self.deadline = time.monotonic() + PATIENCE_SECONDS + self.listener.extra_seconds
+        self.patience = PATIENCE_SECONDS + self.listener.extra_seconds()
+        self.deadline = time.monotonic() + self.patience
         self.ending.set()
 
     def finish(self) -> None:
@@ -120,8 +124,7 @@ class Isolated:
         if not self.failure:
             self.thread.join(max(0.0, self.deadline - time.monotonic()))
             if self.thread.is_alive():
-                patience = PATIENCE_SECONDS + self.listener.extra_seconds
-                self.failure = self.failure or f"no answer within {patience:.0f} s"
+                self.failure = self.failure or f"no answer within {self.patience:.0f} s"
         if self.failure:
             self._tell_failure()
             self.listener.abandon()

@@ -9,7 +9,7 @@ from train.config import Config
 SHARED_SECTIONS = ("lora", "batch", "optim", "train", "memory", "checkpoint")
 KEPT = ("lora.init_from", "lora.trainable_tokens")  # of these sections: a path, and words of the data
 ABOUT = ("plan", "audit")  # tables of the run as a whole; others are of a step
-WARM_UP_STEPS = 5  # of an attempt, in which kernels are compiled and memory is found
+WARM_UP_STEPS = 5  # the first of a run, in which kernels are compiled and memory is found
 
 
 def shared_config(config: Config) -> dict[str, dict[str, Any]]:

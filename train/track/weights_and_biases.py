@@ -48,8 +48,6 @@ class WeightsAndBiases(Listener):
         self.lost_tables = ""  # why the server took none
         self.fallback = ""  # why there is an offline record, where the run was to be online
         self.notes = tuple(f"{self.name}: {line}" for line in wandb_settings.decided())
-        if config.track.wandb_artifact:
-            self.extra_seconds = ARTIFACT_SECONDS
 
     @classmethod
     def wanted(cls, config: Config) -> "WeightsAndBiases | None":
@@ -161,9 +159,9 @@ class WeightsAndBiases(Listener):
 
     def finish(self) -> str:
         """Sends what is left and how the run ended; says how to upload an offline record."""
-        code = read_object(self.folder.exit).get("code", int(ExitCode.DEFECT))
+        code = self._exit_code()
         self.run.summary.update(summary_of(read_metrics(self.folder.metrics)))
-        if code == ExitCode.FINISHED and self.config.track.wandb_artifact:
+        if self._has_artifact():
             self._send_artifact()
         if code == ExitCode.INTERRUPTED:
             self.run.mark_preempting()  # it will go on
@@ -173,6 +171,17 @@ class WeightsAndBiases(Listener):
             return f"{self.name}: it took no tables ({self.lost_tables})" if self.lost_tables else ""
         why = f"could not be reached ({self.fallback}) and " if self.fallback else ""
         return f"{self.name} {why}recorded offline; to upload it: wandb sync {record}"
+
+    def extra_seconds(self) -> float:
+        """Those of the artifact, if there is one."""
+        return ARTIFACT_SECONDS if self._has_artifact() else 0.0
+
+    def _exit_code(self) -> int:
+        """How the run has ended."""
+        return read_object(self.folder.exit).get("code", int(ExitCode.DEFECT))
+
+    def _has_artifact(self) -> bool:
+        return self.config.track.wandb_artifact and self._exit_code() == ExitCode.FINISHED
 
     def _send_artifact(self) -> None:
         """Sends final/ as an artifact of type model, which the run has made."""
@@ -185,7 +194,7 @@ class WeightsAndBiases(Listener):
             "config": shared_config(self.config),
         }
         artifact = wandb.Artifact(f"{self.config.profile}-{self.run.id}", type="model", metadata=facts)
-        artifact.add_dir(str(self.folder.final))
+        artifact.add_dir(str(self.folder.final), policy="immutable")  # sent from there, without a copy beside it
         self.run.log_artifact(artifact)
 
     def abandon(self) -> None:

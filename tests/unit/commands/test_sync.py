@@ -31,6 +31,7 @@ def attempt(config: Config, first: int, last: int, ends: str) -> None:
     told.attempt(config, first, last, ends, **environment("", key=""))
 
 
+@pytest.mark.slow
 def test_a_record_is_uploaded_whole_and_once(
     run: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

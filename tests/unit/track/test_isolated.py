@@ -189,3 +189,15 @@ def test_answers_of_validations_come_once_and_behind_their_step(has: int, metric
     ]
     assert fake.rows.index({"step": 4}) + 1 == fake.rows.index(("validation", [{"step": 4, "now": "x"}]))
     assert len(tables) == len([step for step in (0, 2, 4, 5, 6) if step > has])
+
+
+@pytest.mark.usefixtures("impatient")
+def test_an_upload_that_was_asked_for_is_waited_for(metrics: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The listener's own seconds come on top of the patience."""
+
+    class Uploading(Fake):
+        def extra_seconds(self) -> float:
+            return 30.0
+
+    a_whole_run(Uploading(acts={"finish": lambda: time.sleep(0.8)}), metrics)
+    assert capsys.readouterr().out == "Fake is at rest\n"

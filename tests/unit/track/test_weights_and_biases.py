@@ -136,6 +136,7 @@ def test_an_alert_is_in_the_record(watched: Config, monkeypatch: pytest.MonkeyPa
     assert [each.title for each in kinds(record_of(watched))["alert"]] == ["A step was skipped (test)"]
 
 
+@pytest.mark.slow
 def test_a_whole_run_is_recorded_with_its_plan_audit_and_adapter(watched: Config) -> None:
     """Plan and audit as tables of counts, and final/ as an artifact with what it was made of, but no path of ours."""
     asked = replace(watched, track=replace(watched.track, wandb_artifact=True))
@@ -176,6 +177,7 @@ def test_online_that_cannot_start_becomes_an_offline_record(config: Config) -> N
     assert record.name == f"run-{identity}.wandb"
 
 
+@pytest.mark.slow
 def test_a_server_has_step_0_once(config: Config) -> None:
     """Killed and resumed online: each row from step 0 on is there once, in one run."""
     online = replace(config, track=TrackConfig(wandb="online"))
@@ -188,6 +190,7 @@ def test_a_server_has_step_0_once(config: Config) -> None:
     assert [row["step"] for row in server.rows if "samples/validation" in row] == list(told.VALIDATED)
 
 
+@pytest.mark.slow
 def test_what_a_server_has_in_part_gets_no_second_record(config: Config) -> None:
     """A resumed run whose server is gone: it says so, and the next attempt sends what is missing there."""
     online = replace(config, track=TrackConfig(wandb="online"))

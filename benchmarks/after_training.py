@@ -62,6 +62,15 @@ def asked(folder: Path, options: list[str], path: Path) -> dict[str, Any]:
     """Held-out questions put to llama.cpp as its users put them: as messages, by the template inside the file."""
     import llama_cpp
 
+    api: Any = llama_cpp.llama_cpp
+    defaults = api.llama_model_default_params
+
+    def without_repacking() -> Any:
+        settings = defaults()
+        settings.use_extra_bufts = False  # as train/deliver/llama_cpp_runner.py: AMX crashes some virtual machines
+        return settings
+
+    api.llama_model_default_params = without_repacking
     run = finished_run(folder, options)
     validation = data_of(run)[0].validation
     assert validation is not None, "the run holds nothing out"

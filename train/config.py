@@ -230,7 +230,7 @@ class ValidateConfig:
     patience: int = 0
     """Stop after this many validations in a row without an improvement of the loss; 0: never."""
     min_improvement: float = 0.0
-    """A fall of the validation loss must be greater than this to count as an improvement for patience."""
+    """A fall of the validation loss below the lowest so far must be greater than this to count for patience."""
     target_loss: float = 0.0
     """Stop when the validation loss is as low as this; 0: never."""
     final: Literal["last", "best"] = "last"
@@ -243,6 +243,7 @@ class ValidateConfig:
             "validate.patience": self.patience,
             "validate.target_loss": self.target_loss,
             "validate.tokens": self.tokens,
+            "validate.every": self.every if self.every != "epoch" and self.general_text in ("bundled", "off") else "",
             "validate.final": "best" if self.final == "best" else "",
         }
         return [(option, value) for option, value in wanted.items() if value]

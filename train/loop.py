@@ -36,7 +36,7 @@ def training_loop(boundary: "Boundary") -> int:
         elif not saver.saved:
             boundary.start()
         steps = training_steps(boundary.training, saver.saved, boundary.heartbeat, boundary.doing)
-        while not boundary.validator.reason_to_end() and (result := next(steps, None)):
+        while not boundary.validator.reason_to_end(boundary.row["step"]) and (result := next(steps, None)):
             boundary.cross(result)
     except Dropped:
         boundary.stop()
@@ -119,9 +119,8 @@ class Boundary:
 
     def _early_end(self) -> str:
         """What is said where the run ends before its last step."""
-        reason = self.validator.reason_to_end()
-        is_early = reason and self.row["step"] < self.training.total_steps
-        return f"training ends here, before step {self.training.total_steps}: {reason}" if is_early else ""
+        reason = self.validator.reason_to_end(self.row["step"])
+        return f"training ends here, before step {self.training.total_steps}: {reason}" if reason else ""
 
     def stop(self) -> NoReturn:
         """Saves the last complete step, unless it is saved, and ends the run."""
@@ -146,7 +145,7 @@ class Boundary:
         self.grace.save_seconds = self.stopwatch.lap()
         seconds = round(self.grace.save_seconds, 3)
         self.since_last = {"perf/save_seconds": seconds, "perf/failed_saves": self.saver.failures}
-        if self.saver.saved:
+        if self.saver.is_current:
             self.since_last["checkpoint/step"] = self.saver.saved
 
 

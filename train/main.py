@@ -145,7 +145,7 @@ def job(config: Config, observed: Observed) -> str:
     folder = RunFolder.of(config)
     today = run_date(config, folder.start_date(config.run.resume))
     splits = read_data(config, tokenizer.backend, today)
-    prepared, material = splits.training.prepared, material_of(config, tokenizer.backend, splits.validation, today)
+    prepared, material = splits.training.prepared, material_of(config, tokenizer.backend, splits, today)
     doing.now = "starting the processes"
     closing.callback(close_group, together=False)
     accelerator = start_accelerator(config)
@@ -191,7 +191,7 @@ def job(config: Config, observed: Observed) -> str:
         publish(training, tokenizer, splits, step, run_identity["model.base"])
         doing.now = "asking the questions"
         deliver(training, tokenizer, splits, trackers, stop, step)
-    return validator.reason_to_end()
+    return validator.reason_to_end(last)
 
 
 def check_folder(training: Training, store: CheckpointStore, prepared: Prepared, today: date) -> int:

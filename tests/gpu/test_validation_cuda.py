@@ -26,7 +26,7 @@ pytestmark = [
 def losses(config: Config, asks: bool) -> tuple[Training, list[float], list[int]]:
     """The losses of six steps, with a validation and answers after each or without, and the memory held after each."""
     training = training_of(config, Accelerator())
-    material = material_of(config, load_tokenizer(config).backend, splits_of(config).validation, TODAY)
+    material = material_of(config, load_tokenizer(config).backend, splits_of(config), TODAY)
     validator = Validator.of(training, material, ValidationRecord(), Watch())
     found, held = [], []
     for step in range(6):

@@ -137,6 +137,7 @@ def test_final_of_the_best(held_out: Config, tmp_path: Path) -> None:
     [
         (["--validate.patience", "2"], "--validate.patience 2: needs held-out data"),
         (["--validate.final", "best"], "--validate.final best: needs held-out data"),
+        (["--validate.every", "50"], "--validate.every 50: needs held-out data"),
         (["--validate.every", "0"], "--validate.every 0: must be at least 1 step"),
         (["--validate.every", "1.5"], "--validate.every 1.5: a share of an epoch"),
         (["--validate.every", "often"], "--validate.every often"),

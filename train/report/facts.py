@@ -197,12 +197,22 @@ def data_section(run: RunRecord) -> Section:
     if skipped:
         blocks.append(Table("Bad records that were skipped", ["place and reason"], [[line] for line in skipped]))
     profile = shown(run.config.get("profile")) if run.config.get("profile") else "NAME"
-    missing = (
-        "What the audit found (duplicates, rows both trained and held out, lengths) is printed at the start and not"
-    )
     again = f"handloop audit --profile {profile}, with the run's options of model and data"
-    blocks.append(Text(f"{missing} kept in the run folder. To see it again: {again}."))
+    if run.audit:
+        blocks.append(_audit(run.audit))
+        blocks.append(Text(f"Which rows these are: {again}."))
+    else:
+        blocks.append(Text(f"What the audit found is not in the run folder. To see it: {again}."))
     return Section("data", "Data and audit", blocks)
+
+
+def _audit(lines: list[dict[str, Any]]) -> Table:
+    """What the audit counted, for the training and the validation data."""
+    splits = list(dict.fromkeys(name for line in lines for name in line if name != "finding"))
+    rows: list[list[Cell]] = [
+        [shown(line.get("finding")), *(whole(line.get(name)) for name in splits)] for line in lines
+    ]
+    return Table("What the audit counted before training", ["what", *splits], rows)
 
 
 def config_section(run: RunRecord) -> Section:

@@ -32,6 +32,7 @@ class RunRecord:
     attempts: list[Attempt]
     exit: dict[str, Any]
     base: dict[str, Any]  # final/base.json
+    audit: list[dict[str, Any]]  # what the audit counted
     state: State
     notes: list[str]
 
@@ -130,6 +131,7 @@ def read_run(path: Path) -> RunRecord:
         attempts=attempts,
         exit=objects[folder.exit],
         base=objects[base],
+        audit=objects_of(folder.audit, notes),
         state=state_by(code, is_locked(folder.lock), bool(attempts or rows)),
         notes=notes,
     )

@@ -57,7 +57,6 @@ class RunFolder:
     final = Entry("final")
     wandb = Entry("wandb")  # Weights & Biases makes it, in the folder that it is given
     tensorboard = Entry("tensorboard")  # event files
-    validation_answers = Entry("validation_answers.jsonl")  # a line an answer, at each validation
     heartbeats = Entry(".heartbeats")  # a file a process: the last step that it completed
     lock = Entry(LOCK)
 

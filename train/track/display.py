@@ -21,7 +21,7 @@ from train.step import Training
 from train.track.metrics_file import read_metrics
 from train.track.painter import Painter
 from train.track.plain_lines import epoch_line, plain_line
-from train.track.progress import Progress, RunFacts
+from train.track.progress import Progress, RunFacts, is_validated
 from train.track.screen import Room, screen
 from train.track.summary import short_summary, summary
 
@@ -216,7 +216,7 @@ def put(console: Console, text: str) -> None:
 def is_milestone(progress: Progress, row: Row) -> bool:
     """Whether the row ends an epoch or the run, or has a validation."""
     facts, step = progress.facts, row["step"]
-    return (step > 0 and step % facts.steps_per_epoch == 0) or step == facts.total_steps or "eval/loss" in row
+    return (step > 0 and step % facts.steps_per_epoch == 0) or step == facts.total_steps or is_validated(row)
 
 
 def room_of(console: Console) -> Room:

@@ -98,6 +98,7 @@ class Isolated:
         self.patience, self.deadline = PATIENCE_SECONDS, float("inf")
         self.messages: queue.Queue[Callable[[], None]] = queue.Queue(maxsize=QUEUE_SIZE)
         self.ending = threading.Event()
+        self.is_training = True
         self.thread = threading.Thread(target=self._work, args=(run_uid,), daemon=True)
         self.thread.start()
 
@@ -110,6 +111,10 @@ class Isolated:
         """Passes the table on."""
         kept = list(rows)
         self._put(lambda: self._table(name, kept))
+
+    def rest(self) -> None:
+        """Training is over: that nothing comes any more is no standstill."""
+        self.is_training = False
 
     def request_finish(self) -> None:
         """Asks the listener to end, and counts its patience from here: several listeners end at the same time."""
@@ -163,7 +168,7 @@ class Isolated:
                 while True:
                     self.messages.get_nowait()()
                     taken = told = time.monotonic()
-            if time.monotonic() - told > IDLE_SECONDS:
+            if self.is_training and time.monotonic() - told > IDLE_SECONDS:
                 told = time.monotonic()
                 self.listener.idle(told - taken)
 

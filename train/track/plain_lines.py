@@ -30,17 +30,18 @@ def epoch_line(progress: Progress, row: Row) -> str:
     """The end of an epoch, or a validation, in less than a terminal's width, to stay above the screen."""
     parts = [f"epoch {row['epoch']:.2f}", f"step {row['step']}"]
     parts += [f"loss {progress.smoothed.value():.4f} smoothed"] if progress.first_loss is not None else []
-    if "eval/loss" in row and (best := progress.best_validation):
-        told = ", best so far" if best[1] == row["step"] else ""
+    if "eval/loss" in row:
+        best = progress.best_validation
+        told = ", best so far" if best and best[1] == row["step"] else ""
         parts.append(f"validation {row['eval/loss']:.4f}{told}")
     return "  ".join(parts)
 
 
 def _validation(progress: Progress, row: Row) -> list[str]:
-    if "eval/loss" not in row or progress.best_validation is None:
-        return []
-    loss, step = progress.best_validation
+    general = [f"general text {row['eval/general_loss']:.4f}"] if "eval/general_loss" in row else []
+    if "eval/loss" not in row:
+        return general
     told = [f"perplexity {row['eval/perplexity']:.2f}"] if "eval/perplexity" in row else []
-    told += [f"best {loss:.4f} at step {step}"] if step != row["step"] else ["best so far"]
-    told += [f"general text {row['eval/general_loss']:.4f}"] if "eval/general_loss" in row else []
-    return [f"validation {row['eval/loss']:.4f} ({', '.join(told)})"]
+    if best := progress.best_validation:
+        told.append("best so far" if best[1] == row["step"] else f"best {best[0]:.4f} at step {best[1]}")
+    return [f"validation {row['eval/loss']:.4f} ({', '.join(told + general)})"]

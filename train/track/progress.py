@@ -124,10 +124,12 @@ class Progress:
         step = row["step"]
         if "train/learning_rate" in row:
             self.row = row
-        if "eval/loss" in row:
+        if is_validated(row):
             self.validation = row
+        if "eval/loss" in row:
             best = (row["eval/loss"], step)
-            self.best_validation = min(self.best_validation or best, best)
+            if step:  # before the first one nothing was reached
+                self.best_validation = min(self.best_validation or best, best)
         if (loss := row.get("train/loss")) is not None and 0 < step <= self.facts.total_steps:
             self.first_loss = loss if self.first_loss is None else self.first_loss
             self.smoothed.add(loss)
@@ -145,6 +147,11 @@ class Progress:
         began_at, began_step = self.began
         pace = (self.last_at - began_at) / (self.step - began_step)
         return max(0.0, pace * (self.facts.total_steps - self.step) - (now - self.last_at))
+
+
+def is_validated(row: Row) -> bool:
+    """Whether something was measured on held-out samples or a general text."""
+    return "eval/loss" in row or "eval/general_loss" in row
 
 
 def saved_step(row: Row) -> int | None:

@@ -141,18 +141,18 @@ def _facts(progress: Progress, now: float, width: int) -> list[Block]:
 
 def _validation(progress: Progress, width: int) -> list[Line]:
     row, best = progress.validation, progress.best_validation
-    if best is None:
-        return []
-    phrases: list[Line] = [((f"{row['eval/loss']:.4f}", "bold"),)]
+    phrases: list[Line] = [((f"{row['eval/loss']:.4f}", "bold"),)] if "eval/loss" in row else []
     if "eval/perplexity" in row:
         phrases.append((("perplexity ", "dim"), (f"{row['eval/perplexity']:.2f}", "")))
-    if best[1] == row["step"]:
+    if best is None:
+        pass
+    elif best[1] == row["step"]:
         phrases.append(((f"best so far, at step {best[1]:,}", "green"),))
     else:
         phrases.append(((f"best {best[0]:.4f} at step {best[1]:,}", "yellow"),))
     if "eval/general_loss" in row:
         phrases.append((("general ", "dim"), (f"{row['eval/general_loss']:.4f}", "")))
-    return _flowing("validation", phrases, width)
+    return _flowing("validation", phrases, width) if phrases else []
 
 
 def _optimizer(row: Row) -> tuple[Line, Line]:

@@ -49,7 +49,7 @@ def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """
     steps = [row for row in rows if row["step"] > 0]
     found: dict[str, float] = {}
-    validated = [row for row in rows if "eval/loss" in row]
+    validated = [row for row in steps if "eval/loss" in row]  # before the first step nothing was reached
     if validated:
         best = min(validated, key=lambda row: row["eval/loss"])
         found |= {"best/eval_loss": best["eval/loss"], "best/step": best["step"]}

@@ -30,9 +30,10 @@ class Trend:
 
     @classmethod
     def of(cls, rows: Sequence[Row], name: str) -> "Trend | None":
-        """Of the rows that have a value of this name; None where none has."""
+        """Of the rows that have a value of this name, the lowest of those behind a step; None where none has."""
         found = [(row["step"], row[name]) for row in rows if name in row]
-        return cls(found[0], min(found, key=lambda pair: pair[1]), found[-1]) if found else None
+        reached = [pair for pair in found if pair[0]] or found
+        return cls(found[0], min(reached, key=lambda pair: pair[1]), found[-1]) if found else None
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def summary(facts: RunFacts, rows: Sequence[Row], room: Room) -> list[str]:
         _head("finished", facts, rows),
         *_losses(facts, rows, room),
         *_costs(facts, rows),
-        *_warnings(rows),
+        *_warnings(facts, rows),
         *_table("where", where),
         *_table("next", next_commands(folder, facts.is_whole)),
     ]
@@ -80,7 +81,7 @@ def summary(facts: RunFacts, rows: Sequence[Row], room: Room) -> list[str]:
 
 def short_summary(facts: RunFacts, rows: Sequence[Row], room: Room) -> list[str]:
     """The lines about a run that was stopped and saved; how it goes on is said by who ends it."""
-    return [_head("stopped", facts, rows), *_losses(facts, rows, room), *_costs(facts, rows), *_warnings(rows)]
+    return [_head("stopped", facts, rows), *_losses(facts, rows, room), *_costs(facts, rows), *_warnings(facts, rows)]
 
 
 def next_commands(folder: RunFolder, is_whole: bool) -> list[tuple[str, str]]:
@@ -147,10 +148,10 @@ def _costs(facts: RunFacts, rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _warnings(rows: Sequence[Row]) -> list[str]:
+def _warnings(facts: RunFacts, rows: Sequence[Row]) -> list[str]:
     found = [f"step {row['step']:,}: {printable(str(row['warning']))}" for row in rows if "warning" in row]
     more = len(found) - WARNINGS_SHOWN
-    lines = [f"{more:,} earlier ones are in metrics.jsonl"] if more > 0 else []
+    lines = [f"{more:,} earlier ones are in {facts.folder.metrics.name}"] if more > 0 else []
     return [_line("warning", text) for text in [*lines, *found[-WARNINGS_SHOWN:]]]
 
 

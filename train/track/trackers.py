@@ -101,8 +101,9 @@ class Trackers:
             self.table("validation", rows)
 
     def rest(self) -> None:
-        """Tells the terminal's watcher that training is over; the others wait for the answers and the end."""
+        """Tells that training is over: the terminal is for others; listeners wait for the answers and the end."""
         self._each([self.display] if self.display else [], lambda display: display.rest())
+        self._each(self.listeners, lambda listener: listener.rest())
 
     def tell_about(self, folder: RunFolder) -> None:
         """Tells the listeners the plan and what the audit found, as the run folder has them."""

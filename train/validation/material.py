@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from data_tools.prepare import DataSplit, prepare
+from data_tools.prepare import prepare
 from data_tools.report import DataError
 from train.config import Config
-from train.data import prepare_settings
+from train.data import Splits, prepare_settings
 from train.deliver.questions import Question, questions_of
 from train.profiles import DEMO
 from train.seeds import derived_seed
 
 BUNDLED, OFF = "bundled", "off"
+GENERAL_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,10 @@ class Material:
         return max((max(samples["num_tokens"][:]) for samples in self.texts), default=0)
 
 
-def material_of(config: Config, tokenizer: Any, held_out: DataSplit | None, today: date) -> Material:
+def material_of(config: Config, tokenizer: Any, splits: Splits, today: date) -> Material:
     """What `config` wants to be measured on; raises DataError where the general text cannot be used."""
-    general = general_text(config, tokenizer, held_out is not None, today)
+    held_out = splits.validation
+    general = general_text(config, tokenizer, splits, today)
     if held_out is None:
         return Material(general=general)
     samples: Any = held_out.samples
@@ -58,11 +60,12 @@ def material_of(config: Config, tokenizer: Any, held_out: DataSplit | None, toda
         int(path) + 1: samples.select([chosen[i] for i in np.flatnonzero(paths == path)]) for path in np.unique(paths)
     }
     count = config.validate.num_questions
+    asking = [i for i, question in enumerate(samples["question"][:]) if question]  # texts have none
     decisive = (held_out.prepared.fingerprint, config.data.validation_fraction, config.validate.tokens, chosen)
     return Material(
         parts,
         general,
-        tuple(questions_of(samples, range(len(samples)), tokenizer, count)) if count else (),
+        tuple(questions_of(samples, asking, tokenizer, count)) if count else (),
         tokenizer,
         tuple(held_out.prepared.statistics.end_token_ids),
         hashlib.sha256(repr(decisive).encode()).hexdigest()[:32],
@@ -91,17 +94,20 @@ def subset(num_tokens: Sequence[int], path_numbers: Sequence[int], budget: int, 
     return sorted(chosen)
 
 
-def general_text(config: Config, tokenizer: Any, has_held_out: bool, today: date) -> Dataset | None:
-    """The text on which forgetting is measured, in samples of at most data.max_length tokens; None where it is off.
+def general_text(config: Config, tokenizer: Any, splits: Splits, today: date) -> Dataset | None:
+    """The text on which forgetting is measured; None where it is off.
 
-    The bundled one only beside held-out samples. Raises DataError where the user's cannot be read.
+    In pieces that are as long as the training samples, or GENERAL_TOKENS: longer ones would need more room than
+    training does. The bundled text is measured only beside held-out samples. Raises DataError where the user's cannot
+    be read.
     """
     wanted = config.validate.general_text
-    if wanted == OFF or (wanted == BUNDLED and not has_held_out):
+    if wanted == OFF or (wanted == BUNDLED and splits.validation is None):
         return None
     path = str(DEMO / "general.txt") if wanted == BUNDLED else wanted
-    settings = prepare_settings(config, (path,), today)
+    longest = max(GENERAL_TOKENS, *splits.training.samples["num_tokens"][:])
+    settings = replace(prepare_settings(config, (path,), today), max_length=min(longest, config.data.max_length))
     try:
-        return prepare(replace(settings, format="text", fields=(), on_error="stop"), tokenizer).dataset
+        return prepare(replace(settings, text_overlap=0, format="text", fields=(), on_error="stop"), tokenizer).dataset
     except DataError as error:
         raise DataError(f"--validate.general_text {wanted}: {error}") from None

@@ -12,6 +12,8 @@ from train.validation.answers import Interviewer
 from train.validation.material import Material
 from train.validation.measure import validate
 
+ASKING_SHARE = 0.25  # of the time that processes wait for one another
+
 
 class Validator:
     """The validations of one run; every process has one, and all of them find the same losses."""
@@ -33,10 +35,14 @@ class Validator:
     def of(cls, training: Training, material: Material, record: ValidationRecord, watch: Watch) -> "Validator":
         """One that also asks the questions, in the first process."""
         interviewer, settings = None, training.config.validate
-        if training.accelerator.is_main_process and material.questions:
+        can_ask = training.config.train.method != "full"  # else the base is gone, and nothing to compare with
+        if training.accelerator.is_main_process and material.questions and can_ask:
             reading = (material.tokenizer, material.end_token_ids)
             generator = Generator(training.model, *reading, settings.max_new_tokens, watch.is_asked)
-            interviewer = Interviewer(generator, material.questions)
+            # another process that waits gives up after run.timeout_minutes
+            is_alone = training.accelerator.num_processes == 1
+            limit = math.inf if is_alone else 60 * training.config.run.timeout_minutes * ASKING_SHARE
+            interviewer = Interviewer(generator, material.questions, limit)
         return cls(training, material, record, watch, interviewer)
 
     @property
@@ -79,6 +85,6 @@ class Validator:
         """Answers to the questions, in the first process."""
         return self.interviewer.ask(step) if self.interviewer else ()
 
-    def reason_to_end(self) -> str:
-        """Why the run ends early, or nothing."""
-        return self.record.reason_to_end(self.settings)
+    def reason_to_end(self, step: int) -> str:
+        """Why the run ends after `step`, before its last one; or nothing."""
+        return self.record.reason_to_end(self.settings) if step < self.training.total_steps else ""

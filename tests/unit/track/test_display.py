@@ -195,7 +195,7 @@ def test_lines_without_a_terminal(tmp_path: Path) -> None:
     steps = [int(line.split()[1].partition("/")[0]) for line in said if "/60" in line]
     assert steps == [0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60]
     assert PLAIN_LINE_SECONDS == 5.0
-    assert said[0] == "step 0/60  epoch 0.00  validation 3.5000 (perplexity 33.12, best so far, general text 3.2100)"
+    assert said[0] == "step 0/60  epoch 0.00  validation 3.5000 (perplexity 33.12, general text 3.2100)"
     assert "step 30: loss nan, nothing was updated; its samples: [/red]␛[2J.jsonl:3" in said
     [line] = [line for line in said if line.startswith("step 60/60")]
     for fact in (

@@ -94,7 +94,7 @@ def test_before_the_first_step_there_is_a_validation(tmp_path: Path) -> None:
     text = "\n".join(texts(progress, now, Room(80, 24, False)))
     assert "0 of 60" in text
     assert "loss        none yet" in text
-    assert "validation  3.5000  perplexity 33.12  best so far, at step 0  general 3.2100" in text
+    assert "validation  3.5000  perplexity 33.12  general 3.2100" in text
 
 
 def test_failed_saves_are_shown_until_one_succeeds(tmp_path: Path) -> None:

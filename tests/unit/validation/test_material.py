@@ -15,7 +15,7 @@ from train.validation.material import Material, material_of, subset
 
 
 def made(config: Config) -> Material:
-    return material_of(config, load_tokenizer(config).backend, splits_of(config).validation, TODAY)
+    return material_of(config, load_tokenizer(config).backend, splits_of(config), TODAY)
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def held_out(config: Config, pairs: Path) -> Config:
 
 def validator_of(config: Config, watch: Watch | None = None) -> tuple[Training, Validator]:
     training = training_of(config, Accelerator(cpu=True))
-    material = material_of(config, load_tokenizer(config).backend, splits_of(config).validation, TODAY)
+    material = material_of(config, load_tokenizer(config).backend, splits_of(config), TODAY)
     return training, Validator.of(training, material, ValidationRecord(), watch or Watch())
 
 
@@ -109,6 +109,31 @@ def test_what_fails_while_asking_ends_the_questions_alone(
     assert validator.ask(1) == validator.ask(2) == []
     assert capsys.readouterr().out.count("no room for keys and values") == 1
     assert optimizer_step(training, 0).loss > 0
+
+
+def test_answers_take_no_longer_than_others_wait(held_out: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    """Past its limit a round is left, said once with what to lower, and nothing is asked again."""
+    _, validator = validator_of(replace(held_out, validate=ValidateConfig(max_new_tokens=400)))
+    assert validator.interviewer is not None
+    validator.interviewer.limit_seconds = 0.01
+    assert [validator.ask(step) for step in (1, 2)] == [[], []]
+    assert capsys.readouterr().out.count("lower --validate.num_questions") == 1
+
+
+def test_a_base_that_is_trained_whole_is_asked_nothing(held_out: Config) -> None:
+    """So it is asked nothing, as at the end of such a run; its losses are measured."""
+    whole = replace(held_out, model=replace(held_out.model, quantization="none"))
+    _, validator = validator_of(replace(whole, train=replace(held_out.train, method="full")))
+    assert validator.ask(1) == ()
+    assert validator.measure(1)["eval/loss"] > 0
+
+
+def test_the_last_step_ends_nothing_early(held_out: Config) -> None:
+    """A target that is reached, or patience that ends, with the last validation makes no early end."""
+    _, validator = validator_of(replace(held_out, validate=ValidateConfig(target_loss=1e3, num_questions=0)))
+    validator.measure(3)
+    assert "--validate.target_loss" in validator.reason_to_end(3)
+    assert validator.reason_to_end(6) == ""
 
 
 def test_a_stop_ends_an_answer_within_a_token(held_out: Config) -> None:

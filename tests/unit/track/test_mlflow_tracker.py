@@ -25,6 +25,7 @@ from tests.fake_wandb import blackhole
 from train.config import Config, TrackConfig
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder
+from train.track.isolated import Isolated
 from train.track.mlflow_tracker import MLflow
 from train.track.trackers import wanted_listeners
 
@@ -165,12 +166,13 @@ def test_a_silent_server_does_not_keep_a_checkpoint_waiting(
         def get_experiment_by_name(self, name: str) -> None:
             asked.set()
             hang()
-            raise SystemExit  # which ends a thread in silence
+            raise ConnectionError
 
     silent.MlflowClient = Silent
     monkeypatch.setitem(sys.modules, "mlflow", silent)
-    listener = MLflow(at(config, "http://127.0.0.1:9"))
-    threading.Thread(target=lambda: listener.start("uid"), daemon=True).start()
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.touch()
+    Isolated(MLflow(at(config, "http://127.0.0.1:9")), "uid", metrics)
     assert asked.wait(10)
     began = time.monotonic()
     assert RunFolder.of(config).identifier("run_uid", lambda: "mine") == "mine"

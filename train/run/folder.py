@@ -120,7 +120,8 @@ class RunFolder:
     def identifier(self, name: str, make: Callable[[], str]) -> str:
         """The id that run.json keeps as `name`; where it is missing or damaged `make` gives one, which is kept.
 
-        Each id stands for itself: a lost one never costs another. Raises OSError where a new one cannot be written.
+        Each id stands for itself: a lost one never costs another. `make` must be quick: others wait for their ids
+        meanwhile, a checkpoint for the run's. Raises OSError where a new one cannot be written.
         """
         with _IDENTIFIERS:
             known = read_object(self.identity)

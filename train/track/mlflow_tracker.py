@@ -15,6 +15,7 @@ from train.track.isolated import VALIDATION, Listener, Row
 from train.track.metrics_file import read_metrics
 from train.track.shared import ABOUT, flat_config, summary_of, table_key
 
+IDENTIFIER = "mlflow_id"  # in run.json
 INSTALL = "pip install -c constraints.txt -e .[mlflow]"
 MAX_METRICS = 1000  # in a request, by the server's limit
 MAX_PARAMS = 100
@@ -70,7 +71,9 @@ class MLflow(Listener):
 
         place = self.config.track.mlflow
         self.client = MlflowClient(None if place == "on" else place)
-        self.run_id = self.folder.identifier("mlflow_id", lambda: self._new_run(run_uid))
+        # asked for outside `identifier`, where a silent server would make training wait, which asks for its own id
+        found = read_object(self.folder.identity).get(IDENTIFIER) or self._new_run(run_uid)
+        self.run_id = self.folder.identifier(IDENTIFIER, lambda: found)
         self.client.update_run(self.run_id, "RUNNING")
         self._send_params()
         held = [metric.step for metric in self.client.get_metric_history(self.run_id, ON_EVERY_ROW)]

@@ -6,13 +6,15 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,6 +24,9 @@ from tests.conftest import arguments, losses, run_command
 from tests.fake_wandb import blackhole
 from train.config import Config, TrackConfig
 from train.run.exits import ExitCode, ExitWith
+from train.run.folder import RunFolder
+from train.track.isolated import Isolated
+from train.track.mlflow_tracker import MLflow
 from train.track.trackers import wanted_listeners
 
 HAS_CLIENT = importlib.util.find_spec("mlflow") is not None
@@ -145,6 +150,33 @@ def test_the_bits_are_those_of_a_run_without_it(server: str, config: Config, tmp
     seen = sorted(step for name, step, _ in history(server, watched).elements() if name == "train/loss")
     assert seen == [step for step, _, _ in losses(tmp_path / "plain")]
     assert run_of(server, watched).info.status == "FINISHED"
+
+
+def test_a_silent_server_does_not_keep_a_checkpoint_waiting(
+    config: Config, tmp_path: Path, hang: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a new run is asked for, others get their ids out of run.json: a checkpoint needs the run's."""
+    silent: Any = ModuleType("mlflow")
+    asked = threading.Event()
+
+    class Silent:
+        def __init__(self, place: str) -> None:
+            """Connects to nothing yet."""
+
+        def get_experiment_by_name(self, name: str) -> None:
+            asked.set()
+            hang()
+            raise ConnectionError
+
+    silent.MlflowClient = Silent
+    monkeypatch.setitem(sys.modules, "mlflow", silent)
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.touch()
+    Isolated(MLflow(at(config, "http://127.0.0.1:9")), "uid", metrics)
+    assert asked.wait(10)
+    began = time.monotonic()
+    assert RunFolder.of(config).identifier("run_uid", lambda: "mine") == "mine"
+    assert time.monotonic() - began < 5
 
 
 def impatient() -> None:

@@ -61,6 +61,12 @@ class Options(argparse.ArgumentParser):
         """The command's own options, without dashes."""
         return [name.removeprefix("--") for action in self._actions for name in action.option_strings if name != "-h"]
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse; a misspelt option is named with the one that may be meant. Raises ExitWith(BAD_INPUT)."""
+        options, rest = super().parse_known_args(args, namespace)
+        check_words(rest, self.names, (), self.format_usage().strip())
+        return options
+
     def error(self, message: str) -> NoReturn:
         raise ExitWith(ExitCode.BAD_INPUT, f"{message}\n{self.format_usage().strip()}")
 

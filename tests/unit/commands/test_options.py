@@ -100,6 +100,9 @@ MISSPELT = [  # the words of a command, and what it answers
     (["preview", "FILE", "--row", "3"], "--row: no such option; did you mean --rows?"),
     (["audit", "FILE", "--jsn"], "--jsn: no such option; did you mean --json?"),
     (["audit", "FILE", "--data.pth", "x"], "--data.pth: no such option; did you mean --data.path?"),
+    (["report", "RUN", "--outptu", "x"], "did you mean --output?"),
+    (["runs", "--jsno"], "did you mean --json?"),
+    (["sync", "RUN", "--dry-rnu"], "unrecognized arguments: --dry-rnu"),
     (["glossary", "FILE", "--fomrs", "3"], "--fomrs: no such option; did you mean --forms?"),
 ]
 

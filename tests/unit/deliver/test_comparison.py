@@ -242,4 +242,6 @@ def test_trained_questions_were_trained(finished_path: Path) -> None:
     whole = [question.text for question in material_of(finished_run(finished_path), wanted).questions["trained"]]
     assert (len(part), len(whole)) == (8, 19)
     rows = [json.loads(line) for line in (finished_path / "metrics.jsonl").read_text().splitlines()]
-    assert part == [whole[number] for number in sorted(next(row for row in rows if row["step"] == 1)["data/sample_ids"])]
+    assert part == [
+        whole[number] for number in sorted(next(row for row in rows if row["step"] == 1)["data/sample_ids"])
+    ]

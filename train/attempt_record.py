@@ -11,7 +11,7 @@ from train.run.versions import code_version, versions
 from train.step import Training
 
 
-def record_start(log: AttemptLog, training: Training, prepared: Prepared, checkpoint: Checkpoint | None) -> int:
+def record_start(log: AttemptLog, training: Training, prepared: Prepared, checkpoint: Checkpoint | None) -> None:
     """Begins the attempt in the run folder: config.json, plan.json and a line in attempts.jsonl."""
     plan, data, engine = training.plan, training.data, training.model.engine_name
     about = training.model.about
@@ -54,7 +54,6 @@ def record_start(log: AttemptLog, training: Training, prepared: Prepared, checkp
             "schedule": _schedule(training),
         },
     )
-    return 0
 
 
 def _schedule(training: Training) -> dict[str, object]:

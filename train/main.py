@@ -16,7 +16,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 
@@ -131,6 +131,7 @@ class Observed:
     log: AttemptLog
     closing: ExitStack  # what is closed at the end
     watch: Callable[[Row], None] | None
+    audit: list[Row] = field(default_factory=list)  # what it counted; kept in the run folder once training begins
 
 
 def job(config: Config, observed: Observed) -> str:
@@ -162,7 +163,7 @@ def job(config: Config, observed: Observed) -> str:
         schedule = resumed_schedule(checkpoint, config, data)
     else:
         doing.now = "auditing the data"
-        on_first_process(accelerator, lambda: report_audit(config, tokenizer, data, splits))
+        on_first_process(accelerator, lambda: report_audit(config, tokenizer, data, splits, observed))
     raise_if_stopped(config, accelerator, stop)
     doing.now = "loading the base"
     say(accelerator, f"loading {config.model.name_or_path}")
@@ -178,7 +179,7 @@ def job(config: Config, observed: Observed) -> str:
 
     trackers = open_trackers(training, store, checkpoint, listeners, observed)
     closing.callback(trackers.finish)
-    on_first_process(accelerator, lambda: record_start(observed.log, training, prepared, checkpoint))
+    on_first_process(accelerator, lambda: begin_record(observed, training, prepared, checkpoint))
     trackers.tell_about(folder)
     saver = Saver.of(training, store, run_identity, trackers, checkpoint)
     heartbeat = Heartbeat(config, accelerator, stop)
@@ -202,13 +203,22 @@ def check_folder(training: Training, store: CheckpointStore, prepared: Prepared,
     return 0
 
 
-def report_audit(config: Config, tokenizer: Tokenizer, data: TrainingData, splits: Splits) -> int:
+def report_audit(config: Config, tokenizer: Tokenizer, data: TrainingData, splits: Splits, observed: Observed) -> int:
     """Prints the audit's warnings; raises ExitWith(BAD_INPUT) if the data must not be trained on."""
     found = run_audit(config, tokenizer.backend, data, splits)
     for line in enforce_gate(config, found):
         print(fitted(f"data      {line}"), flush=True)
-    with suppress(OSError):  # trackers are told of it; a full disk is said where it matters
-        write_atomically(RunFolder.of(config).audit, "".join(json.dumps(line) + "\n" for line in counts(found)))
+    observed.audit.extend(counts(found))
+    return 0
+
+
+def begin_record(observed: Observed, training: Training, prepared: Prepared, checkpoint: Checkpoint | None) -> int:
+    """Writes down what begins: the attempt, and what a fresh run's audit has counted."""
+    record_start(observed.log, training, prepared, checkpoint)
+    if observed.audit:
+        with suppress(OSError):  # trackers are told of it; a full disk is said where it matters
+            lines = "".join(json.dumps(line) + "\n" for line in observed.audit)
+            write_atomically(RunFolder.of(training.config).audit, lines)
     return 0
 
 

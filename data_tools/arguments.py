@@ -10,8 +10,8 @@ from data_tools.spelling import nearest
 class Parser(argparse.ArgumentParser):
     """Knows all its options, and takes none of them abbreviated."""
 
-    def __init__(self, prog: str, description: str | None) -> None:
-        super().__init__(prog=prog, description=description, allow_abbrev=False)
+    def __init__(self, prog: str, description: str | None, usage: str | None = None, epilog: str | None = None) -> None:
+        super().__init__(prog=prog, description=description, usage=usage, epilog=epilog, allow_abbrev=False)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse; raises DataError with every option that there is not."""

@@ -7,6 +7,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from data_tools.arguments import Parser
 from data_tools.terminal import fitted
 from train.cli import ITS_OWN, MAY_CHANGE, check_words, parse
 from train.commands.folders import check_is_run
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
 WIDTH = 80  # columns of tables where there is no terminal
 
 
-class Options(argparse.ArgumentParser):
+class Options(Parser):
     """An argument parser for a command's own options; its errors are ExitWith(BAD_INPUT).
 
-    Use `parse_known_args`: the remaining words are the configuration, which `config` parses.
+    With `parse_known_args` the remaining words are the configuration, which `config` parses; a command that has none
+    uses `parse_args`.
     """
 
     def __init__(self, command: str, description: str, takes_files: bool = False) -> None:
@@ -36,7 +38,6 @@ class Options(argparse.ArgumentParser):
             description=description,
             epilog="Profile, model and data are set with the options of train/main.py; "
             "python train/main.py --profile NAME --help lists them.",
-            allow_abbrev=False,
         )
 
     def config(self, words: list[str]) -> "Config":
@@ -60,12 +61,6 @@ class Options(argparse.ArgumentParser):
     def names(self) -> list[str]:
         """The command's own options, without dashes."""
         return [name.removeprefix("--") for action in self._actions for name in action.option_strings if name != "-h"]
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse; a misspelt option is named with the one that may be meant. Raises ExitWith(BAD_INPUT)."""
-        options, rest = super().parse_known_args(args, namespace)
-        check_words(rest, self.names, (), self.format_usage().strip())
-        return options
 
     def error(self, message: str) -> NoReturn:
         raise ExitWith(ExitCode.BAD_INPUT, f"{message}\n{self.format_usage().strip()}")

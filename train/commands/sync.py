@@ -1,13 +1,12 @@
 """`handloop sync`: uploads to Weights & Biases what runs have recorded offline."""
 
-import argparse
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from data_tools.terminal import typed_path
+from train.commands.options import Options
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder
 from train.run.redact import redact
@@ -17,7 +16,9 @@ from train.track.offline_records import Record, last_step_in, record_of
 
 def main(words: list[str]) -> int:
     """Uploads each run's record that is not uploaded yet; raises ExitWith(BAD_INPUT) before the first if one cannot."""
-    own = Arguments(prog="handloop sync", description="Uploads what runs have recorded offline to Weights & Biases.")
+    own = Options("sync", "Uploads what runs have recorded offline to Weights & Biases.")
+    own.usage = "handloop sync RUN [RUN ...] [--dry-run]"
+    own.epilog = "RUN is a run folder, such as runs/demo. The key is that of `wandb login`, or WANDB_API_KEY."
     own.add_argument("runs", nargs="+", type=typed_path, metavar="RUN", help="a run folder, such as runs/demo")
     own.add_argument("--dry-run", action="store_true", help="say what would be uploaded, and upload nothing")
     options = own.parse_args(words)
@@ -35,13 +36,6 @@ def main(words: list[str]) -> int:
             upload(record)
             print(f"{run}: uploaded {what}", flush=True)
     return 0
-
-
-class Arguments(argparse.ArgumentParser):
-    """A parser whose errors are ExitWith(BAD_INPUT)."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ExitWith(ExitCode.BAD_INPUT, f"{message}\n{self.format_usage().strip()}")
 
 
 def upload(record: Record) -> None:

@@ -102,7 +102,7 @@ MISSPELT = [  # the words of a command, and what it answers
     (["audit", "FILE", "--data.pth", "x"], "--data.pth: no such option; did you mean --data.path?"),
     (["report", "RUN", "--outptu", "x"], "did you mean --output?"),
     (["runs", "--jsno"], "did you mean --json?"),
-    (["sync", "RUN", "--dry-rnu"], "unrecognized arguments: --dry-rnu"),
+    (["sync", "RUN", "--dry-rnu"], "did you mean --dry-run?"),
     (["glossary", "FILE", "--fomrs", "3"], "--fomrs: no such option; did you mean --forms?"),
 ]
 

@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--base", help="where the base is, if it has moved")
     parser.add_argument("--quantize", nargs="+", default=["Q8_0", "Q4_K_M"])
     options = parser.parse_args()
+    keep_weights_unpacked()
     moved = ["--model.name_or_path", options.base] if options.base else []
     run, record = str(options.run), {}
     if not (options.run / "compare.json").exists():  # on a CPU it takes the longest
@@ -58,8 +59,8 @@ def said(*words: str) -> None:
         raise SystemExit(done.returncode)
 
 
-def asked(folder: Path, options: list[str], path: Path) -> dict[str, Any]:
-    """Held-out questions put to llama.cpp as its users put them: as messages, by the template inside the file."""
+def keep_weights_unpacked() -> None:
+    """Makes llama-cpp-python load weights as our runner does: repacked for AMX they crash some virtual machines."""
     import llama_cpp
 
     api: Any = llama_cpp.llama_cpp
@@ -67,10 +68,16 @@ def asked(folder: Path, options: list[str], path: Path) -> dict[str, Any]:
 
     def without_repacking() -> Any:
         settings = defaults()
-        settings.use_extra_bufts = False  # as train/deliver/llama_cpp_runner.py: AMX crashes some virtual machines
+        settings.use_extra_bufts = False
         return settings
 
     api.llama_model_default_params = without_repacking
+
+
+def asked(folder: Path, options: list[str], path: Path) -> dict[str, Any]:
+    """Held-out questions put to llama.cpp as its users put them: as messages, by the template inside the file."""
+    import llama_cpp
+
     run = finished_run(folder, options)
     validation = data_of(run)[0].validation
     assert validation is not None, "the run holds nothing out"

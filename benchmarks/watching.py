@@ -20,6 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from train.cli import parse
 from train.main import run
 from train.run.devices import device_name
@@ -56,7 +58,6 @@ def main() -> None:
     """Runs it and prints the table."""
     turns = Turns()
     setattr(Trackers, "log", lambda trackers, row: turns(trackers, row))  # noqa: B010
-    shown, device = 0, ""
     with tempfile.TemporaryDirectory() as folder:
         config = parse([*sys.argv[1:], "--run.dir", f"{folder}/run", "--compare.num_questions", "0"])
         terminal, screen = pty.openpty()
@@ -69,16 +70,11 @@ def main() -> None:
         finally:
             sys.stdout.flush()
             os.dup2(own, 1)
-        import torch
-
         device = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        shown = (Path(folder) / "run" / "metrics.jsonl").stat().st_size
-    record = result(turns) | {"options": sys.argv[1:], "versions": versions(), "metrics_bytes": shown}
+        num_bytes = (Path(folder) / "run" / "metrics.jsonl").stat().st_size
+    record = result(turns) | {"options": sys.argv[1:], "versions": versions(), "metrics_bytes": num_bytes}
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     RESULTS.write_text(json.dumps(known | {device: record}, indent=1) + "\n")
-    out = os.environ.get("OUT")
-    if out:
-        (Path(out) / RESULTS.name).write_text(json.dumps({device: record}, indent=1) + "\n")
     for name, value in record.items():
         print(f"{name:>24}  {value}")
 

@@ -173,7 +173,7 @@ ALLOWED_MODULES = {
     "train.engine.weight_store": {"train.engine.block", "train.engine.packed_source"},
     "train.engine.hidden_store": {"train.engine.copies"},
     "train.engine.embedding": {"train.engine.copies", "train.engine.layers", "train.engine.operations"},
-    "train.checkpoints.contents": {"train.run.exits"},
+    "train.checkpoints.contents": {"train.run.exits", "train.run.folder"},
     "train.checkpoints.store": {
         "train.checkpoints.contents",
         "train.run.durable",

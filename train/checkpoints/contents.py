@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,12 +19,12 @@ import safetensors.torch
 import torch
 
 from train.run.exits import ExitCode, ExitWith
+from train.run.folder import STEP_FOLDER
 
 FORMAT_VERSION = 1
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OPTIMIZER, STATE, MANIFEST = "optimizer.safetensors", "trainer_state.json", "manifest.json"
 CONTENTS = (ADAPTER, ADAPTER_CONFIG, OPTIMIZER, STATE)
-STEP_FOLDER = re.compile(r"step-(\d{10})")
 # what reading JSON of any content, and looking into it, may raise
 UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 MAX_JSON_BYTES = 64 << 20  # ours have about 1 kB, and a few bytes for each skipped step

@@ -73,7 +73,7 @@ class RunFolder:
     def checkpoint_steps(self) -> list[int]:
         """The steps of the checkpoints that stand, by their folders' names; whether they are whole is not looked at."""
         with suppress(OSError):
-            found = (STEP.fullmatch(path.name) for path in self.checkpoints.iterdir() if path.is_dir())
+            found = (STEP_FOLDER.fullmatch(path.name) for path in self.checkpoints.iterdir() if path.is_dir())
             return sorted(int(match[1]) for match in found if match)
         return []
 
@@ -182,7 +182,7 @@ OURS = {entry.name for entry in vars(RunFolder).values() if isinstance(entry, En
 # notes on steps, and what a killed process was writing
 OURS_TOO = re.compile(r"nonfinite-step-\d+\.json|\.(tmp|trash)-.*|\..*\.tmp-\d+")
 PREVIOUS = re.compile(r"previous-\d+")
-STEP = re.compile(r"step-(\d{10})")
+STEP_FOLDER = re.compile(r"step-(\d{10})")
 _IDENTIFIERS = threading.Lock()  # trackers ask for their ids in threads of their own
 
 

@@ -144,12 +144,10 @@ def _validation(progress: Progress, width: int) -> list[Line]:
     phrases: list[Line] = [((f"{row['eval/loss']:.4f}", "bold"),)] if "eval/loss" in row else []
     if "eval/perplexity" in row:
         phrases.append((("perplexity ", "dim"), (f"{row['eval/perplexity']:.2f}", "")))
-    if best is None:
-        pass
-    elif best[1] == row["step"]:
-        phrases.append(((f"best so far, at step {best[1]:,}", "green"),))
-    else:
-        phrases.append(((f"best {best[0]:.4f} at step {best[1]:,}", "yellow"),))
+    if best is not None:
+        is_last = best[1] == row["step"]
+        told = "best so far," if is_last else f"best {best[0]:.4f}"
+        phrases.append(((f"{told} at step {best[1]:,}", "green" if is_last else "yellow"),))
     if "eval/general_loss" in row:
         phrases.append((("general ", "dim"), (f"{row['eval/general_loss']:.4f}", "")))
     return _flowing("validation", phrases, width) if phrases else []

@@ -54,22 +54,27 @@ def material_of(config: Config, tokenizer: Any, splits: Splits, today: date) -> 
     if held_out is None:
         return Material(general=general)
     samples: Any = held_out.samples
-    chosen = subset(samples["num_tokens"][:], samples["path_number"][:], config.validate.tokens, config.train.seed)
-    paths = np.asarray(samples["path_number"][:])[chosen]
+    path_numbers = samples["path_number"][:]
+    chosen = subset(samples["num_tokens"][:], path_numbers, config.validate.tokens, config.train.seed)
+    paths = np.asarray(path_numbers)[chosen]
     parts = {
         int(path) + 1: samples.select([chosen[i] for i in np.flatnonzero(paths == path)]) for path in np.unique(paths)
     }
-    count = config.validate.num_questions
-    asking = [i for i, question in enumerate(samples["question"][:]) if question]  # texts have none
     decisive = (held_out.prepared.fingerprint, config.data.validation_fraction, config.validate.tokens, chosen)
     return Material(
         parts,
         general,
-        tuple(questions_of(samples, asking, tokenizer, count)) if count else (),
+        tuple(_questions(samples, tokenizer, config.validate.num_questions)),
         tokenizer,
         tuple(held_out.prepared.statistics.end_token_ids),
         hashlib.sha256(repr(decisive).encode()).hexdigest()[:32],
     )
+
+
+def _questions(samples: Any, tokenizer: Any, count: int) -> list[Question]:
+    """The first `count`; a column says where they are, so that texts, which have none, are not read."""
+    asking = [i for i, question in enumerate(samples["question"][:]) if question] if count else []
+    return questions_of(samples, asking, tokenizer, count)
 
 
 def subset(num_tokens: Sequence[int], path_numbers: Sequence[int], budget: int, seed: int) -> list[int]:
@@ -77,19 +82,16 @@ def subset(num_tokens: Sequence[int], path_numbers: Sequence[int], budget: int, 
 
     At least one of each path. A drawn sample that does not fit is left out, and smaller ones may follow.
     """
-    everything = list(range(len(num_tokens)))
     if not budget or sum(num_tokens) <= budget:
-        return everything
+        return list(range(len(num_tokens)))
     generator = torch.Generator().manual_seed(derived_seed(seed, "validation subset"))
-    chosen: list[int] = []
-    seen: set[int] = set()
+    chosen: set[int] = set()
     left = budget
     order = torch.randperm(len(num_tokens), generator=generator).tolist()
     first = {path_numbers[i]: i for i in reversed(order)}.values()  # the first drawn of each path
     for i in [*first, *order]:
-        if i not in seen and (num_tokens[i] <= left or len(seen) < len(first)):
-            seen.add(i)
-            chosen.append(i)
+        if i not in chosen and (num_tokens[i] <= left or len(chosen) < len(first)):
+            chosen.add(i)
             left -= num_tokens[i]
     return sorted(chosen)
 
@@ -105,7 +107,7 @@ def general_text(config: Config, tokenizer: Any, splits: Splits, today: date) ->
     if wanted == OFF or (wanted == BUNDLED and splits.validation is None):
         return None
     path = str(DEMO / "general.txt") if wanted == BUNDLED else wanted
-    longest = max(GENERAL_TOKENS, *splits.training.samples["num_tokens"][:])
+    longest = max(GENERAL_TOKENS, max(splits.training.samples["num_tokens"][:]))
     settings = replace(prepare_settings(config, (path,), today), max_length=min(longest, config.data.max_length))
     try:
         return prepare(replace(settings, text_overlap=0, format="text", fields=(), on_error="stop"), tokenizer).dataset

@@ -34,9 +34,9 @@ def was_finished(config: Config, checkpoint: Checkpoint, data: TrainingData, acc
 
     def look() -> int:
         folder = RunFolder.of(config)
-        if config.run.resume not in ("auto", "must") or not _is_repetition(config, folder):
+        if config.run.resume not in ("auto", "must") or not _is_repetition(config, folder, checkpoint.state.step):
             return 0
-        if not _final_stands(folder, checkpoint):
+        if not (read_object(folder.identity) and _final_stands(folder, checkpoint)):
             return 0
         _say(config, data, accelerator)
         return 1
@@ -44,10 +44,11 @@ def was_finished(config: Config, checkpoint: Checkpoint, data: TrainingData, acc
     return bool(on_first_process(accelerator, look))
 
 
-def _is_repetition(config: Config, folder: RunFolder) -> bool:
+def _is_repetition(config: Config, folder: RunFolder, step: int) -> bool:
+    """Whether the last attempt finished after `step` with the same configuration, but for what decides nothing."""
     attempts = read_attempts(folder)
     end = attempts[-1].end if attempts else None
-    if not end or end.get("code") != ExitCode.FINISHED:
+    if not end or (end.get("code"), end.get("last_step")) != (ExitCode.FINISHED, step):
         return False
     return _deciding(plain(asdict(config))) == _deciding(read_object(folder.config))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
-WIDTH, HEIGHT = 1000, 1150  # of the page, in CSS pixels: its figures and the first curves
+WIDTH, HEIGHT = 1100, 1290  # of the page, in CSS pixels: its figures and the first curves
 COLOURS = 64  # of charts and text on white; more are not seen, and cost half the bytes again
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 

@@ -33,6 +33,7 @@ UNKNOWN = "--no-such.option"
 SHORT = {"--num": "2", "--max-new-tokens": "8"}
 SHORT_RUN = {"--run.device": "cpu", "--train.max_steps": "2", "--compare.num_questions": "1", "--track.wandb": "off"}
 SHORT_RUN |= {"--compare.max_new_tokens": "8", "--validate.num_questions": "0"}
+SHORT_RUN |= {"--validate.at_start": "false", "--validate.general_text": "off"}
 # models that the documents name; each is the bundled base, in the folder of that name
 MODELS = ("meta-llama/Llama-3.1-8B", "TinyLlama/TinyLlama-1.1B-Chat-v1.0", "SmolLM2-135M-Instruct")
 MODELS += ("runs/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct", "MERGED_FOLDER")

@@ -36,7 +36,7 @@ def was_finished(config: Config, checkpoint: Checkpoint, data: TrainingData, acc
         folder = RunFolder.of(config)
         if config.run.resume not in ("auto", "must") or not _is_repetition(config, folder, checkpoint.state.step):
             return 0
-        if not (read_object(folder.identity) and _final_stands(folder, checkpoint)):
+        if not _final_stands(folder, checkpoint):
             return 0
         _say(config, data, accelerator)
         return 1

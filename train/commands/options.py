@@ -128,8 +128,9 @@ def say(line: str) -> None:
 
 
 def print_document(content: Any) -> None:
-    """Prints the one JSON document of --json on stdout."""
-    print(json.dumps(content, indent=1, ensure_ascii=False))
+    """Prints the one JSON document of --json on stdout; inf and nan, which JSON lacks, as their names."""
+    content = json.loads(json.dumps(content), parse_constant=str)
+    print(json.dumps(content, indent=1, ensure_ascii=False), flush=True)
 
 
 def table_console(is_error: bool = False) -> "Console":

@@ -35,7 +35,7 @@ def test_files_without_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture) 
     ):
         assert line in captured.out
     assert main(["preview", str(path), "--json"]) == 0
-    about = json.loads(capsys.readouterr().out.splitlines()[0])["about"]
+    about = json.loads(capsys.readouterr().out)["about"]
     assert (about["formats"], about["unread_fields"], about["unread_turn_keys"]) == (
         ["messages"],
         {"id": 1},

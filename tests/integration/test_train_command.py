@@ -62,17 +62,6 @@ def test_stopped_and_repeated(config: Config, tmp_path: Path) -> None:
     assert result_of(tmp_path / "stopped") == result_of(tmp_path / "whole")
 
 
-def test_what_the_trainer_refuses_is_told(config: Config, tmp_path: Path) -> None:
-    """Data that cannot be read ends with 78, whose reason the document has, and no result."""
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"prompt": 1}\n')
-    document = told(started(replace(config, data=replace(config.data, path=(str(bad),))), tmp_path / "run"))
-    assert (document["code"], document["name"], document["step"]) == (78, "bad_input", 0)
-    assert "bad.jsonl:1" in document["reason"]
-    assert document["final"] is None
-    assert document["answers"] == {}
-
-
 def test_two_processes(config: Config, tmp_path: Path) -> None:
     """--num_processes 2 trains in two processes, also on a CPU."""
     words = ("--num_processes", "2", "--main_process_port", "0")

@@ -10,11 +10,13 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 
 from tests.conftest import ROOT
+from tests.run_folders import write_answers, write_run
 from train.bundled import bundled
 from train.commands import train
 from train.commands.handloop import main
 from train.profiles import PROFILES
 from train.run.exits import ExitCode
+from train.run.folder import RunFolder
 
 
 def launched(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, str], list[str]]:
@@ -135,3 +137,18 @@ def test_the_handlers_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     launched(["--profile", "demo"], monkeypatch)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_what_became_of_it_is_told(tmp_path: Path) -> None:
+    """A finished run has its result; of an attempt that was refused there code and reason are told, and no result."""
+    run = write_run(tmp_path / "run")
+    write_answers(run)
+    told = train.outcome(0, "finished", RunFolder(run))
+    assert (told["code"], told["name"], told["step"], told["total_steps"]) == (0, "finished", 120, 120)
+    assert told["final"] == str(run / "final")
+    assert told["answers"] == {"trained": {"total": 2, "exact_before": 0, "exact_after": 1, "ended_after": 2}}
+    told = train.outcome(78, "another job has it", RunFolder(run))
+    assert (told["code"], told["name"], told["reason"]) == (78, "bad_input", "another job has it")
+    assert (told["final"], told["answers"]) == (None, {})
+    told = train.outcome(130, "", RunFolder(tmp_path / "none"))
+    assert (told["name"], told["step"], told["loss_last"]) == ("", 0, None)

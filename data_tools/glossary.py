@@ -117,9 +117,10 @@ class Pairs:
         """The held-out rows, or the training rows."""
         return [question.as_row() for question in self.questions if question.held_out == held_out]
 
-    def count(self, held_out: bool, kind: str) -> int:
-        """The number of questions of a kind among the held-out rows, or the training rows."""
-        return sum(question.held_out == held_out and question.kind == kind for question in self.questions)
+    def counts(self, held_out: bool) -> dict[str, int]:
+        """The number of questions of each kind among the held-out rows, or the training rows."""
+        kinds = Counter(question.kind for question in self.questions if question.held_out == held_out)
+        return {kind: kinds[kind] for kind in WORDINGS}
 
 
 def make_pairs(terms: Sequence[Term], settings: PairSettings) -> Pairs:
@@ -223,7 +224,7 @@ def statistics(glossary: Glossary, pairs: Pairs, settings: PairSettings) -> str:
     domains = Counter(term.domain or "no domain" for term in glossary.terms)
     lines = [f"{len(glossary.terms):6,} terms: " + ", ".join(f"{name} {n:,}" for name, n in domains.most_common())]
     for held_out, forms in ((False, settings.forms), (True, settings.held_out_forms)):
-        counts = {kind: pairs.count(held_out, kind) for kind in WORDINGS}
+        counts = pairs.counts(held_out)
         lines.append(
             f"{sum(counts.values()):6,} {'held-out' if held_out else 'training'} rows: "
             f"{counts['definition']:,} on definitions ({forms} forms per term), {counts['examples']:,} on examples, "
@@ -249,13 +250,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--held-out-forms", type=int, default=default.held_out_forms, help="held-out wordings per term (%(default)s)"
     )
     parser.add_argument(
-        "--comparisons",
-        type=int,
-        default=default.comparisons,
-        help="maximum number of pairs compared (%(default)s)",
+        "--comparisons", type=int, default=default.comparisons, help="maximum number of pairs compared (%(default)s)"
     )
     parser.add_argument("--seed", type=int, default=default.seed, help="seed for wordings and order (%(default)s)")
     parser.add_argument("--context", default=default.context, help="added to each question: 'in the Embraer context'")
+    parser.add_argument("--json", action="store_true", help="print the counts, and where the rows are, as JSON")
     options = parser.parse_args(argv)
     for name, ending in (("out", "train"), ("held_out", "held_out")):
         if getattr(options, name) is None:
@@ -290,6 +289,11 @@ def main(argv: Sequence[str]) -> int:
     glossary = read_terms(options.source)
     pairs = make_pairs(glossary.terms, settings)
     write_both({options.out: pairs.rows(held_out=False), options.held_out: pairs.rows(held_out=True)})
-    print(statistics(glossary, pairs, settings))
-    print(f"wrote {options.out} and {options.held_out}")
+    if options.json:
+        about = {"out": str(options.out), "held_out": str(options.held_out), "num_terms": len(glossary.terms)}
+        about |= {"rows": pairs.counts(held_out=False), "held_out_rows": pairs.counts(held_out=True)}
+        about |= {"num_duplicates": glossary.num_duplicates + pairs.num_duplicates}
+        print(json.dumps({**about, "ignored_fields": dict(glossary.ignored_fields)}, indent=1))
+    else:
+        print(f"{statistics(glossary, pairs, settings)}\nwrote {options.out} and {options.held_out}")
     return 0

@@ -40,7 +40,8 @@ def resolve(project: str, constraints: Path, settings: str = LINUX) -> list[str]
     """One block of text for each package that Linux needs: its pin and its hashes."""
     with tempfile.TemporaryDirectory() as folder:
         described = Path(folder, "pyproject.toml")
-        described.write_text(f"{project}\n[tool.uv]\n{settings}", encoding="utf-8")
+        assert project.count("[tool.uv]\n") == 1
+        described.write_text(project.replace("[tool.uv]\n", f"[tool.uv]\n{settings}"), encoding="utf-8")
         words = ["uv", "pip", "compile", "pyproject.toml", "--extra", "dev", "--constraint", str(constraints)]
         options = ["--universal", "--python-version", "3.11", "--generate-hashes", "--no-annotate", "--no-header"]
         done = subprocess.run([*words, *options], cwd=folder, check=True, stdout=subprocess.PIPE, text=True)

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
+from train.bundled import bundled
 from train.config import (
     BatchConfig,
     CompareConfig,
@@ -17,7 +17,7 @@ from train.config import (
     TrainConfig,
 )
 
-DEMO = Path(__file__).resolve().parent.parent / "demo"
+DEMO = bundled("demo")
 GLOSSARY = str(DEMO / "glossary.jsonl")
 
 

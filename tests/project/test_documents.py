@@ -12,7 +12,7 @@ from train.not_offered import reason_for
 from train.profiles import PROFILES
 
 # What README names and another branch brings; to be taken out of here when it is there, which a test demands.
-NOT_YET = {"AGENTS.md", "docs/MIGRATING.md", "docs/SCRIPTS.md", "foreign/", "notebooks/", "setup.py"}
+NOT_YET = {"docs/MIGRATING.md", "foreign/"}
 EXTRA_TREES = {"shared", "mlruns", "mlflow.db"}  # beside a checkout, or written by a run's trackers
 
 

@@ -1,6 +1,7 @@
 """Packages are pinned with their hashes, and nothing else is installed."""
 
 import re
+import tomllib
 
 import pytest
 
@@ -32,6 +33,14 @@ def test_the_locks_hold_every_pin_with_its_hashes() -> None:
     wanted = re.findall(r'"([a-z-]+)[>=]=', project)
     assert {"torch", "pytest", "setuptools"} <= set(wanted)
     assert set(wanted) <= set(lock) | UNLOCKED
+
+
+def test_uv_takes_the_same_pins() -> None:
+    """What `uv run` and `uv sync` read in pyproject.toml is what pip takes of constraints.txt."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    given = project["tool"]["uv"]["constraint-dependencies"]
+    assert len(given) > 70
+    assert pins("\n".join(given)) == pins((ROOT / "constraints.txt").read_text())
 
 
 def test_the_scripts_install_only_what_the_locks_name() -> None:

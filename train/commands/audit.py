@@ -1,11 +1,10 @@
 """`handloop audit`."""
 
-import json
 from datetime import date
 
 from rich.console import Console
 
-from train.commands.options import Options
+from train.commands.options import Options, print_document
 from train.run.exits import ExitCode, ExitWith
 
 
@@ -36,7 +35,7 @@ def main(words: list[str]) -> int:
     found = run_audit(config, tokenizer, TrainingData(splits.training.samples, config, layout, 0), splits)
     reasons = failures(found)
     if options.json:
-        print(json.dumps({**found.as_json(), "template": abilities.as_json()}, indent=2, ensure_ascii=False))
+        print_document({**found.as_json(), "template": abilities.as_json()})
     else:
         show_audit(found, Console(), abilities)
     if reasons:

@@ -58,11 +58,12 @@ def main(words: list[str]) -> int:
         default="auto",
         help="prompts of answers with a thought or without; auto: as the run was trained",
     )
+    own.add_argument("--json", action="store_true", help="read lines, and print one line of JSON for each answer")
     options, rest = own.parse_known_args(words)
     path, settings = Path(rest[0]), rest[1:]
     # imported here because they take seconds, for which --help should not wait
     from train.cli import parse_over
-    from train.commands.chat_screen import Pipe, Terminal
+    from train.commands.chat_screen import JsonLines, Pipe, Terminal
     from train.deliver.partner import partner_of_model, partner_of_run, with_stored_quantization
     from train.deliver.sampling import Sampling
     from train.deliver.speaker import Speaker
@@ -75,7 +76,8 @@ def main(words: list[str]) -> int:
             sampling = sampling if given is None else sampling.with_value(name, given)
     except ValueError as error:
         own.error(f"--{str(error).replace('_', '-')}")
-    screen: Screen = Terminal() if sys.stdin.isatty() and sys.stdout.isatty() else Pipe()
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    screen: Screen = JsonLines() if options.json else Terminal() if is_terminal else Pipe()
     if is_model(path):
         named = parse_over(data_alone(), ["--model.name_or_path", str(path)], usage)
         partner = partner_of_model(parse_over(with_stored_quantization(named), settings, usage))
@@ -158,7 +160,9 @@ class Chat:
                 "GPU memory is not enough; /reset shortens the conversation, --memory.budget streams weights"
             )
         else:
-            self.screen.end_answer(about(spoken))
+            facts = {"answer": spoken.text, "ended": spoken.ended, "num_tokens": spoken.num_tokens}
+            facts |= {"seconds": round(spoken.seconds, 3), "adapters": self.has_adapters and self.talk.with_adapters}
+            self.screen.end_answer(about(spoken), **facts)
             if spoken.ended == "length":
                 self.screen.warn(f"the answer is cut after {spoken.num_tokens} tokens; {self.longer(spoken)}")
 

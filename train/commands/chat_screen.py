@@ -1,5 +1,6 @@
 """What a chat reads from and writes to: a terminal, or a pipe."""
 
+import json
 import os
 import signal
 import sys
@@ -31,8 +32,8 @@ class Screen(Protocol):
     def write(self, text: str) -> None:
         """A piece of an answer."""
 
-    def end_answer(self, about: str) -> None:
-        """The end of an answer, with a line on it."""
+    def end_answer(self, about: str, **facts: Any) -> None:
+        """The end of an answer, with a line on it for a user, and the facts for a script."""
 
     def say(self, line: str) -> None:
         """A line that is no answer."""
@@ -75,7 +76,7 @@ class Pipe:
         print(printable_lines(text) if sys.stdout.isatty() else text, end="", flush=True)
         self.written = text or self.written
 
-    def end_answer(self, about: str) -> None:
+    def end_answer(self, about: str, **facts: Any) -> None:
         """As Screen; a line break alone, unless the answer ends with its own."""
         if not self.written.endswith("\n"):
             print(flush=True)
@@ -104,6 +105,17 @@ class Pipe:
     def answering(self) -> Iterator[Callable[[], bool]]:
         """As Screen; Ctrl-C ends the chat."""
         yield lambda: False
+
+
+class JsonLines(Pipe):
+    """A pipe whose answers are lines of JSON; one that cannot be given has none, and stderr names its line."""
+
+    def write(self, text: str) -> None:
+        """As Screen; nothing, because an answer is written whole."""
+
+    def end_answer(self, about: str, **facts: Any) -> None:
+        """As Screen; the line of JSON, with the number of the line that was answered."""
+        print(json.dumps({"line": self.num_lines, **facts}, ensure_ascii=False), flush=True)
 
 
 class Terminal:
@@ -135,7 +147,7 @@ class Terminal:
         print(printable_lines(text), end="", flush=True)
         self.is_open = True
 
-    def end_answer(self, about: str) -> None:
+    def end_answer(self, about: str, **facts: Any) -> None:
         """As Screen; the line is dim."""
         print(flush=True)
         self.is_open = False

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from data_tools.terminal import typed_path
-from train.commands.options import RunOptions, positive_number, say, table_console
+from train.commands.options import RunOptions, positive_number, print_document, say, table_console
 from train.profiles import DEMO
 from train.run.durable import write_atomically
 from train.run.exits import ExitCode, ExitWith
@@ -54,7 +54,7 @@ def main(words: list[str]) -> int:
     target = options.output or run.folder.comparison
     write_atomically(target, text)
     if options.json:
-        print(text, end="")
+        print_document(found.as_json())
     else:
         show_comparison(table_console(), found, options.show or 0)
     say(f"written to {target}")

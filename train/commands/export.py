@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_tools.terminal import fitted, typed_path
 from train.commands.merge import ONTO
-from train.commands.options import RunOptions, check_output_folder, say, table_console
+from train.commands.options import RunOptions, check_output_folder, print_document, say, table_console
 
 if TYPE_CHECKING:
     from train.deliver.export import Export
@@ -30,6 +30,7 @@ def main(words: list[str]) -> int:
     own.add_argument("--push", metavar="OWNER/NAME", help="send it to the hub; without --format what RUN/export holds")
     own.add_argument("--public", action="store_true", help="make the repository public; without it, it is private")
     own.add_argument("--dry-run", action="store_true", help="list what would be sent, and send nothing")
+    own.add_argument("--json", action="store_true", help="print files, receipts and notes as JSON")
     options, rest = own.parse_known_args(words)
     _check(own, options)
     # imported here because they take seconds, for which --help should not wait
@@ -60,14 +61,22 @@ def main(words: list[str]) -> int:
     else:
         check_is_of(target, run)
     files = files_of(target)
-    print("\n".join(f"{size:>15,}  {name}" for name, size in files))
-    _show(receipts_of(target), limits)
-    print("\n".join(fitted(line) for line in [*(f"note: {note}" for note in notes), f"in {target}"]))
+    if not options.json:
+        print("\n".join(f"{size:>15,}  {name}" for name, size in files))
+        _show(receipts_of(target), limits)
+        print("\n".join(fitted(line) for line in [*(f"note: {note}" for note in notes), f"in {target}"]))
+    sent = []
     if options.push and not options.dry_run:
-        print("\n".join(push(target, options.push, options.public, [name for name, _ in files])))
+        sent = push(target, options.push, options.public, [name for name, _ in files])
     elif options.push:
         visible = "public" if options.public else "private"
-        print(f"--dry-run: nothing was sent to {options.push}, which would be made {visible} if it is new")
+        sent = [f"--dry-run: nothing was sent to {options.push}, which would be made {visible} if it is new"]
+    if options.json:
+        listed = [{"name": name, "bytes": size} for name, size in files]
+        document = {"folder": str(target), "files": listed, "receipts": receipts_of(target), "notes": notes}
+        print_document({**document, "push": sent})
+    elif sent:
+        print("\n".join(sent))
     return 0
 
 

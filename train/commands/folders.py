@@ -3,6 +3,7 @@
 import shlex
 from pathlib import Path
 
+from train.bundled import script
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder, read_object
 
@@ -31,12 +32,17 @@ def _what(path: Path) -> str:
     quoted = shlex.quote(str(path))
     its_run = next((folder for folder in path.resolve().parents[:2] if is_run(folder)), None)
     where = f"its run is {its_run}" if its_run else "name the run that it was made of"
+    serve = script("serve_vllm.sh")
     if path.suffix == ".gguf" or any(path.glob("*.gguf")):
-        return f", but an export for llama.cpp: bash launch/serve_llama_cpp.sh {quoted} serves it; {where}"
+        ours = script("serve_llama_cpp.sh")
+        served = f"{ours} {quoted} serves it" if ours else "llama.cpp's llama-server serves it"
+        return f", but an export for llama.cpp: {served}; {where}"
     if (path / "adapter_config.json").is_file():
-        return f", but an adapter alone: bash launch/serve_vllm.sh {quoted} serves it; {where}"
+        served = f"{serve} {quoted} serves it; " if serve else ""
+        return f", but an adapter alone: {served}{where}"
     if "model_type" in read_object(RunFolder(path).config):  # a model's has the same name
-        return f", but a model: handloop chat {quoted}, or bash launch/serve_vllm.sh {quoted}; {where}"
+        served = f", or {serve} {quoted}" if serve else ""
+        return f", but a model: handloop chat {quoted}{served}; {where}"
     if runs := sorted(each.name for each in path.glob("*/") if is_run(each)):
         more = ", ..." if len(runs) > SHOWN else ""
         return f", but holds runs: name one of {', '.join(str(path / name) for name in runs[:SHOWN])}{more}"

@@ -1,4 +1,4 @@
-"""The `handloop` command: every tool except training."""
+"""The `handloop` command."""
 
 import importlib
 import signal
@@ -18,6 +18,7 @@ from train.run.streams import guard_messages, lead_to_null
 
 # Each command is the module of its name in this package; its `main` takes the remaining words, returns the exit code.
 COMMANDS = {
+    "train": "train with a profile, or go on with a run: accelerate launch, exit codes and signals kept",
     "preview": "show the samples token by token, trained and masked",
     "audit": "audit the data before training; exit 78 if it should not be trained on",
     "glossary": "turn a glossary into prompt/response JSONL",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.terminal import typed_path
-from train.commands.options import RunOptions, check_output_folder, fitted, say, table_console
+from train.commands.options import RunOptions, check_output_folder, fitted, print_document, say, table_console
 from train.run.durable import make_readable, publish
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def main(words: list[str]) -> int:
     own.add_argument("--max-kl", type=float, metavar="NATS", help="mean KL divergence that is allowed")
     own.add_argument("--min-agreement", type=float, metavar="SHARE", help="top-1 agreement that is wanted")
     own.add_argument("--overwrite", action="store_true", help="replace an earlier merged model")
-    own.add_argument("--json", action="store_true", help="print the receipt as JSON")
+    own.add_argument("--json", action="store_true", help="print the receipt, and where the model is, as JSON")
     options, rest = own.parse_known_args(words)
     if options.onto is None:
         own.error("write --onto original, the base before quantisation, or --onto dequantized, the one trained on")
@@ -47,7 +47,7 @@ def main(words: list[str]) -> int:
         show_merged(table_console(is_error=True), unlike.receipt.as_json(), limits, None)
         raise
     if options.json:
-        print(json.dumps(record, indent=1))
+        print_document({"folder": str(target), **record})
     else:
         _show(record, limits, target)
     return 0

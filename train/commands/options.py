@@ -1,6 +1,7 @@
-"""Options of a `handloop` command, in addition to those of train/main.py."""
+"""Options of a `handloop` command, in addition to those of the recipe."""
 
 import argparse
+import json
 import re
 import sys
 from itertools import takewhile
@@ -36,8 +37,8 @@ class Options(Parser):
             prog=f"handloop {command}",
             usage=f"handloop {command} {files} [--section.field VALUE ...] [options]",
             description=description,
-            epilog="Profile, model and data are set with the options of train/main.py; "
-            "python train/main.py --profile NAME --help lists them.",
+            epilog="Profile, model and data are set with the options of `handloop train`; "
+            "`handloop train --profile NAME --help` lists them.",
         )
 
     def config(self, words: list[str]) -> "Config":
@@ -74,10 +75,10 @@ class RunOptions(Options):
     def __init__(self, command: str, description: str) -> None:
         super().__init__(command, description)
         self.usage = f"handloop {command} RUN [--section.field VALUE ...] [options]"
-        self.epilog = "RUN is a run folder, such as runs/demo; options of train/main.py replace those of the run."
+        self.epilog = "RUN is a run folder, such as runs/demo; options of `handloop train` replace those of the run."
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Its own options and the remaining words, a run and options of train/main.py; raises ExitWith(BAD_INPUT).
+        """Its own options and the remaining words, a run and options of the recipe; raises ExitWith(BAD_INPUT).
 
         What is wrong with the words themselves is said here, before anything is imported that takes seconds.
         """
@@ -95,7 +96,7 @@ class RunOptions(Options):
         check_is_run(run)
 
     def replaceable(self, run: Path) -> tuple[str, ...]:
-        """With what the options of train/main.py begin that replace those of the run."""
+        """With what the options of the recipe begin that replace those of the run."""
         return MAY_CHANGE
 
     def run(self, words: list[str], needs_base: bool = True) -> "FinishedRun":
@@ -124,6 +125,12 @@ def check_output_folder(target: Path, overwrite: bool, kind: str, is_one: bool) 
 def say(line: str) -> None:
     """Tells the user what is being done, on stderr, so that stdout has results alone."""
     print(fitted(line, sys.stderr), file=sys.stderr, flush=True)
+
+
+def print_document(content: Any) -> None:
+    """Prints the one JSON document of --json on stdout; inf and nan, which JSON lacks, as their names."""
+    content = json.loads(json.dumps(content), parse_constant=str)
+    print(json.dumps(content, indent=1, ensure_ascii=False), flush=True)
 
 
 def table_console(is_error: bool = False) -> "Console":

@@ -2,10 +2,9 @@
 
 import argparse
 import contextlib
-import json
 import sys
 
-from train.commands.options import Options, positive_number
+from train.commands.options import Options, positive_number, print_document
 from train.config import Config
 from train.run.exits import ExitCode, ExitWith
 
@@ -59,7 +58,10 @@ def _probe(options: argparse.Namespace, config: Config, mean_length: int) -> int
     # with --json standard output is one JSON object; what is said while loading goes to standard error
     with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
         measured = probe.probe(config, mean_length, options.steps or DEFAULT_STEPS)
-    print(json.dumps(measured, indent=1) if options.json else probe.format_probe(measured))
+    if options.json:
+        print_document(measured)
+    else:
+        print(probe.format_probe(measured))
     return 0
 
 
@@ -74,7 +76,7 @@ def _forecast(options: argparse.Namespace, config: Config, mean_length: int) -> 
     known = forecast.forecast_known_gpus(config, mean_length) if is_asked_for_all else []
     if options.json:
         others = {"gpus": [each.as_json() for each in known]}
-        print(json.dumps((found.as_json() if found else {}) | others, indent=1))
+        print_document((found.as_json() if found else {}) | others)
     else:
         if found:
             forecast.print_forecast(found, Console())

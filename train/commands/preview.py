@@ -1,6 +1,5 @@
 """`handloop preview`."""
 
-import json
 import sys
 from collections.abc import Iterator
 from datetime import date
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from data_tools.terminal import typed_path
-from train.commands.options import Options, positive_number
+from train.commands.options import Options, positive_number, print_document
 from train.run.durable import write_atomically
 
 if TYPE_CHECKING:
@@ -21,11 +20,7 @@ def main(words: list[str]) -> int:
     own = Options("preview", "Shows the samples token by token, trained and masked.", takes_files=True)
     own.add_argument("--rows", type=positive_number, default=5, metavar="K", help="how many samples (default 5)")
     own.add_argument("--html", type=typed_path, metavar="FILE", help="write a self-contained HTML page instead")
-    own.add_argument(
-        "--json",
-        action="store_true",
-        help="print one JSON object per sample, the first with `about`: what is said of data and template",
-    )
+    own.add_argument("--json", action="store_true", help="print the samples, and what is said of them, as JSON")
     options, rest = own.parse_known_args(words)
     config = own.config(rest)
     # imported here because they take seconds, for which --help and a misspelt option should not wait
@@ -46,8 +41,7 @@ def main(words: list[str]) -> int:
     rows = list(token_views(_first_rows(data, options.rows), tokenizer))
     about = {**described(statistics, prepared.notes), "template": abilities.as_json()}
     if options.json:
-        for number, row in enumerate(rows):
-            print(json.dumps({**row.as_json(), **({} if number else {"about": about})}, ensure_ascii=False))
+        print_document({"about": about, "samples": [row.as_json() for row in rows]})
     if options.html:
         subtitle = f"{len(rows):,} of {len(samples):,} samples of {', '.join(config.data.path)}, tokenised for "
         write_atomically(options.html, as_html(rows, f"{subtitle}{config.model.name_or_path}"))

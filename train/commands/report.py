@@ -4,7 +4,7 @@ from pathlib import Path
 
 from data_tools.terminal import typed_path
 from train.commands.folders import check_is_run
-from train.commands.options import Options
+from train.commands.options import Options, print_document
 from train.report.record import is_run, read_run
 from train.run.durable import write_atomically
 from train.run.exits import ExitCode, ExitWith
@@ -14,7 +14,7 @@ from train.run.folder import RunFolder
 def main(words: list[str]) -> int:
     """Writes one page on a run, or on several beside each other."""
     own = Options("report", "Writes a page on a run, whatever its state, or on several beside each other.")
-    own.usage = "handloop report RUN [RUN ...] [--output FILE.html]"
+    own.usage = "handloop report RUN [RUN ...] [--output FILE.html] [--json]"
     own.epilog = "RUN is a run folder, such as runs/demo. The page loads nothing: it can be sent as it is."
     own.add_argument("runs", nargs="+", type=typed_path, metavar="RUN", help="a run folder; several are compared")
     own.add_argument(
@@ -23,6 +23,7 @@ def main(words: list[str]) -> int:
         metavar="FILE.html",
         help="default: in the run folder; to be given for several runs",
     )
+    own.add_argument("--json", action="store_true", help="print where the page is, and its runs, as JSON")
     options = own.parse_args(words)
     folders = [_run_folder(path) for path in options.runs]
     if len(folders) > 1 and options.output is None:
@@ -37,7 +38,10 @@ def main(words: list[str]) -> int:
         write_atomically(target, render(page))
     except OSError as error:
         raise ExitWith(ExitCode.BAD_INPUT, f"{target}: {error.strerror}; --output FILE.html names another") from None
-    print(target)
+    if options.json:
+        print_document({"page": str(target), "runs": [str(run.folder.path) for run in runs]})
+    else:
+        print(target)
     return 0
 
 

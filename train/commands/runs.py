@@ -1,10 +1,9 @@
 """`handloop runs`."""
 
-import json
 from pathlib import Path
 
 from data_tools.terminal import typed_path
-from train.commands.options import Options, table_console
+from train.commands.options import Options, print_document, table_console
 from train.report.record import is_run, read_run
 from train.run.exits import ExitCode, ExitWith
 
@@ -33,7 +32,7 @@ def main(words: list[str]) -> int:
     is_comparison = len(folders) > 1 and all(map(is_run, folders))
     runs = [(str(path), read_run(path)) for path in folders] if is_comparison else read_runs(folders)
     if options.json:
-        print(json.dumps([summary_of(run, name).as_json() for name, run in runs], indent=2, ensure_ascii=False))
+        print_document([summary_of(run, name).as_json() for name, run in runs])
     elif is_comparison:
         show_differences(table_console(), runs)
     elif runs:

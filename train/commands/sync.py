@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from data_tools.terminal import typed_path
-from train.commands.options import Options
+from train.commands.options import Options, print_document, say
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder
 from train.run.redact import redact
@@ -17,24 +17,27 @@ from train.track.offline_records import Record, last_step_in, record_of
 def main(words: list[str]) -> int:
     """Uploads each run's record that is not uploaded yet; raises ExitWith(BAD_INPUT) before the first if one cannot."""
     own = Options("sync", "Uploads what runs have recorded offline to Weights & Biases.")
-    own.usage = "handloop sync RUN [RUN ...] [--dry-run]"
+    own.usage = "handloop sync RUN [RUN ...] [--dry-run] [--json]"
     own.epilog = "RUN is a run folder, such as runs/demo. The key is that of `wandb login`, or WANDB_API_KEY."
     own.add_argument("runs", nargs="+", type=typed_path, metavar="RUN", help="a run folder, such as runs/demo")
     own.add_argument("--dry-run", action="store_true", help="say what would be uploaded, and upload nothing")
+    own.add_argument("--json", action="store_true", help="print what was done with each run as JSON")
     options = own.parse_args(words)
     records = {path: record_of(RunFolder(path)) for path in map(Path, options.runs)}
     if not options.dry_run and not wandb_settings.has_key():
         reason = "there is no key for Weights & Biases: run `wandb login`, or set WANDB_API_KEY"
         raise ExitWith(ExitCode.BAD_INPUT, reason)
+    done = []
     for run, record in records.items():
-        what = f"{record.folder.name}, steps up to {last_step_in(record.file)}"
-        if record.is_uploaded:
-            print(f"{run}: uploaded already: {what}")
-        elif options.dry_run:
-            print(f"{run}: would upload {what}")
-        else:
+        last_step = last_step_in(record.file)
+        state = "uploaded already" if record.is_uploaded else "would upload" if options.dry_run else "uploaded"
+        if state == "uploaded":
             upload(record)
-            print(f"{run}: uploaded {what}", flush=True)
+        done.append({"run": str(run), "state": state, "record": record.folder.name, "last_step": last_step})
+        if not options.json:
+            print(f"{run}: {state} {record.folder.name}, steps up to {last_step}", flush=True)
+    if options.json:
+        print_document(done)
     return 0
 
 
@@ -47,4 +50,4 @@ def upload(record: Record) -> None:
         said = redact(f"{done.stdout}\n{done.stderr}".strip())[-2000:]
         reason = f"{record.folder} could not be uploaded; it stays, so try again:\n{said or 'wandb sync said nothing'}"
         raise ExitWith(ExitCode.BAD_INPUT, reason)
-    print(redact(done.stdout.strip()))
+    say(redact(done.stdout.strip()))

@@ -3,10 +3,11 @@
 import importlib
 from types import ModuleType
 
+from train.bundled import how_to_install
 from train.run.exits import ExitCode, ExitWith
 
-# as a shell takes it from the project's folder; llama.cpp is compiled, in three minutes on two cores
-INSTALL = ".venv/bin/pip install -c constraints.txt -e '.[gguf]'"
+# as a shell takes it; llama.cpp is compiled, in three minutes on two cores
+INSTALL = how_to_install("gguf")
 COMPILES = "which compiles llama.cpp for some minutes"
 
 

@@ -4,11 +4,11 @@ import re
 from io import StringIO
 from typing import Any
 
+from train.bundled import how_to_install
 from train.report.curves import thinned
 from train.report.figures import Chart, Line
 from train.run.exits import ExitCode, ExitWith
 
-INSTALL = "pip install -c constraints.txt -e ."
 NUM_COLOURS = 8
 MAX_MARKERS = 120  # side by side
 # matplotlib knows no CSS: each of these colours, which nothing else has, becomes a variable of the page
@@ -46,7 +46,7 @@ def svg(chart: Chart) -> str:
         from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
     except ImportError as error:
-        reason = f"the curves are drawn by matplotlib, which cannot be imported ({error}): {INSTALL}"
+        reason = f"the curves are drawn by matplotlib, which cannot be imported ({error}): {how_to_install()}"
         raise ExitWith(ExitCode.BAD_INPUT, reason) from None
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # not the user's matplotlibrc

@@ -14,7 +14,7 @@ from train.config import Config, parse_bytes
 from train.metrics import to_host
 from train.optim import OPTIMIZERS
 from train.run import devices
-from train.run.environment import check_environment
+from train.run.environment import CONFIGURATIONS, check_environment
 from train.run.exits import ExitCode, ExitWith
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -79,12 +79,12 @@ def _check_accelerator(config: Config, accelerator: Accelerator) -> None:
     if accelerator.distributed_type not in SUPPORTED:
         reason = (
             f"distributed_type {accelerator.distributed_type.value} in the accelerate configuration is not supported; "
-            "use one of accelerate_configs/"
+            f"use one of {CONFIGURATIONS}/"
         )
     elif device not in ("cuda", "cpu"):  # on Apple, Intel and other accelerators accelerate takes them by itself
         reason = f"accelerate chooses the device {device}, and Handloop runs on CUDA and CPUs alone: --run.device cpu"
     elif config.run.device == "cuda" and device != "cuda":
-        reason = f"--run.device cuda, and accelerate chooses {device}; use one of accelerate_configs/"
+        reason = f"--run.device cuda, and accelerate chooses {device}; use one of {CONFIGURATIONS}/"
     if reason:
         raise ExitWith(ExitCode.BAD_INPUT, reason)
 

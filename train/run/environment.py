@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from train.bundled import bundled, typed
 from train.config import Config
 from train.run.exits import ExitCode, ExitWith
 
@@ -19,8 +20,10 @@ MPI_RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # which
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 TF32 = "NVIDIA_TF32_OVERRIDE"  # cuBLAS reads it itself; torch's own switch is overruled (accelerator.py)
 TRUE, FALSE = ("1", "true", "yes", "y", "t", "on"), ("", "0", "false", "no", "n", "f", "off")
+CONFIGURATIONS = typed(bundled("accelerate_configs"))
+MULTI_GPU = f"{CONFIGURATIONS}/multi_gpu_ddp.yaml"
 SHARDED = (
-    "use accelerate_configs/multi_gpu_ddp.yaml, a replica on each GPU; a base that does not fit is quantised "
+    f"use {MULTI_GPU}, a replica on each GPU; a base that does not fit is quantised "
     "(--model.quantization nf4), recomputed (--memory.budget) or streamed (--memory.offload)"
 )
 
@@ -40,9 +43,7 @@ REFUSED = (
     Refused("ACCELERATE_USE_FSDP", "FSDP", SHARDED),
     Refused("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM", SHARDED),
     Refused("ACCELERATE_USE_PARALLELISM_CONFIG", "tensor, context or sequence parallelism", SHARDED),
-    Refused(
-        "ACCELERATE_USE_SAGEMAKER", "SageMaker", "start accelerate_configs/multi_gpu_ddp.yaml on the machine itself"
-    ),
+    Refused("ACCELERATE_USE_SAGEMAKER", "SageMaker", f"start {MULTI_GPU} on the machine itself"),
     Refused(
         "ACCELERATE_DYNAMO_BACKEND",
         "a dynamo backend (torch.compile)",
@@ -121,7 +122,7 @@ def _device_problem(config: Config) -> str:
     if on_cpu in TRUE and config.run.device == "cuda":
         return (
             f"the accelerate configuration says use_cpu (ACCELERATE_USE_CPU) and --run.device is cuda (profile "
-            f"{config.profile}); use another configuration of accelerate_configs/, or --run.device cpu"
+            f"{config.profile}); use another configuration of {CONFIGURATIONS}/, or --run.device cpu"
         )
     if on_cpu in TRUE or config.run.device == "cpu" or not torch.cuda.is_available():
         return ""

@@ -48,19 +48,22 @@ AGREED = (
 class Launcher:
     """`accelerate launch` and the trainer processes that it starts."""
 
-    def __init__(self, command: Sequence[str], folder: Path) -> None:
+    def __init__(self, command: Sequence[str], folder: Path, output: int | None = None) -> None:
+        """`output` is the descriptor to which the trainers' stdout goes; None: this process's own."""
         self.folder = folder
         self.stopped_by = ""
         self.first_ctrl_c = float("inf")  # time.monotonic()
         self.is_killed_by_hand = False
         self.deadline = float("inf")  # time.monotonic(): the trainers that still live then are ended
         self.reason = ""  # why they were ended
+        self.end = ""  # why the run has ended, after `wait`
         self.stopped_since: dict[int, float] = {}  # pid -> time.monotonic(), of trainers that are stopped
         self.began, self.oom_kills = datetime.now(UTC).isoformat(timespec="seconds"), oom_kills()
         listen(self._forward)
         # in a session of its own, because a terminal's Ctrl-C must reach only this process, which forwards it once
         self.child = subprocess.Popen(
             command,
+            stdout=output,
             env={**os.environ, "HANDLOOP_LAUNCHER": str(folder)},
             start_new_session=True,
             preexec_fn=stop_with_parent,  # if the launcher is killed, training must not continue unseen
@@ -134,22 +137,27 @@ class Launcher:
         self.child.wait()
 
     def _code(self) -> int:
-        with suppress(OSError, ValueError):
-            return int((self.folder / "exit").read_text())
         trainers, run = read_trainers(self.folder), read_run(self.folder)
+        with suppress(OSError, ValueError):
+            code = int((self.folder / "exit").read_text())
+            self.end = next((trainer.reason for trainer in trainers if trainer.code == code), "")
+            return code
         if self.stopped_by and not trainers:
-            print(f"stopped by {self.stopped_by} before training began", file=sys.stderr)
+            self.end = f"stopped by {self.stopped_by} before training began"
+            print(self.end, file=sys.stderr)
             return ExitCode.INTERRUPTED
         recorded = read_object(run.folder.exit).get("code") if run else None
         if isinstance(recorded, int):  # its trackers were still being closed, and it has said nothing
             assert run is not None
-            print(f"\nhandloop: {read_object(run.folder.exit).get('reason')}", file=sys.stderr, flush=True)
+            self.end = str(read_object(run.folder.exit).get("reason"))
+            print(f"\nhandloop: {self.end}", file=sys.stderr, flush=True)
             return recorded
         if not any(trainer.code or trainer.is_lost for trainer in trainers):
             code = self.child.returncode
             return 128 - code if code < 0 else code
         end = self._end_of(trainers)
-        print(f"\nhandloop: {redact(end.reason)}", file=sys.stderr, flush=True)
+        self.end = redact(end.reason)
+        print(f"\nhandloop: {self.end}", file=sys.stderr, flush=True)
         if run is not None:
             self._record(end, run.folder, trainers)
         return end.code
@@ -199,6 +207,16 @@ def _send(pid: int, number: int) -> None:
 
 def main(arguments: list[str]) -> int:
     """Runs `accelerate launch ARGUMENTS`; returns the trainer's exit code."""
-    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    return launch(arguments)[0]
+
+
+def launch(arguments: Sequence[str], output: int | None = None) -> tuple[int, str]:
+    """Runs `accelerate launch ARGUMENTS`, its stdout led to `output`; returns the trainer's exit code, and why.
+
+    accelerate is run as a module, because its script need not lie beside this Python (on Colab it does not), and with
+    -P, because a file in the current folder may have a module's name.
+    """
+    accelerate = [sys.executable, "-P", "-m", "accelerate.commands.accelerate_cli", "launch"]
     with tempfile.TemporaryDirectory() as folder:
-        return Launcher([accelerate, "launch", *arguments], Path(folder)).wait()
+        launcher = Launcher([*accelerate, *arguments], Path(folder), output)
+        return launcher.wait(), launcher.end

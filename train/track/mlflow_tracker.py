@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from train.bundled import how_to_install
 from train.config import Config
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder, read_object
@@ -16,7 +17,6 @@ from train.track.metrics_file import read_metrics
 from train.track.shared import ABOUT, flat_config, summary_of, table_key
 
 IDENTIFIER = "mlflow_id"  # in run.json
-INSTALL = "pip install -c constraints.txt -e .[mlflow]"
 MAX_METRICS = 1000  # in a request, by the server's limit
 MAX_PARAMS = 100
 SEND_SECONDS = 5.0  # between two requests: a request takes tens of milliseconds, as long as a quick step
@@ -54,7 +54,9 @@ class MLflow(Listener):
             return None
         option = f"--track.mlflow {config.track.mlflow}"
         if importlib.util.find_spec("mlflow") is None:
-            raise ExitWith(ExitCode.BAD_INPUT, f"{option}: the package mlflow is not installed: {INSTALL}")
+            raise ExitWith(
+                ExitCode.BAD_INPUT, f"{option}: the package mlflow is not installed: {how_to_install('mlflow')}"
+            )
         is_local = config.track.mlflow == "on" and not os.environ.get("MLFLOW_TRACKING_URI")
         if is_local and importlib.util.find_spec("sqlalchemy") is None:
             reason = f"{option}: without a server mlflow needs a database: set MLFLOW_TRACKING_URI to the server, "

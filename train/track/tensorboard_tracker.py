@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from train.bundled import how_to_install
 from train.config import Config
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder
@@ -40,7 +41,7 @@ class TensorBoard(Listener):
             return None
         if importlib.util.find_spec("tensorboard") is None:
             reason = "--track.tensorboard true: the package tensorboard is not installed: "
-            raise ExitWith(ExitCode.BAD_INPUT, reason + "pip install -c constraints.txt -e .[tensorboard]")
+            raise ExitWith(ExitCode.BAD_INPUT, reason + how_to_install("tensorboard"))
         return cls(config)
 
     def start(self, run_uid: str) -> int:

@@ -31,7 +31,7 @@ class Script:
     def write(self, text: str) -> None:
         self.said.append(text)
 
-    def end_answer(self, about: str) -> None:
+    def end_answer(self, about: str, **facts: object) -> None:
         self.said.append(about)
 
     def say(self, line: str) -> None:

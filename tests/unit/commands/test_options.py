@@ -35,7 +35,7 @@ def test_files_without_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture) 
     ):
         assert line in captured.out
     assert main(["preview", str(path), "--json"]) == 0
-    about = json.loads(capsys.readouterr().out.splitlines()[0])["about"]
+    about = json.loads(capsys.readouterr().out)["about"]
     assert (about["formats"], about["unread_fields"], about["unread_turn_keys"]) == (
         ["messages"],
         {"id": 1},
@@ -93,6 +93,8 @@ MISSPELT = [  # the words of a command, and what it answers
     (["chat", "RUN", "--temp=0"], "--temp: no such option; did you mean --temperature?"),
     (["chat", "RUN", "--quantization", "nf4"], "--quantization: no such option\n"),
     (["chat", "MODEL", "--quantization", "nf4"], "did you mean --model.quantization?"),
+    (["train", "--profile", "demo", "--num_proceses", "2"], "did you mean --num_processes?"),
+    (["train", "--profile", "demo", "--max_steps", "2"], "did you mean --train.max_steps?"),
     (["plan", "--prob"], "--prob: no such option; did you mean --probe?"),
     (["plan", "--profile", "demo", "--mean-lenth", "3"], "did you mean --mean-length?"),
     (["plan", "--profil", "demo"], "--profil: no such option; did you mean --profile?"),

@@ -39,8 +39,8 @@ def test_every_term_is_asked_in_both_files_in_as_many_forms_as_said() -> None:
             asked = [row["prompt"] for row in rows if row["response"] == term.definition]
             assert len(asked) == forms, term
             assert all(term.name in prompt for prompt in asked)
-        assert pairs.count(held_out, "definition") == forms * len(terms)
-        assert pairs.count(held_out, "examples") == sum(bool(term.examples) for term in terms) > 0
+        assert pairs.counts(held_out)["definition"] == forms * len(terms)
+        assert pairs.counts(held_out)["examples"] == sum(bool(term.examples) for term in terms) > 0
 
 
 def test_wordings_are_drawn_by_the_seed_and_all_are_used() -> None:

@@ -63,9 +63,9 @@ def test_tokens_joined_are_the_text_for_real_tokenizers(nasty: Path, name: str) 
 
 
 def test_json_round_trip(nasty: Path, capsys: pytest.CaptureFixture) -> None:
-    """`--json` prints one object per sample, with the prepared ids and masks and the text of the tokens."""
+    """`--json` prints one document that has each sample, with the prepared ids and masks and the text of the tokens."""
     assert main(["preview", *WORDS, str(nasty), "--json"]) == 0
-    printed = [json.loads(line) for line in capsys.readouterr().out.split("\n")[:-1]]
+    printed = json.loads(capsys.readouterr().out)["samples"]
     tokenizer = tokenizer_at()
     samples: Any = prepare(PrepareSettings((str(nasty),), max_length=256), tokenizer).dataset
     assert len(printed) == len(samples) == 2
@@ -219,7 +219,7 @@ def test_positions_in_packed_rows(tmp_path: Path, capsys: pytest.CaptureFixture)
         "2",
     ]
     assert main([*words, "--json"]) == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    rows = json.loads(capsys.readouterr().out)["samples"]
     assert {row["packed_row"] for row in rows} == {1, 2}
     for number in (1, 2):
         place = 0

@@ -38,7 +38,10 @@ ALLOWED = {
     },
     "train.grace": {"config"},
     "train.track": {"config", "data_tools", "run", "step"},
-    "train.cli": {"config", "data_tools", "not_offered", "profiles", "run"},
+    "train.advice": {"data_tools", "foreign", "not_offered", "profiles"},
+    "train.cli": {"advice", "config", "data_tools", "help_pages", "profiles", "run"},
+    "train.foreign": {"not_offered"},
+    "train.help_pages": {"config", "data_tools", "profiles", "run"},
     "train.not_offered": set(),
     "train.audit_gate": {"config", "data", "data_tools", "run"},
     "train.assemble": {

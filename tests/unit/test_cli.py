@@ -100,8 +100,6 @@ def test_what_does_not_pay_is_refused_by_name() -> None:
         "--train.neftune_noise_alpha 5": "those who rebuilt it saw the same losses",
         "--optim.galore_rank 8": "0.1 to 1 GB",
         "--lora.vera true": "VeRA 35.4",
-        "--lora.use_rslora true": "write --lora.rslora true",
-        "--optim.loraplus_lr_ratio 16": "write --optim.lora_plus_ratio",
     }
     for words, reason in told.items():
         text = refusal("--profile", "demo", *words.split())

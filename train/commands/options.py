@@ -37,7 +37,7 @@ class Options(Parser):
             usage=f"handloop {command} {files} [--section.field VALUE ...] [options]",
             description=description,
             epilog="Profile, model and data are set with the options of train/main.py; "
-            "python train/main.py --profile NAME --help lists them.",
+            "python train/main.py --help all lists them.",
         )
 
     def config(self, words: list[str]) -> "Config":

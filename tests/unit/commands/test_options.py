@@ -96,7 +96,7 @@ MISSPELT = [  # the words of a command, and what it answers
     (["plan", "--prob"], "--prob: no such option; did you mean --probe?"),
     (["plan", "--profile", "demo", "--mean-lenth", "3"], "did you mean --mean-length?"),
     (["plan", "--profil", "demo"], "--profil: no such option; did you mean --profile?"),
-    (["plan", "--profile", "demo", "--lr", "1"], "--lr: no such option; did you mean --optim.lr?"),
+    (["plan", "--profile", "demo", "--lr", "1"], "--lr: here it is --optim.lr 1"),
     (["preview", "FILE", "--row", "3"], "--row: no such option; did you mean --rows?"),
     (["audit", "FILE", "--jsn"], "--jsn: no such option; did you mean --json?"),
     (["audit", "FILE", "--data.pth", "x"], "--data.pth: no such option; did you mean --data.path?"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_tools.data_sets import HubData, SavedData
+from data_tools.places import not_found
 from data_tools.readers import COMPRESSIONS, READERS, RowFile, file_digest, kind_of, open_bytes
 from data_tools.report import Report
 from data_tools.terminal import escaped
@@ -120,7 +121,7 @@ def _origins(name: str, report: Report, notes: list[str]) -> list[Origin]:
         return [_file(file) for file in files]
     if is_hub_name(name):
         return [HubData(name)]
-    report.add(name, "no such file or folder")
+    report.add(name, not_found(name))
     return []
 
 

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 import tyro
 
@@ -171,7 +171,15 @@ def _override(
         except SystemExit:
             remedy = f"write --{name} true or --{name} false" if is_flag else _message(errors.getvalue())
             problems.append(f"{' '.join([f'--{name}', *values])}: {remedy}")
-    return config, problems
+    return _without_grouping(config, set(merged)), problems
+
+
+def _without_grouping(config: Config, given: Set[str]) -> Config:
+    """`config` without the profile's data.group_by_length where data.packing was asked for, which replaces it."""
+    data = config.data
+    if "data.packing" in given and data.packing and "data.group_by_length" not in given:
+        data = dataclasses.replace(data, group_by_length=False)
+    return dataclasses.replace(config, data=data)
 
 
 def _split(name: str, values: list[str], default: object) -> tuple[list[str], list[str]]:

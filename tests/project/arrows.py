@@ -297,7 +297,8 @@ ALLOWED_MODULES = {
         "data_tools.messages",
         "data_tools.records",
     },
-    "data_tools.readers": {"data_tools.strict_json"},
+    "data_tools.delimiters": set(),
+    "data_tools.readers": {"data_tools.delimiters", "data_tools.strict_json"},
     "data_tools.records": {
         "data_tools.data_sets",
         "data_tools.formats",
@@ -323,6 +324,7 @@ ALLOWED_MODULES = {
     "data_tools.similarity": set(),
     "data_tools.sources": {
         "data_tools.data_sets",
+        "data_tools.delimiters",
         "data_tools.places",
         "data_tools.readers",
         "data_tools.report",

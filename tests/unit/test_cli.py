@@ -185,3 +185,13 @@ def test_a_home_through_the_real_commands(tmp_path: Path, shape: Path, pairs: Pa
     )
     assert (home / "page.html").exists()
     assert list(here.iterdir()) == []
+
+
+def test_packing_replaces_what_a_profile_sets() -> None:
+    """Asked for alone it takes the place of the profile's data.group_by_length; both asked for are refused."""
+    assert PROFILES["demo"]().data.group_by_length
+    data = parse(["--profile", "demo", "--data.packing", "true"]).data
+    assert (data.packing, data.group_by_length) == (True, False)
+    assert parse(["--profile", "demo", "--data.packing", "false"]).data.group_by_length
+    both = ("--data.packing", "true", "--data.group_by_length", "true")
+    assert "--data.group_by_length True: packing leaves no padding to save" in refusal("--profile", "demo", *both)

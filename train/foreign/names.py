@@ -150,21 +150,21 @@ ROWS = (
         note="a run folder; the result is in its final/"),
     Row("run.resume", "resume_from_checkpoint", "resume_from_checkpoint", "resume_from_checkpoint",
         "resume_from_checkpoint", "resume", values.resume, "the same command resumes by itself"),
-    Row("run.resume", "overwrite_output_dir", "", "", "overwrite_output_dir", "", values.when("never"),
-        "the earlier run is kept in previous-N/"),
+    Row("run.resume", "overwrite_output_dir", "", "", "overwrite_output_dir", "", lambda value: (),
+        "the same command resumes; --run.resume never starts again, and keeps the earlier run in previous-N/"),
     Row("run.device", "use_cpu no_cuda", "", "", "use_cpu", "", values.when("cpu")),
     Row("run.deterministic", "full_determinism", "", "", "full_determinism", "", values.flag),
     Row("run.timeout_minutes", "ddp_timeout", "ddp_timeout", "", "ddp_timeout", "", values.minutes,
-        "minutes; seconds there"),
+        "minutes, a day at most, where theirs is in seconds"),
     Row("track.project", "project", "wandb_project", "", "", "project_name"),
     Row("track.tensorboard", "", "use_tensorboard", "", "", "tensorboard", values.flag),
     Row("track.mlflow", "", "mlflow_tracking_uri", "", "", "mlflow"),
     Row("track.wandb", "report_to", "use_wandb", "report_to", "report_to", "use_wandb wandb",
         lambda value: REPORTS.get(str(value[0] if isinstance(value, list) and len(value) == 1 else value).lower()),
-        "auto uses Weights & Biases where there is a key; also track.mlflow and track.tensorboard"),
+        "auto: where there is a key; others are --track.mlflow on and --track.tensorboard true"),
 )  # fmt: skip
 REPORTS: dict[str, Words] = {"wandb": ("auto",), "true": ("auto",), "all": ("auto",)}
-REPORTS |= dict.fromkeys(("none", "[]", "false", "tensorboard", "mlflow"), ("off",))
+REPORTS |= dict.fromkeys(("none", "[]", "false"), ("off",))
 
 
 def rows(trainer: str) -> Iterator[tuple[str, Row]]:

@@ -15,6 +15,7 @@ class Reason:
 
     text: str
     is_so_anyway: bool
+    is_told_when_off: bool = False  # what is off there is not so here
 
 
 def _always(value: Any) -> bool:
@@ -78,6 +79,7 @@ ANYWAY: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
      _always, "accelerate's configuration has the processes, --memory.budget the memory", ""),
     (r"task_type|peft_type|inference_mode|fan_in_fan_out|auto_mapping|peft_version|runtime_config|lora_(fan_in.+|on_cpu)",
      _always, "adapters are LoRA on a causal language model", ""),
+    (r"tf32", _always, "products are in model.dtype", ""),
     (r"bias|lora_bias", _is("none", "false"), "adapters have no bias", "biases stay frozen"),
     (r"adam_beta1|adam_beta2|adam_epsilon", _is(0.9, 0.999, 1e-8), "AdamW has 0.9, 0.999 and 1e-8",
      "AdamW has 0.9, 0.999 and 1e-8, and they are no options"),
@@ -87,7 +89,7 @@ ANYWAY: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
     (r"dataset_text_field|field_text", _is("text", "none"), "the field of raw text is text",
      "the field of raw text is text; rename the column"),
     (r"strict|group_by_length_.+|is_.+_derived_model|model_type|tokenizer_type|tokenizer_use_fast|use_fast_tokenizer|"
-     r"type_of_model|tf32|hf_use_auth_token|.*token_env.*|wandb_(entity|mode|watch|log_model|name|run_id)|run_name",
+     r"type_of_model|hf_use_auth_token|.*token_env.*|wandb_(entity|mode|watch|log_model|name|run_id)|run_name",
      _always, "config.json, the environment (HF_TOKEN, WANDB_ENTITY) and the run folder's name say it", ""),
 )  # fmt: skip
 MISSING = (
@@ -111,6 +113,7 @@ MISSING = (
      "supervised fine-tuning alone; no preference or reward training"),
     (r"torch_compile.*|fp8.*|nvfp4.*|gptq.*|awq.*|hqq.*|qat.*|peft", "not offered: NF4, int8 or 16 bits, "
      "in kernels of our own or of bitsandbytes"),
+    (r"label_smoothing.*", "the loss is cross entropy of the tokens themselves"),
     (r"auto_find_batch_size", "micro-batches are split and merged to fit anyway; --batch.per_device stays as given"),
     (r"n_?gpus?|num_gpus|gpus|nproc_per_node|gpu_ids|devices",
      "bash launch/multi_gpu.sh takes all GPUs (CUDA_VISIBLE_DEVICES those you want)"),
@@ -127,7 +130,7 @@ def why(name: str, given: Any) -> Reason | None:
     """Why there is no option in the place of `name`; None for a name that no trainer is known to have."""
     for pattern, is_so, so, otherwise in ANYWAY:
         if re.fullmatch(pattern, name):
-            return Reason(so, True) if is_so(given) else Reason(otherwise, False)
+            return Reason(so, True) if is_so(given) else Reason(otherwise, False, is_told_when_off=True)
     if known := reason_for(name):
         return Reason(known, False)
     text = next((text for pattern, text in MISSING if re.fullmatch(pattern, name)), "")

@@ -124,9 +124,9 @@ def at_least_two(value: Any) -> Words | None:
 
 
 def minutes(value: Any) -> Words | None:
-    """Seconds as minutes."""
+    """Seconds as minutes, a day of them at most."""
     amount = number(value)
-    return None if amount is None or amount <= 0 else (plain(amount / 60),)
+    return None if amount is None or not 0 < amount <= 86_400 else (plain(amount / 60),)
 
 
 def resume(value: Any) -> Words | None:

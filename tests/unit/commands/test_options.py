@@ -103,6 +103,7 @@ MISSPELT = [  # the words of a command, and what it answers
     (["report", "RUN", "--outptu", "x"], "did you mean --output?"),
     (["runs", "--jsno"], "did you mean --json?"),
     (["sync", "RUN", "--dry-rnu"], "did you mean --dry-run?"),
+    (["import-config", "FILE", "--jsno"], "--jsno: no such option; did you mean --json?"),
     (["glossary", "FILE", "--fomrs", "3"], "--fomrs: no such option; did you mean --forms?"),
 ]
 

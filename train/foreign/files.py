@@ -22,25 +22,13 @@ MARKS = {
 MAX_BYTES = 2**20
 
 
-class _NoRepeats(yaml.SafeLoader):
-    """YAML in which no key stands twice; PyYAML would take the last one in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
 def read_config(path: Path) -> dict[str, Any]:
     """The keys and values of a JSON or YAML file; raises ExitWith(BAD_INPUT) with the place of what is wrong."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise _refusal(path, f"is larger than {MAX_BYTES:,} bytes, so it is no configuration")
         text = path.read_text(encoding="utf-8-sig")
-        found = _json(text) if path.suffix.lower() == ".json" else yaml.load(text, _NoRepeats)
+        found = _json(text) if path.suffix.lower() == ".json" else _yaml(text)
     except OSError as error:
         raise _refusal(path, f"cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
@@ -63,6 +51,25 @@ def read_config(path: Path) -> dict[str, Any]:
 def _json(text: str) -> Any:
     json.loads(text)  # whose errors have lines
     return parse_json(text)
+
+
+def _yaml(text: str) -> Any:
+    _check_repeats(yaml.compose(text, yaml.SafeLoader))
+    return yaml.safe_load(text)
+
+
+def _check_repeats(node: yaml.Node | None) -> None:
+    """Raises MarkedYAMLError where a mapping has a key twice, of which PyYAML takes the last one in silence."""
+    if isinstance(node, yaml.SequenceNode):
+        for each in node.value:
+            _check_repeats(each)
+    elif isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if str(key.value) in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+            _check_repeats(value)
 
 
 def _refusal(path: Path, reason: str) -> ExitWith:

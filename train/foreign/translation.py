@@ -21,9 +21,10 @@ DEFAULTS = {
     "TRL": {**OF_TRAINER, "optim.lr": "2e-5", "train.epochs": "3", "batch.per_device": "8", "data.max_length": "1024",
             "lora.r": "16", "lora.alpha": "32", "lora.dropout": "0.05"},
     "axolotl": {**OF_TRAINER, "optim.schedule": "cosine", "train.epochs": "1", "batch.per_device": "1",
-                "data.max_length": "512", "lora.r": "8", "lora.alpha": "16"},
+                "data.max_length": "512", "train.method": "full"},
     "LLaMA-Factory": {**OF_TRAINER, "optim.lr": "5e-5", "train.epochs": "3", "batch.per_device": "8",
-                      "data.max_length": "2048", "lora.r": "8", "lora.target_modules": "all-linear"},
+                      "data.max_length": "2048", "lora.r": "8", "lora.target_modules": "all-linear",
+                      "train.method": "lora"},
 }  # fmt: skip
 PEFT_DEFAULTS = {"lora.r": "8", "lora.alpha": "8", "lora.dropout": "0"}
 SMALL = 2.0  # billions of weights, as the name has them; below, the recipe for 4 GB is meant
@@ -200,12 +201,13 @@ def _add_defaults(result: Translation, found: Mapping[str, Any], path: Path) -> 
     """Writes out what the trainer would do where the file says nothing."""
     options, is_adapter = result.options, "peft_type" in found
     defaults = dict(PEFT_DEFAULTS) if is_adapter else dict(DEFAULTS[result.trainer])
-    if "model.quantization" not in options and "model.name_or_path" in options and not is_adapter:
-        defaults["model.quantization"] = "none"
+    if "model.name_or_path" in options and not is_adapter:
+        defaults["model.quantization"] = "nf4" if found.get("adapter") == "qlora" else "none"
     if result.trainer == "LLaMA-Factory":
         defaults["lora.alpha"] = str(2 * int(number((options.get("lora.r") or ("8",))[0]) or 8))
-    is_full = options.get("train.method") == ("full",)
-    says_adapters = is_adapter or any(option.startswith(("lora.", "train.method")) for option in options)
+    method = options.get("train.method") or (defaults.get("train.method", ""),)
+    says_adapters = is_adapter or method[0] != "" or any(option.startswith("lora.") for option in options)
+    is_full = method == ("full",)
     for option, value in defaults.items():
         if option not in options and ((says_adapters and not is_full) or not option.startswith("lora.")):
             options[option] = (value,)

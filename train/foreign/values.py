@@ -4,6 +4,7 @@ Each function takes the value as their file or command line has it and returns o
 need be set, because it is so anyway; None where there is no counterpart.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -138,3 +139,8 @@ def resume(value: Any) -> Words | None:
 def file(value: Any) -> Words | None:
     """A path, as it stands; none for a list of tables."""
     return same(value) if isinstance(value, str) else None
+
+
+def template(value: Any) -> Words | None:
+    """A Jinja file, not the template itself."""
+    return None if re.search(r"[{}\n]", str(value)) else file(value)

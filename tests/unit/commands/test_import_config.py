@@ -188,8 +188,15 @@ def test_what_a_file_does_not_say(tmp_path: Path) -> None:
     config = accepted(full)
     assert (config.train.method, config.model.quantization) == ("full", "none")
     assert ("lora_r", "8", "every weight is trained (train.method full), so there are no adapters") in full.missing
+    _, silent = translated(tmp_path, "base_model: a/b-1B\nsequence_len: 64\nlora_r: 8\n")  # axolotl without `adapter`
+    assert accepted(silent).train.method == "full"
+    _, quiet = translated(tmp_path, "model_name_or_path: a/b-8B\nstage: sft\n")  # LLaMA-Factory's default is LoRA
+    assert (accepted(quiet).train.method, accepted(quiet).lora.alpha) == ("lora", 16)
     _, plain = translated(tmp_path, "base_model: a/b-8B\nadapter: lora\nlora_r: 8\n")
     assert accepted(plain).model.quantization == "none"
+    _, qlora = translated(tmp_path, "base_model: a/b-8B\nadapter: qlora\nchat_template_jinja: '{{ messages }}'\n")
+    assert accepted(qlora).model.quantization == "nf4"
+    assert [key for key, *_ in qlora.missing] == ["chat_template_jinja"]
     _, bare = translated(tmp_path, '{"max_length": 512, "use_cpu": true, "warmup_steps": 3}', "args.json")
     assert (bare.profile, accepted(bare).data.path, bare.options["model.name_or_path"]) == (
         "demo",

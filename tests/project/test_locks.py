@@ -46,9 +46,9 @@ def test_uv_takes_the_same_pins() -> None:
 def test_the_scripts_install_only_what_the_locks_name() -> None:
     """Every pip install in launch/ checks hashes and builds nothing, except for the project itself."""
     script = (ROOT / "launch" / "_common.sh").read_text()
-    assert re.search(r"^    install\(\) \{ .* -m pip install .*--no-deps \"\$@\"; \}$", script, re.MULTILINE)
+    assert re.search(r"^install\(\) \{ .* -m pip install .*--no-deps \"\$@\"; \}$", script, re.MULTILINE)
     others = [line.strip() for line in script.splitlines() if re.match(r"\s*install ", line)]
-    assert len(others) == 4
+    assert len(others) == 5
     assert [line for line in others if "--require-hashes" not in line] == [
         "install --no-build-isolation -e . # with the setuptools of the lock"
     ]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from data_tools.terminal import typed_path
 from train.bundled import MAIN, bundled
 from train.commands.options import Options, positive_number, print_document
+from train.profiles import HELD_OUT
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder
 from train.run.launcher import launch
@@ -57,8 +58,8 @@ def _train(words: list[str]) -> int:
         own.config(words)  # prints every option with its default in this profile
     options, rest = own.parse_known_args(words)
     config = own.config(rest)  # refused before accelerate is started, which takes seconds
-    if config.profile == "demo" and not any(word.startswith("--data.") for word in rest):
-        rest += ["--data.validation_path", str(bundled("demo/held_out.jsonl"))]  # its terms in other wordings
+    if config.profile in HELD_OUT and not any(word.startswith("--data.") for word in rest):
+        rest += ["--data.validation_path", HELD_OUT[config.profile]]
     # on a busy machine, OpenMP's spinning threads make a CPU run twenty times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     topology = _topology(options, config)

@@ -151,7 +151,7 @@ ROWS = (
     Row("run.resume", "resume_from_checkpoint", "resume_from_checkpoint", "resume_from_checkpoint",
         "resume_from_checkpoint", "resume", values.resume, "the same command resumes by itself"),
     Row("run.resume", "overwrite_output_dir", "", "", "overwrite_output_dir", "", lambda value: (),
-        "the same command resumes; --run.resume never starts again, and keeps the earlier run in previous-N/"),
+        "the same command resumes; --run.resume never starts again, and keeps the earlier run"),
     Row("run.device", "use_cpu no_cuda", "", "", "use_cpu", "", values.when("cpu")),
     Row("run.deterministic", "full_determinism", "", "", "full_determinism", "", values.flag),
     Row("run.timeout_minutes", "ddp_timeout", "ddp_timeout", "", "ddp_timeout", "", values.minutes,
@@ -163,7 +163,8 @@ ROWS = (
         lambda value: REPORTS.get(str(value[0] if isinstance(value, list) and len(value) == 1 else value).lower()),
         "auto: where there is a key; others are --track.mlflow on and --track.tensorboard true"),
 )  # fmt: skip
-REPORTS: dict[str, Words] = {"wandb": ("auto",), "true": ("auto",), "all": ("auto",)}
+# what report_to may name, and what is then track.wandb
+REPORTS: dict[str, Words] = dict.fromkeys(("wandb", "all", "true"), ("auto",))
 REPORTS |= dict.fromkeys(("none", "[]", "false"), ("off",))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from train.config import Config
-from train.foreign.names import Row, row_of
+from train.foreign.names import REPORTS, Row, row_of
 from train.foreign.reasons import why
 from train.foreign.sources import Told, axolotl_paths, hub_name, llama_factory_paths
 from train.foreign.values import Words, number, truth
@@ -129,13 +129,15 @@ def _take_nothing(result: Translation, key: str) -> None:
 
 def _take_trackers(result: Translation, value: Any) -> None:
     names = [str(each).lower() for each in (value if isinstance(value, list) else [value])]
-    result.set("report_to", "track.wandb", ("auto" if {"wandb", "all"} & set(names) else "off",))
-    if "tensorboard" in names:
-        result.set("report_to", "track.tensorboard", ("true",))
-    if "mlflow" in names:
-        result.set("report_to", "track.mlflow", ("on",))
-    for name in set(names) - {"wandb", "all", "tensorboard", "mlflow", "none", "false"}:
-        result.missing.append(("report_to", name, "there are Weights & Biases, MLflow and TensorBoard (track.*)"))
+    known = {REPORTS[name] for name in names if name in REPORTS}
+    result.set("report_to", "track.wandb", ("auto",) if ("auto",) in known else ("off",))
+    for name in names:
+        if name == "tensorboard":
+            result.set("report_to", "track.tensorboard", ("true",))
+        elif name == "mlflow":
+            result.set("report_to", "track.mlflow", ("on",))
+        elif name not in REPORTS:
+            result.missing.append(("report_to", name, "there are Weights & Biases, MLflow and TensorBoard (track.*)"))
 
 
 def _take_row(result: Translation, key: str, value: Any, row: Row) -> None:

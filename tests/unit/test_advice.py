@@ -54,6 +54,8 @@ TYPED = {  # what people type, and what they are told
     "--trust_remote_code": "--trust_remote_code: no such option: no code from the hub is run",
     "--deepspeed zero3.json": "no such option: several GPUs hold one replica each",
     "--config recipe.yaml": "handloop import-config FILE",
+    "--optim.seed 3": "--optim.seed: here it is --train.seed 3",
+    "--modle.dtype fp32": "--modle.dtype: no such option; did you mean --model.dtype?",
     "--frobnicate 1": "--frobnicate: no such option\n",
 }
 

@@ -27,6 +27,8 @@ def on_option(name: str, given: Sequence[str], own: Iterable[str], offered: Sequ
         return f"no such option: {reason}"
     value = given[0] if len(given) == 1 else list(given) or "true"
     known = counterpart(last, value)
+    if "." in name and known and known[0].endswith(f".{last}") and known[0] == nearest(name, offered):
+        known = None  # --modle.dtype is no foreign name
     if known and known[0] in offered:
         return _instead(*known)
     if (reason := why(last, value)) and not known:

@@ -102,7 +102,7 @@ def _take_profile(words: list[str], own: Sequence[str]) -> tuple[Config, list[st
     known = ", ".join(PROFILES)
     options = _grouped(words)
     names = [values for name, values in options if name == "profile"]
-    if len(names) != 1 or len(names[0]) != 1:
+    if len(names) != 1 or not names[0]:
         wrong = [] if names else _override(data_alone(), words, own)[1]
         for name, values in () if names else options:
             wrong += [f"--{name} {one}: did you mean --profile {one}?" for one in values if name and one in PROFILES]
@@ -114,12 +114,10 @@ def _take_profile(words: list[str], own: Sequence[str]) -> tuple[Config, list[st
         near = nearest(name, PROFILES)
         hint = f"did you mean {near}? " if near else ""
         raise ExitWith(ExitCode.BAD_INPUT, f"unknown profile {name!r}: {hint}known profiles: {known}")
-    rest = [
-        word
-        for option, values in options
-        if option != "profile"
-        for word in ([f"--{option}"] if option else []) + values
-    ]
+    rest = names[0][1:]  # what stands behind the profile belongs to no option
+    for option, values in options:
+        if option != "profile":
+            rest += [f"--{option}", *values] if option else values
     return PROFILES[name](), rest
 
 

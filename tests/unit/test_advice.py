@@ -54,6 +54,8 @@ TYPED = {  # what people type, and what they are told
     "--trust_remote_code": "--trust_remote_code: no such option: no code from the hub is run",
     "--deepspeed zero3.json": "no such option: several GPUs hold one replica each",
     "--config recipe.yaml": "handloop import-config FILE",
+    "--optim.seed 3": "--optim.seed: here it is --train.seed 3",
+    "--modle.dtype fp32": "--modle.dtype: no such option; did you mean --model.dtype?",
     "--frobnicate 1": "--frobnicate: no such option\n",
 }
 
@@ -104,6 +106,7 @@ def test_words_that_belong_to_no_option(tmp_path: Path, monkeypatch: pytest.Monk
     for option in ("--train.epochs 3", "--data.weights 1 2", "--lora.target_modules q_proj", "--data.packing true"):
         assert file in refusal(*demo, *option.split(), "pairs.jsonl")
     assert file in refusal("pairs.jsonl", *demo)
+    assert file in refusal(*demo, "pairs.jsonl", "--train.epochs", "3")
     assert "data files are --data.path reports" in refusal("reports", *demo)
     assert "did you mean --optim.lr=3?" in refusal("optim.lr=3", *demo)
     assert "here it is --optim.lr 3" in refusal("learning_rate=3", *demo)

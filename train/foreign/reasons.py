@@ -61,7 +61,7 @@ ANYWAY: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
     (r"overwrite_cache|dataset_prepared_path|tokenized_path|skip_prepare_dataset|dataset_dir|cache_dir|.*cache_path",
      _always, "prepared data is cached under a fingerprint of all that decides it (HANDLOOP_CACHE says where)", ""),
     (r"logging_.+|log_.+|disable_tqdm|plot_loss|include_(num_input_)?tokens.*|loss_watchdog_.+",
-     _always, "every step is in metrics.jsonl, and the terminal shows it (docs/REPORT.md draws it)", ""),
+     _always, "every step is recorded and shown in the terminal; handloop report draws it", ""),
     (r"dataloader_.+|remove_unused_columns|label_names|length_column_name|accelerator_config|ignore_data_skip",
      _always, "batches are a function of the seed and the step; fields that nothing reads are counted", ""),
     (r"preprocessing_.+|shuffle_(dataset|merged_datasets)|data_seed", _always,

@@ -43,6 +43,7 @@ def test_every_delimiter_gives_the_same_rows(delimiter: str, name: str, tmp_path
 def test_in_doubt_it_is_the_comma(tmp_path: Path) -> None:
     """Lines that another delimiter divides unevenly, and a first line with a comma, are not taken apart otherwise."""
     assert delimiter_of("prompt;response\na;b\nc;d;e\n") == ","
+    assert delimiter_of("prompt;response\n" + 20 * "a;b\n" + "c;d;e\n") == ","  # which csv.Sniffer takes for semicolons
     assert delimiter_of("prompt;x,response\na;b\n") == ","
     assert delimiter_of("text\na;b\n") == ","
     assert delimiter_of("prompt;response\na;b\n") == ";"

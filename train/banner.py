@@ -11,12 +11,12 @@ from train.grace import grace_warning
 from train.models.targets import Targets
 from train.models.tokenizer import trained_tokens, unseen_tokens
 from train.profiles import GLOSSARY
+from train.recipe import recipe_warnings
 from train.run import devices
 from train.run.devices import device_name
 from train.run.versions import versions
 from train.step import Training
 
-MAX_WARMUP = 1 / 3  # of the steps; recipes take 0 to 10 %
 MIN_EXTENSION_RATE = 0.01  # of the peak; below it an extension is hardly training
 
 
@@ -52,7 +52,8 @@ def banner(training: Training, tokenizer_notes: Sequence[str], splits: Splits, c
         *_parts(training),
         *_packing(training),
         f"steps     {data.steps_per_epoch:,} per epoch, {training.total_steps:,} in all; {start}",
-        f"optimizer {config.optim.name}, lr {config.optim.lr:g} {config.optim.schedule}, warmup {config.optim.warmup}"
+        f"optimizer {config.optim.name}, lr {config.optim.lr:g} {config.optim.schedule}, "
+        f"warmup {training.schedule.warmup:,} steps"
         + (f", B at {config.optim.lora_plus_ratio:g} times the rate" if config.optim.lora_plus_ratio != 1 else ""),
         *_extensions(training),
         *(f"tokenizer {note}" for note in tokenizer_notes),
@@ -141,8 +142,9 @@ def _warnings(training: Training, splits: Splits) -> list[str]:
     if config.data.validation_path and splits.validation is not None:
         lost = _lost(config, splits.validation.prepared.statistics)
         lines += [f"warning   validation: {line}" for line in lost]
-    if warning := warmup_warning(config.optim.warmup, training.total_steps):
-        lines.append(f"warning   {warning}")
+    data, schedule = training.data, training.schedule
+    recipe = recipe_warnings(config, len(data.samples), data.steps_per_epoch, training.total_steps, schedule.warmup)
+    lines += [f"warning   {warning}" for warning in recipe]
     last = training.schedule.decays[-1]
     if last.rate < MIN_EXTENSION_RATE * config.optim.lr:
         lines.append(
@@ -151,16 +153,6 @@ def _warnings(training: Training, splits: Splits) -> list[str]:
             "(--run.resume never) learns more"
         )
     return lines
-
-
-def warmup_warning(warmup: int, total_steps: int) -> str:
-    """A warning if the warmup takes more of the run than MAX_WARMUP, with one that fits; otherwise empty."""
-    if warmup <= MAX_WARMUP * total_steps:
-        return ""
-    fits = f"--optim.warmup {total_steps // 10} is a tenth of them"
-    if warmup >= total_steps:
-        return f"optim.warmup {warmup} leaves none of the run's {total_steps:,} steps at the peak learning rate; {fits}"
-    return f"optim.warmup {warmup} is {warmup / total_steps:.0%} of the run's {total_steps:,} steps; {fits}"
 
 
 def _slow_stop(training: Training) -> str:

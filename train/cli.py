@@ -21,7 +21,7 @@ USAGE = "usage: accelerate launch train/main.py --profile NAME [--section.field 
 _PARSING = (tyro.conf.FlagConversionOff,)
 # options that name files or folders, some of them beside other values
 PATHS = ("run.dir", "run.resume", "model.name_or_path", "data.path", "data.validation_path", "data.chat_template")
-PATHS += ("lora.init_from", "validate.general_text")
+PATHS += ("lora.init_from", "validate.general_text", "compare.general_questions")
 # beginnings of the options that a finished run takes: where its base and data are, how and where it is executed
 MAY_CHANGE = ("model.name_or_path", "model.revision", "model.dtype", "data.", "memory.", "run.device", "compare.")
 ITS_OWN = ("profile", "print-config", "help")  # what the command line knows beside the configuration

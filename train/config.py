@@ -146,8 +146,9 @@ class OptimConfig:
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Shape of the decay from the end of the warmup to the last step."""
-    warmup: int = 0
-    """Optimizer steps over which the learning rate rises linearly to its peak."""
+    warmup: int | float = 0
+    """Optimizer steps over which the learning rate rises linearly to its peak: a number, or a share of the run such as
+    0.1, rounded up."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
@@ -296,6 +297,9 @@ class CompareConfig:
     """Ask the first N rows of data.path, and of data.validation_path; 0 asks none."""
     max_new_tokens: int = 128
     """An answer ends here at the latest, and then counts as not stopped."""
+    general_questions: str = "off"
+    """Further questions that have nothing to do with the data, to see what is forgotten: bundled, off, or a file of
+    prompt/response rows or of a question a line."""
 
 
 @dataclass(frozen=True)
@@ -324,6 +328,7 @@ class Config:
 
     def _checks(self) -> Iterator[tuple[str, object, str]]:
         yield from self._number_checks()
+        yield from self._warmup_checks()
         yield from self._range_checks()
         yield from self._data_checks()
         yield from self._target_checks()
@@ -401,6 +406,8 @@ class Config:
         for option, value in (("min_improvement", settings.min_improvement), ("target_loss", settings.target_loss)):
             if not 0 <= value < float("inf"):
                 yield f"validate.{option}", value, "must be a finite number, at least 0"
+        if not self.compare.general_questions:
+            yield "compare.general_questions", "(empty)", "name a file, or write bundled or off"
         if not settings.general_text:
             yield "validate.general_text", "(empty)", "name a file, or write bundled or off"
 
@@ -455,7 +462,6 @@ class Config:
             ("data.max_length", self.data.max_length, 8),
             ("batch.per_device", self.batch.per_device, 1),
             ("batch.accumulation", self.batch.accumulation, 1),
-            ("optim.warmup", self.optim.warmup, 0),
             ("optim.weight_decay", self.optim.weight_decay, 0),
             ("optim.lora_plus_ratio", self.optim.lora_plus_ratio, 1),
             ("train.epochs", self.train.epochs, 1),
@@ -490,6 +496,13 @@ class Config:
         for option, value in (("optim.lr", self.optim.lr), ("optim.lora_plus_ratio", self.optim.lora_plus_ratio)):
             if value == float("inf"):
                 yield option, value, "must be a finite number"
+
+    def _warmup_checks(self) -> Iterator[tuple[str, object, str]]:
+        warmup = self.optim.warmup
+        if isinstance(warmup, float) and not 0 <= warmup < 1:
+            yield "optim.warmup", warmup, "a share of the run is at least 0 and less than 1; steps are a whole number"
+        elif warmup < 0:
+            yield "optim.warmup", warmup, "must be at least 0"
 
     def _range_checks(self) -> Iterator[tuple[str, object, str]]:
         below = [

@@ -20,6 +20,7 @@ from train.run.folder import RunFolder
 from train.run.signals import StopRequest
 from train.step import Training
 from train.track.trackers import Trackers
+from train.validation.material import Material
 
 
 def chosen_for_final(training: Training, store: CheckpointStore, last: int) -> int:
@@ -63,7 +64,7 @@ def publish(training: Training, tokenizer: Tokenizer, splits: Splits, step: int,
 
 
 def deliver(
-    training: Training, tokenizer: Tokenizer, splits: Splits, trackers: Trackers, stop: StopRequest, step: int
+    training: Training, splits: Splits, material: Material, trackers: Trackers, stop: StopRequest, step: int
 ) -> None:
     """Answers questions of the data without and with the adapters as they were after `step`.
 
@@ -75,7 +76,7 @@ def deliver(
         print("the base is gone, so no questions are asked")
         return
     try:
-        ask(training, tokenizer, splits, trackers, stop, step)
+        ask(training, splits, material, trackers, stop, step)
     except ExitWith:
         raise
     except Exception as error:
@@ -88,19 +89,20 @@ def deliver(
 
 
 def ask(
-    training: Training, tokenizer: Tokenizer, splits: Splits, trackers: Trackers, stop: StopRequest, step: int
+    training: Training, splits: Splits, material: Material, trackers: Trackers, stop: StopRequest, step: int
 ) -> None:
-    """Answers questions of the trained and of the held-out samples; raises ExitWith(INTERRUPTED) when stopped."""
+    """Answers trained, held-out and general questions; raises ExitWith(INTERRUPTED) when stopped."""
     config, folder, console = training.config, RunFolder.of(training.config), Console()
-    end_token_ids = splits.training.prepared.statistics.end_token_ids
-    generator = Generator(training.model, tokenizer.backend, end_token_ids, config.compare.max_new_tokens)
+    tokenizer, end_token_ids = material.tokenizer, splits.training.prepared.statistics.end_token_ids
+    generator = Generator(training.model, tokenizer, end_token_ids, config.compare.max_new_tokens)
     count = config.compare.num_questions
     data, validation = training.data, splits.validation
     visited = data.visited_samples(step)
-    asked = [("trained", questions_of(data.samples, visited, tokenizer.backend, count), folder.answers)]
+    asked = [("trained", questions_of(data.samples, visited, tokenizer, count), folder.answers)]
     if validation is not None:
-        held_out = questions_of(validation.samples, range(len(validation.samples)), tokenizer.backend, count)
+        held_out = questions_of(validation.samples, range(len(validation.samples)), tokenizer, count)
         asked.append(("held out", held_out, folder.held_out_answers))
+    asked.append(("general", list(material.general_questions), folder.general_answers))
     for kind, questions, path in asked:
         if not questions:
             continue

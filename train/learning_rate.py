@@ -72,6 +72,8 @@ class Schedule:
     def is_independent(self, completed: int) -> bool:
         """Whether the first `completed` steps would have had the same rates with any other end."""
         last = self.decays[-1]  # whose first step behind the warmup has its full rate
+        if last is self.decays[0] and isinstance(self.optim.warmup, float) and self.warmup:
+            return not completed  # a share of another number of steps
         return self.optim.schedule == "constant" or completed - last.start <= self._warmup(last) + 1
 
     def with_end(self, total_steps: int) -> "Schedule":
@@ -82,5 +84,11 @@ class Schedule:
         """A further decay of the same shape, from the rate of the last of `completed` steps to the new end."""
         return replace(self, decays=(*self.decays, Decay(completed, self.rate(completed - 1), total_steps)))
 
+    @property
+    def warmup(self) -> int:
+        """Steps of the warmup: as asked for, or the share of the first decay's steps that was asked for."""
+        asked = self.optim.warmup
+        return math.ceil(asked * self.decays[0].end) if isinstance(asked, float) else asked
+
     def _warmup(self, decay: Decay) -> int:
-        return self.optim.warmup if decay is self.decays[0] else 0
+        return self.warmup if decay is self.decays[0] else 0

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 
+from accelerate import Accelerator
+
 from data_tools.prepare import Prepared
 from data_tools.terminal import fitted
 from train.assemble import assemble
@@ -37,6 +39,7 @@ from train.config import Config
 from train.data import BatchLayout, Splits, TrainingData, read_data, run_date
 from train.delivery import chosen_for_final, deliver, publish
 from train.ending import end_of, record_end, say_end, unrecorded_defect
+from train.finished_before import was_finished
 from train.learning_rate import Schedule
 from train.loop import Boundary, training_loop
 from train.models.tokenizer import Tokenizer, check_fits, load_tokenizer
@@ -157,11 +160,10 @@ def job(config: Config, observed: Observed) -> str:
     check_same_everywhere(run_identity, accelerator)
     store = CheckpointStore(folder, config.checkpoint.keep, material.fingerprint)
     checkpoint = choose(store, config, accelerator)
-    schedule = Schedule.of(config.optim, data.total_steps(config.train))
-    if checkpoint is not None:
-        check_same_run(checkpoint, run_identity, accelerator)
-        schedule = resumed_schedule(checkpoint, config, data)
-    else:
+    schedule = schedule_of(checkpoint, config, data, run_identity, accelerator)
+    if checkpoint is not None and was_finished(config, checkpoint, data, accelerator):
+        return ""
+    if checkpoint is None:
         doing.now = "auditing the data"
         on_first_process(accelerator, lambda: report_audit(config, tokenizer, data, splits, observed))
     raise_if_stopped(config, accelerator, stop)
@@ -191,8 +193,22 @@ def job(config: Config, observed: Observed) -> str:
         step = chosen_for_final(training, store, last)
         publish(training, tokenizer, splits, step, run_identity["model.base"])
         doing.now = "asking the questions"
-        deliver(training, tokenizer, splits, trackers, stop, step)
+        deliver(training, splits, material, trackers, stop, step)
     return validator.reason_to_end(last)
+
+
+def schedule_of(
+    checkpoint: Checkpoint | None,
+    config: Config,
+    data: TrainingData,
+    run_identity: dict[str, object],
+    accelerator: Accelerator,
+) -> Schedule:
+    """The learning rates of a fresh run, or of the one that the checkpoint is of; another run's is refused."""
+    if checkpoint is None:
+        return Schedule.of(config.optim, data.total_steps(config.train))
+    check_same_run(checkpoint, run_identity, accelerator)
+    return resumed_schedule(checkpoint, config, data)
 
 
 def check_folder(training: Training, store: CheckpointStore, prepared: Prepared, today: date) -> int:

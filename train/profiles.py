@@ -30,7 +30,7 @@ def demo() -> Config:
         run=RunConfig(dir="runs/demo", device="cpu"),
         lora=LoraConfig(r=32, alpha=64),
         batch=BatchConfig(per_device=8, accumulation=1),
-        optim=OptimConfig(lr=3e-3, schedule="cosine", warmup=98),
+        optim=OptimConfig(lr=3e-3, schedule="cosine", warmup=0.1),
         train=TrainConfig(epochs=12),
         memory=MemoryConfig(checkpointing="none"),
         compare=CompareConfig(num_questions=220, max_new_tokens=96),
@@ -70,7 +70,7 @@ def four_gb() -> Config:
         run=RunConfig(dir="runs/4gb", device="cuda"),
         lora=LoraConfig(r=8, alpha=32),
         batch=BatchConfig(per_device=1, accumulation=16),
-        optim=OptimConfig(lr=2e-4, schedule="cosine", warmup=50, max_grad_norm=0.3),
+        optim=OptimConfig(lr=2e-4, schedule="cosine", warmup=0.1, max_grad_norm=0.3),
         train=TrainConfig(epochs=10),
         memory=MemoryConfig(budget="4GiB"),
     )

@@ -73,6 +73,37 @@ def test_questions_are_trained_turns_of_kept_samples(config: Config, tmp_path: P
     assert "warning   1 bad records were skipped" in outcome.stdout
 
 
+def test_a_finished_command_repeated_says_so(config: Config) -> None:
+    """It reads no base and writes only how it ended; other questions, or a final/ that is not whole, are work."""
+    config = on(config)
+    config = replace(config, compare=replace(config.compare, general_questions="bundled"))
+    assert run_command(arguments(config)).returncode == 0
+    assert [reference for _, reference in asked(config, "answers_general.json")] == ["Paris", "Seven", "Mercury"]
+    run_dir, said = Path(config.run.dir), "this run has finished before"
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
+    again = run_command(arguments(config))
+    assert again.returncode == 0, again.stderr
+    assert said in again.stdout
+    assert "loading" not in again.stdout
+    for part in ("2 steps", "handloop chat", "--lora.init_from", "--train.epochs", "--run.resume never"):
+        assert part in again.stdout
+    after = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
+    changed = {path.name for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+    assert changed <= {"exit.json", ".lock"}
+    assert json.loads((run_dir / "exit.json").read_text())["name"] == "finished"
+
+    other = replace(config, compare=replace(config.compare, num_questions=2))
+    more = run_command(arguments(other))
+    assert said not in more.stdout
+    assert len(asked(config, "answers.json")) == 2
+    adapter = run_dir / "final" / "adapter_model.safetensors"
+    whole = adapter.read_bytes()
+    adapter.write_bytes(whole[:-9])
+    mended = run_command(arguments(other))
+    assert said not in mended.stdout
+    assert adapter.read_bytes() == whole
+
+
 def test_questions_that_fail_do_not_undo_a_training(config: Config) -> None:
     """Exit 82 and a reason: final/ is complete, and the command repeated asks again without training."""
     config = on(config)
@@ -97,7 +128,8 @@ def test_a_resumed_run_sees_the_day_on_which_it_started(config: Config, tmp_path
     first = run_command(arguments(config))
     assert first.returncode == 0, first.stderr
     assert f"date      {date.today().isoformat()}, which the chat template asks for" in first.stdout
-    resumed = run_command(arguments(config), in_another_year)
+    other = replace(config, compare=replace(config.compare, num_questions=2))  # so that something is left to do
+    resumed = run_command(arguments(other), in_another_year)
     assert resumed.returncode == 0, resumed.stderr
     assert f"date      {date.today().isoformat()}" in resumed.stdout
     fresh = run_command(arguments(at(config, tmp_path / "fresh")), in_another_year)

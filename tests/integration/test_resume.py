@@ -131,14 +131,14 @@ def test_never_starts_again_and_keeps_the_old_run(dropped: Config, tmp_path: Pat
 
 
 def test_checkpoints_outlive_a_lost_or_damaged_run_json(dropped: Config, tmp_path: Path) -> None:
-    """With run.json lost or damaged, the same command continues from the newest checkpoint."""
+    """With run.json lost or damaged, the same command finds the newest checkpoint, behind which nothing is left."""
     expected = uninterrupted(dropped, tmp_path / "run")
     for content in (None, "{", "[]"):
         record = tmp_path / "run" / "run.json"
         record.unlink() if content is None else record.write_text(content)
         outcome = run_command(arguments(at(dropped, tmp_path / "run")))
         assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-        assert "continues after step 6" in outcome.stdout
+        assert "this run has finished before" in outcome.stdout
         assert result_of(tmp_path / "run") == expected
 
 

@@ -46,7 +46,7 @@ def test_profiles_hold_the_two_seed_recipes() -> None:
     assert (a100.optim.name, a100.optim.lr, a100.model.quantization) == ("paged_adamw_8bit", 1e-4, "nf4")
     assert (a100.memory.checkpointing, a100.checkpoint.every) == ("auto", "epoch")
     assert (small.lora.r, small.lora.alpha, small.batch.per_device, small.batch.accumulation) == (8, 32, 1, 16)
-    assert (small.optim.schedule, small.optim.warmup, small.optim.max_grad_norm) == ("cosine", 50, 0.3)
+    assert (small.optim.schedule, small.optim.warmup, small.optim.max_grad_norm) == ("cosine", 0.1, 0.3)
     assert parse_bytes(small.memory.budget) == 4 * 2**30
     assert (many.lora, many.batch, many.optim) == (a100.lora, a100.batch, a100.optim)
 

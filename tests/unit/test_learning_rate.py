@@ -13,7 +13,7 @@ LINEAR = [0.25, 0.5, 0.75, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
 SHAPES = ("linear", "cosine", "constant")
 
 
-def schedule(shape: Any, total: int = 10, warmup: int = 4) -> Schedule:
+def schedule(shape: Any, total: int = 10, warmup: int | float = 4) -> Schedule:
     return Schedule.of(OptimConfig(lr=2.0, schedule=shape, warmup=warmup), total)
 
 
@@ -31,10 +31,19 @@ def test_the_rate_of_every_step() -> None:
     assert schedule("linear", 1, 0).rate(0) == 2.0
 
 
+def test_a_share_of_the_run_is_that_many_steps() -> None:
+    """Rounded up, of the steps that the run had at first: an extension has no warmup, and changes no earlier step."""
+    assert rates(schedule("linear", 10, 0.4)) == rates(schedule("linear", 10, 4))
+    assert [schedule("cosine", total, 0.1).warmup for total in (1, 10, 11, 984)] == [1, 1, 2, 99]
+    longer = schedule("cosine", 10, 0.4).extended(10, 50)
+    assert longer.warmup == 4
+    assert rates(longer) == rates(schedule("cosine", 10, 4).extended(10, 50))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_run_is_independent_of_its_end_exactly_where_no_rate_changes(shape: str) -> None:
     """The rule says what comparing every rate of the steps made with those of longer runs says."""
-    for warmup in (0, 1, 4, 12):
+    for warmup in (0, 1, 4, 12, 0.0, 0.3, 0.95):
         for completed in range(1, 11):
             run = schedule(shape, 10, warmup)
             same = all(run.rate(s) == run.with_end(end).rate(s) for s in range(completed) for end in (11, 15, 99))

@@ -29,6 +29,11 @@ class Answer:
         """How one of the two compares with the reference; None where there is none."""
         return None if self.reference is None else score(completion.text, self.reference)
 
+    def has_contained(self, completion: Completion) -> bool | None:
+        """Whether the reference stands in it; None where there is none."""
+        found = self.score(completion)
+        return None if found is None else found.contained
+
 
 def compare(generator: Generator, questions: Sequence[Question], must_stop: Callable[[], bool]) -> list[Answer]:
     """Answers each question with adapters off and on; ends early when `must_stop` returns True."""
@@ -60,6 +65,8 @@ def as_rows(answers: Sequence[Answer]) -> list[dict[str, Any]]:
             "stopped": answer.after.is_stopped,
             "before_exact": answer.before.text == answer.reference,
             "before_stopped": answer.before.is_stopped,
+            "contained": answer.has_contained(answer.after),
+            "before_contained": answer.has_contained(answer.before),
         }
         for answer in answers
     ]
@@ -68,16 +75,20 @@ def as_rows(answers: Sequence[Answer]) -> list[dict[str, Any]]:
 def show_answers(console: Console, title: str, answers: Sequence[Answer]) -> None:
     """A table of the first few answers, and the counts over all of them."""
     show_first(console, title, answers, ROWS_SHOWN)
-    total = len(answers)
     console.print(f"{title}:", highlight=False)
     for label, completions in (("before", [a.before for a in answers]), ("after", [a.after for a in answers])):
-        pairs = zip(completions, answers, strict=True)
-        exact = sum(completion.text == answer.reference for completion, answer in pairs)
-        stopped = sum(completion.is_stopped for completion in completions)
-        shares = (
-            f"{exact} of {total} exact ({exact / total:.1%}), {stopped} stopped by themselves ({stopped / total:.1%})"
-        )
-        console.print(f"{label:>6}: {shares}", highlight=False, soft_wrap=True)
+        console.print(f"{label:>6}: {_counts(answers, completions)}", highlight=False, soft_wrap=True)
+
+
+def _counts(answers: Sequence[Answer], completions: Sequence[Completion]) -> str:
+    """How many are right, word for word or with other words around; and how many ended by themselves."""
+    pairs = list(zip(answers, completions, strict=True))
+    scores = [found for answer, completion in pairs if (found := answer.score(completion)) is not None]
+    exact, contained = sum(found.exact for found in scores), sum(found.contained for found in scores)
+    stopped = sum(completion.is_stopped for completion in completions)
+    told = [f"{exact} of {len(scores)} exact ({exact / len(scores):.1%})"] if scores else []
+    told += [f"{contained} contain the answer ({contained / len(scores):.1%})"] if contained > exact else []
+    return ", ".join([*told, f"{stopped} stopped by themselves ({stopped / len(answers):.1%})"])
 
 
 def show_first(console: Console, title: str, answers: Sequence[Answer], count: int) -> None:

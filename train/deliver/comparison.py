@@ -154,6 +154,7 @@ def _figures(given: Sequence[tuple[Answer, Completion]]) -> dict[str, Any]:
     return {
         "exact": rate([found.exact for found in scores]),
         "normalised_exact": rate([found.normalised_exact for found in scores]),
+        "contained": rate([found.contained for found in scores]),
         "f1": fmean(found.f1 for found in scores) if scores else None,
         "stopped": rate([completion.is_stopped for _, completion in given]),
         "mean_tokens": fmean(completion.num_tokens for _, completion in given),

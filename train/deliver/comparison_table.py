@@ -18,7 +18,8 @@ def show_comparison(console: Console, found: Comparison, num_shown: int) -> None
     if found.answers:
         console.print(_answers_table(found))
         console.print(
-            "in brackets: 95 % intervals (Wilson). near: but for case, punctuation, articles. F1: of words.",
+            "in brackets: 95 % intervals (Wilson). contained: the reference stands in the answer, but for case, "
+            "punctuation and articles. F1: of words.",
             style="dim",
         )
     if found.losses:
@@ -34,7 +35,7 @@ def show_comparison(console: Console, found: Comparison, num_shown: int) -> None
 
 def _answers_table(found: Comparison) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=0)
-    for name in ("questions", "exact", "near", "F1", "stopped", "tokens"):
+    for name in ("questions", "exact", "contained", "F1", "stopped", "tokens"):
         table.add_column(name, justify="left" if name == "questions" else "right", no_wrap=True)
     for name, answers in found.answers.items():
         group = group_json(answers)
@@ -43,7 +44,7 @@ def _answers_table(found: Comparison) -> Table:
             figures = group[when]
             table.add_row(
                 f"  {when}",
-                *(_rate(figures[key]) for key in ("exact", "normalised_exact")),
+                *(_rate(figures[key]) for key in ("exact", "contained")),
                 "-" if figures["f1"] is None else f"{figures['f1']:.3f}",
                 _rate(figures["stopped"]),
                 f"{figures['mean_tokens']:.1f}",

@@ -18,12 +18,15 @@ class Score:
 
     exact: bool  # the texts are equal
     normalised_exact: bool  # they are, but for case, punctuation, articles and white space
+    contained: bool  # the normalised reference stands in the normalised answer, word for word
     f1: float  # of their words, after the same normalisation
 
 
 def score(answer: str, reference: str) -> Score:
     """The answer's score."""
-    return Score(answer == reference, normalised(answer) == normalised(reference), token_f1(answer, reference))
+    found, wanted = normalised(answer), normalised(reference)
+    contained = f" {wanted} " in f" {found} "
+    return Score(answer == reference, found == wanted, contained, token_f1(answer, reference))
 
 
 def normalised(text: str) -> str:

@@ -25,7 +25,8 @@ def answers_section(run: RunRecord, notes: list[str]) -> Section:
         notes.append(f"{run.folder.comparison.name} is damaged")
     blocks = [*_scores(at(comparison, "groups")), *_losses(at(comparison, "losses"))]
     asked = set()  # groups whose answers are here twice: at the run's end, and by handloop compare
-    for path, kind in ((run.folder.answers, "trained"), (run.folder.held_out_answers, "held-out")):
+    ends = {"trained": run.folder.answers, "held-out": run.folder.held_out_answers}
+    for kind, path in (ends | {"general": run.folder.general_answers}).items():
         rows = _listed(path, notes)
         if rows:
             asked.add(kind.replace("-", "_"))
@@ -46,7 +47,7 @@ def _scores(groups: Any) -> list[Block]:
     for name, group in groups.items() if isinstance(groups, dict) else ():
         for when in ("before", "after"):
             found = at(group, when)
-            shares = [_share(at(found, key)) for key in ("exact", "normalised_exact", "stopped")]
+            shares = [_share(at(found, key)) for key in ("exact", "normalised_exact", "contained", "stopped")]
             kind = f"{shown(name).replace('_', ' ')}, {when}"
             rows.append(
                 [
@@ -56,7 +57,16 @@ def _scores(groups: Any) -> list[Block]:
                     *(number(at(found, key)) for key in ("f1", "mean_tokens")),
                 ]
             )
-    header = ["questions", "count", "word for word", "nearly", "ended by themselves", "word F1", "tokens, mean"]
+    header = [
+        "questions",
+        "count",
+        "word for word",
+        "nearly",
+        "contained in the answer",
+        "ended by themselves",
+        "word F1",
+        "tokens, mean",
+    ]
     return [Table("Scores of handloop compare, with 95 % intervals (Wilson)", header, rows)] if rows else []
 
 

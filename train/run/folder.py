@@ -51,6 +51,7 @@ class RunFolder:
     report = Entry("report.html")  # the page of handloop report
     answers = Entry("answers.json")
     held_out_answers = Entry("answers_held_out.json")
+    general_answers = Entry("answers_general.json")
     comparison = Entry("compare.json")  # of base and tuned model, by handloop compare
     validation_answers = Entry("validation_answers.jsonl")  # a line an answer, at each validation
     checkpoints = Entry("checkpoints")

@@ -6,14 +6,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from accelerate import Accelerator
 from rich.console import Console
 from rich.text import Text
 
 from data_tools.terminal import printable
 from train.config import Config
+from train.data import TrainingData
 from train.run.devices import device_name
 from train.run.exits import ExitCode
 from train.run.folder import RunFolder, read_object
@@ -76,16 +79,11 @@ class Display:
     def of(cls, training: Training, first_step: int, is_stopping: Callable[[], bool]) -> "Display":
         """For the run that goes on after `first_step`."""
         config, plan, accelerator = training.config, training.plan, training.accelerator
-        count = f"{accelerator.num_processes} x " if accelerator.num_processes > 1 else ""
-        facts = RunFacts(
-            folder=RunFolder.of(config),
-            **titles(config),
-            device=count + device_name(accelerator.device).partition(",")[0],
+        facts = replace(
+            run_facts(config, training.data, accelerator),
             total_steps=training.total_steps,
-            steps_per_epoch=training.data.steps_per_epoch,
             planned_gib=plan.peak_bytes / 2**30,
             uses_graphs=plan.uses_graphs,
-            is_whole=config.train.method == "full",
         )
         return cls(facts, Console(), first_step, is_stopping)
 
@@ -226,13 +224,20 @@ def room_of(console: Console) -> Room:
     return Room(width, height, not console.encoding.startswith("utf") or locale in ("C", "POSIX"))
 
 
-def titles(config: Config) -> dict[str, str]:
-    """What is trained on what, and how, in names short enough for a title."""
+def run_facts(config: Config, data: TrainingData, accelerator: Accelerator) -> RunFacts:
+    """What is known before the model is there: what is trained on what, and how, in names short enough for a title."""
     first, *others = [printable(Path(path).name or path) for path in config.data.path]
-    method = f"{'rsLoRA' if config.lora.rslora else 'LoRA'} r={config.lora.r}"
+    lora = f"{'rsLoRA' if config.lora.rslora else 'LoRA'} r={config.lora.r}"
     held = {"nf4": "NF4", "int8": "int8", "none": "an unquantised base"}[config.model.quantization]
-    return {
-        "base": printable(Path(config.model.name_or_path).name),
-        "data": first + (f" and {len(others)} more" if others else ""),
-        "method": "full fine-tuning" if config.train.method == "full" else f"{method} on {held}",
-    }
+    is_whole = config.train.method == "full"
+    count = f"{accelerator.num_processes} x " if accelerator.num_processes > 1 else ""
+    return RunFacts(
+        folder=RunFolder.of(config),
+        base=printable(Path(config.model.name_or_path).name),
+        data=first + (f" and {len(others)} more" if others else ""),
+        method="full fine-tuning" if is_whole else f"{lora} on {held}",
+        device=count + device_name(accelerator.device).partition(",")[0],
+        total_steps=data.total_steps(config.train),
+        steps_per_epoch=data.steps_per_epoch,
+        is_whole=is_whole,
+    )

@@ -74,8 +74,8 @@ def summary(facts: RunFacts, rows: Sequence[Row], room: Room) -> list[str]:
         *_losses(facts, rows, room),
         *_costs(facts, rows),
         *_warnings(facts, rows),
-        *_table("where", where),
-        *_table("next", next_commands(folder, facts.is_whole)),
+        *table("where", where),
+        *table("next", next_commands(folder, facts.is_whole)),
     ]
 
 
@@ -155,7 +155,8 @@ def _warnings(facts: RunFacts, rows: Sequence[Row]) -> list[str]:
     return [_line("warning", text) for text in [*lines, *found[-WARNINGS_SHOWN:]]]
 
 
-def _table(label: str, pairs: Sequence[tuple[str, str]]) -> list[str]:
+def table(label: str, pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """Lines of what and why, the label before the first."""
     width = max(len(what) for what, _ in pairs)
     lines = [f"{what:<{width}}  {why}" for what, why in pairs]
     return [_line(label, lines[0]), *(" " * LABEL + line for line in lines[1:])]

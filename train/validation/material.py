@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from data_tools.prepare import prepare
 from data_tools.report import DataError
 from train.config import Config
 from train.data import Splits, prepare_settings
-from train.deliver.questions import Question, questions_of
+from train.deliver.questions import Question, questions_in, questions_of
 from train.profiles import DEMO
 from train.seeds import derived_seed
 
@@ -32,6 +33,7 @@ class Material:
     parts: Mapping[int, Dataset] = field(default_factory=dict)
     general: Dataset | None = None  # not part of the validation loss
     questions: tuple[Question, ...] = ()
+    general_questions: tuple[Question, ...] = ()  # asked at the end
     tokenizer: Any = None  # of the questions and their answers
     end_token_ids: tuple[int, ...] = ()
     fingerprint: str = ""  # equal where the validation losses can be compared
@@ -48,11 +50,16 @@ class Material:
 
 
 def material_of(config: Config, tokenizer: Any, splits: Splits, today: date) -> Material:
-    """What `config` wants to be measured on; raises DataError where the general text cannot be used."""
+    """What `config` wants to be measured on; raises DataError where a general text or question cannot be used."""
     held_out = splits.validation
-    general = general_text(config, tokenizer, splits, today)
+    found = Material(
+        general=general_text(config, tokenizer, splits, today),
+        general_questions=general_questions(config, tokenizer, today),
+        tokenizer=tokenizer,
+        end_token_ids=tuple(splits.training.prepared.statistics.end_token_ids),
+    )
     if held_out is None:
-        return Material(general=general)
+        return found
     samples: Any = held_out.samples
     path_numbers = samples["path_number"][:]
     chosen = subset(samples["num_tokens"][:], path_numbers, config.validate.tokens, config.train.seed)
@@ -61,13 +68,12 @@ def material_of(config: Config, tokenizer: Any, splits: Splits, today: date) -> 
         int(path) + 1: samples.select([chosen[i] for i in np.flatnonzero(paths == path)]) for path in np.unique(paths)
     }
     decisive = (held_out.prepared.fingerprint, config.data.validation_fraction, config.validate.tokens, chosen)
-    return Material(
-        parts,
-        general,
-        tuple(_questions(samples, tokenizer, config.validate.num_questions)),
-        tokenizer,
-        tuple(held_out.prepared.statistics.end_token_ids),
-        hashlib.sha256(repr(decisive).encode()).hexdigest()[:32],
+    return replace(
+        found,
+        parts=parts,
+        questions=tuple(_questions(samples, tokenizer, config.validate.num_questions)),
+        end_token_ids=tuple(held_out.prepared.statistics.end_token_ids),
+        fingerprint=hashlib.sha256(repr(decisive).encode()).hexdigest()[:32],
     )
 
 
@@ -113,3 +119,21 @@ def general_text(config: Config, tokenizer: Any, splits: Splits, today: date) ->
         return prepare(replace(settings, text_overlap=0, format="text", fields=(), on_error="stop"), tokenizer).dataset
     except DataError as error:
         raise DataError(f"--validate.general_text {wanted}: {error}") from None
+
+
+def general_questions(config: Config, tokenizer: Any, today: date) -> tuple[Question, ...]:
+    """The questions beside the data's that are asked at the end; raises DataError where they cannot be read.
+
+    At most compare.num_questions of them; bundled ones that the chat template cannot render are not asked.
+    """
+    wanted, count = config.compare.general_questions, config.compare.num_questions
+    if wanted == OFF or not count or config.train.method == "full":
+        return ()
+    path = DEMO / "general_questions.jsonl" if wanted == BUNDLED else Path(wanted)
+    settings = replace(prepare_settings(config, (), today), format="auto", fields=(), on_error="stop")
+    try:
+        return tuple(questions_in(path, settings, tokenizer, count)[0])
+    except DataError as error:
+        if wanted == BUNDLED:
+            return ()
+        raise DataError(f"--compare.general_questions {wanted}: {error}") from None

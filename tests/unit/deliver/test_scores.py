@@ -15,6 +15,19 @@ def test_an_exact_answer_scores_in_full() -> None:
     assert (other.exact, other.normalised_exact, other.f1) == (False, False, 0.0)
 
 
+def test_an_answer_contains_its_reference_in_whole_words() -> None:
+    """Among others, but for case and punctuation; not as a part of a word, nor in pieces."""
+    for answer, reference, wanted in (
+        ("The capital of France is Paris.", "paris", True),
+        ("Red, green, and blue.", "Red, green and blue", True),
+        ("Parisian", "Paris", False),
+        ("red and blue", "red blue", False),
+        ("", "Paris", False),
+        ("A bolt.", "the bolt", True),
+    ):
+        assert score(answer, reference).contained == wanted, (answer, reference)
+
+
 def test_normalisation_is_squad_s() -> None:
     """Case, ASCII punctuation, articles as whole words and white space go; everything else stays."""
     assert normalised("The cat's  (best)\tan-other, Anna: 1,000!") == "cats best another anna 1000"

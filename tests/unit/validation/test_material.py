@@ -9,7 +9,7 @@ import pytest
 
 from data_tools.report import DataError
 from tests.conftest import TODAY, splits_of
-from train.config import Config, ValidateConfig
+from train.config import CompareConfig, Config, ValidateConfig
 from train.models.tokenizer import load_tokenizer
 from train.validation.material import Material, material_of, subset
 
@@ -55,6 +55,21 @@ def test_what_is_off_is_not_there(two_paths: Config, config: Config) -> None:
     off = made(replace(two_paths, validate=ValidateConfig(general_text="off", num_questions=0)))
     assert (off.general, off.questions, len(off.texts)) == (None, (), 2)
     assert made(replace(config, validate=ValidateConfig())).texts == []
+
+
+def test_general_questions_are_the_bundled_ones_or_the_user_s(config: Config, tmp_path: Path) -> None:
+    """Off by default, as many as are asked of the data; a file that cannot be used is refused by its option."""
+    asking = replace(config, compare=CompareConfig(num_questions=3, general_questions="bundled"))
+    assert made(config).general_questions == ()
+    bundled = made(asking).general_questions
+    assert [question.reference for question in bundled] == ["Paris", "Seven", "Mercury"]
+    own = tmp_path / "own.txt"
+    own.write_text("Who are you?\n\nWhere?\n")
+    found = made(replace(asking, compare=replace(asking.compare, general_questions=str(own)))).general_questions
+    assert [(question.text, question.reference) for question in found] == [("Who are you?", None), ("Where?", None)]
+    missing = replace(asking, compare=replace(asking.compare, general_questions=str(tmp_path / "no.txt")))
+    with pytest.raises(DataError, match=r"--compare\.general_questions .*no\.txt"):
+        made(missing)
 
 
 def test_the_user_s_general_text(config: Config, tmp_path: Path) -> None:

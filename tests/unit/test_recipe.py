@@ -1,0 +1,61 @@
+"""Recipes that hardly fit the data."""
+
+import re
+from dataclasses import replace
+
+from train.config import BatchConfig, Config, TrainConfig, ValidateConfig
+from train.profiles import PROFILES, data_alone
+from train.recipe import recipe_warnings
+
+
+def recipe(epochs: int = 3, max_steps: int = 0, accumulation: int = 1) -> Config:
+    return replace(
+        data_alone(),
+        train=TrainConfig(epochs=epochs, max_steps=max_steps),
+        batch=BatchConfig(per_device=1, accumulation=accumulation),
+    )
+
+
+def test_a_warmup_that_is_too_long() -> None:
+    """Longer than a third of the run, it is told with a share that is not warned about."""
+    for warmup, steps in ((98, 90), (90, 90), (31, 90), (98, 290)):
+        (said,) = recipe_warnings(recipe(), 90, steps // 3, steps, warmup)
+        assert f"the warmup of {warmup} steps" in said
+        (share,) = re.findall(r"--optim\.warmup ([\d.]+) is", said)
+        assert recipe_warnings(recipe(), 90, steps // 3, steps, int(float(share) * steps)) == []
+    for warmup, steps in ((98, 984), (30, 90), (0, 60)):
+        assert recipe_warnings(recipe(), 90, steps // 3, steps, warmup) == []
+
+
+def test_too_few_steps() -> None:
+    """Each way out that is named gives about as many steps as are wanted; a number that was asked for is no mistake."""
+    (said,) = recipe_warnings(recipe(epochs=3, accumulation=16), 60, 4, 12, 0)
+    (accumulation,) = re.findall(r"--batch\.accumulation (\d+)", said)
+    assert 12 * 16 / int(accumulation) >= 50
+    (epochs, steps) = re.findall(r"--train\.epochs (\d+) makes (\d+)", said)[0]
+    assert int(epochs) * 4 == int(steps) >= 50
+    (said,) = recipe_warnings(recipe(epochs=1), 2, 1, 1, 0)
+    assert "more data" in said
+    assert recipe_warnings(recipe(max_steps=12), 600, 40, 12, 0) == []
+    assert recipe_warnings(recipe(), 600, 40, 120, 0) == []
+
+
+def test_more_epochs_than_the_rows_deserve() -> None:
+    """Many rows deserve fewer passes than few; who stops by validation is not told."""
+    assert "12 epochs over 9,000 samples" in recipe_warnings(recipe(12), 9000, 1000, 12000, 0)[0]
+    assert "40 epochs over 60 samples" in recipe_warnings(recipe(40), 60, 4, 160, 0)[0]
+    for epochs, samples in ((3, 9000), (5, 9000), (20, 60), (12, 655)):
+        assert recipe_warnings(recipe(epochs), samples, 100, epochs * 100, 0) == []
+    for stopping in (ValidateConfig(patience=2), ValidateConfig(final="best")):
+        assert recipe_warnings(replace(recipe(40), validate=stopping), 60, 4, 160, 0) == []
+
+
+def test_the_profiles_fit_the_bundled_data() -> None:
+    """No profile is warned about on the glossary of 655 rows."""
+    for make in PROFILES.values():
+        config = make()
+        batch = config.batch.per_device * config.batch.accumulation
+        steps = -(-655 // batch)
+        share = float(config.optim.warmup)
+        total = steps * config.train.epochs
+        assert recipe_warnings(config, 655, steps, total, int(share * total)) == []

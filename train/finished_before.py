@@ -1,0 +1,92 @@
+"""A command that is repeated although its run has finished: said, with what can be done, before the base is read."""
+
+from contextlib import suppress
+from dataclasses import asdict
+
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from safetensors import SafetensorError
+
+from train.checkpoints.contents import ADAPTER, Checkpoint
+from train.config import Config
+from train.data import TrainingData
+from train.deliver.final import BASE
+from train.run.attempts import plain, read_attempts
+from train.run.exits import ExitCode
+from train.run.folder import RunFolder, read_object
+from train.run.processes import on_first_process
+from train.track.display import put, room_of, run_facts
+from train.track.metrics_file import read_metrics
+from train.track.summary import summary, table
+
+# what may differ from the finished attempt without making anything of it worth doing again
+DECIDES_NOTHING = {"run": ("resume", "extend", "timeout_minutes", "grace_seconds"), "track": ...}
+
+
+def was_finished(config: Config, checkpoint: Checkpoint, data: TrainingData, accelerator: Accelerator) -> bool:
+    """Whether this very command has done all its work before, in every process; the first then says so.
+
+    `checkpoint` is the one that the run would go on from, of this run and this data. Anything else than a repetition,
+    such as other questions at the end or a final/ that is not whole, is for the job to do.
+    """
+
+    def look() -> int:
+        folder = RunFolder.of(config)
+        if config.run.resume not in ("auto", "must") or not _is_repetition(config, folder, checkpoint.state.step):
+            return 0
+        if not _final_stands(folder, checkpoint):
+            return 0
+        _say(config, data, accelerator)
+        return 1
+
+    return bool(on_first_process(accelerator, look))
+
+
+def _is_repetition(config: Config, folder: RunFolder, step: int) -> bool:
+    """Whether the last attempt finished after `step` with the same configuration, but for what decides nothing."""
+    attempts = read_attempts(folder)
+    end = attempts[-1].end if attempts else None
+    if not end or (end.get("code"), end.get("last_step")) != (ExitCode.FINISHED, step):
+        return False
+    return _deciding(plain(asdict(config))) == _deciding(read_object(folder.config))
+
+
+def _deciding(config: dict) -> dict:
+    """The options of a configuration, as JSON has it, that decide what is made."""
+    kept = {}
+    for section, fields in config.items():
+        without = DECIDES_NOTHING.get(section, ())
+        if without is not ...:
+            is_section = isinstance(fields, dict)
+            kept[section] = {k: v for k, v in fields.items() if k not in without} if is_section else fields
+    return kept
+
+
+def _final_stands(folder: RunFolder, checkpoint: Checkpoint) -> bool:
+    """Whether final/ is whole; made of the checkpoint's step, it must have the checkpoint's adapters."""
+    step = read_object(folder.final / BASE).get("step")
+    if not (folder.final / ADAPTER).exists():  # a model that was trained whole is written again
+        return False
+    with suppress(OSError, SafetensorError):
+        found = safetensors.torch.load_file(folder.final / ADAPTER)
+        if step != checkpoint.state.step:
+            return isinstance(step, int)
+        wanted = checkpoint.adapters
+        return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in found)
+    return False
+
+
+def _say(config: Config, data: TrainingData, accelerator: Accelerator) -> None:
+    facts, console = run_facts(config, data, accelerator), Console()
+    rows = read_metrics(facts.folder.metrics)
+    lines = ["this run has finished before; nothing is left to do", ""]
+    lines += summary(facts, rows, room_of(console)) if rows else []
+    extended = "" if config.optim.schedule == "constant" else " --run.extend true"
+    more = [
+        (f"--train.epochs {2 * config.train.epochs}{extended}", "trains on"),
+        (f"--lora.init_from {facts.folder.path} --run.dir NEW", "another run from this adapter, on any data"),
+        ("--run.resume never", "trains again, and keeps this run aside"),
+    ]
+    put(console, "\n".join([*lines, *table("or add", more)]))

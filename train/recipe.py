@@ -1,0 +1,60 @@
+"""Whether a recipe fits the data: what is said before the first step about one that hardly can."""
+
+from train.config import Config
+
+MAX_WARMUP = 1 / 3  # of the steps; recipes take 0 to 10 %
+MIN_STEPS = 50  # with fewer, an adapter that starts at zero has hardly left it at the usual rates
+# Epochs beyond which held-out loss usually rises: 3 are usual, small data sets are learnt by heart in ten to twenty.
+MAX_EPOCHS_OF_MANY, MANY_SAMPLES = 5, 2_000
+MAX_EPOCHS = 20
+
+
+def recipe_warnings(config: Config, num_samples: int, steps_per_epoch: int, total_steps: int, warmup: int) -> list[str]:
+    """A line for each number that hardly fits a run of `total_steps` over `num_samples`, with the option that mends it.
+
+    `warmup` is in steps, as the run has it. What ends early by validation may have any number of epochs.
+    """
+    found = [
+        _of_warmup(warmup, total_steps),
+        _of_steps(config, steps_per_epoch, total_steps),
+        _of_epochs(config, num_samples, steps_per_epoch, total_steps),
+    ]
+    return [line for line in found if line]
+
+
+def _of_warmup(warmup: int, total_steps: int) -> str:
+    if warmup <= MAX_WARMUP * total_steps:
+        return ""
+    fits = "--optim.warmup 0.1 is a tenth of them" if total_steps >= 10 else "--optim.warmup 0 has none"
+    if warmup >= total_steps:
+        return f"the warmup of {warmup:,} steps leaves none of the run's {total_steps:,} at the peak rate; {fits}"
+    return f"the warmup of {warmup:,} steps is {warmup / total_steps:.0%} of the run's {total_steps:,}; {fits}"
+
+
+def _of_steps(config: Config, steps_per_epoch: int, total_steps: int) -> str:
+    train, batch = config.train, config.batch
+    if total_steps >= MIN_STEPS or 0 < train.max_steps <= total_steps:  # which the user has asked for
+        return ""
+    ways = []
+    if batch.accumulation > 1 and batch.accumulation * total_steps >= MIN_STEPS:
+        ways.append(f"--batch.accumulation {max(1, batch.accumulation * total_steps // MIN_STEPS)} takes smaller ones")
+    epochs = -(-MIN_STEPS // steps_per_epoch)
+    if epochs <= MAX_EPOCHS:
+        ways.append(f"--train.epochs {epochs} makes {epochs * steps_per_epoch:,}")
+    advice = "; ".join(ways) or "more data, or a base that needs less teaching"
+    return f"{total_steps:,} optimizer steps teach little, about {MIN_STEPS} are the least that usually do: {advice}"
+
+
+def _of_epochs(config: Config, num_samples: int, steps_per_epoch: int, total_steps: int) -> str:
+    limit = MAX_EPOCHS_OF_MANY if num_samples >= MANY_SAMPLES else MAX_EPOCHS
+    epochs = total_steps / steps_per_epoch
+    if epochs <= limit or config.validate.patience or config.validate.final == "best":
+        return ""
+    has_held_out = config.data.validation_path or config.data.validation_fraction
+    held_out = "" if has_held_out else " --data.validation_fraction 0.1"
+    stop = f"--validate.patience 2 --validate.final best{held_out} ends where held-out loss no longer falls"
+    usual = min(3, limit) if num_samples >= MANY_SAMPLES else 10
+    return (
+        f"{epochs:.3g} epochs over {num_samples:,} samples: what is seen so often is learnt by heart; "
+        f"--train.epochs {usual} is usual, or {stop}"
+    )

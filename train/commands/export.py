@@ -36,7 +36,7 @@ def main(words: list[str]) -> int:
     # imported here because they take seconds, for which --help should not wait
     from train.deliver.export import Export, Wanted
     from train.deliver.exported import check_is_of, receipts_of
-    from train.deliver.push import check_push, files_of, push
+    from train.deliver.push import check_push, files_of
 
     run = own.run(rest, needs_base=bool(options.format))
     if options.push:
@@ -65,19 +65,27 @@ def main(words: list[str]) -> int:
         print("\n".join(f"{size:>15,}  {name}" for name, size in files))
         _show(receipts_of(target), limits)
         print("\n".join(fitted(line) for line in [*(f"note: {note}" for note in notes), f"in {target}"]))
-    sent = []
-    if options.push and not options.dry_run:
-        sent = push(target, options.push, options.public, [name for name, _ in files])
-    elif options.push:
-        visible = "public" if options.public else "private"
-        sent = [f"--dry-run: nothing was sent to {options.push}, which would be made {visible} if it is new"]
+    sent = _sent(options, target, [name for name, _ in files])
     if options.json:
         listed = [{"name": name, "bytes": size} for name, size in files]
         document = {"folder": str(target), "files": listed, "receipts": receipts_of(target), "notes": notes}
         print_document({**document, "push": sent})
-    elif sent:
-        print("\n".join(sent))
     return 0
+
+
+def _sent(options: argparse.Namespace, target: Path, names: list[str]) -> list[str]:
+    """Sends the export to the hub, if that is asked for; returns, and without --json prints, what is told of it."""
+    from train.deliver.push import push
+
+    lines = []
+    if options.push and not options.dry_run:
+        lines = push(target, options.push, options.public, names)
+    elif options.push:
+        visible = "public" if options.public else "private"
+        lines = [f"--dry-run: nothing was sent to {options.push}, which would be made {visible} if it is new"]
+    if lines and not options.json:
+        print("\n".join(lines))
+    return lines
 
 
 def _written(export: "Export", target: Path) -> list[str]:

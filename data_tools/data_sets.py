@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import pyarrow
 
+from data_tools.places import not_found
 from data_tools.readers import BATCH_ROWS, Place, ReportProblem, Row, file_digest, first_line
 
 # What the datasets library raises; RuntimeError if the data set would have to run a script.
@@ -38,8 +39,8 @@ class HubData:
             loaded = self.load()
         except LOAD_ERRORS as error:
             way_out = "; write owner/name:subset:split" if "onfig name is missing" in str(error) else ""
-            reason = f"no such file or folder, and the hub data set cannot be loaded: {first_line(error)}{way_out}"
-            report(self.name, reason)
+            hub = f"and the hub data set cannot be loaded: {first_line(error)}{way_out}"
+            report(self.name, f"{not_found(self.name)}, {hub}")
             return
         yield from _rows_of(loaded, self.name)
 

@@ -1,5 +1,7 @@
 """Rows -> conversations and documents, in every data format that Handloop reads."""
 
+import re
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +13,23 @@ from data_tools.tool_calls import arguments_of, tools_of
 from data_tools.values import encodable, is_absent, json_or_same
 
 PAIR_NAMES = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("input", "output"))
+# how columns of questions and of answers are called, the more telling names first
+ASKED = (
+    "prompt",
+    "instruction",
+    "question",
+    "query",
+    "user",
+    "human",
+    "input",
+    "problem",
+    "source",
+    "context",
+    "title",
+)
+ASKED += ("term", "request", "q", "frage", "pregunta")
+ANSWERED = ("response", "completion", "answer", "output", "assistant", "reply", "chosen", "target", "solution", "label")
+ANSWERED += ("definition", "summary", "a", "antwort", "respuesta")
 SHARED_FIELDS = ("system", "tools", "chat_template_kwargs")  # read in every row that is a conversation
 
 Row = Mapping[str, Any]
@@ -65,7 +84,24 @@ def detect(row: Row, wanted: str, field_map: Mapping[str, str]) -> Format:
         if candidate.matches(row):
             return candidate
     known = "; ".join(" and ".join(map(repr, candidate.fields)) for candidate in candidates)
-    raise ValueError(f"unknown fields ({fields_with_values(row)}); known are {known}; name others with --data.fields")
+    reason = f"unknown fields ({fields_with_values(row)}); known are {known}"
+    if wanted in ("auto", "prompt_response"):
+        reason += f"; name others with --data.fields {' '.join(proposed_fields(row))}"
+    raise ValueError(reason)
+
+
+def proposed_fields(row: Row) -> tuple[str, str]:
+    """`prompt=COLUMN` and `response=COLUMN`, by the columns' names, or as the only two texts; quoted for a shell."""
+    texts = [str(name) for name, value in row.items() if isinstance(value, str | list) and value]
+    plain = {re.sub(r"[^a-z]", "", name.lower()): name for name in texts}
+    asked = next((plain[word] for word in ASKED if word in plain), "")
+    answered = next((plain[word] for word in ANSWERED if word in plain), "")
+    if len(texts) == 2 and not (asked and answered):
+        asked = asked or next(name for name in texts if name != answered)
+        answered = next(name for name in texts if name != asked)
+    if not (asked and answered):
+        return "prompt=COLUMN", "response=COLUMN"
+    return shlex.quote(f"prompt={asked}"), shlex.quote(f"response={answered}")
 
 
 def fields_with_values(row: Row) -> str:

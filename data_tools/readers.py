@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, TextIO
 import pyarrow
 import pyarrow.parquet
 
+from data_tools.delimiters import delimiter_of, misread
 from data_tools.strict_json import json_reason, parse_json, strict_decoder
 
 MAX_ROW_BYTES = 8 * 2**20
@@ -207,10 +208,14 @@ class _Window:
 
 def _csv(path: Path, report: ReportProblem) -> Iterator[tuple[Place, Any]]:
     csv.field_size_limit(MAX_ROW_BYTES)
+    delimiter = column_delimiter(path)
     with _open_text(path, newline="") as file:
-        reader = csv.DictReader(_lines(file), strict=True)
+        reader = csv.DictReader(_lines(file), delimiter=delimiter, strict=True)
         try:
             names = list(reader.fieldnames or ())
+            if reason := misread(names):
+                report(f"{path}:1", reason)
+                return
             repeated = next((name for name in names if names.count(name) > 1), None)
             if repeated is not None:
                 report(f"{path}:1", f"the column {repeated!r} appears twice; rename or remove one")
@@ -225,6 +230,17 @@ def _csv(path: Path, report: ReportProblem) -> Iterator[tuple[Place, Any]]:
             report(f"{path}:{reader.line_num + 1}", f"not UTF-8 (byte {error.start}); convert the file")
         except csv.Error as error:
             report(f"{path}:{reader.line_num + 1}", f"not CSV: {error}; the rest of the file was not read")
+
+
+def column_delimiter(path: Path) -> str:
+    """What separates the columns of a CSV file, by its first lines; the comma where they cannot be read."""
+    try:
+        with _open_text(path, newline="") as file:
+            beginning = file.read(CHUNK_BYTES)
+    except (*DAMAGE, OSError, UnicodeDecodeError):  # which is said when the rows are read
+        return ","
+    is_whole = len(beginning) < CHUNK_BYTES
+    return delimiter_of(beginning if is_whole else beginning.rpartition("\n")[0])
 
 
 def _lines(file: TextIO) -> Iterator[str]:

@@ -4,29 +4,58 @@ from dataclasses import dataclass, field
 
 from data_tools.terminal import escaped
 
+NUM_PLACES = 3  # named of equal problems
+
 
 class DataError(ValueError):
     """Data that cannot be used; the text says where, why, and what to do."""
 
 
 @dataclass
+class Equal:
+    """Problems for one reason: how many, and the first places."""
+
+    reason: str
+    count: int = 0
+    places: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        first, *others = self.places
+        if not others:
+            return f"{first}: {self.reason}"
+        end = ", ..." if self.count > len(self.places) else ""
+        named = ", ".join(place.rpartition("/")[2] for place in others)
+        return f"{first}: {self.reason} ({self.count:,} times; next {named}{end})"
+
+
+@dataclass
 class Report:
-    """The number of problems, and the first `limit` of them."""
+    """The number of problems, and the first `limit` kinds of them."""
 
     limit: int = 20
     total: int = 0
-    lines: list[str] = field(default_factory=list)
+    kinds: dict[str, Equal] = field(default_factory=dict)
 
     def add(self, where: str, reason: str) -> None:
         """Adds a problem; control characters are escaped, because file names and reasons may come from strangers."""
         self.total += 1
-        if len(self.lines) < self.limit:
-            self.lines.append(escaped(f"{where}: {reason}"))
+        reason = escaped(reason)
+        if reason in self.kinds or len(self.kinds) < self.limit:
+            kind = self.kinds.setdefault(reason, Equal(reason))
+            kind.count += 1
+            if len(kind.places) < NUM_PLACES:
+                kind.places.append(escaped(where))
+
+    @property
+    def lines(self) -> list[str]:
+        """A line for each kind of problem, in the order in which they were met."""
+        return list(map(str, self.kinds.values()))
 
     def raise_if_any(self, way_out: str = "") -> None:
         """Raises DataError with all problems, if there are any, and what can be done about them."""
         if self.total:
-            more = [f"... and {self.total - len(self.lines)} more"] if self.total > len(self.lines) else []
+            num_told = sum(kind.count for kind in self.kinds.values())
+            more = [f"... and {self.total - num_told} more"] if self.total > num_told else []
             problems = f"{self.total} problem{'s' if self.total > 1 else ''} in the data"
             heading = f"{problems}, so none of it was used{f' ({way_out})' if way_out else ''}:"
             raise DataError("\n".join([heading, *self.lines, *more]))

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_tools.data_sets import HubData, SavedData
-from data_tools.readers import COMPRESSIONS, READERS, RowFile, file_digest, kind_of, open_bytes
+from data_tools.delimiters import NAMES
+from data_tools.places import not_found
+from data_tools.readers import COMPRESSIONS, READERS, RowFile, column_delimiter, file_digest, kind_of, open_bytes
 from data_tools.report import Report
 from data_tools.terminal import escaped
 
@@ -83,6 +85,10 @@ def survey(paths: Sequence[str], data_format: str, fields: Sequence[str] = ()) -
     for number, name in enumerate(paths):
         for origin in _origins(name, report, found.notes):
             found.sources.append(Source(origin, data_format, number, field_map))
+            if isinstance(origin, RowFile) and origin.path.is_file() and kind_of(origin.path) == ".csv":
+                delimiter = column_delimiter(origin.path)
+                if delimiter != ",":
+                    found.notes.append(escaped(f"{origin}: its columns are separated by {NAMES[delimiter]}"))
             try:
                 str(origin).encode()
             except UnicodeEncodeError:
@@ -120,7 +126,7 @@ def _origins(name: str, report: Report, notes: list[str]) -> list[Origin]:
         return [_file(file) for file in files]
     if is_hub_name(name):
         return [HubData(name)]
-    report.add(name, "no such file or folder")
+    report.add(name, not_found(name))
     return []
 
 

@@ -10,7 +10,7 @@ from train.data import Splits
 from train.grace import grace_warning
 from train.models.targets import Targets
 from train.models.tokenizer import trained_tokens, unseen_tokens
-from train.profiles import GLOSSARY
+from train.profiles import GLOSSARY, PROFILES
 from train.recipe import recipe_warnings
 from train.run import devices
 from train.run.devices import device_name
@@ -105,7 +105,11 @@ def _packing(training: Training) -> list[str]:
     if not data.packed:
         return []
     filled = f"{data.fill_rate(max_length):.1%} filled"
-    return [f"packing   {len(data.samples):,} samples in {len(data.rows):,} rows of {max_length} tokens, {filled}"]
+    lines = [f"packing   {len(data.samples):,} samples in {len(data.rows):,} rows of {max_length} tokens, {filled}"]
+    profile = PROFILES.get(training.config.profile)
+    if profile is not None and profile().data.group_by_length:
+        lines.append("          in place of data.group_by_length, which the profile sets")
+    return lines
 
 
 def _executed(training: Training) -> str:

@@ -6,17 +6,18 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 import tyro
 
 from data_tools.spelling import nearest
+from train import advice
 from train.config import Config
-from train.not_offered import reason_for
+from train.help_pages import help_page
 from train.profiles import PROFILES, data_alone
 from train.run.exits import ExitCode, ExitWith
 
-USAGE = "usage: accelerate launch train/main.py --profile NAME [--section.field VALUE ...] [--print-config] [--help]"
+USAGE = "usage: handloop train --profile NAME [--section.field VALUE ...] [--print-config] [--help [all|SECTION]]"
 # `--model.random_init true` instead of a pair of flags
 _PARSING = (tyro.conf.FlagConversionOff,)
 # options that name files or folders, some of them beside other values
@@ -42,16 +43,15 @@ def parse(argv: Sequence[str], usage: str = USAGE, needs_profile: bool = True, o
 
 def _parse(argv: Sequence[str], needs_profile: bool, own: Sequence[str]) -> Config:
     words = [word for word in argv if word != "--print-config"]
-    has_profile = any(name == "profile" for name, _ in _grouped(words))
-    profile, words = _take_profile(words, own) if needs_profile or has_profile else (data_alone(), words)
-    if {"-h", "--help"} & set(words):
-        tyro.cli(
-            Config,
-            default=profile,
-            args=["--help"],
-            config=_PARSING,
-            prog=f"train/main.py --profile {profile.profile}",
-        )
+    options = dict(_grouped(words))
+    topics = [values for name, values in options.items() if name in ("h", "help")]
+    if topics:
+        named = options.get("profile", [])
+        profile = PROFILES[named[0]]() if len(named) == 1 and named[0] in PROFILES else None
+        print(help_page(topics[0][0] if topics[0] else "", profile, USAGE))
+        raise SystemExit(0)
+    needs_profile = needs_profile or "profile" in options
+    profile, words = _take_profile(words, own) if needs_profile else (data_alone(), words)
     config = checked(*_override(profile, words, own))
     if "--print-config" in argv:
         print(json.dumps(dataclasses.asdict(config), indent=2))
@@ -99,11 +99,10 @@ def _take_profile(words: list[str], own: Sequence[str]) -> tuple[Config, list[st
     known = ", ".join(PROFILES)
     options = _grouped(words)
     names = [values for name, values in options if name == "profile"]
-    if not names and {"-h", "--help"} & set(words):
-        print(f"{USAGE}\nprofiles: {known}\nall options: --profile NAME --help")
-        raise SystemExit(0)
     if len(names) != 1 or len(names[0]) != 1:
         wrong = [] if names else _override(data_alone(), words, own)[1]
+        for name, values in () if names else options:
+            wrong += [f"--{name} {one}: did you mean --profile {one}?" for one in values if name and one in PROFILES]
         problems = "".join(f"\n  {problem}" for problem in wrong)
         reason = f"give one profile: --profile NAME, where NAME is one of {known}{problems}"
         raise ExitWith(ExitCode.BAD_INPUT, reason)
@@ -112,12 +111,20 @@ def _take_profile(words: list[str], own: Sequence[str]) -> tuple[Config, list[st
         near = nearest(name, PROFILES)
         hint = f"did you mean {near}? " if near else ""
         raise ExitWith(ExitCode.BAD_INPUT, f"unknown profile {name!r}: {hint}known profiles: {known}")
-    rest = [word for option, values in options if option != "profile" for word in (f"--{option}", *values)]
+    rest = [
+        word
+        for option, values in options
+        if option != "profile"
+        for word in ([f"--{option}"] if option else []) + values
+    ]
     return PROFILES[name](), rest
 
 
 def _grouped(words: list[str]) -> list[tuple[str, list[str]]]:
-    """(option without dashes, its values), in order; `--a=b` is split; `-1` and `-inf` are values."""
+    """(option without dashes, its values), in order; `--a=b` is split; `-1` and `-inf` are values.
+
+    Words before the first option are values of an empty one.
+    """
     groups: list[tuple[str, list[str]]] = []
     for word in words:
         if re.match(r"--?[a-zA-Z]", word) and word != "-inf":
@@ -126,7 +133,7 @@ def _grouped(words: list[str]) -> list[tuple[str, list[str]]]:
         elif groups:
             groups[-1][1].append(word)
         else:
-            raise ExitWith(ExitCode.BAD_INPUT, f"{word!r} belongs to no option; values follow their --section.field")
+            groups.append(("", [word]))
     return groups
 
 
@@ -140,34 +147,62 @@ def _override(
     merged: dict[str, list[str]] = {}
     for typed, values in _grouped(words):
         name = typed.replace("-", "_")
-        if name not in known:
-            problems.append(f"--{typed}: no such option{_advice(name, own, offered)}")
+        if not typed:
+            problems += [advice.on_stray(word, offered) for word in values]
+        elif name not in known:
+            problems.append(f"--{typed}: {advice.on_option(name, values, own, offered)}")
         elif name in merged and not isinstance(known[name], tuple):
             problems.append(f"--{name}: given more than once")
         else:
-            merged.setdefault(name, []).extend(values)
+            taken, stray = _split(name, values, known[name])
+            merged.setdefault(name, []).extend(taken)
+            problems += [advice.on_stray(word, offered) for word in stray]
+    spelled = {name: _spelled(values, known[name]) for name, values in merged.items()}
+    changed, error = _parsed(config, spelled)  # all at once, because each takes tyro a twentieth of a second
+    if not error:
+        return _without_grouping(changed, set(merged)), problems
     for name, values in merged.items():
-        # one at a time, because tyro stops at the first invalid value; it spells booleans True and False
-        spelled = [value.title() if isinstance(known[name], bool) else value for value in values]
-        errors = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(errors):
-                config = tyro.cli(Config, default=config, args=[f"--{name}", *spelled], config=_PARSING)
-        except SystemExit:
-            problems.append(f"--{name} {' '.join(values)}: {_message(errors.getvalue())}")
-    return config, problems
+        # one at a time, because tyro stops at the first invalid value
+        config, error = _parsed(config, {name: spelled[name]})
+        if error:
+            remedy = f"write --{name} true or --{name} false" if isinstance(known[name], bool) else error
+            problems.append(f"{' '.join([f'--{name}', *values])}: {remedy}")
+    return _without_grouping(config, set(merged)), problems
 
 
-def _advice(name: str, own: Sequence[str], known: Sequence[str]) -> str:
-    """Why there is no such option, or the nearest that there is: a command's own first, if no section is named."""
-    if reason := reason_for(name):
-        return f": {reason}"
-    if "." in name:
-        near = nearest(name, known, cutoff=0.5)
-    else:
-        field = nearest(name, {one.partition(".")[2] for one in known}, cutoff=0.75)
-        near = nearest(name, own) or " or --".join(one for one in known if one.partition(".")[2] == field)
-    return f"; did you mean --{near}?" if near else ""
+def _spelled(values: list[str], default: object) -> list[str]:
+    """The values as tyro has them, which spells booleans True and False."""
+    is_flag = isinstance(default, bool)
+    return [value.title() if is_flag and value.lower() in ("true", "false") else value for value in values]
+
+
+def _parsed(config: Config, given: Mapping[str, list[str]]) -> tuple[Config, str]:
+    """`config` with options over it, and why not."""
+    words = [word for name, values in given.items() for word in (f"--{name}", *values)]
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(errors):
+            return tyro.cli(Config, default=config, args=words, config=_PARSING), ""
+    except SystemExit:
+        return config, _message(errors.getvalue())
+
+
+def _without_grouping(config: Config, given: Set[str]) -> Config:
+    """`config` without the profile's data.group_by_length where data.packing was asked for, which replaces it."""
+    data = config.data
+    if "data.packing" in given and data.packing and "data.group_by_length" not in given:
+        data = dataclasses.replace(data, group_by_length=False)
+    return dataclasses.replace(config, data=data)
+
+
+def _split(name: str, values: list[str], default: object) -> tuple[list[str], list[str]]:
+    """The values of an option, and the words behind it that cannot be its own."""
+    if not isinstance(default, tuple):
+        return values[:1], values[1:]
+    if name in PATHS:
+        return values, []
+    stray = [word for word in values if advice.looks_like_data(word)]
+    return [word for word in values if word not in stray], stray
 
 
 def with_home(config: Config) -> tuple[Config, list[str]]:

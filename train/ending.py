@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 
 import torch
 
@@ -17,9 +16,9 @@ from train.run.defects import Doing, print_defect, report_defect
 from train.run.environment import is_first_process
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder
+from train.run.last_words import is_recorder
 from train.run.processes import advice_to_repeat, peer_failure
 from train.run.redact import redact
-from train.run.signals import leave_note
 
 # what a machine refuses, whoever asks
 REFUSED_BY_THE_MACHINE = (
@@ -46,40 +45,16 @@ def record_end(end: ExitWith, doing: Doing, folder: RunFolder, log: AttemptLog) 
     """Writes exit.json and the line of the end in attempts.jsonl, if that is for this process to do."""
     # without a group this is another job's folder, for all that a process knows that is not the first
     is_known = is_first_process() or end.code != ExitCode.PEER_FAILURE or torch.distributed.is_initialized()
-    if is_known and _is_recorder(end.code, folder.exit):
+    if is_known and is_recorder(end.code, folder.exit):
         facts = {} if end.code == ExitCode.FINISHED else {"doing": doing.now}
         with suppress(OSError):  # a disk so full that not even this fits
             folder.write_exit(end.code, redact(end.reason), **facts, **end.facts)
         log.end(end.code, end.reason, **facts, **end.facts)
 
 
-def say_end(end: ExitWith) -> None:
-    """Tells the launcher and, unless all went well, the user; nothing comes after it."""
-    launcher = os.environ.get("HANDLOOP_LAUNCHER")
-    if launcher and _is_recorder(end.code, Path(launcher) / "exit"):
-        with suppress(OSError):
-            (Path(launcher) / "exit").write_text(f"{int(end.code)}\n")
-    leave_note(end.code, redact(end.reason))
-    is_own_matter = end.code in (ExitCode.PEER_FAILURE, ExitCode.DEFECT)
-    if end.code != ExitCode.FINISHED and (is_first_process() or is_own_matter):
-        with suppress(OSError):  # a terminal that is gone
-            print(f"\nhandloop: {redact(end.reason)}", file=sys.stderr, flush=True)
-
-
 def unrecorded_defect(error: Exception, doing: Doing, argv: Sequence[str]) -> ExitWith:
     """The end by a defect where no run folder is at hand: the report goes to stderr."""
     return ExitWith(ExitCode.DEFECT, print_defect(error, doing.now, argv))
-
-
-def _is_recorder(code: ExitCode, record: Path) -> bool:
-    """Whether this process records how the run ended.
-
-    The first one does. Another one does where it is the cause, or where the first may be dead; a peer failure, which is
-    only the consequence, replaces no record.
-    """
-    if code == ExitCode.PEER_FAILURE:
-        return not record.exists()
-    return is_first_process() or code == ExitCode.DEFECT
 
 
 def _foreseen(error: BaseException, config: Config, doing: Doing) -> ExitWith | None:

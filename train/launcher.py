@@ -2,9 +2,12 @@
 
 import sys
 
-from train.run.launcher import main
-from train.run.streams import guard_streams
+from train.run.packages import check_packages
 
 if __name__ == "__main__":
+    check_packages()
+    from train.run.launcher import main
+    from train.run.streams import guard_streams
+
     guard_streams()
     sys.exit(main(sys.argv[1:]))

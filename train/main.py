@@ -2,23 +2,19 @@
 
 import json
 import sys
-
-from train.run.redact import print_redacted
-from train.run.signals import StopRequest, follow_launcher, leave_note, tell_launcher
-from train.run.streams import guard_streams
+from pathlib import Path
 
 STOP = None
 if __name__ == "__main__":  # before the imports below, which take seconds
-    guard_streams()
-    sys.excepthook = print_redacted
-    STOP = StopRequest()
-    follow_launcher()
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this folder's code, whatever is installed
+    from train.begin import begin
+
+    STOP = begin(sys.argv[1:])
 
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
-from pathlib import Path
 
 from accelerate import Accelerator
 
@@ -38,7 +34,7 @@ from train.cli import checked, parse
 from train.config import Config
 from train.data import BatchLayout, Splits, TrainingData, read_data, run_date
 from train.delivery import chosen_for_final, deliver, publish
-from train.ending import end_of, record_end, say_end, unrecorded_defect
+from train.ending import end_of, record_end, unrecorded_defect
 from train.finished_before import was_finished
 from train.learning_rate import Schedule
 from train.loop import Boundary, training_loop
@@ -51,7 +47,9 @@ from train.run.environment import is_first_process
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder
 from train.run.hub_token import take_token
+from train.run.last_words import say_end
 from train.run.processes import Heartbeat, on_first_process, raise_if_stopped, say
+from train.run.signals import StopRequest, leave_note, tell_launcher
 from train.step import Training
 from train.track.display import Display
 from train.track.isolated import Isolated, Listener, Row

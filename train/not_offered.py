@@ -23,8 +23,6 @@ REASONS = {
     f"{PEFT}, LoRA-FA 40.4, AdaLoRA 37.3, VeRA 35.4, BOFT 34.3",
     r"(use_)?(galore|apollo|badam|lomo|muon|lion)(_.*)?": "made for what an optimizer keeps of whole models; that "
     "of adapters takes 0.1 to 1 GB, in 8 bits a quarter of that",
-    r"(use_)?rs_?lora|use_rslora": "write --lora.rslora true",
-    r"lora_?plus.*|loraplus.*": "write --optim.lora_plus_ratio",
 }
 
 

@@ -12,7 +12,6 @@ from train.not_offered import reason_for
 from train.profiles import PROFILES
 
 # What README names and another branch brings; to be taken out of here when it is there, which a test demands.
-NOT_YET = {"docs/MIGRATING.md", "foreign/"}
 EXTRA_TREES = {"shared", "mlruns", "mlflow.db"}  # beside a checkout, or written by a run's trackers
 
 
@@ -51,7 +50,7 @@ def test_readme_shows_the_tree_by_package() -> None:
     packages = [path for path in (ROOT / "train").iterdir() if (path / "__init__.py").exists()]
     wanted = {path.name + "/" * path.is_dir() for path in [*there, *packages]}
     assert len(wanted) > 25
-    assert named - NOT_YET == wanted
+    assert named == wanted
 
 
 def test_readme_is_short() -> None:
@@ -76,7 +75,7 @@ def test_links_lead_somewhere() -> None:
                 headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
                 anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
                 assert anchor in anchors, f"{path.name}: {target}"
-    assert missing == {name for name in NOT_YET if name.endswith(".md")}, "take what is there out of NOT_YET"
+    assert missing == set()
     assert set(DOCUMENTS) - linked - {ROOT / "README.md"} == set(), "pages that nothing leads to"
 
 

@@ -100,8 +100,6 @@ def test_what_does_not_pay_is_refused_by_name() -> None:
         "--train.neftune_noise_alpha 5": "those who rebuilt it saw the same losses",
         "--optim.galore_rank 8": "0.1 to 1 GB",
         "--lora.vera true": "VeRA 35.4",
-        "--lora.use_rslora true": "write --lora.rslora true",
-        "--optim.loraplus_lr_ratio 16": "write --optim.lora_plus_ratio",
     }
     for words, reason in told.items():
         text = refusal("--profile", "demo", *words.split())
@@ -187,3 +185,13 @@ def test_a_home_through_the_real_commands(tmp_path: Path, shape: Path, pairs: Pa
     )
     assert (home / "page.html").exists()
     assert list(here.iterdir()) == []
+
+
+def test_packing_replaces_what_a_profile_sets() -> None:
+    """Asked for alone it takes the place of the profile's data.group_by_length; both asked for are refused."""
+    assert PROFILES["demo"]().data.group_by_length
+    data = parse(["--profile", "demo", "--data.packing", "true"]).data
+    assert (data.packing, data.group_by_length) == (True, False)
+    assert parse(["--profile", "demo", "--data.packing", "false"]).data.group_by_length
+    both = ("--data.packing", "true", "--data.group_by_length", "true")
+    assert "--data.group_by_length True: packing leaves no padding to save" in refusal("--profile", "demo", *both)

@@ -19,24 +19,13 @@ QUANTIZED_LIMITS = (1.0, 0.5)  # mean KL in nats and top-1 agreement: what is be
 
 def main(words: list[str]) -> int:
     """Writes a finished run as files for others, with a README and receipts; sends them to the hub if asked."""
-    own = RunOptions("export", "Writes adapter, merged model or GGUF files with a README, and sends them to the hub.")
-    own.add_argument("--format", nargs="+", choices=FORMATS, default=[], help="what to write; ollama is gguf and more")
-    own.add_argument("--quantize", nargs="+", choices=QUANTIZED, default=[], help="further GGUF files, by llama.cpp")
-    own.add_argument("--onto", choices=ONTO, help="the base as it was trained on, or before it was quantised")
-    own.add_argument("--max-kl", type=float, metavar="NATS", help="mean KL divergence that quantised files may have")
-    own.add_argument("--min-agreement", type=float, metavar="SHARE", help="top-1 agreement that they must have")
-    own.add_argument("--output", type=typed_path, metavar="FOLDER", help="default RUN/export")
-    own.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    own.add_argument("--push", metavar="OWNER/NAME", help="send it to the hub; without --format what RUN/export holds")
-    own.add_argument("--public", action="store_true", help="make the repository public; without it, it is private")
-    own.add_argument("--dry-run", action="store_true", help="list what would be sent, and send nothing")
-    own.add_argument("--json", action="store_true", help="print files, receipts and notes as JSON")
+    own = _options()
     options, rest = own.parse_known_args(words)
     _check(own, options)
     # imported here because they take seconds, for which --help should not wait
     from train.deliver.export import Export, Wanted
     from train.deliver.exported import check_is_of, receipts_of
-    from train.deliver.push import check_push, files_of
+    from train.deliver.push import check_push, files_of, push
 
     run = own.run(rest, needs_base=bool(options.format))
     if options.push:
@@ -65,27 +54,36 @@ def main(words: list[str]) -> int:
         print("\n".join(f"{size:>15,}  {name}" for name, size in files))
         _show(receipts_of(target), limits)
         print("\n".join(fitted(line) for line in [*(f"note: {note}" for note in notes), f"in {target}"]))
-    sent = _sent(options, target, [name for name, _ in files])
+    sent = []
+    if options.push and not options.dry_run:
+        sent = push(target, options.push, options.public, [name for name, _ in files])
+    elif options.push:
+        visible = "public" if options.public else "private"
+        sent = [f"--dry-run: nothing was sent to {options.push}, which would be made {visible} if it is new"]
     if options.json:
         listed = [{"name": name, "bytes": size} for name, size in files]
         document = {"folder": str(target), "files": listed, "receipts": receipts_of(target), "notes": notes}
         print_document({**document, "push": sent})
+    elif sent:
+        print("\n".join(sent))
     return 0
 
 
-def _sent(options: argparse.Namespace, target: Path, names: list[str]) -> list[str]:
-    """Sends the export to the hub, if that is asked for; returns, and without --json prints, what is told of it."""
-    from train.deliver.push import push
-
-    lines = []
-    if options.push and not options.dry_run:
-        lines = push(target, options.push, options.public, names)
-    elif options.push:
-        visible = "public" if options.public else "private"
-        lines = [f"--dry-run: nothing was sent to {options.push}, which would be made {visible} if it is new"]
-    if lines and not options.json:
-        print("\n".join(lines))
-    return lines
+def _options() -> RunOptions:
+    """The command's own options."""
+    own = RunOptions("export", "Writes adapter, merged model or GGUF files with a README, and sends them to the hub.")
+    own.add_argument("--format", nargs="+", choices=FORMATS, default=[], help="what to write; ollama is gguf and more")
+    own.add_argument("--quantize", nargs="+", choices=QUANTIZED, default=[], help="further GGUF files, by llama.cpp")
+    own.add_argument("--onto", choices=ONTO, help="the base as it was trained on, or before it was quantised")
+    own.add_argument("--max-kl", type=float, metavar="NATS", help="mean KL divergence that quantised files may have")
+    own.add_argument("--min-agreement", type=float, metavar="SHARE", help="top-1 agreement that they must have")
+    own.add_argument("--output", type=typed_path, metavar="FOLDER", help="default RUN/export")
+    own.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    own.add_argument("--push", metavar="OWNER/NAME", help="send it to the hub; without --format what RUN/export holds")
+    own.add_argument("--public", action="store_true", help="make the repository public; without it, it is private")
+    own.add_argument("--dry-run", action="store_true", help="list what would be sent, and send nothing")
+    own.add_argument("--json", action="store_true", help="print files, receipts and notes as JSON")
+    return own
 
 
 def _written(export: "Export", target: Path) -> list[str]:

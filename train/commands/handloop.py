@@ -16,22 +16,24 @@ from train.run.hub_token import take_token
 from train.run.redact import redact
 from train.run.streams import guard_messages, lead_to_null
 
-# Each command is the module of its name in this package; its `main` takes the remaining words, returns the exit code.
+# Each command is the module of its name in this package, _ for -; its `main` takes the remaining words, returns the
+# exit code.
 COMMANDS = {
-    "train": "train with a profile, or go on with a run: accelerate launch, exit codes and signals kept",
+    "train": "train with a profile, or go on with an interrupted run",
     "preview": "show the samples token by token, trained and masked",
-    "audit": "audit the data before training; exit 78 if it should not be trained on",
+    "audit": "judge the data before training; exit 78 if it is bad",
     "glossary": "turn a glossary into prompt/response JSONL",
-    "chat": "talk to a run's model, with its adapters or without, or to any model",
-    "compare": "ask base and tuned model the same questions: what was learnt, what forgotten",
+    "chat": "talk to a run's model, or to any model",
+    "compare": "ask base and tuned model the same: what was learnt, what lost",
+    "import-config": "another trainer's configuration file -> our command",
     "plan": "predict memory and speed before any weights are read",
     "merge": "add a run's adapters to its base's weights, with a receipt",
-    "report": "write a page on a run, or on several: curves, answers, options, memory",
+    "report": "write a page on runs: curves, answers, options, memory",
     "runs": "list runs, or compare some: options, results",
-    "sync": "upload to Weights & Biases what runs have recorded offline",
-    "export": "write a run as adapter, merged model, GGUF or for Ollama, and send it to the hub",
+    "sync": "upload to Weights & Biases what was recorded offline",
+    "export": "write adapter, merged model, GGUF or for Ollama; send to the hub",
 }
-_LINES = "\n".join(f"  {name:9} {what}" for name, what in COMMANDS.items())
+_LINES = "\n".join(f"  {name:13} {what}" for name, what in COMMANDS.items())
 LESS_MEMORY = (
     "the GPU has not enough free memory: --memory.budget below what is free leaves more of the model in host memory, "
     "--run.device cpu needs no GPU; shorter answers need less (compare and chat: fewer new tokens)"
@@ -112,7 +114,8 @@ def _run(words: list[str]) -> int:
         print(USAGE)
         return 0
     if words[0] in COMMANDS:
-        return importlib.import_module(f"train.commands.{words[0]}").main(words[1:])
+        module = words[0].replace("-", "_")
+        return importlib.import_module(f"train.commands.{module}").main(words[1:])
     near = nearest(words[0], COMMANDS)
     hint = f"; did you mean {near}?" if near else ""
     raise ExitWith(ExitCode.BAD_INPUT, f"unknown command {words[0]!r}{hint}\n{USAGE}")

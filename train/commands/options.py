@@ -38,7 +38,7 @@ class Options(Parser):
             usage=f"handloop {command} {files} [--section.field VALUE ...] [options]",
             description=description,
             epilog="Profile, model and data are set with the options of `handloop train`; "
-            "`handloop train --profile NAME --help` lists them.",
+            "`handloop train --help all` lists them.",
         )
 
     def config(self, words: list[str]) -> "Config":

@@ -9,8 +9,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from train.bundled import bundled, typed
 from train.config import Config
 from train.run.exits import ExitCode, ExitWith
@@ -124,7 +122,11 @@ def _device_problem(config: Config) -> str:
             f"the accelerate configuration says use_cpu (ACCELERATE_USE_CPU) and --run.device is cuda (profile "
             f"{config.profile}); use another configuration of {CONFIGURATIONS}/, or --run.device cpu"
         )
-    if on_cpu in TRUE or config.run.device == "cpu" or not torch.cuda.is_available():
+    if on_cpu in TRUE or config.run.device == "cpu":
+        return ""
+    import torch  # not above: it takes seconds, for which a refused command line should not wait
+
+    if not torch.cuda.is_available():
         return ""
     local, world, count = os.environ.get("LOCAL_RANK"), os.environ.get("WORLD_SIZE", "1"), torch.cuda.device_count()
     if int(world) > 1 and local is None:

@@ -18,7 +18,8 @@ from train.commands import handloop, train
 
 PAGE = (ROOT / "docs" / "SCRIPTS.md").read_text(encoding="utf-8")
 KEYS = {
-    name: re.findall(r"`(\w+)`", keys) for name, keys in re.findall(r"^\| `handloop (\w+).*?` \| (.*) \|$", PAGE, re.M)
+    name: re.findall(r"`(\w+)`", keys)
+    for name, keys in re.findall(r"^\| `handloop ([\w-]+).*?` \| (.*) \|$", PAGE, re.M)
 }
 FEW = ("--num", "1", "--max-new-tokens", "2", "--loss-tokens", "64")
 
@@ -35,6 +36,13 @@ def recorded(run: Path, folder: Path) -> list[str]:
     return [str(folder / "recorded"), "--dry-run"]
 
 
+def foreign(run: Path, folder: Path) -> list[str]:
+    """A configuration of PEFT's."""
+    path = folder / "adapter_config.json"
+    path.write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 16, "base_model_name_or_path": "owner/base"}')
+    return [str(path)]
+
+
 def rows(folder: Path) -> str:
     path = folder / "rows.jsonl"
     path.write_text("".join(f'{{"prompt": "What is part {n}?", "response": "A bolt {n}."}}\n' for n in range(3)))
@@ -49,6 +57,7 @@ CASES: dict[str, Callable[[Path, Path], list[str]]] = {
     "glossary": glossary,
     "chat": lambda run, folder: [str(run), "--max-new-tokens", "2"],
     "compare": lambda run, folder: [str(run), *FEW],
+    "import-config": foreign,
     "plan": lambda run, folder: ["--profile", "4gb", "--model.name_or_path", str(folder / "shape"), "--gpu", "4GiB"],
     "merge": lambda run, folder: [str(run), "--onto", "original"],
     "report": lambda run, folder: [str(run)],

@@ -98,11 +98,12 @@ def test_refusals_come_before_accelerate(capsys: pytest.CaptureFixture[str], mon
 def test_help_and_the_printed_configuration_start_nothing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """--help alone is short, with a profile it lists the recipe's options; --print-config prints the recipe."""
+    """--help alone is on the command, with a profile or a topic on the recipe, which --print-config prints."""
     monkeypatch.setattr(train, "launch", lambda *_: pytest.fail("accelerate is started"))
     for words, expected, other in (
-        (["--help"], "--config_file", "--optim.lr"),
-        (["--profile", "demo", "--help"], "--optim.lr", "--config_file"),
+        (["--help"], "--config_file", "optim.lr"),
+        (["--profile", "demo", "--help"], "optim.lr", "--config_file"),
+        (["--help", "all"], "optim.lora_plus_ratio", "--config_file"),
         (["--profile", "demo", "--print-config"], '"lr": 0.003', "--config_file"),
     ):
         with pytest.raises(SystemExit) as left:

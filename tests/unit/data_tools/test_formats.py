@@ -232,7 +232,8 @@ def test_hub_data_sets_go_through_datasets(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(data_sets.datasets, "load_dataset", refuse)
     _, tally = read("somebody/nothing")
     assert tally.report.lines == [
-        "somebody/nothing: no such file or folder, and the hub data set cannot be loaded: the hub cannot be reached"
+        f"somebody/nothing: no such file or folder; looked for {Path('somebody/nothing').absolute()}, "
+        "and the hub data set cannot be loaded: the hub cannot be reached"
     ]
 
 

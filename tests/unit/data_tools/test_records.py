@@ -14,7 +14,7 @@ from data_tools import making
 from data_tools.cache import cache_root
 from data_tools.prepare import PrepareSettings, prepare
 from data_tools.records import Tally, read_records
-from data_tools.report import DataError
+from data_tools.report import DataError, Report
 from data_tools.sources import survey
 from tests.conftest import BUNDLED_BASE, SHARED, arguments, needs_shared, run_command, tokenizer_at
 from tests.injections import Fault
@@ -67,15 +67,34 @@ def test_bytes_that_are_not_utf8(tokenizer, tmp_path: Path) -> None:
 
 
 def test_everything_wrong_in_one_report(tokenizer, tmp_path: Path) -> None:
-    """Of thirty bad rows in two files all are counted and the first twenty are shown."""
+    """Thirty rows in two files, bad for one reason, are one line with their number and the first places."""
     for name in ("a.jsonl", "b.jsonl"):
-        (tmp_path / name).write_text("{}\n" * 15)
+        (tmp_path / name).write_text('{"Term": "a", "Meaning of it": "b"}\n' * 15)
     with pytest.raises(DataError) as caught:
         prepare(settings(tmp_path / "a.jsonl", tmp_path / "b.jsonl"), tokenizer)
-    lines = str(caught.value).splitlines()
-    assert lines[0].startswith("30 problems")
-    assert lines[-1] == "... and 10 more"
-    assert len(lines) == 22
+    heading, line = str(caught.value).splitlines()
+    assert heading.startswith("30 problems")
+    assert line.startswith(f"{tmp_path}/a.jsonl:1: unknown fields (Meaning of it, Term)")
+    assert "--data.fields prompt=Term 'response=Meaning of it'" in line
+    assert line.endswith(" (30 times; next a.jsonl:2, a.jsonl:3, ...)")
+
+
+def test_twenty_kinds_of_problems_are_told() -> None:
+    """Each reason has a line, in order; beyond the twentieth they are counted; equal ones take no place."""
+    report = Report()
+    for number in range(100):
+        report.add(f"x:{number}", f"reason {number % 25}")
+        report.add(f"x:{number}", "always")
+    with pytest.raises(DataError) as caught:
+        report.raise_if_any("way out")
+    heading, *lines, more = str(caught.value).splitlines()
+    assert heading == "200 problems in the data, so none of it was used (way out):"
+    assert lines[:2] == [
+        "x:0: reason 0 (4 times; next x:25, x:50, ...)",
+        "x:0: always (100 times; next x:1, x:2, ...)",
+    ]
+    assert len(lines) == 20
+    assert more == f"... and {200 - 100 - 19 * 4} more"
 
 
 def test_missing_unknown_and_empty_files(tokenizer, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""What other trainers call things: their options and configuration files -> ours."""

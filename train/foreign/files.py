@@ -1,0 +1,90 @@
+"""Another trainer's configuration file -> its keys and values, and whose it is."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_tools.strict_json import parse_json
+from train.foreign.names import rows
+from train.run.exits import ExitCode, ExitWith
+
+# what tells trainers apart beside the names of the table
+MARKS = {
+    "TRL": {"dataset_train_split", "dataset_config", "use_peft", "peft_type", "bnb_4bit_quant_type", "loss_type"},
+    "axolotl": {"dataset_prepared_path", "flash_attention", "lora_target_linear", "sequence_len", "special_tokens",
+                "pad_to_sequence_len", "train_on_inputs", "tokenizer_type", "model_type", "wandb_entity"},
+    "LLaMA-Factory": {"stage", "template", "finetuning_type", "dataset_dir", "plot_loss", "overwrite_cache",
+                      "preprocessing_num_workers", "neat_packing", "double_quantization", "flash_attn"},
+}  # fmt: skip
+MAX_BYTES = 2**20
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The keys and values of a JSON or YAML file; raises ExitWith(BAD_INPUT) with the place of what is wrong."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise _refusal(path, f"is larger than {MAX_BYTES:,} bytes, so it is no configuration")
+        text = path.read_text(encoding="utf-8-sig")
+        found = _json(text) if path.suffix.lower() == ".json" else _yaml(text)
+    except OSError as error:
+        raise _refusal(path, f"cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise _refusal(path, f"is not UTF-8 (byte {error.start})") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise ExitWith(ExitCode.BAD_INPUT, f"{path}{place}: not YAML: {error.problem or error.context}") from None
+    except json.JSONDecodeError as error:
+        place = f"{path}:{error.lineno}:{error.colno}"
+        raise ExitWith(ExitCode.BAD_INPUT, f"{place}: not JSON: {error.msg.removesuffix(' at')}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise _refusal(path, str(error).splitlines()[0]) from None
+    if not isinstance(found, dict) or not found:
+        kind = {list: "a list", dict: "empty", type(None): "empty"}.get(type(found), "a text or number")
+        raise _refusal(path, f"is {kind}; a configuration has keys and values")
+    return {str(key): value for key, value in found.items()}
+
+
+def _json(text: str) -> Any:
+    json.loads(text)  # whose errors have lines
+    return parse_json(text)
+
+
+def _yaml(text: str) -> Any:
+    _check_repeats(yaml.compose(text, yaml.SafeLoader))
+    return yaml.safe_load(text)
+
+
+def _check_repeats(node: yaml.Node | None) -> None:
+    """Raises MarkedYAMLError where a mapping has a key twice, of which PyYAML takes the last one in silence."""
+    if isinstance(node, yaml.SequenceNode):
+        for each in node.value:
+            _check_repeats(each)
+    elif isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if str(key.value) in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+            _check_repeats(value)
+
+
+def _refusal(path: Path, reason: str) -> ExitWith:
+    return ExitWith(ExitCode.BAD_INPUT, f"{path}: {reason}")
+
+
+def trainer_of(path: Path, found: Mapping[str, Any]) -> str:
+    """Whose configuration it is, by the names that it alone has; raises ExitWith(BAD_INPUT) for nobody's."""
+    known = {trainer: {name for name, _ in rows(trainer)} | marks for trainer, marks in MARKS.items()}
+    if not any(name in names for name in found for names in known.values()):
+        raise _refusal(path, f"has no key of {', '.join(MARKS)}: {', '.join(list(found)[:6])}")
+
+    def likeness(trainer: str) -> tuple[int, int]:
+        ours = [name for name in found if name in known[trainer]]
+        alone = [name for name in ours if sum(name in names for names in known.values()) == 1]
+        return len(alone), len(ours)
+
+    return max(MARKS, key=likeness)  # of equals the first

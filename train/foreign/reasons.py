@@ -1,0 +1,137 @@
+"""Options of other trainers without one of ours in their place, and why: it is so here anyway, or there is no such."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from train.foreign.values import number, truth
+from train.not_offered import reason_for
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why an option has no counterpart; `is_so_anyway`: nothing is lost by leaving it out."""
+
+    text: str
+    is_so_anyway: bool
+    is_told_when_off: bool = False  # what is off there is not so here
+
+
+def _always(value: Any) -> bool:
+    return True
+
+
+def _is(*wanted: object) -> Callable[[Any], bool]:
+    """Whether the value is one of these, as text or number."""
+    return lambda value: any(
+        str(value).lower() == str(each).lower() or (number(each) is not None and number(value) == number(each))
+        for each in wanted
+    )
+
+
+def _off(value: Any) -> bool:
+    return truth(value) is False or value in ([], {})
+
+
+# a pattern of names -> for which values it is so here anyway, and what to say of these and of all others
+ANYWAY: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
+    (r"attn_implementation|flash_attn|use_flash_attention(_2)?|(flash|sdp|xformers|flex|eager|s2)_attention|flash_attn_.+",
+     _always, "attention is what the GPU and the model allow; the banner names what replaces a kernel", ""),
+    (r"padding_free|pad_to_sequence_len|pad_to_multiple_of|batch_flattening|dataset_num_proc|dataset_processes",
+     _always, "nothing is padded on the fused engine, and all cores prepare the data", ""),
+    (r"(use|enable)_liger_kernel|liger_.+|lora_(mlp|qkv|o)_kernel|unsloth_.+|use_unsloth(_gc)?|plugins|cut_cross_.+",
+     _always, "the fused engine has kernels of its own (--engine.kind auto)", ""),
+    (r"(completion|assistant)_only_loss", _is("true", "none"), "the assistant's turns alone are trained, each whole",
+     "here prompts are never trained; rows of text are trained whole"),
+    (r"train_on_(inputs|prompt|source)", _off, "the assistant's turns alone are trained, each whole",
+     "here prompts are never trained; rows of text are trained whole"),
+    (r"roles_to_train", _is("['assistant']", "['gpt']", "assistant"), "the assistant's turns alone are trained",
+     "the assistant's turns alone are trained; `train: false` in a turn leaves one out"),
+    (r"train_on_eos|train_on_eot", _is("turn", "all"), "each answer's end token is trained",
+     "here each trained answer's end token is trained"),
+    (r"loss_type", _is("nll", "chunked_nll"), "the loss is cross entropy over trained tokens, in chunks",
+     "there is cross entropy alone"),
+    (r"bnb_4bit_quant_type|quantization_type|quantization_method", _is("nf4", "bnb", "bitsandbytes"),
+     "4 bits are NF4 by bitsandbytes", "4 bits are NF4 by bitsandbytes, nothing else"),
+    (r"use_bnb_nested_quant|bnb_4bit_use_double_quant|double_quantization", _is("true"),
+     "NF4 is doubly quantised", "NF4 is always doubly quantised, which takes 0.4 bits a weight less"),
+    (r"do_(train|eval)|stage", _is("true", "false", "sft"), "this trains on prompts and answers, and validates on "
+     "what is held out", "supervised fine-tuning alone; no preference or reward training, no pretraining stage"),
+    (r"overwrite_cache|dataset_prepared_path|tokenized_path|skip_prepare_dataset|dataset_dir|cache_dir|.*cache_path",
+     _always, "prepared data is cached under a fingerprint of all that decides it (HANDLOOP_CACHE says where)", ""),
+    (r"logging_.+|log_.+|disable_tqdm|plot_loss|include_(num_input_)?tokens.*|loss_watchdog_.+",
+     _always, "every step is in metrics.jsonl, and the terminal shows it (docs/REPORT.md draws it)", ""),
+    (r"dataloader_.+|remove_unused_columns|label_names|length_column_name|accelerator_config|ignore_data_skip",
+     _always, "batches are a function of the seed and the step; fields that nothing reads are counted", ""),
+    (r"preprocessing_.+|shuffle_(dataset|merged_datasets)|data_seed", _always,
+     "all cores prepare the data, and each epoch has an order of its own by train.seed", ""),
+    (r"average_tokens_across_devices", _is("true"), "each trained token of a step counts the same, on every GPU",
+     "each trained token of a step counts the same, on every GPU"),
+    (r"gradient_checkpointing_kwargs|activation_checkpointing_kwargs|use_reentrant.*|use_cache|torch_empty_cache_.+",
+     _always, "the engine recomputes whole blocks by itself", ""),
+    (r"(per_device_|per_gpu_)?eval_batch_size|eval_accumulation_steps|eval_(sample_)?packing|prediction_loss_only|"
+     r"eval_(do_concat|use_gather|delay).*|include_for_metrics|batch_eval_metrics|bf16_full_eval|fp16_full_eval",
+     _always, "validation makes micro-batches of its own, as large as fit", ""),
+    (r"metric_for_best_model|greater_is_better", _is("eval_loss", "loss", "false", "none"),
+     "the lowest validation loss is the best", "the lowest validation loss is the best; there is no other measure"),
+    (r"local_rank|world_size|ddp|ddp_.+|device_map|low_cpu_mem_usage|max_memory|num_processes|skip_memory_.+",
+     _always, "accelerate's configuration has the processes, --memory.budget the memory", ""),
+    (r"task_type|peft_type|inference_mode|fan_in_fan_out|auto_mapping|peft_version|runtime_config|lora_(fan_in.+|on_cpu)",
+     _always, "adapters are LoRA on a causal language model", ""),
+    (r"tf32", _always, "products are in model.dtype", ""),
+    (r"bias|lora_bias", _is("none", "false"), "adapters have no bias", "biases stay frozen"),
+    (r"adam_beta1|adam_beta2|adam_epsilon", _is(0.9, 0.999, 1e-8), "AdamW has 0.9, 0.999 and 1e-8",
+     "AdamW has 0.9, 0.999 and 1e-8, and they are no options"),
+    (r"save_only_model|save_safetensors|save_on_each_node|save_first_step|auto_resume.+|enable_jit_checkpoint|"
+     r"restore_callback.+|peft_autocast_adapter_dtype", _always,
+     "a checkpoint has all that resuming needs, as safetensors and JSON", ""),
+    (r"dataset_text_field|field_text", _is("text", "none"), "the field of raw text is text",
+     "the field of raw text is text; rename the column"),
+    (r"strict|group_by_length_.+|is_.+_derived_model|model_type|tokenizer_type|tokenizer_use_fast|use_fast_tokenizer|"
+     r"type_of_model|hf_use_auth_token|.*token_env.*|wandb_(entity|mode|watch|log_model|name|run_id)|run_name",
+     _always, "config.json, the environment (HF_TOKEN, WANDB_ENTITY) and the run folder's name say it", ""),
+)  # fmt: skip
+MISSING = (
+    (r"fsdp.*|deepspeed.*|.*parallel.*|sequence_parallel.*|context_parallel.*|tensor_parallel.*|ring_attn.*|zero_.+",
+     "several GPUs hold one replica each (DDP); a model that is too large is streamed: --memory.budget"),
+    (r"push_to_hub|push_.+|hub_.+", "after training: handloop export RUN --format adapter --push OWNER/NAME"),
+    (r"(hf_|hub_|ms_|om_)?(hub_)?token|.*api_key", "secrets are not options: set HF_TOKEN or WANDB_API_KEY"),
+    (r"trust_remote_code|custom_.+", "no code from the hub is run"),
+    (r"template|chat_template|conversation_template|prompt_(template|style)|default_system(_message)?|tool_format",
+     "the tokenizer's own chat template is taken; --data.chat_template FILE names a Jinja file"),
+    (r"dataset_config(_name)?|dataset_(train|test)_split|dataset_split|subset|split|eval_split",
+     "written with the data: --data.path owner/name:subset:split"),
+    (r"field_(instruction|input|output|system)|(prompt|response|completion|input|output|question|answer)_(column|field|"
+     r"key)|formatting_func|dataset_(prompt|response)_field", "write --data.fields prompt=COLUMN response=COLUMN"),
+    (r"max_samples|num_samples|streaming|buffer_size|dataset_streaming|pretraining_dataset|mix_strategy|interleave_probs",
+     "all rows are read; --data.weights says how often each path is seen, --train.max_steps ends early"),
+    (r"eos_token|pad_token|special_tokens|eot_tokens|added_tokens_overrides|tokenizer_config|tokenizer_name.*|tokenizer",
+     "the tokenizer beside the model decides; padding is masked by position, never by id"),
+    (r"config(_file|_name|_path)?|yaml", "handloop import-config FILE reads other trainers' configuration files"),
+    (r"rl|beta|.*dpo.*|.*kto.*|.*orpo.*|.*simpo.*|.*ppo.*|.*grpo.*|reward_.+|num_generations|reference_.+|ref_model.*",
+     "supervised fine-tuning alone; no preference or reward training"),
+    (r"torch_compile.*|fp8.*|nvfp4.*|gptq.*|awq.*|hqq.*|qat.*|peft", "not offered: NF4, int8 or 16 bits, "
+     "in kernels of our own or of bitsandbytes"),
+    (r"label_smoothing.*", "the loss is cross entropy of the tokens themselves"),
+    (r"auto_find_batch_size", "micro-batches are split and merged to fit anyway; --batch.per_device stays as given"),
+    (r"n_?gpus?|num_gpus|gpus|nproc_per_node|gpu_ids|devices",
+     "--profile multi_gpu takes all GPUs (CUDA_VISIBLE_DEVICES those you want)"),
+    (r"stop_after|max_time|time_limit", "stop it by SIGTERM: it saves and resumes; --train.max_steps ends it early"),
+    (r"compute_metrics|predict_with_generate|do_predict", "handloop compare RUN asks questions after training"),
+    (r"layers_(to_transform|pattern)|rank_pattern|alpha_pattern|exclude_modules|target_parameters|peft_layers_.+",
+     "name the layers by a regular expression: --lora.target_modules 'model.layers.[0-7].self_attn.q_proj'"),
+    (r"cosine_min_lr_ratio|lr_scheduler_kwargs|lr_quadratic.+|lr_groups|embedding_lr.*|loraplus_lr_embedding|lr_.+",
+     "the schedule has a warmup and a linear, cosine or constant decay to 0 (optim.schedule)"),
+)  # fmt: skip
+
+
+def why(name: str, given: Any) -> Reason | None:
+    """Why there is no option in the place of `name`; None for a name that no trainer is known to have."""
+    for pattern, is_so, so, otherwise in ANYWAY:
+        if re.fullmatch(pattern, name):
+            return Reason(so, True) if is_so(given) else Reason(otherwise, False, is_told_when_off=True)
+    if known := reason_for(name):
+        return Reason(known, False)
+    text = next((text for pattern, text in MISSING if re.fullmatch(pattern, name)), "")
+    return Reason(text, False) if text else None

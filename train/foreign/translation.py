@@ -1,0 +1,276 @@
+"""Another trainer's configuration -> our command, and what is to be said of every key that is not simply in it."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from train.config import Config
+from train.foreign.names import REPORTS, Row, row_of
+from train.foreign.reasons import why
+from train.foreign.sources import Told, axolotl_paths, hub_name, llama_factory_paths
+from train.foreign.values import Words, number, truth
+
+# what they train with where the file says nothing, and we would train otherwise
+OF_TRAINER = {
+    "optim.name": "adamw", "optim.schedule": "linear", "optim.warmup": "0", "optim.weight_decay": "0",
+    "optim.max_grad_norm": "1", "train.seed": "42", "batch.accumulation": "1", "lora.dropout": "0",
+}  # fmt: skip
+DEFAULTS = {
+    "TRL": {**OF_TRAINER, "optim.lr": "2e-5", "train.epochs": "3", "batch.per_device": "8", "data.max_length": "1024",
+            "lora.r": "16", "lora.alpha": "32", "lora.dropout": "0.05"},
+    "axolotl": {**OF_TRAINER, "optim.schedule": "cosine", "train.epochs": "1", "batch.per_device": "1",
+                "data.max_length": "512", "train.method": "full"},
+    "LLaMA-Factory": {**OF_TRAINER, "optim.lr": "5e-5", "train.epochs": "3", "batch.per_device": "8",
+                      "data.max_length": "2048", "lora.r": "8", "lora.target_modules": "all-linear",
+                      "train.method": "lora"},
+}  # fmt: skip
+PEFT_DEFAULTS = {"lora.r": "8", "lora.alpha": "8", "lora.dropout": "0"}
+SMALL = 2.0  # billions of weights, as the name has them; below, the recipe for 4 GB is meant
+SEVERAL = re.compile(r"deepspeed|fsdp.*|.*parallel_(size|degree)|num_gpus|n_gpu|nproc_per_node|world_size")
+PROFILES_ADAPTERS = (
+    "the file says nothing of them, so they are the profile's (lora.*); a trainer without peft_config trains every "
+    "weight: --train.method full"
+)
+PROFILES_LAYERS = (
+    "the file names none; PEFT then takes q_proj and v_proj of a Llama, here it is all seven of a block "
+    "(--lora.target_modules)"
+)
+EFFECTIVE = (
+    "{} samples in a step on one GPU, as there; with several GPUs times their number. The loss of a step is a mean "
+    "over its trained tokens, however it is split"
+)
+TOLD = {  # options whose notes are told where the file sets them; others mean what they say
+    "model.quantization", "lora.trainable_tokens", "lora.modules_to_save", "data.validation_fraction",
+    "data.max_length", "data.truncation", "data.packing", "data.chat_template", "optim.warmup", "memory.checkpointing",
+    "checkpoint.keep", "validate.final", "run.timeout_minutes",
+}  # fmt: skip
+NEEDS_HELD_OUT = ("validate.every", "validate.patience", "validate.final")
+
+
+@dataclass
+class Translation:
+    """A command, and every key of the file in one of the lists; `missing`: (key, value, why it has no counterpart)."""
+
+    trainer: str
+    options: dict[str, Words] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)  # our option -> the key that it came from
+    taken: list[str] = field(default_factory=list)  # all keys that an option says
+    defaults: list[str] = field(default_factory=list)  # options that the file leaves to their defaults
+    notes: list[tuple[str, str]] = field(default_factory=list)  # means something else here
+    anyway: list[tuple[str, str]] = field(default_factory=list)
+    missing: list[Told] = field(default_factory=list)
+    off: list[str] = field(default_factory=list)
+    unknown: list[tuple[str, Any]] = field(default_factory=list)
+    profile: str = ""
+    why_profile: str = ""
+
+    def set(self, key: str, option: str, words: Words) -> None:
+        """Sets an option; a second key for it that says otherwise is told as such."""
+        if self.options.get(option, words) != words:
+            self.missing.append((key, " ".join(words), f"{self.keys[option]} has set {option} already"))
+            return
+        self.taken.append(key)
+        self.options[option] = words
+        self.keys.setdefault(option, key)
+
+    def words(self) -> list[str]:
+        """The command line behind `--profile NAME`."""
+        return [word for option, words in self.options.items() for word in (f"--{option}", *words)]
+
+
+def translate(trainer: str, found: Mapping[str, Any], path: Path) -> Translation:
+    """The command for a configuration of `trainer`, read from `path`."""
+    result = Translation(trainer)
+    for key, value in found.items():
+        if _is_data(result, key, found, path):
+            continue
+        _take(result, key, value, found)
+    _add_defaults(result, found, path)
+    _make_possible(result)
+    _choose_profile(result, found)
+    order = [f"{section.name}.{each.name}" for section in fields(Config) for each in _fields_of(section)]
+    result.options = {option: result.options[option] for option in order if option in result.options}
+    return result
+
+
+def _fields_of(section: Any) -> tuple[Any, ...]:
+    return fields(section.type) if is_dataclass(section.type) else ()
+
+
+def _take(result: Translation, key: str, value: Any, found: Mapping[str, Any]) -> None:
+    """Puts one key where it belongs."""
+    waits_for = {"save_steps": "save_strategy", "eval_steps": "eval_strategy"}.get(key, "")
+    is_total = result.trainer == "axolotl" and key == "batch_size"  # of a step, where for others it is a micro-batch's
+    row = None if is_total else row_of(key, result.trainer)
+    if value is None or value in ([], {}, "") or (key in ("warmup_ratio", "warmup_steps") and not number(value)):
+        _take_nothing(result, key)
+    elif waits_for and found.get(waits_for, "steps") != "steps":
+        result.anyway.append((key, f"it counts only with {waits_for} steps, and that is {found[waits_for]}"))
+    elif key == "report_to":
+        _take_trackers(result, value)
+    elif row is not None:
+        _take_row(result, key, value, row)
+    elif is_total:
+        result.missing.append((key, value, "the number of samples in a step follows: per_device x accumulation x GPUs"))
+    else:
+        _take_reason(result, key, value)
+
+
+def _take_nothing(result: Translation, key: str) -> None:
+    if key in ("max_length", "max_seq_length"):
+        result.missing.append((key, "null", "samples have a greatest length: data.max_length"))
+    elif key in ("adapter", "finetuning_type"):
+        result.set(key, "train.method", ("full",))
+    else:
+        result.off.append(key)
+
+
+def _take_trackers(result: Translation, value: Any) -> None:
+    names = [str(each).lower() for each in (value if isinstance(value, list) else [value])]
+    known = {REPORTS[name] for name in names if name in REPORTS}
+    result.set("report_to", "track.wandb", ("auto",) if ("auto",) in known else ("off",))
+    for name in names:
+        if name == "tensorboard":
+            result.set("report_to", "track.tensorboard", ("true",))
+        elif name == "mlflow":
+            result.set("report_to", "track.mlflow", ("on",))
+        elif name not in REPORTS:
+            result.missing.append(("report_to", name, "there are Weights & Biases, MLflow and TensorBoard (track.*)"))
+
+
+def _take_row(result: Translation, key: str, value: Any, row: Row) -> None:
+    words = row.spell(value)
+    if words is None:
+        result.missing.append((key, value, f"{row.option} has no such value" + (f": {row.note}" if row.note else "")))
+    elif words:
+        result.set(key, row.option, words)
+        if row.note and row.option in TOLD:
+            result.notes.append((f"{key} -> {row.option}", row.note))
+    else:
+        result.anyway.append((key, row.note or f"{row.option} need not be set for that"))
+
+
+def _take_reason(result: Translation, key: str, value: Any) -> None:
+    reason = why(key, value)
+    if reason and reason.is_so_anyway:
+        result.anyway.append((key, reason.text))
+    elif truth(value) is False and not (reason and reason.is_told_when_off):
+        result.off.append(key)
+    elif reason:
+        result.missing.append((key, value, reason.text))
+    else:
+        result.unknown.append((key, value))
+
+
+def _is_data(result: Translation, key: str, found: Mapping[str, Any], path: Path) -> bool:
+    """Takes the keys that say where data is, where they are more than a path."""
+    option = {"datasets": "data.path", "test_datasets": "data.validation_path", "dataset": "data.path",
+              "eval_dataset": "data.validation_path"}.get(key, "")  # fmt: skip
+    value, told = found[key], []
+    if not value:
+        return False
+    if key in ("dataset_config", "dataset_train_split", "dataset_test_split") and result.trainer == "TRL":
+        result.anyway.append((key, "it stands behind the data set's name, owner/name:subset:split"))
+        return True
+    if key == "dataset_name" and result.trainer == "TRL":
+        subset = found.get("dataset_config")
+        result.set(key, "data.path", (hub_name(str(value), subset, found.get("dataset_train_split")),))
+        if found.get("eval_strategy", "no") not in ("no", None) and "/" in str(value):
+            held_out = hub_name(str(value), subset, found.get("dataset_test_split") or "test")
+            result.set(key, "data.validation_path", (held_out,))
+        return True
+    if option and isinstance(value, list) and result.trainer != "LLaMA-Factory":
+        paths, fields, told = axolotl_paths(value, key)
+        if fields:
+            result.set(key, "data.fields", tuple(fields))
+    elif option and result.trainer == "LLaMA-Factory":
+        folder = Path(str(found.get("dataset_dir") or "data"))
+        beside = path.parent / folder
+        paths, told = llama_factory_paths(value, beside if not folder.is_dir() and beside.is_dir() else folder)
+    else:
+        return False
+    if paths:
+        result.set(key, option, tuple(paths))
+    result.missing += [each for each in told if each[2]]
+    known = [name for name, _, reason in told if not reason]
+    result.anyway += [(name, "rows are recognised by their fields, and files by their names") for name in known]
+    return True
+
+
+def _add_defaults(result: Translation, found: Mapping[str, Any], path: Path) -> None:
+    """Writes out what the trainer would do where the file says nothing."""
+    options, is_adapter = result.options, "peft_type" in found
+    defaults = dict(PEFT_DEFAULTS) if is_adapter else dict(DEFAULTS[result.trainer])
+    if "model.name_or_path" in options and not is_adapter:
+        defaults["model.quantization"] = "nf4" if found.get("adapter") == "qlora" else "none"
+    if result.trainer == "LLaMA-Factory":
+        defaults["lora.alpha"] = str(2 * int(number((options.get("lora.r") or ("8",))[0]) or 8))
+    method = options.get("train.method") or (defaults.get("train.method", ""),)
+    says_adapters = is_adapter or method[0] != "" or any(option.startswith("lora.") for option in options)
+    is_full = method == ("full",)
+    for option, value in defaults.items():
+        if option not in options and ((says_adapters and not is_full) or not option.startswith("lora.")):
+            options[option] = (value,)
+            result.defaults.append(option)
+    if not says_adapters:
+        result.notes.append(("adapters", PROFILES_ADAPTERS))
+    elif not is_full and "lora.target_modules" not in options:
+        result.notes.append(("target modules", PROFILES_LAYERS))
+    for option, stand_in, what in (("model.name_or_path", "MODEL", "no base model"), ("data.path", "FILE", "no data")):
+        if option not in options:
+            options[option] = (stand_in,)
+            result.notes.append((option, f"the file names {what}: put yours in the place of {stand_in}"))
+    if "run.dir" not in options:
+        options["run.dir"] = (f"runs/{path.stem}",)
+
+
+def _make_possible(result: Translation) -> None:
+    """Takes out what our parser would refuse together, and says so."""
+    options = result.options
+    if not ({"data.validation_path", "data.validation_fraction"} & set(options)):
+        for option in NEEDS_HELD_OUT:
+            _leave_out(result, option, f"{option} needs held-out data: add --data.validation_fraction 0.05")
+    if "data.validation_path" in options:
+        _leave_out(result, "data.validation_fraction", "the held-out data has a path of its own")
+    if options.get("data.packing") == ("true",):
+        _leave_out(result, "data.group_by_length", "packing leaves no padding to save")
+    if options.get("train.method") == ("full",):
+        for option in [option for option in options if option.startswith("lora.") or option == "optim.lora_plus_ratio"]:
+            _leave_out(result, option, "every weight is trained (train.method full), so there are no adapters")
+        if options.get("model.quantization") != ("none",):
+            _leave_out(
+                result, "model.quantization", "every weight is trained, which needs a base that is not quantised"
+            )
+        options["model.quantization"] = ("none",)
+    size = [number((options.get(name) or ("",))[0]) for name in ("batch.per_device", "batch.accumulation")]
+    if size[0] and size[1] and "batch.per_device" not in result.defaults:
+        result.notes.append(("effective batch", EFFECTIVE.format(int(size[0] * size[1]))))
+
+
+def _leave_out(result: Translation, option: str, reason: str) -> None:
+    """Takes an option out of the command; a key of the file that asked for it then has no counterpart."""
+    words = result.options.pop(option, None)
+    if option in result.defaults:
+        result.defaults.remove(option)
+    elif words == ("false",):
+        result.off.append(result.keys[option])
+    elif words is not None:
+        result.missing.append((result.keys[option], " ".join(words), reason))
+    result.notes[:] = [note for note in result.notes if not note[0].endswith(f"-> {option}")]
+
+
+def _choose_profile(result: Translation, found: Mapping[str, Any]) -> None:
+    """The profile whose remaining options fit: by the device, several GPUs, or the size in the model's name."""
+    base = (result.options.get("model.name_or_path") or ("",))[0]
+    sizes = re.findall(r"(?<![\w.])(\d+(?:\.\d+)?)\s*[bB](?![a-zA-Z])", base.replace("-", " ").replace("_", " "))
+    several = [key for key, value in found.items() if SEVERAL.fullmatch(key) and value and truth(value) is not False]
+    if result.options.get("run.device") == ("cpu",):
+        result.profile, result.why_profile = "demo", "the file asks for a CPU"
+    elif several:
+        result.profile, result.why_profile = "multi_gpu", f"the file has {several[0]}, so there are several GPUs"
+    elif sizes and float(sizes[0]) < SMALL and result.options.get("model.quantization") == ("nf4",):
+        result.profile, result.why_profile = "4gb", f"{sizes[0]}B in 4 bits; --profile a100 takes all memory of a GPU"
+    else:
+        result.profile, result.why_profile = "a100", "one GPU, of any size: memory is planned for what is there"

@@ -17,10 +17,7 @@ from train.help_pages import help_page
 from train.profiles import PROFILES, data_alone
 from train.run.exits import ExitCode, ExitWith
 
-USAGE = (
-    "usage: accelerate launch train/main.py --profile NAME [--section.field VALUE ...] [--print-config] "
-    "[--help [all|SECTION]]"
-)
+USAGE = "usage: handloop train --profile NAME [--section.field VALUE ...] [--print-config] [--help [all|SECTION]]"
 # `--model.random_init true` instead of a pair of flags
 _PARSING = (tyro.conf.FlagConversionOff,)
 # options that name files or folders, some of them beside other values

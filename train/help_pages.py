@@ -28,9 +28,9 @@ FIRST = (  # what people change most, and what it is in few words
     ("run.dir", "run folder, which resumes"),
 )
 EXAMPLES = """\
-  python train/main.py --profile demo
-  accelerate launch train/main.py --profile a100 --data.path pairs.jsonl
-  accelerate launch train/main.py --profile 4gb --data.path texts/ --lora.r 16"""
+  handloop train --profile demo
+  handloop train --profile a100 --data.path pairs.jsonl
+  handloop train --profile 4gb --data.path texts/ --lora.r 16"""
 
 
 def help_page(topic: str, config: Config | None, usage: str) -> str:

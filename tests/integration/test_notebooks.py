@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shlex
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import matplotlib
 import pytest
 
 from tests.conftest import ROOT, run_command
+from tests.injections import AtForward
 from train.commands import handloop, train
 from train.deliver import receipt
 from train.run.attempts import read_attempts
@@ -40,18 +42,24 @@ def tagged(cell: dict[str, Any], tag: str) -> bool:
 
 
 def in_process(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Runs a shell command of a notebook: a `handloop` command, or `echo TEXT | handloop ...`; it must succeed."""
+    """Runs a shell command of a notebook: a `handloop` command, or `echo TEXT | handloop ...`; it must succeed.
+
+    Training is stopped in its second step the first time, as where a machine is taken away with notice.
+    """
+    ends: list[int] = []
 
     def launched(arguments: list[str], output: int | None) -> tuple[int, str]:
         words = arguments[arguments.index(str(train.MAIN)) + 1 :]
-        return run_command(words).returncode or 0, ""
+        fault = None if ends else AtForward(2, signal.SIGTERM)
+        ends.append(run_command(words, fault).returncode or 0)
+        return ends[-1], ""
 
     def shell(command: str) -> None:
         left, _, right = command.rpartition(" | ")
         monkeypatch.setattr("sys.stdin", io.StringIO(shlex.split(left)[1] + "\n" if left else ""))
         name, *words = shlex.split(right)
         assert name == "handloop"
-        assert handloop.main(words) == 0, command
+        assert handloop.main(words) == (75 if ends == [75] and words[0] == "train" else 0), command
 
     monkeypatch.setattr(train, "launch", launched)
     return shell
@@ -81,7 +89,10 @@ def test_a_notebook_runs(
             exec(compile(code, notebook.name, "exec"), names)
     folder = RunFolder(Path(names["RUN"]))
     assert [row["step"] for row in read_metrics(folder.metrics) if row["step"]] == [1, 2, 3]
-    assert len(read_attempts(folder)) == 2
+    first, second = read_attempts(folder)
+    assert first.end is not None
+    assert first.end["code"] == 75
+    assert second.start["from_step"] in (1, 2)
     assert folder.comparison.exists()
     assert folder.report.exists()
     assert list(folder.path.glob("merged-*/model.safetensors"))

@@ -41,7 +41,7 @@ def test_a_profiles_values_are_shown(capsys: pytest.CaptureFixture[str]) -> None
 def test_the_examples_are_command_lines() -> None:
     """Each is accepted by the parser."""
     for line in EXAMPLES.splitlines():
-        parse(line.partition("train/main.py")[2].split())
+        parse(line.partition("handloop train")[2].split())
 
 
 def test_all_and_a_section(capsys: pytest.CaptureFixture[str]) -> None:

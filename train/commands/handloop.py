@@ -19,7 +19,7 @@ from train.run.streams import guard_messages, lead_to_null
 # Each command is the module of its name in this package, _ for -; its `main` takes the remaining words, returns the
 # exit code.
 COMMANDS = {
-    "train": "train with a profile, or go on with a run: accelerate launch, exit codes and signals kept",
+    "train": "train with a profile, or go on with an interrupted run",
     "preview": "show the samples token by token, trained and masked",
     "audit": "judge the data before training; exit 78 if it is bad",
     "glossary": "turn a glossary into prompt/response JSONL",

@@ -14,7 +14,6 @@ from train.profiles import PROFILES
 from train.run.exits import ExitCode, ExitWith
 
 WIDTH = 100  # columns of what is said behind #
-LAUNCH = {"multi_gpu": "bash launch/multi_gpu.sh"}
 
 
 def main(words: list[str]) -> int:
@@ -55,7 +54,7 @@ def _refusal(result: Translation) -> str:
 
 
 def _command(result: Translation) -> list[str]:
-    launch = LAUNCH.get(result.profile, f"accelerate launch train/main.py --profile {result.profile}")
+    launch = f"handloop train --profile {result.profile}"
     options = [f"  --{option} {shlex.join(words)}" for option, words in result.options.items()]
     return [*(f"{line} \\" for line in [launch, *options[:-1]]), options[-1]]
 
@@ -119,7 +118,7 @@ def _as_json(result: Translation) -> dict[str, Any]:
         "trainer": result.trainer,
         "profile": result.profile,
         "why_profile": result.why_profile,
-        "command": ["accelerate", "launch", "train/main.py", "--profile", result.profile, *result.words()],
+        "command": ["handloop", "train", "--profile", result.profile, *result.words()],
         "options": result.options,
         "from_keys": result.keys,
         "their_defaults": result.defaults,

@@ -54,8 +54,8 @@ def _stop_before_training(number: int, frame: FrameType | None) -> None:
 
 def _train(words: list[str]) -> int:
     own = _options()
-    if {"-h", "--help"} & set(words) and any(word.partition("=")[0] == "--profile" for word in words):
-        own.config(words)  # prints every option with its default in this profile
+    if {"-h", "--help"} & set(words) and len(words) > 1:
+        own.config(words)  # prints the page on the recipe that is asked for
     options, rest = own.parse_known_args(words)
     config = own.config(rest)  # refused before accelerate is started, which takes seconds
     if config.profile in HELD_OUT and not any(word.startswith("--data.") for word in rest):
@@ -72,8 +72,8 @@ def _train(words: list[str]) -> int:
 def _options() -> Options:
     own = Options("train", "Trains with a profile; the same command again goes on with a run that was interrupted.")
     own.epilog = (
-        "`handloop train --profile NAME --help` lists the options of the recipe with their values in this profile, "
-        "--print-config prints them as JSON."
+        "`handloop train --help all` lists the options of the recipe, with --profile NAME their values in this "
+        "profile; --print-config prints them as JSON."
     )
     own.add_argument(
         "--config_file",

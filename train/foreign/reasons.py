@@ -116,7 +116,7 @@ MISSING = (
     (r"label_smoothing.*", "the loss is cross entropy of the tokens themselves"),
     (r"auto_find_batch_size", "micro-batches are split and merged to fit anyway; --batch.per_device stays as given"),
     (r"n_?gpus?|num_gpus|gpus|nproc_per_node|gpu_ids|devices",
-     "bash launch/multi_gpu.sh takes all GPUs (CUDA_VISIBLE_DEVICES those you want)"),
+     "--profile multi_gpu takes all GPUs (CUDA_VISIBLE_DEVICES those you want)"),
     (r"stop_after|max_time|time_limit", "stop it by SIGTERM: it saves and resumes; --train.max_steps ends it early"),
     (r"compute_metrics|predict_with_generate|do_predict", "handloop compare RUN asks questions after training"),
     (r"layers_(to_transform|pattern)|rank_pattern|alpha_pattern|exclude_modules|target_parameters|peft_layers_.+",

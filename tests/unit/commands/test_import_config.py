@@ -241,9 +241,9 @@ def test_the_printed_command(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     told = json.loads(capsys.readouterr().out)
     assert command == told["command"]
     assert told["refused"] == ""
-    assert parse(command[3:]).data.path == ("my chats.jsonl",)
+    assert parse(command[2:]).data.path == ("my chats.jsonl",)
     assert main(["import-config", str(path), "--profile", "multi_gpu"]) == 0
-    assert "bash launch/multi_gpu.sh \\\n" in capsys.readouterr().out
+    assert "handloop train --profile multi_gpu \\\n" in capsys.readouterr().out
 
 
 def test_a_command_that_would_be_refused_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

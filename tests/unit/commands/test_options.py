@@ -94,7 +94,7 @@ MISSPELT = [  # the words of a command, and what it answers
     (["chat", "RUN", "--quantization", "nf4"], "--quantization: no such option\n"),
     (["chat", "MODEL", "--quantization", "nf4"], "did you mean --model.quantization?"),
     (["train", "--profile", "demo", "--num_proceses", "2"], "did you mean --num_processes?"),
-    (["train", "--profile", "demo", "--max_steps", "2"], "did you mean --train.max_steps?"),
+    (["train", "--profile", "demo", "--max_steps", "2"], "--train.max_steps"),
     (["plan", "--prob"], "--prob: no such option; did you mean --probe?"),
     (["plan", "--profile", "demo", "--mean-lenth", "3"], "did you mean --mean-length?"),
     (["plan", "--profil", "demo"], "--profil: no such option; did you mean --profile?"),

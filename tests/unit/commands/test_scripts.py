@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from train.commands import handloop, train
 
 PAGE = (ROOT / "docs" / "SCRIPTS.md").read_text(encoding="utf-8")
 KEYS = {
-    name: re.findall(r"`(\w+)`", keys) for name, keys in re.findall(r"^\| `handloop (\w+).*?` \| (.*) \|$", PAGE, re.M)
+    name: re.findall(r"`(\w+)`", keys)
+    for name, keys in re.findall(r"^\| `handloop ([\w-]+).*?` \| (.*) \|$", PAGE, re.M)
 }
 FEW = ("--num", "1", "--max-new-tokens", "2", "--loss-tokens", "64")
 
@@ -33,6 +36,13 @@ def recorded(run: Path, folder: Path) -> list[str]:
     return [str(folder / "recorded"), "--dry-run"]
 
 
+def foreign(run: Path, folder: Path) -> list[str]:
+    """A configuration of PEFT's."""
+    path = folder / "adapter_config.json"
+    path.write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 16, "base_model_name_or_path": "owner/base"}')
+    return [str(path)]
+
+
 def rows(folder: Path) -> str:
     path = folder / "rows.jsonl"
     path.write_text("".join(f'{{"prompt": "What is part {n}?", "response": "A bolt {n}."}}\n' for n in range(3)))
@@ -47,6 +57,7 @@ CASES: dict[str, Callable[[Path, Path], list[str]]] = {
     "glossary": glossary,
     "chat": lambda run, folder: [str(run), "--max-new-tokens", "2"],
     "compare": lambda run, folder: [str(run), *FEW],
+    "import-config": foreign,
     "plan": lambda run, folder: ["--profile", "4gb", "--model.name_or_path", str(folder / "shape"), "--gpu", "4GiB"],
     "merge": lambda run, folder: [str(run), "--onto", "original"],
     "report": lambda run, folder: [str(run)],
@@ -102,6 +113,22 @@ def test_the_page_has_the_exit_codes() -> None:
 
     rows = dict(re.findall(r"^\| (\d+) \| `(\w+)` \|", PAGE, re.MULTILINE))
     assert {int(code): name for code, name in rows.items()} == {int(code): code.name.lower() for code in ExitCode}
+
+
+def test_the_loop_of_the_page_trains_to_the_end(tmp_path: Path) -> None:
+    """It repeats what was interrupted, ends with what is finished, and gives up where repeating does not help."""
+    loop = re.findall(r"```text\n(until.*?)```", PAGE, re.DOTALL)[0]
+    for name, text in {
+        "handloop": f'read code < "{tmp_path}/codes"\nsed -i 1d "{tmp_path}/codes"\nexit $code',
+        "sleep": "",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o700)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for codes, code, left in (("75\n83\n81\n0\n9\n", 0, "9\n"), ("75\n78\n0\n", 1, "0\n")):
+        (tmp_path / "codes").write_text(codes)
+        done = subprocess.run(["bash", "-c", loop], cwd=tmp_path, env=environment, check=False, timeout=60)
+        assert (done.returncode, (tmp_path / "codes").read_text()) == (code, left)
 
 
 def test_numbers_that_json_lacks_are_told_by_name(capsys: pytest.CaptureFixture[str]) -> None:

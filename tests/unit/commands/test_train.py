@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
@@ -97,11 +98,12 @@ def test_refusals_come_before_accelerate(capsys: pytest.CaptureFixture[str], mon
 def test_help_and_the_printed_configuration_start_nothing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """--help alone is short, with a profile it lists the recipe's options; --print-config prints the recipe."""
+    """--help alone is on the command, with a profile or a topic on the recipe, which --print-config prints."""
     monkeypatch.setattr(train, "launch", lambda *_: pytest.fail("accelerate is started"))
     for words, expected, other in (
-        (["--help"], "--config_file", "--optim.lr"),
-        (["--profile", "demo", "--help"], "--optim.lr", "--config_file"),
+        (["--help"], "--config_file", "optim.lr"),
+        (["--profile", "demo", "--help"], "optim.lr", "--config_file"),
+        (["--help", "all"], "optim.lora_plus_ratio", "--config_file"),
         (["--profile", "demo", "--print-config"], '"lr": 0.003', "--config_file"),
     ):
         with pytest.raises(SystemExit) as left:
@@ -134,9 +136,16 @@ def test_a_stop_before_training_is_one(number: signal.Signals) -> None:
 
 def test_the_handlers_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """After the command the process's own signal handlers stand again."""
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    launched(["--profile", "demo"], monkeypatch)
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+    def mine(number: int, frame: FrameType | None) -> None:
+        """A handler of whoever calls the command."""
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        launched(["--profile", "demo"], monkeypatch)
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_what_became_of_it_is_told(tmp_path: Path) -> None:

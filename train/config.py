@@ -298,8 +298,7 @@ class CompareConfig:
     max_new_tokens: int = 128
     """An answer ends here at the latest, and then counts as not stopped."""
     general_questions: str = "off"
-    """Further questions that have nothing to do with the data, to see what is forgotten: bundled, off, or a file of
-    prompt/response rows or of a question a line."""
+    """File of further questions, rows or a question a line, that show what is forgotten; the bundled ones; or off."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from train.deliver import receipt
 from train.profiles import PROFILES
 
 # What the documents name and another branch brings; to be taken out of here when it is there, which a test demands.
-NOT_YET = {"launch/smollm2.sh"}
 SERVERS = {f"launch/serve_{name}.sh": name for name in ("vllm", "sglang", "llama_cpp", "ollama")}
 FOREIGN = {"docker", "mkdir", "pip", "pipx", "pre-commit"}  # other people's commands: looked at by the shell alone
 UNKNOWN = "--no-such.option"
@@ -179,7 +178,7 @@ def here(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 def test_the_commands_work(block: Block, here: Path) -> None:
     """Each command that a document shows, and does not mark, ends with 0, in the block's order."""
     for command in COMMANDS:
-        if command.where == block.where and not NOT_YET & set(command.words):
+        if command.where == block.where:
             execute(command, here)
 
 
@@ -211,8 +210,7 @@ def test_every_script_that_is_named_is_one() -> None:
         match for block in BLOCKS for match in re.findall(r"\b(?:launch|docker)/\w+\.sh\b", block.path.read_text())
     }
     assert len(named) > 8
-    assert {name for name in named if not (ROOT / name).exists()} == NOT_YET, "take what is there out of NOT_YET"
-    for name in named - NOT_YET:
+    for name in named:
         subprocess.run(["bash", "-n", ROOT / name], check=True)
 
 

@@ -136,7 +136,11 @@ def outcome(code: int, reason: str, folder: RunFolder) -> dict[str, Any]:
     names = ("step", "total_steps", "loss_last", "loss_best", "eval_loss_best", "eval_loss_best_step", "seconds")
     names += ("tokens_per_second", "peak_reserved_gib", "num_attempts", "notes")
     is_complete = code in (ExitCode.FINISHED, ExitCode.DELIVERY_FAILED) and folder.final.is_dir()
-    answers = {"trained": folder.answers, "held_out": folder.held_out_answers} if is_complete else {}
+    answers = (
+        {"trained": folder.answers, "held_out": folder.held_out_answers, "general": folder.general_answers}
+        if is_complete
+        else {}
+    )
     return {
         "code": int(code),
         "name": ExitCode(code).name.lower() if code in list(ExitCode) else "",
@@ -157,6 +161,8 @@ def _count_answers(path: Path) -> dict[str, int]:
     return {
         "total": len(rows),
         "exact_before": sum(bool(row.get("before_exact")) for row in rows),
+        "contained_before": sum(bool(row.get("before_contained")) for row in rows),
+        "contained_after": sum(bool(row.get("contained")) for row in rows),
         "exact_after": sum(bool(row.get("exact")) for row in rows),
         "ended_after": sum(bool(row.get("stopped")) for row in rows),
     }

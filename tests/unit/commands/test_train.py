@@ -155,7 +155,16 @@ def test_what_became_of_it_is_told(tmp_path: Path) -> None:
     told = train.outcome(0, "finished", RunFolder(run))
     assert (told["code"], told["name"], told["step"], told["total_steps"]) == (0, "finished", 120, 120)
     assert told["final"] == str(run / "final")
-    assert told["answers"] == {"trained": {"total": 2, "exact_before": 0, "exact_after": 1, "ended_after": 2}}
+    assert told["answers"] == {
+        "trained": {
+            "total": 2,
+            "exact_before": 0,
+            "contained_before": 0,
+            "contained_after": 0,  # written by a version that did not say
+            "exact_after": 1,
+            "ended_after": 2,
+        }
+    }
     told = train.outcome(78, "another job has it", RunFolder(run))
     assert (told["code"], told["name"], told["reason"]) == (78, "bad_input", "another job has it")
     assert (told["final"], told["answers"]) == (None, {})

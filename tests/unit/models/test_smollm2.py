@@ -47,7 +47,7 @@ def test_it_is_made_of_the_package(
     after = AutoModelForCausalLM.from_pretrained(made, dtype=torch.bfloat16).float()
     ids = tokenizer_at(made)("What does AOG mean?")["input_ids"]
     assert ids == tokenizer_at(tmp_path / "model")("What does AOG mean?")["input_ids"]
-    torch.testing.assert_close(logits_of(after, ids), logits_of(before, ids), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(logits_of(after, ids), logits_of(before, ids), rtol=0, atol=5e-2)
     assert json.loads((made / "generation_config.json").read_text())["eos_token_id"] == smollm2.END_TOKEN_ID
     assert PROFILES["smollm2"]().model.name_or_path == str(made)
     when = (made / "config.json").stat().st_mtime_ns

@@ -282,18 +282,20 @@ def failures(audit: Audit) -> list[str]:
     return [_sentence(audit, name) for name in RULES if audit.share(name) > RULES[name].max_share]
 
 
-def warnings(audit: Audit) -> list[str]:
-    """Findings that do not forbid training."""
+def warnings(audit: Audit, num_places: int = NUM_PLACES) -> list[str]:
+    """Findings that do not forbid training, each with at most so many places."""
     found = [name for name in RULES if audit.findings[name].count]
-    lines = [_sentence(audit, name) for name in found if audit.share(name) <= RULES[name].max_share]
+    lines = [_sentence(audit, name, num_places) for name in found if audit.share(name) <= RULES[name].max_share]
     if validation := audit.validation:
-        lines += [f"validation: {_sentence(validation, name)}" for name in RULES if validation.findings[name].count]
+        found = [name for name in RULES if validation.findings[name].count]
+        lines += [f"validation: {_sentence(validation, name, num_places)}" for name in found]
     return lines
 
 
-def _sentence(audit: SplitAudit, name: str) -> str:
+def _sentence(audit: SplitAudit, name: str, num_places: int = NUM_PLACES) -> str:
     rule, finding, share = RULES[name], audit.findings[name], audit.share(name)
     limit = f"; the limit is {rule.max_share:.0%}" if share > rule.max_share else ""
-    more = ", ..." if finding.count > len(finding.places) else ""
-    places = ", ".join(map(printable, finding.places)) + more
+    shown = finding.places[:num_places]
+    more = ", ..." if finding.count > len(shown) else ""
+    places = ", ".join(map(printable, shown)) + more
     return f"{finding.count:,} {rule.message} ({share:.1%}{limit}): {places}; {rule.remedy}"

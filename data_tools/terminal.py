@@ -9,6 +9,7 @@ import shutil
 import sys
 import textwrap
 import unicodedata
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -49,6 +50,14 @@ def _visible_character(character: str, breaks: str) -> str:
         return chr(0x2400 + ord(character))  # ␀ to ␟
     is_hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zs", "Zl", "Zp")
     return f"<U+{ord(character):04X}>" if is_hidden and character not in JOINERS else character
+
+
+def seen_from_here(path: str) -> str:
+    """The path as it is shorter to read: from the current folder, if it is below that; the home folder is ~."""
+    for folder, begins in ((Path.cwd, ""), (Path.home, "~/")):
+        with suppress(ValueError, OSError, RuntimeError):  # not below it, or there is none
+            return begins + str(Path(path).relative_to(folder()))
+    return path
 
 
 def fitted(text: str, stream: TextIO | None = None) -> str:

@@ -32,7 +32,8 @@ def enforce_gate(config: Config, found: Audit) -> Sequence[str]:
         lines = "\n".join(f"  {reason}" for reason in reasons)
         advice = "fix the data, or train on it as it is with --data.gate warn; handloop audit shows more"
         raise ExitWith(ExitCode.BAD_INPUT, f"the data should not be trained on:\n{lines}\n{advice}")
-    return [*reasons, *warnings(found)]
+    told = warnings(found, num_places=1)
+    return [*reasons, *told, *(["handloop audit with the same options shows all of it"] if told else [])]
 
 
 def counts(found: Audit) -> list[dict[str, str | int]]:

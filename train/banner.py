@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from data_tools.data_lines import data_lines, data_warnings
 from data_tools.prepare import Statistics
+from data_tools.terminal import seen_from_here
 from train.checkpoints.contents import Checkpoint
 from train.config import Config
 from train.data import Splits
@@ -40,7 +41,7 @@ def banner(training: Training, tokenizer_notes: Sequence[str], splits: Splits, c
         *(f"base      {note}" for note in about.notes),
         f"trained   {_trained(config, about.targets)}: {trainable:,} trainable parameters",
         *_trained_beside(config),
-        f"data      {', '.join(config.data.path)}: {statistics.num_records:,} records "
+        f"data      {', '.join(map(seen_from_here, config.data.path))}: {statistics.num_records:,} records "
         f"({' and '.join(statistics.formats)}), {len(data.samples):,} samples"
         + (f", {len(validation.samples):,} held out for validation" if validation else ""),
         *data_lines(statistics, prepared.notes),
@@ -81,6 +82,8 @@ def _trained_beside(config: Config) -> list[str]:
 
 def _targets(targets: Targets) -> str:
     """Each word of lora.target_modules with the number of layers that it stands for."""
+    if sum(targets.counts.values()) == targets.num_layers and len(targets.counts) > 1:
+        return f"all {targets.num_layers} linear layers ({', '.join(targets.counts)})"
     counted = [f"{word} ({count})" for word, count in targets.counts.items()]
     return f"{', '.join(counted)} of {targets.num_layers} linear layers"
 
@@ -124,7 +127,7 @@ def _executed(training: Training) -> str:
 def _base(config: Config) -> str:
     weights = "random weights" if config.model.random_init else "frozen"
     weights = "trained whole" if config.train.method == "full" else weights
-    return f"{config.model.name_or_path} ({weights})"
+    return f"{seen_from_here(config.model.name_or_path)} ({weights})"
 
 
 def _warnings(training: Training, splits: Splits) -> list[str]:

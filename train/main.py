@@ -19,7 +19,7 @@ from datetime import date
 from accelerate import Accelerator
 
 from data_tools.prepare import Prepared
-from data_tools.terminal import fitted
+from data_tools.terminal import fitted, seen_from_here
 from train.assemble import assemble
 from train.attempt_record import record_start
 from train.audit_gate import counts, enforce_gate, run_audit
@@ -166,7 +166,7 @@ def job(config: Config, observed: Observed) -> str:
         on_first_process(accelerator, lambda: report_audit(config, tokenizer, data, splits, observed))
     raise_if_stopped(config, accelerator, stop)
     doing.now = "loading the base"
-    say(accelerator, f"loading {config.model.name_or_path}")
+    say(accelerator, f"loading {seen_from_here(config.model.name_or_path)}")
     saved = saved_shape(checkpoint, data, config.batch.merge)
     training = replace(assemble(config, accelerator, data, saved, material.longest), schedule=schedule)
     if checkpoint is not None:

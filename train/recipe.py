@@ -15,15 +15,16 @@ def recipe_warnings(config: Config, num_samples: int, steps_per_epoch: int, tota
     `warmup` is in steps, as the run has it. What ends early by validation may have any number of epochs.
     """
     found = [
-        _of_warmup(warmup, total_steps),
+        _of_warmup(config, warmup, total_steps),
         _of_steps(config, steps_per_epoch, total_steps),
         _of_epochs(config, num_samples, steps_per_epoch, total_steps),
     ]
     return [line for line in found if line]
 
 
-def _of_warmup(warmup: int, total_steps: int) -> str:
-    if warmup <= MAX_WARMUP * total_steps:
+def _of_warmup(config: Config, warmup: int, total_steps: int) -> str:
+    asked = config.optim.warmup
+    if warmup <= MAX_WARMUP * total_steps or (isinstance(asked, float) and asked <= MAX_WARMUP):
         return ""
     fits = "--optim.warmup 0.1 is a tenth of them" if total_steps >= 10 else "--optim.warmup 0 has none"
     if warmup >= total_steps:

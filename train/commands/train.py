@@ -60,8 +60,8 @@ def _train(words: list[str]) -> int:
     config = own.config(rest)  # refused before accelerate is started, which takes seconds
     if config.profile in HELD_OUT and not any(word.startswith("--data.") for word in rest):
         rest += ["--data.validation_path", HELD_OUT[config.profile]]
-    # on a busy machine, OpenMP's spinning threads make a CPU run twenty times slower
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:  # as in launch/_common.sh, which says why
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     topology = _topology(options, config)
     code, reason = launch(["--quiet", *topology, str(MAIN), *rest], STDERR if options.json else None)
     if options.json:

@@ -9,6 +9,7 @@ Where one of them is lost, or the others wait for it in vain, the launcher ends 
 they could not: exit.json and the end of the attempt.
 """
 
+import argparse
 import os
 import signal
 import subprocess
@@ -20,6 +21,9 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
+
+import psutil
+import yaml
 
 from train.run.attempts import AttemptLog, read_attempts
 from train.run.durable import write_atomically
@@ -218,5 +222,23 @@ def launch(arguments: Sequence[str], output: int | None = None) -> tuple[int, st
     """
     accelerate = [sys.executable, "-P", "-m", "accelerate.commands.accelerate_cli", "launch"]
     with tempfile.TemporaryDirectory() as folder:
-        launcher = Launcher([*accelerate, *arguments], Path(folder), output)
+        launcher = Launcher([*accelerate, *_threads(arguments), *arguments], Path(folder), output)
         return launcher.wait(), launcher.end
+
+
+def _threads(arguments: Sequence[str]) -> list[str]:
+    """On a CPU, the threads that accelerate would give each process: unless it is told, it warns of its own default."""
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    known.add_argument("--config_file")
+    known.add_argument("--num_processes", type=int)
+    known.add_argument("--num_cpu_threads_per_process")
+    words = arguments[: next((i for i, word in enumerate(arguments) if word.endswith(".py")), len(arguments))]
+    with suppress(argparse.ArgumentError, OSError, ValueError, yaml.YAMLError):
+        found, _ = known.parse_known_args(words)
+        if found.config_file and not found.num_cpu_threads_per_process and not os.environ.get("OMP_NUM_THREADS"):
+            topology = yaml.safe_load(Path(found.config_file).read_text(encoding="utf-8"))
+            if isinstance(topology, dict) and topology.get("use_cpu"):
+                cores = psutil.cpu_count(logical=False) or 1
+                processes = found.num_processes or topology.get("num_processes") or 1
+                return ["--num_cpu_threads_per_process", str(max(1, cores // processes))]
+    return []

@@ -77,7 +77,7 @@ def test_without_the_package_the_hub_is_asked(
 
 
 def test_the_demo_s_rows_are_of_the_glossary() -> None:
-    """Trained and held-out rows are the bundled ones about certification, of the same terms; none is in both."""
+    """Trained and held-out rows are the bundled ones about certification, of trained terms; none is in both."""
 
     def rows(path: str | Path) -> set[tuple[str, str]]:
         return {tuple(json.loads(line).values()) for line in Path(path).read_text().splitlines()}
@@ -86,7 +86,7 @@ def test_the_demo_s_rows_are_of_the_glossary() -> None:
     trained, held_out = rows(CERTIFICATION[0]), rows(HELD_OUT["smollm2"])
     assert trained < rows(demo / "glossary.jsonl")
     assert held_out < rows(demo / "held_out.jsonl")
-    assert {response for _, response in trained} == {response for _, response in held_out}
+    assert {response for _, response in held_out} < {response for _, response in trained}
     assert not {prompt for prompt, _ in trained} & {prompt for prompt, _ in held_out}
     everyday = {prompt for prompt, _ in rows(CERTIFICATION[1])}
     assert not everyday & {prompt for prompt, _ in rows(demo / "general_questions.jsonl")}

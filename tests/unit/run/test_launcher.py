@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from train.run import host_memory
+from train.run import host_memory, launcher
 from train.run.attempts import read_attempts
 from train.run.exits import ExitCode
 from train.run.folder import RunFolder, read_object
@@ -133,3 +133,21 @@ def test_the_kernel_s_count(own: str, place: str, tmp_path: Path, monkeypatch: p
     (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / place).write_text("low 0\noom 9\noom_kill 3\noom_group_kill 1\n")
     assert host_memory.oom_kills() == 3
+
+
+def test_threads_on_a_cpu_are_said_to_accelerate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as it would take, divided among the processes; nothing where the user says so, and on GPUs."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(launcher.psutil, "cpu_count", lambda logical: 6)
+    files = {name: str(ROOT / "accelerate_configs" / f"{name}.yaml") for name in ("cpu", "single_a100")}
+    cpu = ["--quiet", "--config_file", files["cpu"]]
+    script = ["train/main.py", "--profile", "demo", "--num_processes", "3"]  # behind the script it is not accelerate's
+    assert launcher._threads([*cpu, *script]) == ["--num_cpu_threads_per_process", "6"]
+    assert launcher._threads([*cpu, "--num_processes", "2", *script]) == ["--num_cpu_threads_per_process", "3"]
+    assert launcher._threads([*cpu, "--num_processes", "9", *script]) == ["--num_cpu_threads_per_process", "1"]
+    assert launcher._threads([*cpu, "--num_cpu_threads_per_process", "4", *script]) == []
+    assert launcher._threads(["--config_file", files["single_a100"], *script]) == []
+    assert launcher._threads(["--config_file", str(tmp_path / "none"), *script]) == []
+    assert launcher._threads(script) == []
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert launcher._threads([*cpu, *script]) == []

@@ -295,7 +295,6 @@ def warnings(audit: Audit, num_places: int = NUM_PLACES) -> list[str]:
 def _sentence(audit: SplitAudit, name: str, num_places: int = NUM_PLACES) -> str:
     rule, finding, share = RULES[name], audit.findings[name], audit.share(name)
     limit = f"; the limit is {rule.max_share:.0%}" if share > rule.max_share else ""
-    shown = finding.places[:num_places]
-    more = ", ..." if finding.count > len(shown) else ""
-    places = ", ".join(map(printable, shown)) + more
+    shown = [printable(place) for place in finding.places[:num_places]]
+    places = ", ".join([*shown, *["..."][: finding.count - len(shown)]])
     return f"{finding.count:,} {rule.message} ({share:.1%}{limit}): {places}; {rule.remedy}"

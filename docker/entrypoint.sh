@@ -2,9 +2,9 @@
 # What a container runs: a profile's script in launch/, by its name, or else a command as it stands. Each is an exec, so
 # that signals reach the trainer's launcher, and its exit code comes back.
 set -euo pipefail
-[ $# -gt 0 ] || set -- demo
+[ $# -gt 0 ] || set -- demo --tiny
 case $1 in
-    demo | a100 | 4gb | multi_gpu)
+    demo | smollm2 | a100 | 4gb | multi_gpu)
         exec bash "$(dirname "${BASH_SOURCE[0]}")/../launch/$1.sh" "${@:2}"
         ;;
 esac

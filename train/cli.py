@@ -17,7 +17,8 @@ from train.help_pages import help_page
 from train.profiles import PROFILES, data_alone
 from train.run.exits import ExitCode, ExitWith
 
-USAGE = "usage: handloop train --profile NAME [--section.field VALUE ...] [--print-config] [--help [all|SECTION]]"
+SHORT_USAGE = "usage: handloop train --profile NAME [--section.field VALUE ...]"
+USAGE = f"{SHORT_USAGE} [--print-config] [--help [all|SECTION]]"
 # `--model.random_init true` instead of a pair of flags
 _PARSING = (tyro.conf.FlagConversionOff,)
 # options that name files or folders, some of them beside other values
@@ -48,7 +49,7 @@ def _parse(argv: Sequence[str], needs_profile: bool, own: Sequence[str]) -> Conf
     if topics:
         named = options.get("profile", [])
         profile = PROFILES[named[0]]() if len(named) == 1 and named[0] in PROFILES else None
-        print(help_page(topics[0][0] if topics[0] else "", profile, USAGE))
+        print(help_page(topics[0][0] if topics[0] else "", profile, SHORT_USAGE))
         raise SystemExit(0)
     needs_profile = needs_profile or "profile" in options
     profile, words = _take_profile(words, own) if needs_profile else (data_alone(), words)

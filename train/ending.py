@@ -20,6 +20,7 @@ from train.run.last_words import is_recorder
 from train.run.processes import advice_to_repeat, peer_failure
 from train.run.redact import redact
 
+EARLY = "finished early: "  # begins the reason of a run that ended well before its last step
 # what a machine refuses, whoever asks
 REFUSED_BY_THE_MACHINE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE),
@@ -38,7 +39,7 @@ def end_of(run: Callable[[], str], config: Config, doing: Doing, argv: Sequence[
         return end
     except (Exception, SystemExit) as error:  # a library's exit would be one without a reason
         return _foreseen(error, config, doing) or _defect(error, config, doing, argv)
-    return ExitWith(ExitCode.FINISHED, f"finished early: {early}" if early else "finished")
+    return ExitWith(ExitCode.FINISHED, f"{EARLY}{early}" if early else "finished")
 
 
 def record_end(end: ExitWith, doing: Doing, folder: RunFolder, log: AttemptLog) -> None:

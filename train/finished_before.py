@@ -1,7 +1,7 @@
 """A command that is repeated although its run has finished: said, with what can be done, before the base is read."""
 
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import safetensors.torch
 import torch
@@ -13,6 +13,7 @@ from train.checkpoints.contents import ADAPTER, Checkpoint
 from train.config import Config
 from train.data import TrainingData
 from train.deliver.final import BASE
+from train.ending import EARLY
 from train.run.attempts import plain, read_attempts
 from train.run.exits import ExitCode
 from train.run.folder import RunFolder, read_object
@@ -22,18 +23,28 @@ from train.track.metrics_file import read_metrics
 from train.track.summary import summary, table
 
 # what may differ from the finished attempt without making anything of it worth doing again
-DECIDES_NOTHING = {"run": ("resume", "extend", "timeout_minutes", "grace_seconds"), "track": ...}
+DECIDES_NOTHING = {"run": ("resume", "extend", "timeout_minutes", "grace_seconds")}
 
 
-def was_finished(config: Config, checkpoint: Checkpoint, data: TrainingData, accelerator: Accelerator) -> bool:
-    """Whether this very command has done all its work before, in every process; the first then says so.
+@dataclass(frozen=True)
+class FinishedBefore:
+    """The end of the attempt that did the work."""
+
+    early: str  # why before the last step; empty where it was not
+
+
+def was_finished(
+    config: Config, checkpoint: Checkpoint, data: TrainingData, accelerator: Accelerator
+) -> FinishedBefore | None:
+    """How the run ended if this very command has done all its work before, in every process; the first then says so.
 
     `checkpoint` is the one that the run would go on from, of this run and this data. Anything else than a repetition,
     such as other questions at the end or a final/ that is not whole, is for the job to do.
     """
 
+    folder = RunFolder.of(config)
+
     def look() -> int:
-        folder = RunFolder.of(config)
         if config.run.resume not in ("auto", "must") or not _is_repetition(config, folder, checkpoint.state.step):
             return 0
         if not _final_stands(folder, checkpoint):
@@ -41,7 +52,10 @@ def was_finished(config: Config, checkpoint: Checkpoint, data: TrainingData, acc
         _say(config, data, accelerator)
         return 1
 
-    return bool(on_first_process(accelerator, look))
+    if not on_first_process(accelerator, look):
+        return None
+    end = read_attempts(folder)[-1].end or {}
+    return FinishedBefore(str(end.get("reason", "")).partition(EARLY)[2])
 
 
 def _is_repetition(config: Config, folder: RunFolder, step: int) -> bool:
@@ -55,13 +69,8 @@ def _is_repetition(config: Config, folder: RunFolder, step: int) -> bool:
 
 def _deciding(config: dict) -> dict:
     """The options of a configuration, as JSON has it, that decide what is made."""
-    kept = {}
-    for section, fields in config.items():
-        without = DECIDES_NOTHING.get(section, ())
-        if without is not ...:
-            is_section = isinstance(fields, dict)
-            kept[section] = {k: v for k, v in fields.items() if k not in without} if is_section else fields
-    return kept
+    without = {section: {name: None for name in names} for section, names in DECIDES_NOTHING.items()}
+    return config | {section: config.get(section, {}) | names for section, names in without.items()}
 
 
 def _final_stands(folder: RunFolder, checkpoint: Checkpoint) -> bool:

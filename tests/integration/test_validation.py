@@ -1,6 +1,7 @@
 """Validations of whole runs: rows, answers, an early end, the best weights; the same after a resume."""
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,8 @@ def test_final_of_the_best(held_out: Config, tmp_path: Path) -> None:
     assert [row.get("eval/best_step") for row in rows] == [None, 1, 2, 2, 2, 2, 2]
     damaged = saved.read_bytes()
     saved.write_bytes(damaged[:-1] + bytes([damaged[-1] ^ 1]))
+    assert run_command(arguments(config)).returncode == 0  # final/ stands, so nothing is made again
+    shutil.rmtree(run_dir / "final")
     repeated = run_command(arguments(config))
     assert repeated.returncode == 80
     assert "--validate.final last" in repeated.stderr

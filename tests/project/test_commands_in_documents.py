@@ -107,6 +107,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "mine.txt").write_text("What does AOG mean?\n", encoding="utf-8")
     terms = (BUNDLED_BASE.parent / "glossary.csv").read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "terms.csv").write_text("".join(terms[:9]), encoding="utf-8")
+    (folder / "config.yml").write_text("base_model: TinyLlama/TinyLlama-1.1B-Chat-v1.0\nadapter: lora\nnum_epochs: 2\n")
+    (folder / "training_args.json").write_text('{"learning_rate": 2e-4, "num_train_epochs": 2}\n')
     (folder / "reports").mkdir()
     for number in range(2):
         (folder / "reports" / f"{number}.txt").write_text("A report about a part that failed. " * 40, encoding="utf-8")

@@ -21,6 +21,7 @@ from train.run.versions import code_version
 # the base's folder has one too; wandb's own settings are in a folder of this name, too
 NAMES_ALSO_ELSEWHERE = {
     "config.json": ("train/models/",),
+    "final": ("train/commands/train.py",),  # a key of its JSON
     "tensorboard": ("train/track/tensorboard_tracker.py", "train/foreign/"),
     "wandb": ("train/track/wandb_settings.py", "train/foreign/"),
 }
@@ -65,7 +66,7 @@ def test_everything_of_a_run_moves_and_nothing_else(folder: RunFolder, capsys: p
     """All that a run can write, also what a kill left half-written; not what a user has put beside it."""
     listed = ["run.json", "config.json", "plan.json", "attempts.jsonl", "metrics.jsonl", "exit.json", "answers.json"]
     listed += ["answers_held_out.json", "nonfinite-step-3.json", "checkpoints/", "final/", "wandb/", ".heartbeats/"]
-    listed += ["report.html", "audit.jsonl", "validation_answers.jsonl", "tensorboard/"]
+    listed += ["report.html", "audit.jsonl", "answers_general.json", "validation_answers.jsonl", "tensorboard/"]
     listed += ["defect.txt", "compare.json", ".tmp-final-0123abcd/", ".run.json.tmp-17"]
     stays = [".lock", "previous-1/", "previous-9/", "log.txt", "rows.jsonl", "texts/", "nonfinite-step-x.json"]
     fill(folder, [*listed, *stays])

@@ -207,7 +207,7 @@ def test_a_missing_package_is_said_before_training(config: Config, monkeypatch: 
     """78 with the command that installs it; without a server it needs a database as well."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ExitWith, match=r"pip install -c constraints\.txt -e \.\[mlflow\]") as refused:
+    with pytest.raises(ExitWith, match=r"pip install -c constraints\.txt -e '\.\[mlflow\]'") as refused:
         wanted_listeners(at(config, "on"))
     assert refused.value.code == ExitCode.BAD_INPUT
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == "mlflow" else None)

@@ -111,7 +111,7 @@ def test_the_bits_are_those_of_a_run_without_it(watched: Config, tmp_path: Path)
 def test_a_missing_package_is_said_before_training(watched: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """78 with the command that installs it, and nothing is asked of who does not want it."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ExitWith, match=r"pip install -c constraints\.txt -e \.\[tensorboard\]") as refused:
+    with pytest.raises(ExitWith, match=r"pip install -c constraints\.txt -e '\.\[tensorboard\]'") as refused:
         wanted_listeners(watched)
     assert refused.value.code == ExitCode.BAD_INPUT
     assert TensorBoard.wanted(replace(watched, track=TrackConfig(wandb="off"))) is None

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Everything that is checked: style, types, and the whole test suite (about 17 minutes on two cores). Arguments behind the
+# Everything that is checked: style, types, and the whole test suite (about 12 minutes on two cores). Arguments behind the
 # mode go to pytest. Modes, as the first argument:
 #   --quick        style, types, and the unit and parity tests (2.5 minutes)
-#   --thorough     the whole, with further variants of tests that run anyway (about 25 minutes)
+#   --thorough     the whole, with further variants of tests that run anyway (about 20 minutes)
 #   --faults full  the faults alone, as often as docs/RELIABILITY.md says, and then its table (half an hour)
 . "$(dirname "$0")/_common.sh"
 quick=(tests/project tests/unit tests/parity)

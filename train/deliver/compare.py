@@ -13,7 +13,7 @@ from train.deliver.generation import Completion, Generator, in_batches
 from train.deliver.questions import Question
 from train.deliver.scores import Score, score
 
-ROWS_SHOWN = 6
+ROWS_SHOWN = 3
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """What is said of a run at its end, out of its metrics.jsonl: the whole run, with all its attempts."""
 
+import json
 import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +74,7 @@ def summary(facts: RunFacts, rows: Sequence[Row], room: Room) -> list[str]:
     return [
         _head("finished", facts, rows),
         *_losses(facts, rows, room),
+        *_answers(folder),
         *_costs(facts, rows),
         *_warnings(facts, rows),
         *table("where", where),
@@ -136,6 +139,18 @@ def _trend(trend: Trend, beginning: str) -> str:
     (_, first), (step, lowest), (last_step, last) = trend.first, trend.lowest, trend.last
     place = "the last" if step == last_step else f"step {step:,}"
     return f"{first:.4f} {beginning}, {lowest:.4f} lowest ({place}), {last:.4f} last"
+
+
+def _answers(folder: RunFolder) -> list[str]:
+    """How many questions were answered right, where the questions have answers to compare with."""
+    told = []
+    kinds = {"trained": folder.answers, "held-out": folder.held_out_answers, "general": folder.general_answers}
+    for kind, path in kinds.items():
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            rows = [row for row in json.loads(path.read_text(encoding="utf-8")) if row["reference"] is not None]
+            before, after = (sum(bool(row[key]) for row in rows) for key in ("before_contained", "contained"))
+            told += [f"{after} of {len(rows)} {kind} ({before} before)"] if rows else []
+    return [_line("right", ", ".join(told))] if told else []
 
 
 def _costs(facts: RunFacts, rows: Sequence[Row]) -> list[str]:

@@ -35,6 +35,22 @@ def test_its_figures_are_those_of_the_rows(tmp_path: Path) -> None:
     assert "attempts" not in text
 
 
+def test_right_answers_are_counted(tmp_path: Path) -> None:
+    """Before and after, of the questions that have a reference; files that are missing or damaged are left out."""
+    facts, rows = facts_in(tmp_path), list(rows_of_a_run())
+    told = [("Paris", True, False), ("Seven", True, True), ("Mercury", False, False), (None, None, None)]
+    answers = [{"reference": text, "contained": after, "before_contained": before} for text, after, before in told]
+    facts.folder.held_out_answers.write_text(json.dumps(answers))
+    facts.folder.answers.write_text("[{")
+    facts.folder.general_answers.write_text(json.dumps([{"reference": None}]))
+    text = "\n".join(summary(facts, rows, ROOM))
+    assert "right       2 of 3 held-out (1 before)\n" in text
+    facts.folder.answers.write_text(json.dumps(answers[:1]))
+    assert "right       1 of 1 trained (0 before), 2 of 3 held-out (1 before)\n" in "\n".join(
+        summary(facts, rows, ROOM)
+    )
+
+
 def test_a_resumed_run_is_counted_whole_and_that_is_said(tmp_path: Path) -> None:
     """The rows of all attempts count; the number of attempts is that of attempts.jsonl."""
     lines = [{"attempt": number, "event": "start"} for number in (1, 2, 3)]

@@ -18,8 +18,8 @@ SMALLER = ["--data.path", "demo/certification.jsonl", "--data.validation_path", 
 @pytest.mark.parametrize(
     ("words", "count", "minutes"),
     [
-        ([*SMALLER, "--train.epochs", "14"], 109, 1.0),
-        pytest.param([], 150, 3.0, marks=thorough),
+        ([*SMALLER, "--train.epochs", "14"], 109, 2.0),
+        pytest.param([], 150, 5.0, marks=thorough),
     ],
     ids=["smaller", "whole"],
 )
@@ -53,7 +53,9 @@ def test_the_tiny_demo_learns_every_answer_and_stops(
     assert not any(answer["before_exact"] or answer["before"] == answer["reference"] for answer in answers)
     good = [a for a in answers if a["exact"] and a["stopped"] and a["after"] == a["reference"]]
     assert len(good) >= 0.95 * len(answers), [a["question"] for a in answers if a not in good]
-    assert cpu_seconds < 2 * 60 * minutes, "on 2 cores, in CPU time: wall time depends on other load"
+    assert cpu_seconds < 2 * 60 * minutes, (
+        "of 2 cores, in CPU time, waiting threads that spin too: wall time depends on other load"
+    )
     rows = read_metrics(run_dir / "metrics.jsonl")
     losses = [row["train/loss"] for row in rows if row["step"]]
     assert losses[-1] < 0.2 < 5 < losses[0]

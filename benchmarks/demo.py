@@ -39,7 +39,7 @@ def main() -> None:
     about = {"cpu_threads": len(os.sched_getaffinity(0)), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
     write_atomically(RESULTS, json.dumps({**about, "runs": found}, indent=2) + "\n")
     for name, told in found.items():
-        print(f"{name}: {told['seconds']:.0f} s, of them {told['step_seconds']:.0f} s in {told['steps']} steps")
+        print(f"{name}: {told['seconds']:.0f} s, the run {told['run_seconds']:.0f} s; {told['steps']} steps")
         for kind, count in told["answers"].items():
             print(f"  {kind:<9} of {count['total']}: {count['before']} before, {count['after']} after, in the answer")
 
@@ -57,13 +57,12 @@ def run(words: Sequence[str], folder: Path, name: str) -> dict[str, Any]:
     if config["profile"] != "smollm2":
         sys.exit("the demo has taken the tiny base, since the language model could not be had")
     told = summary_of(read_run(place.path)).as_json()
-    files = {"trained": place.answers, "held_out": place.held_out_answers, "general": place.general_answers}
     return {
         "seconds": round(seconds, 1),
-        "step_seconds": round(told["seconds"], 1),
+        "run_seconds": round(told["seconds"], 1),
         "steps": told["step"],
         "tokens_per_second": round(told["tokens_per_second"], 1),
-        "answers": {kind: _counted(path) for kind, path in files.items()},
+        "answers": {kind: _counted(path) for kind, path in place.asked.items()},
     }
 
 

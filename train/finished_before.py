@@ -1,7 +1,7 @@
 """A command that is repeated although its run has finished: said, with what can be done, before the base is read."""
 
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import safetensors.torch
 import torch
@@ -26,45 +26,35 @@ from train.track.summary import summary, table
 DECIDES_NOTHING = {"run": ("resume", "extend", "timeout_minutes", "grace_seconds")}
 
 
-@dataclass(frozen=True)
-class FinishedBefore:
-    """The end of the attempt that did the work."""
+def was_finished(config: Config, checkpoint: Checkpoint, data: TrainingData, accelerator: Accelerator) -> str | None:
+    """Where this very command has done all its work before: why before the last step, or nothing; None where not.
 
-    early: str  # why before the last step; empty where it was not
-
-
-def was_finished(
-    config: Config, checkpoint: Checkpoint, data: TrainingData, accelerator: Accelerator
-) -> FinishedBefore | None:
-    """How the run ended if this very command has done all its work before, in every process; the first then says so.
-
-    `checkpoint` is the one that the run would go on from, of this run and this data. Anything else than a repetition,
-    such as other questions at the end or a final/ that is not whole, is for the job to do.
+    Processes agree on whether it has; the first one says so, and alone knows why. `checkpoint` is the one that the run
+    would go on from, of this run and this data. Anything else than a repetition, such as other questions at the end or
+    a final/ that is not whole, is for the job to do.
     """
-
-    folder = RunFolder.of(config)
+    folder, early = RunFolder.of(config), ""
 
     def look() -> int:
-        if config.run.resume not in ("auto", "must") or not _is_repetition(config, folder, checkpoint.state.step):
+        nonlocal early
+        reason = _reason_of(config, folder, checkpoint.state.step)
+        if config.run.resume not in ("auto", "must") or reason is None or not _final_stands(folder, checkpoint):
             return 0
-        if not _final_stands(folder, checkpoint):
-            return 0
+        early = reason.partition(EARLY)[2]
         _say(config, data, accelerator)
         return 1
 
-    if not on_first_process(accelerator, look):
-        return None
-    end = read_attempts(folder)[-1].end or {}
-    return FinishedBefore(str(end.get("reason", "")).partition(EARLY)[2])
+    return early if on_first_process(accelerator, look) else None
 
 
-def _is_repetition(config: Config, folder: RunFolder, step: int) -> bool:
-    """Whether the last attempt finished after `step` with the same configuration, but for what decides nothing."""
+def _reason_of(config: Config, folder: RunFolder, step: int) -> str | None:
+    """How the last attempt ended, if it finished after `step` with all that decides something as it is now."""
     attempts = read_attempts(folder)
     end = attempts[-1].end if attempts else None
     if not end or (end.get("code"), end.get("last_step")) != (ExitCode.FINISHED, step):
-        return False
-    return _deciding(plain(asdict(config))) == _deciding(read_object(folder.config))
+        return None
+    is_same = _deciding(plain(asdict(config))) == _deciding(read_object(folder.config))
+    return str(end.get("reason", "")) if is_same else None
 
 
 def _deciding(config: dict) -> dict:

@@ -159,8 +159,8 @@ def job(config: Config, observed: Observed) -> str:
     store = CheckpointStore(folder, config.checkpoint.keep, material.fingerprint)
     checkpoint = choose(store, config, accelerator)
     schedule = schedule_of(checkpoint, config, data, run_identity, accelerator)
-    if checkpoint is not None and (before := was_finished(config, checkpoint, data, accelerator)):
-        return before.early
+    if checkpoint is not None and (early := was_finished(config, checkpoint, data, accelerator)) is not None:
+        return early
     if checkpoint is None:
         doing.now = "auditing the data"
         on_first_process(accelerator, lambda: report_audit(config, tokenizer, data, splits, observed))

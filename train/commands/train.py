@@ -136,11 +136,7 @@ def outcome(code: int, reason: str, folder: RunFolder) -> dict[str, Any]:
     names = ("step", "total_steps", "loss_last", "loss_best", "eval_loss_best", "eval_loss_best_step", "seconds")
     names += ("tokens_per_second", "peak_reserved_gib", "num_attempts", "notes")
     is_complete = code in (ExitCode.FINISHED, ExitCode.DELIVERY_FAILED) and folder.final.is_dir()
-    answers = (
-        {"trained": folder.answers, "held_out": folder.held_out_answers, "general": folder.general_answers}
-        if is_complete
-        else {}
-    )
+    answers = folder.asked if is_complete else {}
     return {
         "code": int(code),
         "name": ExitCode(code).name.lower() if code in list(ExitCode) else "",

@@ -8,10 +8,12 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from data_tools.cache import cache_root
+from data_tools.report import DataError
 from train.config import ModelConfig
 from train.run.durable import publish
 from train.run.exits import ExitWith
@@ -29,8 +31,11 @@ def folder() -> Path:
 
 
 def name_or_path() -> str:
-    """What a run takes: the folder if it is there, else the hub id."""
-    return str(folder()) if folder().is_dir() else ON_HUB
+    """What a run takes: the folder if it is there, else the hub id, also where there is no home for a folder."""
+    with suppress(DataError):
+        if folder().is_dir():
+            return str(folder())
+    return ON_HUB
 
 
 def packaged_file() -> Path | None:

@@ -25,12 +25,11 @@ def answers_section(run: RunRecord, notes: list[str]) -> Section:
         notes.append(f"{run.folder.comparison.name} is damaged")
     blocks = [*_scores(at(comparison, "groups")), *_losses(at(comparison, "losses"))]
     asked = set()  # groups whose answers are here twice: at the run's end, and by handloop compare
-    ends = {"trained": run.folder.answers, "held-out": run.folder.held_out_answers}
-    for kind, path in (ends | {"general": run.folder.general_answers}).items():
+    for kind, path in run.folder.asked.items():
         rows = _listed(path, notes)
         if rows:
-            asked.add(kind.replace("-", "_"))
-            blocks.append(_asked(kind, rows, path.name))
+            asked.add(kind)
+            blocks.append(_asked(kind.replace("_", "-"), rows, path.name))
     groups = at(comparison, "groups")
     for name, group in groups.items() if isinstance(groups, dict) else ():
         rows = _items(at(group, "answers"))

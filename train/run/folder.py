@@ -79,6 +79,11 @@ class RunFolder:
         return []
 
     @property
+    def asked(self) -> dict[str, Path]:
+        """The files of answers at the run's end, by the kind of questions."""
+        return {"trained": self.answers, "held_out": self.held_out_answers, "general": self.general_answers}
+
+    @property
     def receipts(self) -> list[Path]:
         """Those of `handloop merge` and `handloop export`, where they wrote into the run folder."""
         return [*sorted(self.path.glob("merged-*/receipt.json")), *self.path.glob("export/receipts.json")]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.terminal import printable
+from train.bundled import typed
 from train.run.attempts import read_attempts
 from train.run.folder import RunFolder
 from train.track.chart import chart, means
@@ -105,7 +106,7 @@ def handloop() -> str:
     beside = Path(sys.executable).with_name("handloop")
     if shutil.which("handloop") or not beside.exists():
         return "handloop"
-    return shlex.quote(str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside))
+    return typed(beside)
 
 
 def _head(word: str, facts: RunFacts, rows: Sequence[Row]) -> str:
@@ -144,12 +145,11 @@ def _trend(trend: Trend, beginning: str) -> str:
 def _answers(folder: RunFolder) -> list[str]:
     """How many questions were answered right, where the questions have answers to compare with."""
     told = []
-    kinds = {"trained": folder.answers, "held-out": folder.held_out_answers, "general": folder.general_answers}
-    for kind, path in kinds.items():
+    for kind, path in folder.asked.items():
         with suppress(OSError, ValueError, TypeError, KeyError):
             rows = [row for row in json.loads(path.read_text(encoding="utf-8")) if row["reference"] is not None]
             before, after = (sum(bool(row[key]) for row in rows) for key in ("before_contained", "contained"))
-            told += [f"{after} of {len(rows)} {kind} ({before} before)"] if rows else []
+            told += [f"{after} of {len(rows)} {kind.replace('_', '-')} ({before} before)"] if rows else []
     return [_line("right", ", ".join(told))] if told else []
 
 

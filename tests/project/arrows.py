@@ -38,7 +38,7 @@ ALLOWED = {
         "step",
     },
     "train.grace": {"config"},
-    "train.track": {"bundled", "config", "data", "data_tools", "run", "step"},
+    "train.track": {"bundled", "config", "data", "data_tools", "recipe", "run", "step"},
     "train.advice": {"data_tools", "foreign", "not_offered", "profiles"},
     "train.begin": {"cli", "run"},
     "train.cli": {"advice", "config", "data_tools", "help_pages", "profiles", "run"},

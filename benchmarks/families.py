@@ -2,9 +2,9 @@
 
     python -m benchmarks.families [NAME ...] [--reference] [--out benchmarks/results/families.json]
 
-Weights are random, in NF4, of the shape that the model's config.json has. Each is a `handloop plan --probe` in a process
-of its own: rows of 2,048 tokens, packed, 16 a step, adapters of rank 16 on all linear layers. --reference runs the
-reference engine instead. With several GPUs start it once for each, CUDA_VISIBLE_DEVICES and names apart.
+Weights are random, in NF4, of the shape that the model's config.json has. Each is a `handloop plan --probe` in a
+process of its own: rows of 2,048 tokens, packed, 16 a step, adapters of rank 16 on all linear layers. --reference
+runs the reference engine instead. With several GPUs start it once for each, CUDA_VISIBLE_DEVICES and names apart.
 """
 
 import argparse

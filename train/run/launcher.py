@@ -37,8 +37,7 @@ from train.run.trainers import LATE_SECONDS, KnownRun, Trainer, blame, read_run,
 SAVE_SECONDS = 60.0  # for which a trainer process may outlive accelerate, to save
 SECONDS_BEFORE_KILL = 10.0  # between a first Ctrl-C and one that kills
 PEER_SECONDS = 6.0  # in which processes end by themselves when another one is lost
-REPEAT = "the newest checkpoint stands: run the same command again"
-START_AGAIN = "no checkpoint had been written: the same command again starts from the beginning"
+REPEAT = "run the same command again"
 MEMORY = (
     "host memory ran out, and the kernel killed a process for it: free some, raise what the container may take, or "
     "lower --batch.per_device and --data.max_length; --memory.offload none needs less where the GPU has room"
@@ -190,9 +189,9 @@ class Launcher:
         return ExitWith(ExitCode.KILLED, f"the trainer {trainer.loss()}{when}\n{memory}{self._repeat()}")
 
     def _repeat(self) -> str:
-        """What the same command would do, by the checkpoints in the run folder; without one it had hardly begun."""
+        """What to do, and what has been saved; of a run without a folder there is nothing."""
         run = read_run(self.folder)
-        return REPEAT if run is not None and run.folder.checkpoint_steps else START_AGAIN
+        return f"{run.folder.standing}: {REPEAT}" if run is not None else REPEAT
 
     def _record(self, end: ExitWith, folder: RunFolder, trainers: Sequence[Trainer]) -> None:
         """Writes exit.json, the end of the attempt if one had begun, and the report of a crash."""

@@ -82,7 +82,7 @@ def test_without_a_checkpoint_none_is_said_to_stand(behaviours: tuple[str, ...],
     """A run that is lost before its first checkpoint starts from the beginning, and says so."""
     folder = RunFolder(tmp_path / "run")
     said = launched(folder.path, *behaviours)[1]
-    assert "no checkpoint had been written: the same command again starts from the beginning" in said
+    assert "no checkpoint had been written, so it starts from the beginning: run the same command again" in said
     assert "stands" not in said + str(read_object(folder.exit)["reason"])
 
 

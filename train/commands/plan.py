@@ -1,4 +1,4 @@
-"""`handloop plan`: what a run needs, from config.json alone."""
+"""`handloop plan`: what a run needs and how long it takes, from config.json, and the data where they are here."""
 
 import argparse
 import contextlib
@@ -27,7 +27,11 @@ def main(words: list[str]) -> int:
 
 
 def _options() -> Options:
-    own = Options("plan", "Says what a run needs and how fast it would be, from the base's config.json alone.")
+    own = Options(
+        "plan",
+        "Says what a run needs, how fast it would be and how long it would take. Of the base config.json is enough; "
+        "with its tokenizer the data are counted, too.",
+    )
     own.add_argument("--gpu", metavar="GPU", help="a GPU, such as A100-40, or a size, such as 4GiB")
     own.add_argument(
         "--mean-length",

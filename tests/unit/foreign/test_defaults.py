@@ -96,6 +96,7 @@ def test_what_is_trained_on_is_not_validated_on(tmp_path: Path, monkeypatch: pyt
         assert config.validate.every == (10 if name == "somebody/chats" else "epoch")
         told = {key: reason for key, _, reason in result.missing}
         assert ("eval_strategy (logging_steps)" in told) == (name != "somebody/chats"), name
+        assert "dataset_name" not in told, name  # which is in the command
     both = "datasets: [{path: x.jsonl}]\ntest_datasets: [{path: x.jsonl}, {path: y.jsonl}]\n"
     _, result = translated(tmp_path, f"base_model: a/b\nadapter: lora\nlearning_rate: 1\n{both}eval_steps: 5\n")
     assert accepted(result).data.validation_path == ()

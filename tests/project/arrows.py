@@ -20,7 +20,7 @@ ALLOWED = {
     "train.engine": {"batching", "collate", "config", "run"},
     "train.loss": {"engine"},
     "train.models": {"collate", "config", "data_tools", "engine", "loss", "run", "seeds"},
-    "train.memory": {"batching", "config", "engine", "loss", "models", "optim", "run"},
+    "train.memory": {"batching", "config", "data_tools", "engine", "loss", "models", "optim", "run"},
     "train.step": {"config", "data", "engine", "learning_rate", "metrics", "models", "optim", "run", "seeds"},
     "train.early_stop": {"config"},
     "train.validation": {
@@ -217,7 +217,7 @@ ALLOWED_MODULES = {
         "train.run.exits",
         "train.run.folder",
     },
-    "train.memory.gpus": {"train.run.devices"},
+    "train.memory.gpus": {"data_tools.spelling", "train.run.devices"},
     "train.memory.sizes": {
         "train.config",
         "train.engine.block",

@@ -47,6 +47,8 @@ def training_of(words: Sequence[str]) -> list[str] | None:
         return ["--profile", match[1], *given]
     if words[:2] == ["handloop", "train"]:
         return list(words[2:])
+    if words[0] == "sbatch":
+        return list(words[words.index("launch/slurm.sbatch") + 1 :])
     if words[0] in ("accelerate", "python") and "train/main.py" in words:
         return list(words[words.index("train/main.py") + 1 :])
     return None

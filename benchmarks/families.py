@@ -69,7 +69,6 @@ SHAPES: dict[str, T.PreTrainedConfig] = {
     "Seed-OSS-36B": T.SeedOssConfig(**sizes(5120, 27648, 64, 80, 8, 155136), head_dim=128, **NO_DROPOUT),
     "EXAONE-4.0-1.2B": T.Exaone4Config(
         **sizes(2048, 4096, 30, 32, 8, 102400),
-        head_dim=64,
         sliding_window=None,
         layer_types=[FULL] * 30,
         tie_word_embeddings=True,

@@ -79,7 +79,7 @@ def test_words_that_match_nothing_are_refused(words: tuple[str, ...], config: Co
 
 
 def test_fused_projections_are_named(config: Config, tmp_path: Path) -> None:
-    """Some of Llama's names on Phi-3 match nothing, and the two fused ones are told; all seven, the default, mean all."""
+    """Some of Llama's names on Phi-3 match nothing, and the fused ones are told; all seven, the default, mean all."""
     shape = T.Phi3Config(**SIZES)
     with pytest.raises(ExitWith) as caught:
         adapted(config, shape_only(tmp_path, shape), *QKVO, "gate_proj", "up_proj")

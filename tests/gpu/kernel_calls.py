@@ -19,6 +19,12 @@ def norms() -> list[torch.Tensor]:
         fresh = torch.full_like(x, torch.nan)
         operations.normalize_backward(random(77, 3072), x, norm, rstd, fresh, add=False)
         found += [wide, rstd, grad, fresh]
+    for size, num_heads, offset in ((128, 24, False), (256, 8, True), (3072, 1, False)):
+        norm = Norm(random(size), None, 1e-5, False, offset, not offset)
+        heads, raw, grad = random(77, 3136), random(77, 3072), random(77, 3100)
+        rstd = operations.normalize_heads(heads[:, : size * num_heads], norm, raw[:, : size * num_heads])
+        operations.normalize_heads_backward(grad[:, : size * num_heads], raw[:, : size * num_heads], norm, rstd)
+        found += [heads, raw, rstd, grad]
     return found
 
 

@@ -36,7 +36,7 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 # a norm behind a tiny output amplifies its gradient: these have weights of a size as trained ones have
 FAMILIES: dict[str, tuple[PretrainedConfig, list[str]]] = {
     "llama": (LlamaConfig(**SIZES), ALL),
-    "llama with biases": (LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True), ALL),
+    "llama with biases": (LlamaConfig(**SIZES, initializer_range=0.1, attention_bias=True, mlp_bias=True), ALL),
     "some layers adapted": (LlamaConfig(**SIZES), ["q_proj", "v_proj", "down_proj"]),
     "one layer adapted": (LlamaConfig(**SIZES), ["up_proj"]),
     "mistral with a window": (MistralConfig(**SIZES, sliding_window=4), ALL),

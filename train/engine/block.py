@@ -8,7 +8,15 @@ import torch
 from train.engine.attention import Attend
 from train.engine.layers import DecoderLayer
 from train.engine.lora_linear import LoraGroup
-from train.engine.operations import Dropout, Rotation, gate, gate_backward, normalize, normalize_backward, rotate
+from train.engine.operations import (
+    Dropout,
+    Rotation,
+    gate,
+    gate_backward,
+    normalize_heads,
+    normalize_heads_backward,
+    rotate,
+)
 from train.engine.positions import Positions
 from train.engine.residual import Branch, Residual
 
@@ -46,7 +54,7 @@ class Activations:
     normed: torch.Tensor  # [T, H + R]: the normed x, and behind it its product with the adapters' A^T
     qkv: torch.Tensor  # [T, N + R]: query, key and value of all heads, rotated
     raw_qk: torch.Tensor  # query and key before their norms (Qwen3), or empty
-    raw_rstds: list[torch.Tensor]  # [T x heads], or [T], of query and key
+    raw_rstds: list[torch.Tensor]  # [T, heads], or [T, 1], of query and key
     attended: torch.Tensor  # [T, heads, D], with the autograd graph of attention
     attention_inputs: list[torch.Tensor]
     low_rank: torch.Tensor  # [T, R]: attended A^T
@@ -240,23 +248,15 @@ class Block:
             if number == 0 and factor is not None:
                 place *= factor
         for part, norm, rstd in zip(self.parts, self.heads.norms, saved.raw_rstds, strict=False):
-            place, width = saved.qkv[:, part], norm.weight.shape[0]
-            flat = place.reshape(-1, width)  # a copy: the rows of place are wider than it
-            grad = torch.empty_like(flat)
-            normalize_backward(flat, saved.raw_qk[:, part].reshape(-1, width), norm, rstd, grad, add=False)
-            place.copy_(grad.view(place.shape))
+            normalize_heads_backward(saved.qkv[:, part], saved.raw_qk[:, part], norm, rstd)
 
     def _norm_qk(self, qkv: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The norms of query and key, over each head or all together, in place; returns what their backward needs."""
         if not self.heads.norms:
             return qkv[:0], []
-        raw, rstds = qkv[:, : self.parts[1].stop].clone(), []
-        for part, norm in zip(self.parts, self.heads.norms, strict=False):
-            flat = raw[:, part].reshape(-1, norm.weight.shape[0])
-            normed = torch.empty_like(flat)
-            rstds.append(normalize(flat, norm, normed))
-            qkv[:, part] = normed.view(qkv.shape[0], -1)
-        return raw, rstds
+        raw = qkv.new_empty(qkv.shape[0], self.parts[1].stop)
+        parts = zip(self.parts, self.heads.norms, strict=False)
+        return raw, [normalize_heads(qkv[:, part], norm, raw[:, part]) for part, norm in parts]
 
     def _place(self, qkv: torch.Tensor, positions: Positions) -> None:
         """Turns queries and keys by their positions, in place, and scales queries where the family does."""

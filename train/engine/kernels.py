@@ -86,6 +86,56 @@ def norm_backward_kernel(
 
 
 @triton.jit
+def head_norm_kernel(
+    x, stride, weight, raw, stride_raw, rstd, eps, num_heads,
+    D: tl.constexpr, OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """One token: each of its heads, in place, by an RMSNorm over D elements; raw becomes what was there."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS)[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    inside = (head < num_heads) & (column < D)
+    place = x + row * stride + head * D + column
+    given = tl.load(place, mask=inside, other=0.0)
+    tl.store(raw + row * stride_raw + head * D + column, given, mask=inside)
+    values = given.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values, 1) / D + eps)
+    one = tl.arange(0, HEADS)
+    tl.store(rstd + row * num_heads + one, scale, mask=one < num_heads)
+    dtype = x.dtype.element_ty
+    normed = values * scale[:, None]
+    if ROUNDS_FIRST:
+        normed = normed.to(dtype).to(tl.float32)
+    factor = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
+    if OFFSET:
+        factor += 1.0
+    tl.store(place, (normed * factor).to(dtype), mask=inside)
+
+
+@triton.jit
+def head_norm_backward_kernel(
+    grad, stride, raw, stride_raw, weight, rstd, num_heads,
+    D: tl.constexpr, OFFSET: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """One token: the gradient of its normed heads becomes that of the raw ones, in place."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS)[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    inside = (head < num_heads) & (column < D)
+    one = tl.arange(0, HEADS)
+    scale = tl.load(rstd + row * num_heads + one, mask=one < num_heads, other=0.0)[:, None]
+    normed = tl.load(raw + row * stride_raw + head * D + column, mask=inside, other=0.0).to(tl.float32) * scale
+    place = grad + row * stride + head * D + column
+    inner = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
+    if OFFSET:
+        factor += 1.0
+    inner *= factor
+    mean = tl.sum(inner * normed, 1) / D
+    tl.store(place, (scale * (inner - normed * mean[:, None])).to(grad.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def rotate_kernel(
     source, stride_source, target, stride_target, cos, sin, stride_table, num_heads, sign,
     D: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,

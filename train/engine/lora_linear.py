@@ -79,12 +79,17 @@ class LoraGroup:
             self._project(matrix, x, low_rank, drop)
         if x.stride(0) == self.num_inputs + self.padded_rank:
             wide = x.as_strided((x.shape[0], x.stride(0)), x.stride())  # [X, X A^T]
-            torch.mm(wide, weight.T, out=out)
+            self._product(wide, weight.T, out)
         else:
-            torch.mm(x, weight[:, : self.num_inputs].T, out=out)
+            self._product(x, weight[:, : self.num_inputs].T, out)
             out.addmm_(low_rank, weight[:, self.num_inputs :].T)
-        if self.bias is not None:
-            out += self.bias
+
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+        """With the bias in the same product, so that the sum is rounded once."""
+        if self.bias is None:
+            torch.mm(x, weight, out=out)
+        else:
+            torch.addmm(self.bias, x, weight, out=out)
 
     def _project(self, matrix: torch.Tensor, x: torch.Tensor, low_rank: torch.Tensor, drop: Dropout | None) -> None:
         down = matrix[self.num_outputs :, : self.num_inputs]  # A

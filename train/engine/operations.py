@@ -86,6 +86,47 @@ def normalize_backward(
     grad.copy_(result + grad.float() if add else result)
 
 
+def normalize_heads(x: torch.Tensor, norm: Norm, raw: torch.Tensor) -> torch.Tensor:
+    """x [T, n W] in place: each n W elements by an RMSNorm over W; raw [T, n W] becomes what was there.
+
+    Returns rstd, fp32 [T, n].
+    """
+    size = norm.weight.shape[0]
+    num_heads = x.shape[1] // size
+    kernels = kernels_for(x.device)
+    if kernels is not None:
+        rstd = torch.empty(x.shape[0], num_heads, dtype=torch.float32, device=x.device)
+        width, heads = _power_of_two(size), _power_of_two(num_heads)
+        kernels.head_norm_kernel[(x.shape[0],)](
+            x, x.stride(0), norm.weight, raw, raw.stride(0), rstd, norm.eps, num_heads,
+            size, norm.is_offset, norm.rounds_first, width, heads, num_warps=8 if width * heads >= 4096 else 4,
+        )  # fmt: skip
+        return rstd
+    raw.copy_(x)
+    flat = raw.reshape(-1, size)
+    normed = torch.empty_like(flat)
+    rstd = normalize(flat, norm, normed)
+    x.copy_(normed.view(x.shape))
+    return rstd.view(-1, num_heads)
+
+
+def normalize_heads_backward(grad: torch.Tensor, raw: torch.Tensor, norm: Norm, rstd: torch.Tensor) -> None:
+    """grad [T, n W], of the normed heads, becomes that of the raw ones, in place."""
+    size, num_heads = norm.weight.shape[0], rstd.shape[1]
+    kernels = kernels_for(grad.device)
+    if kernels is not None:
+        width, heads = _power_of_two(size), _power_of_two(num_heads)
+        kernels.head_norm_backward_kernel[(grad.shape[0],)](
+            grad, grad.stride(0), raw, raw.stride(0), norm.weight, rstd, num_heads,
+            size, norm.is_offset, width, heads, num_warps=8 if width * heads >= 4096 else 4,
+        )  # fmt: skip
+        return
+    flat = grad.reshape(-1, size)  # a copy where the rows of grad are wider than it
+    found = torch.empty_like(flat)
+    normalize_backward(flat, raw.reshape(-1, size), norm, rstd.flatten(), found, add=False)
+    grad.copy_(found.view(grad.shape))
+
+
 def _factor(norm: Norm) -> torch.Tensor:
     return norm.weight.float() + 1.0 if norm.is_offset else norm.weight.float()
 

@@ -11,7 +11,7 @@ import transformers as T
 from tests.conftest import BUNDLED_BASE
 from tests.unit.models.test_agreement import SIZES
 
-HEADS = SIZES | {"head_dim": 16}
+HEADS: dict[str, Any] = SIZES | {"head_dim": 16}
 VISION: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -20,7 +20,7 @@ VISION: dict[str, Any] = {
     "image_size": 32,
     "patch_size": 16,
 }
-PIXTRAL = VISION | {"model_type": "pixtral", "head_dim": 16}
+PIXTRAL: dict[str, Any] = VISION | {"model_type": "pixtral", "head_dim": 16}
 QWEN_VISION: dict[str, Any] = {
     "depth": 1,
     "hidden_size": 32,
@@ -29,17 +29,17 @@ QWEN_VISION: dict[str, Any] = {
     "patch_size": 16,
     "out_hidden_size": 64,
 }
-MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
-HYBRID = {
+MROPE: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
+HYBRID: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
 }
-LLAMA4 = {"intermediate_size_mlp": 96, "num_local_experts": 2}
-PROJECTOR = {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64}
-GEMMA4 = {
+LLAMA4: dict[str, Any] = {"intermediate_size_mlp": 96, "num_local_experts": 2}
+PROJECTOR: dict[str, Any] = {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64}
+GEMMA4: dict[str, Any] = {
     "vocab_size_per_layer_input": SIZES["vocab_size"],
     "hidden_size_per_layer_input": 8,
     "layer_types": ["sliding_attention", "full_attention"],

@@ -34,7 +34,6 @@ from train.models.completeness import (
 from train.models.hub import fetch_weights, locate, unreadable
 from train.models.shape import BROKEN, auto_class, cannot_read, model_class, plain_attention, quantization, text_shape
 from train.models.stored import Difference, StoredWeights
-from train.models.targets import decoder_name
 from train.models.text_part import loaded_shape, text_part
 from train.run.exits import ExitCode, ExitWith
 from train.seeds import derived_seed
@@ -137,25 +136,22 @@ def _by_transformers(
     wanted, is_stored = quantization(config, shape, dtype)
     options: dict[str, Any] = {"quantization_config": wanted} if wanted and not is_stored else {}
     kind = auto_class(config, shape)
-    loader, folder = kind, str(locate(config).folder)
-    if text is None:
-        options |= {"trust_remote_code": False}
-    else:  # an Auto class takes no tensors
-        loader, folder = model_class(kind, shape), None
+    folder, attention = str(locate(config).folder), plain_attention(kind, shape)
+    if text is not None:  # an Auto class takes no tensors
+        kind, folder = model_class(kind, shape), None
         options |= {"config": shape, "state_dict": text.slices()}
     with _quiet():
-        base, info = loader.from_pretrained(
+        base, info = kind.from_pretrained(
             folder,
             **options,
             dtype=dtype,
             device_map={"": device},
             use_safetensors=True,
-            attn_implementation=plain_attention(kind, shape),
+            trust_remote_code=False,
+            attn_implementation=attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told together with what is missing
         )
-    if base.base_model is base and (decoder := decoder_name(base)):  # Llama 4's text class names another one's
-        base.base_model_prefix = decoder
     base.name_or_path = config.name_or_path
     mismatched = sorted((name, tuple(found), tuple(shape)) for name, found, shape in info["mismatched_keys"])
     return base, Difference(sorted(info["missing_keys"]), mismatched, sorted(info["unexpected_keys"]))

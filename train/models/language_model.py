@@ -199,6 +199,9 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
     held = held_weights(base)
     check_experts(config.model, held)
     torch.manual_seed(derived_seed(config.train.seed, "adapters"))
+    names = names_of(config.model)
+    if base.base_model is base and names.decoder:  # Llama 4's text class looks for its decoder under the whole's name
+        base.base_model_prefix = names.decoder
     if as_causal_lm(base).base_model is base:
         reason = f"transformers' {type(base).__name__} has no decoder apart from its head"
         raise ExitWith(ExitCode.BAD_INPUT, f"{config.model.name_or_path}: {reason}; it is not trained")
@@ -207,7 +210,7 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
     reason = unsupported_reason(as_causal_lm(adapted.get_base_model())) if plan.is_fused else ""
     if reason:  # what was loaded is not what config.json promised
         raise ExitWith(ExitCode.BAD_INPUT, f"{config.model.name_or_path}: {reason}; --engine.kind reference trains it")
-    about = BaseFacts(locate(config.model), held, targets, notes, names_of(config.model))
+    about = BaseFacts(locate(config.model), held, targets, notes, names)
     model = LanguageModel(adapted, host, about, compute)
     for parameter in model.trainable().values():
         parameter.data = parameter.data.to(device)  # PEFT puts them where the layer's weights are

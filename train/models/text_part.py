@@ -52,6 +52,11 @@ class Names:
     served_as: str = ""  # the multimodal class; empty for an ordinary base
     pairs: tuple[tuple[str, str], ...] = ()  # how names begin: in the text class, in the multimodal one
 
+    @property
+    def decoder(self) -> str:
+        """The decoder's name in the text class; empty for an ordinary base."""
+        return self.pairs[0][0].removesuffix(".") if self.pairs else ""
+
     def served(self, name: str) -> str:
         """The name in the class that serves, of a module or a weight, also of one of PEFT's."""
         return _renamed(name, self.pairs)
@@ -116,7 +121,7 @@ class TextPart:
 
     @property
     def _decoder(self) -> str:
-        return self.names.pairs[0][0]
+        return f"{self.names.decoder}."
 
     def _is_beside(self, key: str) -> bool:
         return not self.beside.isdisjoint(key.split(".")) or any(re.search(each, key) for each in self.ignored)
@@ -197,7 +202,7 @@ def _part(own: PreTrainedConfig, whole: PreTrainedModel, inner: PreTrainedModel)
 def _quantization(part: TextPart, inner: PreTrainedModel, stored: Any) -> dict[str, Any]:
     """How the files are quantised; the layers that are not, however they are spelled, by their names in `inner`."""
     found = copy.deepcopy(stored if isinstance(stored, dict) else stored.to_dict())
-    decoder = part.names.pairs[0][0]
+    decoder = f"{part.names.decoder}."
     children = {name.removeprefix(decoder).partition(".")[0] for name, _ in inner.named_parameters()}
     skipped = []
     for name in found.get("llm_int8_skip_modules") or []:

@@ -95,7 +95,7 @@ class Merge:
 
     @cached_property
     def _bytes_beside(self) -> int:
-        """What the weights take that are copied, which are not of the text part; a packed one 4 times as much."""
+        """What the weights take that are copied, which are not of the text part; one in 4 bits takes 16 then."""
         config = self.run.config.model
         part = text_part(config)
         if part is None:
@@ -145,7 +145,7 @@ class Merge:
         read = read_stored(base, held.text, is_quantized, compute, device)
         stored, names = held.whole, held.names
         own_names = {tensor.place: name for name, tensor in held.text.tensors.items()}
-        parameters, weight_map = dict(base.named_parameters()), {}
+        parameters, weight_map, total = dict(base.named_parameters()), {}, 0
         for path in stored.opened:
             tensors = {}
             for place in (place for place, tensor in stored.tensors.items() if tensor.file == path):
@@ -163,8 +163,9 @@ class Merge:
                 tensors[place] = self._merged(base, name, values)
             save_file(tensors, target / path.name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, path.name)
+            total += sum(tensor.nbytes for tensor in tensors.values())
         if len(stored.opened) > 1 or next(iter(stored.opened)).name != "model.safetensors":
-            index = {"metadata": {"total_size": self.num_bytes}, "weight_map": weight_map}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (target / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def _write_whole(self, target: Path) -> None:

@@ -21,9 +21,10 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
-    Qwen3MoeConfig,
     __version__,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 from train.config import ModelConfig
 from train.models.hub import unreadable
@@ -37,7 +38,6 @@ TWINS: dict[str, type[PreTrainedConfig]] = {
     "qwen2_vl_text": Qwen2Config,
     "qwen2_5_vl_text": Qwen2Config,
     "qwen3_vl_text": Qwen3Config,
-    "qwen3_vl_moe_text": Qwen3MoeConfig,
 }
 OF_THREE_POSITIONS = ("mrope_section", "mrope_interleaved")
 
@@ -188,7 +188,7 @@ def _part(own: PreTrainedConfig, whole: PreTrainedModel, inner: PreTrainedModel)
     names = Names(type(whole).__name__, pairs[::-1])
     text = {names.served(name): parameter.shape for name, parameter in inner.named_parameters()}
     every = {name: parameter.shape for name, parameter in whole.named_parameters()}
-    if any(every.get(name) != shape for name, shape in text.items()):
+    if any(every.get(name) != shape for name, shape in text.items()) or _computed(whole, text) - _computed(inner, text):
         return None
     starts = {start for name in text for start in _starts(name)}
     beside = {next(start for start in _starts(name) if start not in starts) for name in every.keys() - text.keys()}
@@ -197,6 +197,21 @@ def _part(own: PreTrainedConfig, whole: PreTrainedModel, inner: PreTrainedModel)
         ignored += getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     words = frozenset(start.rpartition(".")[2] for start in beside)
     return TextPart(own, names, f"{embeddings[0]}.weight", f"{heads[0]}.weight", words, tuple(ignored))
+
+
+def _computed(model: PreTrainedModel, names: Iterable[str]) -> set[tuple[str, ...]]:
+    """How transformers computes weights of these names of what is stored, as experts of what is stored transposed.
+
+    Of a multimodal class it must be no more than of the text class, which is given what is in the files.
+    """
+    found = set()
+    for each in get_model_conversion_mapping(model, add_legacy=False):
+        if isinstance(each, WeightConverter):
+            ends = [target.replace("*", ".*") for target in each.target_patterns]
+            if any(re.search(end, name) for end in ends for name in names):
+                kinds = [type(operation).__name__ for operation in each.operations]
+                found.add((*each.source_patterns, *each.target_patterns, *kinds))
+    return found
 
 
 def _quantization(part: TextPart, inner: PreTrainedModel, stored: Any) -> dict[str, Any]:
@@ -236,7 +251,7 @@ def _skeleton(kind: Any, shape: PreTrainedConfig) -> PreTrainedModel:
 def _no_text_class(shape: PreTrainedConfig, text: PreTrainedConfig) -> str:
     return (
         f"it is multimodal ({shape.model_type}), and transformers {__version__} has no causal language model for its "
-        f"text part ({text.model_type}) alone; it is not trained here"
+        f"text part ({text.model_type}) alone that reads its files; it is not trained here"
     )
 
 

@@ -22,7 +22,7 @@ from train.engine.host_stream import HostBlocks
 from train.models.base import load_base
 from train.models.language_model import keep_one_cpu_kernel
 from train.models.stored import StoredWeights
-from train.models.text_part import Names, text_part
+from train.models.text_part import TWINS, Names, text_part
 from train.models.tokenizer import load_tokenizer
 from train.run.exits import ExitCode, ExitWith
 from train.step import optimizer_step
@@ -109,6 +109,42 @@ def test_the_engine_runs_a_text_part_of_a_family_it_knows(family: str, config: C
     assert found["reference"] == pytest.approx(found["resident"], rel=2e-5)
 
 
+def flat(folder: Path) -> None:
+    """config.json as Qwen2.5-VL's on the hub: the text part's settings beside the vision part's."""
+    settings = json.loads((folder / "config.json").read_text())
+    text = settings.pop("text_config")
+    kept = {key: value for key, value in text.items() if key not in ("model_type", "dtype", "rope_parameters")}
+    rope = {"rope_theta": 1e4, "rope_scaling": {"type": "mrope", "mrope_section": [4, 2, 2]}}
+    (folder / "config.json").write_text(json.dumps(settings | kept | rope))
+
+
+# how names begin in a family's files as transformers saves them -> as others on the hub do
+LAYOUTS: list[tuple[str, dict[str, str]]] = [
+    ("gemma3", {"language_model.model.": "model.language_model.", "vision_tower.": "model.vision_tower."}),
+    ("gemma3", {"vision_tower.": "vision_tower.vision_model."}),
+    ("mistral3", {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}),
+    ("qwen2_5_vl", {"model.language_model.": "model.", "model.visual.": "visual."}),
+    ("qwen3_vl", {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head."}),
+    ("gemma4", {"model.language_model.": "", "model.vision_tower.": "vision_tower."}),
+]
+
+
+@pytest.mark.parametrize(("family", "starts"), LAYOUTS)
+def test_names_as_others_saved_them(family: str, starts: dict[str, str], tmp_path: Path) -> None:
+    """The text part is found under the beginnings of names that older versions and other programs give it."""
+    folder = write_multimodal(tmp_path / "base", family)
+    wanted = logits_of(served(folder), IDS)
+
+    def renamed(name: str) -> str:
+        start = next((start for start in starts if name.startswith(start)), "")
+        return starts[start] + name.removeprefix(start) if start else name
+
+    rewrite(folder, lambda tensors: {renamed(name): tensor for name, tensor in tensors.items()})
+    if family == "qwen2_5_vl":
+        flat(folder)
+    torch.testing.assert_close(logits_of(loaded(folder)[0].eval(), IDS), wanted, rtol=0, atol=1e-5)
+
+
 TEXT = "language_model.model.layers.0.self_attn.q_proj.weight"
 Change = Callable[[Tensors], Tensors]
 UNLIKE: dict[str, tuple[Change, str]] = {
@@ -174,6 +210,17 @@ def test_a_text_part_without_a_class_is_refused_by_name(tmp_path: Path) -> None:
     reason = refused(tmp_path)
     assert "it is multimodal (glm4v), and transformers" in reason
     assert "has no causal language model for its text part (glm4v_text) alone" in reason
+
+
+def test_a_text_part_that_is_stored_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts that the whole transposes as it reads them are not read as they lie, though their shapes are the same."""
+    moe = {"model_type": "qwen3_vl_moe_text", "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+    shape: Any = FAMILIES["qwen3_vl"][0]()
+    text = shape.text_config.to_dict() | moe
+    T.Qwen3VLMoeConfig(text_config=text, vision_config=shape.vision_config.to_dict()).save_pretrained(tmp_path)
+    for _ in ("without a twin", "with one"):
+        assert "no causal language model for its text part (qwen3_vl_moe_text)" in refused(tmp_path)
+        monkeypatch.setitem(TWINS, "qwen3_vl_moe_text", T.Qwen3MoeConfig)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

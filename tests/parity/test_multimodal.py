@@ -18,7 +18,7 @@ from tests.finished_runs import finish, settings_of
 from tests.multimodal import FAMILIES, logits_of, served, write_multimodal
 from tests.parity.bases import QUANTIZED, on
 from tests.unit.models.test_text_part import is_vision
-from train.checkpoints.contents import ADAPTER, adapter_files
+from train.checkpoints.contents import ADAPTER, ADAPTER_CONFIG, adapter_files
 from train.commands.handloop import main
 from train.config import Config, LoraConfig
 from train.deliver.finished import finished_run, load_tuned
@@ -60,17 +60,26 @@ def test_the_class_that_serves_loads_the_adapter(family: str, config: Config, tm
     assert json.loads((run / "final" / "base.json").read_text())["served_as"] == type(served(folder)).__name__
 
 
-@pytest.mark.parametrize(
-    "lora", [{"trainable_tokens": ("<new>", "bolt")}, {"modules_to_save": ("lm_head", "embed_tokens")}]
-)
-def test_rows_and_whole_layers(lora: dict[str, Any], config: Config, tmp_path: Path) -> None:
+ROWS: list[tuple[str, dict[str, Any]]] = [
+    ("gemma3", {"trainable_tokens": ("<new>", "bolt")}),  # a tied pair
+    ("llama4", {"trainable_tokens": ("<new>", "bolt")}),
+    ("mistral3", {"modules_to_save": ("lm_head", "embed_tokens")}),
+]
+
+
+@pytest.mark.parametrize(("family", "lora"), ROWS)
+def test_rows_and_whole_layers(family: str, lora: dict[str, Any], config: Config, tmp_path: Path) -> None:
     """Trained rows, of new tokens too, and whole layers are those of the multimodal class, and are merged there."""
-    folder = write_multimodal(tmp_path / "base", "mistral3")
+    folder = write_multimodal(tmp_path / "base", family)
     config = replace(config, lora=LoraConfig(r=4, alpha=8, **lora))
     run = finish(on(config, folder, "none"), tmp_path / "run")
     wanted = tuned_logits(run)
     model = adapted(served(folder), run / "final")
     torch.testing.assert_close(logits_of(model, IDS), wanted, rtol=0, atol=1e-4)
+    settings = json.loads((run / "final" / ADAPTER_CONFIG).read_text())
+    named = [*(settings["modules_to_save"] or []), *(settings["trainable_token_indices"] or [])]
+    assert named
+    assert set(named) <= {name for name, _ in served(folder).named_modules()}
     (tmp_path / "merged").mkdir()
     Merge.of(finished_run(run), "original", "fp32").write(tmp_path / "merged")
     torch.testing.assert_close(logits_of(served(tmp_path / "merged"), IDS), wanted, rtol=0, atol=1e-4)

@@ -138,7 +138,7 @@ def text_part(config: ModelConfig) -> TextPart | None:
         return None
     known = type(text) in AutoModelForCausalLM._model_mapping
     if not known and text.model_type not in TWINS:
-        if type(shape) in AutoModelForCausalLM._model_mapping:  # as Mllama: it takes the whole's
+        if type(shape) in AutoModelForCausalLM._model_mapping:  # as Mllama, whose class takes the whole's
             return None
         raise unreadable(config.name_or_path, _no_text_class(shape, text))
     own = copy.deepcopy(text) if known else _twin(text)

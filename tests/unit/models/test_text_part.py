@@ -255,6 +255,7 @@ def test_trained_whole_it_becomes_its_text_class(family: str, config: Config, tm
     publish_model(tmp_path / "final", training.model, load_tokenizer(config).backend, [1], {})
     settings = json.loads((tmp_path / "final" / "config.json").read_text())
     assert settings["architectures"] == [FAMILIES[family][1]]
+    assert "mrope" not in json.dumps(settings)
     plain: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "final", dtype=torch.float32).eval()
     with training.model.generating():
         wanted = logits_of(training.model.causal_lm, IDS)

@@ -119,6 +119,7 @@ def test_the_arithmetic_and_the_facts(tmp_path: Path) -> None:
 def test_a_multimodal_base_is_loaded_by_its_own_class(tmp_path: Path) -> None:
     """How to load the adapter names the class that serves a multimodal base, by base.json."""
     folder = write_run(tmp_path)
+    write_answers(folder)
     assert "base = AutoModelForCausalLM.from_pretrained" in report(folder)
     path = folder / "final" / "base.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"served_as": "Gemma3ForConditionalGeneration"}))

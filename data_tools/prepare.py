@@ -109,11 +109,8 @@ def prepare(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase) -> Pr
     """
     found = settings.survey()
     contents = [source.origin.digest() for source in found.sources]
-    fingerprint = _fingerprint(settings, found.sources, contents, tokenizer)
-    # places name files, so equal content elsewhere is prepared again
-    named = hashlib.sha256("\n".join(str(source.origin) for source in found.sources).encode()).hexdigest()
-    folder = cache_root() / f"{fingerprint}-{named[:8]}"
-    with lock_of(fingerprint) as lock:
+    folder = _folder(settings, found.sources, contents, tokenizer)
+    with lock_of(folder.name) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process prepares; others that need the same samples wait
         prepared = _cached(folder, found.notes)
         if prepared is None:
@@ -127,6 +124,21 @@ def prepare(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase) -> Pr
             prepared = _cached(folder, found.notes)
             assert prepared is not None
     return replace(prepared, parts=_parts(settings, found.sources, contents, tokenizer))
+
+
+def is_prepared(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether `prepare` would find these samples in the cache; raises DataError where files are missing."""
+    sources = settings.survey().sources
+    folder = _folder(settings, sources, [source.origin.digest() for source in sources], tokenizer)
+    return _cached(folder, ()) is not None
+
+
+def _folder(
+    settings: PrepareSettings, sources: Sequence[Source], contents: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> Path:
+    """Where the samples are kept; places name files, so equal content elsewhere is prepared again."""
+    named = hashlib.sha256("\n".join(str(source.origin) for source in sources).encode()).hexdigest()
+    return cache_root() / f"{_fingerprint(settings, sources, contents, tokenizer)}-{named[:8]}"
 
 
 def _cached(folder: Path, notes: Sequence[str]) -> Prepared | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from data_tools.spelling import nearest
-from train.foreign.names import counterpart
+from train.foreign.names import counterpart, nearest_name, spelled_here
 from train.foreign.reasons import why
 from train.not_offered import reason_for
 from train.profiles import PROFILES
@@ -33,12 +33,30 @@ def on_option(name: str, given: Sequence[str], own: Iterable[str], offered: Sequ
         return _instead(*known)
     if (reason := why(last, value)) and not known:
         return f"no such option: {reason.text}"
+    near = _near(name, own, offered)
+    return "no such option" + (f"; did you mean {near}?" if near else "")
+
+
+def _near(name: str, own: Iterable[str], offered: Sequence[str]) -> str:
+    """What a misspelt option may have been: of a command's own, of the configuration, or another trainer's."""
     if "." in name:
-        near = nearest(name, offered, cutoff=0.5)
+        near = nearest(name, offered, cutoff=0.75)
     else:
         field = nearest(name, {one.partition(".")[2] for one in offered}, cutoff=0.75)
         near = nearest(name, own) or " or --".join(one for one in offered if one.partition(".")[2] == field)
-    return "no such option" + (f"; did you mean --{near}?" if near else "")
+    if near:
+        return f"--{near}"
+    theirs, option = nearest_name(name.rpartition(".")[2].replace("-", "_"))
+    if theirs and option in offered:
+        return f"{theirs}, which is --{option} here"
+    near = nearest(name, offered, cutoff=0.5) if "." in name else ""
+    return f"--{near}" if near else ""
+
+
+def on_value(option: str, given: Sequence[str]) -> str:
+    """What to say of a value that an option of ours refuses, where another trainer has it; else empty."""
+    ours = spelled_here(option, given[0]) if len(given) == 1 else ""
+    return f"Here it is --{option} {shlex.quote(ours)}" if ours else ""
 
 
 def _instead(option: str, values: tuple[str, ...] | None, note: str) -> str:

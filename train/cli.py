@@ -165,6 +165,8 @@ def _override(
         config, error = _parsed(config, {name: spelled[name]})
         if error:
             remedy = f"write --{name} true or --{name} false" if isinstance(known[name], bool) else error
+            if told := advice.on_value(name, values):
+                remedy = f"{remedy.rstrip('.')}. {told}"
             problems.append(f"{' '.join([f'--{name}', *values])}: {remedy}")
     return _without_grouping(config, set(merged)), problems
 

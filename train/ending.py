@@ -69,7 +69,7 @@ def _foreseen(error: BaseException, config: Config, doing: Doing) -> ExitWith | 
         advice = "free host memory, raise what the container or WSL may take, or give --engine.kind reference"
         return _out_of_memory(f"{error or 'out of host memory'}\n{advice}")
     if isinstance(error, RuntimeError) and (silent := peer_failure(config, error)):
-        reason = f"{silent}\nthe newest checkpoint stands: {advice_to_repeat(config)}"
+        reason = f"{silent}\n{RunFolder.of(config).standing}: {advice_to_repeat(config)}"
         return ExitWith(ExitCode.PEER_FAILURE, reason)
     if isinstance(error, OSError) and error.errno in REFUSED_BY_THE_MACHINE:
         reason = f"while {doing.now}: {error}\nmake room or give the rights, then {advice_to_repeat(config)}"

@@ -1,9 +1,13 @@
-"""Whether a recipe fits the data: what is said before the first step about one that hardly can."""
+"""Whether a recipe fits the data: what is said before the first step, and of the answers at the end."""
+
+import math
 
 from train.config import Config
 
 MAX_WARMUP = 1 / 3  # of the steps; recipes take 0 to 10 %
-MIN_STEPS = 50  # with fewer, an adapter that starts at zero has hardly left it at the usual rates
+MIN_STEPS = 100  # with fewer, an adapter that starts at zero has hardly left it at the usual rates
+ENOUGH_STEPS = 200  # which a few dozen rows take to be learnt (docs/LOG.md, 2026-11-27)
+MIN_RIGHT = 0.5  # of the questions from the training data, below which a short run has taught little
 # Epochs beyond which held-out loss usually rises: 3 are usual, small data sets are learnt by heart in ten to twenty.
 MAX_EPOCHS_OF_MANY, MANY_SAMPLES = 5, 2_000
 MAX_EPOCHS = 20
@@ -39,11 +43,25 @@ def _of_steps(config: Config, steps_per_epoch: int, total_steps: int) -> str:
     ways = []
     if batch.accumulation > 1 and batch.accumulation * total_steps >= MIN_STEPS:
         ways.append(f"--batch.accumulation {max(1, batch.accumulation * total_steps // MIN_STEPS)} takes smaller ones")
-    epochs = -(-MIN_STEPS // steps_per_epoch)
-    if epochs <= MAX_EPOCHS:
+    if epochs := _enough_epochs(steps_per_epoch):
         ways.append(f"--train.epochs {epochs} makes {epochs * steps_per_epoch:,}")
     advice = "; ".join(ways) or "more data, or a base that needs less teaching"
     return f"{total_steps:,} optimizer steps teach little, about {MIN_STEPS} are the least that usually do: {advice}"
+
+
+def _enough_epochs(steps_per_epoch: float) -> int:
+    """The epochs that make ENOUGH_STEPS, or MAX_EPOCHS where those make MIN_STEPS; 0 where they do not."""
+    epochs = min(MAX_EPOCHS, math.ceil(ENOUGH_STEPS / steps_per_epoch))
+    return epochs if epochs * steps_per_epoch >= MIN_STEPS else 0
+
+
+def taught_little(num_right: int, num_asked: int, num_steps: int, epochs: float) -> str:
+    """What is said at the end of a short run whose answers to its own training data are mostly wrong, or nothing."""
+    if num_steps >= ENOUGH_STEPS or num_right >= MIN_RIGHT * num_asked:
+        return ""
+    enough = _enough_epochs(num_steps / epochs)
+    way = f"--train.epochs {enough} --run.resume never trains anew and longer" if enough > epochs else "more data does"
+    return f"{num_steps:,} steps taught little: {num_right} of {num_asked} trained questions are answered right; {way}"
 
 
 def _of_epochs(config: Config, num_samples: int, steps_per_epoch: int, total_steps: int) -> str:

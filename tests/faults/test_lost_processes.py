@@ -63,7 +63,7 @@ def test_the_only_process_is_killed(config: Config, tmp_path: Path) -> None:
     assert launcher.returncode == 83, said
     reason = str(exit_record(run_dir)["reason"])
     assert reason.startswith(f"the trainer was killed from outside while {exit_record(run_dir)['doing']}, ")
-    assert "the newest checkpoint stands: run the same command again" in reason
+    assert f"{RunFolder(run_dir).standing}: run the same command again" in reason
     assert reason in said
     (attempt,) = read_attempts(RunFolder(run_dir))
     assert attempt.end is not None

@@ -41,12 +41,24 @@ def test_a_block_that_is_computed_otherwise_is_refused(config: Config, monkeypat
     def wrong_scores(self: Any, *arguments: Any) -> None:
         real(self, *arguments)
         inner = self.attend_for
-        self.attend_for = lambda batch: lambda q, k, v: inner(batch)(q * 1.02, k, v)
+        self.attend_for = lambda batch: {None: lambda q, k, v: inner(batch)[None](q * 1.02, k, v)}
 
     def wrong_adapters(self: Any, *arguments: Any) -> None:
         real(self, *arguments)
         self.stack.blocks[1].down.scales = [scale * 1.1 for scale in self.stack.blocks[1].down.scales]
 
+    def wrong_embedding(self: Any, *arguments: Any) -> None:
+        real(self, *arguments)
+        self.embedding_scale = 1.1
+
+    def wrong_norm(self: Any, *arguments: Any) -> None:
+        real(self, *arguments)
+        self.stack.norm = replace(self.stack.norm, eps=1.0)
+
+    for part, fault in (("embedding", wrong_embedding), ("last norm", wrong_norm)):
+        monkeypatch.setattr(language_model.FusedDecoder, "__init__", fault)
+        with pytest.raises(ExitWith, match=f"the {part} of the fused engine differs"):
+            training_of(config, Accelerator(cpu=True))
     for number, fault in enumerate((wrong_scores, wrong_adapters)):
         monkeypatch.setattr(language_model.FusedDecoder, "__init__", fault)
         with pytest.raises(ExitWith, match=f"block {number} on the fused engine differs from transformers'"):

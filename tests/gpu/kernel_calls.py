@@ -3,34 +3,46 @@
 import torch
 
 from train.engine import operations
-from train.engine.operations import Dropout
+from train.engine.layers import Norm
+from train.engine.operations import Dropout, Rotation
 
 GPU = torch.device("cuda", 0)
 
 
-def rms_norm() -> list[torch.Tensor]:
-    x, weight, wide = random(77, 4096), random(4096), random(77, 4160)
-    rstd = operations.rms_norm(x, weight, 1e-5, wide[:, :4096])
-    grad = random(77, 4200)
-    operations.rms_norm_backward(random(77, 4096), x, weight, rstd, grad[:, :4096], add=True)
-    fresh = torch.full_like(x, torch.nan)
-    operations.rms_norm_backward(random(77, 4096), x, weight, rstd, fresh, add=False)
-    return [wide, rstd, grad, fresh]
+def norms() -> list[torch.Tensor]:
+    found = []
+    for kind in ((False, False, True), (False, True, False), (True, False, False)):
+        x, wide, grad = random(77, 3072), random(77, 3136), random(77, 3100)
+        norm = Norm(random(3072), random(3072) if kind[0] else None, 1e-5, *kind)
+        rstd = operations.normalize(x, norm, wide[:, :3072])
+        operations.normalize_backward(random(77, 3072), x, norm, rstd, grad[:, :3072], add=True)
+        fresh = torch.full_like(x, torch.nan)
+        operations.normalize_backward(random(77, 3072), x, norm, rstd, fresh, add=False)
+        found += [wide, rstd, grad, fresh]
+    return found
 
 
 def rotate() -> list[torch.Tensor]:
-    heads, angle = random(77, 6192), random(77, 64).repeat(1, 2)
-    operations.rotate(heads[:, :5120], heads[:, :5120], angle.cos(), angle.sin())
-    out = random(77, 4160)
-    operations.rotate(random(77, 4096), out[:, :4096], angle.cos(), angle.sin(), sign=-1)
-    return [heads, out]
+    found = []
+    for num_pairs, is_interleaved in ((64, False), (48, False), (64, True), (32, True)):
+        heads, tables = random(77, 6192), random(77, 2 * num_pairs + 1)
+        by = Rotation(tables[:, :num_pairs].cos(), tables[:, num_pairs:-1].sin(), 128, is_interleaved)
+        operations.rotate(heads[:, :5120], heads[:, :5120], by)
+        out = random(77, 4160)
+        operations.rotate(random(77, 4096), out[:, :4096], by, sign=-1)
+        found += [heads, out]
+    return found
 
 
-def swiglu() -> list[torch.Tensor]:
-    gate_up, out, grad = random(77, 11300), random(77, 5696), random(77, 5632)
-    operations.swiglu(gate_up, out[:, :5632])
-    operations.swiglu_backward(gate_up, grad)
-    return [gate_up, out, grad]
+def gates() -> list[torch.Tensor]:
+    found = []
+    for activation in operations.ACTIVATIONS:
+        for is_gated in (True, False):
+            gate_up, out, grad = random(77, 11300), random(77, 5696), random(77, 5632)
+            operations.gate(gate_up, out[:, :5632], activation, is_gated)
+            operations.gate_backward(gate_up, grad, activation, is_gated)
+            found += [gate_up, out, grad]
+    return found
 
 
 def dropout() -> list[torch.Tensor]:

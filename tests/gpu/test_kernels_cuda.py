@@ -8,7 +8,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from tests.gpu.kernel_calls import GPU, cross_entropy, dropout, random, rms_norm, rotate, swiglu
+from tests.gpu.kernel_calls import GPU, cross_entropy, dropout, gates, norms, random, rotate
 from train.collate import collate_packed
 from train.engine import attention, lora_linear, operations
 from train.engine.attention import PackedAttention
@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("operation", [rms_norm, rotate, swiglu, dropout, cross_entropy])
+@pytest.mark.parametrize("operation", [norms, rotate, gates, dropout, cross_entropy])
 def test_kernels_are_their_torch_lines(
     operation: Callable[[], list[torch.Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -127,9 +127,9 @@ def test_an_overflow_is_computed_again(
 @pytest.mark.parametrize(
     "operation",
     [
-        kernel_calls.rms_norm,
+        kernel_calls.norms,
         kernel_calls.rotate,
-        kernel_calls.swiglu,
+        kernel_calls.gates,
         kernel_calls.dropout,
         kernel_calls.cross_entropy,
     ],

@@ -4,6 +4,7 @@ from typing import Any
 
 import peft
 import torch
+import transformers as T
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from train.collate import MicroBatch, collate_packed
@@ -21,7 +22,18 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "attn_implementation": "sdpa",
 }
+LLAMA4 = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "llama_4_scaling_beta": 0.3,
+    "original_max_position_embeddings": 3,
+}
+HALF: Any = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+FULL = ["full_attention"] * 3
+FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# a norm behind a tiny output amplifies its gradient: these have weights of a size as trained ones have
 FAMILIES: dict[str, tuple[PretrainedConfig, list[str]]] = {
     "llama": (LlamaConfig(**SIZES), ALL),
     "llama with biases": (LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True), ALL),
@@ -31,6 +43,67 @@ FAMILIES: dict[str, tuple[PretrainedConfig, list[str]]] = {
     "qwen2": (Qwen2Config(**SIZES), ALL),
     "qwen3": (Qwen3Config(**SIZES, head_dim=16), ALL),
     "qwen2 with a window": (Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=0), ALL),
+    "qwen2 with windows in some layers": (
+        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+        ALL,
+    ),
+    "ministral 3": (T.Ministral3Config(**SIZES, head_dim=16, sliding_window=6, rope_parameters=LLAMA4), ALL),
+    "seed-oss": (T.SeedOssConfig(**SIZES, head_dim=16, residual_dropout=0.0, attention_dropout=0.0), ALL),
+    "granite": (
+        T.GraniteConfig(
+            **SIZES,
+            embedding_multiplier=3.0,
+            residual_multiplier=0.4,
+            attention_multiplier=0.3,
+            logits_scaling=2.0,
+        ),
+        ALL,
+    ),
+    "smollm3": (
+        T.SmolLM3Config(
+            **SIZES,
+            pad_token_id=0,
+            no_rope_layers=[1, 0, 1],
+            use_sliding_window=True,
+            sliding_window=4,
+            layer_types=MIXED,
+        ),
+        ALL,
+    ),
+    "phi3": (T.Phi3Config(**SIZES, pad_token_id=0, rope_parameters=HALF, sliding_window=4), FUSED),
+    "glm4": (
+        T.Glm4Config(**SIZES, head_dim=16, pad_token_id=0, rope_parameters=HALF, attention_bias=True),
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"],
+    ),
+    "gemma": (T.GemmaConfig(**SIZES, head_dim=16), ALL),
+    "gemma3": (
+        T.Gemma3TextConfig(
+            **SIZES, initializer_range=0.1, head_dim=16, layer_types=MIXED, sliding_window=4, query_pre_attn_scalar=20
+        ),
+        ALL,
+    ),
+    "olmo2": (T.Olmo2Config(**SIZES, initializer_range=0.1), ALL),
+    "olmo3": (T.Olmo3Config(**SIZES, initializer_range=0.1, layer_types=MIXED, sliding_window=4), ALL),
+    "exaone4": (
+        T.Exaone4Config(**SIZES, initializer_range=0.1, layer_types=MIXED, sliding_window=4, sliding_window_pattern=2),
+        ALL,
+    ),
+    "exaone4 without windows": (
+        T.Exaone4Config(**SIZES, initializer_range=0.1, sliding_window=None, layer_types=FULL),
+        ALL,
+    ),
+    "cohere2": (T.Cohere2Config(**SIZES, layer_types=MIXED, sliding_window=4), ALL),
+    "starcoder2": (
+        T.Starcoder2Config(
+            **SIZES,
+            initializer_range=0.1,
+            sliding_window=4,
+            residual_dropout=0.0,
+            embedding_dropout=0.0,
+            attention_dropout=0.0,
+        ),
+        ["q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"],
+    ),
 }
 
 

@@ -77,7 +77,7 @@ def test_what_the_engine_cannot_run_is_said(config: Config) -> None:
     neox = AutoModelForCausalLM.from_config(GPTNeoXConfig(**{k: v for k, v in sizes.items() if v is not None}))
     assert "GPTNeoXForCausalLM is not one of" in unsupported_reason(neox)
     gelu = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, hidden_act="gelu"))
-    assert "computes gelu" in unsupported_reason(gelu)
+    assert "computes GELUActivation" in unsupported_reason(gelu)
     uneven = adapted_model(LlamaConfig(**SIZES), ["1.mlp.up_proj"]).get_base_model()
     assert unsupported_reason(uneven) == "its blocks do not all have the same adapters"
     int8 = replace(config, model=replace(config.model, quantization="int8"))

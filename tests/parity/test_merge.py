@@ -185,7 +185,10 @@ def test_the_receipt_is_shown_with_its_limits(nf4_run: Path, capsys: pytest.Capt
     said = " ".join(capsys.readouterr().out.split())
     assert "<= 0.02 ok" in said
     assert ">= 50% ok" in said
-    assert "behaves like the trained one, within both limits merge_and_unload, of PEFT on the NF4 base" in said
+    assert (
+        "is within both limits of the trained one; answers may part where two tokens are nearly equally likely" in said
+    )
+    assert "likely merge_and_unload, of PEFT on the NF4 base" in said
 
 
 def test_data_that_has_moved(

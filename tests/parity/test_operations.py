@@ -11,50 +11,61 @@ import torch.nn.functional as F
 
 from tests.parity.models import close
 from train.engine import operations
-from train.engine.layers import Projection
+from train.engine.layers import Norm, Projection
 from train.engine.lora_linear import LoraGroup, dequantize
-from train.engine.operations import Dropout
+from train.engine.operations import Dropout, Rotation
 
 
-def test_rms_norm_and_its_gradient() -> None:
+@pytest.mark.parametrize(("is_centred", "is_offset"), [(False, False), (False, True), (True, False)])
+def test_norms_and_their_gradients(is_centred: bool, is_offset: bool) -> None:
     """Value and input gradient are autograd's, added to what stands in the place."""
-    x, weight = torch.randn(7, 24, requires_grad=True), torch.randn(24)
-    wanted = F.rms_norm(x, (24,), weight, 1e-5)
+    x, weight, bias = torch.randn(7, 24, requires_grad=True), torch.randn(24), torch.randn(24)
+    norm = Norm(weight, bias if is_centred else None, 1e-5, is_centred, is_offset, not is_centred and not is_offset)
+    wanted = F.rms_norm(x, (24,), weight + is_offset, 1e-5)
+    if is_centred:
+        wanted = F.layer_norm(x, (24,), weight, bias, 1e-5)
     upstream, before = torch.randn(7, 24), torch.randn(7, 24)
     wanted.backward(upstream)
     wide, grad = torch.zeros(7, 30), before.clone()
-    rstd = operations.rms_norm(x.detach(), weight, 1e-5, wide[:, :24])
-    operations.rms_norm_backward(upstream, x.detach(), weight, rstd, grad, add=True)
+    rstd = operations.normalize(x.detach(), norm, wide[:, :24])
+    operations.normalize_backward(upstream, x.detach(), norm, rstd, grad, add=True)
     assert x.grad is not None
     close(wide[:, :24], wanted.detach())
     close(grad - before, x.grad)
     assert not wide[:, 24:].any()
 
 
-def test_swiglu_and_its_gradient() -> None:
+@pytest.mark.parametrize("is_gated", [True, False])
+@pytest.mark.parametrize("activation", operations.ACTIVATIONS)
+def test_activations_and_their_gradients(activation: str, is_gated: bool) -> None:
     """Gradients replace their inputs, and the product its gradient."""
     gate_up = torch.randn(7, 24, requires_grad=True)
-    wanted = F.silu(gate_up[:, :12]) * gate_up[:, 12:]
+    wanted = operations.ACTIVATIONS[activation](gate_up[:, :12]) * (gate_up[:, 12:] if is_gated else 1.0)
     upstream = torch.randn(7, 12)
     wanted.backward(upstream)
     place, grad, out = torch.cat([gate_up.detach(), torch.ones(7, 3)], 1), upstream.clone(), torch.empty(7, 12)
-    operations.swiglu(place, out)
-    operations.swiglu_backward(place, grad)
+    operations.gate(place, out, activation, is_gated)
+    operations.gate_backward(place, grad, activation, is_gated)
     assert gate_up.grad is not None
     close(out, wanted.detach())
     close(grad, wanted.detach())
-    close(place[:, :24], gate_up.grad)
+    num_columns = 24 if is_gated else 12
+    close(place[:, :num_columns], gate_up.grad[:, :num_columns])
+    assert torch.equal(place[:, num_columns:24], gate_up.detach()[:, num_columns:])
     assert (place[:, 24:] == 1).all()
 
 
-def test_turning_back_is_the_gradient_of_turning() -> None:
-    """<turn(x), y> = <x, turn back(y)>, and turning back undoes turning."""
-    angle = torch.randn(7, 8).repeat(1, 2)
+@pytest.mark.parametrize(("num_pairs", "is_interleaved"), [(8, False), (4, False), (4, True)])
+def test_turning_back_is_the_gradient_of_turning(num_pairs: int, is_interleaved: bool) -> None:
+    """<turn(x), y> = <x, turn back(y)>, turning back undoes turning, and what is beyond the pairs stays."""
+    angle = torch.randn(7, num_pairs)
+    by = Rotation(angle.cos(), angle.sin(), 16, is_interleaved)
     x, y, turned, back = (torch.randn(7, 48) for _ in range(4))
-    operations.rotate(x, turned, angle.cos(), angle.sin())
-    operations.rotate(y, back, angle.cos(), angle.sin(), sign=-1)
+    operations.rotate(x, turned, by)
+    operations.rotate(y, back, by, sign=-1)
+    assert (turned != x).float().mean() == 2 * num_pairs / 16
     torch.testing.assert_close((turned * y).sum(), (x * back).sum())
-    operations.rotate(turned, back, angle.cos(), angle.sin(), sign=-1)
+    operations.rotate(turned, back, by, sign=-1)
     torch.testing.assert_close(back, x)
 
 

@@ -47,6 +47,8 @@ def training_of(words: Sequence[str]) -> list[str] | None:
         return ["--profile", match[1], *given]
     if words[:2] == ["handloop", "train"]:
         return list(words[2:])
+    if words[0] == "sbatch":
+        return list(words[words.index("launch/slurm.sbatch") + 1 :])
     if words[0] in ("accelerate", "python") and "train/main.py" in words:
         return list(words[words.index("train/main.py") + 1 :])
     return None
@@ -132,8 +134,12 @@ def train(words: Sequence[str], folder: Path, run_dir: str = "") -> tuple[int | 
 
 
 def shortened(words: Sequence[str]) -> list[str]:
-    """A command of handloop with less to ask."""
+    """A command of handloop with less to ask, and without quantisation where llama.cpp, which does it, is missing."""
     found = [SHORT.get(before, word) for before, word in zip(["", *words], words, strict=False)]
+    if "--quantize" in found and importlib.util.find_spec("llama_cpp") is None:
+        start = found.index("--quantize")
+        end = next((at for at in range(start + 1, len(found)) if found[at].startswith("--")), len(found))
+        del found[start:end]
     wanted = {"compare": ("--num", "--max-new-tokens"), "chat": ("--max-new-tokens",)}.get(found[0], ())
     found += [word for name in wanted if name not in found for word in (name, SHORT[name])]
     return found

@@ -5,13 +5,15 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from data_tools.readers import COMPRESSIONS
 from data_tools.sources import KNOWN_EXTENSIONS
 from tests.unit.test_cli import refusal
 from train.advice import looks_like_data
 from train.config import Config
-from train.foreign.names import ROWS, TRAINERS, counterpart, row_of, rows
+from train.foreign.names import ROWS, TRAINERS, counterpart, row_of, rows, spelled_here
 from train.help_pages import meanings
 from train.not_offered import reason_for
 from train.profiles import PROFILES
@@ -57,6 +59,17 @@ TYPED = {  # what people type, and what they are told
     "--optim.seed 3": "--optim.seed: here it is --train.seed 3",
     "--modle.dtype fp32": "--modle.dtype: no such option; did you mean --model.dtype?",
     "--frobnicate 1": "--frobnicate: no such option\n",
+    "--learning_rat 1e-4": "no such option; did you mean learning_rate, which is --optim.lr here?",
+    "--optim.learning_rat 1e-4": "no such option; did you mean learning_rate, which is --optim.lr here?",
+    "--num_train_epoch 3": "did you mean num_train_epochs, which is --train.epochs here?",
+    "--optim.name adamw_torch_fused": ". Here it is --optim.name adamw\n",
+    "--optim.schedule constant_with_warmup": ". Here it is --optim.schedule constant\n",
+    "--model.dtype torch.bfloat16": ". Here it is --model.dtype bf16\n",
+    "--model.quantization 4bit": ". Here it is --model.quantization nf4\n",
+    "--data.truncation keep_start": ". Here it is --data.truncation right\n",
+    "--train.method qlora": ". Here it is --train.method lora\n",
+    "--train.epochs 3.0": ". Here it is --train.epochs 3\n",
+    "--optim.schedule polynomial": "('linear', 'cosine', 'constant').\n",
 }
 
 
@@ -85,6 +98,20 @@ def test_what_does_not_pay_hides_no_option() -> None:
     """No name that has a counterpart is refused as a way to tune that does not pay, which is said first."""
     for name in {name for trainer in (*TRAINERS, "typed") for name, _ in rows(trainer)}:
         assert not reason_for(name), name
+
+
+def test_values_that_others_have_name_ours() -> None:
+    """Every AdamW and schedule of transformers that is ours in other words leads to ours, as an option's value, too."""
+    fitting = {name: spelled_here("optim.name", name) for name in (each.value for each in OptimizerNames)}
+    known = {name: ours for name, ours in fitting.items() if ours}
+    assert {"adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "adamw_bnb_8bit"} <= set(known)
+    assert set(known.values()) == {"adamw", "adamw_8bit"}
+    assert not {name for name in known if "adamw" not in name}
+    assert {each.value for each in SchedulerType if spelled_here("optim.schedule", each.value)} == {
+        "constant_with_warmup"
+    }
+    assert spelled_here("model.quantization", "true") == ""  # says too little: of 4 bits, or of 8
+    assert spelled_here("optim.name", "adamw") == ""
 
 
 def test_values_that_do_not_carry_over() -> None:

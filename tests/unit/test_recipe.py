@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from train.config import BatchConfig, Config, TrainConfig, ValidateConfig
 from train.profiles import PROFILES, data_alone
-from train.recipe import recipe_warnings
+from train.recipe import recipe_warnings, taught_little
 
 
 def recipe(epochs: int = 3, max_steps: int = 0, accumulation: int = 1) -> Config:
@@ -18,26 +18,35 @@ def recipe(epochs: int = 3, max_steps: int = 0, accumulation: int = 1) -> Config
 
 def test_a_warmup_that_is_too_long() -> None:
     """Longer than a third of the run, it is told with a share that is not warned about."""
-    for warmup, steps in ((98, 90), (90, 90), (31, 90), (98, 290)):
+    for warmup, steps in ((98, 120), (120, 120), (41, 120), (98, 290)):
         (said,) = recipe_warnings(recipe(), 90, steps // 3, steps, warmup)
         assert f"the warmup of {warmup} steps" in said
         (share,) = re.findall(r"--optim\.warmup ([\d.]+) is", said)
         assert recipe_warnings(recipe(), 90, steps // 3, steps, int(float(share) * steps)) == []
-    for warmup, steps in ((98, 984), (30, 90), (0, 60)):
+    for warmup, steps in ((98, 984), (40, 120), (0, 120)):
         assert recipe_warnings(recipe(), 90, steps // 3, steps, warmup) == []
 
 
 def test_too_few_steps() -> None:
     """Each way out that is named gives about as many steps as are wanted; a number that was asked for is no mistake."""
-    (said,) = recipe_warnings(recipe(epochs=3, accumulation=16), 60, 4, 12, 0)
+    (said,) = recipe_warnings(recipe(epochs=3, accumulation=16), 60, 6, 18, 0)
     (accumulation,) = re.findall(r"--batch\.accumulation (\d+)", said)
-    assert 12 * 16 / int(accumulation) >= 50
+    assert 18 * 16 / int(accumulation) >= 100
     (epochs, steps) = re.findall(r"--train\.epochs (\d+) makes (\d+)", said)[0]
-    assert int(epochs) * 4 == int(steps) >= 50
+    assert int(epochs) * 6 == int(steps) >= 100
     (said,) = recipe_warnings(recipe(epochs=1), 2, 1, 1, 0)
     assert "more data" in said
     assert recipe_warnings(recipe(max_steps=12), 600, 40, 12, 0) == []
     assert recipe_warnings(recipe(), 600, 40, 120, 0) == []
+
+
+def test_a_short_run_that_taught_little() -> None:
+    """Said with a number of epochs that is enough and more than before; not of long runs, nor where half is right."""
+    said = taught_little(0, 24, 39, 3)
+    assert "39 steps taught little: 0 of 24" in said
+    assert "--train.epochs 16 --run.resume never" in said
+    assert "more data" in taught_little(0, 2, 20, 20)
+    assert taught_little(12, 24, 39, 3) == taught_little(0, 24, 200, 3) == ""
 
 
 def test_more_epochs_than_the_rows_deserve() -> None:

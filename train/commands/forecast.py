@@ -12,7 +12,7 @@ from rich.table import Table
 from train.batching import LengthStatistics
 from train.config import Config, parse_bytes
 from train.engine.plan import Plan
-from train.memory.gpus import CONTEXT_BYTES, KNOWN_GPUS, Gpu, detect_gpu, known_gpu
+from train.memory.gpus import CONTEXT_BYTES, KNOWN_GPUS, Gpu, detect_gpu, gpus_like, gpus_of_size, named_gpu
 from train.memory.outlook import GIB, Outlook
 from train.run.devices import BF16, compute_type
 from train.run.exits import ExitCode, ExitWith
@@ -33,6 +33,12 @@ class Forecast:
     paged_bytes: int  # optimizer state that may move to host memory
     fits: bool
     advice: str  # what would fit; empty where the plan does
+    seconds: float | None = None  # of the whole run's steps; None: they, or the speed, are not known
+
+    @property
+    def is_card(self) -> bool:
+        """Whether it is a known GPU, whose rates are known, and not a size."""
+        return any(self.gpu.name == known.name for known in KNOWN_GPUS)
 
     def as_json(self) -> dict[str, Any]:
         """Plain numbers, memory in GiB."""
@@ -42,9 +48,11 @@ class Forecast:
             "fits": self.fits,
             "predicted_peak_gib": round(self.plan.peak_bytes / GIB, 3),
             "predicted_tokens_per_second": self.tokens_per_second and round(self.tokens_per_second),
+            "predicted_seconds": self.seconds and round(self.seconds, 3),
             "parts_gib": {name: round(num_bytes / GIB, 4) for name, num_bytes in self.plan.parts},
             "host_gib": round(self.plan.host_bytes / GIB, 3),
             "advice": self.advice,
+            "cards_of_this_size": [] if self.is_card else [gpu.name for gpu in gpus_of_size(self.gpu.memory_bytes)],
             "plan": {key: value for key, value in asdict(self.plan).items() if key != "parts"},
         }
 
@@ -52,10 +60,12 @@ class Forecast:
 def parse_gpu(text: str) -> Gpu:
     """The GPU that `--gpu` names: a known one, or one of a size such as 4GiB; raises ExitWith(BAD_INPUT) for others."""
     try:
-        gpu = known_gpu(text) or _of_size(text)
+        gpu = named_gpu(text) or _of_size(text)
     except ValueError:
-        names = ", ".join(gpu.name for gpu in KNOWN_GPUS)
-        raise ExitWith(ExitCode.BAD_INPUT, f"--gpu {text}: write a size such as 4GiB, or one of {names}") from None
+        names, like = ", ".join(gpu.name for gpu in KNOWN_GPUS), " or ".join(gpu.name for gpu in gpus_like(text))
+        hint = f"did you mean {like}? " if like else ""
+        reason = f"--gpu {text}: {hint}write a size such as 4GiB, or one of {names}"
+        raise ExitWith(ExitCode.BAD_INPUT, reason) from None
     if gpu.usable_bytes <= 0:
         raise ExitWith(ExitCode.BAD_INPUT, f"--gpu {text}: CUDA itself takes {CONTEXT_BYTES / GIB:.2f} GiB of a GPU")
     return gpu
@@ -95,12 +105,15 @@ def min_length(longest: int, mean_length: int) -> int:
     return max(2, 2 * mean_length - longest)
 
 
-def forecast(config: Config, gpu: Gpu, mean_length: int) -> Forecast:
-    """What the run would need on the GPU; raises ExitWith(BAD_INPUT) where the fused engine cannot run it."""
+def forecast(config: Config, gpu: Gpu, rows: LengthStatistics, num_steps: float | None = None) -> Forecast:
+    """What a run of `num_steps` steps over these rows would need on the GPU.
+
+    Raises ExitWith(BAD_INPUT) where the fused engine cannot run it.
+    """
     budget = gpu.usable_bytes
     if config.memory.budget:
         budget = min(budget, parse_bytes(config.memory.budget))
-    outlook = Outlook.on_gpu(config, gpu, assumed_lengths(config, mean_length), budget)
+    outlook = Outlook.on_gpu(config, gpu, rows, budget)
     if outlook.planner is None:
         reason = (
             f"only the fused engine's memory is predicted, and this run uses the reference engine: {outlook.reason}. "
@@ -109,22 +122,24 @@ def forecast(config: Config, gpu: Gpu, mean_length: int) -> Forecast:
         raise ExitWith(ExitCode.BAD_INPUT, reason)
     plan = outlook.planner.best(budget)
     fits = plan.peak_bytes <= budget
-    has_rates = any(gpu.name == known.name for known in KNOWN_GPUS)
+    has_rates = fits and any(gpu.name == known.name for known in KNOWN_GPUS)
     return Forecast(
         gpu=gpu,
         budget=budget,
         plan=plan,
-        tokens_per_second=outlook.num_tokens / plan.seconds if fits and has_rates else None,
+        tokens_per_second=outlook.num_tokens / plan.seconds if has_rates else None,
         paged_bytes=outlook.planner.job.sizes.paged_bytes,
         fits=fits,
         advice="" if fits else outlook.remedies(plan),
+        seconds=num_steps * plan.seconds if has_rates and num_steps is not None else None,
     )
 
 
-def forecast_known_gpus(config: Config, mean_length: int) -> list[Forecast]:
+def forecast_known_gpus(config: Config, rows: LengthStatistics, num_steps: float | None = None) -> list[Forecast]:
     """For every known GPU that has the type asked for; raises ExitWith(BAD_INPUT) as `forecast`."""
     wants_bf16 = config.model.dtype == "bf16"
-    return [forecast(config, gpu, mean_length) for gpu in KNOWN_GPUS if not wants_bf16 or gpu.capability >= BF16]
+    fitting = [gpu for gpu in KNOWN_GPUS if not wants_bf16 or gpu.capability >= BF16]
+    return [forecast(config, gpu, rows, num_steps) for gpu in fitting]
 
 
 def print_forecast(found: Forecast, console: Console) -> None:
@@ -152,21 +167,34 @@ def print_forecast(found: Forecast, console: Console) -> None:
     if not found.fits:
         lines.append(f"does not fit: {found.advice}")
     elif found.tokens_per_second is None:
-        lines.append("speed     unknown: this GPU's rates are not known; name one with --gpu, or --probe it here")
+        names = ", ".join(gpu.name for gpu in gpus_of_size(found.gpu.memory_bytes))
+        cards = f"; cards of this size are {names}" if names and not found.is_card else ""
+        lines.append(f"speed     unknown: its rates are not known; name a card with --gpu, or --probe it here{cards}")
     else:
         lines.append(f"speed     about {found.tokens_per_second:,.0f} tokens/s (predicted)")
+    if found.seconds is not None:
+        lines.append(f"time      about {time_of(found.seconds)} on one {found.gpu.name}, without validation and saving")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def time_of(seconds: float) -> str:
+    """A predicted time in its largest unit: no more than two figures of it are known."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def print_known_gpus(found: Sequence[Forecast], console: Console) -> None:
     """A line for each known GPU."""
     table = Table(title="known GPUs, predicted", title_justify="left")
-    for heading in ("GPU", "GiB", "peak GiB", "blocks kept", "streamed", "tokens/s"):
+    has_times = any(each.seconds is not None for each in found)
+    for heading in ("GPU", "GiB", "peak GiB", "blocks kept", "streamed", "tokens/s", *(["time"] if has_times else [])):
         table.add_column(heading, justify="left" if heading == "GPU" else "right")
     for each in found:
         cells = ("", "", "does not fit")
         if each.tokens_per_second is not None:
             cells = (str(each.plan.num_kept), str(len(each.plan.streamed)), f"{each.tokens_per_second:,.0f}")
+            cells += (time_of(each.seconds),) if each.seconds is not None else ()
         table.add_row(each.gpu.name, f"{each.budget / GIB:.1f}", f"{each.plan.peak_bytes / GIB:.2f}", *cells)
     console.print(table)

@@ -8,6 +8,7 @@ from typing import Any
 from data_tools.arguments import Parser
 from data_tools.terminal import escaped, typed_path
 from train.cli import parse
+from train.commands.options import say
 from train.foreign.files import read_config, trainer_of
 from train.foreign.translation import Translation, translate
 from train.profiles import PROFILES
@@ -34,7 +35,11 @@ def main(words: list[str]) -> int:
     result = translate(trainer, found, options.file)
     if options.profile:
         result.profile, result.why_profile = options.profile, "as asked for"
+    result.leave_to(PROFILES[result.profile]())
     problem = _refusal(result)
+    if result.unknown:  # on stderr, because stdout may go to a file that is run unread
+        keys = [" ".join(filter(None, (key, result.meant(key)))) for key, _ in result.unknown]
+        say(f"{options.file}: not in the command, because not known here: {', '.join(keys)}")
     if options.json:
         print(json.dumps({**_as_json(result), "refused": problem}, indent=2, default=str))
     else:
@@ -73,7 +78,7 @@ def _said_after(result: Translation) -> list[str]:
         ("has no counterpart", [f"{key} {_short(value)}: {reason}" for key, value, reason in result.missing]),
         (
             "is not known here; docs/MIGRATING.md has what is",
-            [f"{key} {_short(value)}" for key, value in result.unknown],
+            [f"{key} {_short(value)} {result.meant(key)}".rstrip() for key, value in result.unknown],
         ),
         ("is empty or off there", [", ".join(result.off)]),
     )

@@ -92,7 +92,10 @@ def _show(record: dict[str, Any], limits: "Limits", target: Path) -> None:
     receipt, unloaded = record["receipt"], record["merge_and_unload"]
     print(fitted(asked_of(receipt), sys.stdout))
     show_merged(table_console(), receipt, limits, unloaded)
-    lines = [f"this model ({record['onto']}, {record['dtype']}) behaves like the trained one, within both limits"]
+    lines = [
+        f"this model ({record['onto']}, {record['dtype']}) is within both limits of the trained one; answers may part "
+        "where two tokens are nearly equally likely"
+    ]
     if unloaded:
         lines.append(
             f"merge_and_unload, of PEFT on the {record['trained_in']} base, is there to compare: it rounds base and "

@@ -1,4 +1,4 @@
-"""`handloop plan`: what a run needs, from config.json alone."""
+"""`handloop plan`: what a run needs and how long it takes, from config.json, and the data where they are here."""
 
 import argparse
 import contextlib
@@ -24,15 +24,23 @@ def main(words: list[str]) -> int:
     check_length(config)
     for note in note_on(config.model):
         print(f"base      {note}", file=sys.stderr if options.json else sys.stdout)
-    mean_length = options.mean_length or config.data.max_length
-    return _probe(options, config, mean_length) if options.probe else _forecast(options, config, mean_length)
+    if options.probe:
+        return _probe(options, config, options.mean_length or config.data.max_length)
+    return _forecast(options, config)
 
 
 def _options() -> Options:
-    own = Options("plan", "Says what a run needs and how fast it would be, from the base's config.json alone.")
+    own = Options(
+        "plan",
+        "Says what a run needs, how fast it would be and how long it would take. Of the base config.json is enough; "
+        "with its tokenizer the data are counted, too.",
+    )
     own.add_argument("--gpu", metavar="GPU", help="a GPU, such as A100-40, or a size, such as 4GiB")
     own.add_argument(
-        "--mean-length", type=positive_number, metavar="N", help="mean tokens of a row (default data.max_length)"
+        "--mean-length",
+        type=positive_number,
+        metavar="N",
+        help="mean tokens of a row; without it those of data.path, or data.max_length where they are not here",
     )
     own.add_argument("--probe", action="store_true", help="run steps on random weights here, and compare")
     own.add_argument(
@@ -68,19 +76,24 @@ def _probe(options: argparse.Namespace, config: Config, mean_length: int) -> int
     return 0
 
 
-def _forecast(options: argparse.Namespace, config: Config, mean_length: int) -> int:
+def _forecast(options: argparse.Namespace, config: Config) -> int:
     from rich.console import Console
 
     from train.commands import forecast
+    from train.commands.planned_rows import planned_rows
 
     gpu = forecast.default_gpu(config) if options.gpu is None else forecast.parse_gpu(options.gpu)
-    found = forecast.forecast(config, gpu, mean_length) if gpu else None
+    rows = planned_rows(config, options.mean_length)
+    num_steps = rows.counted.full_steps if rows.counted else None
+    found = forecast.forecast(config, gpu, rows.lengths, num_steps) if gpu else None
     is_asked_for_all = options.json or options.gpu is None
-    known = forecast.forecast_known_gpus(config, mean_length) if is_asked_for_all else []
+    known = forecast.forecast_known_gpus(config, rows.lengths, num_steps) if is_asked_for_all else []
     if options.json:
-        others = {"gpus": [each.as_json() for each in known]}
+        others = {"data": rows.as_json(), "gpus": [each.as_json() for each in known]}
         print_document((found.as_json() if found else {}) | others)
     else:
+        for line in rows.said:
+            Console().print(line, highlight=False, soft_wrap=True, markup=False)
         if found:
             forecast.print_forecast(found, Console())
         if known:

@@ -5,7 +5,7 @@ the boundaries (`cu_seqlens`) instead, and takes grouped key/value heads as they
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, cast
@@ -86,6 +86,11 @@ def _varlen(
 
 # Not registered as a mask function too: transformers then builds no mask and does not look for boundaries itself.
 AttentionInterface.register("varlen", varlen_attention)
+
+
+def attentions(batch: MicroBatch, windows: Collection[int | None], scale: float) -> dict[int | None, Attend]:
+    """The attention of a packed micro-batch for layers of each window."""
+    return {window: PackedAttention(batch, window, scale) for window in windows}
 
 
 class PackedAttention:

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from train.collate import MicroBatch
-from train.engine.attention import PackedAttention
+from train.engine.attention import attentions
 from train.engine.block import Block, ForwardContext
 from train.engine.copies import copies_for
 from train.engine.embedding import RowsInPlace
@@ -30,7 +30,7 @@ class FusedDecoder:
         """Allocates slots and host buffers; matrices and graphs follow on demand. Blocks in `host` are streamed."""
         family = family_of(causal_lm)
         self.decoder = causal_lm.base_model
-        self.layers, norm = family.decoder_layers(causal_lm), self.decoder.norm
+        self.layers, norm = family.decoder_layers(causal_lm), family.norm_of(self.decoder.norm)
         blocks = [Block(layer, number) for number, layer in enumerate(self.layers)]
         copies = partial(copies_for, norm.weight.device)
         self.source = packed_source(self.layers, host, norm.weight.device, copies)
@@ -40,13 +40,15 @@ class FusedDecoder:
             num_tokens = padded(plan.micro_batch_tokens)
             inputs = HostInputs(plan.num_blocks - plan.num_kept, num_tokens, norm.weight, copies(), copies())
         embedding = Vocabulary.of(causal_lm.get_input_embeddings())
-        self.embed = RowsInPlace(embedding) if embedding.rows else self.decoder.embed_tokens
+        self.embed_tokens = RowsInPlace(embedding) if embedding.rows else self.decoder.embed_tokens
+        self.embedding_scale = family.embedding_scale(causal_lm)
         self.stack = Stack(blocks, norm, store, plan.num_kept, inputs, embedding.is_trained)
         self.dropout = max(block.dropout for block in blocks)
         self.mlp_tile = plan.mlp_tile
         # no method of this object: it would keep a replaced engine's graphs alive
-        window = family.sliding_window(causal_lm)
-        self.attend_for = partial(PackedAttention, sliding_window=window, scale=blocks[0].scaling)
+        windows = {block.heads.window for block in blocks}
+        self.attend_for = partial(attentions, windows=windows, scale=blocks[0].heads.scaling)
+        self.position_tables = family.position_tables(causal_lm, self.layers)
         self.graphs: Graphs | None = None
         if plan.uses_graphs:
             memory = plan.graph_bytes, plan.fragmentation_bytes, plan.eager_bytes
@@ -60,19 +62,23 @@ class FusedDecoder:
         graphs = self.graphs if torch.is_grad_enabled() else None
         if graphs is not None:
             batch = pad(batch)
-        hidden = self.embed(batch.input_ids[0])  # [T, H]
+        hidden = self.embed(batch.input_ids[0])
         context = self.context(batch)
         return graphs(hidden, context, batch) if graphs is not None else self.stack(hidden, context)
 
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Ids [T] -> what the first block reads [T, H]."""
+        embedded = self.embed_tokens(input_ids)
+        return embedded if self.embedding_scale == 1.0 else embedded * self.embedding_scale
+
     def context(self, batch: MicroBatch) -> ForwardContext:
         """What all blocks share in a forward pass over a packed micro-batch."""
-        like = self.stack.store.like  # rotary_emb reads its type and device
-        cos, sin = self.decoder.rotary_emb(like[None], batch.position_ids)  # [1, T, D]
+        like = self.stack.store.like
+        positions = self.position_tables(like, batch.position_ids)
         dropout = self.dropout if self.decoder.training else 0.0
         # the seed of this forward pass, which seeds.seed_forward has set
         seed = torch.full((), mixed(torch.initial_seed()), device=like.device)
-        rotary = cos[0].contiguous(), sin[0].contiguous()
-        return ForwardContext(*rotary, self.attend_for(batch), dropout, seed, self.mlp_tile)
+        return ForwardContext(positions, self.attend_for(batch), dropout, seed, self.mlp_tile)
 
     def release(self) -> None:
         """Frees graphs and dequantised weights; they are made again when they are needed."""

@@ -1,5 +1,7 @@
 """The input embedding in host memory, which saves 1 GB of GPU memory: a step reads a few thousand of its rows."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -14,11 +16,13 @@ class HostEmbedding(torch.nn.Module):
     8,192 rows of 8 KB take about 1.5 ms over PCIe 5, without a host sync. Without Triton the host copies the rows.
     """
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+        """`scale`: what rows are multiplied by (Gemma)."""
         super().__init__()
         # transformers takes a model's type and device from its first parameter, which this is
         self.kind = torch.nn.Parameter(weight.new_zeros(1), requires_grad=False)
         self.weight = pinned(weight.shape, weight.dtype).copy_(weight.detach())
+        self.scale = scale
 
     @property
     def num_embeddings(self) -> int:
@@ -27,7 +31,8 @@ class HostEmbedding(torch.nn.Module):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """`input_ids` [...] on the GPU -> rows [..., H] there."""
-        return gather_rows(self.weight, input_ids.flatten()).view(*input_ids.shape, -1)
+        rows = gather_rows(self.weight, input_ids.flatten()).view(*input_ids.shape, -1)
+        return rows if self.scale is None else rows * self.scale.to(rows.dtype)
 
 
 class RowsInPlace:
@@ -37,6 +42,7 @@ class RowsInPlace:
     def __init__(self, vocabulary: Vocabulary) -> None:
         assert vocabulary.rows is not None
         self.frozen, self.values = vocabulary.layer, vocabulary.rows.values
+        self.scale: Any = getattr(self.frozen, "embed_scale", None)
         ids = vocabulary.rows.ids
         # the trained row of each token, or -1
         self.places = torch.full((self.frozen.weight.shape[0],), -1, device=ids.device)
@@ -46,6 +52,8 @@ class RowsInPlace:
         """`input_ids` [T] -> rows [T, H]."""
         frozen, places = self.frozen(input_ids), self.places[input_ids]
         trained = F.embedding(places.clamp(min=0), self.values).to(frozen.dtype)
+        if self.scale is not None:  # which the frozen layer has applied itself
+            trained = trained * self.scale.to(frozen.dtype)
         return torch.where((places >= 0)[:, None], trained, frozen)
 
 
@@ -54,4 +62,5 @@ def offload_embedding(causal_lm: CausalLM) -> None:
     embedding = causal_lm.get_input_embeddings()
     is_tied = embedding.weight is causal_lm.get_output_embeddings().weight
     if embedding.weight.is_cuda and not is_tied:
-        causal_lm.set_input_embeddings(HostEmbedding(embedding.weight))
+        scale: Any = getattr(embedding, "embed_scale", None)
+        causal_lm.set_input_embeddings(HostEmbedding(embedding.weight, scale))

@@ -1,78 +1,216 @@
 """The families of models that the engine executes, one row each, and why it executes no other."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import partial
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from transformers.activations import ACT2FN
 
 from train.engine.block import Block
-from train.engine.layers import CausalLM, DecoderLayer, Projection
+from train.engine.layers import BlockNorms, CausalLM, DecoderLayer, Heads, Norm, Projection
+from train.engine.operations import TANH_GELU
+from train.engine.positions import PositionTables
+
+KINDS_OF_LAYERS = {"full_attention", "sliding_attention"}
+# what configurations call the dropouts of their own that act in a decoder
+DROPOUTS = ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop", "embedding_dropout", "hidden_dropout")
+# transformers' modules that compute what operations.ACTIVATIONS compute
+ACTIVATIONS = {type(ACT2FN["silu"]): "silu", type(ACT2FN["gelu_pytorch_tanh"]): TANH_GELU}
 
 
-class Window(Enum):
-    """Where a family keeps its attention's sliding window."""
+class NormKind(Enum):
+    """What a family's norms compute."""
 
-    NONE = auto()  # it has none, whatever config.json says
-    ATTENTION = auto()  # `sliding_window` of each layer's attention
-    CONFIG = auto()  # `sliding_window` of config.json
+    ROUNDED = auto()  # RMSNorm, rounded to the compute type before the weight (Llama)
+    PLAIN = auto()  # RMSNorm, weighted in fp32
+    OFFSET = auto()  # RMSNorm, weighted by 1 + weight in fp32 (Gemma)
+    CENTRED = auto()  # LayerNorm, with or without a bias
+
+
+# The part of a layer's attention (a module of transformers) and of config.json that a row asks about.
+Asked = Callable[[Any, Any], Any]
+
+
+def _no(attention: Any, config: Any) -> None:
+    """Whatever config.json says."""
+
+
+def _always(attention: Any, config: Any) -> bool:
+    return True
+
+
+def _window_of_config(attention: Any, config: Any) -> int | None:
+    return getattr(config, "sliding_window", None)
+
+
+def _window_of_attention(attention: Any, config: Any) -> int | None:
+    return attention.sliding_window
+
+
+def _window_where_sliding(attention: Any, config: Any) -> int | None:
+    return attention.sliding_window if attention.is_sliding else None
+
+
+def _llama4_query_factor(config: Any, positions: torch.Tensor) -> torch.Tensor:
+    """1 + beta log(1 + floor(position / the length of pretraining)): queries far behind are sharpened (Llama 4)."""
+    rotary = config.rope_parameters
+    beta, length = rotary["llama_4_scaling_beta"], rotary["original_max_position_embeddings"]
+    return 1 + beta * torch.log(1 + torch.floor(positions / length))
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture of transformers, and the names of its modules; the defaults are Llama's.
+    """One architecture of transformers: the names of its modules, and what they compute; the defaults are Llama's.
 
-    Names of projections that are not in config.LLAMA_LINEAR_LAYERS need a default of their own for
-    --lora.target_modules.
+    A norm without a name is one that the family does not have. Attention and MLP that read the same norm are parallel.
     """
 
     architecture: str
-    window: Window
-    qk_norms: tuple[str, ...] = ()  # of the attention: norms of query and key heads
+    window: Asked = _no  # of a layer's attention: tokens that a token sees, its own among them; None: all before it
+    norm: NormKind = NormKind.ROUNDED
+    qk_norms: tuple[str, ...] = ()  # of the attention: norms of queries and keys, over each head or over all
+    has_rotary: Asked = _always  # whether a layer's attention turns queries and keys
+    is_interleaved: bool = False  # rotary pairs are neighbours
+    doubles_pairs: bool = False  # the rotary tables hold each frequency twice in a row
+    query_factor: Callable[[Any, torch.Tensor], torch.Tensor] | None = None  # of positions [T], with config.json
+    is_gated: bool = True
     layers: str = "layers"  # of the decoder
     attention: str = "self_attn"  # of a layer
     mlp: str = "mlp"
-    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
-    qkv: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj")  # of the attention
+    before: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")  # norms before attention and MLP
+    after: tuple[str, str] = ("", "")  # norms behind them, before their outputs are added
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")  # of the attention; one name where one layer makes all three
     o: str = "o_proj"
-    gate_up: tuple[str, str] = ("gate_proj", "up_proj")  # of the MLP
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")  # of the MLP; one name where one layer makes both
     down: str = "down_proj"
+    activations: tuple[str, ...] = field(default=("act_fn", "activation_fn", "act"), repr=False)
 
     def decoder_layers(self, causal_lm: CausalLM) -> list[DecoderLayer]:
         """The layers of a model of this family."""
-        return [self._decoder_layer(module) for module in getattr(causal_lm.base_model, self.layers)]
+        decoder, config = causal_lm.base_model, causal_lm.config
+        has_kinds = hasattr(getattr(decoder.rotary_emb, "inner", decoder.rotary_emb), "layer_types")
+        modules = getattr(decoder, self.layers)
+        kinds = config.layer_types if has_kinds else [""] * len(modules)  # type: ignore[attr-defined]
+        return [self._decoder_layer(module, config, kind) for module, kind in zip(modules, kinds, strict=True)]
 
-    def sliding_window(self, causal_lm: CausalLM) -> int | None:
-        """Tokens that attention sees, its own among them; None: all before it."""
-        if self.window is Window.ATTENTION:
-            first = getattr(causal_lm.base_model, self.layers)[0]
-            return getattr(first, self.attention).sliding_window
-        return getattr(causal_lm.config, "sliding_window", None) if self.window is Window.CONFIG else None
+    def norm_of(self, module: Any) -> Norm:
+        """A norm of this family."""
+        eps = next(getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name))
+        kind = self.norm
+        return Norm(
+            module.weight,
+            getattr(module, "bias", None),
+            eps,
+            is_centred=kind is NormKind.CENTRED,
+            is_offset=kind is NormKind.OFFSET,
+            rounds_first=kind is NormKind.ROUNDED,
+        )
 
-    def _decoder_layer(self, module: torch.nn.Module) -> DecoderLayer:
+    def position_tables(self, causal_lm: CausalLM, layers: Sequence[DecoderLayer]) -> PositionTables:
+        """What the layers read of positions."""
+        factor = partial(self.query_factor, causal_lm.config) if self.query_factor else None
+        return PositionTables(causal_lm.base_model, layers, self.doubles_pairs, factor)
+
+    def embedding_scale(self, causal_lm: CausalLM) -> float:
+        """What the decoder multiplies embedded tokens by, beside what its embedding does itself."""
+        return float(getattr(causal_lm.base_model, "embedding_multiplier", 1.0))
+
+    def _decoder_layer(self, module: Any, config: Any, kind: str) -> DecoderLayer:
         attention, mlp = getattr(module, self.attention), getattr(module, self.mlp)
-        before_attention, before_mlp = (getattr(module, name) for name in self.norms)
+        norms = [self.norm_of(getattr(module, name)) if name else None for name in (*self.before, *self.after)]
+        act = next(getattr(mlp, name) for name in self.activations if hasattr(mlp, name))
         return DecoderLayer(
             module=module,
             qkv=[Projection.of(getattr(attention, name)) for name in self.qkv],
             o=Projection.of(getattr(attention, self.o)),
             gate_up=[Projection.of(getattr(mlp, name)) for name in self.gate_up],
             down=Projection.of(getattr(mlp, self.down)),
-            norms=(before_attention, before_mlp),
-            qk_norms=[getattr(attention, name) for name in self.qk_norms],
-            head_dim=attention.head_dim,
-            scaling=attention.scaling,
+            heads=Heads(
+                num_query=config.num_attention_heads,
+                num_key_value=config.num_key_value_heads,
+                size=attention.head_dim,
+                scaling=attention.scaling,
+                window=self.window(attention, config),
+                rotary=kind if self.has_rotary(attention, config) else None,
+                is_interleaved=self.is_interleaved,
+                norms=[self.norm_of(getattr(attention, name)) for name in self.qk_norms],
+            ),
+            norms=BlockNorms(norms[0], norms[2], norms[1], norms[3]),
+            activation=ACTIVATIONS.get(type(act), type(act).__name__),
+            is_gated=self.is_gated,
+            is_parallel=self.before[0] == self.before[1] != "",
+            residual_scale=float(getattr(module, "residual_multiplier", 1.0)),
         )
 
 
+BEHIND = ("post_attention_layernorm", "post_feedforward_layernorm")
 FAMILIES = {
     family.architecture: family
     for family in (
-        Family("LlamaForCausalLM", Window.NONE),
-        Family("MistralForCausalLM", Window.CONFIG),
-        Family("Qwen2ForCausalLM", Window.ATTENTION),
-        Family("Qwen3ForCausalLM", Window.ATTENTION, qk_norms=("q_norm", "k_norm")),
+        Family("LlamaForCausalLM"),
+        Family("MistralForCausalLM", _window_of_config),
+        Family("Ministral3ForCausalLM", _window_of_config, query_factor=_llama4_query_factor),
+        Family("Qwen2ForCausalLM", _window_of_attention),
+        Family("Qwen3ForCausalLM", _window_of_attention, qk_norms=("q_norm", "k_norm")),
+        Family("SeedOssForCausalLM"),
+        Family("GraniteForCausalLM"),
+        Family(
+            "SmolLM3ForCausalLM", _window_of_attention, has_rotary=lambda attention, config: bool(attention.use_rope)
+        ),
+        Family("Phi3ForCausalLM", _window_of_config, qkv=("qkv_proj",), gate_up=("gate_up_proj",)),
+        Family(
+            "Glm4ForCausalLM",
+            is_interleaved=True,
+            after=("post_self_attn_layernorm", "post_mlp_layernorm"),
+            gate_up=("gate_up_proj",),
+        ),
+        Family("GemmaForCausalLM", norm=NormKind.OFFSET),
+        Family(
+            "Gemma3ForCausalLM",
+            _window_of_attention,
+            NormKind.OFFSET,
+            qk_norms=("q_norm", "k_norm"),
+            before=("input_layernorm", "pre_feedforward_layernorm"),
+            after=BEHIND,
+        ),
+        Family("Olmo2ForCausalLM", norm=NormKind.PLAIN, qk_norms=("q_norm", "k_norm"), before=("", ""), after=BEHIND),
+        Family(
+            "Olmo3ForCausalLM",
+            _window_of_attention,
+            NormKind.PLAIN,
+            qk_norms=("q_norm", "k_norm"),
+            before=("", ""),
+            after=BEHIND,
+        ),
+        Family(
+            "Exaone4ForCausalLM",
+            _window_where_sliding,
+            qk_norms=("q_norm", "k_norm"),
+            has_rotary=lambda attention, config: attention.sliding_window is None or attention.is_sliding,
+            before=("", ""),
+            after=BEHIND,
+        ),
+        Family(
+            "Cohere2ForCausalLM",
+            _window_of_attention,
+            NormKind.CENTRED,
+            has_rotary=lambda attention, config: attention.sliding_window is not None,
+            is_interleaved=True,
+            doubles_pairs=True,
+            before=("input_layernorm", "input_layernorm"),
+        ),
+        Family(
+            "Starcoder2ForCausalLM",
+            _window_of_config,
+            NormKind.CENTRED,
+            is_gated=False,
+            gate_up=("c_fc",),
+            down="c_proj",
+        ),
     )
 }
 
@@ -89,14 +227,14 @@ def decoder_layers(causal_lm: CausalLM) -> list[DecoderLayer]:
 
 def unsupported_reason(causal_lm: CausalLM) -> str:
     """Why the engine cannot execute `causal_lm` (with PEFT's adapters in it); empty where it can."""
-    name, shape = type(causal_lm).__name__, causal_lm.config
+    name, config = type(causal_lm).__name__, causal_lm.config
     if name not in FAMILIES:
         return f"{name} is not one of {', '.join(FAMILIES)}"
-    if shape.hidden_act != "silu":
-        return f"its MLP computes {shape.hidden_act}, not silu"
-    if getattr(shape, "attention_dropout", 0.0):
-        return "its attention has dropout"
+    if reason := _unknown_setting(config):
+        return reason
     layers = decoder_layers(causal_lm)
+    if layers[0].activation not in ACTIVATIONS.values():
+        return f"its MLP computes {layers[0].activation}, not one of {', '.join(ACTIVATIONS.values())}"
     if reason := _unknown_weight(layers):
         return reason
     in_layers = {module for layer in layers for module in layer.module.modules()}
@@ -105,11 +243,24 @@ def unsupported_reason(causal_lm: CausalLM) -> str:
             return f"{name} has an adapter and is no part of a decoder block"
         if isinstance(module, bnb.nn.Linear8bitLt):
             return "int8 layers round their inputs, which only bitsandbytes does"
-    if len(set(getattr(shape, "layer_types", None) or [""])) > 1:
-        return "its blocks do not all have the same attention"
+    if len({(layer.heads.size, layer.heads.scaling) for layer in layers}) > 1:
+        return "its blocks do not all have the same heads"
     blocks = [Block(layer, number) for number, layer in enumerate(layers)]
     if len({tuple(group.shape for group in block.groups) for block in blocks}) > 1:  # they share memory for weights
         return "its blocks do not all have the same adapters"
+    return ""
+
+
+def _unknown_setting(config: Any) -> str:
+    """What config.json asks for that the engine does not compute; empty where there is no such."""
+    if rates := {name: rate for name in DROPOUTS if (rate := getattr(config, name, None))}:
+        return "it has dropout of its own: " + ", ".join(f"{name} {rate}" for name, rate in rates.items())
+    if unknown := set(getattr(config, "layer_types", None) or []) - KINDS_OF_LAYERS:
+        return f"it has layers of {', '.join(sorted(unknown))}"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "its attention caps its scores, for which the flash kernels have no place"
+    if getattr(config, "use_bidirectional_attention", None):
+        return "its tokens see later ones"
     return ""
 
 

@@ -5,7 +5,7 @@ one shape, so micro-batches are padded to a multiple of plan.GRAPH_STEP tokens, 
 """
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from enum import Enum, auto
@@ -23,7 +23,7 @@ from train.engine.weight_store import WeightStore
 
 MAX_GRAPHS = 32  # about 10 MB each; later shapes use a larger graph, since a capture costs several steps
 
-AttendFor = Callable[[MicroBatch], Attend]
+AttendFor = Callable[[MicroBatch], Mapping[int | None, Attend]]
 Shape = tuple[int, int]  # tokens, and entries of cu_seqlens
 
 
@@ -52,8 +52,7 @@ class StaticBuffers:
     """What graphs read and write; a smaller shape uses the beginning of the largest one's buffers."""
 
     hidden: torch.Tensor  # [T, H]; after a backward pass its gradient, where the embedding is trained
-    cos: torch.Tensor  # [T, D]
-    sin: torch.Tensor  # [T, D]
+    positions: torch.Tensor  # [T, C]: Positions.values
     out: torch.Tensor  # [T, H]
     grad_out: torch.Tensor  # [T, H]
 
@@ -139,8 +138,8 @@ class Graphs:
         if graph is None:
             return self.stack(hidden, context)
         static = graph.static.first(num_tokens)
-        pairs = ((static.hidden, hidden), (static.cos, context.cos), (static.sin, context.sin))
-        for buffer, value in (*pairs, (graph.seed, context.seed)):
+        pairs = ((static.hidden, hidden), (static.positions, context.positions.values), (graph.seed, context.seed))
+        for buffer, value in pairs:
             buffer.copy_(value)
         graph.cu_seqlens.fill_(graph.static.hidden.shape[0])
         # the last entry stays: a larger graph's surplus tokens belong to the sample that `pad` has added
@@ -149,7 +148,7 @@ class Graphs:
 
     def _allocate(self, hidden: torch.Tensor, context: ForwardContext) -> None:
         self.pool = torch.cuda.graph_pool_handle()
-        like = (hidden, context.cos, context.sin, hidden, hidden)
+        like = (hidden, context.positions.values, hidden, hidden)
         self.max_tokens = max(self.max_tokens, hidden.shape[0])
         self.static = StaticBuffers(*(part.new_zeros(self.max_tokens, part.shape[1]) for part in like))
         self.state = State.OPEN
@@ -220,7 +219,8 @@ class Graphs:
         cu_seqlens, seed = batch.cu_seqlens.new_full((num_boundaries,), num_tokens), context.seed.clone()
         cu_seqlens[0] = 0
         attend = self.attend_for(replace(batch, cu_seqlens=cu_seqlens, max_length=num_tokens))
-        own = replace(context, cos=static.cos, sin=static.sin, seed=seed, attend=attend)
+        positions = replace(context.positions, values=static.positions)
+        own = replace(context, positions=positions, seed=seed, attend=attend)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         saved: Saved = []
 

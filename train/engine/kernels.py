@@ -31,31 +31,53 @@ def dequantize_kernel(
 
 
 @triton.jit
-def rms_norm_kernel(x, stride_x, weight, out, stride_out, rstd, eps, H, BLOCK: tl.constexpr):
-    """One row: out = x rstd weight."""
+def norm_kernel(
+    x, stride_x, weight, bias, out, stride_out, rstd, eps, H,
+    CENTRED: tl.constexpr, OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row: out = (x - mean) rstd (weight + offset) + bias; mean, offset and bias where there are such."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < H
     values = tl.load(x + row * stride_x + column, mask=inside, other=0.0).to(tl.float32)
+    if CENTRED:
+        values = tl.where(inside, values - tl.sum(values) / H, 0.0)
     scale = tl.rsqrt(tl.sum(values * values) / H + eps)
     tl.store(rstd + row, scale)
     dtype = out.dtype.element_ty
-    normed = (values * scale).to(dtype).to(tl.float32) * tl.load(weight + column, mask=inside).to(tl.float32)
+    normed = values * scale
+    if ROUNDS_FIRST:
+        normed = normed.to(dtype).to(tl.float32)
+    factor = tl.load(weight + column, mask=inside).to(tl.float32)
+    if OFFSET:
+        factor += 1.0
+    normed *= factor
+    if BIAS:
+        normed += tl.load(bias + column, mask=inside).to(tl.float32)
     tl.store(out + row * stride_out + column, normed.to(dtype), mask=inside)
 
 
 @triton.jit
-def rms_norm_backward_kernel(
-    grad_out, stride_grad_out, x, stride_x, weight, rstd, grad, stride_grad, H, ADD: tl.constexpr, BLOCK: tl.constexpr
-):
-    """One row: grad (+)= rstd (g - n mean(g n)) with g = grad_out weight, n = x rstd."""
+def norm_backward_kernel(
+    grad_out, stride_grad_out, x, stride_x, weight, rstd, grad, stride_grad, H,
+    CENTRED: tl.constexpr, OFFSET: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row: grad (+)= rstd (g - mean(g) - n mean(g n)) with g = grad_out factor; mean(g) where CENTRED."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < H
     scale = tl.load(rstd + row)
-    normed = tl.load(x + row * stride_x + column, mask=inside, other=0.0).to(tl.float32) * scale
+    normed = tl.load(x + row * stride_x + column, mask=inside, other=0.0).to(tl.float32)
+    if CENTRED:
+        normed = tl.where(inside, normed - tl.sum(normed) / H, 0.0)
+    normed *= scale
     inner = tl.load(grad_out + row * stride_grad_out + column, mask=inside, other=0.0).to(tl.float32)
-    inner *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if OFFSET:
+        factor += 1.0
+    inner *= factor
+    if CENTRED:
+        inner -= tl.sum(inner) / H
     result = scale * (inner - normed * (tl.sum(inner * normed) / H))
     place = grad + row * stride_grad + column
     if ADD:
@@ -65,55 +87,83 @@ def rms_norm_backward_kernel(
 
 @triton.jit
 def rotate_kernel(
-    source, stride_source, target, stride_target, cos, sin, num_heads, sign,
-    D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
+    source, stride_source, target, stride_target, cos, sin, stride_table, num_heads, sign,
+    D: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """One token: each head's halves (a, b) become (a cos - b sin, b cos + a sin); sign -1 turns back."""
+    """One token: each head's first PAIRS pairs (a, b) become (a cos - b sin, b cos + a sin); sign -1 turns back."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, HALF)[None, :]
-    inside = (head < num_heads) & (column < D // 2)
-    cosine = tl.load(cos + row * D + column, mask=column < D // 2).to(tl.float32)
-    sine = sign * tl.load(sin + row * D + column, mask=column < D // 2).to(tl.float32)
-    place = row * stride_source + head * D + column
+    inside = (head < num_heads) & (column < PAIRS)
+    cosine = tl.load(cos + row * stride_table + column, mask=column < PAIRS).to(tl.float32)
+    sine = sign * tl.load(sin + row * stride_table + column, mask=column < PAIRS).to(tl.float32)
+    first = 2 * column if INTERLEAVED else column
+    other = 1 if INTERLEAVED else PAIRS
+    place = row * stride_source + head * D + first
     a = tl.load(source + place, mask=inside).to(tl.float32)
-    b = tl.load(source + place + D // 2, mask=inside).to(tl.float32)
+    b = tl.load(source + place + other, mask=inside).to(tl.float32)
     dtype = target.dtype.element_ty
-    place = row * stride_target + head * D + column
+    place = row * stride_target + head * D + first
     tl.store(target + place, (a * cosine - b * sine).to(dtype), mask=inside)
-    tl.store(target + place + D // 2, (b * cosine + a * sine).to(dtype), mask=inside)
+    tl.store(target + place + other, (b * cosine + a * sine).to(dtype), mask=inside)
 
 
 @triton.jit
-def swiglu_kernel(gate_up, stride, out, stride_out, F, BLOCK: tl.constexpr):
-    """out = silu(gate) up; gate and up are the halves of a row."""
+def _sigmoid_of(gate, TANH: tl.constexpr):
+    """What the gate is multiplied by: sigmoid(gate) for SiLU; for the tanh GELU sigmoid(2 z) = (1 + tanh z) / 2."""
+    inner = gate
+    if TANH:
+        inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)  # 2 sqrt(2 / pi)
+    return tl.sigmoid(inner)
+
+
+@triton.jit
+def _bend_of(gate, sigmoid, TANH: tl.constexpr):
+    """The activation's derivative is sigmoid times this."""
+    inner = gate
+    if TANH:
+        inner = 1.5957691216057308 * (gate + 0.134145 * gate * gate * gate)
+    return 1 + inner * (1 - sigmoid)
+
+
+@triton.jit
+def gate_kernel(gate_up, stride, out, stride_out, F, TANH: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):
+    """out = act(gate) up, where gate and up are the halves of a row; without a gate act(row)."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < F
     gate = tl.load(gate_up + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * stride + F + column, mask=inside, other=0.0).to(tl.float32)
     dtype = out.dtype.element_ty
-    silu = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)
-    tl.store(out + row * stride_out + column, (silu * up).to(dtype), mask=inside)
+    value = (gate * _sigmoid_of(gate, TANH)).to(dtype).to(tl.float32)
+    if GATED:
+        value *= tl.load(gate_up + row * stride + F + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * stride_out + column, value.to(dtype), mask=inside)
 
 
 @triton.jit
-def swiglu_backward_kernel(gate_up, stride, grad, stride_grad, F, BLOCK: tl.constexpr):
+def gate_backward_kernel(
+    gate_up, stride, grad, stride_grad, F, TANH: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr
+):
     """In place: gate and up become their gradients, grad (of the product) becomes the product itself."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < F
     gate_place = gate_up + row * stride + column
     gate = tl.load(gate_place, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_place + F, mask=inside, other=0.0).to(tl.float32)
     grad_place = grad + row * stride_grad + column
     upstream = tl.load(grad_place, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
+    sigmoid = _sigmoid_of(gate, TANH)
     dtype = grad.dtype.element_ty
-    silu = (gate * sigmoid).to(dtype).to(tl.float32)
-    tl.store(grad_place, (silu * up).to(dtype), mask=inside)
-    tl.store(gate_place + F, (upstream * silu).to(dtype), mask=inside)
-    tl.store(gate_place, (upstream * up * sigmoid * (1 + gate * (1 - sigmoid))).to(dtype), mask=inside)
+    value = (gate * sigmoid).to(dtype).to(tl.float32)
+    bend = _bend_of(gate, sigmoid, TANH)
+    if GATED:
+        up = tl.load(gate_place + F, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad_place, (value * up).to(dtype), mask=inside)
+        tl.store(gate_place + F, (upstream * value).to(dtype), mask=inside)
+        tl.store(gate_place, (upstream * up * sigmoid * bend).to(dtype), mask=inside)
+    else:
+        tl.store(grad_place, value.to(dtype), mask=inside)
+        tl.store(gate_place, (upstream * sigmoid * bend).to(dtype), mask=inside)
 
 
 @triton.jit(do_not_specialize=["first", "salt", "threshold"])

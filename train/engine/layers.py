@@ -9,11 +9,16 @@ import torch
 ADAPTER = "default"  # PEFT's name of the one adapter that is trained
 
 
-class Norm(Protocol):
-    """An RMSNorm."""
+@dataclass(frozen=True)
+class Norm:
+    """An RMSNorm or LayerNorm over the last W elements, as its family computes it."""
 
-    weight: torch.Tensor  # [H]
-    variance_epsilon: float
+    weight: torch.Tensor  # [W]
+    bias: torch.Tensor | None  # [W]
+    eps: float
+    is_centred: bool  # the mean is subtracted first (LayerNorm)
+    is_offset: bool  # the factor is 1 + weight (Gemma)
+    rounds_first: bool  # the normed values are rounded to the compute type before the weight (Llama)
 
 
 class Linear(Protocol):
@@ -91,10 +96,10 @@ class DecoderOutput(Protocol):
 class Decoder(Protocol):
     """What lies between token ids and the head: transformers' LlamaModel and its like."""
 
-    norm: Norm
+    norm: torch.nn.Module
     training: bool
     embed_tokens: Callable[[torch.Tensor], torch.Tensor]  # int64 [T] -> [T, H]
-    rotary_emb: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # cos, sin [1, T, D]
+    rotary_emb: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # (x, positions, kind of layer) -> [1, T, D]
 
     def __call__(
         self,
@@ -118,7 +123,6 @@ class Logits(Protocol):
 class Shape(Protocol):
     """transformers' configuration of a model; what not every family has is asked for with getattr."""
 
-    hidden_act: str
     use_cache: bool
     _attn_implementation: str
 
@@ -206,20 +210,51 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """A layer's attention, apart from its projections."""
+
+    num_query: int
+    num_key_value: int
+    size: int  # D
+    scaling: float  # of the scores
+    window: int | None  # tokens that a token sees, its own among them; None: all before it
+    rotary: str | None  # the kind of layer whose rotary table it reads; None: no positions in it
+    is_interleaved: bool  # rotary pairs are neighbours, not halves
+    norms: Sequence[Norm]  # of queries and keys, over each head or over all together; empty where there are none
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Elements a token of query, key and value."""
+        return self.num_query * self.size, self.num_key_value * self.size, self.num_key_value * self.size
+
+
+@dataclass(frozen=True)
+class BlockNorms:
+    """The norms around a block's two halves; None where a family has none there."""
+
+    before_attention: Norm | None
+    after_attention: Norm | None  # of o_proj's output, before it is added
+    before_mlp: Norm | None
+    after_mlp: Norm | None
+
+
+@dataclass(frozen=True)
 class DecoderLayer:
-    """The parts of one decoder layer, found by the names of its family (families.py)."""
+    """The parts of one decoder layer, found by its family's row (families.py)."""
 
     module: torch.nn.Module
-    qkv: Sequence[Projection]
+    qkv: Sequence[Projection]  # query, key and value, or the one that makes all three
     o: Projection
-    gate_up: Sequence[Projection]
+    gate_up: Sequence[Projection]  # gate and up, the one that makes both, or what an MLP without a gate begins with
     down: Projection
-    norms: tuple[Norm, Norm]  # before attention, before the MLP
-    qk_norms: Sequence[Norm]  # of each query head and each key head; empty where the family has none
-    head_dim: int
-    scaling: float  # of attention's scores
+    heads: Heads
+    norms: BlockNorms
+    activation: str  # operations.ACTIVATIONS
+    is_gated: bool
+    is_parallel: bool  # attention and MLP read the same normed input
+    residual_scale: float  # of what each half adds
 
     @property
     def linears(self) -> list[Linear]:
-        """The frozen layers: q, k, v, o, gate, up, down."""
+        """The frozen layers, in the order of a block's groups."""
         return [projection.base for projection in (*self.qkv, self.o, *self.gate_up, self.down)]

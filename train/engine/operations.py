@@ -5,15 +5,21 @@ tests/gpu/test_kernels_cuda.py).
 """
 
 import importlib.util
+import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from train.engine.layers import Norm
 from train.run import devices
 
+TANH_GELU = "gelu_tanh"
+# GELU by tanh (Hendrycks and Gimpel 2016): x (1 + tanh z) / 2 with z = TANH_SCALE (x + TANH_CUBE x^3)
+TANH_SCALE, TANH_CUBE = (2 / math.pi) ** 0.5, 0.044715
+ACTIVATIONS = {"silu": F.silu, TANH_GELU: partial(F.gelu, approximate="tanh")}
 HASH = (0x7FEB352D, 0x846CA68B)  # lowbias32 (Wellons 2018), the same in kernels.py
 
 
@@ -33,87 +39,134 @@ def _power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
-    """out [T, H] = x rstd weight; returns rstd = (mean(x^2) + eps)^-1/2, fp32 [T]."""
+def normalize(x: torch.Tensor, norm: Norm, out: torch.Tensor) -> torch.Tensor:
+    """out [T, W] = (x - mean) rstd factor + bias, as `norm` says; returns rstd = (mean(x^2) + eps)^-1/2, fp32 [T]."""
     kernels = kernels_for(x.device)
     if kernels is not None:
         rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
         block = _power_of_two(x.shape[1])
-        options = {"num_warps": 8 if block >= 4096 else 4}
-        kernels.rms_norm_kernel[(x.shape[0],)](
-            x, x.stride(0), weight, out, out.stride(0), rstd, eps, x.shape[1], block, **options
-        )
+        bias = norm.weight if norm.bias is None else norm.bias
+        kernels.norm_kernel[(x.shape[0],)](
+            x, x.stride(0), norm.weight, bias, out, out.stride(0), rstd, norm.eps, x.shape[1],
+            norm.is_centred, norm.is_offset, norm.rounds_first, norm.bias is not None, block,
+            num_warps=8 if block >= 4096 else 4,
+        )  # fmt: skip
         return rstd
     wide = x.float()
-    rstd = torch.rsqrt(wide.pow(2).mean(-1) + eps)
-    out.copy_((wide * rstd[:, None]).to(out.dtype) * weight)
+    if norm.is_centred:
+        wide = wide - wide.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(wide.pow(2).mean(-1) + norm.eps)
+    normed = wide * rstd[:, None]
+    if norm.rounds_first:
+        out.copy_(normed.to(out.dtype) * norm.weight)
+    else:
+        normed = normed * _factor(norm)
+        out.copy_(normed if norm.bias is None else normed + norm.bias.float())
     return rstd
 
 
-def rms_norm_backward(
-    grad_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, grad: torch.Tensor, add: bool
+def normalize_backward(
+    grad_out: torch.Tensor, x: torch.Tensor, norm: Norm, rstd: torch.Tensor, grad: torch.Tensor, add: bool
 ) -> None:
-    """grad [T, H] = (grad +) rstd (g - n mean(g n)), where g = grad_out weight and n = x rstd."""
+    """grad [T, W] = (grad +) rstd (g - n mean(g n)), where g = grad_out factor and n = x rstd; both less their means
+    where the norm is centred."""
     kernels = kernels_for(x.device)
     if kernels is not None:
         block = _power_of_two(x.shape[1])
-        kernels.rms_norm_backward_kernel[(x.shape[0],)](
-            grad_out, grad_out.stride(0), x, x.stride(0), weight, rstd, grad, grad.stride(0), x.shape[1], add, block,
-            num_warps=8 if block >= 4096 else 4,
+        kernels.norm_backward_kernel[(x.shape[0],)](
+            grad_out, grad_out.stride(0), x, x.stride(0), norm.weight, rstd, grad, grad.stride(0), x.shape[1],
+            norm.is_centred, norm.is_offset, add, block, num_warps=8 if block >= 4096 else 4,
         )  # fmt: skip
         return
-    inner = grad_out.float() * weight.float()
-    normed = x.float() * rstd[:, None]
+    inner, wide = grad_out.float() * _factor(norm), x.float()
+    if norm.is_centred:
+        inner, wide = (each - each.mean(-1, keepdim=True) for each in (inner, wide))
+    normed = wide * rstd[:, None]
     result = rstd[:, None] * (inner - normed * (inner * normed).mean(-1, keepdim=True))
     grad.copy_(result + grad.float() if add else result)
 
 
-def rotate(source: torch.Tensor, target: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int = 1) -> None:
-    """Rotary position embedding of heads: [T, n D] -> target [T, n D]; cos, sin [T, D]; sign -1 is the gradient.
+def _factor(norm: Norm) -> torch.Tensor:
+    return norm.weight.float() + 1.0 if norm.is_offset else norm.weight.float()
 
-    Each head's halves (a, b) become (a cos - b sin, b cos + a sin) (Su et al. 2021, in transformers' order).
+
+@dataclass(frozen=True)
+class Rotation:
+    """How heads of D elements are turned: rotary position embedding (Su et al. 2021) of the first 2 P of them."""
+
+    cos: torch.Tensor  # [T, P]
+    sin: torch.Tensor  # [T, P], with the stride of cos
+    size: int  # D
+    is_interleaved: bool  # a pair is two neighbours; else the halves of the 2 P elements
+
+
+def rotate(source: torch.Tensor, target: torch.Tensor, by: Rotation, sign: int = 1) -> None:
+    """Turns heads: [T, n D] -> target [T, n D]; each pair (a, b) becomes (a cos - b sin, b cos + a sin).
+
+    sign -1 turns back, which is the gradient.
     """
-    num_tokens, size = cos.shape
-    num_heads = source.shape[1] // size
+    num_tokens, num_pairs = by.cos.shape
+    num_heads = source.shape[1] // by.size
+    if 2 * num_pairs < by.size and source.data_ptr() != target.data_ptr():
+        target.copy_(source)
+        source = target
     kernels = kernels_for(source.device)
     if kernels is not None:
         kernels.rotate_kernel[(num_tokens,)](
-            source, source.stride(0), target, target.stride(0), cos, sin, num_heads, sign,
-            size, _power_of_two(size // 2), _power_of_two(num_heads), num_warps=4,
+            source, source.stride(0), target, target.stride(0), by.cos, by.sin, by.cos.stride(0), num_heads, sign,
+            by.size, num_pairs, by.is_interleaved, _power_of_two(num_pairs), _power_of_two(num_heads), num_warps=4,
         )  # fmt: skip
         return
-    a, b = source.unflatten(1, (num_heads, 2, size // 2)).float().unbind(2)
-    cosine, sine = cos[:, None, : size // 2].float(), sign * sin[:, None, : size // 2].float()
-    turned = torch.stack([a * cosine - b * sine, b * cosine + a * sine], dim=2)
-    target.copy_(turned.flatten(1))
+    cosine, sine = by.cos[:, None].float(), sign * by.sin[:, None].float()
+    turned = target.unflatten(1, (num_heads, by.size))
+    pairs, shape = source.unflatten(1, (num_heads, by.size))[..., : 2 * num_pairs].float(), (num_pairs, 2)
+    a, b = pairs.unflatten(2, shape).unbind(3) if by.is_interleaved else pairs.unflatten(2, shape[::-1]).unbind(2)
+    both = [a * cosine - b * sine, b * cosine + a * sine]
+    turned[..., : 2 * num_pairs] = torch.stack(both, dim=3 if by.is_interleaved else 2).flatten(2)
 
 
-def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> None:
-    """out [T, F] = silu(gate) up, the halves of gate_up [T, 2 F]."""
+def gate(gate_up: torch.Tensor, out: torch.Tensor, activation: str, is_gated: bool) -> None:
+    """out [T, F] = act(gate) up, the halves of gate_up [T, 2 F]; without a gate act(gate_up) [T, F]."""
     width = out.shape[1]
     kernels = kernels_for(out.device)
     if kernels is not None:
-        grid = (out.shape[0], -(-width // 2048))
-        kernels.swiglu_kernel[grid](gate_up, gate_up.stride(0), out, out.stride(0), width, 2048, num_warps=8)
+        kernels.gate_kernel[(out.shape[0], -(-width // 2048))](
+            gate_up, gate_up.stride(0), out, out.stride(0), width, activation == TANH_GELU, is_gated, 2048, num_warps=8
+        )
         return
-    torch.mul(F.silu(gate_up[:, :width]), gate_up[:, width : 2 * width], out=out)
+    value = ACTIVATIONS[activation](gate_up[:, :width])
+    if is_gated:
+        torch.mul(value, gate_up[:, width : 2 * width], out=out)
+    else:
+        out.copy_(value)
 
 
-def swiglu_backward(gate_up: torch.Tensor, grad: torch.Tensor) -> None:
-    """In place: gate_up [T, 2 F] becomes its gradient, grad [T, F] (of silu(gate) up) becomes silu(gate) up."""
+def gate_backward(gate_up: torch.Tensor, grad: torch.Tensor, activation: str, is_gated: bool) -> None:
+    """In place: gate_up [T, 2 F] becomes its gradient, grad [T, F] (of act(gate) up) becomes act(gate) up."""
     width = grad.shape[1]
     kernels = kernels_for(grad.device)
     if kernels is not None:
-        grid = (grad.shape[0], -(-width // 2048))
-        kernels.swiglu_backward_kernel[grid](gate_up, gate_up.stride(0), grad, grad.stride(0), width, 2048, num_warps=8)
+        kernels.gate_backward_kernel[(grad.shape[0], -(-width // 2048))](
+            gate_up, gate_up.stride(0), grad, grad.stride(0), width, activation == TANH_GELU, is_gated, 2048,
+            num_warps=8,
+        )  # fmt: skip
         return
-    gate, up = gate_up[:, :width].float(), gate_up[:, width : 2 * width].float()
-    upstream, sigmoid = grad.float(), gate.sigmoid()
-    silu = gate * sigmoid
-    grad_gate, grad_up = upstream * up * sigmoid * (1 + gate * (1 - sigmoid)), upstream * silu
-    grad.copy_(silu * up)
+    opened, upstream = gate_up[:, :width].float(), grad.float()
+    inner = slope = opened
+    if activation == TANH_GELU:
+        inner = 2 * TANH_SCALE * (opened + TANH_CUBE * opened**3)
+        slope = 2 * TANH_SCALE * (opened + 3 * TANH_CUBE * opened**3)
+    sigmoid = inner.sigmoid()
+    value, bend = opened * sigmoid, 1 + slope * (1 - sigmoid)
+    if not is_gated:
+        grad_gate = upstream * sigmoid * bend
+        grad.copy_(value)
+    else:
+        up = gate_up[:, width : 2 * width].float()
+        grad_gate, grad_up = upstream * up * sigmoid * bend, upstream * value
+        grad.copy_(value * up)
+        gate_up[:, width : 2 * width] = grad_up
     gate_up[:, :width] = grad_gate
-    gate_up[:, width : 2 * width] = grad_up
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from train.engine.block import Activations, Block, ForwardContext
 from train.engine.hidden_store import DeviceInputs, HostInputs
 from train.engine.layers import Norm
-from train.engine.operations import rms_norm, rms_norm_backward
+from train.engine.operations import normalize, normalize_backward
 from train.engine.weight_store import WeightStore
 
 
@@ -35,9 +35,9 @@ class Stack:
     """The decoder's blocks and its last norm.
 
     The last `num_kept` blocks keep their activations. The others keep only their input, and the backward pass
-    recomputes everything but down_proj. The last block always keeps its activations: they are needed at once. Each
-    training forward pass is followed by its backward pass before the next begins. With `trains_input` the embedding, or
-    rows of it, are trained, and the first block's input gets a gradient.
+    recomputes everything but down_proj (that too where a norm is behind it). The last block always keeps its
+    activations: they are needed at once. Each training forward pass is followed by its backward pass before the next
+    begins. With `trains_input` the embedding, or rows of it, are trained, and the first block's input gets a gradient.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Stack:
             del activations
         self.inputs.settle()
         out = torch.empty_like(hidden)
-        rstd = rms_norm(hidden, self.norm.weight, self.norm.variance_epsilon, out)
+        rstd = normalize(hidden, self.norm, out)
         if saved is not None:
             saved.append(SavedNorm(hidden, rstd))
         return out
@@ -98,7 +98,7 @@ class Stack:
         last = saved.pop()
         assert isinstance(last, SavedNorm)
         grad = grad_out.new_empty(grad_out.shape[0], width + self.padded_rank)
-        rms_norm_backward(grad_out, last.hidden, self.norm.weight, last.rstd, grad[:, :width], add=False)
+        normalize_backward(grad_out, last.hidden, self.norm, last.rstd, grad[:, :width], add=False)
         del last
         self.store.begin(self.backward_order)
         for block in reversed(self.blocks):
@@ -108,6 +108,8 @@ class Stack:
             activations = of_block.activations
             if activations is None:
                 activations = block.forward(matrices, self.inputs.take(), context)
+                if block.around_mlp.after is not None:  # whose backward reads what down_proj made
+                    block.finish(matrices, activations, context)
             gradients = block.backward(matrices, activations, of_block.low_rank, grad, context)
             totals = [parameter.grad for parameter in block.parameters if parameter.grad is not None]
             assert len(totals) == len(gradients), "every adapter has a gradient to add to (optim.FlatParameters)"

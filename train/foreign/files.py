@@ -20,10 +20,21 @@ MARKS = {
                       "preprocessing_num_workers", "neat_packing", "double_quantization", "flash_attn"},
 }  # fmt: skip
 MAX_BYTES = 2**20
+# what turns a script's settings into a file; LoraConfig.to_dict() has sets, which JSON lacks
+DUMP = """is Python, which is not executed here. Let the script write its settings, after the lines that make them:
+  import json
+  settings = {"model_name_or_path": "MODEL", "dataset_name": "FILE", **training_args.to_dict(), **peft_config.to_dict()}
+  with open("settings.json", "w") as file:
+      json.dump(settings, file, default=lambda value: list(value) if isinstance(value, set) else str(value))
+without peft_config where there is none, and quantization as "load_in_4bit": True; then
+  handloop import-config settings.json
+print(training_args.to_json_string()) is a file, too, and adapter_config.json beside a saved adapter"""
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """The keys and values of a JSON or YAML file; raises ExitWith(BAD_INPUT) with the place of what is wrong."""
+    if path.suffix in (".py", ".ipynb"):
+        raise _refusal(path, DUMP)
     try:
         if path.stat().st_size > MAX_BYTES:
             raise _refusal(path, f"is larger than {MAX_BYTES:,} bytes, so it is no configuration")

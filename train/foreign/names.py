@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from data_tools.spelling import nearest
 from train.foreign import values
 from train.foreign.values import Spell, Words
 
@@ -15,9 +16,12 @@ DTYPES = {"bfloat16": "bf16", "bf16": "bf16", "float16": "fp16", "half": "fp16",
 DTYPES |= {"float32": "fp32", "float": "fp32", "fp32": "fp32", "auto": "auto", "none": "", "null": ""}
 METHODS = {"lora": "lora", "qlora": "lora", "full": "full", "none": "full", "null": "full", "": "full"}
 OPTIMIZERS = {"adamw": "adamw", "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw"}
+OPTIMIZERS |= {"adamw_apex_fused": "adamw", "adamw_torch_xla": "adamw", "adamw_torch_npu_fused": "adamw"}
 OPTIMIZERS |= {"paged_adamw_32bit": "adamw", "paged_adamw": "adamw", "adamw_8bit": "adamw_8bit"}
-OPTIMIZERS |= {"adamw_bnb_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
+OPTIMIZERS |= {"adamw_bnb_8bit": "adamw_8bit", "adamw_torch_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
+BITS = {"4": "nf4", "8": "int8", "none": "none", "null": "none", "4bit": "nf4", "8bit": "int8", "16bit": "none"}
+BITS |= {"qlora": "nf4", "bnb": "nf4", "bitsandbytes": "nf4", "int4": "nf4", "fp4": "nf4"}
 WHEN = {"epoch": "epoch", "steps": "", "no": "", "none": ""}
 
 
@@ -52,7 +56,7 @@ ROWS = (
         values.when("nf4"), "4 bits are always NF4 with double quantisation; none trains on the base in 16 bits"),
     Row("model.quantization", "load_in_8bit", "load_in_8bit", "load_in_8bit", "", "use_8bit", values.when("int8")),
     Row("model.quantization", llama_factory="quantization_bit",
-        spell=values.one_of({"4": "nf4", "8": "int8", "none": "none", "null": "none"})),
+        spell=values.one_of(BITS)),
     Row("model.dtype", "dtype torch_dtype bnb_4bit_compute_dtype", "torch_dtype", "dtype", "",
         "compute_dtype precision mixed_precision", values.one_of(DTYPES)),
     Row("model.dtype", "bf16", "bf16 bfloat16", "bf16", "bf16 pure_bf16",
@@ -87,7 +91,7 @@ ROWS = (
         "a Jinja file; without it the tokenizer's own template is taken"),
     Row("data.max_length", "max_length", "sequence_len", "max_seq_length", "cutoff_len",
         "max_seq_length max_seq_len seq_length seq_len block_size model_max_length", values.whole,
-        "a longer conversation is dropped and counted, not cut (data.truncation)"),
+        "a longer conversation is not cut within an answer: data.truncation says what becomes of it"),
     Row("data.truncation", "truncation_mode", "", "", "", "",
         values.one_of({"keep_start": "right", "keep_end": "left"}), "right ends after the last whole answer"),
     Row("data.truncation", axolotl="excess_length_strategy",
@@ -177,6 +181,28 @@ def row_of(name: str, trainer: str = "") -> Row | None:
     """What a name means here: to `trainer`, or else to the first of all that know it."""
     order = [*([trainer] if trainer else []), *TRAINERS, "typed"]
     return next((row for each in order for known, row in rows(each) if known == name), None)
+
+
+def nearest_name(name: str, trainer: str = "") -> tuple[str, str]:
+    """The name of another trainer's option that is most like `name`, and our option; empty where none comes near.
+
+    Of `trainer` alone where one is given.
+    """
+    columns = (trainer,) if trainer else (*TRAINERS, "typed")
+    near = nearest(name, dict.fromkeys(known for each in columns for known, _ in rows(each)), cutoff=0.85)
+    row = row_of(near, trainer) if near else None
+    return (near, row.option) if row else ("", "")
+
+
+def spelled_here(option: str, given: str) -> str:
+    """Our word for another trainer's value of this option, such as adamw for adamw_torch_fused; empty: none is known.
+
+    true and false are left alone: of a value they say too little.
+    """
+    if values.truth(given) is not None:
+        return ""
+    found = (row.spell(given) for row in ROWS if row.option == option)
+    return next((words[0] for words in found if words and len(words) == 1 and words[0] != given), "")
 
 
 def counterpart(name: str, given: Any) -> tuple[str, Words | None, str] | None:

@@ -14,10 +14,15 @@ Told = tuple[str, Any, str]  # key, value, what is to be said of it: empty where
 IS_READ = "rows are recognised by their fields"
 
 
+def is_local(path: str) -> bool:
+    """Whether a data set is a file or folder, and no name on the hub."""
+    is_named_so = path.startswith((".", "/", "~")) or path.count("/") > 1
+    return is_named_so or Path(path).suffix in (".jsonl", ".json", ".csv", ".parquet", ".txt") or Path(path).exists()
+
+
 def hub_name(path: str, subset: Any, split: Any) -> str:
     """`owner/name:subset:split`; a file stays as it is."""
-    is_file = path.startswith((".", "/", "~")) or Path(path).suffix in (".jsonl", ".json", ".csv", ".parquet", ".txt")
-    if is_file or not (subset or (split and split != "train")):
+    if is_local(path) or not (subset or (split and split != "train")):
         return path
     return ":".join(str(part) for part in (path, subset, split or "train") if part)
 

@@ -7,36 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from train.config import Config
-from train.foreign.names import REPORTS, Row, row_of
+from train.foreign.defaults import Defaults, unlike_profile
+from train.foreign.names import REPORTS, Row, nearest_name, row_of
 from train.foreign.reasons import why
-from train.foreign.sources import Told, axolotl_paths, hub_name, llama_factory_paths
+from train.foreign.sources import Told, axolotl_paths, hub_name, is_local, llama_factory_paths
 from train.foreign.values import Words, number, truth
 
-# what they train with where the file says nothing, and we would train otherwise
-OF_TRAINER = {
-    "optim.name": "adamw", "optim.schedule": "linear", "optim.warmup": "0", "optim.weight_decay": "0",
-    "optim.max_grad_norm": "1", "train.seed": "42", "batch.accumulation": "1", "lora.dropout": "0",
-}  # fmt: skip
-DEFAULTS = {
-    "TRL": {**OF_TRAINER, "optim.lr": "2e-5", "train.epochs": "3", "batch.per_device": "8", "data.max_length": "1024",
-            "lora.r": "16", "lora.alpha": "32", "lora.dropout": "0.05"},
-    "axolotl": {**OF_TRAINER, "optim.schedule": "cosine", "train.epochs": "1", "batch.per_device": "1",
-                "data.max_length": "512", "train.method": "full"},
-    "LLaMA-Factory": {**OF_TRAINER, "optim.lr": "5e-5", "train.epochs": "3", "batch.per_device": "8",
-                      "data.max_length": "2048", "lora.r": "8", "lora.target_modules": "all-linear",
-                      "train.method": "lora"},
-}  # fmt: skip
-PEFT_DEFAULTS = {"lora.r": "8", "lora.alpha": "8", "lora.dropout": "0"}
 SMALL = 2.0  # billions of weights, as the name has them; below, the recipe for 4 GB is meant
 SEVERAL = re.compile(r"deepspeed|fsdp.*|.*parallel_(size|degree)|num_gpus|n_gpu|nproc_per_node|world_size")
-PROFILES_ADAPTERS = (
-    "the file says nothing of them, so they are the profile's (lora.*); a trainer without peft_config trains every "
-    "weight: --train.method full"
-)
-PROFILES_LAYERS = (
-    "the file names none; PEFT then takes q_proj and v_proj of a Llama, here it is all seven of a block "
-    "(--lora.target_modules)"
-)
 EFFECTIVE = (
     "{} samples in a step on one GPU, as there; with several GPUs times their number. The loss of a step is a mean "
     "over its trained tokens, however it is split"
@@ -79,6 +57,18 @@ class Translation:
         """The command line behind `--profile NAME`."""
         return [word for option, words in self.options.items() for word in (f"--{option}", *words)]
 
+    def leave_to(self, profile: Config) -> None:
+        """Takes out the trainer's defaults that hardly a profile changes, where this one has them, too."""
+        for option in [*self.defaults]:
+            if not unlike_profile(option, self.options[option], profile):
+                self.defaults.remove(option)
+                del self.options[option]
+
+    def meant(self, key: str) -> str:
+        """What an unknown key was probably meant to be: the trainer's name and our option; empty where none is near."""
+        name, option = nearest_name(key, self.trainer)
+        return f"did you mean {name} (--{option})?" if name else ""
+
 
 def translate(trainer: str, found: Mapping[str, Any], path: Path) -> Translation:
     """The command for a configuration of `trainer`, read from `path`."""
@@ -87,7 +77,8 @@ def translate(trainer: str, found: Mapping[str, Any], path: Path) -> Translation
         if _is_data(result, key, found, path):
             continue
         _take(result, key, value, found)
-    _add_defaults(result, found, path)
+    _add_defaults(result, found)
+    _add_stand_ins(result, path)
     _make_possible(result)
     _choose_profile(result, found)
     order = [f"{section.name}.{each.name}" for section in fields(Config) for each in _fields_of(section)]
@@ -104,12 +95,12 @@ def _take(result: Translation, key: str, value: Any, found: Mapping[str, Any]) -
     waits_for = {"save_steps": "save_strategy", "eval_steps": "eval_strategy"}.get(key, "")
     is_total = result.trainer == "axolotl" and key == "batch_size"  # of a step, where for others it is a micro-batch's
     row = None if is_total else row_of(key, result.trainer)
-    if value is None or value in ([], {}, "") or (key in ("warmup_ratio", "warmup_steps") and not number(value)):
+    if key == "report_to":  # an empty list is `none`, too
+        _take_trackers(result, value)
+    elif value is None or value in ([], {}, "") or (key in ("warmup_ratio", "warmup_steps") and not number(value)):
         _take_nothing(result, key)
     elif waits_for and found.get(waits_for, "steps") != "steps":
         result.anyway.append((key, f"it counts only with {waits_for} steps, and that is {found[waits_for]}"))
-    elif key == "report_to":
-        _take_trackers(result, value)
     elif row is not None:
         _take_row(result, key, value, row)
     elif is_total:
@@ -177,7 +168,7 @@ def _is_data(result: Translation, key: str, found: Mapping[str, Any], path: Path
     if key == "dataset_name" and result.trainer == "TRL":
         subset = found.get("dataset_config")
         result.set(key, "data.path", (hub_name(str(value), subset, found.get("dataset_train_split")),))
-        if found.get("eval_strategy", "no") not in ("no", None) and "/" in str(value):
+        if found.get("eval_strategy", "no") not in ("no", None) and "/" in str(value) and not is_local(str(value)):
             held_out = hub_name(str(value), subset, found.get("dataset_test_split") or "test")
             result.set(key, "data.validation_path", (held_out,))
         return True
@@ -199,25 +190,30 @@ def _is_data(result: Translation, key: str, found: Mapping[str, Any], path: Path
     return True
 
 
-def _add_defaults(result: Translation, found: Mapping[str, Any], path: Path) -> None:
-    """Writes out what the trainer would do where the file says nothing."""
-    options, is_adapter = result.options, "peft_type" in found
-    defaults = dict(PEFT_DEFAULTS) if is_adapter else dict(DEFAULTS[result.trainer])
-    if "model.name_or_path" in options and not is_adapter:
-        defaults["model.quantization"] = "nf4" if found.get("adapter") == "qlora" else "none"
-    if result.trainer == "LLaMA-Factory":
-        defaults["lora.alpha"] = str(2 * int(number((options.get("lora.r") or ("8",))[0]) or 8))
-    method = options.get("train.method") or (defaults.get("train.method", ""),)
-    says_adapters = is_adapter or method[0] != "" or any(option.startswith("lora.") for option in options)
-    is_full = method == ("full",)
-    for option, value in defaults.items():
-        if option not in options and ((says_adapters and not is_full) or not option.startswith("lora.")):
-            options[option] = (value,)
+def _add_defaults(result: Translation, found: Mapping[str, Any]) -> None:
+    """Writes out what the trainer does where the file says nothing, or what has no counterpart."""
+    defaults, lost = Defaults(result.trainer, found, dict(result.options)), {key for key, *_ in result.missing}
+    written: dict[str, Words] = {}
+    for option, words, is_said in defaults.missing():
+        written[option] = words
+        if option == "validate.every":
+            result.keys[option] = "eval_strategy (logging_steps)"
+        if not is_said:
             result.defaults.append(option)
-    if not says_adapters:
-        result.notes.append(("adapters", PROFILES_ADAPTERS))
-    elif not is_full and "lora.target_modules" not in options:
-        result.notes.append(("target modules", PROFILES_LAYERS))
+        elif key := next((key for key in found if key in lost and _option_of(key, result.trainer) == option), ""):
+            result.notes.append((key, f"{' '.join(words)}, which is the default there, stands in the command instead"))
+    result.options.update(written)
+    result.notes += defaults.notes(written)
+
+
+def _option_of(key: str, trainer: str) -> str:
+    row = row_of(key, trainer)
+    return row.option if row else ""
+
+
+def _add_stand_ins(result: Translation, path: Path) -> None:
+    """Words to be replaced where the file names no base or no data, and a run folder after its name."""
+    options = result.options
     for option, stand_in, what in (("model.name_or_path", "MODEL", "no base model"), ("data.path", "FILE", "no data")):
         if option not in options:
             options[option] = (stand_in,)
@@ -227,8 +223,11 @@ def _add_defaults(result: Translation, found: Mapping[str, Any], path: Path) -> 
 
 
 def _make_possible(result: Translation) -> None:
-    """Takes out what our parser would refuse together, and says so."""
+    """Takes out what our parser would refuse together, or would measure nothing, and says so."""
     options = result.options
+    if set(options.get("data.validation_path", ())) & set(options["data.path"]):
+        reason = "it is trained on, too, so its loss would say nothing: add --data.validation_fraction 0.05"
+        _leave_out(result, "data.validation_path", reason)
     if not ({"data.validation_path", "data.validation_fraction"} & set(options)):
         for option in NEEDS_HELD_OUT:
             _leave_out(result, option, f"{option} needs held-out data: add --data.validation_fraction 0.05")
@@ -251,14 +250,14 @@ def _make_possible(result: Translation) -> None:
 
 def _leave_out(result: Translation, option: str, reason: str) -> None:
     """Takes an option out of the command; a key of the file that asked for it then has no counterpart."""
-    words = result.options.pop(option, None)
+    words, key = result.options.pop(option, None), result.keys.get(option, "")
     if option in result.defaults:
         result.defaults.remove(option)
-    elif words == ("false",):
-        result.off.append(result.keys[option])
-    elif words is not None:
-        result.missing.append((result.keys[option], " ".join(words), reason))
-    result.notes[:] = [note for note in result.notes if not note[0].endswith(f"-> {option}")]
+    if key and words == ("false",):
+        result.off.append(key)
+    elif key and words is not None:
+        result.missing.append((key, " ".join(words), reason))
+    result.notes[:] = [note for note in result.notes if note[0] != option and not note[0].endswith(f"-> {option}")]
 
 
 def _choose_profile(result: Translation, found: Mapping[str, Any]) -> None:

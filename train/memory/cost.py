@@ -1,9 +1,9 @@
 """Bytes of a candidate: one function a term of the GPU's peak, and the pinned host memory.
 
-T is the tokens of the largest micro-batch as it runs (`Candidate.width`), H, N, Q, F, R are `hidden`, `qkv`, `query`,
-`intermediate`, `padded_rank` of a block, e is `element_bytes`. Tensors are those of engine/block.py (Activations,
-Block.backward) and engine/stack.py. The peak is the head, or the backward pass of the last block, while everything that
-is kept for the backward pass is there; or a validation sample much longer than what is trained on.
+T is the tokens of the largest micro-batch as it runs (`Candidate.width`), H, N, Q, F, G, R are `hidden`, `qkv`,
+`query`, `intermediate`, `gate_up`, `padded_rank` of a block, e is `element_bytes`. Tensors are those of engine/block.py
+(Activations, Block.backward) and engine/stack.py. The peak is the head, or the backward pass of the last block, while
+everything that is kept for the backward pass is there; or a validation sample much longer than what is trained on.
 """
 
 from train.engine.copies import host_bytes as pinned_bytes
@@ -70,18 +70,19 @@ def _kept_per_token(job: Job, c: Candidate) -> int:
     width += s.qkv + s.padded_rank + s.normed_qk  # `qkv`, `raw_qk`
     width += s.query + s.padded_rank  # `attended`, `low_rank`
     width += s.hidden  # `post_attention`
-    width += s.hidden + s.padded_rank  # `post_attention_normed`
+    width += s.hidden + s.padded_rank  # `mlp_normed`
+    width += s.norms_behind * s.hidden  # `attention_branch`, `mlp_branch`
     width += _gate_up_kept(job, c)
     if not job.has_flash:
         width += 3 * s.query  # keys and values repeated for all heads, and the outputs of single samples
-    # fp32: attention's log-sum-exp a head, the norms' rstd a head (Qwen3) and two a token
-    scales = FP32_BYTES * (s.query + s.normed_qk) // MIN_HEAD_SIZE + 2 * FP32_BYTES
+    # fp32: attention's log-sum-exp a head, the norms' rstd a head (Qwen3) and two a token, and of norms behind
+    scales = FP32_BYTES * (s.query + s.normed_qk) // MIN_HEAD_SIZE + (2 + s.norms_behind) * FP32_BYTES
     return s.element_bytes * width + scales
 
 
 def _gate_up(s: ModelSizes) -> int:
-    """`gate_up` [T, 2 F + R], elements a token."""
-    return 2 * s.intermediate + s.padded_rank
+    """`gate_up` [T, G + R], elements a token."""
+    return s.gate_up + s.padded_rank
 
 
 def _gate_up_kept(job: Job, c: Candidate) -> int:
@@ -109,9 +110,12 @@ def head_bytes(job: Job, tokens: int) -> int:
 
 
 def block_backward(job: Job, c: Candidate) -> int:
-    """Gradients of the stack's output [T, H] and of the block's output [T, H + R], and what MLP or attention adds."""
+    """Gradients of the stack's output [T, H] and of the block's output [T, H + R], and what MLP or attention adds.
+
+    Where a norm or factor is behind the two, the gradient of what they make [T, H + R] stands beside that of the sum.
+    """
     s = job.sizes
-    gradients = c.width * s.element_bytes * (s.hidden + s.hidden + s.padded_rank)
+    gradients = c.width * s.element_bytes * (s.hidden + (1 + s.copies_gradient) * (s.hidden + s.padded_rank))
     return gradients + max(mlp_backward(job, c), attention_backward(job, c))
 
 
@@ -131,6 +135,7 @@ def attention_backward(job: Job, c: Candidate) -> int:
     """
     s = job.sizes
     freed = s.hidden + s.hidden + s.padded_rank + _gate_up_kept(job, c)
+    freed -= s.hidden if s.is_parallel else 0  # the gradient of what both read
     num_samples = job.num_samples(c.width) + (EMPTY_SAMPLES if c.uses_graphs else 0)
     dq = (c.width + DQ_ROWS * num_samples) * s.query * FP32_BYTES
     return c.width * s.element_bytes * (3 * s.query + s.qkv - freed) + dq
@@ -150,7 +155,7 @@ def validation_bytes(job: Job, tokens: int, mlp_tile: int) -> int:
         return 0
     s = job.sizes
     tiled_tokens = max(0, tokens - mlp_tile) if mlp_tile else 0
-    block = tokens * validation_per_token(s) - tiled_tokens * 3 * s.intermediate * s.element_bytes
+    block = tokens * validation_per_token(s) - tiled_tokens * (s.gate_up + s.intermediate) * s.element_bytes
     return max(head_bytes(job, tokens), block)
 
 
@@ -158,9 +163,10 @@ def validation_per_token(s: ModelSizes) -> int:
     """Bytes a token in a block's forward pass: embedded tokens and block input [2 H]; what the block makes.
 
     `normed`, `post_attention`, its norm's output, output [4 H]; `qkv` [N] and before its norms; attention's output
-    twice [2 Q]; gate, up and their product [3 F]; the adapters' X A^T of four groups [4 R].
+    twice [2 Q]; gate, up and their product [G + F]; the adapters' X A^T of four groups [4 R]; before norms behind [H].
     """
-    made = 4 * s.hidden + s.qkv + s.normed_qk + 2 * s.query + 3 * s.intermediate + 4 * s.padded_rank
+    made = (4 + s.norms_behind) * s.hidden + s.qkv + s.normed_qk + 2 * s.query
+    made += s.gate_up + s.intermediate + 4 * s.padded_rank
     return s.element_bytes * (2 * s.hidden + made)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from data_tools.spelling import nearest
 from train.run import devices
 
 CONTEXT_BYTES = int(0.45 * 2**30)  # bytes of GPU memory that CUDA's context takes: 0.3 to 0.5 GiB
@@ -65,17 +67,22 @@ def _gpu(
 # Columns: memory in GiB; compute capability; the datasheet's dense TFLOP/s with sums in fp32, in bf16, or in fp16 where
 # there is no bf16, or in fp32 where fp16 is slow; then what long runs sustain: TFLOP/s in 16 bits and in fp32, GB/s of
 # memory, GB/s of the bus. H200's and H100's 16-bit rates are measured (docs/LOG.md); others are 0.7 of the datasheet's
-# products (0.4 to 0.5 on L4 and T4, which may take some 70 W) and 0.85 of its bandwidth. A name that holds another's
-# words comes before it.
+# products and 0.85 of its bandwidth. Less of the products where the power does not allow the datasheet's clock: 0.4 to
+# 0.5 on L4 and T4 (some 70 W), 0.52 on A10 (150 W: its base clock is 885 MHz, and 125 TFLOP/s are those of 1,695).
+# GeForce cards add in fp32 at half the rate of their datasheets' first figure (RTX 3090: 71, not 142), A10 and L40S do
+# not. Sources: NVIDIA's datasheets of H100 (PCIe: 756 TFLOP/s, 51 in fp32, 2,000 GB/s, 350 W; SXM: 989, 67, 3,350),
+# A100 (2,039 and 1,555 GB/s), A10 (600), L4 (300), L40S (864), T4 (320), and the GA102 and AD102 architecture papers
+# (RTX 3090: 936 GB/s, RTX 4090: 165 and 1,008). The bus is PCIe 5, 4 or 3 with 16 lanes (RTX 3050: 8), less a sixth
+# to a quarter. A name that holds another's words comes before it.
 KNOWN_GPUS = [
     _gpu("H200", 140.0, (9, 0), 989, (735, 47, 4300, 54)),
-    _gpu("H100-PCIe", 79.2, (9, 0), 756, (725, 47, 3000, 54)),  # not measured: planned as an H100
+    _gpu("H100-PCIe", 79.2, (9, 0), 756, (529, 36, 1700, 54)),
     _gpu("H100", 79.2, (9, 0), 989, (725, 47, 3000, 54)),
     _gpu("A100-80", 79.2, (8, 0), 312, (218, 13.6, 1730, 24)),
     _gpu("A100-40", 39.4, (8, 0), 312, (218, 13.6, 1320, 24)),
     _gpu("L40S", 44.4, (8, 9), 362, (250, 64, 730, 24)),
     _gpu("L4", 22.0, (8, 9), 121, (60, 21, 255, 24)),
-    _gpu("A10", 22.0, (8, 6), 125, (87, 22, 510, 24)),
+    _gpu("A10", 22.0, (8, 6), 125, (65, 16, 510, 24)),
     _gpu("RTX-4090", 23.6, (8, 9), 165, (115, 58, 857, 24)),
     _gpu("RTX-3090", 23.6, (8, 6), 71, (50, 25, 795, 24)),
     _gpu("RTX-3060", 11.8, (8, 6), 25.5, (18, 9, 306, 24)),
@@ -99,6 +106,37 @@ def known_gpu(name: str) -> Gpu | None:
         if all(any(part == word or (part.isdigit() and word == f"{part}GB") for word in words) for part in parts):
             return gpu
     return None
+
+
+def named_gpu(text: str) -> Gpu | None:
+    """The GPU that a person means, whatever the case and punctuation: `rtx4090`, `RTX 4090` and `4090` are one."""
+    found = known_gpu(text)
+    typed = _squashed(text)
+    return found or next((gpu for gpu in KNOWN_GPUS if typed in _spellings(gpu)), None)
+
+
+def gpus_like(text: str) -> list[Gpu]:
+    """The GPUs that a name which is none may have meant: those that it begins, or else the one most like it."""
+    typed = _squashed(text)
+    begun = [gpu for gpu in KNOWN_GPUS if typed and any(name.startswith(typed) for name in _spellings(gpu))]
+    near = "" if begun else nearest(typed, [name for gpu in KNOWN_GPUS for name in _spellings(gpu)], cutoff=0.9)
+    return begun or [gpu for gpu in KNOWN_GPUS if near in _spellings(gpu)]
+
+
+def gpus_of_size(num_bytes: int) -> list[Gpu]:
+    """The GPUs that are sold with this memory, of which up to a tenth is missing in what they have."""
+    return [gpu for gpu in KNOWN_GPUS if 0.9 * num_bytes <= gpu.memory_bytes <= num_bytes]
+
+
+def _squashed(text: str) -> str:
+    return re.sub(r"nvidia|geforce|tesla|[^a-z0-9]", "", text.lower())
+
+
+def _spellings(gpu: Gpu) -> set[str]:
+    """A GPU's name without punctuation, with and without its series, and with the unit of its size."""
+    name = _squashed(gpu.name)
+    sizes = {name, f"{name}gb", f"{name}gib"} if re.search(r"-\d+$", gpu.name) else {name}
+    return sizes | {each.removeprefix("rtx").removeprefix("gtx") for each in sizes}
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -22,8 +22,12 @@ class ModelSizes:
     qkv: int  # outputs of q_proj, k_proj and v_proj together
     query: int  # outputs of q_proj, inputs of o_proj
     intermediate: int  # width of the MLP: inputs of down_proj
+    gate_up: int  # outputs of gate_proj and up_proj together
     padded_rank: int  # columns that adapters add to a product: the largest of a block's four groups
     normed_qk: int  # the part of `qkv` that is also kept before its norms (Qwen3's queries and keys); 0 elsewhere
+    norms_behind: int  # of a block: norms of what attention and MLP make, before it is added (Gemma 3: 2)
+    copies_gradient: bool  # the gradient of what they make is another than that of the sum
+    is_parallel: bool  # attention and MLP read the same, whose gradients are summed
     has_dropout: bool
     element_bytes: int  # of the compute type
     matrix_bytes: int  # one block's dequantised weights, with the adapters' columns
@@ -46,6 +50,7 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
     """
     layers = decoder_layers(causal_lm)
     block = Block(layers[0], 0)
+    halves = (block.around_attention, block.around_mlp)
     words_in, words_out = map(Vocabulary.of, (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()))
     embedding, head = words_in.layer.weight, words_out.layer.weight
     trained = [parameter for parameter in causal_lm.parameters() if parameter.requires_grad]
@@ -62,8 +67,12 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
         qkv=block.qkv.num_outputs,
         query=block.o.num_inputs,
         intermediate=block.down.num_inputs,
+        gate_up=block.gate_up.num_outputs,
         padded_rank=max(group.padded_rank for group in block.groups),
-        normed_qk=block.qkv.rows[1].stop if block.qk_norms else 0,
+        normed_qk=block.parts[1].stop if block.heads.norms else 0,
+        norms_behind=sum(half.after is not None for half in halves),
+        copies_gradient=any(half.after is not None or half.scale != 1.0 for half in halves),
+        is_parallel=block.is_parallel,
         has_dropout=block.dropout > 0,
         element_bytes=element_bytes,
         matrix_bytes=element_bytes * sum(math.prod(group.shape) for group in block.groups),

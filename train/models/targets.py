@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from train.config import LLAMA_LINEAR_LAYERS
 from train.run.exits import ExitCode, ExitWith
 
 ALL_LINEAR = "all-linear"
@@ -35,6 +36,7 @@ def resolve_targets(base: PreTrainedModel, words: Sequence[str]) -> Targets:
     """Matches each word with the linear layers of the decoder: the end of a name, a regular expression over the whole
     name, or all-linear.
 
+    The default, Llama's seven names, stands for all-linear where a family has other names and no experts.
     Raises ExitWith(BAD_INPUT) with every word that matches nothing and the names that exist. The head, embeddings, and
     layers outside the decoder, such as those of a vision tower, are never adapted.
     """
@@ -52,6 +54,8 @@ def resolve_targets(base: PreTrainedModel, words: Sequence[str]) -> Targets:
             counts[word], experts[word] = parameters[part], part
     ends = Counter(name.rpartition(".")[2] for name in linear)
     exist = ", ".join(f"{end} ({count})" for end, count in sorted(ends.items())) or "none"
+    if tuple(words) == LLAMA_LINEAR_LAYERS and not all(counts.values()) and not parameters:
+        return resolve_targets(base, [ALL_LINEAR])  # the default means all of a block, by Llama's names
     refuse_unmatched([_reason(base, word) for word in words if not counts[word]], exist)
     refuse_unmatched([reason for word in words if (reason := _head_too(base, word))], exist)
     is_exact = all(NAME.fullmatch(word) and word != ALL_LINEAR for word in words)

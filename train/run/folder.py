@@ -79,6 +79,13 @@ class RunFolder:
         return []
 
     @property
+    def standing(self) -> str:
+        """What of the run the same command would go on from, in words."""
+        if self.checkpoint_steps:
+            return "the newest checkpoint stands"
+        return "no checkpoint had been written, so it starts from the beginning"
+
+    @property
     def asked(self) -> dict[str, Path]:
         """The files of answers at the run's end, by the kind of questions."""
         return {"trained": self.answers, "held_out": self.held_out_answers, "general": self.general_answers}

@@ -37,7 +37,7 @@ from train.run.trainers import LATE_SECONDS, KnownRun, Trainer, blame, read_run,
 SAVE_SECONDS = 60.0  # for which a trainer process may outlive accelerate, to save
 SECONDS_BEFORE_KILL = 10.0  # between a first Ctrl-C and one that kills
 PEER_SECONDS = 6.0  # in which processes end by themselves when another one is lost
-REPEAT = "the newest checkpoint stands: run the same command again"
+REPEAT = "run the same command again"
 MEMORY = (
     "host memory ran out, and the kernel killed a process for it: free some, raise what the container may take, or "
     "lower --batch.per_device and --data.max_length; --memory.offload none needs less where the GPU has room"
@@ -170,7 +170,7 @@ class Launcher:
         """The end of a run whose first process could not say it."""
         failed = [trainer for trainer in trainers if trainer.code]
         if self.is_killed_by_hand or any(trainer.code == 128 + signal.SIGINT for trainer in failed):
-            return ExitWith(ExitCode.KILLED, f"ended by a second Ctrl-C, without saving; {REPEAT}")
+            return ExitWith(ExitCode.KILLED, f"ended by a second Ctrl-C, without saving; {self._repeat()}")
         if failed:
             code = next((code for code in ExitCode if code == failed[0].code), ExitCode.DEFECT)
             reason = failed[0].reason or f"it ended with {code} ({code.name.lower()}); see what it printed"
@@ -178,15 +178,20 @@ class Launcher:
         memory = f"{MEMORY}\n" if oom_kills() > self.oom_kills else ""
         if len(trainers) > 1:
             reason = self.reason or blame(trainers, read_run(self.folder))
-            return ExitWith(ExitCode.PEER_FAILURE, f"{reason}\n{memory}{REPEAT}")
+            return ExitWith(ExitCode.PEER_FAILURE, f"{reason}\n{memory}{self._repeat()}")
         return self._end_of_only(trainers[0], memory)
 
     def _end_of_only(self, trainer: Trainer, memory: str) -> ExitWith:
         """The end of a run whose only process is lost."""
         if trainer.crash:
-            return ExitWith(ExitCode.DEFECT, f"the trainer {trainer.loss()}\n{REPEAT}")
+            return ExitWith(ExitCode.DEFECT, f"the trainer {trainer.loss()}\n{self._repeat()}")
         when = f", after {self.stopped_by} and before it had saved" if self.stopped_by else ""
-        return ExitWith(ExitCode.KILLED, f"the trainer {trainer.loss()}{when}\n{memory}{REPEAT}")
+        return ExitWith(ExitCode.KILLED, f"the trainer {trainer.loss()}{when}\n{memory}{self._repeat()}")
+
+    def _repeat(self) -> str:
+        """What to do, and what has been saved; of a run without a folder there is nothing."""
+        run = read_run(self.folder)
+        return f"{run.folder.standing}: {REPEAT}" if run is not None else REPEAT
 
     def _record(self, end: ExitWith, folder: RunFolder, trainers: Sequence[Trainer]) -> None:
         """Writes exit.json, the end of the attempt if one had begun, and the report of a crash."""

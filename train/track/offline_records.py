@@ -53,6 +53,9 @@ def record_of(run: RunFolder) -> Record:
         raise ExitWith(ExitCode.BAD_INPUT, f"{run.path}: {error}") from None
     if not is_record:
         raise ExitWith(ExitCode.BAD_INPUT, f"{file}: it is no record of Weights & Biases; {run.metrics} has all steps")
+    if not is_uploaded(file) and max(last_step_in(file), last_uploaded_step(run)) < 0:
+        reason = f"{file}: it has no step, because the run ended before it had begun; {run.metrics} has all steps"
+        raise ExitWith(ExitCode.BAD_INPUT, reason)
     return Record(file.parent, file)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from data_tools.terminal import printable
 from train.bundled import typed
+from train.recipe import taught_little
 from train.run.attempts import read_attempts
 from train.run.folder import RunFolder
 from train.track.chart import chart, means
@@ -75,7 +76,7 @@ def summary(facts: RunFacts, rows: Sequence[Row], room: Room) -> list[str]:
     return [
         _head("finished", facts, rows),
         *_losses(facts, rows, room),
-        *_answers(folder),
+        *_answers(facts, rows),
         *_costs(facts, rows),
         *_warnings(facts, rows),
         *table("where", where),
@@ -142,15 +143,19 @@ def _trend(trend: Trend, beginning: str) -> str:
     return f"{first:.4f} {beginning}, {lowest:.4f} lowest ({place}), {last:.4f} last"
 
 
-def _answers(folder: RunFolder) -> list[str]:
+def _answers(facts: RunFacts, rows: Sequence[Row]) -> list[str]:
     """How many questions were answered right, where the questions have answers to compare with."""
-    told = []
-    for kind, path in folder.asked.items():
+    told, lines = [], []
+    for kind, path in facts.folder.asked.items():
         with suppress(OSError, ValueError, TypeError, KeyError):
-            rows = [row for row in json.loads(path.read_text(encoding="utf-8")) if row["reference"] is not None]
-            before, after = (sum(bool(row[key]) for row in rows) for key in ("before_contained", "contained"))
-            told += [f"{after} of {len(rows)} {kind.replace('_', '-')} ({before} before)"] if rows else []
-    return [_line("right", ", ".join(told))] if told else []
+            asked = [row for row in json.loads(path.read_text(encoding="utf-8")) if row["reference"] is not None]
+            before, after = (sum(bool(row[key]) for row in asked) for key in ("before_contained", "contained"))
+            told += [f"{after} of {len(asked)} {kind.replace('_', '-')} ({before} before)"] if asked else []
+            if kind == "trained" and asked:
+                step = rows[-1]["step"]
+                little = taught_little(after, len(asked), step, facts.epochs(step))
+                lines = [_line("warning", little)] if little else []
+    return ([_line("right", ", ".join(told))] if told else []) + lines
 
 
 def _costs(facts: RunFacts, rows: Sequence[Row]) -> list[str]:

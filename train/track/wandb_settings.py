@@ -24,6 +24,7 @@ MODES = {
     "disabled": "off",
 }
 NOT_TRUE = ("", "0", "false", "no", "n", "f", "off")
+INIT_SECONDS = 10  # that a server may take to answer at the start; then the run is recorded offline
 # (variable, values that agree with what is done anyway, what is done instead)
 DECIDED = (
     ("WANDB_RUN_ID", (), "the run has an id of its own, under which it goes on when it is resumed"),
@@ -35,7 +36,7 @@ DECIDED = (
     ("WANDB_SAVE_CODE", NOT_TRUE, "code is not sent"),
     ("WANDB_LOG_MODEL", NOT_TRUE, "the adapter is not sent"),
     ("WANDB_WATCH", NOT_TRUE, "gradients and weights are not sent"),
-    ("WANDB_INIT_TIMEOUT", (), "15 s, so that a silent server costs no more"),
+    ("WANDB_INIT_TIMEOUT", (), f"{INIT_SECONDS} s, so that a silent server costs no more"),
 )
 SYNC = ("-m", "wandb", "sync", "--yes")  # its command, for Python
 # what belongs to a run that records, and not to one that uploads a record

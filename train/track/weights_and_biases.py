@@ -17,6 +17,8 @@ from train.track.metrics_file import read_metrics
 from train.track.offline_records import OFFLINE_RECORDS, SUPERSEDED, last_online_step, last_uploaded_step
 from train.track.shared import ABOUT, shared_config, summary_of, table_key
 
+# that a run waits longer at its end where the server has not answered by then: an offline record takes 3
+RECORD_SECONDS = 5.0
 ARTIFACT_SECONDS = 600.0  # that a run waits for its artifact's upload, which was asked for
 # what W&B's summary keeps of a metric, beside its last value
 SUMMARIES = {
@@ -46,6 +48,7 @@ class WeightsAndBiases(Listener):
         self.step = 0  # of the last row
         self.alerted: set[str] = set()
         self.lost_tables = ""  # why the server took none
+        self.has_begun = False  # whether there is a record by now
         self.fallback = ""  # why there is an offline record, where the run was to be online
         self.notes = tuple(f"{self.name}: {line}" for line in wandb_settings.decided())
 
@@ -80,6 +83,7 @@ class WeightsAndBiases(Listener):
             self.run.define_metric(name, step_metric="step", summary=summary)
         last = self.run.summary.get("step", -1) if self.mode == "online" else last_uploaded_step(self.folder)
         self.step = max(0, last)
+        self.has_begun = True
         return last
 
     def _init(self, run_uid: str, identity: str, project: str) -> None:
@@ -95,7 +99,7 @@ class WeightsAndBiases(Listener):
             x_disable_meta=True,
             program="train/main.py",  # not its whole path, nor the machine's name
             host="",
-            init_timeout=15,
+            init_timeout=wandb_settings.INIT_SECONDS,
         )
         wandb.setup(settings=settings)  # silent from here on, not only from the run's start
         self.run = wandb.init(
@@ -173,8 +177,12 @@ class WeightsAndBiases(Listener):
         return f"{self.name} {why}recorded offline; to upload it: wandb sync {record}"
 
     def extra_seconds(self) -> float:
-        """Those of the artifact, if there is one."""
-        return ARTIFACT_SECONDS if self._has_artifact() else 0.0
+        """Those of the artifact, if there is one; and of an offline record, where the server has not answered yet.
+
+        A run of a few steps may be over before it is known whether there is a server.
+        """
+        artifact = ARTIFACT_SECONDS if self._has_artifact() else 0.0
+        return artifact + (0.0 if self.has_begun else RECORD_SECONDS)
 
     def _exit_code(self) -> int:
         """How the run has ended."""

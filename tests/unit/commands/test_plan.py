@@ -3,11 +3,13 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from train.commands import probe
+from train.commands import planned_rows, probe
 from train.commands.handloop import main
+from train.profiles import DEMO, GLOSSARY
 
 
 def test_both_models_fit_into_4_gib(capsys: pytest.CaptureFixture, llama31_8b: Path, tinyllama_1b: Path) -> None:
@@ -42,3 +44,87 @@ def test_a_probe_s_json_is_all_that_is_printed(
     printed = capsys.readouterr()
     assert json.loads(printed.out) == {"seconds": 1}
     assert printed.err == "engine    fused\n"
+
+
+BASE = ["--profile", "a100", "--model.name_or_path", str(DEMO / "base"), "--data.max_length", "256"]
+
+
+@pytest.fixture
+def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of 40 rows, of which three are held out, and an empty cache."""
+    monkeypatch.setenv("HANDLOOP_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "rows.jsonl"
+    lines = Path(GLOSSARY).read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(lines[:40]), encoding="utf-8")
+    return path
+
+
+def planned(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    """The document of `handloop plan` for the demo's base on one GPU."""
+    base = BASE[:2] + BASE[4:] if "--model.name_or_path" in words else BASE
+    assert main(["plan", *base, "--gpu", "rtx4090", "--json", *words]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_data_are_counted(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Samples, tokens and steps are those that an audit of the same options counts; the time is theirs at the speed."""
+    for more in ([], ["--data.validation_fraction", "0.1"], ["--data.packing", "true"], ["--train.max_steps", "7"]):
+        options = ["--data.path", str(rows), "--train.epochs", "3", *more]
+        told = planned(capsys, *options)
+        assert main(["audit", *BASE, *options, "--json"]) in (0, 78)
+        audit = json.loads(capsys.readouterr().out)
+        data = told["data"]
+        for name in ("num_samples", "total_steps"):
+            assert data[name] == audit[name.removeprefix("num_")], (name, more)
+        trained = data["tokens_per_epoch"] * data["total_steps"] / data["steps_per_epoch"]
+        assert told["predicted_seconds"] * told["predicted_tokens_per_second"] == pytest.approx(trained, rel=0.3)
+        assert data["assumed_mean_length"] is None
+    assert main(["plan", *BASE, "--data.path", str(rows), "--gpu", "4090"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^data      .*rows.jsonl: 40 rows, 40 samples of \d+ tokens on average", text)
+    assert re.search(r"^steps     5 an epoch on one GPU, 15 in all \(3 epochs\)$", text, re.MULTILINE)
+    assert re.search(r"^time      about \d+ s on one RTX-4090, ", text, re.MULTILINE)
+    assert main(["plan", *BASE, "--data.path", str(rows)]) == 0
+    assert re.search(r"tokens/s ┃ +time ┃", capsys.readouterr().out)
+
+
+def test_what_is_assumed_is_said(rows: Path, tinyllama_1b: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Data that are away, unnamed, bad or of a base without a tokenizer, and a mean that is given: rows and why."""
+    bad = rows.with_name("bad.jsonl")
+    bad.write_text("{\n")
+    for words, said in (
+        ((), "since no data are named: --data.path FILE"),
+        (("--data.path", "gone/rows.jsonl"), "since gone/rows.jsonl is not on this machine"),
+        (("--data.path", "somebody/chats"), "since somebody/chats is not on this machine"),
+        (("--data.path", str(bad)), f"{bad}:1: "),
+        (("--data.path", str(rows), "--model.name_or_path", str(tinyllama_1b)), "a tokenizer"),
+        (("--data.path", str(rows), "--mean-length", "99"), "as --mean-length 99 says"),
+    ):
+        told = planned(capsys, *words)
+        assert said in told["data"]["said"]
+        assert told["data"]["assumed_mean_length"] == (99 if "--mean-length" in words else 256)
+        assert (told["data"]["total_steps"], told["predicted_seconds"]) == (None, None)
+        assert ("--mean-length N" in told["data"]["said"]) == ("--mean-length" not in words)
+
+
+def test_large_data_are_counted_once_they_are_prepared(
+    rows: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan does not tokenise what takes longer than a plan should; what an audit has prepared costs it nothing."""
+    monkeypatch.setattr(planned_rows, "MAX_BYTES", 100)
+    before = planned(capsys, "--data.path", str(rows))["data"]
+    assert before["total_steps"] is None
+    assert "`handloop audit` with the same options" in before["said"]
+    main(["audit", *BASE, "--data.path", str(rows)])
+    capsys.readouterr()
+    assert planned(capsys, "--data.path", str(rows))["data"]["num_samples"] == 40
+
+
+def test_a_size_names_the_cards_that_have_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """24GiB, in any case, has no speed; the cards are named that have one."""
+    for size in ("24GiB", "24gib"):
+        assert main(["plan", *BASE, "--gpu", size]) == 0
+        assert "cards of this size are L4, A10, RTX-4090, RTX-3090\n" in capsys.readouterr().out
+    assert main(["plan", *BASE, "--gpu", "24GiB", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cards_of_this_size"] == ["L4", "A10", "RTX-4090", "RTX-3090"]
+    assert planned(capsys)["cards_of_this_size"] == []

@@ -29,10 +29,11 @@ def glossary(run: Path, folder: Path) -> list[str]:
 
 
 def recorded(run: Path, folder: Path) -> list[str]:
-    """A run with an offline record of Weights & Biases, whose content does not matter here."""
+    """A run with an uploaded record of Weights & Biases, whose content does not matter here."""
     record = write_run(folder / "recorded") / "wandb" / "offline-run-1" / "run-1.wandb"
     record.parent.mkdir(parents=True)
     record.write_bytes(b":W&B" + bytes(3))
+    record.with_name("run-1.wandb.synced").touch()
     return [str(folder / "recorded"), "--dry-run"]
 
 

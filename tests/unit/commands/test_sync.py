@@ -84,5 +84,7 @@ def test_what_cannot_be_uploaded_is_said(
         account(monkeypatch, server.url)
         assert "could not be uploaded; it stays" in refused(str(folder))
     (record,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+    record.write_bytes(record.read_bytes()[:7])  # begun, and no more
+    assert "it has no step, because the run ended before it had begun" in refused(str(folder))
     record.write_bytes(b"something else")
     assert "it is no record of Weights & Biases" in refused(str(folder))

@@ -11,6 +11,7 @@ import torch
 from train.engine import graphs
 from train.engine.block import ForwardContext
 from train.engine.graphs import CapturedGraph, Graphs, Shape, State, StaticBuffers
+from train.engine.positions import Positions
 
 GRAPH, FRAGMENTATION, EAGER = 100, 25, 50
 PLENTY = 10**6
@@ -59,7 +60,7 @@ def test_the_first_micro_batch_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> 
     stack: Any = lambda hidden, context: eager.append(hidden) or hidden  # noqa: E731
     stack.anchor = None
     book.stack = stack
-    context = ForwardContext(torch.rand(256, 2), torch.rand(256, 2), stack, 0.0, torch.tensor(7))
+    context = ForwardContext(Positions(torch.rand(256, 4), [""], False), {None: stack}, 0.0, torch.tensor(7))
     hidden = torch.rand(256, 4)
     batch: Any = SimpleNamespace(cu_seqlens=torch.tensor([0, 100, 200, 256], dtype=torch.int32))
     assert book(hidden, context, batch) is hidden
@@ -67,7 +68,7 @@ def test_the_first_micro_batch_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> 
     assert not book.captured
     static = book.static
     assert static is not None
-    assert (static.hidden.shape, static.cos.shape) == ((1024, 4), (1024, 2))  # 1,000 tokens, padded
+    assert (static.hidden.shape, static.positions.shape) == ((1024, 4), (1024, 4))  # 1,000 tokens, padded
     boundaries = torch.full((4,), -1, dtype=torch.int32)
     nothing: Any = None
     graph = CapturedGraph(static.first(512), torch.tensor(0), boundaries, nothing, nothing)
@@ -80,7 +81,7 @@ def test_the_first_micro_batch_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(eager) == 1
     assert replayed == [(hidden, graph, stack, None)]
     assert torch.equal(static.hidden[:256], hidden)
-    assert torch.equal(static.sin[:256], context.sin)
+    assert torch.equal(static.positions[:256], context.positions.values)
     assert graph.seed == 7
     assert boundaries.tolist() == [0, 100, 200, 512]
 
@@ -172,7 +173,7 @@ def test_a_loss_does_not_keep_its_graph(monkeypatch: pytest.MonkeyPatch) -> None
     """A graph that was released is freed although the last micro-batch's loss is still there, and so is the stack."""
     monkeypatch.setattr(graphs, "_replay", lambda *_, **__: None)
     anchor = torch.nn.Parameter(torch.zeros(1))
-    static = StaticBuffers(*(torch.zeros(8, 4) for _ in range(5)))
+    static = StaticBuffers(*(torch.zeros(8, 4) for _ in range(4)))
     nothing: Any = None
     graph = CapturedGraph(static, nothing, nothing, nothing, nothing)
     stack = type("Stack", (), {"store": object(), "forward_order": (), "backward_order": ()})()

@@ -16,7 +16,7 @@ from train import loss
 from train.batching import LengthStatistics, MicroBatchShape
 from train.collate import collate_packed
 from train.config import BatchConfig, MemoryConfig, OptimConfig
-from train.engine import block, lora_linear
+from train.engine import block, lora_linear, residual
 from train.engine.block import ForwardContext
 from train.engine.decoder import FusedDecoder
 from train.engine.host_stream import HostBlocks
@@ -69,8 +69,8 @@ def forward(family: str, num_tokens: int = 500, tile: int = 0, num_kept: int = 3
     engine = FusedDecoder(causal_lm, Plan(True, True, num_tokens, 3, num_kept), HostBlocks([], pin=False))
     kept: Any = []
     hidden = causal_lm.base_model.embed_tokens(batch.input_ids[0]).detach()
-    cos, sin = causal_lm.base_model.rotary_emb(hidden[None], batch.position_ids)
-    context = ForwardContext(cos[0], sin[0], engine.attend_for(batch), dropout, torch.tensor(0), tile)
+    positions = engine.position_tables(hidden, batch.position_ids)
+    context = ForwardContext(positions, engine.attend_for(batch), dropout, torch.tensor(0), tile)
     with torch.no_grad():
         engine.stack.forward(hidden, context, kept)
     rows = LengthStatistics((num_tokens,), num_tokens, 0, num_tokens)
@@ -145,11 +145,11 @@ def test_the_mlp_s_backward_pass_takes_what_is_counted(
     matrices = done.stack.store.matrices(number)
     grad = activations.x.new_zeros(4096, job.sizes.hidden + done.stack.padded_rank)
     # where our kernels run, these take no memory
-    for module, name in ((block, "swiglu_backward"), (block, "swiglu"), (block, "rms_norm_backward")):
+    for module, name in ((block, "gate_backward"), (block, "gate"), (residual, "normalize_backward")):
         monkeypatch.setattr(module, name, lambda *_, **__: None)
     monkeypatch.setattr(lora_linear, "dropout", lambda *_, **__: None)
     with torch.no_grad(), PeakBytes() as found:
-        gradients = done.stack.blocks[number]._backward_mlp(matrices, activations, low_rank, grad, done.context)
+        gradients, _ = done.stack.blocks[number]._backward_mlp(matrices, activations, low_rank, grad, done.context)
     assert len(gradients) == 6
     adapters = sum(storages(gradients, {}).values())
     predicted = cost.mlp_backward(job, first_candidate(done.planner, 4096, mlp_tile=tile))
@@ -245,7 +245,7 @@ def test_dropout_and_old_gpus_take_more() -> None:
     """A model with dropout, one whose heads are normed, and a GPU without Triton are planned with more memory."""
     plain = planner_for(LONG, BatchConfig(1, 4))
     candidate = first_candidate(plain, 2048, num_kept=4)
-    wide = replace(LLAMA_8B, intermediate=40_000)
+    wide = replace(LLAMA_8B, intermediate=40_000, gate_up=80_000)
     for less, more in ((wide, replace(wide, has_dropout=True)), (LLAMA_8B, replace(LLAMA_8B, normed_qk=5120))):
         peaks = [cost.peak(replace(plain.job, sizes=sizes), candidate) for sizes in (less, more)]
         assert peaks[0] < peaks[1]
@@ -255,7 +255,7 @@ def test_dropout_and_old_gpus_take_more() -> None:
 
 def test_many_short_samples_take_memory() -> None:
     """Attention's backward pass has 128 rows of fp32 more for each: rows of 100 samples are planned with it."""
-    sizes = replace(LLAMA_8B, intermediate=1000, chunk_bytes=2**20)  # so that attention is the peak
+    sizes = replace(LLAMA_8B, intermediate=1000, gate_up=2000, chunk_bytes=2**20)  # so that attention is the peak
     few, many = PACKED, replace(PACKED, mean_length=20, max_samples=400)
     planners = [planner_for(rows, BatchConfig(4, 4), sizes=sizes) for rows in (few, many)]
     peaks = [cost.peak(planner.job, first_candidate(planners[0], 8192)) for planner in planners]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from train.memory import gpus
-from train.memory.gpus import KNOWN_GPUS, detect_gpu, known_gpu, peak_flops
+from train.memory.gpus import KNOWN_GPUS, detect_gpu, gpus_like, gpus_of_size, known_gpu, named_gpu, peak_flops
 from train.run.devices import compute_type_at
 
 MIB = 2**20
@@ -60,6 +60,64 @@ def test_gpus_are_known_by_their_names() -> None:
     assert len({gpu.name for gpu in KNOWN_GPUS}) == len(KNOWN_GPUS)
 
 
+# what people type -> the GPU, or those that are suggested
+TYPED = {
+    "rtx4090": "RTX-4090",
+    "RTX 4090": "RTX-4090",
+    "4090": "RTX-4090",
+    "geforce_rtx_3090": "RTX-3090",
+    "A100 80GB": "A100-80",
+    "a100_80gb": "A100-80",
+    "a10080": "A100-80",
+    "h100pcie": "H100-PCIe",
+    "H100 SXM": "H100",
+    "1050ti": "GTX-1050-Ti",
+    "teslat4": "T4",
+    "l40s": "L40S",
+}
+NEAR = {
+    "a100": ["A100-80", "A100-40"],
+    "rtx 3050": ["RTX-3050-4GB"],  # of which there is one with 8 GB, too
+    "A10G": [],
+    "rtx40900": ["RTX-4090"],
+    "l40": ["L40S"],
+    "rtx4080": [],
+    "v100": [],
+    "": [],
+}
+
+
+def test_gpus_are_known_however_they_are_typed() -> None:
+    """Case and punctuation do not count, nor does the series; one size of several, or another card, is not guessed."""
+    for written, name in TYPED.items():
+        gpu = named_gpu(written)
+        assert gpu is not None, written
+        assert gpu.name == name, written
+    for written, names in NEAR.items():
+        assert named_gpu(written) is None, written
+        assert [gpu.name for gpu in gpus_like(written)] == names, written
+    for written in {*UNKNOWN} - {"4GiB"}:  # which are not the GPUs that they are named like
+        assert named_gpu(written) is None, written
+
+
+def test_gpus_are_known_by_their_size() -> None:
+    """A card of 24 GB has a little less; every card is found by the size that it is sold with."""
+    assert [gpu.name for gpu in gpus_of_size(24 * 2**30)] == ["L4", "A10", "RTX-4090", "RTX-3090"]
+    assert gpus_of_size(8 * 2**30) == []
+    found = [gpu for size in (4, 12, 16, 24, 40, 48, 80, 141) for gpu in gpus_of_size(size * 2**30)]
+    assert sorted(gpu.name for gpu in found) == sorted(gpu.name for gpu in KNOWN_GPUS)
+
+
+def test_rates_follow_the_datasheets() -> None:
+    """Those of a card with half the power are its own: the PCIe H100's are 0.7 of its products, 0.85 of its bytes."""
+    slower, faster = (known_gpu(name) for name in ("H100-PCIe", "H100"))
+    assert slower is not None
+    assert faster is not None
+    assert slower.flops == pytest.approx(0.7 * 756e12, rel=0.01)
+    assert slower.bandwidth == pytest.approx(0.85 * 2000e9)
+    assert (slower.flops < faster.flops, slower.bandwidth < faster.bandwidth) == (True, True)
+
+
 def test_every_row_is_found_by_its_own_name() -> None:
     """No row hides another that stands behind it."""
     for gpu in KNOWN_GPUS:
@@ -89,7 +147,7 @@ def test_a_device_has_its_own_memory_and_the_row_s_rates(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(gpus, "free_host_bytes", lambda: 7)
     device = torch.device("cuda")
-    known: Any = known_gpu("H100")
+    known: Any = known_gpu("H100-PCIe")
     found = detect_gpu(device, torch.bfloat16)
     assert (found.memory_bytes, found.max_host_bytes, found.has_graphs) == (80 * 2**30, 7, True)
     assert (found.flops, found.bandwidth, found.bus) == (known.flops, known.bandwidth, known.bus)

@@ -72,14 +72,15 @@ def test_words_that_match_nothing_are_refused(words: tuple[str, ...], config: Co
 
 
 def test_fused_projections_are_named(config: Config, tmp_path: Path) -> None:
-    """Llama's names on Phi-3: five of them match nothing, and the two fused ones are told."""
+    """Some of Llama's names on Phi-3 match nothing, and the fused ones are told; all seven, the default, mean all."""
     shape = T.Phi3Config(**SIZES)
     with pytest.raises(ExitWith) as caught:
-        adapted(config, shape_only(tmp_path, shape), *QKVO, "gate_proj", "up_proj", "down_proj")
+        adapted(config, shape_only(tmp_path, shape), *QKVO, "gate_proj", "up_proj")
     lines = caught.value.reason.splitlines()
     assert [line.split()[0] for line in lines[1:-1]] == ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
     assert "down_proj (2), gate_up_proj (2), o_proj (2), qkv_proj (2)" in lines[-1]
     assert len(adapted(config, tmp_path, "all-linear")) == 8
+    assert len(adapted(config, tmp_path, *QKVO, "gate_proj", "up_proj", "down_proj")) == 8
 
 
 def test_the_vision_tower_gets_no_adapters(config: Config, tmp_path: Path) -> None:

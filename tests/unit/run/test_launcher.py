@@ -57,6 +57,7 @@ def test_lost_trainers_are_named(name: str, tmp_path: Path) -> None:
     """Within the timeout and ten seconds: code, message, exit.json and the attempt's end; no process is left."""
     behaviours, code, told = LOST[name]
     folder = RunFolder(tmp_path / "run")
+    (folder.checkpoints / "step-0000000003").mkdir(parents=True)
     found, said, seconds = launched(folder.path, *behaviours)
     assert found == code, said
     assert f"handloop: {told}" in said
@@ -74,6 +75,15 @@ def test_lost_trainers_are_named(name: str, tmp_path: Path) -> None:
     assert folder.defect.exists() == ("crash" in behaviours or "watchdog" in behaviours)
     everything = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     assert str(tmp_path) not in everything
+
+
+@pytest.mark.parametrize("behaviours", [("killed",), ("wait", "killed")])
+def test_without_a_checkpoint_none_is_said_to_stand(behaviours: tuple[str, ...], tmp_path: Path) -> None:
+    """A run that is lost before its first checkpoint starts from the beginning, and says so."""
+    folder = RunFolder(tmp_path / "run")
+    said = launched(folder.path, *behaviours)[1]
+    assert "no checkpoint had been written, so it starts from the beginning: run the same command again" in said
+    assert "stands" not in said + str(read_object(folder.exit)["reason"])
 
 
 def test_a_beat_is_never_half_written(tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ def test_right_answers_are_counted(tmp_path: Path) -> None:
     assert "right       1 of 1 trained (0 before), 2 of 3 held-out (1 before)\n" in "\n".join(
         summary(facts, rows, ROOM)
     )
+    facts.folder.answers.write_text(json.dumps(answers[2:3]))
+    assert "warning     60 steps taught little: 0 of 1 trained" in "\n".join(summary(facts, rows, ROOM))
 
 
 def test_a_resumed_run_is_counted_whole_and_that_is_said(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import pytest
 
 from tests import told
 from tests.conftest import arguments, run_command
-from tests.fake_wandb import FakeServer, environment, recorded_rows, records
+from tests.fake_wandb import FakeServer, blackhole, environment, recorded_rows, records
 from train.config import Config, TrackConfig
-from train.track.weights_and_biases import WeightsAndBiases
+from train.track.weights_and_biases import RECORD_SECONDS, WeightsAndBiases
 
 OFFLINE = environment("", key="")
 
@@ -175,6 +175,25 @@ def test_online_that_cannot_start_becomes_an_offline_record(config: Config) -> N
     assert [row["step"] for row in recorded_rows(record)] == list(range(told.LAST + 1))
     identity = json.loads((Path(online.run.dir) / "run.json").read_text())["wandb_id"]
     assert record.name == f"run-{identity}.wandb"
+
+
+def test_a_run_that_is_over_first_waits_for_its_record(config: Config) -> None:
+    """Until there is a record, the end takes the seconds of an offline one; then none."""
+    listener = WeightsAndBiases(replace(config, track=TrackConfig(wandb="online")), "online")
+    assert listener.extra_seconds() == RECORD_SECONDS > 3
+    listener.has_begun = True
+    assert listener.extra_seconds() == 0
+
+
+@pytest.mark.slow
+def test_a_short_run_without_an_answer_keeps_its_steps(config: Config) -> None:
+    """Two steps, a wrong key, a server that is silent: the run waits, and its offline record has both steps."""
+    online = replace(config, track=TrackConfig(wandb="online"))
+    with blackhole() as url:
+        said = told.attempt(online, 1, 2, **environment(url, key="f" * 40))
+    record = record_of(online)
+    assert [row["step"] for row in recorded_rows(record)] == [1, 2]
+    assert re.search(r"could not be reached \(.*recorded offline; to upload it: wandb sync", said)
 
 
 @pytest.mark.slow

@@ -1,0 +1,124 @@
+"""Every family of the fused engine at the size of a published model: speed and memory, predicted and measured.
+
+    python -m benchmarks.families [NAME ...] [--reference] [--out benchmarks/results/families.json]
+
+Weights are random, in NF4, of the shape that the model's config.json has. Each is a `handloop plan --probe` in a
+process of its own: rows of 2,048 tokens, packed, 16 a step, adapters of rank 16 on all linear layers. --reference
+runs the reference engine instead. With several GPUs start it once for each, CUDA_VISIBLE_DEVICES and names apart.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import transformers as T
+
+RESULTS = Path(__file__).parent / "results" / "families.json"
+FULL, SLIDING = "full_attention", "sliding_attention"
+OPTIONS = "--data.packing true --data.max_length 2048 --batch.per_device 4 --batch.accumulation 4 --lora.r 16"
+OPTIONS += " --lora.alpha 32 --lora.dropout 0 --optim.name paged_adamw_8bit --lora.target_modules all-linear"
+
+
+def every(number: int, num_layers: int) -> list[str]:
+    """Kinds of layers of which each `number`th sees everything."""
+    return [FULL if (layer + 1) % number == 0 else SLIDING for layer in range(num_layers)]
+
+
+def sizes(*numbers: int, **others: Any) -> dict[str, Any]:
+    """Hidden, intermediate, layers, query heads, key and value heads, vocabulary."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "vocab_size")
+    return dict(zip(names, numbers, strict=True)) | {"max_position_embeddings": 8192, "pad_token_id": 0} | others
+
+
+NO_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0.0}
+SHAPES: dict[str, T.PreTrainedConfig] = {
+    "Llama-3.1-8B": T.LlamaConfig(**sizes(4096, 14336, 32, 32, 8, 128256)),
+    "Mistral-7B": T.MistralConfig(**sizes(4096, 14336, 32, 32, 8, 32768), sliding_window=None),
+    "Qwen2.5-0.5B": T.Qwen2Config(**sizes(896, 4864, 24, 14, 2, 151936), tie_word_embeddings=True),
+    "Qwen3-1.7B": T.Qwen3Config(**sizes(2048, 6144, 28, 16, 8, 151936), head_dim=128, tie_word_embeddings=True),
+    "Qwen3-4B": T.Qwen3Config(**sizes(2560, 9728, 36, 32, 8, 151936), head_dim=128, tie_word_embeddings=True),
+    "SmolLM3-3B": T.SmolLM3Config(**sizes(2048, 11008, 36, 16, 4, 128256), tie_word_embeddings=True),
+    "Ministral-3-8B": T.Ministral3Config(**sizes(4096, 14336, 34, 32, 8, 131072), head_dim=128, sliding_window=None),
+    "Phi-4": T.Phi3Config(**sizes(5120, 17920, 40, 40, 10, 100352), sliding_window=None),
+    "Gemma-7B": T.GemmaConfig(**sizes(3072, 24576, 28, 16, 16, 256000), head_dim=256),
+    "Gemma-3-4B": T.Gemma3TextConfig(
+        **sizes(2560, 10240, 34, 8, 4, 262208), head_dim=256, sliding_window=1024, layer_types=every(6, 34)
+    ),
+    "Gemma-3-12B": T.Gemma3TextConfig(
+        **sizes(3840, 15360, 48, 16, 8, 262208), head_dim=256, sliding_window=1024, layer_types=every(6, 48)
+    ),
+    "OLMo-2-7B": T.Olmo2Config(**sizes(4096, 11008, 32, 32, 32, 100352)),
+    "OLMo-3-7B": T.Olmo3Config(**sizes(4096, 11008, 32, 32, 32, 100278), sliding_window=4096, layer_types=every(4, 32)),
+    "Granite-3.3-8B": T.GraniteConfig(
+        **sizes(4096, 12800, 40, 32, 8, 49159),
+        embedding_multiplier=12.0,
+        residual_multiplier=0.22,
+        attention_multiplier=0.0078125,
+        logits_scaling=16.0,
+        tie_word_embeddings=True,
+    ),
+    "GLM-4-9B": T.Glm4Config(**sizes(4096, 13696, 40, 32, 2, 151552), head_dim=128, attention_bias=True),
+    "Command-R7B": T.Cohere2Config(
+        **sizes(4096, 14336, 32, 32, 8, 256000), sliding_window=4096, layer_types=every(4, 32), logit_scale=0.25
+    ),
+    "Seed-OSS-36B": T.SeedOssConfig(**sizes(5120, 27648, 64, 80, 8, 155136), head_dim=128, **NO_DROPOUT),
+    "EXAONE-4.0-1.2B": T.Exaone4Config(
+        **sizes(2048, 4096, 30, 32, 8, 102400),
+        sliding_window=None,
+        layer_types=[FULL] * 30,
+        tie_word_embeddings=True,
+    ),
+    "StarCoder2-7B": T.Starcoder2Config(
+        **sizes(4608, 18432, 32, 36, 4, 49152), sliding_window=4096, use_bias=True, embedding_dropout=0.0, **NO_DROPOUT
+    ),
+}
+
+
+def main() -> None:
+    """Probes each shape that is named, all without names, and adds the figures to the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of the shapes; all by default")
+    parser.add_argument("--reference", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    engine = "reference" if options.reference else "fused"
+    for name in options.names or SHAPES:
+        found = probed(SHAPES[name], engine)
+        known = json.loads(options.out.read_text()) if options.out.exists() else {}
+        known.setdefault(name, {})[engine] = found
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(known, indent=1) + "\n")
+        print(line(name, engine, found), flush=True)
+
+
+def probed(shape: T.PreTrainedConfig, engine: str) -> dict[str, Any]:
+    """What a probe measures, or why there is none."""
+    with tempfile.TemporaryDirectory() as folder:
+        shape.save_pretrained(folder)
+        words = f"plan --probe --json --profile a100 --model.name_or_path {folder} --engine.kind {engine} {OPTIONS}"
+        code = "import sys; from train.commands.handloop import main; sys.exit(main())"
+        done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"code": done.returncode, "reason": done.stderr.strip().splitlines()[-1][:300] if done.stderr else ""}
+    measured = json.loads(done.stdout)
+    return {key: value for key, value in measured.items() if key not in ("losses", "grad_norms")}
+
+
+def line(name: str, engine: str, found: dict[str, Any]) -> str:
+    """A row of the table."""
+    if "reason" in found:
+        return f"{name:16} {engine:9} {found['code']}: {found['reason']}"
+    speed, peak, seconds = (found[key] for key in ("tokens_per_second", "peak_gib", "seconds"))
+    predicted = (
+        f"{found['predicted_peak_gib'] / peak - 1:+.1%} memory, {found['predicted_seconds'] / seconds - 1:+.1%} time"
+    )
+    return f"{name:16} {engine:9} {speed:9,.0f} tokens/s {peak:6.2f} GiB; predicted {predicted}; {found['plan']}"
+
+
+if __name__ == "__main__":
+    main()

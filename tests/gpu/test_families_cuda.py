@@ -1,0 +1,62 @@
+"""Every family on the fused engine in bf16 on a GPU: kernels, windows and graphs, against fp32 by transformers."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.gpu.kernel_calls import GPU
+from tests.parity.models import FAMILIES, NOTHING, adapted_model, gradients_of, plan
+from train.collate import collate_packed
+from train.engine.decoder import FusedDecoder
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; the CPU suite covers the same code"),
+]
+LENGTHS = (37, 150, 61)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_gradients(family: str) -> None:
+    """No further from fp32 than twice transformers' own bf16, or 2 %; kept, recomputed, tiled, and as a graph."""
+    torch.manual_seed(0)
+    exact = adapted_model(*FAMILIES[family]).to(GPU)
+    for parameter in exact.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16().float()
+    half = copy.deepcopy(exact)
+    for one, other in zip(half.parameters(), exact.parameters(), strict=True):
+        if one.requires_grad:
+            one.grad, other.grad = torch.zeros_like(one), torch.zeros_like(other)
+        else:
+            one.data = one.data.bfloat16()
+    rows = [{"input_ids": torch.randint(100, (n,)).tolist(), "trained": [True] * n} for n in LENGTHS]
+    batch = collate_packed(rows).to(GPU)
+    upstream = torch.randn(sum(LENGTHS), 64, device=GPU).bfloat16()
+    found = []
+    for adapted in (exact, half):
+        causal_lm = adapted.get_base_model()
+        outputs = causal_lm.base_model(batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+        outputs.last_hidden_state[0].backward(upstream.to(outputs.last_hidden_state.dtype))
+        found.append(gradients_of(adapted))
+    wanted, theirs = found
+    eager = replace(plan(3, 1), micro_batch_tokens=256, eager_bytes=2**20)
+    for chosen, num_passes in (
+        (eager, 1),
+        (replace(eager, num_kept=1), 1),
+        (replace(eager, mlp_tile=100), 1),
+        (replace(eager, uses_graphs=True, graph_bytes=2**26, fragmentation_bytes=2**20), 3),
+    ):
+        engine = FusedDecoder(half.get_base_model(), chosen, NOTHING)
+        for _ in range(num_passes):  # the first is eager, the second captures, the third replays
+            gradients_of(half)
+            out = engine(batch)
+            out.backward(torch.cat([upstream, upstream.new_zeros(len(out) - len(upstream), 64)]))
+        assert engine.graphs is None or engine.graphs.graphs
+        ours = gradients_of(half)
+        engine.release()
+        for name, exactly in wanted.items():
+            off, allowed = ((each[name] - exactly).norm() for each in (ours, theirs))
+            assert off <= max(2 * allowed, 0.02 * exactly.norm()), name

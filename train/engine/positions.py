@@ -1,0 +1,61 @@
+"""What depends on a token's position: rotary tables for each kind of layer, and a family's factor of queries."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from train.engine.layers import Decoder, DecoderLayer
+from train.engine.operations import Rotation
+
+Tables = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Of one micro-batch, one tensor for all tables, so that a CUDA graph has one buffer for them."""
+
+    values: torch.Tensor  # [T, C]: cos and sin of each kind of layer, then the factor of queries
+    kinds: Sequence[str]  # of layers, in the order of their tables
+    has_query_factor: bool
+
+    @property
+    def query_factor(self) -> torch.Tensor | None:
+        """[T, 1]."""
+        return self.values[:, -1:] if self.has_query_factor else None
+
+    def rotation(self, kind: str, size: int, is_interleaved: bool) -> Rotation:
+        """Of heads of `size` elements in layers of this kind."""
+        num_pairs = (self.values.shape[1] - self.has_query_factor) // (2 * len(self.kinds))
+        start = 2 * num_pairs * self.kinds.index(kind)
+        cos, sin = self.values[:, start : start + num_pairs], self.values[:, start + num_pairs : start + 2 * num_pairs]
+        return Rotation(cos, sin, size, is_interleaved)
+
+
+class PositionTables:
+    """Makes the Positions of micro-batches, by transformers' own rotary embedding."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        layers: Sequence[DecoderLayer],
+        doubles_pairs: bool,
+        query_factor: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> None:
+        """`doubles_pairs`: the tables hold each frequency twice in a row, not the whole row twice."""
+        self.rotary_emb: Tables = decoder.rotary_emb
+        self.kinds = sorted({layer.heads.rotary for layer in layers if layer.heads.rotary is not None})
+        self.doubles_pairs = doubles_pairs
+        self.query_factor = query_factor
+
+    def __call__(self, like: torch.Tensor, position_ids: torch.Tensor) -> Positions:
+        """For position_ids [1, T]; transformers' tables read type and device of `like`."""
+        columns: list[Any] = []
+        for kind in self.kinds:
+            for table in self.rotary_emb(like[None], position_ids, *([kind] if kind else [])):  # [1, T, 2 P]
+                columns.append(table[0, :, ::2] if self.doubles_pairs else table[0, :, : table.shape[2] // 2])
+        if self.query_factor is not None:
+            columns.append(self.query_factor(position_ids[0])[:, None].to(columns[0].dtype if columns else like.dtype))
+        values = torch.cat(columns, 1) if columns else like.new_empty(position_ids.shape[1], 0)
+        return Positions(values, self.kinds, self.query_factor is not None)

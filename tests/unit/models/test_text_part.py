@@ -100,7 +100,7 @@ def test_a_text_part_that_is_stored_in_4_bits(family: str, tmp_path: Path) -> No
     torch.testing.assert_close(logits_of(base.eval(), IDS), logits_of(packed.eval(), IDS), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "mistral3"])
+@pytest.mark.parametrize("family", ["gemma3", "llava", "ministral3", "mistral3", "qwen2_5_vl", "qwen3_vl"])
 def test_the_engine_runs_a_text_part_of_a_family_it_knows(family: str, config: Config, tmp_path: Path) -> None:
     """Resident, streamed and by the reference engine the first loss is one."""
     config = on(config, write_multimodal(tmp_path / "base", family), "nf4")

@@ -14,6 +14,7 @@ from train.deliver.adapter_delta import Rows, read_trained
 from train.deliver.gguf_adapter import write_adapter_gguf
 from train.deliver.gguf_writer import write_gguf
 from train.deliver.llama_cpp_runner import LlamaCpp
+from train.models.text_part import Names
 from train.run.exits import ExitWith
 
 pytestmark = needs_llama_cpp
@@ -59,7 +60,7 @@ def test_an_adapter_over_the_base_computes_what_peft_computes(name: str, uses_rs
     plain = logits_of(base, IDS)
     adapted = peft.get_peft_model(base, lora).eval()
     adapted.save_pretrained(str(tmp_path / "final"), save_embedding_layers=False)
-    trained = read_trained(tmp_path / "final", 0)
+    trained = read_trained(tmp_path / "final", 0, Names())
     assert len(trained.deltas) == 7 * 2 + 1
     write_adapter_gguf(tmp_path / "final", tmp_path / "adapter.gguf", shape, trained, "tiny")
     with LlamaCpp(tmp_path / "base.gguf", adapter=tmp_path / "adapter.gguf", is_exact=True) as llama:
@@ -75,7 +76,7 @@ def test_adapters_that_llama_cpp_has_no_place_for_are_refused(tmp_path: Path) ->
     shape, vocabulary = written(tmp_path)
     lora = peft.LoraConfig(r=3, target_modules=["lm_head"], init_lora_weights=False)
     peft.get_peft_model(base, lora).save_pretrained(str(tmp_path / "final"), save_embedding_layers=False)
-    trained = read_trained(tmp_path / "final", 0)
+    trained = read_trained(tmp_path / "final", 0, Names())
     with pytest.raises(ExitWith, match="no adapter of lm_head"):
         write_adapter_gguf(tmp_path / "final", tmp_path / "adapter.gguf", shape, trained, "tiny")
     rows = replace(trained, rows={"model.embed_tokens.weight": Rows([1], torch.zeros(1, 64))})

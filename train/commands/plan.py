@@ -18,9 +18,12 @@ def main(words: list[str]) -> int:
     config = own.config(rest)
     _check(options, config)
     # imported here because it takes seconds, for which --help and a misspelt option should not wait
+    from train.models.text_part import note_on
     from train.models.tokenizer import check_length
 
     check_length(config)
+    for note in note_on(config.model):
+        print(f"base      {note}", file=sys.stderr if options.json else sys.stdout)
     if options.probe:
         return _probe(options, config, options.mean_length or config.data.max_length)
     return _forecast(options, config)

@@ -10,10 +10,10 @@ import torch
 from safetensors import SafetensorError
 
 from train.checkpoints.contents import ADAPTER, ADAPTER_CONFIG
+from train.models.text_part import PEFT_PREFIX, Names
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import read_object
 
-PREFIX = "base_model.model."  # which PEFT puts before the names of the base's modules
 ROWS = ".token_adapter.trainable_tokens_delta"
 
 
@@ -60,8 +60,11 @@ class Trained:
         return {*self.deltas, *self.rows, *self.whole}
 
 
-def read_trained(folder: Path, vocabulary: int) -> Trained:
-    """What a PEFT folder holds; raises ExitWith(BAD_INPUT) where it is more than is known here, which would be lost."""
+def read_trained(folder: Path, vocabulary: int, names: Names) -> Trained:
+    """What a PEFT folder holds, by the names of the class that was trained.
+
+    Raises ExitWith(BAD_INPUT) where it is more than is known here, which would be lost.
+    """
     settings = read_object(folder / ADAPTER_CONFIG)
     try:
         tensors = safetensors.torch.load_file(folder / ADAPTER)
@@ -70,17 +73,18 @@ def read_trained(folder: Path, vocabulary: int) -> Trained:
         raise ExitWith(ExitCode.BAD_INPUT, f"{folder}: the adapter cannot be read: {error}") from None
     scale = alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
     trained, lost = Trained({}, {}, {}, vocabulary), _other_kinds(settings)
-    layers: Any = settings.get("modules_to_save") or []
-    halves = {name.removeprefix(PREFIX) for name in tensors}
+    tensors = {names.text(name): tensor for name, tensor in tensors.items()}
+    layers = [names.text(layer) for layer in settings.get("modules_to_save") or []]
+    halves = {name.removeprefix(PEFT_PREFIX) for name in tensors}
     for name, tensor in tensors.items():
-        known = name.removeprefix(PREFIX)
+        known = name.removeprefix(PEFT_PREFIX)
         module, is_a, _ = known.partition(".lora_A.weight")
-        other = tensors.get(f"{PREFIX}{module}.lora_B.weight")
+        other = tensors.get(f"{PEFT_PREFIX}{module}.lora_B.weight")
         if is_a and other is not None:
             trained.deltas[f"{module}.weight"] = Delta(tensor.float(), other.float(), scale)
         elif known.endswith(ROWS):
             layer = known.removesuffix(ROWS)
-            trained.rows[f"{layer}.weight"] = Rows(_ids(settings, layer), tensor.float())
+            trained.rows[f"{layer}.weight"] = Rows(_ids(settings, names.served(layer)), tensor.float())
         elif known.removesuffix(".weight") in layers:
             trained.whole[known] = tensor.float()
         elif not (known.endswith(".lora_B.weight") and known.replace(".lora_B.", ".lora_A.") in halves):

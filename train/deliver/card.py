@@ -103,17 +103,18 @@ def _about(run: FinishedRun, start: Mapping[str, Any], contents: Contents) -> st
 
 def _uses(run: FinishedRun, contents: Contents) -> list[str]:
     base = str(run.base.get("name", "")) if run.base.get("commit") else "BASE"
+    kind = "AutoModelForImageTextToText" if run.base.get("served_as") else "AutoModelForCausalLM"
     uses = []
     if contents.adapter:
         uses.append(
-            "With PEFT:\n\n```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM, "
-            f'AutoTokenizer\n\nbase = AutoModelForCausalLM.from_pretrained("{base}", dtype="bfloat16")\n'
+            "With PEFT:\n\n```python\nfrom peft import PeftModel\nfrom transformers "
+            f'import {kind}, AutoTokenizer\n\nbase = {kind}.from_pretrained("{base}", dtype="bfloat16")\n'
             'model = PeftModel.from_pretrained(base, "THIS_FOLDER")\n'
             'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")\n```'
         )
     if contents.merged:
         place = f"THIS_FOLDER/{contents.merged}" if contents.merged != "." else "THIS_FOLDER"
-        uses.append(f'Merged, with transformers: `AutoModelForCausalLM.from_pretrained("{place}", dtype="auto")`')
+        uses.append(f'Merged, with transformers: `{kind}.from_pretrained("{place}", dtype="auto")`')
     if contents.gguf:
         uses.append("With llama.cpp: " + ", ".join(f"`llama-cli -m {name}`" for name in contents.gguf))
     if contents.adapter_gguf:

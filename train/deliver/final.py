@@ -1,5 +1,6 @@
 """The result: a folder that PEFT and transformers load."""
 
+import copy
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,8 @@ def publish_model(
 ) -> None:
     """Writes a model that was trained whole, in the type that its base's config.json names, and what belongs to it.
 
-    config.json is the base's: nothing in it has changed. AutoModelForCausalLM loads the folder.
+    config.json is the base's: nothing in it has changed; of a multimodal base that of its text part, which alone is
+    written. AutoModelForCausalLM loads the folder.
     """
     base_folder, whole = model.about.place.folder, model.adapted.get_base_model()
     shape: Any = AutoConfig.from_pretrained(str(base_folder), trust_remote_code=False)
@@ -58,7 +60,12 @@ def publish_model(
             whole.save_pretrained(temporary, state_dict=state)
         except SafetensorError as error:  # as of a full disk
             raise OSError(str(error)) from error
-        shutil.copy(base_folder / CONFIG_NAME, temporary / CONFIG_NAME)
+        if not model.about.names.served_as:
+            shutil.copy(base_folder / CONFIG_NAME, temporary / CONFIG_NAME)
+        else:
+            settings: Any = copy.deepcopy(whole.config)
+            settings.dtype, settings.use_cache = dtype, shape.get_text_config(decoder=True).use_cache
+            settings.save_pretrained(temporary)
         _write_beside(temporary, tokenizer, end_token_ids, base)
 
 

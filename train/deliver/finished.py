@@ -28,6 +28,7 @@ from train.models.fingerprint import base_fingerprint, content_fingerprint, cont
 from train.models.hub import locate
 from train.models.language_model import LanguageModel, load_adapters, load_model
 from train.models.shape import BROKEN
+from train.models.text_part import names_of
 from train.models.tokenizer import load_tokenizer
 from train.run.accelerator import check_machine
 from train.run.attempts import last_start
@@ -56,7 +57,7 @@ class FinishedRun:
     @cached_property
     def trained(self) -> Trained:
         """What final/ changes in the base; raises ExitWith(BAD_INPUT) where that is not all known here."""
-        return read_trained(self.folder.final, int(self.base.get("vocabulary", 0)))
+        return read_trained(self.folder.final, int(self.base.get("vocabulary", 0)), names_of(self.config.model))
 
     @property
     def adapter_sha256(self) -> str:

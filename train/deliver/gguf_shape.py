@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from train.config import ModelConfig
 from train.deliver.optional import package
-from train.models.shape import BROKEN, told
+from train.models.shape import BROKEN, model_class, told
+from train.models.text_part import TextPart, text_part
 from train.run.exits import ExitCode, ExitWith
 
 
@@ -56,6 +58,7 @@ class GgufShape:
     head_dim: int
     context_length: int
     notes: tuple[str, ...]  # what a user should know
+    part: TextPart | None = None  # of a multimodal model, which alone is written
 
     @property
     def num_layers(self) -> int:
@@ -134,7 +137,11 @@ def gguf_shape(folder: Path) -> GgufShape:
         config: Any = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except BROKEN as error:
         raise not_written(folder, f"config.json cannot be read: {told(error)}") from None
+    part = text_part(ModelConfig(name_or_path=str(folder)))
     names = config.architectures or []
+    if part is not None:
+        config = part.shape
+        names = [model_class(AutoModelForCausalLM, config).__name__]
     family = FAMILIES.get(names[0]) if len(names) == 1 else None
     if family is None:
         raise not_written(folder, f"{', '.join(names) or config.model_type} is not one of {', '.join(FAMILIES)}")
@@ -151,7 +158,7 @@ def gguf_shape(folder: Path) -> GgufShape:
             f"so that beyond it (config.json says {context:,}) it would compute something else"
         )
         context = window
-    return GgufShape(family, config, head_dim, context, tuple(notes))
+    return GgufShape(family, config, head_dim, context, tuple(notes), part)
 
 
 def _reasons(family: GgufFamily, config: Any, head_dim: int) -> Sequence[str]:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from train.deliver.gguf_shape import GgufShape, not_written
 from train.deliver.gguf_tokenizer import Vocabulary
 from train.deliver.optional import package
+from train.models.stored import StoredWeights
 from train.run.exits import ExitCode, ExitWith
 
 FloatType = Literal["F16", "F32"]
@@ -106,16 +107,16 @@ def _stored(folder: Path, shape: GgufShape, files: ExitStack) -> Iterator[Stored
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     is_single = (folder / SAFE_WEIGHTS_NAME).exists()
     held = [SAFE_WEIGHTS_NAME] if is_single else sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    for file_name in held:
-        file = files.enter_context(safe_open(str(folder / file_name), framework="pt"))
-        for place in file.keys():  # noqa: SIM118  (a safe_open is no mapping)
-            if place.endswith(RECOMPUTED) or (shape.is_tied and place == "lm_head.weight"):
-                continue
-            found = (names.get_name(f"{prefix}{place}", try_suffixes=SUFFIXES) for prefix in ("", "model."))
-            name = next(filter(None, found), None)  # some checkpoints leave the prefix out
-            if name is None:
-                raise not_written(folder, f"{place} has no place in a GGUF of {shape.family.architecture}")
-            yield Stored(name, place, file, tuple(file.get_slice(place).get_shape()))
+    weights = StoredWeights([folder / file_name for file_name in held], files)
+    weights = shape.part.of(weights) if shape.part else weights
+    for own, tensor in weights.tensors.items():
+        if own.endswith(RECOMPUTED) or (shape.is_tied and own == "lm_head.weight"):
+            continue
+        found = (names.get_name(f"{prefix}{own}", try_suffixes=SUFFIXES) for prefix in ("", "model."))
+        name = next(filter(None, found), None)  # some checkpoints leave the prefix out
+        if name is None:
+            raise not_written(folder, f"{tensor.place} has no place in a GGUF of {shape.family.architecture}")
+        yield Stored(name, tensor.place, weights.opened[tensor.file], tensor.shape)
 
 
 def _check(folder: Path, shape: GgufShape, vocabulary: Vocabulary, stored: list[Stored]) -> None:

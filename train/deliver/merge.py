@@ -8,6 +8,7 @@ once more, whose steps are larger than most of what an adapter adds.
 
 import json
 import shutil
+from collections.abc import Container
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,19 +28,29 @@ from train.deliver.adapter_delta import Trained
 from train.deliver.final import BASE
 from train.deliver.finished import FinishedRun, check_base
 from train.engine.host_stream import HostBlocks
-from train.models.base import as_parameter, computed_values, load_base, read_stored, skeleton
+from train.models.base import as_parameter, computed_values, dequantized, load_base, read_stored, skeleton
 from train.models.completeness import tied_embedding
 from train.models.hub import fetch_weights, locate
 from train.models.shape import cannot_read, model_shape, stored_quantization
 from train.models.stored import StoredWeights
+from train.models.text_part import text_part
 from train.run.devices import compute_type
 from train.run.exits import ExitCode, ExitWith
 
 Onto = Literal["original", "dequantized"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # what of a base's folder belongs to whoever uses its weights, beside config.json and what final/ has
-COMPANIONS = ("preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
+COMPANIONS = ("*preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
 OF_THE_ADAPTER = (ADAPTER, ADAPTER_CONFIG, BASE)
+
+
+@dataclass(frozen=True)
+class Files:
+    """The weights of a base's files."""
+
+    whole: StoredWeights
+    text: StoredWeights  # those that are trained on, by the names of their class; of an ordinary base all
+    names: dict[str, str]  # in the files -> in the class that is trained, of its parameters
 
 
 @dataclass(frozen=True)
@@ -74,17 +85,35 @@ class Merge:
     @cached_property
     def num_bytes(self) -> int:
         """What the merged model's weights take on the disk."""
-        base = skeleton(replace(self.run.config.model, quantization="none", random_init=True), self.dtype)
+        config = self.run.config.model
+        base = skeleton(replace(config, quantization="none", random_init=True), self.dtype)
         changed = {*self.trained.rows, *self.trained.whole}
         more = {name: self.trained.vocabulary - base.get_parameter(name).shape[0] for name in changed}
         added = sum(max(0, count) * base.get_parameter(name).shape[1] for name, count in more.items())
-        return (sum(parameter.numel() for parameter in base.parameters()) + added) * self.dtype.itemsize
+        num_weights = sum(parameter.numel() for parameter in base.parameters()) + added
+        return num_weights * self.dtype.itemsize + self._bytes_beside
+
+    @cached_property
+    def _bytes_beside(self) -> int:
+        """What the weights take that are copied, which are not of the text part; one in 4 bits takes 16 then."""
+        config = self.run.config.model
+        part = text_part(config)
+        if part is None:
+            return 0
+        with ExitStack() as files:
+            stored = StoredWeights(fetch_weights(locate(config)), files)
+            text = {tensor.place for tensor in part.of(stored).tensors.values()}
+            beside = stored.tensors.keys() - text
+            return sum(stored.num_bytes(name) * (4 if stored.is_packed(name) else 1) for name in beside)
 
     def write(self, target: Path) -> None:
         """Writes the model into the empty folder `target`, one weight file of the base in memory at a time.
 
+        Of a multimodal base all of it: the weights beside its text part are copied as they are.
+
         Only where transformers reads the base's tensors under other names than they are stored by, as with some
-        multimodal bases, it is whole in host memory. Raises ExitWith(BAD_INPUT) where a file cannot be read or written.
+        mixtures of experts, it is whole in host memory. Raises ExitWith(BAD_INPUT) where a file cannot be read or
+        written.
         """
         need, free = self.num_bytes, shutil.disk_usage(target).free
         if free < need:
@@ -94,40 +123,49 @@ class Merge:
         base = skeleton(config, compute)
         with ExitStack() as files:
             try:
-                stored = StoredWeights(fetch_weights(locate(config)), files)
-                names = _names_in_files(base, stored)
+                stored, part = StoredWeights(fetch_weights(locate(config)), files), text_part(config)
+                text = part.of(stored) if part else stored
+                names = _names_in_files(base, text)
                 if self.trained.names <= set(names.values()):
-                    self._write_file_by_file(target, base, stored, names)
+                    self._write_file_by_file(target, base, Files(stored, text, names))
+                elif part:
+                    lost = min(self.trained.names - set(names.values()))
+                    reason = f"{lost} is stored otherwise than it is trained, and cannot be merged into it"
+                    raise refused(f"{config.name_or_path}: {reason}; serve the adapter")
                 else:
                     self._write_whole(target)
             except (SafetensorError, OSError) as error:
                 raise cannot_read(config, "its weights, or write merged ones", error) from None
         self._write_companions(target)
 
-    def _write_file_by_file(
-        self, target: Path, base: PreTrainedModel, stored: StoredWeights, names: dict[str, str]
-    ) -> None:
+    def _write_file_by_file(self, target: Path, base: PreTrainedModel, held: "Files") -> None:
         config, device = self.run.config.model, self.run.device
         compute = compute_type(config.dtype, device).dtype
         is_quantized = stored_quantization(config, model_shape(config)) is not None
-        read = read_stored(base, stored, is_quantized, compute, device)
-        parameters, weight_map = dict(base.named_parameters()), {}
+        read = read_stored(base, held.text, is_quantized, compute, device)
+        stored, names = held.whole, held.names
+        own_names = {tensor.place: name for name, tensor in held.text.tensors.items()}
+        parameters, weight_map, total = dict(base.named_parameters()), {}, 0
         for path in stored.opened:
             tensors = {}
             for place in (place for place, tensor in stored.tensors.items() if tensor.file == path):
                 name = names.get(place, "")
+                if place not in own_names:
+                    tensors |= _copied(stored, place, self.dtype)
+                    continue
                 if name and self.onto == "dequantized":
                     packed = as_parameter(parameters[name], read(name, parameters[name]), device)
                     values = computed_values(packed)
-                elif name or not (_is_part(place, names) or _is_copy(base, place)):
+                elif name or not (_is_part(place, names) or _is_copy(base, own_names[place])):
                     values = stored.values(place)
                 else:
                     continue
                 tensors[place] = self._merged(base, name, values)
             save_file(tensors, target / path.name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, path.name)
+            total += sum(tensor.nbytes for tensor in tensors.values())
         if len(stored.opened) > 1 or next(iter(stored.opened)).name != "model.safetensors":
-            index = {"metadata": {"total_size": self.num_bytes}, "weight_map": weight_map}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (target / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def _write_whole(self, target: Path) -> None:
@@ -204,15 +242,22 @@ def _names_in_files(base: PreTrainedModel, stored: StoredWeights) -> dict[str, s
     """The names of the base's parameters by the names under which they are stored."""
     tied = tied_embedding(base)
     names = ((stored.place_of(name, name == tied), name) for name, _ in base.named_parameters())
-    return {place: name for place, name in names if place}
+    return {stored.tensors[found].place: name for found, name in names if found}
 
 
-def _is_copy(base: PreTrainedModel, place: str) -> bool:
+def _copied(stored: StoredWeights, place: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A weight beside the text part as it is, or what its codes stand for: config.json then tells of none."""
+    if _is_part(place, stored.tensors):
+        return {}
+    return {place: dequantized(stored, place).to(dtype) if stored.is_packed(place) else stored.values(place)}
+
+
+def _is_copy(base: PreTrainedModel, name: str) -> bool:
     """Whether this is the head's copy of an embedding that the two share."""
-    return bool(tied_embedding(base)) and place == "lm_head.weight"
+    return bool(tied_embedding(base)) and name == "lm_head.weight"
 
 
-def _is_part(place: str, names: dict[str, str]) -> bool:
+def _is_part(place: str, names: Container[str]) -> bool:
     """Whether a tensor is a scale or a table of a packed weight."""
     start, weight, _ = place.rpartition(".weight.")
     return bool(weight) and f"{start}.weight" in names

@@ -8,6 +8,7 @@ import torch
 from train.models.held_weights import HeldWeights
 from train.models.hub import BasePlace
 from train.models.targets import Targets
+from train.models.text_part import Names
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,14 @@ class BaseFacts:
     held: HeldWeights
     targets: Targets
     notes: list[str]  # on its files
+    names: Names
 
     def identity(self) -> dict[str, Any]:
-        """What is delivered beside an adapter: the base's name, its commit or none, and how it was held."""
+        """What is delivered beside an adapter: the base's name, its commit or none, how it was held, and of a
+        multimodal one the class that serves it."""
         held = ", ".join(self.held.quantized) or self.held.type_of_others
-        return {"name": self.place.name, "commit": self.place.commit, "held": held}
+        served = {"served_as": self.names.served_as} if self.names.served_as else {}
+        return {"name": self.place.name, "commit": self.place.commit, "held": held, **served}
 
 
 def own_dropout(base: torch.nn.Module) -> list[str]:

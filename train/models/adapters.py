@@ -85,6 +85,11 @@ def _keep_in_fp32(layer: torch.nn.Module, compute: torch.dtype) -> None:
     layer.register_forward_hook(lambda _, __, output: output.to(compute))
 
 
+def is_adapted_layer(module: torch.nn.Module) -> bool:
+    """Whether this is PEFT's layer around a linear one, and not around a parameter of experts."""
+    return hasattr(module, "lora_A") and not hasattr(module, "parameter_name")
+
+
 def trainable(adapted: peft.PeftModel) -> dict[str, torch.nn.Parameter]:
     """The trained parameters, by the names that PEFT gives them in adapter_model.safetensors."""
     trained = [(name, parameter) for name, parameter in adapted.named_parameters() if parameter.requires_grad]

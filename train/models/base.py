@@ -13,7 +13,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import HfQuantizer
 
@@ -32,8 +32,9 @@ from train.models.completeness import (
     tied_embedding,
 )
 from train.models.hub import fetch_weights, locate, unreadable
-from train.models.shape import BROKEN, auto_class, cannot_read, model_shape, plain_attention, quantization, text_shape
+from train.models.shape import BROKEN, auto_class, cannot_read, model_class, plain_attention, quantization, text_shape
 from train.models.stored import Difference, StoredWeights
+from train.models.text_part import loaded_shape, text_part
 from train.run.exits import ExitCode, ExitWith
 from train.seeds import derived_seed
 
@@ -49,18 +50,21 @@ def load_base(
     Random weights are drawn from `seed`. Raises ExitWith(BAD_INPUT) where the base cannot be found or read, and where
     its files do not hold what its architecture wants.
     """
-    shape = model_shape(config)  # refuses what must not be loaded
+    part = text_part(config)  # refuses what must not be loaded
+    notes = [str(part)] if part else []
     if config.random_init:
-        draw = _drawn(text_shape(shape), dtype, torch.Generator(device).manual_seed(derived_seed(seed, "random base")))
-        return _filled(skeleton(config, dtype), draw, device, host, embedding_on_host), []
+        generator = torch.Generator(device).manual_seed(derived_seed(seed, "random base"))
+        draw = _drawn(text_shape(loaded_shape(config)), dtype, generator)
+        return _filled(skeleton(config, dtype), draw, device, host, embedding_on_host), notes
     place = locate(config)
     if (place.folder / "adapter_config.json").exists():
         reason = "an adapter lies beside the base (adapter_config.json); merge it into the base, or move it away"
         raise unreadable(config.name_or_path, reason)
-    paths, is_quantized = fetch_weights(place), quantization(config, shape, dtype)[1]
+    paths, is_quantized = fetch_weights(place), quantization(config, loaded_shape(config), dtype)[1]
     with ExitStack() as files:
         try:
             stored = StoredWeights(paths, files)
+            stored = part.of(stored) if part else stored
             stored.check_names()
             stored.check_types(is_quantized)
         except (OSError, ValueError, SafetensorError) as error:
@@ -72,11 +76,12 @@ def load_base(
                 read = read_stored(base, stored, is_quantized, dtype, device)
                 left = check_difference(config, base, difference_of(base, stored))
                 base = _filled(base, read, device, host, embedding_on_host)
+            else:
+                base, difference = _by_transformers(config, stored if part else None, dtype, device)
+                left = check_difference(config, base, difference)
+            if host.wanted or part:
                 with suppress(OSError):  # not every base has one
                     base.generation_config = GenerationConfig.from_pretrained(str(place.folder))
-            else:
-                base, difference = _by_transformers(config, shape, dtype, device)
-                left = check_difference(config, base, difference)
         except UnlikeBlocksError as error:
             reason = f"{config.name_or_path}: {error}; --memory.offload none, with a budget for it, trains it"
             raise ExitWith(ExitCode.BAD_INPUT, f"--memory.offload: {reason}") from None
@@ -87,7 +92,7 @@ def load_base(
         _unify_compute_type(base, dtype)
     if embedding_on_host and not host.wanted:
         offload_embedding(as_causal_lm(base))
-    return base, left
+    return base, [*notes, *left]
 
 
 def skeleton(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -95,7 +100,7 @@ def skeleton(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
 
     Raises ExitWith(BAD_INPUT) where config.json is not that of a language model.
     """
-    shape = model_shape(config)
+    shape = loaded_shape(config)
     kind = auto_class(config, shape)
     with init_empty_weights(include_buffers=False):
         options = {"dtype": dtype, "attn_implementation": plain_attention(kind, shape)}
@@ -121,21 +126,29 @@ def skeleton(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _by_transformers(
-    config: ModelConfig, shape: PreTrainedConfig, dtype: torch.dtype, device: torch.device
+    config: ModelConfig, text: StoredWeights | None, dtype: torch.dtype, device: torch.device
 ) -> tuple[PreTrainedModel, Difference]:
-    """The base as transformers loads it, and what it says about the files; it only warns of what is missing."""
+    """The base as transformers loads it, and what it says about the files; it only warns of what is missing.
+
+    Of a multimodal base it is given the `text` weights alone.
+    """
+    shape = loaded_shape(config)
     wanted, is_stored = quantization(config, shape, dtype)
-    options = {"quantization_config": wanted} if wanted and not is_stored else {}
+    options: dict[str, Any] = {"quantization_config": wanted} if wanted and not is_stored else {}
     kind = auto_class(config, shape)
+    folder, attention = str(locate(config).folder), plain_attention(kind, shape)
+    if text is not None:  # an Auto class takes no tensors
+        kind, folder = model_class(kind, shape), None
+        options |= {"config": shape, "state_dict": text.slices()}
     with _quiet():
         base, info = kind.from_pretrained(
-            str(locate(config).folder),
+            folder,
             **options,
             dtype=dtype,
             device_map={"": device},
             use_safetensors=True,
             trust_remote_code=False,
-            attn_implementation=plain_attention(kind, shape),
+            attn_implementation=attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told together with what is missing
         )
@@ -193,6 +206,13 @@ def computed_values(parameter: torch.nn.Parameter) -> torch.Tensor:
     if isinstance(parameter, bnb.nn.Int8Params):
         return bnb.functional.int8_vectorwise_dequant(packed.data, packed.SCB)
     return parameter.data
+
+
+def dequantized(stored: StoredWeights, name: str) -> torch.Tensor:
+    """The values that a weight which is stored in 4 bits stands for, in host memory."""
+    params4bit: Any = bnb.nn.Params4bit
+    parts = stored.quantized_parts(name)
+    return computed_values(params4bit.from_prequantized(stored.values(name), parts, requires_grad=False, device="cpu"))
 
 
 def _drawn(shape: Any, dtype: torch.dtype, generator: torch.Generator) -> Read:

@@ -21,13 +21,14 @@ from train.engine.layers import ADAPTER, CausalLM, Vocabulary, as_causal_lm
 from train.engine.plan import Plan
 from train.loss import Head, summed_cross_entropy
 from train.models.about import BaseFacts, own_dropout
-from train.models.adapters import copy_into, trainable, with_adapters
+from train.models.adapters import copy_into, is_adapted_layer, trainable, with_adapters
 from train.models.base import load_base, skeleton
 from train.models.held_weights import check_experts, held_weights
 from train.models.hub import locate
 from train.models.initial_adapter import initial_note, initial_tensors
 from train.models.rotary import SampleRotary, isolate_rotary
 from train.models.shape import text_shape
+from train.models.text_part import names_of
 from train.models.vocabulary import trains_embedding
 from train.models.whole import WHOLE, WholeModel, computing_in, train_whole, trained_weights
 from train.run.devices import compute_type
@@ -164,10 +165,12 @@ class LanguageModel(torch.nn.Module):
             self.head = tuned
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """The trained parameters, by the names that PEFT gives them, or in full fine-tuning transformers."""
+        """The trained parameters, by the names that PEFT gives them in the class that serves the base, or in full
+        fine-tuning transformers in the class that is trained.
+        """
         if isinstance(self.adapted, WholeModel):
             return trained_weights(self.adapted.get_base_model())
-        return trainable(self.adapted)
+        return {self.about.names.served(name): parameter for name, parameter in trainable(self.adapted).items()}
 
 
 def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageModel:
@@ -196,6 +199,9 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
     held = held_weights(base)
     check_experts(config.model, held)
     torch.manual_seed(derived_seed(config.train.seed, "adapters"))
+    names = names_of(config.model)
+    if base.base_model is base and names.decoder:  # Llama 4's text class looks for its decoder under the whole's name
+        base.base_model_prefix = names.decoder
     if as_causal_lm(base).base_model is base:
         reason = f"transformers' {type(base).__name__} has no decoder apart from its head"
         raise ExitWith(ExitCode.BAD_INPUT, f"{config.model.name_or_path}: {reason}; it is not trained")
@@ -204,7 +210,8 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
     reason = unsupported_reason(as_causal_lm(adapted.get_base_model())) if plan.is_fused else ""
     if reason:  # what was loaded is not what config.json promised
         raise ExitWith(ExitCode.BAD_INPUT, f"{config.model.name_or_path}: {reason}; --engine.kind reference trains it")
-    model = LanguageModel(adapted, host, BaseFacts(locate(config.model), held, targets, notes), compute)
+    about = BaseFacts(locate(config.model), held, targets, notes, names)
+    model = LanguageModel(adapted, host, about, compute)
     for parameter in model.trainable().values():
         parameter.data = parameter.data.to(device)  # PEFT puts them where the layer's weights are
     model.execute(plan)
@@ -282,7 +289,8 @@ def adapter_config(model: LanguageModel) -> dict[str, object]:
         return {"train_method": "full"} | base
     values = model.adapted.peft_config[ADAPTER].to_dict()
     sets = {key: sorted(value) for key, value in values.items() if isinstance(value, set)}
-    return values | sets | base | {"inference_mode": True}
+    adapted = [name for name, module in model.causal_lm.named_modules() if is_adapted_layer(module)]
+    return model.about.names.served_settings(values | sets, adapted) | base | {"inference_mode": True}
 
 
 def load_adapters(model: LanguageModel, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -8,7 +8,6 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     BitsAndBytesConfig,
     PreTrainedConfig,
     __version__,
@@ -28,7 +27,7 @@ MAX_REASON = 400  # characters of a library's error
 
 
 def model_shape(config: ModelConfig) -> PreTrainedConfig:
-    """The base's transformers configuration; of a multimodal base it nests the language model's (text_shape).
+    """The base's transformers configuration; of a multimodal base it nests the language model's.
 
     Raises ExitWith(BAD_INPUT) where it cannot be read, or must not be trusted.
     """
@@ -63,12 +62,17 @@ def max_positions(config: ModelConfig) -> int:
 
 
 def auto_class(config: ModelConfig, shape: PreTrainedConfig) -> Any:
-    """transformers' class that loads the base; raises ExitWith(BAD_INPUT) where it knows no language model in it."""
-    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        if type(shape) in kind._model_mapping:
-            return kind
+    """transformers' class for models of this shape; raises ExitWith(BAD_INPUT) where it knows none."""
+    if type(shape) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM
     reason = f"transformers {__version__} knows no language model of the type {shape.model_type!r}"
     raise unreadable(config.name_or_path, reason)
+
+
+def model_class(kind: Any, shape: PreTrainedConfig) -> Any:
+    """The class of the model that one of transformers' Auto classes makes of this shape."""
+    found: Any = kind._model_mapping[type(shape)]
+    return found[0] if isinstance(found, tuple | list) else found
 
 
 def plain_attention(kind: Any, shape: PreTrainedConfig) -> str:
@@ -76,10 +80,8 @@ def plain_attention(kind: Any, shape: PreTrainedConfig) -> str:
 
     transformers 5.17 takes SDPA for Gemma 2 all the same, which leaves the cap out.
     """
-    found: Any = kind._model_mapping[type(shape)]
-    model = found[0] if isinstance(found, tuple | list) else found
     has_cap = getattr(text_shape(shape), "attn_logit_softcapping", None) is not None
-    return "eager" if has_cap or not model._supports_sdpa else "sdpa"
+    return "eager" if has_cap or not model_class(kind, shape)._supports_sdpa else "sdpa"
 
 
 def stored_quantization(config: ModelConfig, shape: PreTrainedConfig) -> BitsAndBytesConfig | None:

@@ -1,7 +1,10 @@
 """What the weight files of a base hold, and its values as the architecture wants them."""
 
+import copy
+import math
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,7 @@ class StoredTensor:
     """A tensor as the header of its file describes it."""
 
     file: Path
+    place: str  # its name there
     dtype: str  # as safetensors spells it: BF16, U8
     shape: tuple[int, ...]
 
@@ -48,7 +52,7 @@ class Difference:
 
 
 class StoredWeights:
-    """The tensors of a base's weight files, which stay open until `files` is closed."""
+    """The tensors of a base's weight files, which stay open until `files` is closed, by their names there."""
 
     def __init__(self, paths: Sequence[Path], files: ExitStack) -> None:
         """Reads the headers; raises ValueError where a name stands in two files, SafetensorError for a broken one."""
@@ -60,11 +64,31 @@ class StoredWeights:
                 if name in self.tensors:
                     raise ValueError(f"{name} is both in {self.tensors[name].file.name} and in {path.name}")
                 header = opened.get_slice(name)
-                self.tensors[name] = StoredTensor(path, header.get_dtype(), tuple(header.get_shape()))
+                self.tensors[name] = StoredTensor(path, name, header.get_dtype(), tuple(header.get_shape()))
 
     def values(self, name: str) -> torch.Tensor:
         """The tensor of this name in the files, in host memory."""
-        return self.opened[self.tensors[name].file].get_tensor(name)
+        tensor = self.tensors[name]
+        return self.opened[tensor.file].get_tensor(tensor.place)
+
+    def num_bytes(self, name: str) -> int:
+        """What the tensor takes in its file."""
+        tensor = self.tensors[name]
+        bits = re.search(r"\d+", tensor.dtype)  # F32, F8_E4M3; BOOL takes a byte
+        return math.prod(tensor.shape) * (int(bits[0]) // 8 if bits else 1)
+
+    def slices(self) -> dict[str, Any]:
+        """The tensors as safetensors' slices, whose values are read when they are asked for."""
+        return {name: self.opened[tensor.file].get_slice(tensor.place) for name, tensor in self.tensors.items()}
+
+    def renamed(self, names: Mapping[str, str]) -> "StoredWeights":
+        """Those of the tensors that `names` names, by their new names; raises ValueError where two get the same."""
+        other = copy.copy(self)
+        other.tensors = {names[name]: tensor for name, tensor in self.tensors.items() if name in names}
+        if len(other.tensors) < len(names):
+            twice = next(name for name in names if other.tensors[names[name]].place != name)
+            raise ValueError(f"{names[twice]} is there twice, as {twice} and {other.tensors[names[twice]].place}")
+        return other
 
     def check_types(self, is_quantized: bool) -> None:
         """Raises ValueError where weights are codes of a quantisation that config.json does not tell of."""

@@ -1,5 +1,6 @@
 """The base's tokenizer, with what training needs of it."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,6 +19,8 @@ from train.run.exits import ExitCode, ExitWith
 
 # Tokens that models ship for padding: where pad is unset or equals eos, the first one in the vocabulary is used.
 PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<unk>")
+
+PROCESSOR_FILES = ("chat_template.json", "processor_config.json")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,9 @@ def load_tokenizer(config: Config) -> Tokenizer:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(place.folder), trust_remote_code=False)
     except BROKEN as error:
         raise cannot_read(config.model, "a tokenizer", error) from None
+    if tokenizer.chat_template is None and not config.data.chat_template:
+        tokenizer.chat_template, found_in = _processor_template(place.folder)
+        notes += [f"chat template: that of {found_in}"] if found_in else []
     notes += _add_tokens(tokenizer, config.lora.trainable_tokens)
     if config.data.chat_template:
         path = Path(config.data.chat_template)
@@ -79,6 +85,27 @@ def load_tokenizer(config: Config) -> Tokenizer:
             tokenizer.pad_token = tokenizer.eos_token
             notes.append(f"pad token: {tokenizer.eos_token}, the end token; harmless, padding is masked by position")
     return Tokenizer(tokenizer, tuple(notes))
+
+
+def _processor_template(folder: Path) -> tuple[str | None, str]:
+    """(the chat template that a multimodal base keeps with its processor, where AutoTokenizer does not look; its file).
+
+    Raises ExitWith(BAD_INPUT) where it cannot be read: another template would be trained instead.
+    """
+    for name in PROCESSOR_FILES:
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
+            if not isinstance(found, str | None):
+                raise ValueError(f"its chat_template is a {type(found).__name__}, not one text")
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            reason = f"the chat template cannot be read: {error}; write --data.chat_template FILE"
+            raise ExitWith(ExitCode.BAD_INPUT, f"{path}: {reason}") from None
+        if found:
+            return found, name
+    return None, ""
 
 
 def _add_tokens(tokenizer: Any, words: Sequence[str]) -> list[str]:

@@ -93,10 +93,12 @@ def loading_section(run: RunRecord) -> Section:
         missing = f"{final.name}/ is not there yet: it is written when training has ended. Repeat the command to go on."
         return Section("loading", title, [Text(missing)])
     tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({str(final)!r})"
-    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    kind = "AutoModelForImageTextToText" if run.base.get("served_as") else "AutoModelForCausalLM"
+    imports = f"from transformers import {kind}, AutoTokenizer"
     if at(run.config, "train", "method") == "full":
         model = f"model = AutoModelForCausalLM.from_pretrained({str(final)!r})"
-        return Section("loading", title, [Code("\n".join([imports, "", model, tokenizer]))])
+        whole_imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+        return Section("loading", title, [Code("\n".join([whole_imports, "", model, tokenizer]))])
     base, commit = run.base.get("name") or at(run.config, "model", "name_or_path"), run.base.get("commit")
     revision = f", revision={shown(commit)!r}" if commit else ""
     vocabulary = whole(run.base.get("vocabulary"))
@@ -104,7 +106,7 @@ def loading_section(run: RunRecord) -> Section:
         "from peft import PeftModel",
         imports,
         "",
-        f'base = AutoModelForCausalLM.from_pretrained({shown(base)!r}{revision}, dtype="bfloat16")',
+        f'base = {kind}.from_pretrained({shown(base)!r}{revision}, dtype="bfloat16")',
         *([f"base.resize_token_embeddings({vocabulary})"] if vocabulary else []),
         f"model = PeftModel.from_pretrained(base, {str(final)!r})",
         f"{tokenizer}  # with the chat template that was trained",

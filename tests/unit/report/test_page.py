@@ -116,6 +116,19 @@ def test_the_arithmetic_and_the_facts(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("without_charts")
+def test_a_multimodal_base_is_loaded_by_its_own_class(tmp_path: Path) -> None:
+    """How to load the adapter names the class that serves a multimodal base, by base.json."""
+    folder = write_run(tmp_path)
+    write_answers(folder)
+    assert "base = AutoModelForCausalLM.from_pretrained" in report(folder)
+    path = folder / "final" / "base.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"served_as": "Gemma3ForConditionalGeneration"}))
+    page = report(folder)
+    assert "base = AutoModelForImageTextToText.from_pretrained" in page
+    assert "AutoModelForCausalLM" not in page
+
+
+@pytest.mark.usefixtures("without_charts")
 def test_options_that_differ_from_the_profile_come_first(tmp_path: Path) -> None:
     """The changed option is in the first table with both values; an unchanged one only among all options."""
     page = report(write_run(tmp_path, optim__lr=0.5))

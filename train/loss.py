@@ -1,6 +1,7 @@
 """Cross entropy summed over the supervised tokens, without ever holding the logits of all of them."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,13 +41,23 @@ class Head:
     def logits(self, hidden: torch.Tensor, matrix: torch.Tensor | None = None) -> torch.Tensor:
         """[N, V] of hidden states [N, H]; `matrix` is that of the method, where it has been made already."""
         hidden = hidden.to(self.weight.dtype)
-        logits = F.linear(hidden, self.matrix() if matrix is None else matrix, self.bias)
+        matrix = self.matrix() if matrix is None else matrix
+        logits = _aligned(hidden, matrix.shape[0])
+        if self.bias is None:
+            torch.mm(hidden, matrix.t(), out=logits)
+        else:
+            torch.addmm(self.bias, hidden, matrix.t(), out=logits)
         if self.rows is not None:
             bias = None if self.bias is None else self.bias[self.rows.ids]
             logits[:, self.rows.ids] = F.linear(hidden, self.rows.values.detach().to(hidden.dtype), bias)
         if self.scale != 1.0:
             logits *= self.scale
         return logits.div_(self.cap).tanh_().mul_(self.cap) if self.cap else logits
+
+
+def _aligned(hidden: torch.Tensor, num_columns: int) -> torch.Tensor:
+    """Room for [N, V] in rows of whole 128 bytes: products with other rows are 2.5 times slower on an H100."""
+    return hidden.new_empty(hidden.shape[0], -(-num_columns // 64) * 64)[:, :num_columns]
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -117,4 +128,7 @@ def summed_cross_entropy(hidden: torch.Tensor, head: Head, targets: torch.Tensor
     hidden [N, H] and the head's frozen matrix have the compute type; targets [N] are token ids.
     """
     assert not head.weight.requires_grad, "it must be frozen: no gradient is made for it, but for what is trained"
+    if head.scale != 1.0 and math.frexp(head.scale)[0] == 0.5:  # a power of two scales what it multiplies as exactly
+        hidden = hidden * head.scale
+        head = replace(head, scale=1.0, bias=None if head.bias is None else head.bias * head.scale)
     return _SummedCrossEntropy.apply(hidden, head, targets, head.trained)

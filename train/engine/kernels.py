@@ -147,15 +147,21 @@ def rotate_kernel(
     inside = (head < num_heads) & (column < PAIRS)
     cosine = tl.load(cos + row * stride_table + column, mask=column < PAIRS).to(tl.float32)
     sine = sign * tl.load(sin + row * stride_table + column, mask=column < PAIRS).to(tl.float32)
-    first = 2 * column if INTERLEAVED else column
-    other = 1 if INTERLEAVED else PAIRS
-    place = row * stride_source + head * D + first
-    a = tl.load(source + place, mask=inside).to(tl.float32)
-    b = tl.load(source + place + other, mask=inside).to(tl.float32)
     dtype = target.dtype.element_ty
-    place = row * stride_target + head * D + first
-    tl.store(target + place, (a * cosine - b * sine).to(dtype), mask=inside)
-    tl.store(target + place + other, (b * cosine + a * sine).to(dtype), mask=inside)
+    if INTERLEAVED:  # neighbours are read and written together
+        both = tl.arange(0, 2 * HALF)[None, :]
+        is_inside = (head < num_heads) & (both < 2 * PAIRS)
+        values = tl.load(source + row * stride_source + head * D + both, mask=is_inside, other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(values, (HEADS, HALF, 2)))
+        turned = tl.interleave(a * cosine - b * sine, b * cosine + a * sine)
+        tl.store(target + row * stride_target + head * D + both, turned.to(dtype), mask=is_inside)
+    else:
+        place = row * stride_source + head * D + column
+        a = tl.load(source + place, mask=inside).to(tl.float32)
+        b = tl.load(source + place + PAIRS, mask=inside).to(tl.float32)
+        place = row * stride_target + head * D + column
+        tl.store(target + place, (a * cosine - b * sine).to(dtype), mask=inside)
+        tl.store(target + place + PAIRS, (b * cosine + a * sine).to(dtype), mask=inside)
 
 
 @triton.jit
@@ -238,10 +244,10 @@ def dropout_kernel(
 
 
 @triton.jit
-def cross_entropy_kernel(logits, targets, losses, V, BLOCK: tl.constexpr):
+def cross_entropy_kernel(logits, stride, targets, losses, V, BLOCK: tl.constexpr):
     """One row: losses = logsumexp(logits) - logits[target]; logits become softmax - onehot(target)."""
     row = tl.program_id(0).to(tl.int64)
-    start = logits + row * V
+    start = logits + row * stride
     column = tl.arange(0, BLOCK)
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)

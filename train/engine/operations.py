@@ -250,7 +250,9 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     kernels = kernels_for(logits.device)
     if kernels is not None:
         losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-        kernels.cross_entropy_kernel[(logits.shape[0],)](logits, targets, losses, logits.shape[1], 4096, num_warps=16)
+        kernels.cross_entropy_kernel[(logits.shape[0],)](
+            logits, logits.stride(0), targets, losses, logits.shape[1], 4096, num_warps=16
+        )
         return losses
     wide, own = logits.float(), targets[:, None]
     log_total = wide.logsumexp(-1, keepdim=True)

@@ -41,9 +41,7 @@ class Residual:
             normed = torch.empty_like(output)
             branch = Branch(output, normalize(output, self.after, normed))
             output = normed
-        if self.scale != 1.0:
-            output *= self.scale
-        output += x
+        torch.add(x, output, alpha=self.scale, out=output)
         return output, branch
 
     def output_gradient(self, grad: torch.Tensor, branch: Branch | None, width: int, rank: int) -> torch.Tensor:
@@ -55,10 +53,10 @@ class Residual:
             return grad[:, : width + rank]
         found = grad.new_empty(grad.shape[0], width + rank)
         if self.after is None:
-            found[:, :width] = grad[:, :width]
-        else:
-            assert branch is not None
-            normalize_backward(grad[:, :width], branch.output, self.after, branch.rstd, found[:, :width], add=False)
+            torch.mul(grad[:, :width], self.scale, out=found[:, :width])
+            return found
+        assert branch is not None
+        normalize_backward(grad[:, :width], branch.output, self.after, branch.rstd, found[:, :width], add=False)
         if self.scale != 1.0:
             found[:, :width] *= self.scale
         return found

@@ -75,7 +75,7 @@ def _gpu(
 # (RTX 3090: 936 GB/s, RTX 4090: 165 and 1,008). The bus is PCIe 5, 4 or 3 with 16 lanes (RTX 3050: 8), less a sixth
 # to a quarter. A name that holds another's words comes before it.
 KNOWN_GPUS = [
-    _gpu("H200", 140.0, (9, 0), 989, (735, 47, 4300, 54)),
+    _gpu("H200", 140.0, (9, 0), 989, (715, 47, 4300, 54)),
     _gpu("H100-PCIe", 79.2, (9, 0), 756, (529, 36, 1700, 54)),
     _gpu("H100", 79.2, (9, 0), 989, (725, 47, 3000, 54)),
     _gpu("A100-80", 79.2, (8, 0), 312, (218, 13.6, 1730, 24)),

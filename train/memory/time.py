@@ -10,9 +10,12 @@ from train.memory.candidate import Candidate, Job
 LATENCY_TOKENS = 155
 # How often a block's activations are read or written between its products, forward (or recomputing) and backward, and
 # the seconds a block and direction in which kernels are too small to fill the GPU. Neither was measured alone: with
-# both, steps of an 8B are within 10 % of the prediction; small models take 10 to 29 % longer (docs/LOG.md)
+# both, steps of an 8B are within 10 % of the prediction; short ones of small models take 10 to 29 % longer (docs/LOG.md)
 ELEMENTWISE_FORWARD, ELEMENTWISE_BACKWARD = 3, 9
 SMALL_KERNEL_SECONDS = 0.0002
+# Norms of query and key heads read them, keep a copy and write them; their backward reads two and writes one. Logits are
+# written, read twice and written again. With both, packed steps of 19 shapes are within 5 % (results/families.json)
+HEAD_NORM_PASSES, LOGIT_PASSES = 3, 4
 # Seconds in which the host launches the kernels of one block (measured: 272 ms for 32 blocks that all recompute)
 LAUNCH_FORWARD, LAUNCH_BACKWARD = 0.0024, 0.0037
 # Copies beside the computation slow it by these shares (measured: 1.9 % with all blocks streamed)
@@ -60,7 +63,8 @@ def elementwise(job: Job, c: Candidate, times: int) -> float:
     """Norms, rotation, SwiGLU and residuals read or write the block's activations `times` times."""
     s = job.sizes
     width = (3 + s.norms_behind) * s.hidden + s.qkv + s.query + s.gate_up
-    return times * s.element_bytes * width * c.mean_tokens / job.gpu.bandwidth
+    width = times * width + HEAD_NORM_PASSES * s.normed_qk
+    return s.element_bytes * width * c.mean_tokens / job.gpu.bandwidth
 
 
 def dequantisation(job: Job, c: Candidate) -> float:
@@ -126,5 +130,7 @@ def slowdown(job: Job, c: Candidate) -> float:
 
 
 def head(job: Job, c: Candidate) -> float:
-    """Logits and the gradient of their input: 2 FLOP a weight each."""
-    return products(job, c, 4 * job.sizes.head_bytes / job.sizes.element_bytes)
+    """Logits and the gradient of their input: 2 FLOP a weight each; and the cross entropy between them."""
+    s = job.sizes
+    entropy = LOGIT_PASSES * s.element_bytes * s.vocabulary * c.mean_tokens / job.gpu.bandwidth
+    return products(job, c, 4 * s.head_bytes / s.element_bytes) + entropy

@@ -10,11 +10,11 @@ from train.memory.candidate import Candidate, Job
 LATENCY_TOKENS = 155
 # How often a block's activations are read or written between its products, forward (or recomputing) and backward, and
 # the seconds a block and direction in which kernels are too small to fill the GPU. Neither was measured alone: with
-# both, steps of an 8B are within 10 % of the prediction; short ones of small models take 10 to 29 % longer (docs/LOG.md)
+# both, steps of an 8B are within 10 % of the prediction; short steps of small models take 10 to 29 % longer
 ELEMENTWISE_FORWARD, ELEMENTWISE_BACKWARD = 3, 9
 SMALL_KERNEL_SECONDS = 0.0002
-# Norms of query and key heads read them, keep a copy and write them; their backward reads two and writes one. Logits are
-# written, read twice and written again. With both, packed steps of 19 shapes are within 5 % (results/families.json)
+# Norms of query and key heads read them, keep a copy and write them; their backward reads two and writes one. Logits
+# are written, read twice and written again. With both, packed steps of 19 shapes are within 5 % (results/families.json)
 HEAD_NORM_PASSES, LOGIT_PASSES = 3, 4
 # Seconds in which the host launches the kernels of one block (measured: 272 ms for 32 blocks that all recompute)
 LAUNCH_FORWARD, LAUNCH_BACKWARD = 0.0024, 0.0037

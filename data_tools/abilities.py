@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from data_tools.chat_template import ChatTemplate
+from data_tools.chat_template import PLAIN_TEMPLATE, ChatTemplate
 from data_tools.messages import Message
 from data_tools.records import Conversation
 from data_tools.render import ConversationRenderer, RenderSettings
@@ -50,6 +50,7 @@ class Abilities:
     end: str  # the text after an answer, with the token at which generation stops
     has_clock: bool
     switches: tuple[str, ...]  # arguments for thinking that it names
+    is_plain: bool  # it is ours, because the tokenizer has none
 
     def as_json(self) -> dict[str, Any]:
         """All fields."""
@@ -87,4 +88,5 @@ def abilities_of(tokenizer: Any, settings: RenderSettings) -> Abilities:
             prompt = tokenizer.decode(ids[:start]).rpartition(_ASKED.content)[2]
             end = tokenizer.decode(ids[start:stop]).rpartition(_ANSWERED.content)[2]
     template = ChatTemplate(tokenizer)
-    return Abilities(refusals, num_samples, prompt, end, template.has_clock, tuple(template.switches(False, {})))
+    is_plain, switches = tokenizer.chat_template == PLAIN_TEMPLATE, tuple(template.switches(False, {}))
+    return Abilities(refusals, num_samples, prompt, end, template.has_clock, switches, is_plain)

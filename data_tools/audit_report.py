@@ -5,6 +5,7 @@ from rich.text import Text
 
 from data_tools.abilities import Abilities
 from data_tools.audit import Audit, failures, warnings
+from data_tools.chat_template import NO_TEMPLATE
 from data_tools.data_lines import data_lines, data_warnings
 from data_tools.terminal import printable
 
@@ -25,6 +26,7 @@ def _validation(audit: Audit) -> str:
 def show_audit(audit: Audit, console: Console, abilities: Abilities) -> None:
     """Prints the audit: counts, a histogram of the lengths, the longest samples, findings and verdict."""
     schedule, reasons, doubts = audit.schedule, failures(audit), [*warnings(audit), *data_warnings(audit.statistics)]
+    doubts += [NO_TEMPLATE] if abilities.is_plain else []
     supervised_share = audit.supervised_tokens / max(audit.tokens, 1)
     lines = [
         *data_lines(audit.statistics, audit.notes),

@@ -26,6 +26,10 @@ CLOCK = "strftime_now"  # the one function by which transformers lets a template
 # Arguments by which templates are told whether the model is to think first.
 THINKING_SWITCHES = ("enable_thinking", "thinking", "enable_reasoning")
 
+NO_TEMPLATE = (
+    "the tokenizer has no chat template: '### User: / ### Assistant:' is trained, and saved with the result; "
+    "--data.chat_template FILE names another, such as that of the model's Instruct repository"
+)
 # For a tokenizer without a chat template: role markers in plain text, and the tokenizer's end token.
 PLAIN_TEMPLATE = (
     "{{ bos_token or '' }}{% for message in messages %}"

@@ -30,6 +30,7 @@ ASKED = (
 ASKED += ("term", "request", "q", "frage", "pregunta")
 ANSWERED = ("response", "completion", "answer", "output", "assistant", "reply", "chosen", "target", "solution", "label")
 ANSWERED += ("definition", "summary", "a", "antwort", "respuesta")
+MAPPED = "prompt_response by data.fields"  # among the formats that were found
 SHARED_FIELDS = ("system", "tools", "chat_template_kwargs")  # read in every row that is a conversation
 
 Row = Mapping[str, Any]
@@ -53,6 +54,7 @@ class Format:
     fields: tuple[str, ...]  # required in every row
     optional: tuple[str, ...]  # read where present
     turns: Callable[[Row], Turns] | None  # None: a document
+    is_mapped: bool = False  # by data.fields
 
     def matches(self, row: Row) -> bool:
         """Whether the row has this format's required fields; a null, which Arrow fills in, is none."""
@@ -110,15 +112,18 @@ def fields_with_values(row: Row) -> str:
 
 
 def _formats(field_map: Mapping[str, str]) -> list[Format]:
-    """All formats, the most specific first; a field map is a prompt/response format with those field names."""
-    names = [(field_map["prompt"], field_map["response"])] if field_map else PAIR_NAMES
-    pairs = [Format("prompt_response", pair, SHARED_FIELDS, partial(_pair, *pair)) for pair in names]
+    """All formats, the most specific first; a field map adds a prompt/response format with those field names."""
+    pairs = [Format("prompt_response", pair, SHARED_FIELDS, partial(_pair, *pair)) for pair in PAIR_NAMES]
+    mapped: list[Format] = []
+    if field_map:
+        named = field_map["prompt"], field_map["response"]
+        mapped.append(Format("prompt_response", named, SHARED_FIELDS, partial(_pair, *named), is_mapped=True))
     return [
-        *(pairs if field_map else ()),
+        *mapped,
         Format("messages", ("messages",), SHARED_FIELDS, partial(_listed, "messages")),
         Format("sharegpt", ("conversations",), SHARED_FIELDS, partial(_listed, "conversations")),
         Format("alpaca", ("instruction", "output"), ("input", "history", *SHARED_FIELDS), _alpaca),
-        *(() if field_map else pairs),
+        *pairs,
         Format("text", ("text",), (), None),
     ]
 

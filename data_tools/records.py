@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_tools.data_sets import HubData, SavedData
-from data_tools.formats import Format, Row, detect, fields_with_values
+from data_tools.formats import MAPPED, Format, Row, detect, fields_with_values
 from data_tools.messages import Message
 from data_tools.readers import DAMAGE, RowFile, first_line, is_rows_in_disguise
 from data_tools.report import Report
@@ -147,7 +147,7 @@ def read_one(raw: Raw, formats: set[str], ignored_fields: Counter[str]) -> Recor
         formats.add("text")
     if not isinstance(raw, RawRow):
         return raw
-    formats.add(raw.format.name)
+    formats.add(MAPPED if raw.format.is_mapped else raw.format.name)
     try:
         record = raw.read()
     except ValueError as error:

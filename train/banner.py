@@ -1,7 +1,6 @@
 """The banner at the start: the arithmetic of the run, in which a wrong number shows at once."""
 
-from collections.abc import Sequence
-
+from data_tools.chat_template import NO_TEMPLATE, PLAIN_TEMPLATE
 from data_tools.data_lines import data_lines, data_warnings
 from data_tools.prepare import Statistics
 from data_tools.terminal import seen_from_here
@@ -10,7 +9,7 @@ from train.config import Config
 from train.data import Splits
 from train.grace import grace_warning
 from train.models.targets import Targets
-from train.models.tokenizer import trained_tokens, unseen_tokens
+from train.models.tokenizer import Tokenizer, trained_tokens, unseen_tokens
 from train.profiles import GLOSSARY, HELD_OUT, PROFILES
 from train.recipe import recipe_warnings
 from train.run import devices
@@ -21,8 +20,9 @@ from train.step import Training
 MIN_EXTENSION_RATE = 0.01  # of the peak; below it an extension is hardly training
 
 
-def banner(training: Training, tokenizer_notes: Sequence[str], splits: Splits, checkpoint: Checkpoint | None) -> str:
+def banner(training: Training, tokenizer: Tokenizer, splits: Splits, checkpoint: Checkpoint | None) -> str:
     """Lines on the model, the data, the batch arithmetic, memory and versions, and warnings."""
+    is_plain = tokenizer.backend.chat_template == PLAIN_TEMPLATE
     config, data, about = training.config, training.data, training.model.about
     prepared, validation = splits.training.prepared, splits.validation
     statistics = prepared.statistics
@@ -57,10 +57,10 @@ def banner(training: Training, tokenizer_notes: Sequence[str], splits: Splits, c
         f"warmup {training.schedule.warmup:,} steps"
         + (f", B at {config.optim.lora_plus_ratio:g} times the rate" if config.optim.lora_plus_ratio != 1 else ""),
         *_extensions(training),
-        *(f"tokenizer {note}" for note in tokenizer_notes),
+        *(f"tokenizer {note}" for note in tokenizer.notes),
         "versions  " + ", ".join(f"{name} {number}" for name, number in versions().items()),
     ]
-    return "\n".join([*lines, *_warnings(training, splits)])
+    return "\n".join([*lines, *_warnings(training, splits, is_plain)])
 
 
 def _trained(config: Config, targets: Targets) -> str:
@@ -130,7 +130,7 @@ def _base(config: Config) -> str:
     return f"{seen_from_here(config.model.name_or_path)} ({weights})"
 
 
-def _warnings(training: Training, splits: Splits) -> list[str]:
+def _warnings(training: Training, splits: Splits, is_plain: bool) -> list[str]:
     """What a user should know before waiting for the result."""
     config, lines = training.config, []
     statistics = splits.training.prepared.statistics
@@ -145,6 +145,8 @@ def _warnings(training: Training, splits: Splits) -> list[str]:
             f"warning   {len(unseen)} of lora.trainable_tokens are in no sample, so that their embedding stays as it "
             f"starts: {' '.join(config.lora.trainable_tokens[place] for place in unseen)}"
         )
+    if is_plain:
+        lines.append(f"warning   {NO_TEMPLATE}")
     lines += [f"warning   {line}" for line in _lost(config, statistics)]
     if config.data.validation_path and splits.validation is not None:
         lost = _lost(config, splits.validation.prepared.statistics)

@@ -203,8 +203,8 @@ class EngineConfig:
 class CheckpointConfig:
     """When checkpoints are written, and which stay."""
 
-    every: Literal["epoch"] | int = "epoch"
-    """At each epoch's end, or every N optimizer steps; always at the end."""
+    every: Literal["epoch"] | int | float = "epoch"
+    """At each epoch's end, every N optimizer steps, or a share of an epoch such as 0.25; always at the end."""
     minutes: float = 0.0
     """Also this many minutes after the last one; 0: never by the clock."""
     keep: int = 2
@@ -333,6 +333,7 @@ class Config:
         yield from self._target_checks()
         yield from self._token_checks()
         yield from self._method_checks()
+        yield from self._interval_checks()
         yield from self._validation_checks()
         yield from self._track_checks()
         if isinstance(self.memory.checkpointing, int):
@@ -387,6 +388,13 @@ class Config:
             if value:
                 yield option, value, "belongs to adapters; leave it out with --train.method full"
 
+    def _interval_checks(self) -> Iterator[tuple[str, object, str]]:
+        for option, every in (("validate.every", self.validate.every), ("checkpoint.every", self.checkpoint.every)):
+            if isinstance(every, float) and not 0 < every <= 1:
+                yield option, every, "a share of an epoch is greater than 0 and at most 1"
+            elif isinstance(every, int) and every < 1:
+                yield option, every, "must be at least 1 step, a share such as 0.25, or epoch"
+
     def _validation_checks(self) -> Iterator[tuple[str, object, str]]:
         settings = self.validate
         if not (self.data.validation_path or self.data.validation_fraction):
@@ -396,10 +404,6 @@ class Config:
                     value,
                     "needs held-out data: --data.validation_fraction 0.1 or --data.validation_path FILE",
                 )
-        if isinstance(settings.every, float) and not 0 < settings.every <= 1:
-            yield "validate.every", settings.every, "a share of an epoch is greater than 0 and at most 1"
-        elif isinstance(settings.every, int) and settings.every < 1:
-            yield "validate.every", settings.every, "must be at least 1 step, a share such as 0.25, or epoch"
         if settings.min_improvement and not settings.patience:
             yield "validate.min_improvement", settings.min_improvement, "belongs to --validate.patience; give it, too"
         for option, value in (("min_improvement", settings.min_improvement), ("target_loss", settings.target_loss)):
@@ -476,8 +480,6 @@ class Config:
             ("compare.num_questions", self.compare.num_questions, 0),
             ("compare.max_new_tokens", self.compare.max_new_tokens, 1),
         ]
-        if self.checkpoint.every != "epoch":
-            at_least.append(("checkpoint.every", self.checkpoint.every, 1))
         for option, value, minimum in at_least:
             if not value >= minimum:
                 yield option, value, f"must be at least {minimum}"

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from datetime import date
 from itertools import accumulate
 from statistics import fmean, pstdev
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
 
+from data_tools.formats import MAPPED
 from data_tools.packing import pack
 from data_tools.prepare import DataSplit, Prepared, PrepareSettings, prepare
 from data_tools.render import RenderSettings
@@ -96,6 +97,17 @@ class TrainingData:
         """Optimizer steps in the whole run."""
         steps = self.steps_per_epoch * train.epochs
         return min(steps, train.max_steps) if train.max_steps else steps
+
+    def ends(self, step: int, every: Literal["epoch"] | int | float) -> bool:
+        """Whether an interval ends with optimizer step `step`: an epoch, so many steps, or a share of an epoch.
+
+        Of a share it is the first step behind each multiple.
+        """
+        if isinstance(every, float):
+            interval = every * self.steps_per_epoch
+            before, after = (math.floor(number / interval + 1e-9) for number in (step - 1, step))
+            return before < after
+        return step % (self.steps_per_epoch if every == "epoch" else every) == 0
 
     def supervised_tokens_per_epoch(self) -> int:
         """Tokens whose loss counts in one epoch."""
@@ -243,6 +255,9 @@ class Splits:
 def read_data(config: Config, tokenizer: Any, today: date) -> Splits:
     """The prepared data of a run, divided; raises DataError where it cannot be used."""
     prepared = prepare(prepare_settings(config, config.data.path, today), tokenizer)
+    if config.data.fields and MAPPED not in prepared.statistics.formats:
+        named = " ".join(config.data.fields)
+        raise DataError(f"--data.fields {named}: no row of data.path has these columns; leave it out, or correct it")
     if config.data.validation_path:
         held_out = prepare(prepare_settings(config, config.data.validation_path, today), tokenizer)
         return Splits(DataSplit(prepared, prepared.dataset), DataSplit(held_out, held_out.dataset))

@@ -98,12 +98,13 @@ def ask(
     count = config.compare.num_questions
     data, validation = training.data, splits.validation
     visited = data.visited_samples(step)
-    asked = [("trained", questions_of(data.samples, visited, tokenizer, count), folder.answers)]
+    paths = config.data.path
+    asked = [("trained", questions_of(data.samples, visited, tokenizer, count), folder.answers, paths)]
     if validation is not None:
         held_out = questions_of(validation.samples, range(len(validation.samples)), tokenizer, count)
-        asked.append(("held out", held_out, folder.held_out_answers))
-    asked.append(("general", list(material.general_questions), folder.general_answers))
-    for kind, questions, path in asked:
+        asked.append(("held out", held_out, folder.held_out_answers, config.data.validation_path or paths))
+    asked.append(("general", list(material.general_questions), folder.general_answers, ()))
+    for kind, questions, path, sources in asked:
         if not questions:
             continue
         console.print(f"asking {len(questions)} {kind} questions, without and with the adapters", highlight=False)
@@ -111,7 +112,7 @@ def ask(
         if stop.is_received():
             reason = f"stopped by {stop.received}; {folder.final} is complete; repeat the command to ask on"
             raise ExitWith(ExitCode.INTERRUPTED, reason)
-        rows = as_rows(answers)
+        rows = as_rows(answers, sources)
         write_atomically(path, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
         trackers.table(path.stem, rows)
         show_answers(console, f"{kind} questions", answers)

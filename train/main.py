@@ -173,7 +173,7 @@ def job(config: Config, observed: Observed) -> str:
         doing.now = f"restoring {checkpoint.path.name}"
         restore(training, checkpoint)
     doing.now = "preparing the first step"
-    say(accelerator, banner(training, tokenizer.notes, splits, checkpoint))
+    say(accelerator, banner(training, tokenizer, splits, checkpoint))
     on_first_process(accelerator, lambda: check_folder(training, store, prepared, today))
     raise_if_stopped(config, accelerator, stop)
 

@@ -8,6 +8,7 @@ MAX_WARMUP = 1 / 3  # of the steps; recipes take 0 to 10 %
 MIN_STEPS = 100  # with fewer, an adapter that starts at zero has hardly left it at the usual rates
 ENOUGH_STEPS = 200  # which a few dozen rows take to be learnt (docs/LOG.md, 2026-11-27)
 MIN_RIGHT = 0.5  # of the questions from the training data, below which a short run has taught little
+MIN_KNOWN, MIN_KEPT = 4, 0.6  # general questions that the base answers, and the share of them that should stay
 # Epochs beyond which held-out loss usually rises: 3 are usual, small data sets are learnt by heart in ten to twenty.
 MAX_EPOCHS_OF_MANY, MANY_SAMPLES = 5, 2_000
 MAX_EPOCHS = 20
@@ -62,6 +63,17 @@ def taught_little(num_right: int, num_asked: int, num_steps: int, epochs: float)
     enough = _enough_epochs(num_steps / epochs)
     way = f"--train.epochs {enough} --run.resume never trains anew and longer" if enough > epochs else "more data does"
     return f"{num_steps:,} steps taught little: {num_right} of {num_asked} trained questions are answered right; {way}"
+
+
+def forgot(num_right: int, num_before: int, num_asked: int) -> str:
+    """What is said at the end where general questions were answered right before, and mostly are not any more."""
+    if num_before < MIN_KNOWN or num_right >= MIN_KEPT * num_before:
+        return ""
+    return (
+        f"general questions are forgotten: {num_right} of {num_asked} right, {num_before} before. Ordinary rows beside "
+        "yours keep them: --data.path YOURS demo/everyday.jsonl --run.resume never (docs/DATA.md); a lower --optim.lr "
+        "or fewer epochs forget less, too"
+    )
 
 
 def _of_epochs(config: Config, num_samples: int, steps_per_epoch: int, total_steps: int) -> str:

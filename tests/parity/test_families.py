@@ -44,11 +44,12 @@ def test_twenty_steps(base: Path, config: Config) -> None:
     fused = replace(config, engine=EngineConfig(kind="fused"))
     streamed = replace(fused, memory=MemoryConfig(offload="stream", checkpointing="full"))
     runs = [training_of(each, Accelerator(cpu=True)) for each in (config, fused, streamed)]
-    causal_lm = runs[1].model.causal_lm
+    causal_lm, engine = runs[1].model.causal_lm, runs[1].model.engine
+    assert engine is not None
     assert [run.model.engine_name for run in runs] == ["reference", "fused", "fused"]
     assert len(runs[2].plan.streamed) == 3
     assert type(causal_lm).__name__ in families.FAMILIES
-    assert all(layer.parameters for block in runs[1].model.engine.stack.blocks for layer in block.groups)
+    assert all(layer.parameters for block in engine.stack.blocks for layer in block.groups)
     curves = [[optimizer_step(run, step).loss for step in range(20)] for run in runs]
     assert curves[0][-1] < curves[0][0] - 0.15
     assert curves[1] == pytest.approx(curves[0], rel=5e-3)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from train.config import BatchConfig, Config, TrainConfig, ValidateConfig
 from train.profiles import PROFILES, data_alone
-from train.recipe import recipe_warnings, taught_little
+from train.recipe import forgot, recipe_warnings, taught_little
 
 
 def recipe(epochs: int = 3, max_steps: int = 0, accumulation: int = 1) -> Config:
@@ -47,6 +47,13 @@ def test_a_short_run_that_taught_little() -> None:
     assert "--train.epochs 16 --run.resume never" in said
     assert "more data" in taught_little(0, 2, 20, 20)
     assert taught_little(12, 24, 39, 3) == taught_little(0, 24, 200, 3) == ""
+
+
+def test_a_base_that_forgot() -> None:
+    """Said where most of what it knew is lost, with the rows that keep it; not where it knew little."""
+    assert "1 of 24 right, 17 before" in forgot(1, 17, 24)
+    assert "demo/everyday.jsonl" in forgot(10, 17, 24)
+    assert forgot(11, 17, 24) == forgot(0, 3, 24) == ""
 
 
 def test_more_epochs_than_the_rows_deserve() -> None:

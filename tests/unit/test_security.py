@@ -180,7 +180,7 @@ def test_answers_are_shown_as_they_are() -> None:
     written = io.StringIO()
     console = Console(file=written, width=200)
     answer = f"see [/etc/hosts] [bold]list[0] {HOSTILE}"
-    show_answers(console, "answers", [Answer(answer, answer, *[Completion(answer, True, 1)] * 2)])
+    show_answers(console, "answers", [Answer(answer, answer, Completion(answer, True, 1), Completion(answer, True, 1))])
     said = written.getvalue()
     assert said.count("see [/etc/hosts] [bold]list[0] ") == 3
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", said)

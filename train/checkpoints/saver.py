@@ -54,10 +54,8 @@ class Saver:
 
     def is_due(self, step: int, validation_loss: float | None) -> bool:
         """Whether `step` gets a checkpoint whatever the clock says: by the interval, as the last, or as the best."""
-        wanted = self.training.config.checkpoint.every
-        every = self.training.data.steps_per_epoch if wanted == "epoch" else wanted
         is_best = validation_loss is not None and step == self.record.best_step
-        return step % every == 0 or self.is_last(step) or is_best
+        return self.training.data.ends(step, self.training.config.checkpoint.every) or self.is_last(step) or is_best
 
     def is_last(self, step: int) -> bool:
         """Whether no step comes after `step`: by the schedule, or since the validation loss ends the run early."""

@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.metadata import version
 from types import FrameType
 
 from data_tools.report import DataError
@@ -38,7 +39,8 @@ LESS_MEMORY = (
     "the GPU has not enough free memory: --memory.budget below what is free leaves more of the model in host memory, "
     "--run.device cpu needs no GPU; shorter answers need less (compare and chat: fewer new tokens)"
 )
-USAGE = f"usage: handloop COMMAND [options]\n\n{_LINES}\n\nhandloop COMMAND --help lists its options"
+_MORE = "handloop COMMAND --help lists its options, --version says which this is"
+USAGE = f"usage: handloop COMMAND [options]\n\n{_LINES}\n\n{_MORE}"
 
 
 class Terminated(BaseException):
@@ -112,6 +114,9 @@ def _unwind_on_signals() -> None:
 def _run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE)
+        return 0
+    if words[0] == "--version":
+        print(f"handloop {version('handloop')}")
         return 0
     if words[0] in COMMANDS:
         module = words[0].replace("-", "_")

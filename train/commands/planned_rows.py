@@ -8,6 +8,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from data_tools.chat_template import NO_TEMPLATE, PLAIN_TEMPLATE
 from data_tools.prepare import is_prepared
 from data_tools.report import DataError
 from data_tools.terminal import seen_from_here
@@ -84,7 +85,9 @@ def planned_rows(config: Config, mean_length: int | None) -> PlannedRows:
         today = run_date(config, date.today())
         if too_large := _too_large(config, tokenizer, today):
             return _assumed(config, None, too_large)
-        return _counted(config, read_data(config, tokenizer, today), tokenizer.pad_token_id)
+        found = _counted(config, read_data(config, tokenizer, today), tokenizer.pad_token_id)
+        is_plain = tokenizer.chat_template == PLAIN_TEMPLATE
+        return replace(found, said=(*found.said, f"warning   {NO_TEMPLATE}")) if is_plain else found
     except (ExitWith, DataError) as error:  # which the run would say in full
         return _assumed(config, None, f"since the data cannot be counted here: {_in_short(error)}")
 

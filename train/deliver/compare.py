@@ -24,6 +24,7 @@ class Answer:
     reference: str | None
     before: Completion
     after: Completion
+    path_number: int = 0  # which of the user's paths it is from
 
     def score(self, completion: Completion) -> Score | None:
         """How one of the two compares with the reference; None where there is none."""
@@ -49,14 +50,15 @@ def compare(generator: Generator, questions: Sequence[Question], must_stop: Call
     with model.generating():
         for batch, completions in in_batches(questions, generate_both, must_stop):
             for question, before, after in zip(batch, *completions, strict=True):
-                answers.append(Answer(question.text, question.reference, before, after))
+                answers.append(Answer(question.text, question.reference, before, after, question.path_number))
     return answers
 
 
-def as_rows(answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    """The answers as written to answers.json."""
+def as_rows(answers: Sequence[Answer], paths: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The answers as written to answers.json; with `paths`, each says from which of them its question is."""
     return [
         {
+            **({"path": paths[answer.path_number]} if paths else {}),
             "question": answer.question,
             "reference": answer.reference,
             "before": answer.before.text,
@@ -81,13 +83,13 @@ def show_answers(console: Console, title: str, answers: Sequence[Answer]) -> Non
 
 
 def _counts(answers: Sequence[Answer], completions: Sequence[Completion]) -> str:
-    """How many are right, word for word or with other words around; and how many ended by themselves."""
+    """How many are right (the reference stands in them), how many word for word, and how many ended by themselves."""
     pairs = list(zip(answers, completions, strict=True))
     scores = [found for answer, completion in pairs if (found := answer.score(completion)) is not None]
     exact, contained = sum(found.exact for found in scores), sum(found.contained for found in scores)
     stopped = sum(completion.is_stopped for completion in completions)
-    told = [f"{exact} of {len(scores)} exact ({exact / len(scores):.1%})"] if scores else []
-    told += [f"{contained} contain the answer ({contained / len(scores):.1%})"] if contained > exact else []
+    right = f"{contained} of {len(scores)} right"
+    told = [f"{right} ({contained / len(scores):.1%}), {exact} word for word"] if scores else []
     return ", ".join([*told, f"{stopped} stopped by themselves ({stopped / len(answers):.1%})"])
 
 
@@ -97,12 +99,12 @@ def show_first(console: Console, title: str, answers: Sequence[Answer], count: i
     table.add_column("question", ratio=2)
     table.add_column("before", ratio=3, style="dim")
     table.add_column("after", ratio=3)
-    table.add_column("exact", justify="center")
+    table.add_column("right", justify="center")
     table.add_column("stopped", justify="center")
     for answer in answers[:count]:
-        exact = "-" if answer.reference is None else "yes" if answer.after.text == answer.reference else "no"
+        right = {None: "-", True: "yes", False: "no"}[answer.has_contained(answer.after)]
         texts = (answer.question, answer.before.text, answer.after.text)
-        table.add_row(*map(_shown, texts), exact, "yes" if answer.after.is_stopped else "no")
+        table.add_row(*map(_shown, texts), right, "yes" if answer.after.is_stopped else "no")
     console.print(table)
 
 

@@ -25,6 +25,7 @@ class Question:
     prompt: list[int]
     text: str
     reference: str | None
+    path_number: int = 0  # which of the user's paths it is from
 
 
 def questions_of(
@@ -43,7 +44,8 @@ def _question(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Questi
     ids: list[int] = row["input_ids"]
     if not start or ids[end - 1] not in special_ids(tokenizer):
         return None
-    return Question(ids[:start], row["question"], str(tokenizer.decode(ids[start : end - 1])).strip())
+    reference = str(tokenizer.decode(ids[start : end - 1])).strip()
+    return Question(ids[:start], row["question"], reference, row.get("path_number", 0))
 
 
 def questions_in(

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 Z_95 = 1.959964  # of the normal distribution: 95 % lie within
+_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+NUMBERS = {word: str(number) for number, word in enumerate(_WORDS)}
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -18,15 +20,20 @@ class Score:
 
     exact: bool  # the texts are equal
     normalised_exact: bool  # they are, but for case, punctuation, articles and white space
-    contained: bool  # the normalised reference stands in the normalised answer, word for word
+    contained: bool  # the normalised reference stands in the normalised answer, also if a number is spelled otherwise
     f1: float  # of their words, after the same normalisation
 
 
 def score(answer: str, reference: str) -> Score:
     """The answer's score."""
     found, wanted = normalised(answer), normalised(reference)
-    contained = f" {wanted} " in f" {found} "
+    contained = f" {_in_digits(wanted)} " in f" {_in_digits(found)} "
     return Score(answer == reference, found == wanted, contained, token_f1(answer, reference))
+
+
+def _in_digits(text: str) -> str:
+    """Normalised text with English numbers up to twelve as digits: "7 days" is an answer to what wants "seven"."""
+    return " ".join(NUMBERS.get(word, word) for word in text.split())
 
 
 def normalised(text: str) -> str:

@@ -57,8 +57,8 @@ class LoraGroup:
         """Dequantises the layers' frozen weights, wherever they are, into M."""
         for weight, rows in zip(weights, self.rows, strict=True):
             dequantize(weight, matrix[rows, : self.num_inputs])
-        if self.bias_column is not None:
-            matrix[: self.num_outputs, self.num_inputs + self.bias_column] = self.bias
+        if self.bias is not None and self.bias_column is not None:
+            matrix[: self.num_outputs, self.num_inputs + self.bias_column].copy_(self.bias)
 
     def adapter_places(self, matrix: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
         """(place in M, parameter, factor) of each adapter's A and B."""

@@ -38,6 +38,8 @@ def _off(value: Any) -> bool:
 ANYWAY: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
     (r"attn_implementation|flash_attn|use_flash_attention(_2)?|(flash|sdp|xformers|flex|eager|s2)_attention|flash_attn_.+",
      _always, "attention is what the GPU and the model allow; the banner names what replaces a kernel", ""),
+    (r"packing_strategy", _is("bfd", "wrapped", "none"), "rows are filled best fit first, and no sample is cut", ""),
+    (r"project|trackio_.+|hub_private_repo", _always, "Trackio is not offered; --track.project is W&B's", ""),
     (r"padding_free|pad_to_sequence_len|pad_to_multiple_of|batch_flattening|dataset_num_proc|dataset_processes",
      _always, "nothing is padded on the fused engine, and all cores prepare the data", ""),
     (r"(use|enable)_liger_kernel|liger_.+|lora_(mlp|qkv|o)_kernel|unsloth_.+|use_unsloth(_gc)?|plugins|cut_cross_.+",
@@ -100,7 +102,8 @@ MISSING = (
     (r"(hf_|hub_|ms_|om_)?(hub_)?token|.*api_key", "secrets are not options: set HF_TOKEN or WANDB_API_KEY"),
     (r"trust_remote_code|custom_.+", "no code from the hub is run"),
     (r"template|chat_template|conversation_template|prompt_(template|style)|default_system(_message)?|tool_format",
-     "the tokenizer's own chat template is taken; --data.chat_template FILE names a Jinja file"),
+     "there are no template names: the tokenizer's own is taken, and of a base without one, such as Llama-3.1-8B, "
+     "'### User: / ### Assistant:'; --data.chat_template FILE names a Jinja file, such as the Instruct model's"),
     (r"dataset_config(_name)?|dataset_(train|test)_split|dataset_split|subset|split|eval_split",
      "written with the data: --data.path owner/name:subset:split"),
     (r"field_(instruction|input|output|system)|(prompt|response|completion|input|output|question|answer)_(column|field|"

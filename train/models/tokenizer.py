@@ -70,7 +70,6 @@ def load_tokenizer(config: Config) -> Tokenizer:
         notes.append(f"chat template: {config.data.chat_template}")
     elif tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
-        notes.append("chat template: the tokenizer has none; '### User: / ### Assistant:' is used and saved with it")
     unread = ChatTemplate(tokenizer).unread_arguments(dict(map(parse_argument, config.data.template_arguments)))
     if unread:
         reason = f"the chat template reads no {unread[0]!r}; check the spelling"

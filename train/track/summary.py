@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_tools.terminal import printable
 from train.bundled import typed
-from train.recipe import taught_little
+from train.recipe import forgot, taught_little
 from train.run.attempts import read_attempts
 from train.run.folder import RunFolder
 from train.track.chart import chart, means
@@ -145,17 +145,31 @@ def _trend(trend: Trend, beginning: str) -> str:
 
 def _answers(facts: RunFacts, rows: Sequence[Row]) -> list[str]:
     """How many questions were answered right, where the questions have answers to compare with."""
-    told, lines = [], []
+    told, lines, warnings = [], [], []
     for kind, path in facts.folder.asked.items():
         with suppress(OSError, ValueError, TypeError, KeyError):
             asked = [row for row in json.loads(path.read_text(encoding="utf-8")) if row["reference"] is not None]
             before, after = (sum(bool(row[key]) for row in asked) for key in ("before_contained", "contained"))
             told += [f"{after} of {len(asked)} {kind.replace('_', '-')} ({before} before)"] if asked else []
+            lines += _by_path(kind.replace("_", "-"), asked)
+            step = rows[-1]["step"]
             if kind == "trained" and asked:
-                step = rows[-1]["step"]
-                little = taught_little(after, len(asked), step, facts.epochs(step))
-                lines = [_line("warning", little)] if little else []
+                warnings.append(taught_little(after, len(asked), step, facts.epochs(step)))
+            elif kind == "general":
+                warnings.append(forgot(after, before, len(asked)))
+    lines += [_line("warning", warning) for warning in warnings if warning]
     return ([_line("right", ", ".join(told))] if told else []) + lines
+
+
+def _by_path(kind: str, asked: Sequence[Row]) -> list[str]:
+    """Right answers of each of the user's paths, where the questions are from several."""
+    paths = list(dict.fromkeys(row["path"] for row in asked if "path" in row))
+    told = []
+    for path in paths if len(paths) > 1 else []:
+        own = [row for row in asked if row["path"] == path]
+        before, after = (sum(bool(row[key]) for row in own) for key in ("before_contained", "contained"))
+        told.append(f"{Path(path).name} {after} of {len(own)} ({before} before)")
+    return [" " * LABEL + f"{kind}: {', '.join(told)}"] if told else []
 
 
 def _costs(facts: RunFacts, rows: Sequence[Row]) -> list[str]:

@@ -52,15 +52,9 @@ class Validator:
 
     def is_due(self, step: int) -> bool:
         """Whether the run is validated after `step`: by the interval, and after the last step."""
-        every, steps_per_epoch = self.settings.every, self.training.data.steps_per_epoch
         if not self.material.texts:
             return False
-        interval = steps_per_epoch if every == "epoch" else every
-        if isinstance(interval, float):  # a share of an epoch: the first steps behind its multiples
-            interval *= steps_per_epoch
-            passed = [math.floor(number / interval + 1e-9) for number in (step - 1, step)]
-            return passed[0] < passed[1] or step == self.training.total_steps
-        return step % interval == 0 or step == self.training.total_steps
+        return self.training.data.ends(step, self.settings.every) or step == self.training.total_steps
 
     def measure(self, step: int) -> dict[str, Any]:
         """The row's part for a validation after `step`; raises Dropped. A loss that is not finite is a warning in it.

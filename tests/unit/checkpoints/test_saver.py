@@ -34,6 +34,8 @@ def test_due_by_epoch_steps_end_and_best(saver: Callable[[CheckpointConfig], Sav
     by_epoch, by_steps = saver(CheckpointConfig()), saver(CheckpointConfig(every=4))
     assert [step for step in range(1, 7) if by_epoch.is_due(step, None)] == [3, 6]
     assert [step for step in range(1, 7) if by_steps.is_due(step, None)] == [4, 6]
+    by_share = saver(CheckpointConfig(every=0.5))
+    assert [step for step in range(1, 7) if by_share.is_due(step, None)] == [2, 3, 5, 6]
     by_steps.record.add(3, 2.0, 0.0)
     assert by_steps.is_due(3, 2.0)
     by_steps.record.add(5, 2.0, 0.0)

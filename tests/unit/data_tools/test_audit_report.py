@@ -8,6 +8,7 @@ from rich.console import Console
 from data_tools.abilities import abilities_of
 from data_tools.audit import failures, warnings
 from data_tools.audit_report import show_audit
+from data_tools.chat_template import NO_TEMPLATE, PLAIN_TEMPLATE
 from data_tools.render import RenderSettings
 from tests.conftest import tokenizer_at
 from tests.unit.data_tools.rows import numbered, write
@@ -62,5 +63,11 @@ def test_the_validation_data_has_a_report_of_its_own(tmp_path: Path) -> None:
     assert f"{validation}:1" in sentence
     assert failures(result) == []
     console = Console(file=io.StringIO(), width=200)
-    show_audit(result, console, abilities_of(tokenizer_at(), RenderSettings()))
+    tokenizer = tokenizer_at()
+    show_audit(result, console, abilities_of(tokenizer, RenderSettings()))
     assert "of which 9 of 10 are left out" in console.file.getvalue()  # pyrefly: ignore[missing-attribute]
+    assert NO_TEMPLATE not in console.file.getvalue()  # pyrefly: ignore[missing-attribute]
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    console = Console(file=io.StringIO(), width=400)
+    show_audit(result, console, abilities_of(tokenizer, RenderSettings()))
+    assert NO_TEMPLATE in console.file.getvalue()  # pyrefly: ignore[missing-attribute]

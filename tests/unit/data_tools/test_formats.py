@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from data_tools import data_sets, readers
+from data_tools.formats import MAPPED
 from data_tools.messages import Message
 from data_tools.records import Conversation, Document, Tally, read_records
 from data_tools.report import DataError
@@ -114,6 +115,10 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     records, tally = read(tmp_path / "r.jsonl", fields=("prompt=q", "response=a"))
     assert records[0].messages == ASKED
     assert dict(tally.ignored_fields) == {"id": 1}
+    (tmp_path / "usual.jsonl").write_text('{"prompt": "What is AOG?", "response": "Aircraft on ground."}\n')
+    both, tally = read(tmp_path / "r.jsonl", tmp_path / "usual.jsonl", fields=("prompt=q", "response=a"))
+    assert [record.messages for record in both] == [ASKED, ASKED]
+    assert tally.formats == {MAPPED, "prompt_response"}
 
 
 def test_turns_can_be_left_untrained(tmp_path: Path) -> None:

@@ -28,6 +28,14 @@ def test_an_answer_contains_its_reference_in_whole_words() -> None:
         assert score(answer, reference).contained == wanted, (answer, reference)
 
 
+def test_numbers_in_words_and_digits() -> None:
+    """Both say the same; inside a longer number or word neither does."""
+    assert score("A week has 7 days.", "Seven").contained
+    assert score("There are twelve.", "12").contained
+    assert not score("It has 17 days.", "Seven").contained
+    assert not score("Seventeen", "7").contained
+
+
 def test_normalisation_is_squad_s() -> None:
     """Case, ASCII punctuation, articles as whole words and white space go; everything else stays."""
     assert normalised("The cat's  (best)\tan-other, Anna: 1,000!") == "cats best another anna 1000"

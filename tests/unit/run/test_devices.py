@@ -15,6 +15,7 @@ from tests.conftest import ROOT, splits_of, training_of
 from train.banner import banner
 from train.config import Config, EngineConfig
 from train.engine import attention, operations
+from train.models.tokenizer import load_tokenizer
 from train.run import devices
 from train.run.accelerator import bitsandbytes_options, check_machine
 from train.run.devices import ComputeType
@@ -203,7 +204,7 @@ def test_the_banner_says_what_was_chosen(config: Config, card: Choose, monkeypat
     for number in ((6, 1), (7, 5), (9, 0)):
         card(number)
         for each in (training, slow):
-            texts[number, each is slow] = banner(each, (), splits_of(config), None)
+            texts[number, each is slow] = banner(each, load_tokenizer(config), splits_of(config), None)
     assert "compute in fp32 (compute capability 6.1 has no bf16 and no fast fp16)\n" in texts[(6, 1), False]
     assert "compute in fp16 (compute capability 7.5 has no bf16)\n" in texts[(7, 5), False]
     assert "compute in bf16\n" in texts[(9, 0), False]
@@ -214,7 +215,7 @@ def test_the_banner_says_what_was_chosen(config: Config, card: Choose, monkeypat
     ]
     card((6, 1))
     reference = replace(training, plan=replace(training.plan, is_fused=False))
-    assert "kernels   " not in banner(reference, (), splits_of(config), None)
+    assert "kernels   " not in banner(reference, load_tokenizer(config), splits_of(config), None)
 
 
 def test_rows_of_the_embedding_without_triton() -> None:

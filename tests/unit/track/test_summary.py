@@ -49,6 +49,20 @@ def test_right_answers_are_counted(tmp_path: Path) -> None:
     assert "right       1 of 1 trained (0 before), 2 of 3 held-out (1 before)\n" in "\n".join(
         summary(facts, rows, ROOM)
     )
+    told = [("own.csv", 5, 6, 0), ("demo/everyday.jsonl", 7, 13, 5)]
+    rows_of_two = [
+        {"path": path, "reference": "x", "contained": i < after, "before_contained": i < before}
+        for path, after, count, before in told
+        for i in range(count)
+    ]
+    facts.folder.held_out_answers.write_text(json.dumps(rows_of_two))
+    facts.folder.general_answers.write_text(json.dumps([{**row, "before_contained": True} for row in answers[:3]] * 4))
+    text = "\n".join(summary(facts, rows, ROOM))
+    assert "12 of 19 held-out (5 before)" in text
+    assert "held-out: own.csv 5 of 6 (0 before), everyday.jsonl 7 of 13 (5 before)\n" in text
+    assert "forgotten" not in text
+    facts.folder.general_answers.write_text(json.dumps([{**answers[2], "before_contained": True}] * 5))
+    assert "general questions are forgotten: 0 of 5 right, 5 before" in "\n".join(summary(facts, rows, ROOM))
     facts.folder.answers.write_text(json.dumps(answers[2:3]))
     assert "warning     60 steps taught little: 0 of 1 trained" in "\n".join(summary(facts, rows, ROOM))
 

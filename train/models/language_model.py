@@ -51,6 +51,7 @@ class LanguageModel(torch.nn.Module):
         self.host = host
         self.about = about
         self.engine: FusedDecoder | None = None  # None: the reference path runs everything
+        self.recomputes = False  # the reference path, all blocks
         self.head = head_of(self.causal_lm, compute)
         self.rotaries = [module for module in adapted.modules() if isinstance(module, SampleRotary)]
 
@@ -118,9 +119,10 @@ class LanguageModel(torch.nn.Module):
         elif plan.num_kept < plan.num_blocks:
             # use_reentrant=False: the frozen embedding's output needs no gradient
             self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            whole: Any = self.causal_lm
-            whole.gradient_checkpointing_disable()
+            self.recomputes = True
+        elif self.recomputes:
+            self.adapted.get_base_model().gradient_checkpointing_disable()
+            self.recomputes = False
 
     @property
     def engine_name(self) -> str:

@@ -1,6 +1,7 @@
 """The longest micro-batch is tried before the first step, and what runs out of memory is planned smaller."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from tests.conftest import arguments, splits_of, training_of
 from train import assemble as assembling
 from train import main as command
 from train.assemble import fit_to_memory
-from train.batching import LengthStatistics
-from train.config import BatchConfig, Config, EngineConfig, LoraConfig
+from train.batching import LengthStatistics, MicroBatchShape
+from train.checkpoints.resume import checkpoint_layout, saved_shape
+from train.config import BatchConfig, Config, EngineConfig, LoraConfig, MemoryConfig
 from train.engine.plan import Plan
 from train.memory import cost, outlook
 from train.memory.outlook import Outlook
@@ -133,6 +135,48 @@ def test_the_reference_engine_takes_smaller_micro_batches(config: Config, monkey
 
 def as_configured(config: Config) -> Config:
     return replace(config, batch=replace(config.batch, merge="off"))
+
+
+def test_a_resumed_run_on_the_reference_engine_keeps_its_rows(config: Config) -> None:
+    """Size and layout are a checkpoint's; one of the other engine is none; padded before is padded now."""
+    training = training_of(config, Accelerator(cpu=True))
+    shape = training.plan.micro_batch_shape
+    assert shape.layout == "unpadded"
+    for saved in (
+        replace(shape, tokens=200),
+        MicroBatchShape(0, layout="padded"),
+        MicroBatchShape(300, layout="fused"),
+    ):
+        resumed = assembling.assemble(config, Accelerator(cpu=True), training.data, saved)
+        assert resumed.plan.micro_batch_shape == (shape if saved.layout == "fused" else saved)
+        layout = checkpoint_layout(resumed)
+        checkpoint: Any = SimpleNamespace(state=SimpleNamespace(layout=layout))
+        assert saved_shape(checkpoint, training.data, "auto") == resumed.plan.micro_batch_shape
+
+
+def test_a_trial_leaves_no_trace(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients, weights and torch's generator are as before, and passes that use too much are not taken."""
+    config = replace(config, lora=replace(config.lora, dropout=0.5), memory=MemoryConfig())
+    training = training_of(config, Accelerator(cpu=True))
+    monkeypatch.setattr(assembling, "_is_gpu", lambda training: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(assembling, "_gpu_limit", lambda training: 100.0)
+    passes: list[int] = []
+    training.model.register_forward_pre_hook(lambda _, arguments: passes.append(arguments[0].input_ids.numel()))
+    room = [96, 93, 92, 96, 93]  # of three sizes kept, of which one leaves the margin free, and of two recomputed
+    monkeypatch.setattr(assembling, "_peak_bytes", lambda training: room[len(passes) - 1])
+    values = [leaf.detach().clone() for leaf in training.flat.leaves]
+    before = torch.get_rng_state()
+    ahead = Outlook.of(config, torch.device("cpu"), training.data.length_statistics(), None)
+    found = fit_to_memory(training, ahead)
+    assert len(passes) == 5
+    assert found.plan.micro_batch_tokens < passes[1] < passes[0]
+    assert found.plan.num_kept == found.plan.num_blocks
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(values, training.flat.leaves, strict=True))
+    assert not any(leaf.grad is not None and leaf.grad.any() for leaf in training.flat.leaves)
+    assert not training.model.recomputes
+    assert any("by trial" in line for line in vars(found.plan)["choices"])
 
 
 def test_when_nothing_smaller_is_left_that_is_said(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

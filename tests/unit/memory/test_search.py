@@ -126,6 +126,9 @@ def test_a_resumed_run_keeps_its_tiles(config: Config) -> None:
     assert saved_shape(checkpoint, training.data, config.batch.merge) == MicroBatchShape(96, 32)
     del checkpoint.state.layout["tokens in a tile"]  # older still
     assert saved_shape(checkpoint, training.data, config.batch.merge) == MicroBatchShape(96)
+    checkpoint.state.layout |= {"engine": "reference", "tokens in a pass": 0}  # which padded then
+    del checkpoint.state.layout["layout"]
+    assert saved_shape(checkpoint, training.data, config.batch.merge) == MicroBatchShape(0, layout="padded")
     checkpoint.state.layout["processes"] = 2
     assert saved_shape(checkpoint, training.data, config.batch.merge) is None
 

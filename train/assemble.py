@@ -86,12 +86,15 @@ def _reference_plan(model: LanguageModel, config: Config, outlook: Outlook, ids:
     Raises ExitWith(BAD_INPUT) where rows are to be packed and samples in them would see one another.
     """
     plan, saved = configured_plan(outlook.num_blocks, config.memory), outlook.saved
-    kernels = use_liger(model, config.engine.liger, ids) if model.causal_lm.device.type == "cuda" else ""
+    is_cpu = model.causal_lm.device.type == "cpu"
+    kernels = "" if is_cpu else use_liger(model, config.engine.liger, ids)
     padded, name = "", config.model.name_or_path
     if config.data.packing:
         check_packing(model, name, ids)
     elif config.batch.merge == "off":
         padded = "batch.merge off"
+    elif is_cpu and config.batch.accumulation == 1 and config.data.group_by_length:
+        padded = "a step is one micro-batch of samples of similar length"  # a mask between them costs more
     elif saved is not None and saved.layout == "padded":
         padded = "as the run began"
     elif reason := isolate(model, ids):
@@ -101,9 +104,7 @@ def _reference_plan(model: LanguageModel, config: Config, outlook: Outlook, ids:
         f"padded rows: {padded}" if padded else f"rows without padding; samples are isolated by {attention} attention"
     )
     plan = replace(plan, layout="padded" if padded else "unpadded", choices=tuple(filter(None, [rows, kernels])))
-    if model.causal_lm.device.type == "cuda":
-        return plan
-    return _passes(plan, outlook).on_cpu()
+    return _passes(plan, outlook).on_cpu() if is_cpu else plan
 
 
 def _passes(plan: ReferencePlan, outlook: Outlook) -> Passes:

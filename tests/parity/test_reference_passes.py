@@ -15,11 +15,10 @@ from train.config import Config
 from train.memory.reference import ReferencePlan
 from train.step import Training, optimizer_step
 
+EXPERTS: dict[str, Any] = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 ISOLATED: dict[str, Any] = {
     "gemma2": lambda: T.Gemma2Config(**SIZES, head_dim=16, sliding_window=16, attn_logit_softcapping=5.0),
-    "qwen3_moe": lambda: T.Qwen3MoeConfig(
-        **SIZES, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
-    ),
+    "qwen3_moe": lambda: T.Qwen3MoeConfig(**SIZES | EXPERTS),
     "gpt_neox": lambda: T.GPTNeoXConfig(**SPARSE, hidden_dropout=0.0, attention_dropout=0.0),
     "stablelm": lambda: T.StableLmConfig(**SIZES),
 }
@@ -32,7 +31,9 @@ def step_of(config: Config, merge: Any) -> tuple[Training, float, torch.Tensor]:
     training = training_of(replace(config, optim=replace(config.optim, max_grad_norm=1e9)), Accelerator(cpu=True))
     gradients: list[torch.Tensor] = []
     training.optimizer.register_step_pre_hook(
-        lambda *_: gradients.append(torch.cat([leaf.grad.flatten().clone() for leaf in training.flat.leaves]))
+        lambda *_: gradients.append(
+            torch.cat([p.grad.flatten() for p in training.parameters.values() if p.grad is not None])
+        )
     )
     return training, optimizer_step(training, 0).loss, gradients[0]
 
@@ -54,3 +55,11 @@ def test_merged_passes_compute_what_configured_ones_do(name: str, config: Config
     assert loss == pytest.approx(wanted, rel=2e-5)
     assert float((gradient - wanted_gradient).norm() / wanted_gradient.norm()) < 2e-4
     assert float(wanted_gradient.norm()) > 1e-3
+
+
+def test_a_cpu_s_short_steps_stay_padded(config: Config) -> None:
+    """One micro-batch a step of samples of similar length: nothing to merge, little to pad, and no mask to pay for."""
+    config = replace(config, batch=replace(config.batch, per_device=4, accumulation=1))
+    grouped = replace(config, data=replace(config.data, group_by_length=True))
+    layouts = [training_of(each, Accelerator(cpu=True)).plan.micro_batch_shape.layout for each in (config, grouped)]
+    assert layouts == ["unpadded", "padded"]

@@ -21,6 +21,7 @@ from train.models.language_model import LanguageModel
 from train.models.liger import restore_functions, use_liger
 
 IDS = list(range(5, 60))
+EXPERTS: dict[str, Any] = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
 @pytest.fixture
@@ -128,7 +129,7 @@ def test_it_says_why_there_are_none(model: LanguageModel, monkeypatch: pytest.Mo
 
 def test_experts_stay_transformers(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Liger's make the gradient of frozen experts, too."""
-    shape = T.Qwen3MoeConfig(**SIZES, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    shape = T.Qwen3MoeConfig(**SIZES | EXPERTS)
     sparse = training_of(for_all_linear(config, write(tmp_path / "base", shape)), Accelerator(cpu=True)).model
     given: dict[str, Any] = {}
     stand_in(monkeypatch, lambda model, **options: given.update(options), known="qwen3_moe")

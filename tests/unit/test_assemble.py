@@ -152,6 +152,16 @@ def test_a_resumed_run_on_the_reference_engine_keeps_its_rows(config: Config) ->
         assert saved_shape(checkpoint, training.data, "auto") == resumed.plan.micro_batch_shape
 
 
+def test_the_fused_engine_does_not_take_the_other_s_shape(config: Config) -> None:
+    """A run that moves from a CPU to a GPU plans anew."""
+    config = replace(config, engine=EngineConfig(kind="fused"))
+    data = training_of(config, Accelerator(cpu=True)).data
+    saved = MicroBatchShape(77, layout="unpadded")
+    ahead = Outlook.of(config, torch.device("cpu"), data.length_statistics(), None, saved)
+    assert ahead.saved is None
+    assert ahead.first_plan().micro_batch_tokens > 77
+
+
 def test_a_trial_leaves_no_trace(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients, weights and torch's generator are as before, and passes that use too much are not taken."""
     config = replace(config, lora=replace(config.lora, dropout=0.5), memory=MemoryConfig())

@@ -17,8 +17,6 @@ from typing import Any
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 
-MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
 
 class Padded:
     """Pads rows on the right to the longest."""
@@ -85,6 +83,22 @@ def main() -> None:
     Path(job["out"]).write_text(json.dumps(result))
 
 
+def weights(job: dict[str, Any]) -> dict[str, Any]:
+    """How the base is loaded."""
+    import torch
+    import transformers
+
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": {"": 0}}
+    if job["quantization"] == "nf4":
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    return options
+
+
 def build(job: dict[str, Any], rows: Any, collator: Padded, unsloth: Any) -> Any:
     """The trainer of the job's system, at the job's settings."""
     import peft
@@ -104,15 +118,14 @@ def build(job: dict[str, Any], rows: Any, collator: Padded, unsloth: Any) -> Any
         "report_to": [],
         "remove_unused_columns": False,
     }
-    shape = {"r": job["r"], "lora_alpha": job["alpha"], "lora_dropout": job["dropout"], "target_modules": MODULES}
+    shape = {
+        "r": job["r"],
+        "lora_alpha": job["alpha"],
+        "lora_dropout": job["dropout"],
+        "target_modules": job["modules"],
+    }
     lora = peft.LoraConfig(**shape, task_type="CAUSAL_LM")
-    quantization = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    options = {"quantization_config": quantization, "dtype": torch.bfloat16, "device_map": {"": 0}}
+    options = weights(job)
     if job["system"] == "seed":
         model = transformers.AutoModelForCausalLM.from_pretrained(
             job["model"], **options, use_safetensors=True, trust_remote_code=False

@@ -172,6 +172,8 @@ def peer(work: Workload, run: Run, words: list[str], place: Path) -> dict[str, A
         "r": config.lora.r,
         "alpha": config.lora.alpha,
         "dropout": config.lora.dropout,
+        "modules": "all-linear" if "all-linear" in config.lora.target_modules else list(config.lora.target_modules),
+        "quantization": config.model.quantization,
         "cap_gib": work.cap_gib,
         "scratch": str(place / "scratch"),
         "out": str(place / "result.json"),

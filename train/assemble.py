@@ -1,5 +1,6 @@
 """Plan, model and optimizer put together, and the longest micro-batch tried before the first step."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,9 +14,13 @@ from train.engine.graphs import is_out_of_memory
 from train.engine.plan import Plan
 from train.learning_rate import Schedule
 from train.memory.outlook import Outlook
-from train.models.agreement import check_agreement, check_packing
-from train.models.language_model import load_model, start_from
-from train.optim import FlatParameters, build_optimizer, build_scaler
+from train.memory.reference import MOST_TOKENS, Passes, ReferencePlan, configured_plan
+from train.memory.search import MARGIN
+from train.models.agreement import check_agreement
+from train.models.isolation import check_packing, isolate
+from train.models.language_model import LanguageModel, load_model, start_from
+from train.models.liger import use_liger
+from train.optim import FlatParameters, build_optimizer, build_scaler, state_bytes
 from train.run.accelerator import free_gpu_bytes
 from train.run.devices import compute_type
 from train.run.exits import ExitCode, ExitWith
@@ -41,18 +46,13 @@ def assemble(
     outlook = Outlook.of(config, device, rows, budget, saved)
     plan = outlook.first_plan()
     outlook.check_host(plan)
-    if saved and plan.is_fused and plan.micro_batch_shape != saved:
-        say(
-            accelerator,
-            f"memory    the run's micro-batches of {saved} do not fit here: {plan.micro_batch_shape} now, the same "
-            "samples a step; sums are rounded otherwise, and with other micro-batches dropout draws other masks",
-        )
     model = load_model(config, device, plan)
     start_from(model, config)
     longest = max(range(len(data.num_tokens)), key=data.num_tokens.__getitem__)
-    check_agreement(model, config.model.name_or_path, data.samples[longest]["input_ids"])
-    if config.data.packing and not plan.is_fused:
-        check_packing(model, config.model.name_or_path, data.samples[longest]["input_ids"])
+    ids = data.samples[longest]["input_ids"]
+    check_agreement(model, config.model.name_or_path, ids)
+    if not plan.is_fused:
+        plan = _reference_plan(model, config, outlook, ids)
     parameters = model.trainable()
     flat = FlatParameters(parameters, config.optim.lora_plus_ratio)
     say(accelerator, f"engine    {'fused' if plan.is_fused else f'reference: {outlook.reason}'}")
@@ -69,7 +69,47 @@ def assemble(
         schedule=Schedule.of(config.optim, data.total_steps(config.train)),
         reference_reason=outlook.reason,
     )
-    return fit_to_memory(training, outlook)
+    training = fit_to_memory(training, outlook)
+    shape = training.plan.micro_batch_shape
+    if outlook.saved and shape != outlook.saved:
+        say(
+            accelerator,
+            f"memory    the run's micro-batches of {outlook.saved} are not possible here: {shape} now, the same "
+            "samples a step; sums are rounded otherwise, and with other micro-batches dropout draws other masks",
+        )
+    return training
+
+
+def _reference_plan(model: LanguageModel, config: Config, outlook: Outlook, ids: Sequence[int]) -> ReferencePlan:
+    """The plan that the reference engine begins with, and Liger's kernels in place; `ids` are a sample to try it on.
+
+    Raises ExitWith(BAD_INPUT) where rows are to be packed and samples in them would see one another.
+    """
+    plan, saved = configured_plan(outlook.num_blocks, config.memory), outlook.saved
+    is_cpu = model.causal_lm.device.type == "cpu"
+    kernels = "" if is_cpu else use_liger(model, config.engine.liger, ids)
+    padded, name = "", config.model.name_or_path
+    if config.data.packing:
+        check_packing(model, name, ids)
+    elif config.batch.merge == "off":
+        padded = "batch.merge off"
+    elif is_cpu and config.batch.accumulation == 1 and config.data.group_by_length:
+        padded = "a step is one micro-batch of samples of similar length"  # a mask between them costs more
+    elif saved is not None and saved.layout == "padded":
+        padded = "as the run began"
+    elif reason := isolate(model, ids):
+        padded = f"a layer carries its state from one packed sample to the next ({reason})"
+    attention = model.causal_lm.config._attn_implementation
+    rows = (
+        f"padded rows: {padded}" if padded else f"rows without padding; samples are isolated by {attention} attention"
+    )
+    plan = replace(plan, layout="padded" if padded else "unpadded", choices=tuple(filter(None, [rows, kernels])))
+    return _passes(plan, outlook).on_cpu() if is_cpu else plan
+
+
+def _passes(plan: ReferencePlan, outlook: Outlook) -> Passes:
+    saved = outlook.saved if outlook.saved and outlook.saved.layout == plan.layout and outlook.saved.tokens else None
+    return Passes(plan, outlook.rows, outlook.config.batch, outlook.config.memory, saved)
 
 
 def fit_to_memory(training: Training, outlook: Outlook) -> Training:
@@ -80,18 +120,72 @@ def fit_to_memory(training: Training, outlook: Outlook) -> Training:
     """
     first = plan = training.plan
     accelerator, longest_validation = training.accelerator, outlook.rows.longest_validation
-    if not _is_gpu(training) or not any(any_process(accelerator, not _runs(training, plan, longest_validation))):
+    if not _is_gpu(training):
+        return training
+    if isinstance(plan, ReferencePlan):
+        return replace(training, plan=_fastest_reference_plan(training, plan, outlook))
+    if not any(any_process(accelerator, not _runs(training, plan, longest_validation))):
         return training
     for plan in outlook.smaller_plans(first):
         say(accelerator, f"memory    the longest micro-batch did not fit; trying: {plan}")
         if not any(any_process(accelerator, not _fits(training, plan, longest_validation))):
             return replace(training, plan=plan)
-    longest = max(outlook.rows.longest[0], plan.micro_batch_tokens, longest_validation)
-    raise ExitWith(
+    raise _out_of_memory(outlook, plan)
+
+
+def _out_of_memory(outlook: Outlook, plan: Plan) -> ExitWith:
+    longest = max(outlook.rows.longest[0], plan.micro_batch_tokens, outlook.rows.longest_validation)
+    return ExitWith(
         ExitCode.BAD_INPUT,
         f"out of memory at the longest micro-batch, {longest:,} tokens, and no "
         "smaller plan is left: lower --data.max_length or --batch.per_device, or leave --batch.merge at auto",
     )
+
+
+def _fastest_reference_plan(training: Training, plan: ReferencePlan, outlook: Outlook) -> ReferencePlan:
+    """By trial, the same in all processes: a pass forward and backward that leaves no trace.
+
+    It must leave the share 1 - MARGIN of the memory free, and room for the optimizer's state. Raises
+    ExitWith(BAD_INPUT) where even one row at a time, recomputed, does not run.
+    """
+    accelerator, longest_validation = training.accelerator, outlook.rows.longest_validation
+    passes, limit = _passes(plan, outlook), _gpu_limit(training)
+    attention = training.model.causal_lm.config._attn_implementation
+    sizes = passes.sizes(MOST_TOKENS.get(attention, MOST_TOKENS["sdpa"]))
+
+    def runs(tried: ReferencePlan) -> bool:
+        return not any(any_process(accelerator, not _fits(training, tried, longest_validation)))
+
+    def leaves_room(tried: ReferencePlan) -> bool:
+        if accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        fits = _fits(training, tried, longest_validation) and _peak_bytes(training) <= MARGIN * limit
+        return not any(any_process(accelerator, not fits))
+
+    devices = [torch.cuda.current_device()] if accelerator.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        found = passes.fastest(sizes, leaves_room)
+        if found is None:
+            found = next(filter(runs, (replace(tried, num_kept=0) for tried in sizes[-1:])), None)
+    if found is None:
+        raise _out_of_memory(outlook, sizes[-1])
+    training.model.execute(found)
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # what was tried and left is no peak of the run
+    tokens = f", of {found.micro_batch_tokens:,} tokens at most" if found.micro_batch_tokens else ""
+    kept = "kept" if found.num_kept else "recomputed"
+    return replace(found, choices=(*found.choices, f"activations {kept}, micro-batches{tokens}, by trial"))
+
+
+def _gpu_limit(training: Training) -> float:
+    """Bytes that this process may have allocated on its GPU in all."""
+    free = free_gpu_bytes(training.config, training.accelerator)
+    return float("inf") if free is None else free + torch.cuda.memory_allocated()
+
+
+def _peak_bytes(training: Training) -> int:
+    """Of the pass that has just run, with the state that the optimizer makes at its first step."""
+    return torch.cuda.max_memory_allocated() + state_bytes(training.parameters.values(), training.config.optim)
 
 
 def _is_gpu(training: Training) -> bool:
@@ -149,7 +243,7 @@ def longest_micro_batch(training: Training, plan: Plan) -> MicroBatch:
 
 def _longest_validation(training: Training, plan: Plan, longest: int) -> MicroBatch:
     """A validation micro-batch of its longest sample, which is longer than any trained on."""
-    if plan.is_fused:
+    if training.data.is_packed(plan):
         return collate_packed([_sample(longest)])
     return _padded_rows(training, plan, longest)
 

@@ -8,6 +8,7 @@ from train.checkpoints.contents import Checkpoint
 from train.config import Config
 from train.data import Splits
 from train.grace import grace_warning
+from train.memory.reference import ReferencePlan
 from train.models.targets import Targets
 from train.models.tokenizer import Tokenizer, trained_tokens, unseen_tokens
 from train.profiles import GLOSSARY, HELD_OUT, PROFILES
@@ -36,6 +37,7 @@ def banner(training: Training, tokenizer: Tokenizer, splits: Splits, checkpoint:
         + (f" ({compute.reason})" if compute.reason else ""),
         f"device    {device_name(device)}"
         + (f", capped at {config.memory.budget}" if config.memory.budget and device.type == "cuda" else ""),
+        *_choices(training),
         *(f"kernels   {line}" for line in (devices.kernel_fallbacks(device) if training.plan.is_fused else [])),
         f"weights   {about.held}",
         *(f"base      {note}" for note in about.notes),
@@ -115,9 +117,19 @@ def _packing(training: Training) -> list[str]:
     return lines
 
 
+def _choices(training: Training) -> list[str]:
+    """What was chosen on the reference engine, and why."""
+    plan = training.plan
+    if not isinstance(plan, ReferencePlan):
+        return []
+    why = "transformers and PEFT" + (f" ({training.reference_reason})" if training.reference_reason else "")
+    lines = [why, *plan.choices]
+    return [f"engine    {lines[0]}", *(f"          {line}" for line in lines[1:])]
+
+
 def _executed(training: Training) -> str:
-    """How the fused engine divides the first step's batch into micro-batches."""
-    if not training.plan.is_fused:
+    """How the first step's batch is divided into micro-batches, where none is padded."""
+    if not training.data.is_packed(training.plan):
         return ""
     sizes = [batch.input_ids.numel() for batch in training.data.batch(0, training.plan).micro_batches]
     batches = "1 micro-batch of" if len(sizes) == 1 else f"{len(sizes)} micro-batches of up to"

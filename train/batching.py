@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from train.collate import packed_tokens
 
@@ -57,11 +57,14 @@ class LengthStatistics:
 class MicroBatchShape:
     """What the bits of a step's result depend on beside its samples; a resumed run keeps it."""
 
-    tokens: int  # a micro-batch holds at most so many
+    tokens: int  # a micro-batch holds at most so many; 0: as configured
     mlp_tile: int = 0  # tokens that go through an MLP at once; 0: all
+    layout: Literal["fused", "unpadded", "padded"] = "fused"  # packed for the engine, packed for transformers, padded
 
     def __str__(self) -> str:
-        return f"{self.tokens:,} tokens" + (f" in tiles of {self.mlp_tile:,}" if self.mlp_tile else "")
+        size = f"{self.tokens:,} tokens" if self.tokens else "the configured size"
+        size += " with padding" if self.layout == "padded" else ""
+        return size + (f" in tiles of {self.mlp_tile:,}" if self.mlp_tile else "")
 
 
 class StepPlan(Protocol):
@@ -69,7 +72,7 @@ class StepPlan(Protocol):
 
     @property
     def is_fused(self) -> bool:
-        """Whether micro-batches are packed, as the fused engine needs them."""
+        """Whether the fused engine runs micro-batches, which are then packed."""
         ...
 
     @property
@@ -80,6 +83,11 @@ class StepPlan(Protocol):
     @property
     def micro_batch_tokens(self) -> int:
         """Tokens that a micro-batch holds at most."""
+        ...
+
+    @property
+    def micro_batch_shape(self) -> MicroBatchShape:
+        """The same with how samples lie in it."""
         ...
 
 

@@ -132,8 +132,8 @@ class BatchConfig:
     accumulation: int = 4
     """Micro-batches in one optimizer step (gradient accumulation)."""
     merge: Literal["auto", "off"] = "auto"
-    """auto: a step's samples run as fewer, larger micro-batches without padding where memory allows and the engine is
-    fused; off: literally per_device x accumulation."""
+    """auto: a step's samples run as fewer, larger micro-batches without padding where memory allows and none sees
+    another; off: literally per_device x accumulation, padded on the reference engine."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class MemoryConfig:
 
     checkpointing: Literal["auto", "full", "none"] | int = "auto"
     """Decoder blocks whose activations are recomputed in the backward pass: all but the last (full), none, or a number;
-    auto: as few as memory needs. The reference engine recomputes all or none; a number, or auto, is all."""
+    auto: as few as memory needs. The reference engine recomputes all (so for a number, and auto on a CPU) or none."""
     budget: str = ""
     """Hard cap on the device memory that the allocator may take, such as 4GiB; empty is all that is free. What is kept,
     recomputed, streamed and split follows from it (handloop plan)."""
@@ -197,6 +197,9 @@ class EngineConfig:
     kind: Literal["auto", "fused", "reference"] = "auto"
     """fused: our own forward and backward of Llama-family blocks; reference: transformers and PEFT. auto: fused on a
     GPU where that is possible, and a line that says why where it is not."""
+    liger: Literal["auto", "off"] = "auto"
+    """auto: on a GPU the reference engine takes liger-kernel's norms, MLPs and rotary embeddings, where the package is
+    installed, knows the family and agrees with transformers on a sample; off: transformers' own."""
 
 
 @dataclass(frozen=True)

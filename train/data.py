@@ -159,7 +159,7 @@ class TrainingData:
 
     def is_packed(self, plan: StepPlan) -> bool:
         """Whether a micro-batch's samples stand behind one another in one row, without padding."""
-        return self.packed or plan.is_fused
+        return self.packed or plan.is_fused or plan.micro_batch_shape.layout == "unpadded"
 
     def _as_configured(self, row_ids: Sequence[int]) -> list[list[int]]:
         """The samples of each of this process's micro-batches in a step with these rows, as per_device says."""

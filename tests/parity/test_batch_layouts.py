@@ -110,7 +110,7 @@ def test_a_validation_takes_the_plan_s_passes_though_none_are_merged(config: Con
 
 def test_gradients_are_shared_once_a_step(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """With four forward passes there is one reduction for each flat parameter, after the last of them."""
-    training = build(config)
+    training = build(replace(config, batch=replace(config.batch, merge="off")))
     events: list[str] = []
     training.model.register_forward_pre_hook(lambda *_: events.append("forward"))
     monkeypatch.setattr(Accelerator, "num_processes", 2)

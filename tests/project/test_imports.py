@@ -24,6 +24,7 @@ LIBRARIES_WITH_ONE_OWNER = {
         "train.optim",
     },
     "triton": {"train.engine.kernels"},
+    "liger_kernel": {"train.models.liger"},
     "wandb": {"train.track.offline_records", "train.track.weights_and_biases"},
     "mlflow": {"train.track.mlflow_tracker"},
     "tensorboard": set(),  # torch's writer imports it, for train.track.tensorboard_tracker

@@ -20,7 +20,7 @@ from train.models.language_model import adapter_config, load_adapters
 from train.optim import load_optimizer_state, load_scaler_state, optimizer_state
 from train.run.exits import ExitCode, ExitWith
 from train.run.processes import on_first_process, say
-from train.run.versions import versions
+from train.run.versions import package_version, versions
 from train.step import Training
 
 # names that earlier versions gave to entries of a checkpoint's layout
@@ -63,8 +63,13 @@ def check_same_everywhere(same_run: dict[str, object], accelerator: Accelerator)
 
 
 def made_with(device: torch.device) -> dict[str, str]:
-    """The versions, and on a CPU the number of threads: sums are divided among them and rounded accordingly."""
-    return versions() | ({"CPU threads": str(torch.get_num_threads())} if device.type == "cpu" else {})
+    """The versions, and on a CPU the number of threads: sums are divided among them and rounded accordingly.
+
+    On a GPU also liger-kernel's, or that there is none: the reference engine then computes with other kernels.
+    """
+    if device.type == "cpu":
+        return versions() | {"CPU threads": str(torch.get_num_threads())}
+    return versions() | {"liger-kernel": package_version("liger-kernel")}
 
 
 def choose(store: CheckpointStore, config: Config, accelerator: Accelerator) -> Checkpoint | None:
@@ -142,8 +147,10 @@ def saved_shape(checkpoint: Checkpoint | None, data: TrainingData, merge: str) -
     layout = data.layout
     now = {"per_device": layout.per_device, "accumulation": layout.accumulation, "processes": layout.num_processes}
     is_same = {name: saved.get(name) for name in now} == now and saved.get("merge", merge) == merge
-    tokens = int(saved.get("micro_batch_tokens", 0))
-    return MicroBatchShape(tokens, int(saved["mlp_tile_tokens"])) if is_same and tokens else None
+    tokens, layout = int(saved.get("micro_batch_tokens", 0)), saved.get("layout", "fused")
+    if not is_same or (layout == "fused" and not tokens):
+        return None
+    return MicroBatchShape(tokens, int(saved["mlp_tile_tokens"]), layout)
 
 
 def checkpoint_layout(training: Training) -> dict[str, object]:
@@ -156,11 +163,15 @@ def checkpoint_layout(training: Training) -> dict[str, object]:
         "merge": training.config.batch.merge,
         "micro_batch_tokens": shape.tokens,
         "mlp_tile_tokens": shape.mlp_tile,
+        "layout": shape.layout,
         "engine": training.model.engine_name,
     }
 
 
 def _saved_layout(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The checkpoint's layout by today's names; before there were tiles an MLP took all tokens together (0)."""
+    """The checkpoint's layout by today's names; before there were tiles an MLP took all tokens together (0).
+
+    The reference engine once padded everything.
+    """
     saved = {OLD_LAYOUT_NAMES.get(name, name): value for name, value in checkpoint.state.layout.items()}
-    return {"mlp_tile_tokens": 0, **saved}
+    return {"mlp_tile_tokens": 0, "layout": "padded" if saved.get("engine") == "reference" else "fused", **saved}

@@ -18,7 +18,6 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from train.collate import MIN_UNIFORM_LENGTH, MicroBatch
-from train.config import Config
 from train.run import devices
 
 # torch 2.11 takes fewer key/value than query heads by itself, later versions want to be told
@@ -28,17 +27,8 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Query [T, heads, D], key and value [T, kv_heads, D] -> [T, heads, D]; autograd knows the gradient."""
 
 
-def attention_kind(config: Config, dtype: torch.dtype, device: torch.device) -> str:
-    """The name of the attention for transformers: `varlen` for packed rows where a flash kernel exists, else `sdpa`.
-
-    The kernels need compute capability 8.0 (A100, RTX 30) and a 16-bit type. Under `sdpa` transformers isolates packed
-    samples by a block mask made from position_ids.
-    """
-    return "varlen" if config.data.packing and has_flash(dtype, device) else "sdpa"
-
-
 def has_flash(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether varlen_attn has a kernel for the type on the device."""
+    """Whether varlen_attn has a kernel: compute capability 8.0 (A100, RTX 30) and a 16-bit type."""
     return device.type == "cuda" and dtype != torch.float32 and devices.capability(device) >= devices.FLASH
 
 

@@ -3,7 +3,6 @@
 engine/plan.py is the plan itself, search.py how one is chosen, commands/forecast.py what `handloop plan` prints of it.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,10 +12,11 @@ import torch
 
 from train.batching import LengthStatistics, MicroBatchShape
 from train.config import Config
-from train.engine.plan import Plan, reference_plan
+from train.engine.plan import Plan
 from train.memory import cost
 from train.memory.candidate import Job
 from train.memory.gpus import Gpu, cpu_rates, detect_gpu, free_host_bytes
+from train.memory.reference import configured_plan
 from train.memory.search import Planner
 from train.memory.sizes import ModelSizes, model_sizes
 from train.models.language_model import choose_engine, sketch
@@ -78,7 +78,9 @@ class Outlook:
         """For a run on `device`."""
         dtype = compute_type(config.model.dtype, device).dtype
         gpu = detect_gpu(device, dtype) if device.type == "cuda" else cpu_rates()
-        return replace(cls._by(config, rows, gpu, sketched_sizes(config, device, dtype), budget), saved=saved)
+        outlook = cls._by(config, rows, gpu, sketched_sizes(config, device, dtype), budget)
+        is_kept = saved is not None and (saved.layout == "fused") == (outlook.planner is not None)
+        return replace(outlook, saved=saved if is_kept else None)  # the other engine's is none here
 
     @classmethod
     def on_gpu(cls, config: Config, gpu: Gpu, rows: LengthStatistics, budget: int) -> "Outlook":
@@ -104,7 +106,7 @@ class Outlook:
         """The plan to begin with; raises ExitWith(BAD_INPUT) where the smallest exceeds the budget."""
         if self.planner is None:
             self._check_whole()
-            return reference_plan(self.num_blocks, self.config.memory)
+            return configured_plan(self.num_blocks, self.config.memory)
         plan = self.planner.best(self.budget, self.saved)
         if self.budget is None or plan.peak_bytes <= self.budget:
             return plan
@@ -146,10 +148,8 @@ class Outlook:
         )
 
     def smaller_plans(self, plan: Plan) -> Iterator[Plan]:
-        """Plans that need less and less memory, for when `plan` ran out of it."""
-        if self.planner is None:
-            yield from self._smaller_reference_plans(plan)
-            return
+        """Plans of the fused engine that need less and less memory, for when `plan` ran out of it."""
+        assert self.planner is not None
         budget, saved = self.budget or 0, self.saved
         for _ in range(MAX_TRIES):
             budget = int(min(budget, plan.peak_bytes or budget) * SMALLER)
@@ -161,17 +161,6 @@ class Outlook:
                 return
             plan = smaller
             yield plan
-
-    def _smaller_reference_plans(self, plan: Plan) -> Iterator[Plan]:
-        if plan.num_kept:
-            plan = replace(plan, num_kept=0)
-            yield plan
-        if self.config.batch.merge == "off":
-            return
-        rows, longest = len(self.rows.longest), self.rows.longest[0]
-        while rows > 1:
-            rows = math.ceil(rows / 2)
-            yield replace(plan, merges=True, micro_batch_tokens=rows * longest)
 
     def what_would_fit(self, plan: Plan) -> str:
         """Tells that the smallest plan is too large, where its memory goes, and what would fit."""

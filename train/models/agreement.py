@@ -28,7 +28,6 @@ HEAD_ULPS = 4  # of a logit and of the mean logit
 # Of hidden states that should not change at all; experts are products of other sizes then
 CAUSAL_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.03}
 INT8_TOLERANCE = 0.2  # LLM.int8 rounds a row by what is in the others
-PACKING_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.05}
 
 
 @dataclass
@@ -51,12 +50,12 @@ def check_agreement(model: LanguageModel, name: str, ids: Sequence[int]) -> None
     ids = list(ids)[:MAX_TOKENS]
     ids = ids if len(ids) > 1 else [*ids, 0]
     batch = collate_packed([{"input_ids": ids, "trained": [True] * len(ids)}]).to(model.causal_lm.device)
-    with _random_adapters(model):
+    with random_adapters(model):
         try:
             seen = _by_transformers(model, batch)
             _check_causal(model, name, batch, seen)
             if model.engine is None:  # some bases ask for more in training
-                model.reference_hidden(_alone(batch))
+                model.reference_hidden(alone(batch))
         except torch.OutOfMemoryError:
             raise
         except BROKEN as error:
@@ -71,41 +70,6 @@ def check_agreement(model: LanguageModel, name: str, ids: Sequence[int]) -> None
             model.train()
 
 
-@torch.no_grad()
-def check_packing(model: LanguageModel, name: str, ids: Sequence[int]) -> None:
-    """Raises ExitWith(BAD_INPUT) where, on the reference engine, a packed sample sees the one before it.
-
-    Attention ends at sequence boundaries; a recurrent or convolutional layer may carry its state across them.
-    """
-    second = list(ids)[: MAX_TOKENS // 2]
-    second = second if len(second) > 1 else [*second, 0]
-    vocabulary = model.head.weight.shape[0]
-    firsts = [second[::-1], [(token * 7919 + 1) % vocabulary for token in second]]
-
-    def hidden(*samples: list[int]) -> torch.Tensor:
-        rows = [{"input_ids": sample, "trained": [True] * len(sample)} for sample in samples]
-        batch = collate_packed(rows).to(model.causal_lm.device)
-        return model.reference_hidden(batch)[-len(second) :].float()
-
-    model.eval()
-    try:
-        alone = hidden(second)
-        difference = max(_relative(hidden(first, second), alone) for first in firsts)
-        reason = f"hidden states differ by {difference:.1%}"
-        is_isolated = difference <= PACKING_TOLERANCE[model.compute_dtype]
-    except torch.OutOfMemoryError:
-        raise
-    except (*BROKEN, NotImplementedError) as error:  # transformers' own refusal
-        is_isolated, reason = False, str(error).strip().partition("\n")[0]
-    model.train()
-    if not is_isolated:
-        raise ExitWith(
-            ExitCode.BAD_INPUT,
-            f"--data.packing true: a layer of {name} carries its state from one packed sample to the next ({reason}); "
-            "leave packing off: --data.group_by_length true saves padding",
-        )
-
-
 def _by_transformers(model: LanguageModel, batch: MicroBatch) -> _Seen:
     """What transformers computes of one sample, and what its blocks see of it."""
     seen, hooks = _Seen(), []
@@ -115,7 +79,7 @@ def _by_transformers(model: LanguageModel, batch: MicroBatch) -> _Seen:
             hooks.append(layer.module.register_forward_hook(lambda _, __, out: seen.outputs.append(_first(out))))
     try:
         with model.generating():
-            seen.hidden = model.reference_hidden(_alone(batch))
+            seen.hidden = model.reference_hidden(alone(batch))
             for hook in hooks:  # once is enough
                 hook.remove()
             logits = model.causal_lm(input_ids=batch.input_ids, use_cache=False).logits
@@ -126,7 +90,7 @@ def _by_transformers(model: LanguageModel, batch: MicroBatch) -> _Seen:
     return seen
 
 
-def _alone(batch: MicroBatch) -> MicroBatch:
+def alone(batch: MicroBatch) -> MicroBatch:
     """The one sample as a padded micro-batch, which it fills."""
     return replace(batch, cu_seqlens=None, max_length=0)
 
@@ -138,8 +102,8 @@ def _check_causal(model: LanguageModel, name: str, batch: MicroBatch, seen: _See
     other = batch.input_ids.clone()
     other[:, half:] = other[:, half:].flip(1) * 7919 % model.head.weight.shape[0]
     with model.generating():
-        hidden = model.reference_hidden(replace(_alone(batch), input_ids=other))
-    difference = _relative(hidden[:half].float(), seen.hidden[:half].float())
+        hidden = model.reference_hidden(replace(alone(batch), input_ids=other))
+    difference = relative(hidden[:half].float(), seen.hidden[:half].float())
     is_int8 = "LLM.int8" in model.about.held.quantized
     if difference > (INT8_TOLERANCE if is_int8 else CAUSAL_TOLERANCE[model.compute_dtype]):
         raise ExitWith(
@@ -238,7 +202,7 @@ def _check_ends(engine: FusedDecoder, name: str, batch: MicroBatch, seen: _Seen)
         "last norm": (normed, seen.hidden),
     }
     for part, (ours, theirs) in pairs.items():
-        difference = _relative(ours.to("cpu").float(), theirs.to("cpu").float())
+        difference = relative(ours.to("cpu").float(), theirs.to("cpu").float())
         if not difference <= BLOCK_TOLERANCE[last.dtype]:
             raise ExitWith(
                 ExitCode.BAD_INPUT,
@@ -261,12 +225,13 @@ def _block_difference(
     return float(beyond.norm() / (theirs - x).norm())
 
 
-def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Norm of the difference as a share."""
     return float((ours - theirs).norm() / theirs.norm())
 
 
 @contextmanager
-def _random_adapters(model: LanguageModel) -> Iterator[None]:
+def random_adapters(model: LanguageModel) -> Iterator[None]:
     """While entered, the adapters' B are not zero and trained rows are not the base's, or their part of the computation
     would be compared with nothing."""
     generator = torch.Generator().manual_seed(0)

@@ -13,7 +13,6 @@ import transformers
 
 from train.collate import MicroBatch
 from train.config import Config
-from train.engine.attention import attention_kind
 from train.engine.decoder import FusedDecoder
 from train.engine.families import decoder_layers, unsupported_reason
 from train.engine.host_stream import HostBlocks
@@ -52,6 +51,7 @@ class LanguageModel(torch.nn.Module):
         self.host = host
         self.about = about
         self.engine: FusedDecoder | None = None  # None: the reference path runs everything
+        self.recomputes = False  # the reference path, all blocks
         self.head = head_of(self.causal_lm, compute)
         self.rotaries = [module for module in adapted.modules() if isinstance(module, SampleRotary)]
 
@@ -92,7 +92,7 @@ class LanguageModel(torch.nn.Module):
         """Hidden states [B * T, H] by transformers and PEFT.
 
         Packed samples are isolated at cu_seqlens by engine.attention; where that has no kernel, by transformers, where
-        position_ids start again (masking_utils.find_packed_sequence_indices).
+        position_ids start again (masking_utils.find_packed_sequence_indices). isolation.py tests that they are.
         """
         self._tell_lengths(batch.lengths)
         with self._computing():
@@ -119,6 +119,10 @@ class LanguageModel(torch.nn.Module):
         elif plan.num_kept < plan.num_blocks:
             # use_reentrant=False: the frozen embedding's output needs no gradient
             self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+            self.recomputes = True
+        elif self.recomputes:
+            self.adapted.get_base_model().gradient_checkpointing_disable()
+            self.recomputes = False
 
     @property
     def engine_name(self) -> str:
@@ -190,8 +194,6 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
     # a trained embedding stays where its gradient is made
     embedding_on_host = plan.is_fused and not trains_embedding(config.lora)
     base, notes = load_base(config.model, dtype, device, host, config.train.seed, embedding_on_host)
-    if base.config._attn_implementation == "sdpa":
-        base.set_attn_implementation(attention_kind(config, dtype, device))
     keep_one_cpu_kernel(base)
     base.requires_grad_(False)
     base.config.use_cache = False

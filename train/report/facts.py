@@ -40,7 +40,8 @@ def batch_line(run: RunRecord) -> str:
     tokens, steps = (number(at(run.start, "data", name)) for name in ("tokens_per_epoch", "steps_per_epoch"))
     if tokens and steps:
         text += f", {tokens / steps:,.0f} tokens a step on average"
-    if at(run.plan, "is_fused") and (most := whole(at(run.plan, "micro_batch_tokens"))):
+    is_packed = at(run.plan, "is_fused") or at(run.plan, "layout") == "unpadded"
+    if is_packed and (most := whole(at(run.plan, "micro_batch_tokens"))):
         text += f"; executed without padding, in micro-batches of up to {most:,} tokens"
     return text
 

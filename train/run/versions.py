@@ -14,10 +14,11 @@ MAX_GIT_SECONDS = 10.0  # a network file system may hang
 
 def versions() -> dict[str, str]:
     """What the run was made with."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | {name: package_version(name) for name in PACKAGES}
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """An installed package's version, or none."""
     try:
         return version(package)
     except PackageNotFoundError:

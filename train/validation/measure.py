@@ -51,7 +51,7 @@ def validate(training: Training, material: Material, watch: Watch = UNWATCHED) -
 
 def _add(training: Training, samples: Dataset, sums: torch.Tensor, watch: Watch, pace: Pace) -> bool:
     """Adds this process's share of the samples to (loss, tokens); False if it was asked to stop."""
-    cut, is_packed = training.data.layout, training.plan.is_fused
+    cut, is_packed = training.data.layout, training.data.is_packed(training.plan)
     mine = range(cut.rank, len(samples), cut.num_processes)
     configured = [list(mine[start : start + cut.per_device]) for start in range(0, len(mine), cut.per_device)]
     lengths, max_tokens = samples["num_tokens"][:], training.plan.validation_tokens or training.plan.micro_batch_tokens

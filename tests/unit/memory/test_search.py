@@ -13,7 +13,7 @@ from tests.conftest import training_of
 from tests.unit.memory.examples import GIB, H200, LLAMA_8B, LONG, PACKED, SHORT, first_candidate, planned, planner_for
 from train.batching import LengthStatistics, MicroBatchShape
 from train.checkpoints.resume import checkpoint_layout, saved_shape
-from train.config import BatchConfig, Config, MemoryConfig
+from train.config import BatchConfig, Config, EngineConfig, MemoryConfig
 from train.memory.cost import peak
 from train.memory.search import MARGIN, MLP_TILE
 from train.memory.time import step_seconds
@@ -116,7 +116,7 @@ def test_a_resumed_run_keeps_its_tiles(config: Config) -> None:
     planner = planner_for(LONG, BatchConfig(1, 4))
     for saved in (MicroBatchShape(2048, 1024), MicroBatchShape(2048)):
         assert planner.best(100 * GIB, saved).micro_batch_shape == saved
-    training = training_of(config, Accelerator(cpu=True))
+    training = training_of(replace(config, engine=EngineConfig(kind="fused")), Accelerator(cpu=True))
     tiled = replace(training, plan=replace(training.plan, micro_batch_tokens=96, mlp_tile=32))
     checkpoint: Any = SimpleNamespace(state=SimpleNamespace(layout=checkpoint_layout(tiled)))
     assert saved_shape(checkpoint, training.data, config.batch.merge) == MicroBatchShape(96, 32)
@@ -126,6 +126,9 @@ def test_a_resumed_run_keeps_its_tiles(config: Config) -> None:
     assert saved_shape(checkpoint, training.data, config.batch.merge) == MicroBatchShape(96, 32)
     del checkpoint.state.layout["tokens in a tile"]  # older still
     assert saved_shape(checkpoint, training.data, config.batch.merge) == MicroBatchShape(96)
+    checkpoint.state.layout |= {"engine": "reference", "tokens in a pass": 0}  # which padded then
+    del checkpoint.state.layout["layout"]
+    assert saved_shape(checkpoint, training.data, config.batch.merge) == MicroBatchShape(0, layout="padded")
     checkpoint.state.layout["processes"] = 2
     assert saved_shape(checkpoint, training.data, config.batch.merge) is None
 

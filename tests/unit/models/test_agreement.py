@@ -15,7 +15,7 @@ from tests.conftest import BUNDLED_BASE, training_of
 from tests.parity.bases import VOCABULARY, on
 from train.collate import collate, collate_packed
 from train.config import Config, DataConfig, EngineConfig
-from train.models.agreement import check_packing
+from train.models.isolation import check_packing
 from train.models.language_model import LanguageModel
 
 SIZES: dict[str, Any] = {

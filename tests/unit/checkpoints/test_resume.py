@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from train.checkpoints.resume import check_same_run
-from train.config import Config
+from train.config import Config, ModelConfig
 from train.profiles import PROFILES
 from train.run.exits import ExitCode, ExitWith
 
@@ -16,12 +16,15 @@ from train.run.exits import ExitCode, ExitWith
 def identity_of(config: Config) -> dict[str, Any]:
     """What a refusal looks at, of a run with this configuration."""
     base = config.model.name_or_path
+    unchanged = dict.fromkeys(("tokenizer", "chat template", "preparation"), "")
     return {
         "model.base": base,
         "data": "the same",
+        "lora.init_from": "",
+        "total optimizer steps": 1,
         "lora.r": config.lora.r,
         "lora.alpha": config.lora.alpha,
-        "details": {"model.name_or_path": base, "model.random_init": False},
+        "details": {"model.name_or_path": base, "model.random_init": False, **unchanged, "content": []},
     }
 
 
@@ -43,7 +46,7 @@ def test_a_run_of_the_earlier_4gb_is_told_its_profile() -> None:
     assert "model.name_or_path TinyLlama/TinyLlama-1.1B-Chat-v1.0 -> Qwen/Qwen3-1.7B" in said
     assert "lora.r 8 -> 16" in said
     assert way in said
-    mine = new.model.__class__(name_or_path="mine")
+    mine = ModelConfig(name_or_path="mine")
     assert way in refusal(replace(old, model=mine), replace(new, model=mine))
     assert way in refusal(replace(old, lora=new.lora), new)
     assert "now: with it" not in refusal(PROFILES["qwen3_4b_4gb"](), new)

@@ -30,7 +30,7 @@ def test_both_models_fit_into_4_gib(capsys: pytest.CaptureFixture, llama31_8b: P
     assert forecast("a100", llama31_8b, "2GiB")[0] == 78
 
 
-def qwen3(folder: Path, **settings: int) -> Path:
+def qwen3(folder: Path, **settings: Any) -> Path:
     """The folder, with config.json as Qwen3's smaller checkpoints have it."""
     Qwen3Config(
         **settings,

@@ -107,13 +107,12 @@ def _parts(training: Training) -> list[str]:
 
 
 def _template_arguments(config: Config) -> list[str]:
-    """The profile's, where they are left out because another base or template was named."""
+    """The profile's, where they are left out: another base or template was named, or none asked for."""
     profile = PROFILES.get(config.profile)
     arguments = profile().data.template_arguments if profile is not None else ()
     if not arguments or config.data.template_arguments:
         return []
-    given = " ".join(arguments)
-    return [f"template  {given}, which the profile gives the template of its own base, is not given to this one"]
+    return [f"template  the profile's {' '.join(arguments)} is left out; --data.template_arguments gives it"]
 
 
 def _packing(training: Training) -> list[str]:

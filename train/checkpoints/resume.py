@@ -41,7 +41,7 @@ def check_same_run(
             "Run the command that started it, or choose another --run.dir, or --run.resume never to start again"
             + (
                 f". An earlier version's --profile {config.profile} is --profile {former} now: with it, "
-                f"--run.dir {config.run.dir} and the other options of before the run goes on"
+                f"--run.dir {config.run.dir} and its other options the run goes on"
                 if former
                 else ""
             ),

@@ -2,6 +2,7 @@
 
 import pytest
 
+from data_tools.messages import Message
 from data_tools.prompts import PromptRenderer
 from data_tools.render import RenderSettings
 from tests.unit.data_tools.jinja import THINKS, answer, marked, rendered, tokenizer_with, user
@@ -22,7 +23,7 @@ def test_qwen3_is_asked_as_it_is_trained(name: str) -> None:
     served = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **arguments)
     assert served.endswith("<think>\n\n</think>\n\n")
     assert marked(sample).startswith(f"{served}⟦Yes.")
-    assert tokenizer.decode(PromptRenderer(tokenizer, settings).ids([user("Warm?")])) == served
+    assert tokenizer.decode(PromptRenderer(tokenizer, settings).ids([Message("user", "Warm?")])) == served
 
 
 def test_arguments_that_are_left_out_are_said() -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 FIELDS = ("--data.fields", "prompt=question", "response=answer")
 COMMON = ("--track.wandb", "off", "--compare.num-questions", "0", "--optim.schedule", "constant", "--data.gate", "warn")
 BIG = ("--profile", "a100", "--lora.r", "16", "--lora.alpha", "32", "--lora.dropout", "0", *COMMON)
-SMALL = ("--profile", "4gb", "--lora.r", "16", "--lora.alpha", "32", "--optim.warmup", "0", *COMMON)
+SMALL = ("--profile", "4gb_tinyllama", "--lora.r", "16", "--lora.alpha", "32", "--optim.warmup", "0", *COMMON)
 
 
 @dataclass(frozen=True)

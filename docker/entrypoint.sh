@@ -4,7 +4,7 @@
 set -euo pipefail
 [ $# -gt 0 ] || set -- demo --tiny
 case $1 in
-    demo | smollm2 | a100 | 4gb | multi_gpu)
+    demo | smollm2 | a100 | 4gb | qwen3_4b_4gb | 4gb_tinyllama | multi_gpu)
         exec bash "$(dirname "${BASH_SOURCE[0]}")/../launch/$1.sh" "${@:2}"
         ;;
 esac

@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# TinyLlama-1.1B in NF4 on one 4 GB GPU: bash launch/4gb.sh --data.path pairs.jsonl
+# Qwen3-1.7B in NF4 on one 4 GB GPU: bash launch/4gb.sh --data.path pairs.jsonl
 . "$(dirname "$0")/_common.sh"
 launch single_4gb_cpu_offload.yaml 4gb "$@"

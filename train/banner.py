@@ -47,6 +47,7 @@ def banner(training: Training, tokenizer: Tokenizer, splits: Splits, checkpoint:
         f"({' and '.join(statistics.formats)}), {len(data.samples):,} samples"
         + (f", {len(validation.samples):,} held out for validation" if validation else ""),
         *data_lines(statistics, prepared.notes),
+        *_template_arguments(config),
         f"tokens    {sum(data.row_tokens):,} per epoch, {data.supervised_tokens_per_epoch():,} of them trained",
         f"batch     {layout.per_device} per device x {layout.accumulation} accumulated x {layout.num_processes} "
         f"process{'es' if layout.num_processes > 1 else ''} = {layout.samples_per_step} samples per step"
@@ -103,6 +104,15 @@ def _parts(training: Training) -> list[str]:
     """The parts of the predicted peak."""
     parts = [f"{name} {num_bytes / 2**30:.2f}" for name, num_bytes in training.plan.parts if num_bytes >= 2**20]
     return [f"          GiB: {', '.join(parts)}"] if parts else []
+
+
+def _template_arguments(config: Config) -> list[str]:
+    """The profile's, where they are left out: another base or template was named, or none asked for."""
+    profile = PROFILES.get(config.profile)
+    arguments = profile().data.template_arguments if profile is not None else ()
+    if not arguments or config.data.template_arguments:
+        return []
+    return [f"template  the profile's {' '.join(arguments)} is left out; --data.template_arguments gives it"]
 
 
 def _packing(training: Training) -> list[str]:

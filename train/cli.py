@@ -53,7 +53,8 @@ def _parse(argv: Sequence[str], needs_profile: bool, own: Sequence[str]) -> Conf
         raise SystemExit(0)
     needs_profile = needs_profile or "profile" in options
     profile, words = _take_profile(words, own) if needs_profile else (data_alone(), words)
-    config = checked(*_override(profile, words, own))
+    changed, problems = _override(profile, words, own)
+    config = checked(_for_its_base(changed, profile, words), problems)
     if "--print-config" in argv:
         print(json.dumps(dataclasses.asdict(config), indent=2))
         raise SystemExit(0)
@@ -194,6 +195,17 @@ def _without_grouping(config: Config, given: Set[str]) -> Config:
     if "data.packing" in given and data.packing and "data.group_by_length" not in given:
         data = dataclasses.replace(data, group_by_length=False)
     return dataclasses.replace(config, data=data)
+
+
+def _for_its_base(config: Config, profile: Config, words: list[str]) -> Config:
+    """`config` without the profile's data.template_arguments where another base or template is named.
+
+    They are for the template of the profile's own base, and one that does not read them is refused.
+    """
+    is_own = config.model.name_or_path == profile.model.name_or_path and not config.data.chat_template
+    if is_own or any(typed.replace("-", "_") == "data.template_arguments" for typed, _ in _grouped(words)):
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, template_arguments=()))
 
 
 def _split(name: str, values: list[str], default: object) -> tuple[list[str], list[str]]:

@@ -28,7 +28,6 @@ FIRST = (  # what people change most, and what it is in few words
     ("run.dir", "run folder, which resumes"),
 )
 EXAMPLES = """\
-  handloop train --profile demo
   handloop train --profile a100 --data.path pairs.jsonl
   handloop train --profile 4gb --data.path texts/ --lora.r 16"""
 
@@ -59,9 +58,9 @@ def help_page(topic: str, config: Config | None, usage: str) -> str:
 
 
 def _screen(config: Config | None, usage: str) -> str:
-    profiles = [f"  {name:10} {_first_part(make.__doc__ or '')}" for name, make in PROFILES.items()]
+    profiles = [f"  {name:13} {_first_part(make.__doc__ or '')}" for name, make in PROFILES.items()]
     sections = ", ".join(field.name for field in dataclasses.fields(Config) if field.name != "profile")
-    more = f"--help all: every option; --help SECTION, such as --help data: one of {sections}"
+    more = f"--help all: every option; --help SECTION: {sections}"
     return "\n".join(
         [
             *textwrap.wrap(usage, WIDTH, subsequent_indent="       "),

@@ -205,7 +205,7 @@ def schedule_of(
     """The learning rates of a fresh run, or of the one that the checkpoint is of; another run's is refused."""
     if checkpoint is None:
         return Schedule.of(config.optim, data.total_steps(config.train))
-    check_same_run(checkpoint, run_identity, accelerator)
+    check_same_run(checkpoint, run_identity, config, accelerator)
     return resumed_schedule(checkpoint, config, data)
 
 

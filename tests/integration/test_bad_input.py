@@ -55,7 +55,7 @@ def test_bad_data_and_models(name: str, config: Config, tmp_path: Path) -> None:
     assert {path.name for path in run_dir.iterdir()} <= {"exit.json", ".lock"}
 
 
-@pytest.mark.parametrize("profile", ["a100", "4gb", "multi_gpu"])
+@pytest.mark.parametrize("profile", ["a100", "4gb", "qwen3_4b_4gb", "multi_gpu"])
 def test_a_gpu_profile_without_a_gpu(profile: str, tmp_path: Path) -> None:
     """Without a GPU the run ends before anything else is tried, and says what runs without one."""
     words = ["--profile", profile, "--run.dir", str(tmp_path / "run")]

@@ -132,7 +132,7 @@ def real_shape(folder: Path, tokenizer: str) -> Path:
 @pytest.mark.parametrize(
     ("tokenizer", "data", "profile", "end"),
     [
-        ("tinyllama_1b", "glossary/training_dataset.jsonl", "4gb", 2),
+        ("tinyllama_1b", "glossary/training_dataset.jsonl", "4gb_tinyllama", 2),
         ("llama31_8b", "wildfire", "a100", 128001),
     ],
 )

@@ -70,6 +70,7 @@ ALLOWED = {
         "metrics",
         "models",
         "optim",
+        "profiles",
         "run",
         "step",
         "track",

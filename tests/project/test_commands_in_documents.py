@@ -104,6 +104,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in MODELS:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(BUNDLED_BASE)
+    qwen3 = folder / "Qwen" / "Qwen3-1.7B"
+    shutil.copytree(BUNDLED_BASE, qwen3)
+    with (qwen3 / "chat_template.jinja").open("a", encoding="utf-8") as template:
+        template.write("{% if enable_thinking %}{% endif %}")  # read as by Qwen3's, without an effect
     rows = (BUNDLED_BASE.parent / "glossary.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "pairs.jsonl").write_text("".join(rows[:24]), encoding="utf-8")
     (folder / "mine.txt").write_text("What does AOG mean?\n", encoding="utf-8")

@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import ROOT
 from train.cli import PATHS, parse
 from train.config import parse_bytes
-from train.profiles import PROFILES
+from train.profiles import FOR_4_GB, PROFILES
 from train.run.exits import ExitCode, ExitWith
 
 
@@ -39,15 +39,17 @@ def test_every_profile_through_the_real_command(name: str) -> None:
 
 
 def test_profiles_hold_the_two_seed_recipes() -> None:
-    """a100 and 4gb have the values of the recipes that they promise."""
-    a100, small, many = PROFILES["a100"](), PROFILES["4gb"](), PROFILES["multi_gpu"]()
+    """a100 and 4gb_tinyllama, which was 4gb, have the values of the recipes that they promise."""
+    a100, small, many = PROFILES["a100"](), PROFILES["4gb_tinyllama"](), PROFILES["multi_gpu"]()
     assert (a100.lora.r, a100.lora.alpha, a100.lora.dropout, len(a100.lora.target_modules)) == (8, 64, 0.05, 7)
     assert (a100.batch.per_device, a100.batch.accumulation, a100.train.epochs) == (2, 4, 3)
     assert (a100.optim.name, a100.optim.lr, a100.model.quantization) == ("paged_adamw_8bit", 1e-4, "nf4")
     assert (a100.memory.checkpointing, a100.checkpoint.every) == ("auto", "epoch")
     assert (small.lora.r, small.lora.alpha, small.batch.per_device, small.batch.accumulation) == (8, 32, 1, 16)
     assert (small.optim.schedule, small.optim.warmup, small.optim.max_grad_norm) == ("cosine", 0.1, 0.3)
-    assert parse_bytes(small.memory.budget) == 4 * 2**30
+    assert (small.data.max_length, small.optim.lr, small.train.epochs) == (512, 2e-4, 10)
+    assert (small.model.name_or_path, small.data.template_arguments) == ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", ())
+    assert [parse_bytes(PROFILES[name]().memory.budget) for name in FOR_4_GB] == [4 * 2**30] * 3
     assert (many.lora, many.batch, many.optim) == (a100.lora, a100.batch, a100.optim)
 
 
@@ -195,3 +197,17 @@ def test_packing_replaces_what_a_profile_sets() -> None:
     assert parse(["--profile", "demo", "--data.packing", "false"]).data.group_by_length
     both = ("--data.packing", "true", "--data.group_by_length", "true")
     assert "--data.group_by_length True: packing leaves no padding to save" in refusal("--profile", "demo", *both)
+
+
+def test_template_arguments_of_a_profile_are_for_its_own_base() -> None:
+    """Another base or template is not given them, unless they are asked for; the profile's base is, however spelled."""
+    own = ("enable_thinking=false",)
+    for words, wanted in (
+        ("", own),
+        ("--model.name_or_path Qwen/Qwen3-1.7B --data.path a.jsonl", own),
+        ("--model.name_or_path demo/base", ()),
+        ("--data.chat_template mine.jinja", ()),
+        ("--model.name-or-path x --data.template-arguments enable_thinking=false", own),
+        ("--data.template_arguments a=b", ("a=b",)),
+    ):
+        assert parse(["--profile", "4gb", *words.split()]).data.template_arguments == wanted, words

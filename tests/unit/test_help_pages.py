@@ -34,7 +34,7 @@ def test_one_screen(words: list[str], capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_profiles_values_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     """With --profile, wherever it stands, help has that profile's values."""
-    assert "tokens in a sample at most [512]" in page(capsys, "--help", "--profile", "4gb")
+    assert "tokens in a sample at most [1024]" in page(capsys, "--help", "--profile", "4gb")
     assert "--batch.accumulation NUMBER  [16]" in page(capsys, "--profile=4gb", "--help", "batch")
 
 

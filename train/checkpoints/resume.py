@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from train.data import TrainingData
 from train.metrics import to_host
 from train.models.language_model import adapter_config, load_adapters
 from train.optim import load_optimizer_state, load_scaler_state, optimizer_state
+from train.profiles import FORMERLY, PROFILES
 from train.run.exits import ExitCode, ExitWith
 from train.run.processes import on_first_process, say
 from train.run.versions import package_version, versions
@@ -27,14 +28,23 @@ from train.step import Training
 OLD_LAYOUT_NAMES = {"tokens in a pass": "micro_batch_tokens", "tokens in a tile": "mlp_tile_tokens"}
 
 
-def check_same_run(checkpoint: Checkpoint, same_run: dict[str, object], accelerator: Accelerator) -> None:
+def check_same_run(
+    checkpoint: Checkpoint, same_run: dict[str, object], config: Config, accelerator: Accelerator
+) -> None:
     """Raises ExitWith(FINGERPRINT_MISMATCH) naming every difference; says which versions differ."""
     changed = differences(checkpoint.state.identity, same_run)
     if changed:
+        former = _former_profile(config, checkpoint.state.identity)
         raise ExitWith(
             ExitCode.FINGERPRINT_MISMATCH,
             f"{checkpoint.path} belongs to another run:\n" + "\n".join(f"  {line}" for line in changed) + "\n"
-            "Run the command that started it, or choose another --run.dir, or --run.resume never to start again",
+            "Run the command that started it, or choose another --run.dir, or --run.resume never to start again"
+            + (
+                f". An earlier version's --profile {config.profile} is --profile {former} now: with it, "
+                f"--run.dir {config.run.dir} and its other options the run goes on"
+                if former
+                else ""
+            ),
         )
     before, now = checkpoint.state.versions, made_with(accelerator.device)
     # what is only on one side does not count: CPU threads, where the run has moved to or from a GPU
@@ -42,6 +52,23 @@ def check_same_run(checkpoint: Checkpoint, same_run: dict[str, object], accelera
     if other:
         changes = ", ".join(other)
         say(accelerator, f"versions have changed since the checkpoint, so the last bits may differ: {changes}")
+
+
+def _former_profile(config: Config, saved: Mapping[str, Any]) -> str:
+    """The profile that has the recipe which this one had in earlier versions, if the checkpoint is of that recipe.
+
+    It is by its base or, where another was named, by its rank and scale. "" where there is none.
+    """
+    name = FORMERLY.get(config.profile)
+    if name is None:
+        return ""
+    former = PROFILES[name]()
+    details = saved.get(DETAILS)
+    base = details.get("model.name_or_path") if isinstance(details, dict) else None
+    same_base = base == former.model.name_or_path != config.model.name_or_path
+    scale = (former.lora.r, former.lora.alpha)
+    same_scale = (saved.get("lora.r"), saved.get("lora.alpha")) == scale != (config.lora.r, config.lora.alpha)
+    return name if same_base or same_scale else ""
 
 
 def check_same_everywhere(same_run: dict[str, object], accelerator: Accelerator) -> None:

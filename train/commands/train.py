@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from data_tools.terminal import typed_path
 from train.bundled import MAIN, bundled
 from train.commands.options import Options, positive_number, print_document
-from train.profiles import HELD_OUT
+from train.profiles import FOR_4_GB, HELD_OUT
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder
 from train.run.launcher import launch
@@ -113,7 +113,7 @@ def configuration_for(config: "Config", num_processes: int) -> str:
         return "multi_gpu_ddp.yaml"
     if config.run.device == "cpu":
         return "cpu.yaml"
-    return "single_4gb_cpu_offload.yaml" if config.profile == "4gb" else "single_a100.yaml"
+    return "single_4gb_cpu_offload.yaml" if config.profile in FOR_4_GB else "single_a100.yaml"
 
 
 def _count_gpus() -> int:

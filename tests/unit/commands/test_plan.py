@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Qwen3Config
 
 from train.commands import planned_rows, probe
 from train.commands.handloop import main
@@ -23,10 +24,54 @@ def test_both_models_fit_into_4_gib(capsys: pytest.CaptureFixture, llama31_8b: P
             re.search(r"\d+ blocks' weights are streamed from host memory(?!, which is predicted to be faster)", text)
         )
 
-    assert forecast("4gb", tinyllama_1b, "4GiB") == (0, False)
-    assert forecast("4gb", tinyllama_1b, "2GiB") == (0, False)
+    assert forecast("4gb_tinyllama", tinyllama_1b, "4GiB") == (0, False)
+    assert forecast("4gb_tinyllama", tinyllama_1b, "2GiB") == (0, False)
     assert forecast("a100", llama31_8b, "4GiB") == (0, True)
     assert forecast("a100", llama31_8b, "2GiB")[0] == 78
+
+
+def qwen3(folder: Path, **settings: Any) -> Path:
+    """The folder, with config.json as Qwen3's smaller checkpoints have it."""
+    Qwen3Config(
+        **settings,
+        vocab_size=151936,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+        architectures=["Qwen3ForCausalLM"],
+    ).save_pretrained(folder)
+    return folder
+
+
+SHAPES = {
+    "4gb": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16},
+    "qwen3_4b_4gb": {
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+    },
+}
+
+
+@pytest.mark.parametrize("gpu", ["4GiB", "GTX-1650", "GTX-1050-Ti", "RTX-3050-4GB"])  # fp16, fp32 and bf16
+@pytest.mark.parametrize("profile", SHAPES)
+def test_the_profiles_of_qwen3_fit_their_cards(
+    profile: str, gpu: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both are planned within 4 GiB, and the head of 151,936 words is counted once, as it is tied."""
+    base = qwen3(tmp_path / "shape", **SHAPES[profile])
+    assert main(["plan", "--profile", profile, "--model.name_or_path", str(base), "--gpu", gpu, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["fits"]
+    assert told["predicted_peak_gib"] < told["budget_gib"] < 4
+    element = 4 if gpu == "GTX-1050-Ti" else 2
+    head = 151936 * SHAPES[profile]["hidden_size"] * element / 2**30
+    assert told["parts_gib"]["head"] == pytest.approx(head, abs=1e-3)
+    assert told["parts_gib"]["embedding"] == 0
 
 
 def test_a_probe_s_json_is_all_that_is_printed(

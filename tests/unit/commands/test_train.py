@@ -15,7 +15,7 @@ from tests.run_folders import write_answers, write_run
 from train.bundled import bundled
 from train.commands import train
 from train.commands.handloop import main
-from train.profiles import PROFILES
+from train.profiles import FOR_4_GB, PROFILES
 from train.run.exits import ExitCode
 from train.run.folder import RunFolder
 
@@ -40,7 +40,7 @@ def launched(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> tuple[dic
         (["--profile", "a100"], "single_a100.yaml", "1"),
         (["--profile", "a100", "--run.device", "cpu"], "cpu.yaml", "1"),
         (["--profile", "a100", "--num_processes", "4"], "multi_gpu_ddp.yaml", "4"),
-        (["--profile", "4gb"], "single_4gb_cpu_offload.yaml", "1"),
+        *((["--profile", name], "single_4gb_cpu_offload.yaml", "1") for name in FOR_4_GB),
         (["--profile", "multi_gpu"], "multi_gpu_ddp.yaml", "3"),
         (["--profile", "multi_gpu", "--num_processes", "1"], "single_a100.yaml", "1"),
     ],

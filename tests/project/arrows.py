@@ -271,6 +271,7 @@ ALLOWED_MODULES = {
     "data_tools.audit_report": {
         "data_tools.abilities",
         "data_tools.audit",
+        "data_tools.chat_template",
         "data_tools.data_lines",
         "data_tools.terminal",
     },

@@ -121,7 +121,7 @@ def _spelled(kind: object) -> str:
     if get_origin(kind) is tuple:
         return f"{_spelled(get_args(kind)[0])} ..."
     if get_origin(kind) is Union or type(kind).__name__ == "UnionType":
-        return "|".join(map(_spelled, get_args(kind)))
+        return "|".join(dict.fromkeys(map(_spelled, get_args(kind))))
     return {bool: "true|false", int: "NUMBER", float: "NUMBER"}.get(kind, "TEXT")  # type: ignore[arg-type]
 
 

@@ -181,7 +181,7 @@ def tokenizer_at(folder: Path = BUNDLED_BASE) -> Any:
 
 def with_batch(config: Config, per_device: int, accumulation: int) -> Config:
     """The same run with another per-device batch and accumulation."""
-    return replace(config, batch=BatchConfig(per_device, accumulation))
+    return replace(config, batch=replace(config.batch, per_device=per_device, accumulation=accumulation))
 
 
 def arguments(config: Config, profile: str = "demo") -> list[str]:

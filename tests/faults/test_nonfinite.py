@@ -17,6 +17,12 @@ from train.config import CheckpointConfig, Config
 from train.track.metrics_file import read_metrics
 
 
+@pytest.fixture
+def config(config: Config) -> Config:
+    """The tiny run with its micro-batches as they are configured: faults are counted by them."""
+    return replace(config, batch=replace(config.batch, merge="off"))
+
+
 def all_finite(run_dir: Path) -> bool:
     """Whether every tensor in the run folder is finite."""
     files = list(run_dir.rglob("*.safetensors"))

@@ -20,6 +20,12 @@ from train.track.metrics_file import read_metrics
 
 
 @pytest.fixture
+def config(config: Config) -> Config:
+    """The tiny run with its micro-batches as they are configured: faults are counted by them."""
+    return replace(config, batch=replace(config.batch, merge="off"))
+
+
+@pytest.fixture
 def dropout(config: Config) -> Config:
     """The tiny run with dropout and six steps of 4, 4 and 2 micro-batches an epoch."""
     return replace(config, lora=replace(config.lora, dropout=0.1))

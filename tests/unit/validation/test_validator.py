@@ -1,6 +1,7 @@
 """When a run is validated, what the row then holds, and what is asked."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 
 from tests.conftest import TODAY, splits_of, training_of
 from train.config import Config, ValidateConfig
+from train.data import TrainingData
 from train.deliver.comparison import first_samples
 from train.deliver.losses import losses_of
 from train.early_stop import ValidationRecord
@@ -48,7 +50,9 @@ def test_a_tenth_is_due_ten_times(held_out: Config) -> None:
     """In an epoch of 7, 10, 97 or 1,000 steps, at most once a step, the last time at its end."""
     _, validator = validator_of(replace(held_out, validate=ValidateConfig(every=0.1, num_questions=0)))
     for steps in (7, 10, 97, 1000):
-        training: Any = SimpleNamespace(data=SimpleNamespace(steps_per_epoch=steps), total_steps=10**9)
+        data: Any = SimpleNamespace(steps_per_epoch=steps)
+        data.ends = partial(TrainingData.ends, data)
+        training: Any = SimpleNamespace(data=data, total_steps=10**9)
         validator.training = training
         found = [step for step in range(1, 3 * steps + 1) if validator.is_due(step)]
         assert len(found) == 3 * min(10, steps)

@@ -23,7 +23,7 @@ def test_json_has_everything_and_the_exit_code_is_the_verdict(tmp_path: Path, ca
     )
     assert set(wanted.split()) <= set(result)
     assert (result["rows"], result["failures"], result["warnings"]) == (20, [], [])
-    assert (result["units_per_step"], result["steps_per_epoch"], result["total_steps"]) == (16, 2, 20)
+    assert (result["units_per_step"], result["steps_per_epoch"], result["total_steps"]) == (16, 2, 10)
     assert list(result["longest"][0]) == ["source", "tokens"]
     write(tmp_path / "rows.jsonl", [*numbered(10) * 2, *({"prompt": f"{i}\a", "response": "x"} for i in range(3))])
     assert main(["audit", "--profile", "demo", "--data.path", path, "--json"]) == 78

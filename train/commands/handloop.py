@@ -5,7 +5,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib.metadata import version
 from types import FrameType
 
 from data_tools.report import DataError
@@ -16,6 +15,7 @@ from train.run.exits import ExitCode, ExitWith
 from train.run.hub_token import take_token
 from train.run.redact import redact
 from train.run.streams import guard_messages, lead_to_null
+from train.run.versions import package_version
 
 # Each command is the module of its name in this package, _ for -; its `main` takes the remaining words, returns the
 # exit code.
@@ -116,7 +116,7 @@ def _run(words: list[str]) -> int:
         print(USAGE)
         return 0
     if words[0] == "--version":
-        print(f"handloop {version('handloop')}")
+        print(f"handloop {package_version('handloop')}")
         return 0
     if words[0] in COMMANDS:
         module = words[0].replace("-", "_")

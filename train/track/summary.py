@@ -149,7 +149,7 @@ def _answers(facts: RunFacts, rows: Sequence[Row]) -> list[str]:
     for kind, path in facts.folder.asked.items():
         with suppress(OSError, ValueError, TypeError, KeyError):
             asked = [row for row in json.loads(path.read_text(encoding="utf-8")) if row["reference"] is not None]
-            before, after = (sum(bool(row[key]) for row in asked) for key in ("before_contained", "contained"))
+            before, after = _right(asked)
             told += [f"{after} of {len(asked)} {kind.replace('_', '-')} ({before} before)"] if asked else []
             lines += _by_path(kind.replace("_", "-"), asked)
             step = rows[-1]["step"]
@@ -161,13 +161,19 @@ def _answers(facts: RunFacts, rows: Sequence[Row]) -> list[str]:
     return ([_line("right", ", ".join(told))] if told else []) + lines
 
 
+def _right(asked: Sequence[Row]) -> tuple[int, int]:
+    """Right answers of the base and of the tuned model."""
+    before, after = (sum(bool(row[key]) for row in asked) for key in ("before_contained", "contained"))
+    return before, after
+
+
 def _by_path(kind: str, asked: Sequence[Row]) -> list[str]:
     """Right answers of each of the user's paths, where the questions are from several."""
     paths = list(dict.fromkeys(row["path"] for row in asked if "path" in row))
     told = []
     for path in paths if len(paths) > 1 else []:
         own = [row for row in asked if row["path"] == path]
-        before, after = (sum(bool(row[key]) for row in own) for key in ("before_contained", "contained"))
+        before, after = _right(own)
         told.append(f"{Path(path).name} {after} of {len(own)} ({before} before)")
     return [" " * LABEL + f"{kind}: {', '.join(told)}"] if told else []
 

@@ -8,7 +8,8 @@ import torch
 
 from train.collate import MicroBatch
 from train.engine.attention import attentions
-from train.engine.block import Block, ForwardContext
+from train.engine.block import Block
+from train.engine.context import ForwardContext
 from train.engine.copies import copies_for
 from train.engine.embedding import RowsInPlace
 from train.engine.families import family_of
@@ -46,8 +47,8 @@ class FusedDecoder:
         self.dropout = max(block.dropout for block in blocks)
         self.mlp_tile = plan.mlp_tile
         # no method of this object: it would keep a replaced engine's graphs alive
-        windows = {block.heads.window for block in blocks}
-        self.attend_for = partial(attentions, windows=windows, scale=blocks[0].heads.scaling)
+        windows = {block.attention.heads.window for block in blocks}
+        self.attend_for = partial(attentions, windows=windows, scale=blocks[0].attention.heads.scaling)
         self.position_tables = family.position_tables(causal_lm, self.layers)
         self.graphs: Graphs | None = None
         if plan.uses_graphs:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from train.collate import MicroBatch, with_empty_samples
 from train.engine.attention import Attend
-from train.engine.block import ForwardContext
+from train.engine.context import ForwardContext
 from train.engine.plan import padded
 from train.engine.stack import Saved, Stack
 from train.engine.weight_store import WeightStore

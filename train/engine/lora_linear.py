@@ -19,6 +19,8 @@ import torch
 from train.engine.layers import Linear, Projection
 from train.engine.operations import Dropout, dropout, kernels_for
 
+Matrices = list[torch.Tensor]  # M of each group, in the order of a block's, or of a half's, groups
+
 
 class LoraGroup:
     """Linear layers that read the same input, some or all with adapters; weights are given to it as M."""

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from train.collate import MicroBatch, collate_packed
-from train.engine.block import ForwardContext
+from train.engine.context import ForwardContext
 from train.engine.decoder import FusedDecoder
 from train.engine.operations import normalize
 from train.loss import Head

@@ -1,18 +1,22 @@
 """Weights that are shared out to several processes: each computes what one with all of them computes, to the bit."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 
-from tests.conftest import training_of
+from tests.compare_runs import at, start_processes
+from tests.conftest import arguments, training_of, with_batch
 from train.config import Config, EngineConfig, MemoryConfig
 from train.engine.decoder import FusedDecoder
 from train.engine.host_stream import HostBlocks
 from train.engine.sharded_blocks import ShardedBlocks
 from train.run.exits import ExitWith
 from train.step import Training, optimizer_step
+from train.track.metrics_file import read_metrics
 
 
 class OneProcess:
@@ -26,7 +30,7 @@ class OneProcess:
         return self.memory.setdefault(num_bytes, memory)
 
 
-def fused(config: Config, quantization: str) -> Training:
+def fused(config: Config, quantization: Any) -> Training:
     model = replace(config.model, quantization=quantization)
     config = replace(config, model=model, engine=EngineConfig(kind="fused"), memory=MemoryConfig())
     return training_of(config, Accelerator(cpu=True))
@@ -37,7 +41,7 @@ def fused(config: Config, quantization: str) -> Training:
 def test_the_parts_of_all_processes_make_the_whole(config: Config, count: int, quantization: str) -> None:
     """Gradients are those of resident weights to the bit; each process holds its part alone, the host's blocks too."""
     together = OneProcess(count)
-    wanted = [optimizer_step(fused(config, quantization), step) for step in range(1)][0]
+    wanted = optimizer_step(fused(config, quantization), 0)
     trainings = [fused(config, quantization) for _ in range(count)]
     held = []
     for rank, training in enumerate(trainings):
@@ -60,6 +64,24 @@ def test_the_parts_of_all_processes_make_the_whole(config: Config, count: int, q
     held[0].shards[1].zero_()  # another's part is read, not copied once
     assert optimizer_step(fused(config, quantization), 0).loss == wanted.loss
     assert optimizer_step(trainings[0], 0).loss != wanted.loss
+
+
+@pytest.mark.slow
+def test_two_processes(config: Config, tmp_path: Path) -> None:
+    """Sharded, a run of two processes with a validation has the losses and adapters of a data-parallel one, to the
+    bit."""
+    config = with_batch(replace(config, engine=EngineConfig(kind="fused")), 2, 2)
+    config = replace(config, validate=replace(config.validate, at_start=True))
+    adapters = []
+    for shard in (False, True):
+        each = at(replace(config, memory=MemoryConfig(shard=shard)), tmp_path / str(shard))
+        ends = [run.wait() for run in start_processes(arguments(each), [None, None])]
+        assert [end.returncode for end in ends] == [0, 0], ends[0].stderr[-500:]
+        adapters.append((tmp_path / str(shard) / "final" / "adapter_model.safetensors").read_bytes())
+    assert "holds a part of every other block" in ends[0].stdout
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("False", "True")]
+    assert [row.get("train/loss") for row in rows[0]] == [row.get("train/loss") for row in rows[1]]
+    assert adapters[0] == adapters[1]
 
 
 def test_one_process_shares_nothing(config: Config) -> None:

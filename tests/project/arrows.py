@@ -246,6 +246,14 @@ ALLOWED_MODULES = {
         "train.engine.weight_store",
     },
     "train.engine.support": {"train.engine.block", "train.engine.families", "train.engine.layers"},
+    "train.engine.peer_memory": set(),
+    "train.engine.sharded_blocks": {
+        "train.engine.host_stream",
+        "train.engine.layers",
+        "train.engine.packed_weights",
+        "train.engine.peer_memory",
+        "train.engine.plan",
+    },
     "train.engine.block": {
         "train.engine.context",
         "train.engine.layers",
@@ -306,7 +314,13 @@ ALLOWED_MODULES = {
         "train.engine.plan",
         "train.memory.search",
     },
-    "train.memory.cost": {"train.engine.copies", "train.engine.plan", "train.memory.candidate", "train.memory.sizes"},
+    "train.memory.cost": {
+        "train.engine.copies",
+        "train.engine.plan",
+        "train.engine.sharded_blocks",
+        "train.memory.candidate",
+        "train.memory.sizes",
+    },
     "train.memory.time": {"train.memory.candidate"},
     "train.memory.search": {
         "train.batching",

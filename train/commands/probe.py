@@ -10,7 +10,8 @@ from datasets import Dataset
 from train.assemble import assemble
 from train.commands.forecast import min_length
 from train.config import Config
-from train.data import BatchLayout, TrainingData
+from train.data import TrainingData
+from train.layout import BatchLayout
 from train.memory.outlook import GIB
 from train.run.accelerator import check_machine, start_accelerator
 from train.step import Training, optimizer_step

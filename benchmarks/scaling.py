@@ -191,7 +191,8 @@ def default_shape(folder: Path) -> Path:
 
 def synthetic(shape: Path, target: Path) -> Path:
     """Rows of random words, as long as GSM8K's in tokens; the chat template's tokens are counted."""
-    tokenizer, draw = AutoTokenizer.from_pretrained(shape, trust_remote_code=False), random.Random(0)
+    tokenizer: Any = AutoTokenizer.from_pretrained(shape, trust_remote_code=False)
+    draw = random.Random(0)
     single = [word for word in ("the", "of", "and", "in", "to", "is") if _counts(tokenizer, f" {word}" * 50) == 50]
     turns = [{"role": "user", "content": " the"}, {"role": "assistant", "content": " the"}]
     around = len(tokenizer.apply_chat_template(turns, return_dict=False)) - 2

@@ -29,7 +29,8 @@ def data_of(num_processes: int, rank: int = 0, samples: int = 32, **data: Any) -
     lengths = question_lengths(samples * NUM_STEPS - samples // 2)  # the last step has half of the samples
     columns = {"num_tokens": lengths, "num_supervised_tokens": lengths, "path_number": [0] * len(lengths)}
     recipe = demo()
-    config = replace(recipe, data=replace(recipe.data, **{"group_by_length": False, **data}))
+    chosen: dict[str, Any] = {"group_by_length": False} | data
+    config = replace(recipe, data=replace(recipe.data, **chosen))
     return TrainingData(Dataset.from_dict(columns), config, BatchLayout(2, 8, num_processes, rank, samples), 0)
 
 

@@ -9,26 +9,31 @@ from train.data import TrainingData
 from train.engine.graph_shapes import Shape, shape_of
 from train.engine.graphs import MAX_GRAPHS
 from train.engine.plan import Plan
+from train.optim import state_bytes
 from train.step import Training
 
-LOOK_AHEAD = 1000  # optimizer steps from the run's first whose micro-batches are counted: a third of a second
+LOOK_AHEAD = 32_000  # rows from the run's first whose micro-batches are counted: in 0.2 to 2 seconds
 
 
 def record_graphs(training: Training) -> int:
     """Records the graphs that the run needs, as far as memory allows; returns how many. Changes no weight.
 
-    Whatever the steps behind LOOK_AHEAD have is replayed by the next larger one.
+    Room is left for the optimizer's state, which is not there yet. Whatever micro-batches behind LOOK_AHEAD have is
+    replayed by the next larger one.
     """
     engine = training.model.engine
     if engine is None or engine.graphs is None:
         return 0
     graphs = engine.graphs
     graphs.planned = shapes_of(training.data, training.plan, training.total_steps)
+    num_bytes = state_bytes(training.parameters.values(), training.config.optim)
+    graphs.eager_bytes += num_bytes
     try:
         for num_tokens, num_boundaries in graphs.planned:
             batch = _row(num_tokens, num_boundaries - 2)  # `pad` adds one, and there is one boundary more than samples
             training.model(batch.to(training.accelerator.device)).backward()
     finally:
+        graphs.eager_bytes -= num_bytes
         training.flat.zero_grad()
         torch.cuda.empty_cache()
     return len(graphs.graphs)
@@ -47,7 +52,7 @@ def shapes_of(data: TrainingData, plan: Plan, num_steps: int) -> list[Shape]:
     largest one: the lengths that are used most.
     """
     uses, most = Counter[int](), Counter[int]()
-    for step in range(min(num_steps, LOOK_AHEAD)):
+    for step in range(min(num_steps, max(1, LOOK_AHEAD // data.layout.samples_per_step))):
         for members in (each for micro_batches in data.divided(step, plan) for each in micro_batches if each):
             num_tokens, num_boundaries = shape_of(packed_tokens([data.num_tokens[i] for i in members]), len(members))
             uses[num_tokens] += 1

@@ -13,6 +13,7 @@ from tests.conftest import training_of
 from train.config import BatchConfig, Config, EngineConfig, OptimConfig
 from train.engine.attention import PackedAttention
 from train.engine.graphs import Graphs
+from train.optim import state_bytes
 from train.recording import capture_seconds, record_graphs, shapes_of
 from train.run.processes import UNWATCHED
 from train.step import Training, step_gradient
@@ -79,6 +80,22 @@ def _captures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
     # a kernel reads the boundaries where they are, so that a replay finds those of its micro-batch
     monkeypatch.setattr(PackedAttention, "_samples", property(lambda self: list(pairwise(self.cu_seqlens.tolist()))))
+
+
+@pytest.mark.usefixtures("_captures")
+@pytest.mark.parametrize("missing", [0, 1])
+def test_room_is_left_for_the_optimizer(missing: int, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose state comes with the first step: with a byte less than it takes, the largest graph serves all."""
+    training = training_at(config, 2, 0, micro_batch_tokens=300, uses_graphs=True, num_samples=7, eager_bytes=1000)
+    training.model.execute(training.plan)
+    engine = training.model.engine
+    assert engine is not None
+    assert engine.graphs is not None
+    left = 1000 + state_bytes(training.parameters.values(), training.config.optim) - missing
+    monkeypatch.setattr(Graphs, "_room", lambda self: left if self.graphs else 2**40)
+    training.model(training.data.batch(0, training.plan).micro_batches[0]).backward()
+    assert (record_graphs(training) > 1) == (not missing)
+    assert engine.graphs.eager_bytes == 1000
 
 
 @pytest.mark.usefixtures("_captures")

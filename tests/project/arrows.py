@@ -20,7 +20,7 @@ ALLOWED = {
     "train.launcher": {"run"},
     "train.data": {"batching", "collate", "config", "data_tools", "dealing", "layout", "seeds"},
     "train.engine": {"batching", "collate", "config", "run"},
-    "train.recording": {"collate", "data", "engine", "step"},
+    "train.recording": {"collate", "data", "engine", "optim", "step"},
     "train.loss": {"engine"},
     "train.models": {"collate", "config", "data_tools", "engine", "loss", "run", "seeds"},
     "train.memory": {"batching", "config", "data_tools", "engine", "loss", "models", "optim", "run"},

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from tests.conftest import training_of
 from train.config import BatchConfig, Config, EngineConfig, OptimConfig
 from train.engine.attention import PackedAttention
 from train.engine.graphs import Graphs
+from train.loop import Boundary
 from train.optim import state_bytes
 from train.recording import capture_seconds, record_graphs, shapes_of
 from train.run.processes import UNWATCHED
@@ -124,6 +126,9 @@ def test_no_step_captures_a_graph(config: Config) -> None:
         assert set(engine.graphs.graphs) == captured[-1]
         assert capture_seconds(training) == seconds
         assert captured[-1] >= set(shapes_of(training.data, training.plan, training.total_steps))
+        boundary: Any = SimpleNamespace(training=training, capture_seconds=0.0)
+        engine.graphs.seconds = 1.5  # on a CPU it may be less than a row shows
+        assert [Boundary._captures(boundary) for _ in range(2)] == [{"perf/capture_seconds": 1.5}, {}]
     assert captured[0] == captured[1]
 
 

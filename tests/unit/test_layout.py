@@ -1,10 +1,14 @@
 """The batch arithmetic: what batch.samples makes of per_device and accumulation, and what is refused with a way out."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from train.cli import parse
 from train.config import BatchConfig
 from train.layout import BatchLayout, arranged
+from train.report.facts import batch_line
 from train.run.exits import ExitCode, ExitWith
 
 
@@ -69,3 +73,10 @@ def test_the_arithmetic_is_told_where_shares_differ() -> None:
     assert BatchLayout(2, 4, 1, 0).arithmetic() == "2 per device x 4 accumulated x 1 process = 8 samples per step"
     told = BatchLayout(2, 6, 3, 0, 32).arithmetic("packed rows")
     assert told == "32 packed rows per step in uneven shares, of at most 2 per device x 6 accumulated x 3 processes"
+    for samples, told in (
+        (0, "x 3 processes = 36 samples a step"),
+        (32, "32 samples a step in uneven shares, of at most"),
+    ):
+        batch = {"per_device": 2, "accumulation": 6, "samples": samples}
+        record: Any = SimpleNamespace(config={"batch": batch}, start={"num_processes": 3}, plan={})
+        assert told in batch_line(record)

@@ -21,7 +21,7 @@ from train.run.json_lines import read_lines
 RECIPE = {
     "lora": ("r", "alpha", "dropout", "target_modules", "rslora", "trainable_tokens", "modules_to_save"),
     "data": ("max_length", "packing", "truncation", "history"),
-    "batch": ("per_device", "accumulation", "samples"),
+    "batch": ("per_device", "accumulation"),
     "optim": ("name", "lr", "schedule", "warmup", "weight_decay", "max_grad_norm"),
     "train": ("epochs", "max_steps", "seed"),
 }

@@ -142,7 +142,7 @@ class TrainingData:
         rows, num_processes = [self.rows[row] for row in self.row_ids(step)], self.layout.num_processes
         is_padded, max_tokens = not self.is_packed(plan), plan.micro_batch_tokens if plan.merges else 0
         if self.is_dealt(plan):
-            limits = Limits(max_tokens, plan.num_samples if plan.uses_graphs else len(self.samples), is_padded)
+            limits = Limits(max_tokens, plan.num_samples if plan.uses_graphs else sum(map(len, rows)), is_padded)
             return deal(rows, self.num_tokens, num_processes, limits, plan.pair_cost)
         configured = [self._as_configured(rows, rank) for rank in range(num_processes)]
         return [regroup(each, self.num_tokens, is_padded, max_tokens) for each in configured]

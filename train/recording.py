@@ -53,7 +53,9 @@ def shapes_of(data: TrainingData, plan: Plan, num_steps: int) -> list[Shape]:
     """
     uses, most = Counter[int](), Counter[int]()
     for step in range(min(num_steps, max(1, LOOK_AHEAD // data.layout.samples_per_step))):
-        for members in (each for micro_batches in data.divided(step, plan) for each in micro_batches if each):
+        for members in (each for micro_batches in data.divided(step, plan) for each in micro_batches):
+            if not 0 < len(members) <= plan.num_samples:  # more than the largest has room for: that runs eagerly
+                continue
             num_tokens, num_boundaries = shape_of(packed_tokens([data.num_tokens[i] for i in members]), len(members))
             uses[num_tokens] += 1
             most[num_tokens] = max(most[num_tokens], num_boundaries)

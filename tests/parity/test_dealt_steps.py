@@ -148,3 +148,5 @@ def test_shapes_are_those_of_all_processes(config: Config, monkeypatch: pytest.M
     data.num_tokens = [20] * len(data.num_tokens)
     data.layout = replace(data.layout, samples=18)
     assert shapes_of(data, replace(plan, num_samples=9), 1) == [(256, 16)]
+    data.layout = replace(data.layout, num_processes=1, rank=0)  # one process may have more than there is room for
+    assert shapes_of(data, replace(plan, num_samples=9), 1) == [(128, 8)]

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from train.checkpoints.saver import Saver
 from train.grace import Grace
 from train.memory.gpus import peak_flops
-from train.metrics import Stopwatch, flops_per_token, mfu, num_matmul_weights
+from train.metrics import Stopwatch, flops_per_token, mfu, num_chosen_experts, num_matmul_weights
 from train.recording import capture_seconds
 from train.run.defects import Doing
 from train.run.durable import write_atomically
@@ -68,7 +68,9 @@ class Boundary:
         self.training, self.heartbeat, self.trackers, self.saver = training, heartbeat, trackers, saver
         self.validator, self.doing = validator, doing
         self.stopwatch = Stopwatch(training.accelerator.device)
-        self.num_weights = num_matmul_weights(training.model)
+        shape: Any = training.model.causal_lm.config
+        num_chosen = num_chosen_experts(shape.get_text_config(decoder=True))
+        self.num_weights = num_matmul_weights(training.model, num_chosen)
         self.loss_watch, self.grace = LossWatch(), Grace(training.config.run)
         self.row: Row = {"step": saver.saved}  # of the last step that is complete
         self.since_last: Row = {}  # time and failures of the last save, for the next row

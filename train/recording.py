@@ -7,8 +7,9 @@ import torch
 from train.collate import MicroBatch, collate_packed, packed_tokens
 from train.data import TrainingData
 from train.engine.graph_shapes import Shape, shape_of
-from train.engine.graphs import MAX_GRAPHS
+from train.engine.graphs import MAX_GRAPHS, Graphs
 from train.engine.plan import Plan
+from train.models.pass_graphs import PassGraphs
 from train.optim import state_bytes
 from train.step import Training
 
@@ -16,33 +17,36 @@ LOOK_AHEAD = 32_000  # rows from the run's first whose micro-batches are counted
 
 
 def record_graphs(training: Training) -> int:
-    """Records the graphs that the run needs, as far as memory allows; returns how many. Changes no weight.
+    """Captures the graphs that the run needs, as far as memory allows; returns how many. Changes no weight.
 
     Room is left for the optimizer's state, which is not there yet. Whatever micro-batches behind LOOK_AHEAD have is
     replayed by the next larger one.
     """
-    engine = training.model.engine
-    if engine is None or engine.graphs is None:
+    graphs = _graphs(training)
+    if graphs is None:
         return 0
-    graphs = engine.graphs
     graphs.planned = shapes_of(training.data, training.plan, training.total_steps)
-    num_bytes = state_bytes(training.parameters.values(), training.config.optim)
-    graphs.eager_bytes += num_bytes
+    graphs.reserved = state_bytes(training.parameters.values(), training.config.optim)
     try:
         for num_tokens, num_boundaries in graphs.planned:
             batch = _row(num_tokens, num_boundaries - 2)  # `pad` adds one, and there is one boundary more than samples
             training.model(batch.to(training.accelerator.device)).backward()
     finally:
-        graphs.eager_bytes -= num_bytes
+        graphs.reserved = 0
         training.flat.zero_grad()
         torch.cuda.empty_cache()
     return len(graphs.graphs)
 
 
 def capture_seconds(training: Training) -> float:
-    """Spent in capturing graphs since the engine was set up."""
+    """Spent in capturing graphs since they were set up."""
+    graphs = _graphs(training)
+    return 0.0 if graphs is None else graphs.seconds
+
+
+def _graphs(training: Training) -> Graphs | PassGraphs | None:
     engine = training.model.engine
-    return engine.graphs.seconds if engine is not None and engine.graphs is not None else 0.0
+    return training.model.reference.graphs if engine is None else engine.graphs
 
 
 def shapes_of(data: TrainingData, plan: Plan, num_steps: int) -> list[Shape]:
@@ -54,7 +58,8 @@ def shapes_of(data: TrainingData, plan: Plan, num_steps: int) -> list[Shape]:
     uses, most = Counter[int](), Counter[int]()
     for step in range(min(num_steps, max(1, LOOK_AHEAD // data.layout.samples_per_step))):
         for members in (each for micro_batches in data.divided(step, plan) for each in micro_batches):
-            if not 0 < len(members) <= plan.num_samples:  # more than the largest has room for: that runs eagerly
+            has_room = len(members) <= plan.num_samples or not plan.uses_graphs
+            if not members or not has_room:  # the largest has no room for it either: it runs eagerly
                 continue
             num_tokens, num_boundaries = shape_of(packed_tokens([data.num_tokens[i] for i in members]), len(members))
             uses[num_tokens] += 1

@@ -76,7 +76,7 @@ def _captures(monkeypatch: pytest.MonkeyPatch) -> None:
         graph.work = again
 
     monkeypatch.setattr(Graphs, "_record", record)
-    monkeypatch.setattr(Graphs, "_room", lambda self: 2**40)
+    monkeypatch.setattr("train.engine.graphs.room", lambda: 2**40)
     for name in ("synchronize", "graph_pool_handle", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
@@ -93,11 +93,11 @@ def test_room_is_left_for_the_optimizer(missing: int, config: Config, monkeypatc
     engine = training.model.engine
     assert engine is not None
     assert engine.graphs is not None
-    left = 1000 + state_bytes(training.parameters.values(), training.config.optim) - missing
-    monkeypatch.setattr(Graphs, "_room", lambda self: left if self.graphs else 2**40)
+    left, own = 1000 + state_bytes(training.parameters.values(), training.config.optim) - missing, engine.graphs
+    monkeypatch.setattr("train.engine.graphs.room", lambda: left if own.graphs else 2**40)
     training.model(training.data.batch(0, training.plan).micro_batches[0]).backward()
     assert (record_graphs(training) > 1) == (not missing)
-    assert engine.graphs.eager_bytes == 1000
+    assert own._room() == left
 
 
 @pytest.mark.usefixtures("_captures")

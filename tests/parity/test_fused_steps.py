@@ -11,7 +11,7 @@ from tests.conftest import training_of, with_batch
 from tests.parity.models import SIZES, adapted_model
 from train.collate import collate_packed
 from train.config import Config, EngineConfig
-from train.engine.families import unsupported_reason
+from train.engine.support import unsupported_reason
 from train.layout import BatchLayout
 from train.models.language_model import choose_engine, sketch
 from train.run.exits import ExitWith

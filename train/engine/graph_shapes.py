@@ -18,16 +18,20 @@ def shape_of(num_tokens: int, num_samples: int) -> Shape:
     return padded(num_tokens), -(-(num_samples + 2) // BOUNDARIES_STEP) * BOUNDARIES_STEP
 
 
-def pad(batch: MicroBatch) -> MicroBatch:
-    """The packed micro-batch in its shape.
+def padded_shape(batch: MicroBatch) -> Shape:
+    """The shape of a packed micro-batch."""
+    assert batch.cu_seqlens is not None
+    return shape_of(batch.input_ids.shape[1], len(batch.cu_seqlens) - 1)
+
+
+def pad(batch: MicroBatch, shape: Shape | None = None) -> MicroBatch:
+    """The packed micro-batch in `shape`, or in `padded_shape` where it is None.
 
     `max_length` becomes the length of the whole row. The first sample that is added has all the padding, the others
     have no tokens; nothing in them is a target.
     """
-    cu_seqlens = batch.cu_seqlens
-    assert cu_seqlens is not None
+    width, num_boundaries = shape or padded_shape(batch)
     num_tokens = batch.input_ids.shape[1]
-    width, num_boundaries = shape_of(num_tokens, len(cu_seqlens) - 1)
     wide = replace(
         batch,
         input_ids=F.pad(batch.input_ids, (0, width - num_tokens)),
@@ -37,6 +41,6 @@ def pad(batch: MicroBatch) -> MicroBatch:
     return with_empty_samples(wide, num_boundaries - 1)
 
 
-def serving(shape: Shape, shapes: Iterable[Shape]) -> Shape:
-    """The smallest of the shapes that has room for `shape`, which one of them must have."""
-    return min(each for each in shapes if each[0] >= shape[0] and each[1] >= shape[1])
+def serving(shape: Shape, shapes: Iterable[Shape]) -> Shape | None:
+    """The smallest of the shapes that has room for `shape`; None where none has."""
+    return min((each for each in shapes if each[0] >= shape[0] and each[1] >= shape[1]), default=None)

@@ -16,7 +16,7 @@ import torch
 
 from train.collate import MicroBatch
 from train.engine.attention import Attend
-from train.engine.block import ForwardContext
+from train.engine.context import ForwardContext
 from train.engine.graph_shapes import Shape, serving
 from train.engine.plan import padded
 from train.engine.stack import Saved, Stack
@@ -104,6 +104,7 @@ class Graphs:
         self.largest: Shape | None = None  # the shape that was captured first
         self.planned: Sequence[Shape] = ()
         self.seconds = 0.0  # spent in captures
+        self.reserved = 0  # bytes that captures leave for what comes later
 
     def release(self) -> None:
         """Frees all graphs and their memory; shapes are captured anew."""
@@ -147,14 +148,14 @@ class Graphs:
             self.release()  # the eager pass needs what the graphs hold
             return None
         if self.planned:
-            shape = serving(shape, (*self.planned, largest))
+            shape = serving(shape, (*self.planned, largest)) or largest
         if self.state is not State.EAGER and not self.graphs:
             self._capture_largest(largest, context, batch)
         if self.state is State.OPEN and shape not in self.graphs:
             self._capture_another(shape, largest, context, batch)
         if self.state is State.EAGER:
             return None
-        return self.graphs[serving(shape, self.graphs)]
+        return self.graphs[serving(shape, self.graphs) or largest]
 
     def _capture_largest(self, largest: Shape, context: ForwardContext, batch: MicroBatch) -> None:
         if self._room() >= self.graph_bytes + self.eager_bytes:
@@ -180,15 +181,7 @@ class Graphs:
             self._capture_largest(largest, context, batch)
 
     def _room(self) -> int:
-        """Bytes left for captures.
-
-        Asked for before each capture: one that runs out of memory leaves torch's allocator in disorder.
-        """
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # the pool needs now what eager passes have used
-        free, total = torch.cuda.mem_get_info()
-        cap = int(total * torch.cuda.get_per_process_memory_fraction())
-        return min(free, cap - torch.cuda.memory_reserved())
+        return room() - self.reserved
 
     def _capture(self, shape: Shape, context: ForwardContext, batch: MicroBatch) -> CapturedGraph:
         """Both passes. What the first saves for the second stays in the pool, which all graphs share.
@@ -220,7 +213,7 @@ class Graphs:
                 static.hidden.copy_(grad_hidden)  # nothing reads the input any more
 
         store.invalidate_adapters()
-        with torch.no_grad(), _no_collection():
+        with torch.no_grad(), no_collection():
             self._record(forward, run_forward)
             self._record(backward, run_backward)
         store.forget_shared()  # nothing of it has run yet
@@ -231,6 +224,15 @@ class Graphs:
         """Captures what `work` launches; it is not run."""
         with torch.cuda.graph(graph, pool=self.pool):
             work()
+
+
+def room() -> int:
+    """Bytes left for captures; asked for first: one that runs out of memory leaves torch's allocator in disorder."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # the pool needs now what eager passes have used
+    free, total = torch.cuda.mem_get_info()
+    cap = int(total * torch.cuda.get_per_process_memory_fraction())
+    return min(free, cap - torch.cuda.memory_reserved())
 
 
 class _Replay(torch.autograd.Function):
@@ -258,7 +260,7 @@ class _Replay(torch.autograd.Function):
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """No garbage is collected during a capture: freeing what holds CUDA objects would end it."""
     gc.collect()
     gc.disable()

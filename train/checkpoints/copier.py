@@ -15,6 +15,7 @@ from train.run.durable import write_atomically
 from train.run.signals import StopRequest
 
 FINISH_SECONDS = 600.0  # at most, for what is under way when a run ends that nobody has stopped
+STALL_SECONDS = 120.0  # without a byte, after which such a run waits no longer
 LOOK_SECONDS = 0.1  # between two looks whether it is done, or a signal has come
 MAX_RESERVE = 5.0  # of the grace period: for exit.json and the end of the process
 
@@ -32,7 +33,8 @@ class Copies:
     def finish(self, stop: StopRequest, grace_seconds: float, is_stopping: bool) -> str:
         """Waits for what is under way, and says what is at the mirror; once.
 
-        For FINISH_SECONDS at most, and where the run must stop for what is left of its grace period.
+        For FINISH_SECONDS at most, and where the run must stop for what is left of its grace period (`is_stopping`:
+        another process was asked).
         """
         return ""
 
@@ -90,14 +92,19 @@ class Copier(Copies):
         self.is_over = True
         if self.failure and not self._is_busy() and self.wanted > self.mirrored:
             self.copy(self.wanted)
-        began = time.monotonic()
         grace = grace_seconds - min(MAX_RESERVE, grace_seconds / 5)
+        began = moved_at = time.monotonic()
+        moved = -1
         while self._is_busy():
-            passed = time.monotonic() - began
+            now = time.monotonic()
+            if self.mirror.remote.moved != moved:
+                moved, moved_at = self.mirror.remote.moved, now
             if stop.is_received():
                 is_over = stop.seconds() >= grace
+            elif is_stopping:
+                is_over = now - began >= grace
             else:
-                is_over = passed >= (grace if is_stopping else FINISH_SECONDS)
+                is_over = now - began >= FINISH_SECONDS or now - moved_at >= STALL_SECONDS
             if is_over:
                 break
             time.sleep(LOOK_SECONDS)

@@ -56,6 +56,7 @@ class Remote:
                 f"the extra: pip install 'handloop[{extra}]'",
             ) from None
         self.fs = kind(skip_instance_cache=True, use_listings_cache=False, **self.scheme.options)
+        self.moved = 0  # bytes read and written so far, for whoever asks whether anything goes on
         self.root = str(self.fs._strip_protocol(self.url))
 
     @property
@@ -83,6 +84,7 @@ class Remote:
         """The content of a file, a part at a time."""
         with self.fs.open(self._path(name), "rb", block_size=PART_BYTES) as file:
             while chunk := file.read(CHUNK_BYTES):
+                self.moved += len(chunk)
                 yield chunk
 
     def write(self, name: str, chunks: Iterable[bytes], size: int) -> None:
@@ -93,6 +95,7 @@ class Remote:
         with self.fs.open(path, "wb", block_size=part) as file:
             for chunk in chunks:
                 file.write(chunk)
+                self.moved += len(chunk)
 
     def sha256(self, name: str) -> str:
         """Of what is there now, read from its beginning to its end."""
@@ -116,8 +119,8 @@ class Remote:
         return f"{self.root}/{name}"
 
 
-def in_time(action: Callable[[], T], seconds: float = PATIENCE_SECONDS) -> T:
-    """What `action` returns or raises; raises TimeoutError where that takes longer, and leaves it to itself."""
+def in_time(action: Callable[[], T]) -> T:
+    """What `action` returns or raises; raises TimeoutError after PATIENCE_SECONDS, and leaves it to itself."""
     results: list[T] = []
     errors: list[BaseException] = []
 
@@ -129,11 +132,11 @@ def in_time(action: Callable[[], T], seconds: float = PATIENCE_SECONDS) -> T:
 
     thread = threading.Thread(target=act, name="mirror", daemon=True)
     thread.start()
-    thread.join(seconds)
+    thread.join(PATIENCE_SECONDS)
     if errors:
         raise errors[0]
     if not results:
-        raise TimeoutError(f"no answer within {seconds:.0f} s")
+        raise TimeoutError(f"no answer within {PATIENCE_SECONDS:g} s")
     return results[0]
 
 

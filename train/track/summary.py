@@ -202,9 +202,9 @@ def _mirror(folder: RunFolder) -> list[str]:
     found = read_object(folder.mirror)
     if not found:
         return []
-    counts = [f"{found.get(name, 0)} {name}" for name in ("copied", "failed", "overtaken") if found.get(name)]
+    counts = ", ".join(f"{found[name]} {name}" for name in ("copied", "failed", "overtaken") if found.get(name))
     place = f"step {found['step']} is whole at" if found.get("step") else "nothing is at"
-    return [_line("mirror", printable("; ".join([f"{place} {found.get('url')}", *counts])))]
+    return [_line("mirror", printable(f"{place} {found.get('url')}" + (f"; {counts}" if counts else "")))]
 
 
 def table(label: str, pairs: Sequence[tuple[str, str]]) -> list[str]:

@@ -134,7 +134,8 @@ class Boundary:
         if not self.saver.is_current:
             self._save(must_stop=True)
         seconds = round(stop.seconds(), 1)
-        self.doing.now = "waiting for the mirror"
+        if self.training.config.checkpoint.mirror:
+            self.doing.now = "waiting for the mirror"
         copied = self.saver.finish_copies(stop)
         repeat = f"{copied}; {repeat}" if copied else repeat
         if not stop.received:

@@ -70,7 +70,7 @@ def test_a_new_machine_and_a_bucket(config: Config, expected: dict[str, bytes], 
         whole = sorted(key for key in server.objects() if key.endswith("complete.json"))
         assert len(whole) == 2
         server.flip(whole[-1].replace("complete.json", "checkpoint/adapter_model.safetensors"))
-        again = run_command(mirrored(config, url, tmp_path / "two"), **server.environment)
+        again = run_command(mirrored(config, url, tmp_path / "two"), None, **server.environment)
         assert again.returncode == 0, again.stderr
         assert "is not usable: checkpoint/adapter_model.safetensors is damaged" in again.stdout
         assert f"fetched from {url}" in again.stdout

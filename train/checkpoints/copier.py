@@ -16,6 +16,7 @@ from train.run.signals import StopRequest
 
 FINISH_SECONDS = 600.0  # at most, for what is under way when a run ends that nobody has stopped
 STALL_SECONDS = 120.0  # without a byte, after which such a run waits no longer
+TELL_SECONDS = 2.0  # of waiting, after which it is said
 LOOK_SECONDS = 0.1  # between two looks whether it is done, or a signal has come
 MAX_RESERVE = 5.0  # of the grace period: for exit.json and the end of the process
 
@@ -94,9 +95,13 @@ class Copier(Copies):
             self.copy(self.wanted)
         grace = grace_seconds - min(MAX_RESERVE, grace_seconds / 5)
         began = moved_at = time.monotonic()
-        moved = -1
+        moved, is_told = -1, is_stopping
         while self._is_busy():
             now = time.monotonic()
+            if now - began > TELL_SECONDS and not is_told:
+                is_told = True
+                with suppress(OSError):  # a terminal that is gone
+                    print(f"mirror    waiting for step {self.wanted} to be copied to {self.mirror.url}", flush=True)
             if self.mirror.remote.moved != moved:
                 moved, moved_at = self.mirror.remote.moved, now
             if stop.is_received():

@@ -10,6 +10,7 @@ agree with it, is passed over.
 import hashlib
 import json
 import re
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,7 +29,6 @@ from train.run.folder import RUN_UID, START_DATE, RunFolder, read_object
 COMPLETE = "complete.json"
 FORMAT_VERSION = 1
 FOLDER = re.compile(r"([\w-]+)/step-(\d{10})-([0-9a-f]{8})/(.+)")
-PROBE = "probe"  # a file that is written, read and removed at the start
 # what may be in a copy: no other name of a record is ever looked at
 EXPECTED = {f"{CHECKPOINT}/{name}" for name in (*CONTENTS, MANIFEST)} | {f"{RUN}/{name}" for name in RECORDS}
 
@@ -80,11 +80,13 @@ class Mirror:
         """Writes a file, reads it and removes it; raises ExitWith(BAD_INPUT) where that is not possible."""
         content = datetime.now(UTC).isoformat().encode()
 
+        probe = f"probe-{uuid.uuid4().hex[:8]}"  # of its own, because two runs may start at a time
+
         def try_out() -> None:
-            self.remote.write(PROBE, [content], len(content))
-            if self.remote.read(PROBE, len(content)) != content:
+            self.remote.write(probe, [content], len(content))
+            if self.remote.read(probe, len(content)) != content:
                 raise OSError("what was written does not read back")
-            self.remote.remove([PROBE])
+            self.remote.remove([probe])
 
         try:
             in_time(try_out)
@@ -94,12 +96,23 @@ class Mirror:
     def put(self, source: Source) -> bool:
         """Copies a checkpoint: data, read back and compared, then the record, which is read back likewise.
 
-        One that is whole there already is left as it is; returns whether it was not.
+        One that is whole there already is left as it is; returns whether it was not. What has failed is taken away, as
+        far as that is possible: a bucket that is full would fill with halves.
         """
         folder = f"{source.run_uid}/{step_folder(source.step)}-{source.mark}"
         if any(copy.folder == folder for copy in self.copies()):
             return False
-        self.remote.remove([f"{folder}/{COMPLETE}"] if folder in self.damaged else [])
+        try:
+            self.remote.remove([f"{folder}/{COMPLETE}"] if folder in self.damaged else [])
+            self._send(source, folder)
+        except Exception:
+            with suppress(Exception):
+                self.remote.remove(f"{folder}/{name}" for name in (COMPLETE, *source.parts))
+            raise
+        self.damaged.discard(folder)
+        return True
+
+    def _send(self, source: Source, folder: str) -> None:
         files = {}
         for name, part in source.parts.items():
             self.remote.write(f"{folder}/{name}", part.chunks(), part.size)
@@ -111,8 +124,6 @@ class Mirror:
         self.remote.write(f"{folder}/{COMPLETE}", [record], len(record))
         if self.remote.read(f"{folder}/{COMPLETE}", MAX_JSON_BYTES) != record:
             raise DamagedCopyError(f"{COMPLETE} does not read back as it was sent")
-        self.damaged.discard(folder)
-        return True
 
     def prune(self, run_uid: str, keep: int, best: int) -> None:
         """Removes all of a run but the newest `keep` whole copies and that of step `best`; each record goes first.

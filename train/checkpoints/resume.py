@@ -124,7 +124,8 @@ def choose(
             return 0
         found = _newest(store, mirror) if wanted in ("auto", "must") else _chosen(store, mirror, Path(wanted))
         if found is None and wanted == "must":
-            reason = f"--run.resume must: there is no checkpoint in {store.root}"
+            where = store.root if mirror is None else f"{store.root} or at {mirror.url}"
+            reason = f"--run.resume must: there is no checkpoint in {where}"
             raise ExitWith(ExitCode.NO_VALID_CHECKPOINT, reason)
         return found.state.step if found else 0
 

@@ -22,7 +22,7 @@ from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder
 
 
-class Killed(Exception):
+class Killed(BaseException):
     """Stands for the end of the process."""
 
 
@@ -141,6 +141,7 @@ def test_a_store_that_changes_what_it_takes_is_noticed(tmp_path: Path, monkeypat
         with pytest.raises(DamagedCopyError, match=r"optimizer\.safetensors does not read back"):
             put(mirror, store, 1)
     assert steps_at(url_of(tmp_path)) == []
+    assert mirror.remote.sizes() == {}  # no half of it takes room
     put(mirror, store, 1)
     assert steps_at(url_of(tmp_path)) == [1]
 

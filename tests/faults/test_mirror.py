@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.compare_runs import at, exit_record, reference, result_of, wait_for_rows
-from tests.conftest import Outcome, Run, arguments, run_command
+from tests.conftest import Outcome, Run, arguments, run_command, with_batch
 from tests.faults.test_secrets import with_option
 from tests.injections import die
 from tests.interruptions import AtMicroBatch
@@ -139,33 +139,45 @@ def test_a_run_that_starts_again_leaves_the_copies_of_the_old_one(config: Config
     assert "step 1 fetched from" in run_command(mirrored(config, url, tmp_path / "two")).stdout
 
 
+def together(config: Config, url: str, where: Path, faults: list[Callable[[], None] | None]) -> list[Outcome]:
+    """Two nodes, each with a folder of its own below `where`, that begin at the same time."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    runs = []
+    for rank, fault in enumerate(faults):
+        node = OnNode(Elsewhere(str(where / str(rank))), fault)
+        words = mirrored(config, url, Path("run"))
+        runs.append(Run(words, node, RANK=str(rank), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", **world))
+    return [run.wait() for run in runs]
+
+
 def test_nodes_without_a_disk_between_them(config: Config, url: str, tmp_path: Path) -> None:
     """Two nodes, each with a folder of its own: each fetches, the first copies what the mirror lacks; the same bits."""
     config = replace(config, batch=replace(config.batch, per_device=2, accumulation=2))
 
-    def together(where: str, faults: list[Callable[[], None] | None]) -> list[Outcome]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-        runs = []
-        for rank, fault in enumerate(faults):
-            node = OnNode(Elsewhere(str(tmp_path / where / str(rank))), fault)
-            words = mirrored(config, url, Path("run"))
-            runs.append(Run(words, node, RANK=str(rank), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", **world))
-        return [run.wait() for run in runs]
-
-    done = together("whole", [None, None])
+    done = together(config, url, tmp_path / "whole", [None, None])
     assert [one.returncode for one in done] == [0, 0], done[0].stderr + done[1].stderr
     shutil.rmtree(tmp_path / "mirror")
-    stopped = together("first", [AtMicroBatch(2, 0), None])
+    stopped = together(config, url, tmp_path / "first", [AtMicroBatch(2, 0), None])
     assert [one.returncode for one in stopped] == [75, 75], stopped[0].stderr + stopped[1].stderr
     assert "step 3 is whole at" in stopped[0].stderr
     shutil.rmtree(tmp_path / "first" / "1")  # the second node is another one
     shutil.rmtree(next((tmp_path / "mirror").rglob("step-0000000003-*")))  # and the mirror has lost the newest
-    again = together("first", [None, None])
+    again = together(config, url, tmp_path / "first", [None, None])
     assert [one.returncode for one in again] == [0, 0], again[0].stderr + again[1].stderr
     assert result_of(tmp_path / "first" / "0" / "run") == result_of(tmp_path / "whole" / "0" / "run")
+
+
+def test_nodes_that_should_have_one_disk_and_have_not(config: Config, tmp_path: Path) -> None:
+    """Without a mirror: where another machine becomes the first, its empty folder is no reason to start again."""
+    config = replace(config, batch=replace(config.batch, per_device=2, accumulation=2))
+    alone = mirrored(with_batch(config, 2, 4), "", tmp_path / "1" / "run")
+    assert run_command(alone, AtMicroBatch(1, 0)).returncode == 75
+    refused = together(config, "", tmp_path, [None, None])
+    assert [one.returncode for one in refused] == [78, 78], refused[0].stderr + refused[1].stderr
+    assert "must be on a disk that all of them see" in refused[0].stderr
 
 
 @dataclass(frozen=True)

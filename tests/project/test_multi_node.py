@@ -1,4 +1,4 @@
-"""launch/multi_node.sh starts again what can go on, hands signals on, and refuses what it cannot use."""
+"""launch/multi_node.sh starts again what can go on, and launch/skypilot.yaml takes it where there are several."""
 
 import os
 import re
@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import ROOT
+from train.cli import parse
 
 # stands in for the launcher: ends with the codes in the file `codes`, one a start; on TERM with 75
 LAUNCH = """set -euo pipefail
@@ -93,3 +95,28 @@ def test_the_first_machine_is_where_they_meet(folder: Path) -> None:
     """Number 0 keeps the store of the rendezvous, whatever its names and addresses are."""
     assert started(folder, "0", **NODE | {"NODE": "0"}).wait(20) == 0
     assert re.search(r"--machine_rank 0 .*is_host=true", (folder / "told").read_text())
+
+
+@pytest.mark.parametrize(("nodes", "script"), [("1", "a100.sh"), ("3", "multi_node.sh")])
+def test_what_skypilot_starts(nodes: str, script: str, folder: Path) -> None:
+    """The script for one machine or several, with the mirror and options that are real."""
+    job = yaml.safe_load((ROOT / "launch" / "skypilot.yaml").read_text(encoding="utf-8"))
+    assert job["resources"]["job_recovery"]["recover_on_exit_codes"] == [75, 81, 83]
+    (folder / "launch" / script).write_text('echo "${NODES:-} ${NODE:-} ${FIRST_NODE:-}"; printf "%s\\n" "$@"\n')
+    given = {"MIRROR": "s3://bucket/runs/x", "DATA": "https://host/some/pairs.jsonl", "SKYPILOT_NUM_NODES": nodes}
+    assert set(job["envs"]) == {"MIRROR", "DATA"}
+    given |= {"SKYPILOT_NODE_RANK": "2", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2\n10.0.0.3"}
+    done = subprocess.run(
+        ["bash", "-euc", job["run"]],
+        cwd=folder,
+        env={**os.environ, **given},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    node, *words = done.stdout.splitlines()
+    assert node.split() == ([] if nodes == "1" else ["3", "2", "10.0.0.1"])
+    config = parse(["--profile", "a100", *words])
+    assert config.data.path == ("downloaded/pairs.jsonl",)
+    assert config.checkpoint.mirror == given["MIRROR"]
+    assert config.checkpoint.minutes > 0

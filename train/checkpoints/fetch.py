@@ -81,6 +81,22 @@ def share(mirror: Mirror | None, store: CheckpointStore, accelerator: Accelerato
         raise ExitWith(ExitCode.NO_VALID_CHECKPOINT, reason or "a node could not fetch the checkpoint, and says why")
 
 
+def check_one_folder(store: CheckpointStore, accelerator: Accelerator) -> None:
+    """Raises ExitWith(BAD_INPUT) where a node's run folder is further than the first process's: a disk of its own.
+
+    Nodes that see no common disk would start again, in silence, where another machine becomes the first.
+    """
+    newest = max(store.folder.checkpoint_steps, default=0)
+    of_first = on_first_process(accelerator, lambda: newest)
+    is_further = accelerator.is_local_main_process and newest > of_first
+    if any(any_process(accelerator, is_further)):
+        raise ExitWith(
+            ExitCode.BAD_INPUT,
+            f"a machine has a later checkpoint in {store.folder.path} than the first one, which has step {of_first}: "
+            f"the run folder must be on a disk that all of them see, or give {OPTION}",
+        )
+
+
 def withdraw(mirror: Mirror, run_uid: str, after: int) -> None:
     """Takes a run's later copies back; raises ExitWith(BAD_INPUT) where the mirror refuses."""
     _reached(mirror, lambda: mirror.withdraw(run_uid, after))

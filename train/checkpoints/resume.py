@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from train.batching import MicroBatchShape
 from train.checkpoints.contents import Checkpoint, TrainerState, adapter_files
-from train.checkpoints.fetch import fetch_newer, share, withdraw
+from train.checkpoints.fetch import check_one_folder, fetch_newer, share, withdraw
 from train.checkpoints.identity import DETAILS, differences
 from train.checkpoints.mirror import Mirror
 from train.checkpoints.store import CheckpointStore
@@ -129,6 +129,8 @@ def choose(
             raise ExitWith(ExitCode.NO_VALID_CHECKPOINT, reason)
         return found.state.step if found else 0
 
+    if mirror is None and wanted in ("auto", "must"):
+        check_one_folder(store, accelerator)
     step = on_first_process(accelerator, decide)
     if wanted in ("auto", "must"):
         share(mirror, store, accelerator, step)

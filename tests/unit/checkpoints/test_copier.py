@@ -71,16 +71,20 @@ def test_nobody_waits_and_the_newest_is_copied(line: Line, tmp_path: Path) -> No
     assert (told["step"], told["copied"], told["failed"], told["overtaken"]) == (5, 2, 0, 2)
 
 
-def test_a_failure_is_told_once_and_tried_again(line: Line, tmp_path: Path) -> None:
+def test_a_failure_is_told_once_and_tried_again(line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A warning with the reason, without secrets; the next checkpoint, or the end of the run, tries again."""
     store = store_at(tmp_path / "run", [1])
-    line.failure = OSError(28, "QuotaExceeded for https://key:s3cret-s3cret@bucket")
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.setenv(name, f"s3cret-{name}")
+    line.failure = OSError(
+        28, "QuotaExceeded for https://key:s3cret-0123@bucket, s3cret-AWS_SECRET_ACCESS_KEY, s3cret-AWS_SESSION_TOKEN"
+    )
     copies = Copier(Mirror(line), store, newest=1)
     settled(copies)
     warning, figures = copies.news()
     assert warning.startswith(f"step 1 could not be copied to {line.url}: OSError: [Errno 28] QuotaExceeded")
     assert "no checkpoint is there yet, training goes on" in warning
-    assert "s3cret" not in warning
+    assert "s3cret" not in warning + store.folder.mirror.read_text()
     assert figures == {"checkpoint/failed_copies": 1}
     assert copies.news() == ("", {})
     save(store, 2)

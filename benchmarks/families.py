@@ -3,8 +3,9 @@
     python -m benchmarks.families [NAME ...] [--reference] [--out benchmarks/results/families.json]
 
 Weights are random, in NF4, of the shape that the model's config.json has. Each is a `handloop plan --probe` in a
-process of its own: rows of 2,048 tokens, packed, 16 a step, adapters of rank 16 on all linear layers. --reference
-runs the reference engine instead. With several GPUs start it once for each, CUDA_VISIBLE_DEVICES and names apart.
+process of its own: rows of 2,048 tokens, packed, 16 a step, adapters of rank 16 on all linear layers, those of
+experts among them. --reference runs the reference engine instead. With several GPUs start it once for each,
+CUDA_VISIBLE_DEVICES and names apart.
 """
 
 import argparse
@@ -19,8 +20,8 @@ import transformers as T
 
 RESULTS = Path(__file__).parent / "results" / "families.json"
 FULL, SLIDING = "full_attention", "sliding_attention"
-OPTIONS = "--data.packing true --data.max_length 2048 --batch.per_device 4 --batch.accumulation 4 --lora.r 16"
-OPTIONS += " --lora.alpha 32 --lora.dropout 0 --optim.name paged_adamw_8bit --lora.target_modules all-linear"
+OPTIONS = "--data.packing true --data.max_length 2048 --batch.per_device 4 --lora.r 16"
+OPTIONS += " --lora.alpha 32 --lora.dropout 0 --optim.name paged_adamw_8bit"
 
 
 def every(number: int, num_layers: int) -> list[str]:
@@ -36,6 +37,7 @@ def sizes(*numbers: int, **others: Any) -> dict[str, Any]:
 
 
 NO_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0.0}
+EXPERTS: dict[str, Any] = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "head_dim": 128}
 SHAPES: dict[str, T.PreTrainedConfig] = {
     "Llama-3.1-8B": T.LlamaConfig(**sizes(4096, 14336, 32, 32, 8, 128256)),
     "Mistral-7B": T.MistralConfig(**sizes(4096, 14336, 32, 32, 8, 32768), sliding_window=None),
@@ -76,6 +78,8 @@ SHAPES: dict[str, T.PreTrainedConfig] = {
     "StarCoder2-7B": T.Starcoder2Config(
         **sizes(4608, 18432, 32, 36, 4, 49152), sliding_window=4096, use_bias=True, embedding_dropout=0.0, **NO_DROPOUT
     ),
+    "Qwen3-30B-A3B": T.Qwen3MoeConfig(**sizes(2048, 6144, 48, 32, 4, 151936, **EXPERTS), norm_topk_prob=True),
+    "Mixtral-8x7B": T.MixtralConfig(**sizes(4096, 14336, 32, 32, 8, 32000), num_local_experts=8, num_experts_per_tok=2),
 }
 
 
@@ -84,23 +88,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="of the shapes; all by default")
     parser.add_argument("--reference", action="store_true")
+    parser.add_argument("--accumulation", type=int, default=4, help="4 rows each; 4 by default")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     engine = "reference" if options.reference else "fused"
+    key = engine if options.accumulation == 4 else f"{engine}, {options.accumulation * 4} rows a step"
     for name in options.names or SHAPES:
-        found = probed(SHAPES[name], engine)
+        found = probed(SHAPES[name], engine, options.accumulation)
         known = json.loads(options.out.read_text()) if options.out.exists() else {}
-        known.setdefault(name, {})[engine] = found
+        known.setdefault(name, {})[key] = found
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(known, indent=1) + "\n")
-        print(line(name, engine, found), flush=True)
+        print(line(name, key, found), flush=True)
 
 
-def probed(shape: T.PreTrainedConfig, engine: str) -> dict[str, Any]:
+def probed(shape: T.PreTrainedConfig, engine: str, accumulation: int) -> dict[str, Any]:
     """What a probe measures, or why there is none."""
     with tempfile.TemporaryDirectory() as folder:
         shape.save_pretrained(folder)
         words = f"plan --probe --json --profile a100 --model.name_or_path {folder} --engine.kind {engine} {OPTIONS}"
+        words += f" --batch.accumulation {accumulation}"
         code = "import sys; from train.commands.handloop import main; sys.exit(main())"
         done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, check=False)
     if done.returncode:

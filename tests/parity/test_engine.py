@@ -11,10 +11,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from tests.parity.models import ALL, FAMILIES, NOTHING, SIZES, adapted_model, close, gradients_of, packed, plan
 from train.collate import MicroBatch
 from train.engine import families, operations
-from train.engine.block import Block, ForwardContext
+from train.engine.block import Block
+from train.engine.context import ForwardContext
 from train.engine.decoder import FusedDecoder
-from train.engine.families import unsupported_reason
+from train.engine.mlp import Mlp
 from train.engine.positions import Positions
+from train.engine.self_attention import SelfAttention
+from train.engine.support import unsupported_reason
 
 
 def reference(causal_lm: Any, batch: MicroBatch) -> torch.Tensor:
@@ -68,15 +71,15 @@ def test_kept_and_recomputed_blocks_give_the_same_bits(monkeypatch: pytest.Monke
         return forward(self, *arguments)
 
     tiles: set[int] = set()
-    gate_up = Block._gate_up
+    gate_up = Mlp._gate_up
 
-    def measured(self: Block, *arguments: Any) -> torch.Tensor:
+    def measured(self: Mlp, *arguments: Any) -> torch.Tensor:
         found = gate_up(self, *arguments)
         tiles.add(len(found))
         return found
 
     monkeypatch.setattr(Block, "forward", counted)
-    monkeypatch.setattr(Block, "_gate_up", measured)
+    monkeypatch.setattr(Mlp, "_gate_up", measured)
     adapted, batch = adapted_model(LlamaConfig(**SIZES), ALL, dropout=0.3), packed()
     upstream = torch.randn(15, 64)
     found = []
@@ -101,23 +104,26 @@ def test_kept_and_recomputed_blocks_give_the_same_bits(monkeypatch: pytest.Monke
 
 def test_what_an_mlp_has_kept_is_gone_before_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan counts with that room; and of tiles never two stand at once."""
-    mlp, attention, gate_up = Block._backward_mlp, Block._backward_attention, Block._gate_up
+    block, mlp, softmax, gate_up = Block.backward, Mlp.backward, SelfAttention._backward_softmax, Mlp._gate_up
     kept_by_mlp: list[weakref.ref] = []
     tiles: list[weakref.ref] | None = None
     checked = []
 
-    def backward_mlp(self: Block, matrices: Any, kept: Any, *rest: Any) -> Any:
-        nonlocal tiles
-        whole = [] if kept.gate_up is None else [kept.gate_up]
-        kept_by_mlp.extend(map(weakref.ref, [kept.post_attention, kept.mlp_normed, *whole]))
+    def backward(self: Block, matrices: Any, kept: Any, *rest: Any) -> Any:
+        whole = [] if kept.mlp.gate_up is None else [kept.mlp.gate_up]
+        kept_by_mlp.extend(map(weakref.ref, [kept.post_attention, kept.mlp.read, *whole]))
         del whole
+        return block(self, matrices, kept, *rest)
+
+    def backward_mlp(self: Mlp, *arguments: Any) -> Any:
+        nonlocal tiles
         tiles = []
-        found = mlp(self, matrices, kept, *rest)
+        found = mlp(self, *arguments)
         checked.append(len(tiles))
         tiles = None
         return found
 
-    def one_tile(self: Block, matrices: Any, kept: Any, *rest: Any) -> torch.Tensor:
+    def one_tile(self: Mlp, matrices: Any, kept: Any, *rest: Any) -> torch.Tensor:
         if tiles is None or kept.gate_up is not None:
             return gate_up(self, matrices, kept, *rest)
         assert all(each() is None for each in tiles)
@@ -125,15 +131,16 @@ def test_what_an_mlp_has_kept_is_gone_before_attention(monkeypatch: pytest.Monke
         tiles.append(weakref.ref(found))
         return found
 
-    def backward_attention(self: Block, *arguments: Any) -> None:
+    def backward_softmax(self: SelfAttention, *arguments: Any) -> None:
         assert len(kept_by_mlp) >= 2
         assert all(each() is None for each in kept_by_mlp)
         kept_by_mlp.clear()
-        attention(self, *arguments)
+        softmax(self, *arguments)
 
-    monkeypatch.setattr(Block, "_backward_mlp", backward_mlp)
-    monkeypatch.setattr(Block, "_backward_attention", backward_attention)
-    monkeypatch.setattr(Block, "_gate_up", one_tile)
+    monkeypatch.setattr(Block, "backward", backward)
+    monkeypatch.setattr(Mlp, "backward", backward_mlp)
+    monkeypatch.setattr(SelfAttention, "_backward_softmax", backward_softmax)
+    monkeypatch.setattr(Mlp, "_gate_up", one_tile)
     adapted, batch, upstream = adapted_model(LlamaConfig(**SIZES), ALL), packed(), torch.randn(15, 64)
     for tile in (0, 4):
         FusedDecoder(adapted.get_base_model(), plan(2, 0, tile), NOTHING)(batch).backward(upstream)

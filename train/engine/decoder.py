@@ -8,7 +8,8 @@ import torch
 
 from train.collate import MicroBatch
 from train.engine.attention import attentions
-from train.engine.block import Block, ForwardContext
+from train.engine.block import Block
+from train.engine.context import ForwardContext
 from train.engine.copies import copies_for
 from train.engine.embedding import RowsInPlace
 from train.engine.families import family_of
@@ -26,14 +27,14 @@ from train.engine.weight_store import WeightStore
 class FusedDecoder:
     """The decoder of `causal_lm` (with PEFT's adapters in it), run block by block by our own code."""
 
-    def __init__(self, causal_lm: CausalLM, plan: Plan, host: HostBlocks) -> None:
-        """Allocates slots and host buffers; matrices and graphs follow on demand. Blocks in `host` are streamed."""
+    def __init__(self, causal_lm: CausalLM, plan: Plan, *away: HostBlocks) -> None:
+        """Allocates slots and host buffers; matrices and graphs follow on demand. Blocks in `away` are streamed."""
         family = family_of(causal_lm)
         self.decoder = causal_lm.base_model
         self.layers, norm = family.decoder_layers(causal_lm), family.norm_of(self.decoder.norm)
         blocks = [Block(layer, number) for number, layer in enumerate(self.layers)]
         copies = partial(copies_for, norm.weight.device)
-        self.source = packed_source(self.layers, host, norm.weight.device, copies)
+        self.source = packed_source(self.layers, away, norm.weight.device, copies)
         store = WeightStore(blocks, plan.num_cached, norm.weight, self.source)
         inputs = DeviceInputs()
         if plan.offloads_inputs:
@@ -46,8 +47,8 @@ class FusedDecoder:
         self.dropout = max(block.dropout for block in blocks)
         self.mlp_tile = plan.mlp_tile
         # no method of this object: it would keep a replaced engine's graphs alive
-        windows = {block.heads.window for block in blocks}
-        self.attend_for = partial(attentions, windows=windows, scale=blocks[0].heads.scaling)
+        windows = {block.attention.heads.window for block in blocks}
+        self.attend_for = partial(attentions, windows=windows, scale=blocks[0].attention.heads.scaling)
         self.position_tables = family.position_tables(causal_lm, self.layers)
         self.graphs: Graphs | None = None
         if plan.uses_graphs:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -13,6 +14,19 @@ from train.engine.copies import Copies, Event, host_buffers
 from train.engine.layers import DecoderLayer
 from train.engine.packed_weights import PackedLayout, put
 from train.engine.plan import NUM_SLOTS
+
+
+class BlockHolder(Protocol):
+    """Takes the packed weights of decoder blocks as they are loaded."""
+
+    @property
+    def wanted(self) -> Sequence[int]:
+        """The blocks that it takes."""
+        ...
+
+    def offload(self, number: int, layer: DecoderLayer) -> None:
+        """Takes those of decoder layer `number`, if they are wanted and not here yet."""
+        ...
 
 
 class HostBlocks:
@@ -46,6 +60,15 @@ class HostBlocks:
         self.weights[number] = self.layout.views(self.buffers[number])
         put(linears, self.weights[number])
 
+    def pieces(self, number: int) -> list[tuple[int, torch.Tensor]]:
+        """Where the bytes of a block are: for each piece its start in the block, and its memory."""
+        return [(0, self.buffers[number])]
+
+    def slot_buffers(self, count: int, device: torch.device) -> list[torch.Tensor]:
+        """Device memory for so many blocks at a time."""
+        assert self.layout is not None
+        return [torch.empty(self.layout.num_bytes, dtype=torch.uint8, device=device) for _ in range(count)]
+
 
 @dataclass
 class Slot:
@@ -59,22 +82,29 @@ class Slot:
 
 
 class HostStream:
-    """The packed source (packed_source.py) of blocks in host memory: one copy a block, ahead of its use.
+    """The packed source (packed_source.py) of blocks that are elsewhere, copied to the device ahead of their use.
 
     The k-th of these blocks always uses slot k modulo NUM_SLOTS, so that a captured graph and its replays agree on it.
     A copy into a slot waits for the slot's last reader, the first copies of a pass for all work before it, and a slot's
     reader for the copy; nothing else waits.
     """
 
-    def __init__(self, host: HostBlocks, layers: Sequence[DecoderLayer], device: torch.device, copies: Copies) -> None:
-        """`layers` are all decoder layers; `host` holds one of them at least."""
+    def __init__(
+        self,
+        host: HostBlocks,
+        numbers: Sequence[int],
+        layers: Sequence[DecoderLayer],
+        device: torch.device,
+        copies: Copies,
+    ) -> None:
+        """`layers` are all decoder layers; of these `numbers`, at least one, come from `host`."""
         assert host.layout is not None
         self.host = host
         self.layers = layers
         self.copies = copies
-        buffers = [torch.empty(host.layout.num_bytes, dtype=torch.uint8, device=device) for _ in range(NUM_SLOTS)]
+        buffers = host.slot_buffers(NUM_SLOTS, device)
         self.slots = [Slot(buffer, host.layout.views(buffer)) for buffer in buffers]
-        self.numbers = host.numbers
+        self.numbers = sorted(numbers)
         self.slot_of = {number: self.slots[k % len(self.slots)] for k, number in enumerate(self.numbers)}
         self.coming: deque[int] = deque()  # blocks that will be asked for, in order
 
@@ -149,7 +179,10 @@ class HostStream:
         for number in list(self.coming)[: len(self.slots)]:  # neighbours, so each has another slot
             slot = self.slot_of[number]
             if slot.block != number:
-                slot.ready = self.copies.copy(slot.buffer, self.host.buffers[number], slot.free)
+                slot.ready = slot.free
+                for start, piece in self.host.pieces(number):
+                    target = slot.buffer[start : start + len(piece)]
+                    slot.ready = self.copies.copy(target, piece, slot.ready)
                 slot.block = number
 
     def _wait_for(self, slot: Slot) -> None:

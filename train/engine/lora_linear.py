@@ -16,8 +16,12 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 
-from train.engine.layers import Linear, Projection
+from train.engine.linears import Linear, Projection
 from train.engine.operations import Dropout, dropout, kernels_for
+
+FROZEN_LINEARS = (torch.nn.Linear, bnb.nn.Linear4bit)
+PADDING = 64  # adapters' columns fill a multiple: rows stay aligned to 128 bytes, products are 1 to 4 % faster
+Matrices = list[torch.Tensor]  # M of each group, in the order of a block's, or of a half's, groups
 
 
 class LoraGroup:
@@ -46,7 +50,7 @@ class LoraGroup:
         # where there are adapters, the bias is the column of M behind theirs, and 1 behind X A^T: it costs no pass
         self.bias_column = columns if self.bias is not None and columns else None
         columns += self.bias_column is not None
-        self.padded_rank = -(-columns // 64) * 64  # rows stay aligned to 128 bytes: products are 1 to 4 % faster
+        self.padded_rank = -(-columns // PADDING) * PADDING
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -137,7 +141,7 @@ class LoraGroup:
         """dA [r, K] and dB [n, r] of each adapter in the order of `parameters`, fp32, after input_gradient."""
         grad_y, grad_low_rank = grad_out[:, : self.num_outputs], grad_out[:, self.num_outputs :]
         # without dropout the adapters read the same input: one product, which reads it once
-        together = _wide_mm(grad_low_rank.T, x) if drop is None and self.padded_rank else x
+        together = wide_mm(grad_low_rank.T, x) if drop is None and self.padded_rank else x
         gradients = []
         for number, (rows, columns, scale) in enumerate(zip(self.rows, self.columns, self.scales, strict=True)):
             if columns is not None:
@@ -145,8 +149,8 @@ class LoraGroup:
                 if drop is not None:
                     read = torch.empty(x.shape, dtype=x.dtype, device=x.device)
                     dropout(x, read, drop, number)
-                    grad_a = _wide_mm(grad_low_rank[:, columns].T, read)
-                gradients += [grad_a, _wide_mm(grad_y[:, rows].T, low_rank[:, columns]).mul_(scale)]
+                    grad_a = wide_mm(grad_low_rank[:, columns].T, read)
+                gradients += [grad_a, wide_mm(grad_y[:, rows].T, low_rank[:, columns]).mul_(scale)]
         return gradients
 
 
@@ -158,28 +162,37 @@ def _stacked_bias(bases: Sequence[Linear]) -> torch.Tensor | None:
     return torch.cat([like.new_zeros(base.out_features) if base.bias is None else base.bias for base in bases])
 
 
-def _wide_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def wide_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b in fp32: a sum over all tokens is not rounded to 16 bits before micro-batches are added."""
     if a.device.type == "cuda" and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
 
+def frozen_matrix(base: Linear, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [N, K] of one of FROZEN_LINEARS in the compute type: itself, or what its NF4 stands for."""
+    if not isinstance(base.weight, bnb.nn.Params4bit):
+        return base.weight
+    out = torch.empty(base.out_features, base.in_features, dtype=dtype, device=base.weight.device)
+    dequantize(base.weight, out)
+    return out
+
+
 def dequantize(weight: torch.Tensor, out: torch.Tensor) -> None:
-    """out [N, K] = the frozen weight, bit for bit as bitsandbytes dequantises it (NF4, nested scales or not)."""
+    """out [N, K], or [E, N, K], = the frozen weight, bit for bit as bitsandbytes dequantises it (NF4)."""
     if not isinstance(weight, bnb.nn.Params4bit):
         out.copy_(weight)
         return
     state: Any = weight.quant_state
     kernels = kernels_for(weight.device)
-    if kernels is None or state.shape[1] % state.blocksize:
+    if kernels is None or state.shape[-1] % state.blocksize:
         out.copy_(bnb.functional.dequantize_4bit(weight.data, state))
         return
     nested = state.state2
     num_blocks, blocks = out.numel() // state.blocksize, 32
     scales = (nested.code, nested.absmax, state.offset) if nested else (state.absmax, state.absmax, state.absmax)
     kernels.dequantize_kernel[(-(-num_blocks // blocks),)](
-        weight.data, state.absmax, *scales, state.code, out, num_blocks, out.stride(0),
-        state.shape[1], state.blocksize, nested.blocksize if nested else 0, blocks,
+        weight.data, state.absmax, *scales, state.code, out, num_blocks, out.stride(0) if out.dim() == 3 else 0,
+        out.stride(-2), state.shape[-2], state.shape[-1], state.blocksize, nested.blocksize if nested else 0, blocks,
         enable_fp_fusion=False, num_warps=4,
     )  # fmt: skip

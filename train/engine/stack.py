@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from train.engine.block import Activations, Block, ForwardContext
+from train.engine.block import Activations, Block
+from train.engine.context import ForwardContext
 from train.engine.hidden_store import DeviceInputs, HostInputs
 from train.engine.layers import Norm
 from train.engine.operations import normalize, normalize_backward
@@ -58,7 +59,7 @@ class Stack:
         self.backward_order = self.forward_order[::-1]
         self.inputs = inputs
         self.anchor = next(parameter for block in blocks for parameter in block.parameters)
-        self.padded_rank = max(max(block.o.padded_rank, block.down.padded_rank) for block in blocks)
+        self.padded_rank = max(half.num_gradient_columns for block in blocks for half in (block.attention, block.mlp))
 
     def __call__(self, hidden: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """Embedded tokens [T, H] -> what the head reads [T, H]."""

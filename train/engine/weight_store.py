@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from train.engine.block import Block, Matrices
+from train.engine.block import Block
+from train.engine.lora_linear import Matrices
 from train.engine.packed_source import PackedSource
 
 SHARED = -1  # the place of all blocks that have none of their own

@@ -8,8 +8,9 @@ everything that is kept for the backward pass is there; or a validation sample m
 
 from train.engine.copies import host_bytes as pinned_bytes
 from train.engine.plan import NUM_SLOTS, padded
+from train.engine.sharded_blocks import part_bytes
 from train.memory.candidate import Candidate, Job
-from train.memory.sizes import ModelSizes
+from train.memory.sizes import MixtureSizes, ModelSizes
 
 CUBLAS_BYTES = 2**26  # bytes of cuBLAS's workspaces, which torch keeps once a stream has used them
 FP32_BYTES = 4
@@ -21,13 +22,20 @@ INPUTS_IN_FLIGHT = 3  # block inputs on their way to the host or back, at most; 
 
 
 def packed_weights(job: Job, c: Candidate) -> int:
-    """Frozen weights of the blocks that are not streamed, as they are stored, and all norms."""
-    return (job.sizes.num_blocks - c.num_streamed) * job.sizes.packed_bytes + job.sizes.norm_bytes
+    """Frozen weights of the blocks that are not streamed, as they are stored, or this process's part; and all norms."""
+    return (job.sizes.num_blocks - c.num_streamed) * _part(job) + job.sizes.norm_bytes
 
 
 def streaming_slots(job: Job, c: Candidate) -> int:
-    """A slot holds the packed weights of one streamed block."""
-    return min(NUM_SLOTS, c.num_streamed) * job.sizes.packed_bytes
+    """A slot holds the packed weights of one streamed block, or of one whose parts are read from all processes."""
+    shared_out = job.sizes.num_blocks - c.num_streamed if job.num_shards > 1 else 0
+    streamed = min(NUM_SLOTS, c.num_streamed) * job.sizes.packed_bytes
+    return streamed + min(NUM_SLOTS, shared_out) * job.num_shards * _part(job)
+
+
+def _part(job: Job) -> int:
+    """What a process holds of a block's packed weights."""
+    return part_bytes(job.sizes.packed_bytes, job.num_shards)
 
 
 def dequantised_weights(job: Job, c: Candidate) -> int:
@@ -56,7 +64,7 @@ def block_inputs(job: Job, c: Candidate) -> int:
     num_inputs = s.num_blocks
     if c.offloads:
         num_inputs = c.num_kept + min(INPUTS_IN_FLIGHT, s.num_blocks - c.num_kept)
-    return c.width * s.element_bytes * (num_inputs * s.hidden + s.num_blocks * s.padded_rank)
+    return c.width * s.element_bytes * (num_inputs * s.hidden + s.num_blocks * _mlp_rank(s))
 
 
 def kept_activations(job: Job, c: Candidate) -> int:
@@ -70,24 +78,39 @@ def _kept_per_token(job: Job, c: Candidate) -> int:
     width += s.qkv + s.padded_rank + s.normed_qk  # `qkv`, `raw_qk`
     width += s.query + s.padded_rank  # `attended`, `low_rank`
     width += s.hidden  # `post_attention`
-    width += s.hidden + s.padded_rank  # `mlp_normed`
+    width += s.hidden + _mlp_rank(s)  # what the MLP reads
     width += s.norms_behind * s.hidden  # `attention_branch`, `mlp_branch`
     width += _gate_up_kept(job, c)
     if not job.has_flash:
         width += 3 * s.query  # keys and values repeated for all heads, and the outputs of single samples
     # fp32: attention's log-sum-exp a head, the norms' rstd a head (Qwen3) and two a token, and of norms behind
     scales = FP32_BYTES * (s.query + s.normed_qk) // MIN_HEAD_SIZE + (2 + s.norms_behind) * FP32_BYTES
-    return s.element_bytes * width + scales
+    return s.element_bytes * width + scales + _routing(s)
+
+
+def _mlp_rank(s: ModelSizes) -> int:
+    """The adapters' columns [T, R] before and behind an MLP; a mixture makes them again, of its sorted rows."""
+    return 0 if s.mixture else s.padded_rank
+
+
+def _rows(s: ModelSizes) -> int:
+    """What an MLP computes for a token: itself, or a row for each of its experts."""
+    return s.mixture.num_chosen if s.mixture else 1
+
+
+def _routing(s: ModelSizes) -> int:
+    """Bytes a token: the router's probabilities, fp32; for each choice three numbers of 8 bytes and three of 4."""
+    return FP32_BYTES * s.mixture.num_experts + 36 * s.mixture.num_chosen if s.mixture else 0
 
 
 def _gate_up(s: ModelSizes) -> int:
-    """`gate_up` [T, G + R], elements a token."""
-    return s.gate_up + s.padded_rank
+    """`gate_up` [T, G + R], elements a token; of a mixture for each of its rows."""
+    return _rows(s) * (s.gate_up + s.padded_rank)
 
 
 def _gate_up_kept(job: Job, c: Candidate) -> int:
-    """As `_gate_up`; a tiled MLP keeps none of it and computes it again."""
-    return 0 if c.is_tiled else _gate_up(job.sizes)
+    """As `_gate_up`; a tiled MLP keeps none of it and computes it again. Mixtures are not tiled."""
+    return 0 if c.is_tiled and not job.sizes.mixture else _gate_up(job.sizes)
 
 
 def working_memory(job: Job, c: Candidate) -> int:
@@ -122,10 +145,20 @@ def block_backward(job: Job, c: Candidate) -> int:
 def mlp_backward(job: Job, c: Candidate) -> int:
     """Gradient of the norm's output [T, H]; of a tile silu(gate) up [t, F], with dropout twice, and gate and up."""
     s = job.sizes
+    if s.mixture:
+        return _mixture_backward(s, s.mixture, c)
     product = (2 if s.has_dropout else 1) * s.intermediate
     elements = c.width * s.hidden
     elements += c.mlp_tile * (_gate_up(s) + product) if c.is_tiled else c.width * product
     return s.element_bytes * elements
+
+
+def _mixture_backward(s: ModelSizes, mixture: MixtureSizes, c: Candidate) -> int:
+    """Gradient of the norm's output [T, H]; of each row that of its product [F], or of what it read [H], with 2 R, and
+    of its factor; its adapters' gradients, once more where PEFT has them in another order."""
+    rows = c.width * mixture.num_chosen
+    elements = c.width * s.hidden + rows * (max(s.hidden, s.intermediate) + 2 * s.padded_rank)
+    return s.element_bytes * elements + rows * FP32_BYTES + 3 * mixture.gradient_bytes // 2
 
 
 def attention_backward(job: Job, c: Candidate) -> int:
@@ -134,7 +167,7 @@ def attention_backward(job: Job, c: Candidate) -> int:
     Less what the MLP had kept and has freed: `post_attention` [T, H], its norm's output [T, H + R], `gate_up`.
     """
     s = job.sizes
-    freed = s.hidden + s.hidden + s.padded_rank + _gate_up_kept(job, c)
+    freed = s.hidden + s.hidden + _mlp_rank(s) + _gate_up_kept(job, c)
     freed -= s.hidden if s.is_parallel else 0  # the gradient of what both read
     num_samples = job.num_samples(c.width) + (EMPTY_SAMPLES if c.uses_graphs else 0)
     dq = (c.width + DQ_ROWS * num_samples) * s.query * FP32_BYTES
@@ -146,7 +179,8 @@ def without_triton(job: Job) -> int:
     if job.has_triton:
         return 0
     s = job.sizes
-    return s.element_bytes * s.hidden * s.intermediate + (4 * s.chunk_bytes if s.element_bytes == 2 else 0)
+    largest = s.mixture.weights if s.mixture else s.hidden * s.intermediate
+    return s.element_bytes * largest + (4 * s.chunk_bytes if s.element_bytes == 2 else 0)
 
 
 def validation_bytes(job: Job, tokens: int, mlp_tile: int) -> int:
@@ -166,8 +200,10 @@ def validation_per_token(s: ModelSizes) -> int:
     twice [2 Q]; gate, up and their product [G + F]; the adapters' X A^T of four groups [4 R]; before norms behind [H].
     """
     made = (4 + s.norms_behind) * s.hidden + s.qkv + s.normed_qk + 2 * s.query
-    made += s.gate_up + s.intermediate + 4 * s.padded_rank
-    return s.element_bytes * (2 * s.hidden + made)
+    made += 4 * s.padded_rank + _rows(s) * (s.gate_up + s.intermediate)
+    if s.mixture:  # the rows that go into an expert, or come out of it
+        made += _rows(s) * (s.hidden + 2 * s.padded_rank)
+    return s.element_bytes * (2 * s.hidden + made) + _routing(s)
 
 
 def static_buffers(job: Job, c: Candidate) -> int:

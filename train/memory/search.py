@@ -23,6 +23,7 @@ MIN_GAIN = 0.02  # share of a step's time by which using host memory must be fas
 MLP_TILE = 1024  # tokens of a tile, where the MLP's activations of all tokens do not fit at once
 MAX_MERGED_TOKENS = 16384  # matrix products are not faster beyond
 MAX_GRAPH_TOKENS = 4096  # longer micro-batches run eagerly: the GPU computes longer than the host launches
+MAX_MIXTURE_GRAPH_TOKENS = 16384  # with a mixture the host has more to launch, and the GPU less to compute
 ROW_STEP = 64  # tokens; the longest row that fits is told as a multiple of it
 
 
@@ -48,7 +49,7 @@ class Planner:
             return [candidate for candidate in tried if self._fits(candidate, budget)], tried
 
         fits, tried = fitting(saved.mlp_tile if saved else 0)
-        if not fits and saved is None:
+        if not fits and saved is None and self.job.sizes.mixture is None:  # whose rows are not tiled
             fits, tried = fitting(MLP_TILE)
         if not fits:
             smallest = min(tried, key=lambda each: cost.peak(self.job, each))
@@ -105,7 +106,8 @@ class Planner:
             if not is_given:
                 wide = {padded(tokens) - less for tokens in sizes for less in (0, GRAPH_STEP)}
                 sizes = {tokens for tokens in wide if tokens >= rows.longest[0]}
-            yield from ((tokens, True) for tokens in sorted(sizes) if tokens <= MAX_GRAPH_TOKENS)
+            longest = MAX_MIXTURE_GRAPH_TOKENS if self.job.sizes.mixture else MAX_GRAPH_TOKENS
+            yield from ((tokens, True) for tokens in sorted(sizes) if tokens <= longest)
 
     def _filled(self, candidate: Candidate, budget: int | None) -> Candidate:
         """The candidate with as many blocks kept, and then weights cached, as there is room for.
@@ -152,6 +154,7 @@ def plan_of(job: Job, candidate: Candidate, has_limit: bool, needs_host: bool) -
         num_kept=candidate.num_kept,
         num_cached=candidate.num_cached,
         streamed=streamed,
+        num_shards=job.num_shards,
         needs_host=needs_host,
         offloads_inputs=candidate.offloads and candidate.num_kept < s.num_blocks,
         uses_graphs=candidate.uses_graphs,

@@ -8,9 +8,25 @@ from train.config import Config
 from train.engine.block import Block
 from train.engine.families import decoder_layers
 from train.engine.layers import Vocabulary
+from train.engine.mixture import Mixture
 from train.engine.packed_weights import packed_bytes
 from train.loss import CHUNK_BYTES
 from train.optim import OPTIMIZERS, state_bytes
+
+
+@dataclass(frozen=True)
+class MixtureSizes:
+    """What a block whose MLP is a mixture of experts has beside a dense one's widths, which are those of an expert."""
+
+    num_experts: int
+    num_chosen: int  # experts that a token goes through
+    weights: int  # of all experts of a block, with the adapters' columns
+    gradient_bytes: int  # fp32, of the adapters of a block's experts
+
+    @property
+    def active_weights(self) -> float:
+        """Those that a token is multiplied with."""
+        return self.weights * self.num_chosen / self.num_experts
 
 
 @dataclass(frozen=True)
@@ -40,6 +56,7 @@ class ModelSizes:
     vocabulary: int
     adapter_bytes: int  # fp32 adapters and their gradients, and optimizer state that is not paged
     paged_bytes: int  # optimizer state that moves to host memory when the GPU is full
+    mixture: MixtureSizes | None = None
     whole_bytes: int = 0  # for moments, where head or embedding are trained whole: copy, product and gradient
 
 
@@ -63,13 +80,13 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
     is_paged = OPTIMIZERS[config.optim.name].is_paged
     return ModelSizes(
         num_blocks=len(layers),
-        hidden=block.qkv.num_inputs,
-        qkv=block.qkv.num_outputs,
-        query=block.o.num_inputs,
-        intermediate=block.down.num_inputs,
-        gate_up=block.gate_up.num_outputs,
+        hidden=block.attention.qkv.num_inputs,
+        qkv=block.attention.qkv.num_outputs,
+        query=block.attention.o.num_inputs,
+        intermediate=block.mlp.down.num_inputs,
+        gate_up=block.mlp.gate_up.num_outputs,
         padded_rank=max(group.padded_rank for group in block.groups),
-        normed_qk=block.parts[1].stop if block.heads.norms else 0,
+        normed_qk=block.attention.parts[1].stop if block.attention.heads.norms else 0,
         norms_behind=sum(half.after is not None for half in halves),
         copies_gradient=any(half.after is not None or half.scale != 1.0 for half in halves),
         is_parallel=block.is_parallel,
@@ -85,7 +102,20 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
         vocabulary=head.shape[0],
         adapter_bytes=8 * sum(parameter.numel() for parameter in trained) + (0 if is_paged else state),
         paged_bytes=state if is_paged else 0,
+        mixture=_mixture_sizes(block, causal_lm.config),
         whole_bytes=_whole_bytes(words_in, words_out, element_bytes),
+    )
+
+
+def _mixture_sizes(block: Block, config: Any) -> MixtureSizes | None:
+    if not isinstance(block.mlp, Mixture):
+        return None
+    num_adapters = sum(parameter.numel() for group in block.mlp.groups for parameter in group.parameters)
+    return MixtureSizes(
+        num_experts=block.mlp.gate_up.num_experts,
+        num_chosen=config.num_experts_per_tok,
+        weights=sum(math.prod(group.shape) for group in block.mlp.groups),
+        gradient_bytes=4 * num_adapters,
     )
 
 

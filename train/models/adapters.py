@@ -9,7 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from train.config import Config
-from train.engine.layers import ADAPTER, Vocabulary
+from train.engine.layers import Vocabulary
+from train.engine.linears import ADAPTER
+from train.models.experts import as_shapes
 from train.models.targets import Targets, refuse_unmatched, resolve_targets
 from train.models.tokenizer import TrainedTokens, trained_tokens
 from train.models.vocabulary import extend_vocabulary, mean_row, name_of, whole_layers
@@ -23,6 +25,10 @@ def with_adapters(base: PreTrainedModel, config: Config, is_sketch: bool = False
     """
     # newer transformers rename gradient checkpointing; PEFT uses the old name too, and 5.17 knows no other
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+    # PEFT looks for the experts' parameters among modules, says this, and gives them the rank all the same
+    warnings.filterwarnings(
+        "ignore", message="The following (rank|alpha)_pattern keys did not", category=RuntimeWarning
+    )
     targets, tokens = resolve_targets(base, config.lora.target_modules), trained_tokens(config)
     whole = whole_layers(base, config.lora.modules_to_save)
     if tokens.ids:
@@ -38,7 +44,8 @@ def with_adapters(base: PreTrainedModel, config: Config, is_sketch: bool = False
         task_type="CAUSAL_LM",
     )
     try:
-        adapted = peft.get_peft_model(base, lora, low_cpu_mem_usage=is_sketch)
+        with as_shapes(base):
+            adapted = peft.get_peft_model(base, lora, low_cpu_mem_usage=is_sketch)
     except ValueError as error:
         option = f"dropout {config.lora.dropout}" if "dropout" in str(error) else "target_modules"
         reason = f"--lora.{option}: {str(error).strip().partition(chr(10))[0]}"

@@ -1,8 +1,8 @@
 """Base and adapters as one module, and the loss it computes; base.py loads the base."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +14,12 @@ import transformers
 from train.collate import MicroBatch
 from train.config import Config
 from train.engine.decoder import FusedDecoder
-from train.engine.families import decoder_layers, unsupported_reason
-from train.engine.host_stream import HostBlocks
-from train.engine.layers import ADAPTER, CausalLM, Vocabulary, as_causal_lm
+from train.engine.families import decoder_layers
+from train.engine.layers import CausalLM, Vocabulary, as_causal_lm
+from train.engine.linears import ADAPTER
 from train.engine.plan import Plan
+from train.engine.sharded_blocks import AwayBlocks
+from train.engine.support import unsupported_reason
 from train.loss import Head, summed_cross_entropy
 from train.models.about import BaseFacts, own_dropout
 from train.models.adapters import copy_into, is_adapted_layer, trainable, with_adapters
@@ -25,11 +27,12 @@ from train.models.base import load_base, skeleton
 from train.models.held_weights import check_experts, held_weights
 from train.models.hub import locate
 from train.models.initial_adapter import initial_note, initial_tensors
-from train.models.rotary import SampleRotary, isolate_rotary
+from train.models.reference_decoder import ReferenceDecoder
+from train.models.rotary import isolate_rotary
 from train.models.shape import text_shape
 from train.models.text_part import names_of
 from train.models.vocabulary import trains_embedding
-from train.models.whole import WHOLE, WholeModel, computing_in, train_whole, trained_weights
+from train.models.whole import WHOLE, WholeModel, train_whole, trained_weights
 from train.run.devices import compute_type
 from train.run.exits import ExitCode, ExitWith
 from train.seeds import derived_seed
@@ -44,16 +47,15 @@ class LanguageModel(torch.nn.Module):
     """
 
     def __init__(
-        self, adapted: peft.PeftModel | WholeModel, host: HostBlocks, about: BaseFacts, compute: torch.dtype
+        self, adapted: peft.PeftModel | WholeModel, away: AwayBlocks, about: BaseFacts, compute: torch.dtype
     ) -> None:
         super().__init__()
         self.adapted: Any = adapted
-        self.host = host
+        self.away = away
         self.about = about
         self.engine: FusedDecoder | None = None  # None: the reference path runs everything
-        self.recomputes = False  # the reference path, all blocks
         self.head = head_of(self.causal_lm, compute)
-        self.rotaries = [module for module in adapted.modules() if isinstance(module, SampleRotary)]
+        self.reference = ReferenceDecoder(adapted, compute)
 
     @property
     def causal_lm(self) -> CausalLM:
@@ -66,10 +68,10 @@ class LanguageModel(torch.nn.Module):
         Packed batches run on the engine where there is one, padded ones on the reference path.
         """
         if self.engine and batch.cu_seqlens is not None:
-            self._tell_lengths(batch.lengths)
+            self.reference.tell_lengths(batch.lengths)
             hidden = self.engine(batch)
         else:
-            hidden = self.reference_hidden(batch)
+            hidden = self.reference(batch)
         supervised = hidden.index_select(0, batch.target_rows).to(self.compute_dtype)  # [N, H]
         return summed_cross_entropy(supervised, self.head, batch.targets)
 
@@ -78,33 +80,6 @@ class LanguageModel(torch.nn.Module):
         """The type of the head's product and, unless all is trained, of hidden states."""
         return self.head.weight.dtype
 
-    def _computing(self) -> AbstractContextManager[Any]:
-        """The compute type where fp32 weights are trained whole; a frozen base has it itself."""
-        is_whole = isinstance(self.adapted, WholeModel)
-        return computing_in(self.compute_dtype, self.causal_lm.device) if is_whole else nullcontext()
-
-    def _tell_lengths(self, lengths: Sequence[int]) -> None:
-        """Says how long the samples are, to rotary embeddings that depend on it."""
-        for rotary in self.rotaries:
-            rotary.lengths = lengths
-
-    def reference_hidden(self, batch: MicroBatch) -> torch.Tensor:
-        """Hidden states [B * T, H] by transformers and PEFT.
-
-        Packed samples are isolated at cu_seqlens by engine.attention; where that has no kernel, by transformers, where
-        position_ids start again (masking_utils.find_packed_sequence_indices). isolation.py tests that they are.
-        """
-        self._tell_lengths(batch.lengths)
-        with self._computing():
-            outputs = self.causal_lm.base_model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                cu_seq_lens_q=batch.cu_seqlens,
-                max_length_q=batch.max_length,
-            )
-        return outputs.last_hidden_state.flatten(0, 1)
-
     def execute(self, plan: Plan) -> None:
         """Sets up how micro-batches run: on the engine, or on transformers, whose blocks recompute all or nothing."""
         if self.engine is not None:  # its memory would stand beside the new one's
@@ -112,17 +87,10 @@ class LanguageModel(torch.nn.Module):
             self.engine = None
         if plan.is_fused:
             layers = decoder_layers(self.causal_lm)
-            self.host.wanted = sorted({*self.host.wanted, *plan.streamed})
-            for number in plan.streamed:
-                self.host.offload(number, layers[number])
-            self.engine = FusedDecoder(self.causal_lm, plan, self.host)
-        elif plan.num_kept < plan.num_blocks:
-            # use_reentrant=False: the frozen embedding's output needs no gradient
-            self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-            self.recomputes = True
-        elif self.recomputes:
-            self.adapted.get_base_model().gradient_checkpointing_disable()
-            self.recomputes = False
+            self.away.stream(plan.streamed, layers)
+            self.engine = FusedDecoder(self.causal_lm, plan, *self.away.holders)
+        else:
+            self.reference.recompute(plan.num_kept < plan.num_blocks)
 
     @property
     def engine_name(self) -> str:
@@ -142,12 +110,13 @@ class LanguageModel(torch.nn.Module):
         transformers_model: Any = causal_lm
         kind, own_settings = causal_lm.config._attn_implementation, transformers_model.generation_config
         self.eval()
-        self._tell_lengths(())
+        self.reference.tell_lengths(())
+        self.reference.release()
         if kind == "varlen":  # which knows no padding
             causal_lm.set_attn_implementation("sdpa")
         transformers_model.generation_config = transformers.GenerationConfig()
         try:
-            with self.engine.lent() if self.engine else nullcontext(), self._computing():
+            with self.engine.lent() if self.engine else nullcontext(), self.reference.computing():
                 yield
         finally:
             causal_lm.set_attn_implementation(kind)
@@ -190,10 +159,10 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
         transformers.utils.logging.disable_progress_bar()
     compute, is_whole = compute_type(config.model.dtype, device).dtype, config.train.method == "full"
     dtype = torch.float32 if is_whole else compute
-    host = HostBlocks(plan.streamed, pin=device.type == "cuda")
+    away = AwayBlocks.of(plan, device)
     # a trained embedding stays where its gradient is made
     embedding_on_host = plan.is_fused and not trains_embedding(config.lora)
-    base, notes = load_base(config.model, dtype, device, host, config.train.seed, embedding_on_host)
+    base, notes = load_base(config.model, dtype, device, away, config.train.seed, embedding_on_host)
     keep_one_cpu_kernel(base)
     base.requires_grad_(False)
     base.config.use_cache = False
@@ -213,7 +182,8 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
     if reason:  # what was loaded is not what config.json promised
         raise ExitWith(ExitCode.BAD_INPUT, f"{config.model.name_or_path}: {reason}; --engine.kind reference trains it")
     about = BaseFacts(locate(config.model), held, targets, notes, names)
-    model = LanguageModel(adapted, host, about, compute)
+    away.settle()
+    model = LanguageModel(adapted, away, about, compute)
     for parameter in model.trainable().values():
         parameter.data = parameter.data.to(device)  # PEFT puts them where the layer's weights are
     model.execute(plan)
@@ -281,10 +251,7 @@ def keep_one_cpu_kernel(base: torch.nn.Module) -> None:
 
 
 def adapter_config(model: LanguageModel) -> dict[str, object]:
-    """What PEFT writes to adapter_config.json; the base is named so that it is found from any folder, and later.
-
-    In full fine-tuning, which has no adapter, the base alone.
-    """
+    """What PEFT writes to adapter_config.json, its base found from any folder; in full fine-tuning the base alone."""
     place = model.about.place
     base: dict[str, object] = {"base_model_name_or_path": place.name, "revision": place.commit or None}
     if isinstance(model.adapted, WholeModel):

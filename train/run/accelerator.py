@@ -4,6 +4,7 @@ import os
 import sys
 from contextlib import suppress
 from datetime import timedelta
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -59,6 +60,9 @@ def start_accelerator(config: Config) -> Accelerator:
         settings: Any = torch.utils.deterministic
         settings.fill_uninitialized_memory = False  # a debugging aid, which would write to every new tensor
     torch.set_float32_matmul_precision("highest")  # whatever TORCH_ALLOW_TF32_CUBLAS_OVERRIDE says
+    # With a mask its gradients are NaN: https://github.com/pytorch/pytorch/issues/196678. engine.attention asks for it
+    # where there is none
+    torch.backends.cuda.enable_cudnn_sdp(False)
     timeout = InitProcessGroupKwargs(timeout=timedelta(minutes=config.run.timeout_minutes))
     try:
         accelerator = Accelerator(cpu=config.run.device == "cpu", mixed_precision="no", kwargs_handlers=[timeout])
@@ -102,6 +106,27 @@ def free_gpu_bytes(config: Config, accelerator: Accelerator) -> int | None:
         free = min(free, parse_bytes(config.memory.budget) - torch.cuda.memory_allocated())
     gathered: Any = accelerator.gather(torch.tensor([free], device=accelerator.device))
     return int(to_host(gathered.min())[0])
+
+
+def check_peers(accelerator: Accelerator) -> None:
+    """Raises ExitWith(BAD_INPUT) where processes cannot read each other's memory: of several machines, or of GPUs
+    without a way between them.
+    """
+    here, reason = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), ""
+    if here != accelerator.num_processes:
+        reason = f"{accelerator.num_processes} processes are on several machines, and only those of one share weights"
+    elif accelerator.device.type == "cuda":
+        reason = unreachable(here)
+    if reason:
+        raise ExitWith(ExitCode.BAD_INPUT, f"--memory.shard: {reason}; leave it out, --memory.offload auto streams")
+
+
+def unreachable(num_gpus: int) -> str:
+    """Which pair of this machine's GPUs cannot read each other's memory; empty where all can."""
+    for one, other in permutations(range(num_gpus), 2):
+        if not torch.cuda.can_device_access_peer(one, other):
+            return f"GPU {one} cannot read the memory of GPU {other}"
+    return ""
 
 
 def close_group(together: bool) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from train.engine import graphs
-from train.engine.block import ForwardContext
+from train.engine.context import ForwardContext
 from train.engine.graphs import CapturedGraph, Graphs, Shape, State, StaticBuffers
 from train.engine.positions import Positions
 

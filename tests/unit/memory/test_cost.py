@@ -16,8 +16,8 @@ from train import loss
 from train.batching import LengthStatistics, MicroBatchShape
 from train.collate import collate_packed
 from train.config import BatchConfig, MemoryConfig, OptimConfig
-from train.engine import block, lora_linear, residual
-from train.engine.block import ForwardContext
+from train.engine import lora_linear, mlp
+from train.engine.context import ForwardContext
 from train.engine.decoder import FusedDecoder
 from train.engine.host_stream import HostBlocks
 from train.engine.plan import Plan
@@ -141,15 +141,17 @@ def test_the_mlp_s_backward_pass_takes_what_is_counted(
     done = forward("llama", 4096, tile=tile, dropout=dropout)
     number, job = 1, done.planner.job
     activations, low_rank = done.kept[number].activations, done.kept[number].low_rank
-    assert (activations.gate_up is None) == bool(tile)
-    matrices = done.stack.store.matrices(number)
+    assert (activations.mlp.gate_up is None) == bool(tile)
+    matrices = done.stack.store.matrices(number)[2:]
     grad = activations.x.new_zeros(4096, job.sizes.hidden + done.stack.padded_rank)
     # where our kernels run, these take no memory
-    for module, name in ((block, "gate_backward"), (block, "gate"), (residual, "normalize_backward")):
-        monkeypatch.setattr(module, name, lambda *_, **__: None)
+    for name in ("gate_backward", "gate"):
+        monkeypatch.setattr(mlp, name, lambda *_, **__: None)
     monkeypatch.setattr(lora_linear, "dropout", lambda *_, **__: None)
     with torch.no_grad(), PeakBytes() as found:
-        gradients, _ = done.stack.blocks[number]._backward_mlp(matrices, activations, low_rank, grad, done.context)
+        grad_read = torch.empty_like(activations.x)
+        half = done.stack.blocks[number].mlp
+        gradients = half.backward(matrices, activations.mlp, low_rank, grad, grad_read, done.context)
     assert len(gradients) == 6
     adapters = sum(storages(gradients, {}).values())
     predicted = cost.mlp_backward(job, first_candidate(done.planner, 4096, mlp_tile=tile))

@@ -1,0 +1,86 @@
+"""The same frozen linear layer of all experts of a mixture, with PEFT's adapters on each, as grouped products.
+
+Rows of tokens come sorted by expert: S of them, `ends[e]` behind the last of expert e. As in lora_linear.py each expert
+has one matrix M = [[W, s B], [A, 0]], of [N + R, K + R], and the adapters are R more columns of both products.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from train.engine.grouped import grouped_outer, grouped_product
+from train.engine.linears import ExpertLinear, Projection
+from train.engine.lora_linear import PADDING, dequantize
+
+Rows = tuple[torch.Tensor, torch.Tensor | None]  # x [S, W], or x [T, W] and the rows [S] of it that are meant
+
+
+class ExpertGroup:
+    """One linear layer [N, K] of each of E experts, perhaps with adapters; weights are given to it as M [E, ...]."""
+
+    def __init__(self, projection: Projection) -> None:
+        base, adapter = projection.base, projection.adapter
+        assert isinstance(base, ExpertLinear)
+        self.bases = [base]
+        self.num_experts, self.num_outputs, self.num_inputs = base.shape
+        self.rank = adapter.rank // self.num_experts if adapter else 0
+        self.padded_rank = -(-self.rank // PADDING) * PADDING
+        self.parameters = [adapter.a, adapter.b] if adapter else []
+        self.scale = adapter.scale if adapter else 0.0
+        self.dropout = 0.0  # PEFT has none on experts
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of all M: [E, N + R, K + R]."""
+        return self.num_experts, self.num_outputs + self.padded_rank, self.num_inputs + self.padded_rank
+
+    def fill_base(self, matrix: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
+        """Dequantises the frozen weights, wherever they are, into M."""
+        dequantize(weights[0], matrix[:, : self.num_outputs, : self.num_inputs])
+
+    def adapter_places(self, matrix: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+        """(place in M, adapter in M's order, factor) of A [E, r, K] and B [E, N, r]."""
+        if not self.parameters:
+            return []
+        a, b = self.parameters
+        up = slice(self.num_inputs, self.num_inputs + self.rank)
+        down = slice(self.num_outputs, self.num_outputs + self.rank)
+        return [
+            (matrix[:, down, : self.num_inputs], a.view(self.num_experts, self.rank, -1), 1.0),
+            # PEFT's columns of B are the ranks, each of all experts in turn
+            (matrix[:, : self.num_outputs, up], b.view(-1, self.rank, self.num_experts).permute(2, 0, 1), self.scale),
+        ]
+
+    def forward(
+        self, matrix: torch.Tensor, x: torch.Tensor, rows: torch.Tensor | None, ends: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Y [S, N], and X A^T [S, R] where there are adapters, for x [S, K], or rows [S] of x [T, K]."""
+        low = self.low_rank(matrix, x, rows, ends)
+        return grouped_product(x, rows, low, matrix[:, : self.num_outputs].transpose(1, 2), ends), low
+
+    def low_rank(
+        self, matrix: torch.Tensor, x: torch.Tensor, rows: torch.Tensor | None, ends: torch.Tensor
+    ) -> torch.Tensor | None:
+        """X A^T [S, R]; None without adapters."""
+        if not self.padded_rank:
+            return None
+        return grouped_product(x, rows, None, matrix[:, self.num_outputs :, : self.num_inputs].transpose(1, 2), ends)
+
+    def input_gradient(
+        self, matrix: torch.Tensor, grad: torch.Tensor, rows: torch.Tensor | None, ends: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """dX [S, K], and dY s B [S, R] where there are adapters, for grad = dY [S, N], or rows [S] of it [T, N]."""
+        spread = None
+        if self.padded_rank:
+            spread = grouped_product(grad, rows, None, matrix[:, : self.num_outputs, self.num_inputs :], ends)
+        return grouped_product(grad, rows, spread, matrix[:, :, : self.num_inputs], ends), spread
+
+    def adapter_gradients(
+        self, x: Rows, grad: Rows, low: torch.Tensor | None, spread: torch.Tensor | None, ends: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """dA [r E, K] and dB [N, r E] in fp32, as PEFT has them: of X and dY, X A^T and dY s B."""
+        if low is None or spread is None:
+            return []
+        grad_a = grouped_outer(spread[:, : self.rank], *x, ends)
+        grad_b = grouped_outer(low[:, : self.rank], *grad, ends).mul_(self.scale)
+        return [grad_a.flatten(0, 1), grad_b.permute(2, 1, 0).reshape(self.num_outputs, -1)]

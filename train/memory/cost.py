@@ -35,7 +35,8 @@ def streaming_slots(job: Job, c: Candidate) -> int:
 
 def _part(job: Job) -> int:
     """What a process holds of a block's packed weights."""
-    return part_bytes(job.sizes.packed_bytes, job.num_shards)
+    whole = job.sizes.packed_bytes
+    return part_bytes(whole, job.num_shards) if job.num_shards > 1 else whole
 
 
 def dequantised_weights(job: Job, c: Candidate) -> int:

@@ -409,7 +409,8 @@ class Config:
         scheme, separator, place = self.checkpoint.mirror.partition("://")
         if not self.checkpoint.mirror:
             return
-        if re.search(r"[@?#]", place):  # s3://KEY:SECRET@BUCKET, or a signed address
+        # s3://KEY:SECRET@BUCKET, in which a secret may have slashes, or a signed address
+        if re.search(r"[@?#]" if scheme == "file" else r"[@?#:]", place):
             remedy = "an address holds no credentials: give them in the environment, or in the cloud's own files"
             yield "checkpoint.mirror", f"{scheme[:8]}://...", remedy
         elif not separator or scheme not in ("s3", "gs", "file"):

@@ -93,7 +93,13 @@ def test_all_mistakes_in_one_answer() -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["s3://AKIA0123:s3cret-s3cret@bucket/run", "s3://s3cret-s3cret@bucket/run", "gs://bucket/run?token=s3cret-s3cret"],
+    [
+        "s3://AKIA0123:s3cret-s3cret@bucket/run",
+        "s3://AKIA0123:half/s3cret-s3cret@bucket/run",
+        "s3://AKIA0123:s3cret-s3cret/run",
+        "s3://s3cret-s3cret@bucket/run",
+        "gs://bucket/run?token=s3cret-s3cret",
+    ],
 )
 def test_an_address_with_credentials_is_refused(address: str) -> None:
     """A mirror's address is in config.json and on the terminal, so it holds none; what is refused is not repeated."""

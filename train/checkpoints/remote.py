@@ -52,8 +52,8 @@ class Remote:
             package, extra = self.scheme.package, self.scheme.extra
             raise ExitWith(
                 ExitCode.BAD_INPUT,
-                f"{OPTION} {url} needs {package} ({first_line(error)}); pip install -c constraints.txt {package}, or "
-                f"the extra: pip install 'handloop[{extra}]'",
+                f"{OPTION} {url} needs {package} ({first_line(error)}): pip install -c constraints.txt {package} "
+                f"(the extra `{extra}` names it)",
             ) from None
         self.fs = kind(skip_instance_cache=True, use_listings_cache=False, **self.scheme.options)
         self.moved = 0  # bytes read and written so far, for whoever asks whether anything goes on

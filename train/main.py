@@ -141,12 +141,11 @@ def job(config: Config, observed: Observed) -> str:
     """The job from data files to final/; returns why it ended early, or nothing; raises ExitWith or DataError."""
     stop, doing, closing = observed.stop, observed.doing, observed.closing
     check_machine(config)
-    listeners = wanted_listeners(config)
+    listeners, folder, mirror = wanted_listeners(config), RunFolder.of(config), mirror_of(config)
     doing.now = "loading the tokenizer"
     tokenizer = load_tokenizer(config)
     check_fits(config, tokenizer.backend)
     doing.now = "reading the data"
-    folder, mirror = RunFolder.of(config), mirror_of(config)
     today = run_date(config, start_date(mirror, folder, config.run.resume))
     splits = read_data(config, tokenizer.backend, today)
     prepared, material = splits.training.prepared, material_of(config, tokenizer.backend, splits, today)

@@ -10,7 +10,8 @@ import bitsandbytes as bnb
 import torch
 from transformers.activations import ACT2FN
 
-from train.engine.block import Block
+from train.engine.block import unlike_blocks
+from train.engine.delta_net import KIND, DeltaNet
 from train.engine.layers import BlockNorms, CausalLM, DecoderLayer, Heads, Norm, Projection
 from train.engine.operations import TANH_GELU
 from train.engine.positions import PositionTables
@@ -78,6 +79,8 @@ class Family:
     doubles_pairs: bool = False  # the rotary tables hold each frequency twice in a row
     query_factor: Callable[[Any, torch.Tensor], torch.Tensor] | None = None  # of positions [T], with config.json
     is_gated: bool = True
+    has_attention_gate: bool = False  # what is attended to is multiplied by the sigmoid of gates that q_proj makes too
+    linear: DeltaNet | None = None  # linear attention, in the layers that have it
     layers: str = "layers"  # of the decoder
     attention: str = "self_attn"  # of a layer
     mlp: str = "mlp"
@@ -120,31 +123,39 @@ class Family:
         return float(getattr(causal_lm.base_model, "embedding_multiplier", 1.0))
 
     def _decoder_layer(self, module: Any, config: Any, kind: str) -> DecoderLayer:
-        attention, mlp = getattr(module, self.attention), getattr(module, self.mlp)
+        mlp = getattr(module, self.mlp)
         norms = [self.norm_of(getattr(module, name)) if name else None for name in (*self.before, *self.after)]
         act = next(getattr(mlp, name) for name in self.activations if hasattr(mlp, name))
+        linear = self.linear.parts(module) if self.linear else None
+        qkv, o, heads = linear or self._softmax(getattr(module, self.attention), config, kind)
         return DecoderLayer(
             module=module,
-            qkv=[Projection.of(getattr(attention, name)) for name in self.qkv],
-            o=Projection.of(getattr(attention, self.o)),
+            qkv=qkv,
+            o=o,
             gate_up=[Projection.of(getattr(mlp, name)) for name in self.gate_up],
             down=Projection.of(getattr(mlp, self.down)),
-            heads=Heads(
-                num_query=config.num_attention_heads,
-                num_key_value=config.num_key_value_heads,
-                size=attention.head_dim,
-                scaling=attention.scaling,
-                window=self.window(attention, config),
-                rotary=kind if self.has_rotary(attention, config) else None,
-                is_interleaved=self.is_interleaved,
-                norms=[self.norm_of(getattr(attention, name)) for name in self.qk_norms],
-            ),
+            heads=heads,
             norms=BlockNorms(norms[0], norms[2], norms[1], norms[3]),
             activation=ACTIVATIONS.get(type(act), type(act).__name__),
             is_gated=self.is_gated,
             is_parallel=self.before[0] == self.before[1] != "",
             residual_scale=float(getattr(module, "residual_multiplier", 1.0)),
         )
+
+    def _softmax(self, attention: Any, config: Any, kind: str) -> tuple[list[Projection], Projection, Heads]:
+        heads = Heads(
+            num_query=config.num_attention_heads,
+            num_key_value=config.num_key_value_heads,
+            size=attention.head_dim,
+            scaling=attention.scaling,
+            window=self.window(attention, config),
+            rotary=kind if self.has_rotary(attention, config) else None,
+            is_interleaved=self.is_interleaved,
+            norms=[self.norm_of(getattr(attention, name)) for name in self.qk_norms],
+            has_gate=self.has_attention_gate,
+        )
+        qkv = [Projection.of(getattr(attention, name)) for name in self.qkv]
+        return qkv, Projection.of(getattr(attention, self.o)), heads
 
 
 BEHIND = ("post_attention_layernorm", "post_feedforward_layernorm")
@@ -211,6 +222,13 @@ FAMILIES = {
             gate_up=("c_fc",),
             down="c_proj",
         ),
+        Family(
+            "Qwen3_5ForCausalLM",
+            norm=NormKind.OFFSET,
+            qk_norms=("q_norm", "k_norm"),
+            has_attention_gate=True,
+            linear=DeltaNet(),
+        ),
     )
 }
 
@@ -230,7 +248,7 @@ def unsupported_reason(causal_lm: CausalLM) -> str:
     name, config = type(causal_lm).__name__, causal_lm.config
     if name not in FAMILIES:
         return f"{name} is not one of {', '.join(FAMILIES)}"
-    if reason := _unknown_setting(config):
+    if reason := _unknown_setting(config, FAMILIES[name]):
         return reason
     layers = decoder_layers(causal_lm)
     if layers[0].activation not in ACTIVATIONS.values():
@@ -243,19 +261,15 @@ def unsupported_reason(causal_lm: CausalLM) -> str:
             return f"{name} has an adapter and is no part of a decoder block"
         if isinstance(module, bnb.nn.Linear8bitLt):
             return "int8 layers round their inputs, which only bitsandbytes does"
-    if len({(layer.heads.size, layer.heads.scaling) for layer in layers}) > 1:
-        return "its blocks do not all have the same heads"
-    blocks = [Block(layer, number) for number, layer in enumerate(layers)]
-    if len({tuple(group.shape for group in block.groups) for block in blocks}) > 1:  # they share memory for weights
-        return "its blocks do not all have the same adapters"
-    return ""
+    return unlike_blocks(layers)
 
 
-def _unknown_setting(config: Any) -> str:
+def _unknown_setting(config: Any, family: Family) -> str:
     """What config.json asks for that the engine does not compute; empty where there is no such."""
     if rates := {name: rate for name in DROPOUTS if (rate := getattr(config, name, None))}:
         return "it has dropout of its own: " + ", ".join(f"{name} {rate}" for name, rate in rates.items())
-    if unknown := set(getattr(config, "layer_types", None) or []) - KINDS_OF_LAYERS:
+    kinds = KINDS_OF_LAYERS | ({KIND} if family.linear else set())
+    if unknown := set(getattr(config, "layer_types", None) or []) - kinds:
         return f"it has layers of {', '.join(sorted(unknown))}"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "its attention caps its scores, for which the flash kernels have no place"

@@ -6,6 +6,8 @@ from typing import Any, Protocol, cast
 
 import torch
 
+from train.engine.delta_rule import DeltaHeads
+
 ADAPTER = "default"  # PEFT's name of the one adapter that is trained
 
 
@@ -221,6 +223,9 @@ class Heads:
     rotary: str | None  # the kind of layer whose rotary table it reads; None: no positions in it
     is_interleaved: bool  # rotary pairs are neighbours, not halves
     norms: Sequence[Norm]  # of queries and keys, over each head or over all together; empty where there are none
+    has_gate: bool = (
+        False  # behind each head's query its gate is made: what is attended to is multiplied by its sigmoid
+    )
 
     @property
     def widths(self) -> tuple[int, int, int]:
@@ -243,11 +248,11 @@ class DecoderLayer:
     """The parts of one decoder layer, found by its family's row (families.py)."""
 
     module: torch.nn.Module
-    qkv: Sequence[Projection]  # query, key and value, or the one that makes all three
+    qkv: Sequence[Projection]  # query, key and value, or the one that makes all three; of linear attention more
     o: Projection
     gate_up: Sequence[Projection]  # gate and up, the one that makes both, or what an MLP without a gate begins with
     down: Projection
-    heads: Heads
+    heads: Heads | DeltaHeads  # of softmax or of linear attention
     norms: BlockNorms
     activation: str  # operations.ACTIVATIONS
     is_gated: bool

@@ -55,6 +55,12 @@ class LoraGroup:
         """Of M: [N + R, K + R]."""
         return self.num_outputs + self.padded_rank, self.num_inputs + self.padded_rank
 
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """What of M is written, and where; the rest stays zero. Groups of one layout can take turns in one matrix."""
+        adapters = [(columns.start, columns.stop) if columns else None for columns in self.columns]
+        return self.shape, tuple(base.out_features for base in self.bases), tuple(adapters), self.bias_column
+
     def fill_base(self, matrix: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
         """Dequantises the layers' frozen weights, wherever they are, into M."""
         for weight, rows in zip(weights, self.rows, strict=True):

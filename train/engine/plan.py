@@ -1,6 +1,7 @@
 """How a run is executed: data, which memory/search.py chooses and the engine follows."""
 
 from dataclasses import dataclass
+from functools import cache
 
 from train.batching import MicroBatchShape
 from train.config import MemoryConfig
@@ -75,6 +76,7 @@ def reference_plan(num_blocks: int, memory: MemoryConfig) -> Plan:
     return Plan(is_fused=False, merges=False, micro_batch_tokens=0, num_blocks=num_blocks, num_kept=num_kept)
 
 
+@cache
 def spread(count: int, total: int) -> tuple[int, ...]:
     """The numbers of `count` of `total` blocks, about evenly spaced, so that each copy has several blocks' time.
 

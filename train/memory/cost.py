@@ -6,33 +6,38 @@ T is the tokens of the largest micro-batch as it runs (`Candidate.width`), H, N,
 everything that is kept for the backward pass is there; or a validation sample much longer than what is trained on.
 """
 
+from collections.abc import Sequence
+
 from train.engine.copies import host_bytes as pinned_bytes
-from train.engine.plan import NUM_SLOTS, padded
+from train.engine.delta_rule import CHUNK
+from train.engine.plan import NUM_SLOTS, padded, spread
 from train.memory.candidate import Candidate, Job
-from train.memory.sizes import ModelSizes
+from train.memory.sizes import FP32_BYTES, LinearSizes, ModelSizes
 
 CUBLAS_BYTES = 2**26  # bytes of cuBLAS's workspaces, which torch keeps once a stream has used them
-FP32_BYTES = 4
 MIN_HEAD_SIZE = 64  # elements of an attention head, at least
 SMALL_TENSOR_BYTES = 2**20  # up to this size torch's allocator takes a tensor from segments of their own
 DQ_ROWS = 128  # rows of fp32 dQ that the flash backward kernels add for each sample
 EMPTY_SAMPLES = 8  # samples without tokens that a graph may have beside its own, at most (engine.graphs.pad)
+RULE_FORWARD = 0.6  # share of the bytes of linear attention's backward pass that a forward pass takes: 0.49 to 0.58
 INPUTS_IN_FLIGHT = 3  # block inputs on their way to the host or back, at most; with a fast bus one (hidden_store.py)
 
 
 def packed_weights(job: Job, c: Candidate) -> int:
     """Frozen weights of the blocks that are not streamed, as they are stored, and all norms."""
-    return (job.sizes.num_blocks - c.num_streamed) * job.sizes.packed_bytes + job.sizes.norm_bytes
+    num_blocks = job.sizes.num_blocks
+    resident = job.sizes.packed(range(num_blocks)) - job.sizes.packed(spread(c.num_streamed, num_blocks))
+    return resident + job.sizes.norm_bytes
 
 
 def streaming_slots(job: Job, c: Candidate) -> int:
     """A slot holds the packed weights of one streamed block."""
-    return min(NUM_SLOTS, c.num_streamed) * job.sizes.packed_bytes
+    return min(NUM_SLOTS, c.num_streamed) * job.sizes.largest_packed
 
 
 def dequantised_weights(job: Job, c: Candidate) -> int:
     """One block's matrices for each cached block, and one set that the other blocks share."""
-    return min(c.num_cached + 1, job.sizes.num_blocks) * job.sizes.matrix_bytes
+    return min(c.num_cached + 1, job.sizes.num_blocks) * job.sizes.matrix_bytes + job.sizes.shared_bytes
 
 
 def head_weights(job: Job, c: Candidate) -> int:
@@ -61,13 +66,24 @@ def block_inputs(job: Job, c: Candidate) -> int:
 
 def kept_activations(job: Job, c: Candidate) -> int:
     """What the backward pass of every kept block reads, beside its input."""
-    return c.width * c.num_kept * _kept_per_token(job, c)
+    num_blocks = job.sizes.num_blocks
+    return _kept_of(job, c, range(num_blocks - c.num_kept, num_blocks))
+
+
+def _kept_of(job: Job, c: Candidate, numbers: Sequence[int]) -> int:
+    """What these blocks keep."""
+    num_linear = job.sizes.num_linear(numbers)
+    bytes_per_token = (len(numbers) - num_linear) * _kept_per_token(job, c)
+    if job.sizes.linear:
+        bytes_per_token += num_linear * _kept_per_token_linear(job, c, job.sizes.linear)
+    return c.width * bytes_per_token
 
 
 def _kept_per_token(job: Job, c: Candidate) -> int:
     s = job.sizes
     width = s.hidden + s.padded_rank  # `normed`
     width += s.qkv + s.padded_rank + s.normed_qk  # `qkv`, `raw_qk`
+    width += s.qkv - s.gate if s.gate else 0  # `projected` beside `qkv`
     width += s.query + s.padded_rank  # `attended`, `low_rank`
     width += s.hidden  # `post_attention`
     width += s.hidden + s.padded_rank  # `mlp_normed`
@@ -78,6 +94,13 @@ def _kept_per_token(job: Job, c: Candidate) -> int:
     # fp32: attention's log-sum-exp a head, the norms' rstd a head (Qwen3) and two a token, and of norms behind
     scales = FP32_BYTES * (s.query + s.normed_qk) // MIN_HEAD_SIZE + (2 + s.norms_behind) * FP32_BYTES
     return s.element_bytes * width + scales
+
+
+def _kept_per_token_linear(job: Job, c: Candidate, linear: LinearSizes) -> int:
+    """The same of a block with linear attention: `normed`, `projected`, `low_rank`, and as other blocks."""
+    s = job.sizes
+    width = 2 * (s.hidden + s.padded_rank) + linear.projected + 2 * s.padded_rank + s.hidden + _gate_up_kept(job, c)
+    return s.element_bytes * width + 2 * FP32_BYTES
 
 
 def _gate_up(s: ModelSizes) -> int:
@@ -116,7 +139,7 @@ def block_backward(job: Job, c: Candidate) -> int:
     """
     s = job.sizes
     gradients = c.width * s.element_bytes * (s.hidden + (1 + s.copies_gradient) * (s.hidden + s.padded_rank))
-    return gradients + max(mlp_backward(job, c), attention_backward(job, c))
+    return gradients + max(mlp_backward(job, c), attention_backward(job, c), linear_backward(job, c))
 
 
 def mlp_backward(job: Job, c: Candidate) -> int:
@@ -138,7 +161,25 @@ def attention_backward(job: Job, c: Candidate) -> int:
     freed -= s.hidden if s.is_parallel else 0  # the gradient of what both read
     num_samples = job.num_samples(c.width) + (EMPTY_SAMPLES if c.uses_graphs else 0)
     dq = (c.width + DQ_ROWS * num_samples) * s.query * FP32_BYTES
-    return c.width * s.element_bytes * (3 * s.query + s.qkv - freed) + dq
+    return c.width * s.element_bytes * (3 * s.query + s.qkv - s.gate - freed) + dq
+
+
+def linear_backward(job: Job, c: Candidate) -> int:
+    """The same of the last block with linear attention: its output's gradient [T, V], and all between its projections.
+
+    Less what the MLP had kept, and what blocks behind it had kept; where it recomputes, with what it keeps itself. Each
+    sample counts as if its last chunk were full.
+    """
+    s, linear = job.sizes, job.sizes.linear
+    if linear is None:
+        return 0
+    last = max(linear.numbers)
+    tokens = c.width + (CHUNK - 1) * job.num_samples(c.width)
+    freed = s.hidden + s.hidden + s.padded_rank + _gate_up_kept(job, c)
+    needed = tokens * linear.rule_bytes + c.width * s.element_bytes * (linear.value - freed)
+    if last < s.num_blocks - c.num_kept:
+        needed += _kept_of(job, c, [last])
+    return needed - _kept_of(job, c, range(max(last + 1, s.num_blocks - c.num_kept), s.num_blocks))
 
 
 def without_triton(job: Job) -> int:
@@ -167,7 +208,13 @@ def validation_per_token(s: ModelSizes) -> int:
     """
     made = (4 + s.norms_behind) * s.hidden + s.qkv + s.normed_qk + 2 * s.query
     made += s.gate_up + s.intermediate + 4 * s.padded_rank
-    return s.element_bytes * (2 * s.hidden + made)
+    made += s.qkv - s.gate if s.gate else 0
+    softmax = s.element_bytes * (2 * s.hidden + made)
+    if s.linear is None:
+        return softmax
+    # `normed`, `projected`, the forward pass between the projections, what out_proj reads and makes
+    kept = s.element_bytes * (4 * s.hidden + s.linear.projected + s.linear.value)
+    return max(softmax, kept + int(RULE_FORWARD * s.linear.rule_bytes))
 
 
 def static_buffers(job: Job, c: Candidate) -> int:
@@ -243,7 +290,9 @@ def peak(job: Job, c: Candidate) -> int:
 def host_bytes(job: Job, c: Candidate) -> int:
     """Pinned host memory: streamed blocks, the embedding, and the inputs of recomputed blocks."""
     s = job.sizes
-    total = pinned_bytes(s.packed_bytes, c.num_streamed)
+    num_linear = s.num_linear(spread(c.num_streamed, s.num_blocks))
+    total = pinned_bytes(s.packed_bytes, c.num_streamed - num_linear)
+    total += pinned_bytes(s.linear.packed_bytes, num_linear) if s.linear else 0
     if s.embedding_on_host:
         total += pinned_bytes(s.embedding_bytes, 1)
     if c.offloads:

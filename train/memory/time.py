@@ -113,7 +113,7 @@ def backward_launches(job: Job, c: Candidate) -> float:
 
 def weights_bus(job: Job, c: Candidate) -> float:
     """Streamed weights come to the GPU, in either direction of the pass."""
-    return streamed_share(job, c) * job.sizes.packed_bytes / job.gpu.bus
+    return streamed_share(job, c) * job.sizes.largest_packed / job.gpu.bus
 
 
 def inputs_bus(job: Job, c: Candidate) -> float:

@@ -114,7 +114,7 @@ class LanguageModel(torch.nn.Module):
             layers = decoder_layers(self.causal_lm)
             self.host.wanted = sorted({*self.host.wanted, *plan.streamed})
             for number in plan.streamed:
-                self.host.offload(number, layers[number])
+                self.host.offload(number, layers)
             self.engine = FusedDecoder(self.causal_lm, plan, self.host)
         elif plan.num_kept < plan.num_blocks:
             # use_reentrant=False: the frozen embedding's output needs no gradient

@@ -10,6 +10,7 @@ from train.batching import MicroBatchShape
 from train.collate import MicroBatch, collate, collate_packed, packed_tokens, with_empty_samples
 from train.config import Config
 from train.data import TrainingData
+from train.engine import delta_rule
 from train.engine.graphs import is_out_of_memory
 from train.engine.plan import Plan
 from train.learning_rate import Schedule
@@ -55,7 +56,8 @@ def assemble(
         plan = _reference_plan(model, config, outlook, ids)
     parameters = model.trainable()
     flat = FlatParameters(parameters, config.optim.lora_plus_ratio)
-    say(accelerator, f"engine    {'fused' if plan.is_fused else f'reference: {outlook.reason}'}")
+    engine = f"fused{linear_note(model)}" if plan.is_fused else f"reference: {outlook.reason}"
+    say(accelerator, f"engine    {engine}")
     training = Training(
         config=config,
         accelerator=accelerator,
@@ -78,6 +80,13 @@ def assemble(
             "samples a step; sums are rounded otherwise, and with other micro-batches dropout draws other masks",
         )
     return training
+
+
+def linear_note(model: LanguageModel) -> str:
+    """What computes linear attention, where the engine runs a model that has some."""
+    if model.engine is None or not model.engine.has_linear:
+        return ""
+    return f"; {delta_rule.told(model.causal_lm.device, model.compute_dtype)}"
 
 
 def _reference_plan(model: LanguageModel, config: Config, outlook: Outlook, ids: Sequence[int]) -> ReferencePlan:

@@ -39,8 +39,8 @@ DELTA: dict[str, Any] = {
     "head_dim": 16,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
-    "linear_key_head_dim": 12,
-    "linear_value_head_dim": 8,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32,
 }
 # a norm behind a tiny output amplifies its gradient: these have weights of a size as trained ones have
 FAMILIES: dict[str, tuple[PretrainedConfig, list[str]]] = {

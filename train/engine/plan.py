@@ -28,6 +28,7 @@ class Plan:
     needs_host: bool = True  # nothing that leaves host memory alone fits
     offloads_inputs: bool = False  # the inputs of recomputed blocks wait in pinned host memory
     uses_graphs: bool = False  # training passes are captured as CUDA graphs and replayed
+    num_linear: int = 0  # blocks with linear attention, whose passes are not captured
     mlp_tile: int = 0  # tokens that go through an MLP at once; 0: all
     num_samples: int = 1  # samples in a micro-batch that memory is counted for
     graph_bytes: int = 0  # memory pool of the largest graph; this and the next three are 0 without graphs
@@ -59,6 +60,7 @@ class Plan:
             text += "" if self.needs_host else ", which is predicted to be faster (it would fit without)"
         elif self.parts:
             text += "; all weights are on the GPU, nothing is streamed"
+        text += f"; {self.num_linear} have linear attention, so there are no CUDA graphs" if self.num_linear else ""
         text += "; block inputs are offloaded to host memory" if self.offloads_inputs else ""
         text += f"; MLPs run in tiles of {self.mlp_tile:,} tokens" if self.mlp_tile else ""
         text += f"; predicted peak {self.peak_bytes / 2**30:.2f} GiB" if self.parts else ""

@@ -155,6 +155,7 @@ def plan_of(job: Job, candidate: Candidate, has_limit: bool, needs_host: bool) -
         needs_host=needs_host,
         offloads_inputs=candidate.offloads and candidate.num_kept < s.num_blocks,
         uses_graphs=candidate.uses_graphs,
+        num_linear=s.num_linear(range(s.num_blocks)),
         mlp_tile=candidate.mlp_tile if candidate.mlp_tile < longest else 0,
         num_samples=job.num_samples(candidate.tokens),
         graph_bytes=cost.graph_bytes(job, candidate),

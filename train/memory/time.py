@@ -16,6 +16,8 @@ SMALL_KERNEL_SECONDS = 0.0002
 # Norms of query and key heads read them, keep a copy and write them; their backward reads two and writes one. Logits
 # are written, read twice and written again. With both, packed steps of 19 shapes are within 5 % (results/families.json)
 HEAD_NORM_PASSES, LOGIT_PASSES = 3, 4
+# How often linear attention moves what it makes between its projections; neither passes nor launches were measured
+RULE_FORWARD, RULE_BACKWARD = 1.2, 4
 # Seconds in which the host launches the kernels of one block (measured: 272 ms for 32 blocks that all recompute)
 LAUNCH_FORWARD, LAUNCH_BACKWARD = 0.0024, 0.0037
 # Copies beside the computation slow it by these shares (measured: 1.9 % with all blocks streamed)
@@ -44,6 +46,18 @@ def streamed_share(job: Job, c: Candidate) -> float:
     return c.num_streamed / job.sizes.num_blocks
 
 
+def linear_share(job: Job) -> float:
+    """The share of blocks that have linear attention."""
+    s = job.sizes
+    return s.num_linear(range(s.num_blocks)) / s.num_blocks
+
+
+def linear_rule(job: Job, c: Candidate, times: float) -> float:
+    """What lies between linear attention's projections, on the mean of all blocks."""
+    linear = job.sizes.linear
+    return linear_share(job) * times * linear.rule_bytes * c.mean_tokens / job.gpu.bandwidth if linear else 0.0
+
+
 def products(job: Job, c: Candidate, flops_per_token: float) -> float:
     """Matrix products, and attention's."""
     return flops_per_token / (job.gpu.flops / (c.mean_tokens + LATENCY_TOKENS))
@@ -55,8 +69,11 @@ def num_weights(job: Job) -> float:
 
 
 def attention_flops(job: Job) -> float:
-    """Causal attention forward, a token: two products of 2 Q FLOP with half of the sample's tokens on average."""
-    return 2 * job.sizes.query * job.rows.mean_length
+    """Causal attention forward, a token: two products of 2 Q FLOP with half of the sample's tokens on average.
+
+    Of a hybrid's blocks, some of which have linear attention, the mean.
+    """
+    return 2 * job.sizes.query * job.rows.mean_length * (1 - linear_share(job))
 
 
 def elementwise(job: Job, c: Candidate, times: int) -> float:
@@ -76,7 +93,7 @@ def dequantisation(job: Job, c: Candidate) -> float:
 def forward(job: Job, c: Candidate) -> float:
     """A block's forward pass on the GPU: 2 FLOP a weight and token."""
     computing = products(job, c, 2 * num_weights(job) + attention_flops(job))
-    moving = elementwise(job, c, ELEMENTWISE_FORWARD) + dequantisation(job, c)
+    moving = elementwise(job, c, ELEMENTWISE_FORWARD) + dequantisation(job, c) + linear_rule(job, c, RULE_FORWARD)
     return computing + moving + SMALL_KERNEL_SECONDS
 
 
@@ -87,7 +104,7 @@ def backward(job: Job, c: Candidate) -> float:
     """
     s = job.sizes
     computing = products(job, c, 2 * num_weights(job) + 2.5 * attention_flops(job))
-    moving = elementwise(job, c, ELEMENTWISE_BACKWARD) + dequantisation(job, c)
+    moving = elementwise(job, c, ELEMENTWISE_BACKWARD) + dequantisation(job, c) + linear_rule(job, c, RULE_BACKWARD)
     seconds = computing + moving + SMALL_KERNEL_SECONDS
     if c.is_tiled:
         seconds += c.num_kept / s.num_blocks * products(job, c, 2 * s.hidden * s.gate_up)
@@ -98,7 +115,8 @@ def recomputation(job: Job, c: Candidate) -> float:
     """A block's second forward pass; without down_proj (H F weights), unless a norm behind it reads its output."""
     s = job.sizes
     weights = num_weights(job) - (0 if s.norms_behind else s.hidden * s.intermediate)
-    return products(job, c, 2 * weights + attention_flops(job)) + elementwise(job, c, ELEMENTWISE_FORWARD)
+    moving = elementwise(job, c, ELEMENTWISE_FORWARD) + linear_rule(job, c, RULE_FORWARD)
+    return products(job, c, 2 * weights + attention_flops(job)) + moving
 
 
 def forward_launches(c: Candidate) -> float:

@@ -124,11 +124,20 @@ def test_streamed_blocks_of_two_kinds(adapted: Any, numbers: list[int]) -> None:
 
 
 def test_dropout_draws_its_masks_again() -> None:
-    """With dropout, kept and recomputed blocks give the same bits, and another seed others."""
+    """The backward pass has those of the forward pass: gradients are slopes; kept and recomputed blocks agree."""
     model, batch = adapted_model(SHAPE, ALL_OF_BOTH, dropout=0.3), packed()
     kept, recomputed = passed(model, batch, num_kept=3), passed(model, batch)
     assert torch.equal(kept[0], recomputed[0])
     assert all(torch.equal(kept[1][name], recomputed[1][name]) for name in kept[1])
+    direction = {name: torch.randn_like(gradient) for name, gradient in kept[1].items()}
+    weights, losses, size = torch.linspace(-1, 1, kept[0].numel()), [], 1e-4
+    for step in (size, -2 * size):  # one step along the direction, and one against it
+        for name, parameter in model.named_parameters():
+            if name in direction:
+                parameter.data += step * direction[name]
+        losses.append(float(passed(model, batch)[0].flatten() @ weights))
+    slope = sum(float((kept[1][name] * direction[name]).sum()) for name in direction)
+    assert (losses[0] - losses[1]) / (2 * size) == pytest.approx(slope, rel=0.02)
     without = model.eval()
     assert (passed(without, batch)[0] - kept[0]).norm() > 0.01 * kept[0].norm()
 

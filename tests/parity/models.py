@@ -113,13 +113,13 @@ FAMILIES: dict[str, tuple[PretrainedConfig, list[str]]] = {
         ),
         ["q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"],
     ),
-    "qwen3.5": (T.Qwen3_5TextConfig(**SIZES, **DELTA, initializer_range=0.1, layer_types=LINEAR), ALL_OF_BOTH),
     "qwen3.5 with as many keys as values": (
         T.Qwen3_5TextConfig(
             **SIZES, **DELTA | {"linear_num_key_heads": 4}, attention_bias=True, layer_types=[*LINEAR[1:], LINEAR[1]]
         ),
         ["in_proj_qkv", "in_proj_a", "out_proj", "q_proj", "o_proj", "down_proj"],
     ),
+    "qwen3.5": (T.Qwen3_5TextConfig(**SIZES, **DELTA, initializer_range=0.1, layer_types=LINEAR), ALL_OF_BOTH),
 }
 
 

@@ -80,7 +80,7 @@ def test_a_sample_does_not_see_the_one_before_it(adapted: Any) -> None:
         assert torch.equal(found[0][70:], found[1][70:])
         assert not torch.equal(found[0][:70], found[1][:70])
         whole = replace(first, cu_seqlens=torch.tensor([0, 110], dtype=torch.int32), lengths=(110,))
-        heads = decoder_layers(adapted.get_base_model())[0].heads
+        heads: Any = decoder_layers(adapted.get_base_model())[0].heads
         for function, width in ((delta_rule._convolved, 192), (leaking_rule, 128)):
             mixed = torch.randn(110, 192)
             one, both = (function(mixed, heads, PackedSamples(batch)) for batch in (first, whole))

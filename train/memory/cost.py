@@ -12,14 +12,14 @@ from train.engine.copies import host_bytes as pinned_bytes
 from train.engine.delta_rule import CHUNK
 from train.engine.plan import NUM_SLOTS, padded, spread
 from train.memory.candidate import Candidate, Job
-from train.memory.sizes import FP32_BYTES, LinearSizes, ModelSizes
+from train.memory.linear import FP32_BYTES
+from train.memory.sizes import ModelSizes
 
 CUBLAS_BYTES = 2**26  # bytes of cuBLAS's workspaces, which torch keeps once a stream has used them
 MIN_HEAD_SIZE = 64  # elements of an attention head, at least
 SMALL_TENSOR_BYTES = 2**20  # up to this size torch's allocator takes a tensor from segments of their own
 DQ_ROWS = 128  # rows of fp32 dQ that the flash backward kernels add for each sample
 EMPTY_SAMPLES = 8  # samples without tokens that a graph may have beside its own, at most (engine.graphs.pad)
-RULE_FORWARD = 0.6  # share of the bytes of linear attention's backward pass that a forward pass takes: 0.49 to 0.58
 INPUTS_IN_FLIGHT = 3  # block inputs on their way to the host or back, at most; with a fast bus one (hidden_store.py)
 
 
@@ -72,10 +72,11 @@ def kept_activations(job: Job, c: Candidate) -> int:
 
 def _kept_of(job: Job, c: Candidate, numbers: Sequence[int]) -> int:
     """What these blocks keep."""
-    num_linear = job.sizes.num_linear(numbers)
+    s, num_linear = job.sizes, job.sizes.num_linear(numbers)
     bytes_per_token = (len(numbers) - num_linear) * _kept_per_token(job, c)
-    if job.sizes.linear:
-        bytes_per_token += num_linear * _kept_per_token_linear(job, c, job.sizes.linear)
+    if s.linear:  # two norms' rstd in fp32
+        width = s.linear.kept(s.hidden, s.padded_rank) + _gate_up_kept(job, c)
+        bytes_per_token += num_linear * (s.element_bytes * width + 2 * FP32_BYTES)
     return c.width * bytes_per_token
 
 
@@ -94,13 +95,6 @@ def _kept_per_token(job: Job, c: Candidate) -> int:
     # fp32: attention's log-sum-exp a head, the norms' rstd a head (Qwen3) and two a token, and of norms behind
     scales = FP32_BYTES * (s.query + s.normed_qk) // MIN_HEAD_SIZE + (2 + s.norms_behind) * FP32_BYTES
     return s.element_bytes * width + scales
-
-
-def _kept_per_token_linear(job: Job, c: Candidate, linear: LinearSizes) -> int:
-    """The same of a block with linear attention: `normed`, `projected`, `low_rank`, and as other blocks."""
-    s = job.sizes
-    width = 2 * (s.hidden + s.padded_rank) + linear.projected + 2 * s.padded_rank + s.hidden + _gate_up_kept(job, c)
-    return s.element_bytes * width + 2 * FP32_BYTES
 
 
 def _gate_up(s: ModelSizes) -> int:
@@ -210,11 +204,7 @@ def validation_per_token(s: ModelSizes) -> int:
     made += s.gate_up + s.intermediate + 4 * s.padded_rank
     made += s.qkv - s.gate if s.gate else 0
     softmax = s.element_bytes * (2 * s.hidden + made)
-    if s.linear is None:
-        return softmax
-    # `normed`, `projected`, the forward pass between the projections, what out_proj reads and makes
-    kept = s.element_bytes * (4 * s.hidden + s.linear.projected + s.linear.value)
-    return max(softmax, kept + int(RULE_FORWARD * s.linear.rule_bytes))
+    return max(softmax, s.linear.forward_bytes(s.hidden, s.element_bytes)) if s.linear else softmax
 
 
 def static_buffers(job: Job, c: Candidate) -> int:

@@ -7,25 +7,12 @@ from typing import Any
 
 from train.config import Config
 from train.engine.block import Block
-from train.engine.delta_rule import CHUNK, DeltaHeads
 from train.engine.families import decoder_layers
-from train.engine.layers import DecoderLayer, Heads, Vocabulary
+from train.engine.layers import Heads, Vocabulary
 from train.engine.packed_weights import packed_bytes
 from train.loss import CHUNK_BYTES
+from train.memory.linear import LinearSizes, linear_sizes
 from train.optim import OPTIMIZERS, state_bytes
-
-FP32_BYTES = 4  # bytes
-
-
-@dataclass(frozen=True)
-class LinearSizes:
-    """The blocks with linear attention, where a model has such (hybrids); the rest of them is as in the others."""
-
-    numbers: frozenset[int]  # of these blocks
-    projected: int  # outputs of all its projections together
-    value: int  # inputs of out_proj
-    rule_bytes: int  # a token, of what a block's backward pass makes between the projections at its peak
-    packed_bytes: int  # one such block's frozen linear weights as they are stored
 
 
 @dataclass(frozen=True)
@@ -131,7 +118,7 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
         paged_bytes=state if is_paged else 0,
         whole_bytes=_whole_bytes(words_in, words_out, element_bytes),
         gate=query if heads.has_gate else 0,
-        linear=_linear_sizes(layers, element_bytes),
+        linear=linear_sizes(layers, element_bytes),
         shared_bytes=element_bytes * _num_shared_elements(blocks),
     )
 
@@ -145,30 +132,6 @@ def _num_shared_elements(blocks: Sequence[Block]) -> int:
     """Of the place that blocks share (weight_store.py), beyond those of the largest block."""
     places = {key: group.shape for block in blocks for key, group in zip(block.places, block.groups, strict=True)}
     return sum(map(math.prod, places.values())) - max(map(_num_elements, blocks))
-
-
-def _linear_sizes(layers: Sequence[DecoderLayer], element_bytes: int) -> LinearSizes | None:
-    """Of the blocks with linear attention; None where there are none."""
-    numbers = frozenset(number for number, layer in enumerate(layers) if isinstance(layer.heads, DeltaHeads))
-    if not numbers:
-        return None
-    layer = layers[min(numbers)]
-    assert isinstance(layer.heads, DeltaHeads)
-    projected = sum(projection.base.out_features for projection in layer.qkv)
-    packed = sum(map(packed_bytes, layer.linears))
-    return LinearSizes(numbers, projected, layer.o.base.in_features, rule_bytes(layer.heads, element_bytes), packed)
-
-
-def rule_bytes(heads: DeltaHeads, e: int) -> int:
-    """Bytes a token that transformers' torch code makes between the projections, forward and backward, at its peak.
-
-    Fitted to it, in fp32 and bf16, with heads of 32 to 128 elements (tests/unit/memory/test_linear_cost.py): so many
-    tensors of each kind, in the compute type and in fp32; of [CHUNK, CHUNK] numbers a chunk and of states. A kernel
-    takes less, which was not measured.
-    """
-    k, v = heads.key_size, heads.value_size
-    of_head = k * (8 * e + 27) + v * (5 * e + 19) + 8.3 * FP32_BYTES * CHUNK + 1.8 * FP32_BYTES * k * v / CHUNK
-    return round(heads.num_value * of_head) + heads.num_key * k * 4 * e
 
 
 def _whole_bytes(embedding: Vocabulary, head: Vocabulary, element_bytes: int) -> int:

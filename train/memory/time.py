@@ -17,7 +17,7 @@ SMALL_KERNEL_SECONDS = 0.0002
 # are written, read twice and written again. With both, packed steps of 19 shapes are within 5 % (results/families.json)
 HEAD_NORM_PASSES, LOGIT_PASSES = 3, 4
 # How often linear attention moves what it makes between its projections; neither passes nor launches were measured
-RULE_FORWARD, RULE_BACKWARD = 1.2, 4
+LINEAR_FORWARD, LINEAR_BACKWARD = 1.2, 4
 # Seconds in which the host launches the kernels of one block (measured: 272 ms for 32 blocks that all recompute)
 LAUNCH_FORWARD, LAUNCH_BACKWARD = 0.0024, 0.0037
 # Copies beside the computation slow it by these shares (measured: 1.9 % with all blocks streamed)
@@ -93,7 +93,7 @@ def dequantisation(job: Job, c: Candidate) -> float:
 def forward(job: Job, c: Candidate) -> float:
     """A block's forward pass on the GPU: 2 FLOP a weight and token."""
     computing = products(job, c, 2 * num_weights(job) + attention_flops(job))
-    moving = elementwise(job, c, ELEMENTWISE_FORWARD) + dequantisation(job, c) + linear_rule(job, c, RULE_FORWARD)
+    moving = elementwise(job, c, ELEMENTWISE_FORWARD) + dequantisation(job, c) + linear_rule(job, c, LINEAR_FORWARD)
     return computing + moving + SMALL_KERNEL_SECONDS
 
 
@@ -104,7 +104,7 @@ def backward(job: Job, c: Candidate) -> float:
     """
     s = job.sizes
     computing = products(job, c, 2 * num_weights(job) + 2.5 * attention_flops(job))
-    moving = elementwise(job, c, ELEMENTWISE_BACKWARD) + dequantisation(job, c) + linear_rule(job, c, RULE_BACKWARD)
+    moving = elementwise(job, c, ELEMENTWISE_BACKWARD) + dequantisation(job, c) + linear_rule(job, c, LINEAR_BACKWARD)
     seconds = computing + moving + SMALL_KERNEL_SECONDS
     if c.is_tiled:
         seconds += c.num_kept / s.num_blocks * products(job, c, 2 * s.hidden * s.gate_up)
@@ -115,7 +115,7 @@ def recomputation(job: Job, c: Candidate) -> float:
     """A block's second forward pass; without down_proj (H F weights), unless a norm behind it reads its output."""
     s = job.sizes
     weights = num_weights(job) - (0 if s.norms_behind else s.hidden * s.intermediate)
-    moving = elementwise(job, c, ELEMENTWISE_FORWARD) + linear_rule(job, c, RULE_FORWARD)
+    moving = elementwise(job, c, ELEMENTWISE_FORWARD) + linear_rule(job, c, LINEAR_FORWARD)
     return products(job, c, 2 * weights + attention_flops(job)) + moving
 
 

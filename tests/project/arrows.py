@@ -185,13 +185,26 @@ ALLOWED_MODULES = {
     "train.engine.layers": set(),
     "train.engine.lora_linear": {"train.engine.layers", "train.engine.operations"},
     "train.engine.attention": {"train.collate", "train.run.devices"},
-    "train.engine.context": {"train.engine.attention", "train.engine.operations", "train.engine.positions"},
+    "train.engine.delta_rule": {"train.collate", "train.engine.layers"},
+    "train.engine.delta_net": {"train.engine.delta_rule", "train.engine.layers"},
+    "train.engine.context": {
+        "train.engine.attention",
+        "train.engine.delta_rule",
+        "train.engine.operations",
+        "train.engine.positions",
+    },
     "train.engine.self_attention": {
         "train.engine.context",
         "train.engine.layers",
         "train.engine.lora_linear",
         "train.engine.operations",
         "train.engine.positions",
+    },
+    "train.engine.linear_attention": {
+        "train.engine.context",
+        "train.engine.delta_rule",
+        "train.engine.layers",
+        "train.engine.lora_linear",
     },
     "train.engine.mlp": {
         "train.engine.context",
@@ -202,6 +215,7 @@ ALLOWED_MODULES = {
     "train.engine.block": {
         "train.engine.context",
         "train.engine.layers",
+        "train.engine.linear_attention",
         "train.engine.lora_linear",
         "train.engine.mlp",
         "train.engine.residual",
@@ -211,6 +225,7 @@ ALLOWED_MODULES = {
     "train.engine.residual": {"train.engine.layers", "train.engine.operations"},
     "train.engine.families": {
         "train.engine.block",
+        "train.engine.delta_net",
         "train.engine.layers",
         "train.engine.operations",
         "train.engine.positions",
@@ -234,6 +249,7 @@ ALLOWED_MODULES = {
         "train.run.folder",
     },
     "train.memory.gpus": {"data_tools.spelling", "train.run.devices"},
+    "train.memory.linear": {"train.engine.delta_rule", "train.engine.layers", "train.engine.packed_weights"},
     "train.memory.sizes": {
         "train.config",
         "train.engine.block",
@@ -241,6 +257,7 @@ ALLOWED_MODULES = {
         "train.engine.layers",
         "train.engine.packed_weights",
         "train.loss",
+        "train.memory.linear",
         "train.optim",
     },
     "train.memory.candidate": {
@@ -257,7 +274,14 @@ ALLOWED_MODULES = {
         "train.engine.plan",
         "train.memory.search",
     },
-    "train.memory.cost": {"train.engine.copies", "train.engine.plan", "train.memory.candidate", "train.memory.sizes"},
+    "train.memory.cost": {
+        "train.engine.copies",
+        "train.engine.delta_rule",
+        "train.engine.plan",
+        "train.memory.candidate",
+        "train.memory.linear",
+        "train.memory.sizes",
+    },
     "train.memory.time": {"train.memory.candidate"},
     "train.memory.search": {
         "train.batching",

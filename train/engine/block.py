@@ -7,8 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from train.engine.context import ForwardContext
-from train.engine.delta_rule import DeltaHeads
-from train.engine.layers import DecoderLayer, Heads
+from train.engine.layers import DecoderLayer, DeltaHeads, Heads
 from train.engine.linear_attention import LinearAttention
 from train.engine.lora_linear import LoraGroup, Matrices
 from train.engine.mlp import Mlp, MlpActivations

@@ -4,8 +4,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from train.engine.delta_rule import DeltaHeads, torch_code
-from train.engine.layers import Projection
+from train.engine.delta_rule import torch_code
+from train.engine.layers import DeltaHeads, Projection
 
 KIND = "linear_attention"  # what configurations call such a layer
 

@@ -8,7 +8,6 @@ code knows no boundaries: it is given samples as rows of padded batches, those o
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate
 from typing import Any
@@ -17,35 +16,13 @@ import torch
 import torch.nn.functional as F
 
 from train.collate import MicroBatch
+from train.engine.layers import DeltaHeads
 
 CHUNK = 64  # tokens that the rule takes at a time; transformers' torch code pads to a multiple of it
 RULE = ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule")
 CONVOLUTION = ("causal_conv1d", "causal_conv1d_fn")
 ACTIVATIONS = ("silu", "swish")  # that causal-conv1d computes
 ALIGNMENT = 8  # elements, to which causal-conv1d wants rows aligned
-
-
-@dataclass(frozen=True)
-class DeltaHeads:
-    """A layer's linear attention, apart from its projections."""
-
-    num_key: int
-    num_value: int  # a multiple of num_key
-    key_size: int
-    value_size: int
-    weight: torch.Tensor  # [C, K]: the depthwise convolution of query, key and value; K tokens, the own one last
-    bias: torch.Tensor | None  # [C]
-    activation: str  # behind the convolution
-    log_decay: torch.Tensor  # [num_value]: log of what the gate is multiplied by
-    gate_bias: torch.Tensor  # [num_value]
-    norm: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # transformers': of [N, value_size], gated by as many
-    rule: Callable[..., tuple[torch.Tensor, Any]]  # transformers' torch code; query, key, value [B, L, heads, size]
-    convolve: Callable[..., torch.Tensor]  # transformers' torch code, of [B, C, L]
-
-    @property
-    def widths(self) -> tuple[int, int, int]:
-        """Elements a token of query, key and value."""
-        return self.num_key * self.key_size, self.num_key * self.key_size, self.num_value * self.value_size
 
 
 class PackedSamples:

@@ -6,8 +6,6 @@ from typing import Any, Protocol, cast
 
 import torch
 
-from train.engine.delta_rule import DeltaHeads
-
 ADAPTER = "default"  # PEFT's name of the one adapter that is trained
 
 
@@ -231,6 +229,29 @@ class Heads:
     def widths(self) -> tuple[int, int, int]:
         """Elements a token of query, key and value."""
         return self.num_query * self.size, self.num_key_value * self.size, self.num_key_value * self.size
+
+
+@dataclass(frozen=True)
+class DeltaHeads:
+    """A layer's linear attention, apart from its projections."""
+
+    num_key: int
+    num_value: int  # a multiple of num_key
+    key_size: int
+    value_size: int
+    weight: torch.Tensor  # [C, K]: the depthwise convolution of query, key and value; K tokens, the own one last
+    bias: torch.Tensor | None  # [C]
+    activation: str  # behind the convolution
+    log_decay: torch.Tensor  # [num_value]: log of what the gate is multiplied by
+    gate_bias: torch.Tensor  # [num_value]
+    norm: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # transformers': of [N, value_size], gated by as many
+    rule: Callable[..., tuple[torch.Tensor, Any]]  # transformers' torch code; query, key, value [B, L, heads, size]
+    convolve: Callable[..., torch.Tensor]  # transformers' torch code, of [B, C, L]
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Elements a token of query, key and value."""
+        return self.num_key * self.key_size, self.num_key * self.key_size, self.num_value * self.value_size
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from itertools import accumulate, pairwise
 import torch
 
 from train.engine.context import ForwardContext
-from train.engine.delta_rule import DeltaHeads, mix
-from train.engine.layers import DecoderLayer
+from train.engine.delta_rule import mix
+from train.engine.layers import DecoderLayer, DeltaHeads
 from train.engine.lora_linear import LoraGroup, Matrices
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from train.engine.delta_rule import CHUNK, DeltaHeads
-from train.engine.layers import DecoderLayer
+from train.engine.delta_rule import CHUNK
+from train.engine.layers import DecoderLayer, DeltaHeads
 from train.engine.packed_weights import packed_bytes
 
 FP32_BYTES = 4
@@ -52,7 +52,7 @@ def linear_sizes(layers: Sequence[DecoderLayer], element_bytes: int) -> LinearSi
 def rule_bytes(heads: DeltaHeads, e: int) -> int:
     """Bytes a token that transformers' torch code makes between the projections, forward and backward, at its peak.
 
-    Fitted to it, in fp32 and bf16, with heads of 32 to 128 elements (tests/unit/memory/test_linear_cost.py): so many
+    Fitted to it, in fp32 and bf16, with heads of 32 to 128 elements (tests/unit/memory/test_linear.py): so many
     tensors of each kind, in the compute type of `e` bytes and in fp32; [CHUNK, CHUNK] numbers a chunk; states. A kernel
     takes less; how much was not measured.
     """

@@ -3,8 +3,9 @@
     python -m benchmarks.families [NAME ...] [--reference] [--out benchmarks/results/families.json]
 
 Weights are random, in NF4, of the shape that the model's config.json has. Each is a `handloop plan --probe` in a
-process of its own: rows of 2,048 tokens, packed, 16 a step, adapters of rank 16 on all linear layers. --reference
-runs the reference engine instead. With several GPUs start it once for each, CUDA_VISIBLE_DEVICES and names apart.
+process of its own: rows of 2,048 tokens, packed, 16 a step, adapters of rank 16 on all linear layers, those of
+experts among them. --reference runs the reference engine instead. With several GPUs start it once for each,
+CUDA_VISIBLE_DEVICES and names apart.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import transformers as T
 RESULTS = Path(__file__).parent / "results" / "families.json"
 FULL, SLIDING = "full_attention", "sliding_attention"
 OPTIONS = "--data.packing true --data.max_length 2048 --batch.per_device 4 --batch.accumulation 4 --lora.r 16"
-OPTIONS += " --lora.alpha 32 --lora.dropout 0 --optim.name paged_adamw_8bit --lora.target_modules all-linear"
+OPTIONS += " --lora.alpha 32 --lora.dropout 0 --optim.name paged_adamw_8bit"
 
 
 def every(number: int, num_layers: int) -> list[str]:
@@ -36,6 +37,7 @@ def sizes(*numbers: int, **others: Any) -> dict[str, Any]:
 
 
 NO_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0.0}
+EXPERTS: dict[str, Any] = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "head_dim": 128}
 SHAPES: dict[str, T.PreTrainedConfig] = {
     "Llama-3.1-8B": T.LlamaConfig(**sizes(4096, 14336, 32, 32, 8, 128256)),
     "Mistral-7B": T.MistralConfig(**sizes(4096, 14336, 32, 32, 8, 32768), sliding_window=None),
@@ -77,6 +79,8 @@ SHAPES: dict[str, T.PreTrainedConfig] = {
     "StarCoder2-7B": T.Starcoder2Config(
         **sizes(4608, 18432, 32, 36, 4, 49152), sliding_window=4096, use_bias=True, embedding_dropout=0.0, **NO_DROPOUT
     ),
+    "Qwen3-30B-A3B": T.Qwen3MoeConfig(**sizes(2048, 6144, 48, 32, 4, 151936, **EXPERTS), norm_topk_prob=True),
+    "Mixtral-8x7B": T.MixtralConfig(**sizes(4096, 14336, 32, 32, 8, 32000), num_local_experts=8, num_experts_per_tok=2),
 }
 
 

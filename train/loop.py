@@ -67,7 +67,9 @@ class Boundary:
         self.training, self.heartbeat, self.trackers, self.saver = training, heartbeat, trackers, saver
         self.validator, self.doing = validator, doing
         self.stopwatch = Stopwatch(training.accelerator.device)
-        self.num_weights = num_matmul_weights(training.model)
+        shape: Any = training.model.causal_lm.config
+        num_chosen = getattr(shape.get_text_config(decoder=True), "num_experts_per_tok", None) or 0
+        self.num_weights = num_matmul_weights(training.model, num_chosen)
         self.loss_watch, self.grace = LossWatch(), Grace(training.config.run)
         self.row: Row = {"step": saver.saved}  # of the last step that is complete
         self.since_last: Row = {}  # time and failures of the last save, for the next row

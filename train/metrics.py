@@ -5,15 +5,22 @@ from typing import Any
 
 import torch
 
+from train.models.experts import expert_linears
+
 
 def to_host(*scalars: torch.Tensor) -> list[float]:
     """The values of device scalars, in one transfer."""
     return torch.stack([scalar.detach().double() for scalar in scalars]).tolist()
 
 
-def num_matmul_weights(model: torch.nn.Module) -> int:
-    """Weights of the base's linear layers, the head among them: no adapters, no trained copies, no embedding."""
-    return sum(
+def num_matmul_weights(model: torch.nn.Module, num_chosen: int = 0) -> int:
+    """Weights of the base's linear layers, the head among them: no adapters, no trained copies, no embedding.
+
+    Of a mixture's experts the `num_chosen` that a token goes through.
+    """
+    experts = [linear.shape for _, linear in expert_linears(model)]
+    active = sum(num_chosen * num_outputs * num_inputs for _, num_outputs, num_inputs in experts)
+    return active + sum(
         module.in_features * module.out_features
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and "lora_" not in name and "modules_to_save" not in name

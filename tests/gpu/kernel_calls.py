@@ -1,8 +1,8 @@
-"""Calls of train/engine/operations.py with random inputs on the GPU."""
+"""Calls of train/engine/operations.py and grouped.py with random inputs on the GPU."""
 
 import torch
 
-from train.engine import operations
+from train.engine import grouped, operations
 from train.engine.layers import Norm
 from train.engine.operations import Dropout, Rotation
 
@@ -63,6 +63,28 @@ def cross_entropy() -> list[torch.Tensor]:
     logits = (5 * random(33, 10048))[:, :10007]
     losses = operations.cross_entropy(logits, torch.randint(10007, (33,), device=GPU))
     return [losses, logits]
+
+
+def groups() -> list[torch.Tensor]:
+    """Rows in five groups, one of them empty and one of a single row."""
+    ends = torch.tensor([130, 130, 131, 400, 437], dtype=torch.int32, device=GPU)
+    wide, matrices = random(437, 576), random(5, 464, 576)
+    found = [
+        grouped.grouped_product(wide, matrices.transpose(1, 2), ends),
+        grouped.grouped_product(wide[:, :512], matrices[:, 400:, :512].transpose(1, 2), ends),
+        grouped.grouped_product(random(437, 464), matrices[:, :, :512], ends),
+        grouped.grouped_outer(random(437, 100)[:, 60:92], wide[:, :500], ends),
+    ]
+    rows, out = torch.randint(77, (437,), device=GPU), random(437, 576)
+    grouped.take_rows(random(77, 520)[:, :512], rows, out[:, :512])
+    summed = random(77, 520)
+    grouped.sum_rows(wide[:, :512], torch.randint(437, (77, 4), device=GPU), summed[:, :512])
+    for activation in operations.ACTIVATIONS:
+        gate_up, product, grad = random(437, 3008), random(437, 1600), random(437, 1500)
+        factors = torch.rand(437, device=GPU)
+        grouped.scaled_gate(gate_up, product[:, :1500], activation, factors)
+        found += [product, gate_up, grad, grouped.scaled_gate_backward(gate_up, grad, activation, factors)]
+    return [*found, out, summed]
 
 
 def random(*shape: int) -> torch.Tensor:

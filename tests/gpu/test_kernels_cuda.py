@@ -8,9 +8,9 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from tests.gpu.kernel_calls import GPU, cross_entropy, dropout, gates, norms, random, rotate
+from tests.gpu.kernel_calls import GPU, cross_entropy, dropout, gates, groups, norms, random, rotate
 from train.collate import collate_packed
-from train.engine import attention, lora_linear, operations
+from train.engine import attention, grouped, lora_linear, operations
 from train.engine.attention import PackedAttention
 from train.engine.embedding import HostEmbedding
 from train.engine.lora_linear import dequantize
@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("operation", [norms, rotate, gates, dropout, cross_entropy])
+@pytest.mark.parametrize("operation", [norms, rotate, gates, dropout, cross_entropy, groups])
 def test_kernels_are_their_torch_lines(
     operation: Callable[[], list[torch.Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -29,24 +29,27 @@ def test_kernels_are_their_torch_lines(
     assert operations.kernels_for(GPU) is not None
     torch.manual_seed(0)
     ours = operation()
-    monkeypatch.setattr(operations, "kernels_for", lambda _: None)
+    for module in (operations, grouped):
+        monkeypatch.setattr(module, "kernels_for", lambda _: None)
     torch.manual_seed(0)
     for found, wanted in zip(ours, operation(), strict=True):
         assert (found.float() - wanted.float()).norm() <= 4e-3 * wanted.float().norm()
 
 
 @pytest.mark.parametrize("compress", [False, True])
-@pytest.mark.parametrize("shape", [(1024, 4096), (256, 2048), (2048, 5632)])
-def test_one_launch_dequantises_as_bitsandbytes(compress: bool, shape: tuple[int, int]) -> None:
-    """To the bit, with nested scales and without."""
+@pytest.mark.parametrize("shape", [(1024, 4096), (256, 2048), (2048, 5632), (6, 96, 512)])
+def test_one_launch_dequantises_as_bitsandbytes(compress: bool, shape: tuple[int, ...]) -> None:
+    """To the bit, with nested scales and without, also of all experts at once."""
     assert lora_linear.kernels_for(GPU) is not None
     kind: Any = bnb.nn.Params4bit
     weight = kind(torch.randn(shape), requires_grad=False, compress_statistics=compress, quant_type="nf4").to(GPU)
-    out = torch.zeros(shape[0], shape[1] + 64, device=GPU, dtype=torch.bfloat16)
-    dequantize(weight, out[:, : shape[1]])
+    out = torch.zeros(*shape[:-2], shape[-2] + 64, shape[-1] + 64, device=GPU, dtype=torch.bfloat16)
+    inside = out[..., : shape[-2], : shape[-1]]
+    dequantize(weight, inside)
     wanted = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(torch.bfloat16)
-    assert torch.equal(out[:, : shape[1]], wanted)
-    assert not out[:, shape[1] :].any()
+    assert torch.equal(inside, wanted)
+    inside.zero_()
+    assert not out.any()
 
 
 def test_the_embedding_in_host_memory() -> None:

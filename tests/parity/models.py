@@ -30,6 +30,7 @@ LLAMA4 = {
 }
 HALF: Any = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+EXPERTS: Any = {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 FULL = ["full_attention"] * 3
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 LINEAR = ["linear_attention", "full_attention", "linear_attention"]
@@ -91,6 +92,9 @@ FAMILIES: dict[str, tuple[PretrainedConfig, list[str]]] = {
         ),
         ALL,
     ),
+    "qwen3-moe": (T.Qwen3MoeConfig(**SIZES, **EXPERTS, norm_topk_prob=True), ALL),
+    "mixtral": (T.MixtralConfig(**SIZES, num_local_experts=4, sliding_window=4), [*ALL[:4], "w1", "w2", "w3"]),
+    "experts without adapters": (T.Qwen3MoeConfig(**SIZES, **EXPERTS), ALL[:4]),
     "olmo2": (T.Olmo2Config(**SIZES, initializer_range=0.1), ALL),
     "olmo3": (T.Olmo3Config(**SIZES, initializer_range=0.1, layer_types=MIXED, sliding_window=4), ALL),
     "exaone4": (

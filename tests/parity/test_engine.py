@@ -14,10 +14,10 @@ from train.engine import families, operations
 from train.engine.block import Block
 from train.engine.context import ForwardContext
 from train.engine.decoder import FusedDecoder
-from train.engine.families import unsupported_reason
 from train.engine.mlp import Mlp
 from train.engine.positions import Positions
 from train.engine.self_attention import SelfAttention
+from train.engine.support import unsupported_reason
 
 
 def reference(causal_lm: Any, batch: MicroBatch) -> torch.Tensor:

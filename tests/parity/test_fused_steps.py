@@ -12,7 +12,7 @@ from tests.parity.models import SIZES, adapted_model
 from train.collate import collate_packed
 from train.config import Config, EngineConfig
 from train.data import BatchLayout
-from train.engine.families import unsupported_reason
+from train.engine.support import unsupported_reason
 from train.models.language_model import choose_engine, sketch
 from train.run.exits import ExitWith
 from train.step import optimizer_step

@@ -16,8 +16,9 @@ from train.collate import MicroBatch, collate_packed
 from train.engine import delta_rule
 from train.engine.decoder import FusedDecoder
 from train.engine.delta_rule import PackedSamples
-from train.engine.families import decoder_layers, unsupported_reason
+from train.engine.families import decoder_layers
 from train.engine.host_stream import HostBlocks
+from train.engine.support import unsupported_reason
 
 SHAPE = T.Qwen3_5TextConfig(**SIZES, **DELTA, initializer_range=0.1, layer_types=LINEAR)
 # of one chunk, of two, of three; two that have as many chunks and other lengths; one token

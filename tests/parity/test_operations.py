@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from tests.parity.models import close
 from train.engine import operations
-from train.engine.layers import Norm, Projection
+from train.engine.layers import Norm
+from train.engine.linears import Projection
 from train.engine.lora_linear import LoraGroup, dequantize
 from train.engine.operations import Dropout, Rotation
 

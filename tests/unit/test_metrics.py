@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tests.conftest import training_of
 from train import loop
@@ -26,6 +26,17 @@ def test_llama_8b_costs_what_the_literature_says() -> None:
         weights = num_matmul_weights(LlamaForCausalLM(shape))
     assert flops_per_token(weights, shape, 0) == pytest.approx(4 * (6.979e9 + 0.525e9), rel=1e-3)
     assert flops_per_token(weights, shape, 2048) - flops_per_token(weights, shape, 0) == pytest.approx(1.88e9, rel=1e-2)
+
+
+def test_of_a_mixture_the_active_weights_count() -> None:
+    """Qwen3-30B-A3B: of 128 experts 8, so about 3.0 G weights a token without the embedding."""
+    sizes: dict[str, Any] = {"hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
+    experts: dict[str, Any] = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+    shape = Qwen3MoeConfig(vocab_size=151936, num_hidden_layers=48, tie_word_embeddings=False, **sizes, **experts)
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(shape)
+    assert num_matmul_weights(model, 8) == pytest.approx(3.03e9, rel=0.01)
+    assert num_matmul_weights(model, 128) == pytest.approx(30.2e9, rel=0.01)
 
 
 def test_read_keeps_double_precision() -> None:

@@ -1,15 +1,15 @@
 """One decoder block, forward and backward by hand: two halves on the residual stream, attention and MLP."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from train.engine.context import ForwardContext
-from train.engine.layers import DecoderLayer, DeltaHeads, Heads
+from train.engine.layers import DecoderLayer, DeltaHeads
 from train.engine.linear_attention import LinearAttention
 from train.engine.lora_linear import LoraGroup, Matrices
+from train.engine.mixture import Mixture, MixtureActivations
 from train.engine.mlp import Mlp, MlpActivations
 from train.engine.residual import Branch, Residual
 from train.engine.self_attention import SelfAttention
@@ -19,6 +19,8 @@ class Attention(Protocol):
     """A block's first half: softmax attention (self_attention.py), or linear attention (linear_attention.py)."""
 
     groups: list[LoraGroup]
+    num_read_columns: int  # behind what it reads
+    num_gradient_columns: int  # behind the gradient of its output
 
     def forward(self, matrices: Matrices, read: torch.Tensor, context: ForwardContext) -> tuple[torch.Tensor, Any]:
         """Its output [T, H] for read [T, H + R], whose last columns it fills; and what `backward` reads."""
@@ -51,7 +53,7 @@ class Activations:
     attention_branch: Branch | None  # where a norm is behind attention
     post_attention: torch.Tensor  # [T, H]: x plus what attention adds
     mlp_rstd: torch.Tensor | None  # [T]; None where no norm is before the MLP
-    mlp: MlpActivations
+    mlp: MlpActivations | MixtureActivations
     mlp_branch: Branch | None = None  # where a norm is behind the MLP; `finish` makes it
 
 
@@ -68,7 +70,7 @@ class Block:
     def __init__(self, layer: DecoderLayer, number: int) -> None:
         self.number = number
         self.attention = attention_of(layer, number)
-        self.mlp = Mlp(layer, number)
+        self.mlp: Any = Mlp(layer, number) if layer.router is None else Mixture(layer, layer.router)
         self.groups = [*self.attention.groups, *self.mlp.groups]
         # of each group: blocks that have the same can take turns in one matrix
         self.places = tuple((number, group.layout) for number, group in enumerate(self.groups))
@@ -92,11 +94,11 @@ class Block:
     def forward(self, matrices: Matrices, x: torch.Tensor, context: ForwardContext) -> Activations:
         """Everything up to the MLP's product, and gate and up unless the MLP is tiled; `finish` makes the output."""
         (num_tokens, width), (of_attention, of_mlp) = x.shape, self._halves(matrices)
-        read = x.new_empty(num_tokens, width + self.attention.groups[0].padded_rank)
+        read = x.new_empty(num_tokens, width + self.attention.num_read_columns)
         rstd = self.around_attention.read(x, read[:, :width])
         output, attention = self.attention.forward(of_attention, read, context)
         post_attention, branch = self.around_attention.add(output, x)
-        mlp_read = x.new_empty(num_tokens, width + self.mlp.groups[0].padded_rank)
+        mlp_read = x.new_empty(num_tokens, width + self.mlp.num_read_columns)
         mlp_rstd = self.around_mlp.read(x if self.is_parallel else post_attention, mlp_read[:, :width])
         mlp = self.mlp.forward(of_mlp, mlp_read, context)
         return Activations(x, rstd, attention, branch, post_attention, mlp_rstd, mlp)
@@ -123,8 +125,8 @@ class Block:
         gradient is made where `gives_input_gradient`.
         """
         width, (of_attention, of_mlp) = saved.x.shape[1], self._halves(matrices)
-        last = self.mlp.groups[-1]
-        grad_out = self.around_mlp.output_gradient(grad, saved.mlp_branch, width, last.padded_rank)
+        columns = self.mlp.num_gradient_columns
+        grad_out = self.around_mlp.output_gradient(grad, saved.mlp_branch, width, columns)
         grad_mlp_read = grad.new_empty(grad.shape[0], width)
         mlp_gradients = self.mlp.backward(of_mlp, saved.mlp, low_rank, grad_out, grad_mlp_read, context)
         del grad_out
@@ -136,8 +138,8 @@ class Block:
         # attention's gradients need the room
         del saved.mlp, saved.mlp_branch, saved.post_attention, grad_mlp_read
 
-        last = self.attention.groups[-1]
-        grad_out = self.around_attention.output_gradient(grad, saved.attention_branch, width, last.padded_rank)
+        columns = self.attention.num_gradient_columns
+        grad_out = self.around_attention.output_gradient(grad, saved.attention_branch, width, columns)
         grad_read = grad.new_empty(grad.shape[0], width) if self.gives_input_gradient else None
         gradients = self.attention.backward(of_attention, saved.attention, grad_out, grad_read, context)
         if grad_read is not None:
@@ -145,17 +147,3 @@ class Block:
                 grad_read += shared
             self.around_attention.read_backward(grad_read, saved.x, saved.rstd, grad[:, :width])
         return gradients + mlp_gradients
-
-
-def unlike_blocks(layers: Sequence[DecoderLayer]) -> str:
-    """Why blocks cannot share what they share; empty where they can."""
-    heads = {(layer.heads.size, layer.heads.scaling) for layer in layers if isinstance(layer.heads, Heads)}
-    if not heads:
-        return "none of its blocks has softmax attention"
-    if len(heads) > 1:
-        return "its blocks do not all have the same heads"
-    blocks = [Block(layer, number) for number, layer in enumerate(layers)]
-    kinds: dict[type, set[Any]] = {}  # blocks of a kind share memory for weights
-    for block in blocks:
-        kinds.setdefault(type(block.attention), set()).add(block.places)
-    return "its blocks do not all have the same adapters" if any(len(each) > 1 for each in kinds.values()) else ""

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from train.engine.delta_rule import torch_code
-from train.engine.layers import DeltaHeads, Projection
+from train.engine.layers import DeltaHeads
+from train.engine.linears import Projection
 
 KIND = "linear_attention"  # what configurations call such a layer
 

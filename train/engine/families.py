@@ -6,19 +6,16 @@ from enum import Enum, auto
 from functools import partial
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from transformers.activations import ACT2FN
 
-from train.engine.block import unlike_blocks
-from train.engine.delta_net import KIND, DeltaNet
-from train.engine.layers import BlockNorms, CausalLM, DecoderLayer, Heads, Norm, Projection
+from train.engine.delta_net import DeltaNet
+from train.engine.layers import BlockNorms, CausalLM, DecoderLayer, Heads, Norm
+from train.engine.linears import Projection, innermost
 from train.engine.operations import TANH_GELU
 from train.engine.positions import PositionTables
 
-KINDS_OF_LAYERS = {"full_attention", "sliding_attention"}
-# what configurations call the dropouts of their own that act in a decoder
-DROPOUTS = ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop", "embedding_dropout", "hidden_dropout")
+EXPERTS = ("gate_up_proj", "down_proj")  # transformers' parameters of a mixture's experts
 # transformers' modules that compute what operations.ACTIVATIONS compute
 ACTIVATIONS = {type(ACT2FN["silu"]): "silu", type(ACT2FN["gelu_pytorch_tanh"]): TANH_GELU}
 
@@ -90,6 +87,7 @@ class Family:
     o: str = "o_proj"
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")  # of the MLP; one name where one layer makes both
     down: str = "down_proj"
+    router: str = ""  # of the MLP, where it may be a mixture, whose layers are parameters of `experts`
     activations: tuple[str, ...] = field(default=("act_fn", "activation_fn", "act"), repr=False)
 
     def decoder_layers(self, causal_lm: CausalLM) -> list[DecoderLayer]:
@@ -125,21 +123,29 @@ class Family:
     def _decoder_layer(self, module: Any, config: Any, kind: str) -> DecoderLayer:
         mlp = getattr(module, self.mlp)
         norms = [self.norm_of(getattr(module, name)) if name else None for name in (*self.before, *self.after)]
-        act = next(getattr(mlp, name) for name in self.activations if hasattr(mlp, name))
         linear = self.linear.parts(module) if self.linear else None
         qkv, o, heads = linear or self._softmax(getattr(module, self.attention), config, kind)
+        router = getattr(mlp, self.router, None) if self.router else None  # some layers may be dense
+        if router is None:
+            gate_up = [Projection.of(getattr(mlp, name)) for name in self.gate_up]
+            down, computes = Projection.of(getattr(mlp, self.down)), mlp
+        else:
+            both, down = (Projection.of_experts(mlp.experts, name) for name in EXPERTS)
+            gate_up, computes = [both], innermost(mlp.experts)
+        act = next(getattr(computes, name) for name in self.activations if hasattr(computes, name))
         return DecoderLayer(
             module=module,
             qkv=qkv,
             o=o,
-            gate_up=[Projection.of(getattr(mlp, name)) for name in self.gate_up],
-            down=Projection.of(getattr(mlp, self.down)),
+            gate_up=gate_up,
+            down=down,
             heads=heads,
             norms=BlockNorms(norms[0], norms[2], norms[1], norms[3]),
             activation=ACTIVATIONS.get(type(act), type(act).__name__),
             is_gated=self.is_gated,
             is_parallel=self.before[0] == self.before[1] != "",
             residual_scale=float(getattr(module, "residual_multiplier", 1.0)),
+            router=router,
         )
 
     def _softmax(self, attention: Any, config: Any, kind: str) -> tuple[list[Projection], Projection, Heads]:
@@ -167,6 +173,8 @@ FAMILIES = {
         Family("Ministral3ForCausalLM", _window_of_config, query_factor=_llama4_query_factor),
         Family("Qwen2ForCausalLM", _window_of_attention),
         Family("Qwen3ForCausalLM", _window_of_attention, qk_norms=("q_norm", "k_norm")),
+        Family("Qwen3MoeForCausalLM", _window_of_attention, qk_norms=("q_norm", "k_norm"), router="gate"),
+        Family("MixtralForCausalLM", _window_of_config, router="gate"),
         Family("SeedOssForCausalLM"),
         Family("GraniteForCausalLM"),
         Family(
@@ -241,53 +249,3 @@ def family_of(causal_lm: CausalLM) -> Family:
 def decoder_layers(causal_lm: CausalLM) -> list[DecoderLayer]:
     """The layers of a model that the engine executes; KeyError for another."""
     return family_of(causal_lm).decoder_layers(causal_lm)
-
-
-def unsupported_reason(causal_lm: CausalLM) -> str:
-    """Why the engine cannot execute `causal_lm` (with PEFT's adapters in it); empty where it can."""
-    name, config = type(causal_lm).__name__, causal_lm.config
-    if name not in FAMILIES:
-        return f"{name} is not one of {', '.join(FAMILIES)}"
-    if reason := _unknown_setting(config, FAMILIES[name]):
-        return reason
-    layers = decoder_layers(causal_lm)
-    if layers[0].activation not in ACTIVATIONS.values():
-        return f"its MLP computes {layers[0].activation}, not one of {', '.join(ACTIVATIONS.values())}"
-    if reason := _unknown_weight(layers):
-        return reason
-    in_layers = {module for layer in layers for module in layer.module.modules()}
-    for name, module in causal_lm.named_modules():
-        if hasattr(module, "lora_A") and module not in in_layers:
-            return f"{name} has an adapter and is no part of a decoder block"
-        if isinstance(module, bnb.nn.Linear8bitLt):
-            return "int8 layers round their inputs, which only bitsandbytes does"
-    return unlike_blocks(layers)
-
-
-def _unknown_setting(config: Any, family: Family) -> str:
-    """What config.json asks for that the engine does not compute; empty where there is no such."""
-    if rates := {name: rate for name in DROPOUTS if (rate := getattr(config, name, None))}:
-        return "it has dropout of its own: " + ", ".join(f"{name} {rate}" for name, rate in rates.items())
-    kinds = KINDS_OF_LAYERS | ({KIND} if family.linear else set())
-    if unknown := set(getattr(config, "layer_types", None) or []) - kinds:
-        return f"it has layers of {', '.join(sorted(unknown))}"
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return "its attention caps its scores, for which the flash kernels have no place"
-    if getattr(config, "use_bidirectional_attention", None):
-        return "its tokens see later ones"
-    return ""
-
-
-def _unknown_weight(layers: Sequence[DecoderLayer]) -> str:
-    """Why the engine cannot read the weights of a layer; empty where it can."""
-    for layer in layers:
-        for linear in layer.linears:
-            weight, kind = linear.weight, type(linear.weight).__name__
-            if isinstance(weight, bnb.nn.Params4bit):
-                if weight.quant_storage != torch.uint8:
-                    return f"its packed weights are stored as {weight.quant_storage}, not as bytes"
-            elif not isinstance(weight, bnb.nn.Int8Params) and (
-                type(weight) is not torch.nn.Parameter or not weight.is_floating_point()
-            ):
-                return f"its weights are {kind} of {weight.dtype}, which it does not read"
-    return ""

@@ -10,10 +10,10 @@ import triton.language as tl
 
 @triton.jit
 def dequantize_kernel(
-    packed, absmax, nested_code, nested_absmax, offset, code, out, num_blocks, stride,
-    K: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BLOCKS: tl.constexpr,
+    packed, absmax, nested_code, nested_absmax, offset, code, out, num_blocks, stride_matrix, stride,
+    N: tl.constexpr, K: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """NF4 -> out[N, K], BLOCKS quantisation blocks a program; a nested (double quantised) scale is decoded first."""
+    """NF4 -> out[E, N, K], BLOCKS quantisation blocks a program; a nested (double quantised) scale is decoded first."""
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     inside = block < num_blocks
     scale = tl.load(absmax + block, mask=inside)
@@ -25,7 +25,8 @@ def dequantize_kernel(
     first = tl.load(code + (values >> 4)) * scale[:, None]
     second = tl.load(code + (values & 15)) * scale[:, None]
     element = block * BLOCKSIZE  # a row is a whole number of blocks
-    start = (element // K).to(tl.int64) * stride + element % K
+    row = (element // K).to(tl.int64)
+    start = row // N * stride_matrix + row % N * stride + element % K
     place = out + start[:, None] + tl.arange(0, BLOCKSIZE)[None, :]
     tl.store(place, tl.interleave(first, second).to(out.dtype.element_ty), mask=inside[:, None])
 

@@ -1,12 +1,12 @@
 """What the engine sees of a model: the parts of transformers', PEFT's and bitsandbytes' modules that it uses, typed."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 
-ADAPTER = "default"  # PEFT's name of the one adapter that is trained
+from train.engine.linears import ADAPTER, Linear, Projection, Router
 
 
 @dataclass(frozen=True)
@@ -19,25 +19,6 @@ class Norm:
     is_centred: bool  # the mean is subtracted first (LayerNorm)
     is_offset: bool  # the factor is 1 + weight (Gemma)
     rounds_first: bool  # the normed values are rounded to the compute type before the weight (Llama)
-
-
-class Linear(Protocol):
-    """A linear layer: one of the base, quantised or not, or half of an adapter."""
-
-    weight: torch.nn.Parameter  # [N, K], or bitsandbytes' packed bytes
-    bias: torch.Tensor | None  # [N]
-    in_features: int
-    out_features: int
-
-
-class AdaptedLinear(Protocol):
-    """PEFT's layer around a frozen one; adapters by name."""
-
-    base_layer: Linear
-    lora_A: Mapping[str, Linear]
-    lora_B: Mapping[str, Linear]
-    lora_dropout: Mapping[str, torch.nn.Module]
-    scaling: Mapping[str, float]
 
 
 class Embedding(Protocol):
@@ -177,39 +158,6 @@ def as_causal_lm(model: torch.nn.Module) -> CausalLM:
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """One linear layer's LoRA adapter, in fp32."""
-
-    a: torch.nn.Parameter  # [r, K]
-    b: torch.nn.Parameter  # [N, r]
-    scale: float
-    dropout: float
-
-    @property
-    def rank(self) -> int:
-        """r."""
-        return self.a.shape[0]
-
-
-@dataclass(frozen=True)
-class Projection:
-    """A linear layer of the base with its adapter, if it has one."""
-
-    base: Linear
-    adapter: Adapter | None
-
-    @classmethod
-    def of(cls, module: torch.nn.Module) -> "Projection":
-        """Reads PEFT's layer, or a plain one."""
-        if not hasattr(module, "lora_A"):
-            return cls(cast(Linear, module), None)
-        adapted = cast(AdaptedLinear, module)
-        dropout = getattr(adapted.lora_dropout[ADAPTER], "p", 0.0)  # PEFT puts an Identity where there is none
-        a, b = adapted.lora_A[ADAPTER].weight, adapted.lora_B[ADAPTER].weight
-        return cls(adapted.base_layer, Adapter(a, b, adapted.scaling[ADAPTER], dropout))
-
-
-@dataclass(frozen=True)
 class Heads:
     """A layer's attention, apart from its projections."""
 
@@ -279,6 +227,7 @@ class DecoderLayer:
     is_gated: bool
     is_parallel: bool  # attention and MLP read the same normed input
     residual_scale: float  # of what each half adds
+    router: Router | None  # of a mixture of experts, whose linear layers are ExpertLinear
 
     @property
     def linears(self) -> list[Linear]:

@@ -33,6 +33,8 @@ class LinearAttention:
         self.projections = LoraGroup(layer.qkv)
         self.o = LoraGroup([layer.o])
         self.groups = [self.projections, self.o]
+        self.num_read_columns = self.projections.padded_rank
+        self.num_gradient_columns = self.o.padded_rank
         ends = accumulate((each.base.out_features for each in layer.qkv), initial=0)
         self.parts = [slice(*each) for each in pairwise(ends)]
 

@@ -26,6 +26,8 @@ class Mlp:
         self.gate_up = LoraGroup(layer.gate_up)
         self.down = LoraGroup([layer.down])
         self.groups = [self.gate_up, self.down]
+        self.num_read_columns = self.gate_up.padded_rank  # behind what it reads
+        self.num_gradient_columns = self.down.padded_rank  # behind the gradient of its output
         self.activation, self.is_gated = layer.activation, layer.is_gated
 
     def forward(self, matrices: Matrices, read: torch.Tensor, context: ForwardContext) -> MlpActivations:

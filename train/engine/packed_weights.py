@@ -8,7 +8,7 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState
 
-from train.engine.layers import Linear
+from train.engine.linears import Linear
 
 ALIGNMENT = 512  # bytes, as CUDA's own allocations have; kernels read words of 16 bytes
 NESTED_BLOCK = 256  # NF4 scales that share a scale, where the scales are quantised too

@@ -33,6 +33,8 @@ class SelfAttention:
         self.qkv = LoraGroup(layer.qkv)
         self.o = LoraGroup([layer.o])
         self.groups = [self.qkv, self.o]
+        self.num_read_columns = self.qkv.padded_rank  # behind what it reads
+        self.num_gradient_columns = self.o.padded_rank  # behind the gradient of its output
         self.heads = heads
         query, key, value = heads.widths
         self.parts = slice(0, query), slice(query, query + key), slice(query + key, query + key + value)

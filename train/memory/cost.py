@@ -6,17 +6,15 @@ T is the tokens of the largest micro-batch as it runs (`Candidate.width`), H, N,
 everything that is kept for the backward pass is there; or a validation sample much longer than what is trained on.
 """
 
-from collections.abc import Sequence
-
 from train.engine.copies import host_bytes as pinned_bytes
 from train.engine.delta_rule import CHUNK
 from train.engine.plan import NUM_SLOTS, padded, spread
 from train.memory.candidate import Candidate, Job
+from train.memory.kept import gate_up_kept, gate_up_width, kept_of, mlp_rank, mlp_rows, routing_bytes
 from train.memory.linear import FP32_BYTES
-from train.memory.sizes import ModelSizes
+from train.memory.sizes import MixtureSizes, ModelSizes
 
 CUBLAS_BYTES = 2**26  # bytes of cuBLAS's workspaces, which torch keeps once a stream has used them
-MIN_HEAD_SIZE = 64  # elements of an attention head, at least
 SMALL_TENSOR_BYTES = 2**20  # up to this size torch's allocator takes a tensor from segments of their own
 DQ_ROWS = 128  # rows of fp32 dQ that the flash backward kernels add for each sample
 EMPTY_SAMPLES = 8  # samples without tokens that a graph may have beside its own, at most (engine.graphs.pad)
@@ -61,50 +59,13 @@ def block_inputs(job: Job, c: Candidate) -> int:
     num_inputs = s.num_blocks
     if c.offloads:
         num_inputs = c.num_kept + min(INPUTS_IN_FLIGHT, s.num_blocks - c.num_kept)
-    return c.width * s.element_bytes * (num_inputs * s.hidden + s.num_blocks * s.padded_rank)
+    return c.width * s.element_bytes * (num_inputs * s.hidden + s.num_blocks * mlp_rank(s))
 
 
 def kept_activations(job: Job, c: Candidate) -> int:
     """What the backward pass of every kept block reads, beside its input."""
     num_blocks = job.sizes.num_blocks
-    return _kept_of(job, c, range(num_blocks - c.num_kept, num_blocks))
-
-
-def _kept_of(job: Job, c: Candidate, numbers: Sequence[int]) -> int:
-    """What these blocks keep."""
-    s, num_linear = job.sizes, job.sizes.num_linear(numbers)
-    bytes_per_token = (len(numbers) - num_linear) * _kept_per_token(job, c)
-    if s.linear:  # two norms' rstd in fp32
-        width = s.linear.kept(s.hidden, s.padded_rank) + _gate_up_kept(job, c)
-        bytes_per_token += num_linear * (s.element_bytes * width + 2 * FP32_BYTES)
-    return c.width * bytes_per_token
-
-
-def _kept_per_token(job: Job, c: Candidate) -> int:
-    s = job.sizes
-    width = s.hidden + s.padded_rank  # `normed`
-    width += s.qkv + s.padded_rank + s.normed_qk  # `qkv`, `raw_qk`
-    width += s.qkv - s.gate if s.gate else 0  # `projected` beside `qkv`
-    width += s.query + s.padded_rank  # `attended`, `low_rank`
-    width += s.hidden  # `post_attention`
-    width += s.hidden + s.padded_rank  # `mlp_normed`
-    width += s.norms_behind * s.hidden  # `attention_branch`, `mlp_branch`
-    width += _gate_up_kept(job, c)
-    if not job.has_flash:
-        width += 3 * s.query  # keys and values repeated for all heads, and the outputs of single samples
-    # fp32: attention's log-sum-exp a head, the norms' rstd a head (Qwen3) and two a token, and of norms behind
-    scales = FP32_BYTES * (s.query + s.normed_qk) // MIN_HEAD_SIZE + (2 + s.norms_behind) * FP32_BYTES
-    return s.element_bytes * width + scales
-
-
-def _gate_up(s: ModelSizes) -> int:
-    """`gate_up` [T, G + R], elements a token."""
-    return s.gate_up + s.padded_rank
-
-
-def _gate_up_kept(job: Job, c: Candidate) -> int:
-    """As `_gate_up`; a tiled MLP keeps none of it and computes it again."""
-    return 0 if c.is_tiled else _gate_up(job.sizes)
+    return kept_of(job, c, range(num_blocks - c.num_kept, num_blocks))
 
 
 def working_memory(job: Job, c: Candidate) -> int:
@@ -139,10 +100,20 @@ def block_backward(job: Job, c: Candidate) -> int:
 def mlp_backward(job: Job, c: Candidate) -> int:
     """Gradient of the norm's output [T, H]; of a tile silu(gate) up [t, F], with dropout twice, and gate and up."""
     s = job.sizes
+    if s.mixture:
+        return _mixture_backward(s, s.mixture, c)
     product = (2 if s.has_dropout else 1) * s.intermediate
     elements = c.width * s.hidden
-    elements += c.mlp_tile * (_gate_up(s) + product) if c.is_tiled else c.width * product
+    elements += c.mlp_tile * (gate_up_width(s) + product) if c.is_tiled else c.width * product
     return s.element_bytes * elements
+
+
+def _mixture_backward(s: ModelSizes, mixture: MixtureSizes, c: Candidate) -> int:
+    """Gradient of the norm's output [T, H]; of each row that of its output [H + R], the product [F] and 2 R, token and
+    factor [4 bytes]; its adapters' gradients, once more where PEFT has them in another order."""
+    rows = c.width * mixture.num_chosen
+    elements = c.width * s.hidden + rows * (s.hidden + s.intermediate + 3 * s.padded_rank)
+    return s.element_bytes * elements + rows * (8 + FP32_BYTES) + 3 * mixture.gradient_bytes // 2
 
 
 def attention_backward(job: Job, c: Candidate) -> int:
@@ -151,7 +122,7 @@ def attention_backward(job: Job, c: Candidate) -> int:
     Less what the MLP had kept and has freed: `post_attention` [T, H], its norm's output [T, H + R], `gate_up`.
     """
     s = job.sizes
-    freed = s.hidden + s.hidden + s.padded_rank + _gate_up_kept(job, c)
+    freed = s.hidden + s.hidden + mlp_rank(s) + gate_up_kept(job, c)
     freed -= s.hidden if s.is_parallel else 0  # the gradient of what both read
     num_samples = job.num_samples(c.width) + (EMPTY_SAMPLES if c.uses_graphs else 0)
     dq = (c.width + DQ_ROWS * num_samples) * s.query * FP32_BYTES
@@ -169,11 +140,11 @@ def linear_backward(job: Job, c: Candidate) -> int:
         return 0
     last = max(linear.numbers)
     tokens = c.width + (CHUNK - 1) * job.num_samples(c.width)
-    freed = s.hidden + s.hidden + s.padded_rank + _gate_up_kept(job, c)
+    freed = s.hidden + s.hidden + s.padded_rank + gate_up_kept(job, c)
     needed = tokens * linear.rule_bytes + c.width * s.element_bytes * (linear.value - freed)
     if last < s.num_blocks - c.num_kept:
-        needed += _kept_of(job, c, [last])
-    return needed - _kept_of(job, c, range(max(last + 1, s.num_blocks - c.num_kept), s.num_blocks))
+        needed += kept_of(job, c, [last])
+    return needed - kept_of(job, c, range(max(last + 1, s.num_blocks - c.num_kept), s.num_blocks))
 
 
 def without_triton(job: Job) -> int:
@@ -181,7 +152,8 @@ def without_triton(job: Job) -> int:
     if job.has_triton:
         return 0
     s = job.sizes
-    return s.element_bytes * s.hidden * s.intermediate + (4 * s.chunk_bytes if s.element_bytes == 2 else 0)
+    largest = s.mixture.weights if s.mixture else s.hidden * s.intermediate
+    return s.element_bytes * largest + (4 * s.chunk_bytes if s.element_bytes == 2 else 0)
 
 
 def validation_bytes(job: Job, tokens: int, mlp_tile: int) -> int:
@@ -201,9 +173,11 @@ def validation_per_token(s: ModelSizes) -> int:
     twice [2 Q]; gate, up and their product [G + F]; the adapters' X A^T of four groups [4 R]; before norms behind [H].
     """
     made = (4 + s.norms_behind) * s.hidden + s.qkv + s.normed_qk + 2 * s.query
-    made += s.gate_up + s.intermediate + 4 * s.padded_rank
     made += s.qkv - s.gate if s.gate else 0
-    softmax = s.element_bytes * (2 * s.hidden + made)
+    made += 4 * s.padded_rank + mlp_rows(s) * (s.gate_up + s.intermediate)
+    if s.mixture:  # the rows that go into an expert, or come out of it
+        made += mlp_rows(s) * (s.hidden + 2 * s.padded_rank)
+    softmax = s.element_bytes * (2 * s.hidden + made) + routing_bytes(s)
     return max(softmax, s.linear.forward_bytes(s.hidden, s.element_bytes)) if s.linear else softmax
 
 

@@ -48,7 +48,7 @@ class Planner:
             return [candidate for candidate in tried if self._fits(candidate, budget)], tried
 
         fits, tried = fitting(saved.mlp_tile if saved else 0)
-        if not fits and saved is None:
+        if not fits and saved is None and self.job.sizes.mixture is None:  # whose rows are not tiled
             fits, tried = fitting(MLP_TILE)
         if not fits:
             smallest = min(tried, key=lambda each: cost.peak(self.job, each))

@@ -9,10 +9,26 @@ from train.config import Config
 from train.engine.block import Block
 from train.engine.families import decoder_layers
 from train.engine.layers import Heads, Vocabulary
+from train.engine.mixture import Mixture
 from train.engine.packed_weights import packed_bytes
 from train.loss import CHUNK_BYTES
 from train.memory.linear import LinearSizes, linear_sizes
 from train.optim import OPTIMIZERS, state_bytes
+
+
+@dataclass(frozen=True)
+class MixtureSizes:
+    """What a block whose MLP is a mixture of experts has beside a dense one's widths, which are those of an expert."""
+
+    num_experts: int
+    num_chosen: int  # experts that a token goes through
+    weights: int  # of all experts of a block, with the adapters' columns
+    gradient_bytes: int  # fp32, of the adapters of a block's experts
+
+    @property
+    def active_weights(self) -> float:
+        """Those that a token is multiplied with."""
+        return self.weights * self.num_chosen / self.num_experts
 
 
 @dataclass(frozen=True)
@@ -45,6 +61,7 @@ class ModelSizes:
     vocabulary: int
     adapter_bytes: int  # fp32 adapters and their gradients, and optimizer state that is not paged
     paged_bytes: int  # optimizer state that moves to host memory when the GPU is full
+    mixture: MixtureSizes | None = None
     whole_bytes: int = 0  # for moments, where head or embedding are trained whole: copy, product and gradient
     gate: int = 0  # the part of `qkv` that is gates of what is attended to (Qwen3.5)
     linear: LinearSizes | None = None  # of a hybrid
@@ -116,6 +133,7 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
         vocabulary=head.shape[0],
         adapter_bytes=8 * sum(parameter.numel() for parameter in trained) + (0 if is_paged else state),
         paged_bytes=state if is_paged else 0,
+        mixture=_mixture_sizes(block, causal_lm.config),
         whole_bytes=_whole_bytes(words_in, words_out, element_bytes),
         gate=query if heads.has_gate else 0,
         linear=linear_sizes(layers, element_bytes),
@@ -132,6 +150,18 @@ def _num_shared_elements(blocks: Sequence[Block]) -> int:
     """Of the place that blocks share (weight_store.py), beyond those of the largest block."""
     places = {key: group.shape for block in blocks for key, group in zip(block.places, block.groups, strict=True)}
     return sum(map(math.prod, places.values())) - max(map(_num_elements, blocks))
+
+
+def _mixture_sizes(block: Block, config: Any) -> MixtureSizes | None:
+    if not isinstance(block.mlp, Mixture):
+        return None
+    num_adapters = sum(parameter.numel() for group in block.mlp.groups for parameter in group.parameters)
+    return MixtureSizes(
+        num_experts=block.mlp.gate_up.num_experts,
+        num_chosen=config.num_experts_per_tok,
+        weights=sum(math.prod(group.shape) for group in block.mlp.groups),
+        gradient_bytes=4 * num_adapters,
+    )
 
 
 def _whole_bytes(embedding: Vocabulary, head: Vocabulary, element_bytes: int) -> int:

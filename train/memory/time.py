@@ -64,8 +64,9 @@ def products(job: Job, c: Candidate, flops_per_token: float) -> float:
 
 
 def num_weights(job: Job) -> float:
-    """Weights of a block, with the adapters' columns; 2 FLOP a token each."""
-    return job.sizes.matrix_bytes / job.sizes.element_bytes
+    """Weights of a block that a token is multiplied with, and the adapters' columns; 2 FLOP each."""
+    s = job.sizes
+    return s.matrix_bytes / s.element_bytes - (s.mixture.weights - s.mixture.active_weights if s.mixture else 0)
 
 
 def attention_flops(job: Job) -> float:

@@ -9,7 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from train.config import Config
-from train.engine.layers import ADAPTER, Vocabulary
+from train.engine.layers import Vocabulary
+from train.engine.linears import ADAPTER
+from train.models.experts import as_shapes
 from train.models.targets import Targets, refuse_unmatched, resolve_targets
 from train.models.tokenizer import TrainedTokens, trained_tokens
 from train.models.vocabulary import extend_vocabulary, mean_row, name_of, whole_layers
@@ -38,7 +40,8 @@ def with_adapters(base: PreTrainedModel, config: Config, is_sketch: bool = False
         task_type="CAUSAL_LM",
     )
     try:
-        adapted = peft.get_peft_model(base, lora, low_cpu_mem_usage=is_sketch)
+        with as_shapes(base):
+            adapted = peft.get_peft_model(base, lora, low_cpu_mem_usage=is_sketch)
     except ValueError as error:
         option = f"dropout {config.lora.dropout}" if "dropout" in str(error) else "target_modules"
         reason = f"--lora.{option}: {str(error).strip().partition(chr(10))[0]}"

@@ -31,6 +31,14 @@ from train.models.completeness import (
     packed_fault,
     tied_embedding,
 )
+from train.models.experts import (
+    expert_parts,
+    lend_to_transformers,
+    pack_experts,
+    packed_experts,
+    read_experts,
+    with_block_names,
+)
 from train.models.hub import fetch_weights, locate, unreadable
 from train.models.shape import BROKEN, auto_class, cannot_read, model_class, plain_attention, quantization, text_shape
 from train.models.stored import Difference, StoredWeights
@@ -70,16 +78,18 @@ def load_base(
         except (OSError, ValueError, SafetensorError) as error:
             raise cannot_read(config, "safetensors weights", error) from None
         base = skeleton(config, dtype)
+        stored = with_block_names(stored, base)
         check_tied_pair(config, base, stored)
+        is_ours = bool(host.wanted or packed_experts(base))  # transformers' loader neither streams nor packs experts
         try:
-            if host.wanted:
+            if is_ours:
                 read = read_stored(base, stored, is_quantized, dtype, device)
                 left = check_difference(config, base, difference_of(base, stored))
                 base = _filled(base, read, device, host, embedding_on_host)
             else:
                 base, difference = _by_transformers(config, stored if part else None, dtype, device)
                 left = check_difference(config, base, difference)
-            if host.wanted or part:
+            if is_ours or part:
                 with suppress(OSError):  # not every base has one
                     base.generation_config = GenerationConfig.from_pretrained(str(place.folder))
         except UnlikeBlocksError as error:
@@ -90,7 +100,7 @@ def load_base(
     check_quantized(config, base)
     if is_quantized:
         _unify_compute_type(base, dtype)
-    if embedding_on_host and not host.wanted:
+    if embedding_on_host and not is_ours:
         offload_embedding(as_causal_lm(base))
     return base, [*notes, *left]
 
@@ -117,6 +127,8 @@ def skeleton(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
             replace_with_bnb_linear(
                 base, modules_to_not_convert=skipped, quantization_config=wanted, pre_quantized=is_stored
             )
+        if config.quantization == "nf4" and not is_stored:
+            pack_experts(base, wanted)
         flags: Any = base
         flags.is_loaded_in_4bit = config.quantization == "nf4"
         flags.is_loaded_in_8bit = config.quantization == "int8"
@@ -182,6 +194,7 @@ def _filled(
             torch.cuda.empty_cache()  # or small weights would take its memory, the largest piece of all
         if module in ends:
             host.offload(ends[module], layers)
+    lend_to_transformers(base)
     return base
 
 
@@ -234,11 +247,14 @@ def read_stored(
     base: PreTrainedModel, stored: StoredWeights, is_quantized: bool, dtype: torch.dtype, device: torch.device
 ) -> Read:
     """Values from the files; a weight that is stored in 4 bits, as all are if `is_quantized`, comes with its scales."""
-    tied = tied_embedding(base)
+    tied, parts_of = tied_embedding(base), expert_parts(base)
     params4bit: Any = bnb.nn.Params4bit
 
     def read(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
         place = stored.place_of(name, name == tied)
+        if not place and name in parts_of:
+            like = torch.empty(parameter.shape, dtype=dtype, device=device)
+            return read_experts(stored, parts_of[name], like)
         assert place, "difference_of has found it"
         parts = stored.quantized_parts(place) if isinstance(parameter, bnb.nn.Params4bit) else {}
         values = stored.values(place)

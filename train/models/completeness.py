@@ -1,6 +1,7 @@
 """Whether the files of a base hold what its architecture wants: both loaders end the run where they do not."""
 
 import math
+from itertools import chain
 from typing import Any
 
 import bitsandbytes as bnb
@@ -8,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from train.config import ModelConfig
+from train.models.experts import expert_parts, part_shape
 from train.models.hub import unreadable
 from train.models.stored import Difference, StoredWeights, described_leftovers, left_in_the_model, named
 
@@ -29,9 +31,18 @@ def check_difference(config: ModelConfig, base: PreTrainedModel, difference: Dif
 def difference_of(base: PreTrainedModel, stored: StoredWeights) -> Difference:
     """What the files lack and hold beside the skeleton's parameters, by the names that StoredWeights.place_of finds."""
     missing, mismatched, read = [], [], set()
-    tied = tied_embedding(base)
+    tied, parts_of = tied_embedding(base), expert_parts(base)
     for name, parameter in base.named_parameters():
         place = stored.place_of(name, name == tied)
+        if not place and name in parts_of:
+            parts, shape = parts_of[name], part_shape(parts_of[name], parameter.shape)
+            for each in chain(*parts):
+                read.add(each)
+                if each not in stored.tensors:
+                    missing.append(each)
+                elif stored.tensors[each].shape != shape:
+                    mismatched.append((each, stored.tensors[each].shape, shape))
+            continue
         read.add(place)
         if not place:
             missing.append(name)

@@ -1,5 +1,6 @@
 """How the base's weights are held while training: which share is quantised, and what is not."""
 
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -62,7 +63,12 @@ def held_weights(base: PreTrainedModel) -> HeldWeights:
             seen.add(id(parameter))
             layer: Any = module
             if isinstance(parameter, bnb.nn.Params4bit):
-                quantized[parameter.quant_type.upper()] += layer.in_features * layer.out_features
+                shape: Any = parameter.shape  # of experts, which need not be packed yet
+                if isinstance(module, bnb.nn.Linear4bit):
+                    shape = layer.out_features, layer.in_features
+                elif parameter.quant_state is not None:
+                    shape = parameter.quant_state.shape
+                quantized[parameter.quant_type.upper()] += math.prod(shape)
             elif isinstance(parameter, bnb.nn.Int8Params):
                 quantized["LLM.int8"] += layer.in_features * layer.out_features
             else:
@@ -82,7 +88,7 @@ def check_experts(config: ModelConfig, held: HeldWeights) -> None:
     raise ExitWith(
         ExitCode.BAD_INPUT,
         f"--model.quantization {config.quantization}: {num_experts / held.total:.1%} of {config.name_or_path} are "
-        f"experts in three-dimensional parameters, which bitsandbytes does not quantise: it would take "
+        f"experts in three-dimensional parameters, which are not packed in this kind of base: it would take "
         f"{held.num_bytes / 2**30:,.1f} GiB, not {whole:,.1f}. Where there is so much memory, write "
         "--model.quantization none",
     )

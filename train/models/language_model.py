@@ -14,10 +14,12 @@ import transformers
 from train.collate import MicroBatch
 from train.config import Config
 from train.engine.decoder import FusedDecoder
-from train.engine.families import decoder_layers, unsupported_reason
+from train.engine.families import decoder_layers
 from train.engine.host_stream import HostBlocks
-from train.engine.layers import ADAPTER, CausalLM, Vocabulary, as_causal_lm
+from train.engine.layers import CausalLM, Vocabulary, as_causal_lm
+from train.engine.linears import ADAPTER
 from train.engine.plan import Plan
+from train.engine.support import unsupported_reason
 from train.loss import Head, summed_cross_entropy
 from train.models.about import BaseFacts, own_dropout
 from train.models.adapters import copy_into, is_adapted_layer, trainable, with_adapters
@@ -281,10 +283,7 @@ def keep_one_cpu_kernel(base: torch.nn.Module) -> None:
 
 
 def adapter_config(model: LanguageModel) -> dict[str, object]:
-    """What PEFT writes to adapter_config.json; the base is named so that it is found from any folder, and later.
-
-    In full fine-tuning, which has no adapter, the base alone.
-    """
+    """What PEFT writes to adapter_config.json, its base found from any folder; in full fine-tuning the base alone."""
     place = model.about.place
     base: dict[str, object] = {"base_model_name_or_path": place.name, "revision": place.commit or None}
     if isinstance(model.adapted, WholeModel):

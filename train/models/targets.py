@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from train.config import LLAMA_LINEAR_LAYERS
+from train.models.experts import expert_linears, expert_words
 from train.run.exits import ExitCode, ExitWith
 
 ALL_LINEAR = "all-linear"
@@ -25,7 +26,7 @@ EXPERT_PARTS |= {"down_proj": "down_proj", "w2": "down_proj", "gate": "weight"}
 class Targets:
     """What PEFT is told, and how many layers each word of the option stands for."""
 
-    names: list[str]  # ends of names, or whole names where ends would match too much
+    names: list[str]  # as PEFT knows them: ends of names, or whole names where ends would match too much
     counts: dict[str, int]  # by the words of the option
     num_layers: int  # linear layers of the decoder
     exist: str  # the linear layers that there are, for people
@@ -42,7 +43,7 @@ def resolve_targets(base: PreTrainedModel, words: Sequence[str]) -> Targets:
     layers outside the decoder, such as those of a vision tower, are never adapted.
     """
     linear = list(_linear_layers(base))
-    parameters = _expert_parameters(base)
+    parameters, spelled = _expert_parameters(base), expert_words(base)
     matched: set[str] = set()
     counts: dict[str, int] = {}
     experts: dict[str, str] = {}
@@ -64,8 +65,11 @@ def resolve_targets(base: PreTrainedModel, words: Sequence[str]) -> Targets:
     # an end of a name is kept where it means the same to PEFT, which knows no decoder
     others = [name for name, module in base.named_modules() if name not in linear and _is_linear(module)]
     if is_exact and not any(_matches(word, name) for word in words for name in others):
-        return Targets(list(words), counts, len(linear), exist, experts)
-    return Targets([*sorted(matched), *experts], counts, len(linear), exist, experts)
+        names = [spelled.get(word, word) if word in experts else word for word in words]
+        return Targets(names, counts, len(linear), exist, experts)
+    return Targets(
+        [*sorted(matched), *(spelled.get(word, word) for word in experts)], counts, len(linear), exist, experts
+    )
 
 
 def _is_hybrid(base: PreTrainedModel) -> bool:
@@ -107,7 +111,7 @@ def _is_linear(module: torch.nn.Module) -> bool:
 
 def _expert_parameters(base: PreTrainedModel) -> Counter[str]:
     """How many three-dimensional parameters there are, by the last part of their names."""
-    return Counter(name.rpartition(".")[2] for name, p in base.named_parameters() if p.dim() == 3 and "expert" in name)
+    return Counter(linear.name for _, linear in expert_linears(base))
 
 
 def _matches(word: str, name: str) -> bool:

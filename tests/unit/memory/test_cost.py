@@ -24,6 +24,7 @@ from train.engine.host_stream import HostBlocks
 from train.engine.plan import Plan
 from train.engine.stack import Stack
 from train.memory import cost
+from train.memory.kept import kept_of
 from train.memory.search import Planner
 from train.memory.sizes import model_sizes
 
@@ -89,14 +90,14 @@ def test_kept_activations_are_what_a_block_keeps(family: str, tile: int) -> None
         activations = done.kept[number].activations
         found = storages(activations, {})
         found.pop(activations.x.untyped_storage().data_ptr())  # counted among the inputs
-        predicted = cost._kept_of(job, first_candidate(done.planner, 500, mlp_tile=tile), [number])
+        predicted = kept_of(job, first_candidate(done.planner, 500, mlp_tile=tile), [number])
         if not job.sizes.num_linear([number]):
             predicted -= 500 * 4 * 3 * job.sizes.query  # what is added for fp32 on a GPU, which has no flash kernels
         if FAMILIES[family][1] in (ALL, ALL_OF_BOTH):
             assert sum(found.values()) == pytest.approx(predicted, rel=0.05)
         else:  # adapters of all layers are counted
             assert sum(found.values()) <= predicted
-    assert cost.kept_activations(job, first_candidate(done.planner, 500, num_kept=3)) == cost._kept_of(
+    assert cost.kept_activations(job, first_candidate(done.planner, 500, num_kept=3)) == kept_of(
         job, first_candidate(done.planner, 500), [0, 1, 2]
     )
 

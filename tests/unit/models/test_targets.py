@@ -107,22 +107,22 @@ def test_the_vision_tower_gets_no_adapters(config: Config, tmp_path: Path) -> No
 
 
 def test_experts(config: Config, tmp_path: Path) -> None:
-    """Adapters on experts where PEFT knows them, refused where not; never quantised in silence; dropout is named."""
+    """Adapters on experts by Llama's names; quantised as NF4, or refused, never left in 16 bits; dropout is named."""
     qwen = T.Qwen3MoeConfig(**SIZES | {"head_dim": 16}, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2)
     mixtral = T.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
-    folders = [shape_only(tmp_path / str(i), shape) for i, shape in enumerate((qwen, mixtral))]
+    transposed = T.GptOssConfig(**SIZES | {"head_dim": 16}, num_local_experts=4, num_experts_per_tok=2)
+    folders = [shape_only(tmp_path / str(i), shape) for i, shape in enumerate((qwen, mixtral, transposed))]
     names = (*QKVO, "gate_proj", "up_proj", "down_proj")
-    assert any(name.endswith("experts") for name in adapted(config, folders[0], *names))
-    with pytest.raises(ExitWith, match="gate_proj matches no layer"):
-        adapted(config, folders[1], *names)
-    with pytest.raises(ExitWith, match=r"--lora\.dropout 0\.1: .*dropout"):
-        adapted(config, folders[0], *names, dropout=0.1)
-    for folder in folders:
+    for folder in folders[:2]:
+        assert any(name.endswith("experts") for name in adapted(config, folder, *names))
+        assert any(name.endswith("experts") for name in adapted(config, folder, *names, quantization="nf4"))
+        with pytest.raises(ExitWith, match=r"--lora\.dropout 0\.1: .*dropout"):
+            adapted(config, folder, *names, dropout=0.1)
+    for folder, quantization in ((folders[0], "int8"), (folders[1], "int8"), (folders[2], "nf4")):
         adapted(config, folder, *QKVO)
-        for quantization in ("nf4", "int8"):
-            with pytest.raises(ExitWith, match=r"of .* are experts in three-dimensional parameters.*GiB, not .*none"):
-                adapted(config, folder, *QKVO, quantization=quantization)
-    moe = replace(config, model=ModelConfig(name_or_path=str(folders[0]), quantization="nf4"))
+        with pytest.raises(ExitWith, match=r"of .* are experts in three-dimensional parameters.*GiB, not .*none"):
+            adapted(config, folder, *QKVO, quantization=quantization)
+    moe = replace(config, model=ModelConfig(name_or_path=str(folders[0]), quantization="int8"))
     with pytest.raises(ExitWith, match=r"--model\.quantization none"):
         sketched_sizes(moe, torch.device("cpu"), torch.float32)
 

@@ -1,0 +1,186 @@
+"""grouped.py in Triton: rows sorted into groups, each with a matrix of its own."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from train.engine.kernels import _bend_of, _sigmoid_of
+
+ROWS, COLUMNS, DEPTH = 128, 128, 64  # of a tile of a product, and what it sums at a time
+GATE_BLOCK = 1024  # elements of a row that a program gates
+
+
+@triton.jit
+def product_kernel(
+    a, stride_a, b, stride_be, stride_bk, stride_bn, out, stride_out, ends, K, N, E: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """A tile of out[S, N] = a[S, K] b[e][K, N]; a group has a whole number of tiles, the last of them not full."""
+    tile = tl.program_id(1)
+    group = tl.arange(0, GROUPS)
+    end = tl.load(ends + group, mask=group < E, other=0)
+    start = tl.load(ends + group - 1, mask=(group > 0) & (group < E), other=0)
+    num_tiles = tl.where(group < E, (end - start + ROWS - 1) // ROWS, 0)
+    behind = tl.cumsum(num_tiles)  # tiles up to and with this group
+    expert = tl.sum((behind <= tile).to(tl.int32))
+    if expert < E:
+        mine = group == expert
+        first = tl.sum(tl.where(mine, start + (tile - (behind - num_tiles)) * ROWS, 0))
+        last = tl.sum(tl.where(mine, end, 0))
+        row = first + tl.arange(0, ROWS)
+        column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        depth = tl.arange(0, DEPTH)
+        is_row, is_column = row < last, column < N
+        from_a = a + row.to(tl.int64)[:, None] * stride_a + depth[None, :]
+        from_b = b + expert.to(tl.int64) * stride_be + depth[:, None] * stride_bk + column[None, :] * stride_bn
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for k in range(0, K, DEPTH):
+            inside = depth < K - k
+            left = tl.load(from_a, mask=is_row[:, None] & inside[None, :], other=0.0)
+            right = tl.load(from_b, mask=inside[:, None] & is_column[None, :], other=0.0)
+            total = tl.dot(left, right, total, input_precision="ieee")
+            from_a += DEPTH
+            from_b += DEPTH * stride_bk
+        place = out + row.to(tl.int64)[:, None] * stride_out + column[None, :]
+        tl.store(place, total.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
+
+
+def product(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor, out: torch.Tensor) -> None:
+    """As grouped.grouped_product."""
+    num_rows, depth = a.shape
+    num_groups, _, width = b.shape
+    tiles = -(-num_rows // ROWS) + num_groups
+    columns = COLUMNS if width > 64 else 64
+    product_kernel[(-(-width // columns), tiles)](
+        a, a.stride(0), b, *b.stride(), out, out.stride(0), ends, depth, width, num_groups,
+        ROWS, columns, DEPTH if a.element_size() == 2 else DEPTH // 2, triton.next_power_of_2(num_groups),
+        num_warps=8 if columns == COLUMNS else 4, num_stages=3,
+    )  # fmt: skip
+
+
+@triton.jit
+def outer_kernel(
+    a, stride_a, b, stride_b, out, ends, P, Q, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """out[e] = a^T b over the rows of group e: all of a's columns, COLUMNS of b's."""
+    group = tl.program_id(1)
+    start = tl.load(ends + group - 1, mask=group > 0, other=0)
+    end = tl.load(ends + group)
+    own = tl.arange(0, WIDTH)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((WIDTH, COLUMNS), tl.float32)
+    for first in range(start, end, ROWS):
+        row = first + tl.arange(0, ROWS)
+        wide, is_row = row.to(tl.int64), row < end
+        left = tl.load(
+            a + wide[None, :] * stride_a + own[:, None], mask=is_row[None, :] & (own < P)[:, None], other=0.0
+        )
+        place = b + wide[:, None] * stride_b + column[None, :]
+        right = tl.load(place, mask=is_row[:, None] & (column < Q)[None, :], other=0.0)
+        total = tl.dot(left, right, total, input_precision="ieee")
+    place = out + (group.to(tl.int64) * P + own)[:, None] * Q + column[None, :]
+    tl.store(place, total, mask=(own < P)[:, None] & (column < Q)[None, :])
+
+
+def outer(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor, out: torch.Tensor) -> None:
+    """As grouped.grouped_outer."""
+    num_groups, width, columns = out.shape
+    outer_kernel[(-(-columns // 128), num_groups)](
+        a, a.stride(0), b, b.stride(0), out, ends, width, columns,
+        64 if a.element_size() == 2 else 32, max(16, triton.next_power_of_2(width)), 128, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def take_kernel(x, stride_x, rows, out, stride_out, H, BLOCK: tl.constexpr):
+    """One row: out[i] = x[rows[i]]."""
+    number = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < H
+    values = tl.load(x + tl.load(rows + number) * stride_x + column, mask=inside)
+    tl.store(out + number * stride_out + column, values, mask=inside)
+
+
+def take(x: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> None:
+    """As grouped.take_rows."""
+    width = out.shape[1]
+    block = triton.next_power_of_2(width)
+    take_kernel[(len(rows),)](x, x.stride(0), rows, out, out.stride(0), width, block, num_warps=4)
+
+
+@triton.jit
+def add_up_kernel(x, stride_x, places, out, stride_out, H, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """One row: out[t] = the sum of x[places[t, j]] over COUNT j."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < H
+    total = tl.zeros((BLOCK,), tl.float32)
+    for j in range(COUNT):
+        row = tl.load(places + token * COUNT + j)
+        total += tl.load(x + row * stride_x + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + token * stride_out + column, total.to(out.dtype.element_ty), mask=inside)
+
+
+def add_up(x: torch.Tensor, places: torch.Tensor, out: torch.Tensor) -> None:
+    """As grouped.sum_rows."""
+    num_tokens, count = places.shape
+    block = triton.next_power_of_2(out.shape[1])
+    add_up_kernel[(num_tokens,)](x, x.stride(0), places, out, out.stride(0), out.shape[1], count, block, num_warps=4)
+
+
+@triton.jit
+def scaled_gate_kernel(gate_up, stride, out, stride_out, factors, F, TANH: tl.constexpr, BLOCK: tl.constexpr):
+    """out = act(gate) up factor, where gate and up are the halves of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < F
+    gate = tl.load(gate_up + row * stride + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * stride + F + column, mask=inside, other=0.0).to(tl.float32)
+    dtype = out.dtype.element_ty
+    value = (gate * _sigmoid_of(gate, TANH)).to(dtype).to(tl.float32) * up
+    tl.store(out + row * stride_out + column, (value * tl.load(factors + row)).to(dtype), mask=inside)
+
+
+def scaled_gate(gate_up: torch.Tensor, out: torch.Tensor, factors: torch.Tensor, is_tanh: bool) -> None:
+    """As grouped.scaled_gate."""
+    num_rows, width = out.shape
+    scaled_gate_kernel[(num_rows, -(-width // GATE_BLOCK))](
+        gate_up, gate_up.stride(0), out, out.stride(0), factors, width, is_tanh, GATE_BLOCK, num_warps=4
+    )
+
+
+@triton.jit
+def scaled_gate_backward_kernel(
+    gate_up, stride, grad, stride_grad, factors, of_factors, F, TANH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """In place: gate and up become their gradients, grad the scaled product; of_factors [S, blocks] parts of sums."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < F
+    gate_place = gate_up + row * stride + column
+    gate = tl.load(gate_place, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_place + F, mask=inside, other=0.0).to(tl.float32)
+    grad_place = grad + row * stride_grad + column
+    upstream = tl.load(grad_place, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.load(factors + row)
+    sigmoid = _sigmoid_of(gate, TANH)
+    dtype = grad.dtype.element_ty
+    value = (gate * sigmoid).to(dtype).to(tl.float32)
+    tl.store(of_factors + row * tl.num_programs(1) + tl.program_id(1), tl.sum(upstream * value * up))
+    tl.store(grad_place, (value * up * factor).to(dtype), mask=inside)
+    upstream *= factor
+    tl.store(gate_place + F, (upstream * value).to(dtype), mask=inside)
+    tl.store(gate_place, (upstream * up * sigmoid * _bend_of(gate, sigmoid, TANH)).to(dtype), mask=inside)
+
+
+def scaled_gate_backward(gate_up: torch.Tensor, grad: torch.Tensor, factors: torch.Tensor, is_tanh: bool) -> Any:
+    """As grouped.scaled_gate_backward."""
+    num_rows, width = grad.shape
+    num_blocks = -(-width // GATE_BLOCK)
+    of_factors = torch.empty(num_rows, num_blocks, dtype=torch.float32, device=grad.device)
+    scaled_gate_backward_kernel[(num_rows, num_blocks)](
+        gate_up, gate_up.stride(0), grad, grad.stride(0), factors, of_factors, width, is_tanh, GATE_BLOCK, num_warps=4
+    )
+    return of_factors.sum(1)

@@ -1,0 +1,124 @@
+"""The MLP half of a block that is a mixture of experts, forward and backward: each token goes through a few of many."""
+
+from dataclasses import dataclass
+
+import torch
+
+from train.engine.context import ForwardContext
+from train.engine.experts import ExpertGroup
+from train.engine.grouped import scaled_gate, scaled_gate_backward, sum_rows, take_rows
+from train.engine.layers import DecoderLayer
+from train.engine.linears import Router
+from train.engine.lora_linear import Matrices
+
+
+@dataclass
+class Routing:
+    """Which experts T tokens go to, k each: S = T k rows, sorted by expert."""
+
+    read: torch.Tensor  # [T, H], the leaf of the router's graph
+    weights: torch.Tensor  # [T, k], with the router's autograd graph
+    order: torch.Tensor  # int64 [S]: the choice, t k + j, of each row
+    places: torch.Tensor  # int64 [T, k]: the row of each choice
+    ends: torch.Tensor  # int32 [E]: behind each expert's last row
+
+    @classmethod
+    def of(cls, router: Router, read: torch.Tensor, num_experts: int) -> "Routing":
+        """transformers' router decides; nothing waits for the host."""
+        leaf = read.detach().requires_grad_()
+        with torch.enable_grad():
+            _, weights, chosen = router(leaf)
+        experts, order = chosen.flatten().sort(stable=True)
+        places = torch.empty_like(order)
+        places[order] = torch.arange(len(order), device=order.device)
+        numbers = torch.arange(num_experts, device=order.device)
+        ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
+        return cls(leaf, weights, order, places.view(chosen.shape), ends)
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """int64 [S]: the token of each row."""
+        return self.order // self.places.shape[1]
+
+    @property
+    def factors(self) -> torch.Tensor:
+        """fp32 [S]: what each row counts."""
+        return self.weights.detach().flatten()[self.order].float()
+
+
+@dataclass
+class MixtureActivations:
+    """What the backward pass of a mixture reads."""
+
+    routing: Routing
+    gate_up: torch.Tensor  # [S, 2 F + R]
+
+
+class Mixture:
+    """The sum over a token's experts e of weight_e down_e(act(gate_e(x)) up_e(x))."""
+
+    num_read_columns = 0  # behind what it reads: the adapters' are behind the sorted rows
+    num_gradient_columns = 0
+
+    def __init__(self, layer: DecoderLayer, router: Router) -> None:
+        self.router = router
+        self.gate_up = ExpertGroup(layer.gate_up[0])
+        self.down = ExpertGroup(layer.down)
+        self.groups = [self.gate_up, self.down]
+        self.activation = layer.activation
+
+    def forward(self, matrices: Matrices, read: torch.Tensor, context: ForwardContext) -> MixtureActivations:
+        """Routes read [T, H]; gate and up of each row; `finish` makes more."""
+        routing = Routing.of(self.router, read, self.gate_up.num_experts)
+        rows = self._sorted(read, routing, self.gate_up.padded_rank)
+        num_columns = self.gate_up.num_outputs + self.gate_up.padded_rank
+        return MixtureActivations(routing, self.gate_up.forward(matrices[0], rows, routing.ends, num_columns))
+
+    def finish(
+        self, matrices: Matrices, saved: MixtureActivations, context: ForwardContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output [T, H]; and nothing [T, 0]: down's input times A^T is as quickly made again."""
+        routing, width = saved.routing, self.down.num_inputs
+        product = saved.gate_up.new_empty(saved.gate_up.shape[0], width + self.down.padded_rank)
+        scaled_gate(saved.gate_up, product[:, :width], self.activation, routing.factors)
+        rows = self.down.forward(matrices[1], product, routing.ends, self.down.num_outputs)
+        out = torch.empty_like(routing.read)
+        sum_rows(rows, routing.places, out)
+        return out, out.new_empty(out.shape[0], 0)
+
+    def backward(
+        self,
+        matrices: Matrices,
+        saved: MixtureActivations,
+        low_rank: torch.Tensor,
+        grad_out: torch.Tensor,
+        grad_read: torch.Tensor,
+        context: ForwardContext,
+    ) -> list[torch.Tensor]:
+        """The adapters' gradients, from the output's [T, H]; grad_read [T, H] becomes that of `read`.
+
+        Consumes `saved`.
+        """
+        routing, gate_up = saved.routing, saved.gate_up
+        grad_rows = self._sorted(grad_out, routing, self.down.padded_rank)
+        product = self.down.input_gradient(matrices[1], grad_rows, routing.ends)
+        # the product, times its factor, replaces its gradient
+        grad_factors = scaled_gate_backward(gate_up, product, self.activation, routing.factors)
+        low_rank = self.down.low_rank(matrices[1], product, routing.ends)
+        of_down = self.down.adapter_gradients(grad_rows, product, low_rank, routing.ends)
+        del grad_rows, product
+        low_rank = gate_up[:, self.gate_up.num_outputs :].clone()
+        grad_rows = self.gate_up.input_gradient(matrices[0], gate_up, routing.ends)
+        sum_rows(grad_rows, routing.places, grad_read)
+        del grad_rows
+        rows = self._sorted(routing.read.detach(), routing, 0)
+        of_gate_up = self.gate_up.adapter_gradients(gate_up, rows, low_rank, routing.ends)
+        grad_weights = grad_factors[routing.places].to(routing.weights.dtype)
+        grad_read += torch.autograd.grad(routing.weights, routing.read, grad_weights)[0]
+        return of_gate_up + of_down
+
+    def _sorted(self, x: torch.Tensor, routing: Routing, num_columns: int) -> torch.Tensor:
+        """[S, H + columns]: the rows of x [T, H] for each choice, sorted by expert, and room behind them."""
+        out = x.new_empty(len(routing.order), x.shape[1] + num_columns)
+        take_rows(x, routing.tokens, out[:, : x.shape[1]])
+        return out

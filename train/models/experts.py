@@ -1,0 +1,171 @@
+"""A mixture's experts in NF4, and how its files hold them.
+
+transformers holds experts as parameters of three dimensions, which bitsandbytes' layers do not know. Here packed
+weights stand in their place, and give way to dequantised ones while transformers runs the block, or PEFT asks for their
+shape. (bitsandbytes' own nn.parametrize does the same by torch's parametrizations; PEFT 0.21 adds its own to them in
+each forward pass, and does not find them again.)
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
+
+from train.engine.linears import ExpertLinear
+from train.models.stored import StoredWeights
+
+Parts = list[list[str]]  # of one parameter: for gate, for up, or for down the tensor of each expert
+
+
+def pack_experts(base: PreTrainedModel, wanted: BitsAndBytesConfig) -> None:
+    """Puts 4-bit parameters in the place of a skeleton's experts, of those that the files of the base are read for."""
+    known = _converters(base)
+    for name, linear in expert_linears(base):
+        if not getattr(linear.experts, "is_transposed", False) and any(_fits(each, name) for each in known):
+            kind = {"compress_statistics": wanted.bnb_4bit_use_double_quant, "quant_type": wanted.bnb_4bit_quant_type}
+            params4bit: Any = bnb.nn.Params4bit
+            linear.weight = params4bit(linear.weight.data, requires_grad=False, **kind)
+
+
+def expert_linears(base: torch.nn.Module) -> Iterator[tuple[str, ExpertLinear]]:
+    """Three-dimensional parameters of modules of experts, packed or not, and their names."""
+    for name, module in base.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            is_packed = isinstance(parameter, bnb.nn.Params4bit) and not isinstance(module, bnb.nn.Linear4bit)
+            if is_packed or (parameter.dim() == 3 and "expert" in name):
+                yield f"{name}.{own}", ExpertLinear(module, own)
+
+
+def packed_experts(base: torch.nn.Module) -> list[ExpertLinear]:
+    """The experts' parameters that are packed, or will be."""
+    return [linear for _, linear in expert_linears(base) if isinstance(linear.weight, bnb.nn.Params4bit)]
+
+
+def lend_to_transformers(base: PreTrainedModel) -> None:
+    """From here on packed experts are dequantised while the module around them runs, and packed again behind it."""
+    owned: dict[torch.nn.Module, list[ExpertLinear]] = {}
+    around = {child: module for module in base.modules() for child in module.children()}
+    for linear in packed_experts(base):
+        owned.setdefault(around[linear.experts], []).append(linear)
+    for module, linears in owned.items():
+        loan = _Loan(linears)
+        module.register_forward_pre_hook(loan.begin)
+        module.register_forward_hook(loan.end, always_call=True)  # also where recomputation breaks off
+
+
+class _Loan:
+    """Dequantised experts in the place of packed ones."""
+
+    def __init__(self, linears: Sequence[ExpertLinear]) -> None:
+        self.linears = linears
+        self.packed: list[Any] = []
+
+    def begin(self, *_: object) -> None:
+        """Dequantises them."""
+        self.packed = [linear.weight for linear in self.linears]
+        for linear, weight in zip(self.linears, self.packed, strict=True):
+            values = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+            linear.weight = torch.nn.Parameter(values, requires_grad=False)
+
+    def end(self, *_: object) -> None:
+        """Puts them back."""
+        for linear, weight in zip(self.linears, self.packed, strict=True):
+            linear.weight = weight
+        self.packed = []
+
+
+@contextmanager
+def as_shapes(base: PreTrainedModel) -> Iterator[None]:
+    """While entered, packed experts look to PEFT as parameters of three dimensions, which take no memory."""
+    linears = packed_experts(base)
+    weights: list[Any] = [linear.weight for linear in linears]
+    for linear, weight in zip(linears, weights, strict=True):
+        state = weight.quant_state
+        dtype = base.dtype if state is None else state.dtype
+        place = torch.zeros((), dtype=dtype, device=weight.device).expand(linear.shape)
+        linear.weight = torch.nn.Parameter(place, requires_grad=False)
+    try:
+        yield
+    finally:
+        for linear, weight in zip(linears, weights, strict=True):
+            linear.weight = weight
+
+
+def with_block_names(stored: StoredWeights, base: PreTrainedModel) -> StoredWeights:
+    """The tensors of a mixture by the names that transformers gives its modules (Mixtral's were others once)."""
+    if not packed_experts(base):
+        return stored
+    renamings = [each for each in _mapping(base) if isinstance(each, WeightRenaming)]
+    names = {}
+    for name in stored.tensors:
+        names[name] = name
+        for each in renamings:
+            for before, after in zip(each.source_patterns, each.target_patterns, strict=True):
+                names[name] = re.sub(re.escape(before), after, names[name])
+    return stored.renamed(names)
+
+
+def expert_parts(base: PreTrainedModel) -> Mapping[str, Parts]:
+    """The names that the files have for the tensors of each packed parameter, where it is not there as a whole."""
+    found = {}
+    for name, linear in expert_linears(base):
+        if isinstance(linear.weight, bnb.nn.Params4bit):
+            end, sources = next(_ends(each) for each in _converters(base) if _fits(each, name))
+            start = name.removesuffix(end)
+            numbers = range(linear.shape[0])
+            found[name] = [[start + source.replace("*", str(number)) for number in numbers] for source in sources]
+    return found
+
+
+def read_experts(stored: StoredWeights, parts: Parts, like: torch.Tensor) -> torch.Tensor:
+    """Fills `like` [E, N, K] with the tensors of its parts, which lie one behind another in N."""
+    for number, places in enumerate(zip(*parts, strict=True)):
+        row = 0
+        for place in places:
+            values = stored.values(place)
+            like[number, row : row + values.shape[0]].copy_(values)
+            row += values.shape[0]
+    return like
+
+
+def part_shape(parts: Parts, shape: Sequence[int]) -> tuple[int, int]:
+    """Of each tensor of the parts of a parameter of `shape` [E, N, K]."""
+    return shape[1] // len(parts), shape[2]
+
+
+def expert_words(base: PreTrainedModel) -> Mapping[str, str]:
+    """What files and PEFT call the layers of an expert, by Llama's names for them: Mixtral's are w1, w3 and w2."""
+    found = {}
+    for converter in _converters(base):
+        target, sources = _ends(converter)
+        ours = ("gate_proj", "up_proj") if target.endswith("gate_up_proj") else ("down_proj",)
+        found.update(zip(ours, [source.split(".")[-2] for source in sources], strict=False))
+    return found
+
+
+def _mapping(base: PreTrainedModel) -> list[Any]:
+    """How transformers makes a model's weights of those in its files."""
+    kind = getattr(base.config, "model_type", "")
+    return get_checkpoint_conversion_mapping(kind) or []
+
+
+def _converters(base: PreTrainedModel) -> list[WeightConverter]:
+    """Those that stack the experts' tensors, perhaps after joining gate and up."""
+    stacking = ([MergeModulelist], [MergeModulelist, Concatenate])
+    converters = [each for each in _mapping(base) if isinstance(each, WeightConverter)]
+    return [each for each in converters if [type(operation) for operation in each.operations] in stacking]
+
+
+def _ends(converter: WeightConverter) -> tuple[str, Sequence[str]]:
+    """The end of the parameter's name, and of its tensors', with * for the number of the expert."""
+    return converter.target_patterns[0], converter.source_patterns
+
+
+def _fits(converter: WeightConverter, name: str) -> bool:
+    return name.endswith(converter.target_patterns[0])

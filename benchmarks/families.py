@@ -20,7 +20,7 @@ import transformers as T
 
 RESULTS = Path(__file__).parent / "results" / "families.json"
 FULL, SLIDING = "full_attention", "sliding_attention"
-OPTIONS = "--data.packing true --data.max_length 2048 --batch.per_device 4 --batch.accumulation 4 --lora.r 16"
+OPTIONS = "--data.packing true --data.max_length 2048 --batch.per_device 4 --lora.r 16"
 OPTIONS += " --lora.alpha 32 --lora.dropout 0 --optim.name paged_adamw_8bit"
 
 
@@ -89,23 +89,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="of the shapes; all by default")
     parser.add_argument("--reference", action="store_true")
+    parser.add_argument("--accumulation", type=int, default=4, help="4 rows each; 4 by default")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     engine = "reference" if options.reference else "fused"
+    key = engine if options.accumulation == 4 else f"{engine}, {options.accumulation * 4} rows a step"
     for name in options.names or SHAPES:
-        found = probed(SHAPES[name], engine)
+        found = probed(SHAPES[name], engine, options.accumulation)
         known = json.loads(options.out.read_text()) if options.out.exists() else {}
-        known.setdefault(name, {})[engine] = found
+        known.setdefault(name, {})[key] = found
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(known, indent=1) + "\n")
-        print(line(name, engine, found), flush=True)
+        print(line(name, key, found), flush=True)
 
 
-def probed(shape: T.PreTrainedConfig, engine: str) -> dict[str, Any]:
+def probed(shape: T.PreTrainedConfig, engine: str, accumulation: int) -> dict[str, Any]:
     """What a probe measures, or why there is none."""
     with tempfile.TemporaryDirectory() as folder:
         shape.save_pretrained(folder)
         words = f"plan --probe --json --profile a100 --model.name_or_path {folder} --engine.kind {engine} {OPTIONS}"
+        words += f" --batch.accumulation {accumulation}"
         code = "import sys; from train.commands.handloop import main; sys.exit(main())"
         done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -68,15 +68,15 @@ def cross_entropy() -> list[torch.Tensor]:
 def groups() -> list[torch.Tensor]:
     """Rows in five groups, one of them empty and one of a single row."""
     ends = torch.tensor([130, 130, 131, 400, 437], dtype=torch.int32, device=GPU)
-    wide, matrices = random(437, 576), random(5, 464, 576)
+    wide, matrices, rows = random(437, 576), random(5, 464, 576), torch.randint(77, (437,), device=GPU)
+    x, low = random(77, 520)[:, :512], wide[:, 512:]
     found = [
-        grouped.grouped_product(wide, matrices.transpose(1, 2), ends),
-        grouped.grouped_product(wide[:, :512], matrices[:, 400:, :512].transpose(1, 2), ends),
-        grouped.grouped_product(random(437, 464), matrices[:, :, :512], ends),
-        grouped.grouped_outer(random(437, 100)[:, 60:92], wide[:, :500], ends),
+        grouped.grouped_product(x, rows, low, matrices[:, :400].transpose(1, 2), ends),
+        grouped.grouped_product(x, rows, None, matrices[:, 400:, :512].transpose(1, 2), ends),
+        grouped.grouped_product(random(437, 400), None, low, matrices[:, :, :512], ends),
+        grouped.grouped_outer(random(437, 100)[:, 60:92], wide[:, :500], None, ends),
+        grouped.grouped_outer(random(437, 100)[:, 60:76], x, rows, ends),
     ]
-    rows, out = torch.randint(77, (437,), device=GPU), random(437, 576)
-    grouped.take_rows(random(77, 520)[:, :512], rows, out[:, :512])
     summed = random(77, 520)
     grouped.sum_rows(wide[:, :512], torch.randint(437, (77, 4), device=GPU), summed[:, :512])
     for activation in operations.ACTIVATIONS:
@@ -84,7 +84,7 @@ def groups() -> list[torch.Tensor]:
         factors = torch.rand(437, device=GPU)
         grouped.scaled_gate(gate_up, product[:, :1500], activation, factors)
         found += [product, gate_up, grad, grouped.scaled_gate_backward(gate_up, grad, activation, factors)]
-    return [*found, out, summed]
+    return [*found, summed]
 
 
 def random(*shape: int) -> torch.Tensor:

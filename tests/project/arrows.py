@@ -213,7 +213,7 @@ ALLOWED_MODULES = {
         "train.engine.operations",
     },
     "train.engine.grouped": {"train.engine.operations"},
-    "train.engine.grouped_kernels": {"train.engine.kernels"},
+    "train.engine.grouped_kernels": {"train.engine.kernels", "train.run.devices"},
     "train.engine.experts": {"train.engine.grouped", "train.engine.linears", "train.engine.lora_linear"},
     "train.engine.mixture": {
         "train.engine.context",

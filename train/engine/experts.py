@@ -12,6 +12,8 @@ from train.engine.grouped import grouped_outer, grouped_product
 from train.engine.linears import ExpertLinear, Projection
 from train.engine.lora_linear import PADDING, dequantize
 
+Rows = tuple[torch.Tensor, torch.Tensor | None]  # x [S, W], or x [T, W] and the rows [S] of it that are meant
+
 
 class ExpertGroup:
     """One linear layer [N, K] of each of E experts, perhaps with adapters; weights are given to it as M [E, ...]."""
@@ -54,31 +56,36 @@ class ExpertGroup:
             (matrix[:, : self.num_outputs, up], b.view(-1, self.rank, self.num_experts).permute(2, 0, 1), self.scale),
         ]
 
-    def low_rank(self, matrix: torch.Tensor, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """X A^T [S, R] of x [S, K]."""
-        return grouped_product(x, matrix[:, self.num_outputs :, : self.num_inputs].transpose(1, 2), ends)
+    def forward(
+        self, matrix: torch.Tensor, x: torch.Tensor, rows: torch.Tensor | None, ends: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Y [S, N], and X A^T [S, R] where there are adapters, for x [S, K], or rows [S] of x [T, K]."""
+        low = self.low_rank(matrix, x, rows, ends)
+        return grouped_product(x, rows, low, matrix[:, : self.num_outputs].transpose(1, 2), ends), low
 
-    def forward(self, matrix: torch.Tensor, x: torch.Tensor, ends: torch.Tensor, num_columns: int) -> torch.Tensor:
-        """[S, num_columns]: Y, and X A^T behind it where there is room; x [S, K + R] is given X A^T behind X."""
-        if self.padded_rank:
-            x[:, self.num_inputs :] = self.low_rank(matrix, x[:, : self.num_inputs], ends)
-        return grouped_product(x, matrix[:, :num_columns].transpose(1, 2), ends)
+    def low_rank(
+        self, matrix: torch.Tensor, x: torch.Tensor, rows: torch.Tensor | None, ends: torch.Tensor
+    ) -> torch.Tensor | None:
+        """X A^T [S, R]; None without adapters."""
+        if not self.padded_rank:
+            return None
+        return grouped_product(x, rows, None, matrix[:, self.num_outputs :, : self.num_inputs].transpose(1, 2), ends)
 
-    def input_gradient(self, matrix: torch.Tensor, grad_out: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """dX [S, K]; grad_out [S, N + R] holds dY and is given dY s B behind it."""
+    def input_gradient(
+        self, matrix: torch.Tensor, grad: torch.Tensor, rows: torch.Tensor | None, ends: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """dX [S, K], and dY s B [S, R] where there are adapters, for grad = dY [S, N], or rows [S] of it [T, N]."""
+        spread = None
         if self.padded_rank:
-            grad_y = grad_out[:, : self.num_outputs]
-            spread = matrix[:, : self.num_outputs, self.num_inputs :]
-            grad_out[:, self.num_outputs :] = grouped_product(grad_y, spread, ends)
-        return grouped_product(grad_out, matrix[:, :, : self.num_inputs], ends)
+            spread = grouped_product(grad, rows, None, matrix[:, : self.num_outputs, self.num_inputs :], ends)
+        return grouped_product(grad, rows, spread, matrix[:, :, : self.num_inputs], ends), spread
 
     def adapter_gradients(
-        self, grad_out: torch.Tensor, x: torch.Tensor, low_rank: torch.Tensor, ends: torch.Tensor
+        self, x: Rows, grad: Rows, low: torch.Tensor | None, spread: torch.Tensor | None, ends: torch.Tensor
     ) -> list[torch.Tensor]:
-        """dA [r E, K] and dB [N, r E] in fp32, as PEFT has them, after input_gradient; x [S, K], low_rank [S, R]."""
-        if not self.parameters:
+        """dA [r E, K] and dB [N, r E] in fp32, as PEFT has them: of X and dY, X A^T and dY s B."""
+        if low is None or spread is None:
             return []
-        own = slice(self.num_outputs, self.num_outputs + self.rank)
-        grad_a = grouped_outer(grad_out[:, own], x, ends)
-        grad_b = grouped_outer(low_rank[:, : self.rank], grad_out[:, : self.num_outputs], ends).mul_(self.scale)
+        grad_a = grouped_outer(spread[:, : self.rank], *x, ends)
+        grad_b = grouped_outer(low[:, : self.rank], *grad, ends).mul_(self.scale)
         return [grad_a.flatten(0, 1), grad_b.permute(2, 1, 0).reshape(self.num_outputs, -1)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from train.engine.operations import TANH_GELU, gate, gate_backward, gather_rows, kernels_for
+from train.engine.operations import TANH_GELU, gate, gate_backward, kernels_for
 
 
 def _kernels_for(device: torch.device) -> Any:
@@ -17,36 +17,31 @@ def _kernels_for(device: torch.device) -> Any:
     return importlib.import_module("train.engine.grouped_kernels") if kernels_for(device) is not None else None
 
 
-def grouped_product(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """a [S, K], each row times its group's matrix of b [E, K, N] -> [S, N]."""
+def grouped_product(
+    a: torch.Tensor, rows: torch.Tensor | None, low: torch.Tensor | None, b: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    """[S, N]: each row of [a, low] times its group's matrix of b [E, K + R, N].
+
+    a is [S, K]; or [T, K], of which `rows` int64 [S] are taken. low is [S, R], or None where R is 0.
+    """
     kernels = _kernels_for(a.device)
     if kernels is not None:
-        out = a.new_empty(a.shape[0], b.shape[2])
-        kernels.product(a, b, ends, out)
-        return out
+        return kernels.product(a, rows, low, b, ends)
+    a = a if rows is None else a[rows]
+    a = a if low is None else torch.cat([a, low], 1)
     out = a.new_empty(a.shape[0], b.shape[2])
-    for matrix, rows in zip(b, _slices(ends), strict=True):
-        torch.mm(a[rows], matrix, out=out[rows])
+    for matrix, part in zip(b, _slices(ends), strict=True):
+        torch.mm(a[part], matrix, out=out[part])
     return out
 
 
-def grouped_outer(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """a^T b of each group's rows: a [S, p] of few columns, b [S, q] -> fp32 [E, p, q]."""
+def grouped_outer(a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor | None, ends: torch.Tensor) -> torch.Tensor:
+    """fp32 [E, p, q]: a^T b of each group's rows, a [S, p] of few columns, b [S, q], or `rows` of b [T, q]."""
     kernels = _kernels_for(a.device)
     if kernels is not None:
-        out = torch.empty(len(ends), a.shape[1], b.shape[1], dtype=torch.float32, device=a.device)
-        kernels.outer(a, b, ends, out)
-        return out
-    return torch.stack([a[rows].float().T @ b[rows].float() for rows in _slices(ends)])
-
-
-def take_rows(x: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> None:
-    """out [S, H] = x[rows], for x [T, H]."""
-    kernels = _kernels_for(x.device)
-    if kernels is not None:
-        kernels.take(x, rows, out)
-    else:
-        out.copy_(gather_rows(x, rows))
+        return kernels.outer(a, b, rows, ends)
+    b = b if rows is None else b[rows]
+    return torch.stack([a[part].float().T @ b[part].float() for part in _slices(ends)])
 
 
 def sum_rows(x: torch.Tensor, places: torch.Tensor, out: torch.Tensor) -> None:

@@ -7,17 +7,23 @@ import triton
 import triton.language as tl
 
 from train.engine.kernels import _bend_of, _sigmoid_of
+from train.run import devices
 
-ROWS, COLUMNS, DEPTH = 128, 128, 64  # of a tile of a product, and what it sums at a time
+DEPTH = 64  # elements of 16 bits that a tile of a product sums at a time
+# Rows and columns of a tile, warps, stages, from this compute capability on: what shared memory holds. On an H100 128
+# experts of 1,536 x 2,048 reach 473 TFLOP/s forward and 567 backward, where one product of 8,192 x 8,192 reaches 778
+TILES = {(9, 0): (128, 256, 8, 4), (8, 0): (128, 128, 8, 3), (0, 0): (64, 64, 4, 2)}
+NARROW = 64  # columns of adapters, which fit one tile
 GATE_BLOCK = 1024  # elements of a row that a program gates
 
 
 @triton.jit
 def product_kernel(
-    a, stride_a, b, stride_be, stride_bk, stride_bn, out, stride_out, ends, K, N, E: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUPS: tl.constexpr,
+    a, stride_a, rows, low, stride_low, b, stride_be, stride_bk, stride_bn, out, stride_out, ends, K, R, N,
+    E: tl.constexpr, GATHERS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of out[S, N] = a[S, K] b[e][K, N]; a group has a whole number of tiles, the last of them not full."""
+    """A tile of out[S, N] = [a, low] b[e], b [K + R, N]; a group has a whole number of tiles, the last not full."""
     tile = tl.program_id(1)
     group = tl.arange(0, GROUPS)
     end = tl.load(ends + group, mask=group < E, other=0)
@@ -32,8 +38,9 @@ def product_kernel(
         row = first + tl.arange(0, ROWS)
         column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         depth = tl.arange(0, DEPTH)
-        is_row, is_column = row < last, column < N
-        from_a = a + row.to(tl.int64)[:, None] * stride_a + depth[None, :]
+        is_row, is_column, wide = row < last, column < N, row.to(tl.int64)
+        source = tl.load(rows + row, mask=is_row, other=0) if GATHERS else wide
+        from_a = a + source[:, None] * stride_a + depth[None, :]
         from_b = b + expert.to(tl.int64) * stride_be + depth[:, None] * stride_bk + column[None, :] * stride_bn
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         for k in range(0, K, DEPTH):
@@ -43,27 +50,44 @@ def product_kernel(
             total = tl.dot(left, right, total, input_precision="ieee")
             from_a += DEPTH
             from_b += DEPTH * stride_bk
-        place = out + row.to(tl.int64)[:, None] * stride_out + column[None, :]
+        from_low = low + wide[:, None] * stride_low + depth[None, :]
+        from_b = b + expert.to(tl.int64) * stride_be + (K + depth[:, None]) * stride_bk + column[None, :] * stride_bn
+        for k in range(0, R, DEPTH):
+            inside = depth < R - k
+            left = tl.load(from_low, mask=is_row[:, None] & inside[None, :], other=0.0)
+            right = tl.load(from_b, mask=inside[:, None] & is_column[None, :], other=0.0)
+            total = tl.dot(left, right, total, input_precision="ieee")
+            from_low += DEPTH
+            from_b += DEPTH * stride_bk
+        place = out + wide[:, None] * stride_out + column[None, :]
         tl.store(place, total.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
 
-def product(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor, out: torch.Tensor) -> None:
+def product(
+    a: torch.Tensor, rows: torch.Tensor | None, low: torch.Tensor | None, b: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
     """As grouped.grouped_product."""
-    num_rows, depth = a.shape
-    num_groups, _, width = b.shape
-    tiles = -(-num_rows // ROWS) + num_groups
-    columns = COLUMNS if width > 64 else 64
-    product_kernel[(-(-width // columns), tiles)](
-        a, a.stride(0), b, *b.stride(), out, out.stride(0), ends, depth, width, num_groups,
-        ROWS, columns, DEPTH if a.element_size() == 2 else DEPTH // 2, triton.next_power_of_2(num_groups),
-        num_warps=8 if columns == COLUMNS else 4, num_stages=3,
+    depth, num_rows = a.shape[1], int(a.shape[0] if rows is None else rows.shape[0])
+    num_groups, whole_depth, width = b.shape
+    out = a.new_empty(num_rows, width)
+    has = devices.capability(a.device)
+    height, columns, warps, stages = next(tile for least, tile in TILES.items() if has >= least)
+    if width <= NARROW:
+        columns, warps = NARROW, 4
+    beside = a if low is None else low
+    product_kernel[(-(-width // columns), -(-num_rows // height) + num_groups)](
+        a, a.stride(0), ends if rows is None else rows, beside, beside.stride(0), b, *b.stride(), out, out.stride(0),
+        ends, depth, whole_depth - depth, width, num_groups, rows is not None, height, columns,
+        DEPTH * 2 // a.element_size(), triton.next_power_of_2(num_groups), num_warps=warps, num_stages=stages,
     )  # fmt: skip
+    return out
 
 
 @triton.jit
 def outer_kernel(
-    a, stride_a, b, stride_b, out, ends, P, Q, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
-):
+    a, stride_a, b, stride_b, rows, out, ends, P, Q,
+    GATHERS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """out[e] = a^T b over the rows of group e: all of a's columns, COLUMNS of b's."""
     group = tl.program_id(1)
     start = tl.load(ends + group - 1, mask=group > 0, other=0)
@@ -77,37 +101,23 @@ def outer_kernel(
         left = tl.load(
             a + wide[None, :] * stride_a + own[:, None], mask=is_row[None, :] & (own < P)[:, None], other=0.0
         )
-        place = b + wide[:, None] * stride_b + column[None, :]
+        source = tl.load(rows + row, mask=is_row, other=0) if GATHERS else wide
+        place = b + source[:, None] * stride_b + column[None, :]
         right = tl.load(place, mask=is_row[:, None] & (column < Q)[None, :], other=0.0)
         total = tl.dot(left, right, total, input_precision="ieee")
     place = out + (group.to(tl.int64) * P + own)[:, None] * Q + column[None, :]
     tl.store(place, total, mask=(own < P)[:, None] & (column < Q)[None, :])
 
 
-def outer(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor, out: torch.Tensor) -> None:
+def outer(a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor | None, ends: torch.Tensor) -> torch.Tensor:
     """As grouped.grouped_outer."""
-    num_groups, width, columns = out.shape
+    num_groups, width, columns = len(ends), a.shape[1], b.shape[1]
+    out = torch.empty(num_groups, width, columns, dtype=torch.float32, device=a.device)
     outer_kernel[(-(-columns // 128), num_groups)](
-        a, a.stride(0), b, b.stride(0), out, ends, width, columns,
-        64 if a.element_size() == 2 else 32, max(16, triton.next_power_of_2(width)), 128, num_warps=4,
+        a, a.stride(0), b, b.stride(0), ends if rows is None else rows, out, ends, width, columns, rows is not None,
+        128 // a.element_size(), max(16, triton.next_power_of_2(width)), 128, num_warps=4,
     )  # fmt: skip
-
-
-@triton.jit
-def take_kernel(x, stride_x, rows, out, stride_out, H, BLOCK: tl.constexpr):
-    """One row: out[i] = x[rows[i]]."""
-    number = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < H
-    values = tl.load(x + tl.load(rows + number) * stride_x + column, mask=inside)
-    tl.store(out + number * stride_out + column, values, mask=inside)
-
-
-def take(x: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> None:
-    """As grouped.take_rows."""
-    width = out.shape[1]
-    block = triton.next_power_of_2(width)
-    take_kernel[(len(rows),)](x, x.stride(0), rows, out, out.stride(0), width, block, num_warps=4)
+    return out
 
 
 @triton.jit

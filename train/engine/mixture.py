@@ -6,7 +6,7 @@ import torch
 
 from train.engine.context import ForwardContext
 from train.engine.experts import ExpertGroup
-from train.engine.grouped import scaled_gate, scaled_gate_backward, sum_rows, take_rows
+from train.engine.grouped import scaled_gate, scaled_gate_backward, sum_rows
 from train.engine.layers import DecoderLayer
 from train.engine.linears import Router
 from train.engine.lora_linear import Matrices
@@ -18,7 +18,8 @@ class Routing:
 
     read: torch.Tensor  # [T, H], the leaf of the router's graph
     weights: torch.Tensor  # [T, k], with the router's autograd graph
-    order: torch.Tensor  # int64 [S]: the choice, t k + j, of each row
+    tokens: torch.Tensor  # int64 [S]: of each row
+    factors: torch.Tensor  # fp32 [S]: what each row counts
     places: torch.Tensor  # int64 [T, k]: the row of each choice
     ends: torch.Tensor  # int32 [E]: behind each expert's last row
 
@@ -28,22 +29,13 @@ class Routing:
         leaf = read.detach().requires_grad_()
         with torch.enable_grad():
             _, weights, chosen = router(leaf)
-        experts, order = chosen.flatten().sort(stable=True)
+        experts, order = chosen.flatten().sort(stable=True)  # order: the choice, t k + j, of each row
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order), device=order.device)
         numbers = torch.arange(num_experts, device=order.device)
         ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
-        return cls(leaf, weights, order, places.view(chosen.shape), ends)
-
-    @property
-    def tokens(self) -> torch.Tensor:
-        """int64 [S]: the token of each row."""
-        return self.order // self.places.shape[1]
-
-    @property
-    def factors(self) -> torch.Tensor:
-        """fp32 [S]: what each row counts."""
-        return self.weights.detach().flatten()[self.order].float()
+        factors = weights.detach().flatten()[order].float()
+        return cls(leaf, weights, order // chosen.shape[1], factors, places.view(chosen.shape), ends)
 
 
 @dataclass
@@ -51,7 +43,8 @@ class MixtureActivations:
     """What the backward pass of a mixture reads."""
 
     routing: Routing
-    gate_up: torch.Tensor  # [S, 2 F + R]
+    gate_up: torch.Tensor  # [S, 2 F]
+    low_rank: torch.Tensor | None  # [S, R]: the rows times gate_up's A^T
 
 
 class Mixture:
@@ -70,19 +63,17 @@ class Mixture:
     def forward(self, matrices: Matrices, read: torch.Tensor, context: ForwardContext) -> MixtureActivations:
         """Routes read [T, H]; gate and up of each row; `finish` makes more."""
         routing = Routing.of(self.router, read, self.gate_up.num_experts)
-        rows = self._sorted(read, routing, self.gate_up.padded_rank)
-        num_columns = self.gate_up.num_outputs + self.gate_up.padded_rank
-        return MixtureActivations(routing, self.gate_up.forward(matrices[0], rows, routing.ends, num_columns))
+        gate_up, low_rank = self.gate_up.forward(matrices[0], read, routing.tokens, routing.ends)
+        return MixtureActivations(routing, gate_up, low_rank)
 
     def finish(
         self, matrices: Matrices, saved: MixtureActivations, context: ForwardContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The output [T, H]; and nothing [T, 0]: down's input times A^T is as quickly made again."""
-        routing, width = saved.routing, self.down.num_inputs
-        product = saved.gate_up.new_empty(saved.gate_up.shape[0], width + self.down.padded_rank)
-        scaled_gate(saved.gate_up, product[:, :width], self.activation, routing.factors)
-        rows = self.down.forward(matrices[1], product, routing.ends, self.down.num_outputs)
-        out = torch.empty_like(routing.read)
+        routing, out = saved.routing, torch.empty_like(saved.routing.read)
+        product = saved.gate_up.new_empty(saved.gate_up.shape[0], self.down.num_inputs)
+        scaled_gate(saved.gate_up, product, self.activation, routing.factors)
+        rows, _ = self.down.forward(matrices[1], product, None, routing.ends)
         sum_rows(rows, routing.places, out)
         return out, out.new_empty(out.shape[0], 0)
 
@@ -100,25 +91,18 @@ class Mixture:
         Consumes `saved`.
         """
         routing, gate_up = saved.routing, saved.gate_up
-        grad_rows = self._sorted(grad_out, routing, self.down.padded_rank)
-        product = self.down.input_gradient(matrices[1], grad_rows, routing.ends)
+        tokens, ends = routing.tokens, routing.ends
+        product, spread = self.down.input_gradient(matrices[1], grad_out, tokens, ends)
         # the product, times its factor, replaces its gradient
         grad_factors = scaled_gate_backward(gate_up, product, self.activation, routing.factors)
-        low_rank = self.down.low_rank(matrices[1], product, routing.ends)
-        of_down = self.down.adapter_gradients(grad_rows, product, low_rank, routing.ends)
-        del grad_rows, product
-        low_rank = gate_up[:, self.gate_up.num_outputs :].clone()
-        grad_rows = self.gate_up.input_gradient(matrices[0], gate_up, routing.ends)
+        low = self.down.low_rank(matrices[1], product, None, ends)
+        of_down = self.down.adapter_gradients((product, None), (grad_out, tokens), low, spread, ends)
+        del product, low
+        grad_rows, spread = self.gate_up.input_gradient(matrices[0], gate_up, None, ends)
         sum_rows(grad_rows, routing.places, grad_read)
         del grad_rows
-        rows = self._sorted(routing.read.detach(), routing, 0)
-        of_gate_up = self.gate_up.adapter_gradients(gate_up, rows, low_rank, routing.ends)
+        read = routing.read.detach(), tokens
+        of_gate_up = self.gate_up.adapter_gradients(read, (gate_up, None), saved.low_rank, spread, ends)
         grad_weights = grad_factors[routing.places].to(routing.weights.dtype)
         grad_read += torch.autograd.grad(routing.weights, routing.read, grad_weights)[0]
         return of_gate_up + of_down
-
-    def _sorted(self, x: torch.Tensor, routing: Routing, num_columns: int) -> torch.Tensor:
-        """[S, H + columns]: the rows of x [T, H] for each choice, sorted by expert, and room behind them."""
-        out = x.new_empty(len(routing.order), x.shape[1] + num_columns)
-        take_rows(x, routing.tokens, out[:, : x.shape[1]])
-        return out

@@ -109,11 +109,11 @@ def mlp_backward(job: Job, c: Candidate) -> int:
 
 
 def _mixture_backward(s: ModelSizes, mixture: MixtureSizes, c: Candidate) -> int:
-    """Gradient of the norm's output [T, H]; of each row that of its output [H + R], the product [F] and 2 R, token and
-    factor [4 bytes]; its adapters' gradients, once more where PEFT has them in another order."""
+    """Gradient of the norm's output [T, H]; of each row that of its product [F], or of what it read [H], with 2 R, and
+    of its factor; its adapters' gradients, once more where PEFT has them in another order."""
     rows = c.width * mixture.num_chosen
-    elements = c.width * s.hidden + rows * (s.hidden + s.intermediate + 3 * s.padded_rank)
-    return s.element_bytes * elements + rows * (8 + FP32_BYTES) + 3 * mixture.gradient_bytes // 2
+    elements = c.width * s.hidden + rows * (max(s.hidden, s.intermediate) + 2 * s.padded_rank)
+    return s.element_bytes * elements + rows * FP32_BYTES + 3 * mixture.gradient_bytes // 2
 
 
 def attention_backward(job: Job, c: Candidate) -> int:

@@ -47,8 +47,8 @@ def mlp_rows(s: ModelSizes) -> int:
 
 
 def routing_bytes(s: ModelSizes) -> int:
-    """Bytes a token: the router's probabilities, fp32; for each choice weight and place, three numbers of 8 bytes."""
-    return FP32_BYTES * s.mixture.num_experts + 32 * s.mixture.num_chosen if s.mixture else 0
+    """Bytes a token: the router's probabilities, fp32; for each choice three numbers of 8 bytes and three of 4."""
+    return FP32_BYTES * s.mixture.num_experts + 36 * s.mixture.num_chosen if s.mixture else 0
 
 
 def gate_up_width(s: ModelSizes) -> int:

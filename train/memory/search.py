@@ -23,6 +23,7 @@ MIN_GAIN = 0.02  # share of a step's time by which using host memory must be fas
 MLP_TILE = 1024  # tokens of a tile, where the MLP's activations of all tokens do not fit at once
 MAX_MERGED_TOKENS = 16384  # matrix products are not faster beyond
 MAX_GRAPH_TOKENS = 4096  # longer micro-batches run eagerly: the GPU computes longer than the host launches
+MAX_MIXTURE_GRAPH_TOKENS = 16384  # with a mixture the host has more to launch, and the GPU less to compute
 ROW_STEP = 64  # tokens; the longest row that fits is told as a multiple of it
 
 
@@ -105,7 +106,8 @@ class Planner:
             if not is_given:
                 wide = {padded(tokens) - less for tokens in sizes for less in (0, GRAPH_STEP)}
                 sizes = {tokens for tokens in wide if tokens >= rows.longest[0]}
-            yield from ((tokens, True) for tokens in sorted(sizes) if tokens <= MAX_GRAPH_TOKENS)
+            longest = MAX_MIXTURE_GRAPH_TOKENS if self.job.sizes.mixture else MAX_GRAPH_TOKENS
+            yield from ((tokens, True) for tokens in sorted(sizes) if tokens <= longest)
 
     def _filled(self, candidate: Candidate, budget: int | None) -> Candidate:
         """The candidate with as many blocks kept, and then weights cached, as there is room for.

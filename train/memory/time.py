@@ -18,22 +18,34 @@ SMALL_KERNEL_SECONDS = 0.0002
 HEAD_NORM_PASSES, LOGIT_PASSES = 3, 4
 # How often linear attention moves what it makes between its projections; neither passes nor launches were measured
 LINEAR_FORWARD, LINEAR_BACKWARD = 1.2, 4
+# Products of experts reach this share of the rate of one large product. Of the rows of experts [F] and [H] are read or
+# written between products, forward and backward; their adapters (fp32) and gradients likewise, in bytes of gradients
+GROUPED_SHARE = 0.58
+ROWS_FORWARD, ROWS_BACKWARD = (3, 1), (9, 3)
+ADAPTERS_FORWARD, ADAPTERS_BACKWARD = 1.5, 6.5
+ADAPTER_PASSES = 3  # of fp32 adapters and their gradients, in a step: norm, clipping, AdamW
 # Seconds in which the host launches the kernels of one block (measured: 272 ms for 32 blocks that all recompute)
 LAUNCH_FORWARD, LAUNCH_BACKWARD = 0.0024, 0.0037
+LAUNCH_MIXTURE = 1.5  # times as many, about, where the MLP is a mixture (454 ms for 48 blocks that recompute nothing)
 # Copies beside the computation slow it by these shares (measured: 1.9 % with all blocks streamed)
 STREAMING_SLOWDOWN, OFFLOADING_SLOWDOWN = 0.02, 0.01
 
 
 def step_seconds(job: Job, c: Candidate) -> float:
     """All micro-batches of a step: every block forward and backward, and the head."""
-    forward_seconds = max(forward(job, c), forward_launches(c), weights_bus(job, c), inputs_bus(job, c))
+    forward_seconds = max(forward(job, c), forward_launches(job, c), weights_bus(job, c), inputs_bus(job, c))
     recomputing = recomputed_share(job, c) * recomputation(job, c)
     # to the host and from it the bus moves at full rate each; weights and inputs that come back share one direction
     backward_seconds = max(
         backward(job, c) + recomputing, backward_launches(job, c), weights_bus(job, c) + inputs_bus(job, c)
     )
     blocks = job.sizes.num_blocks * (forward_seconds + backward_seconds) * slowdown(job, c)
-    return c.num_micro_batches * (blocks + head(job, c))
+    return c.num_micro_batches * (blocks + head(job, c)) + update(job)
+
+
+def update(job: Job) -> float:
+    """The optimizer's part: of adapters on experts; others are too small to count (0.3 ms for an 8B)."""
+    return ADAPTER_PASSES * job.sizes.adapter_bytes / job.gpu.bandwidth if job.sizes.mixture else 0.0
 
 
 def recomputed_share(job: Job, c: Candidate) -> float:
@@ -64,9 +76,11 @@ def products(job: Job, c: Candidate, flops_per_token: float) -> float:
 
 
 def num_weights(job: Job) -> float:
-    """Weights of a block that a token is multiplied with, and the adapters' columns; 2 FLOP each."""
+    """Weights of a block that a token is multiplied with, and the adapters' columns; 2 FLOP each. Those of experts
+    count as many as take their time."""
     s = job.sizes
-    return s.matrix_bytes / s.element_bytes - (s.mixture.weights - s.mixture.active_weights if s.mixture else 0)
+    of_experts = s.mixture.active_weights / GROUPED_SHARE - s.mixture.weights if s.mixture else 0
+    return s.matrix_bytes / s.element_bytes + of_experts
 
 
 def attention_flops(job: Job) -> float:
@@ -80,9 +94,18 @@ def attention_flops(job: Job) -> float:
 def elementwise(job: Job, c: Candidate, times: int) -> float:
     """Norms, rotation, SwiGLU and residuals read or write the block's activations `times` times."""
     s = job.sizes
-    width = (3 + s.norms_behind) * s.hidden + s.qkv + s.query + s.gate_up
+    width = (3 + s.norms_behind) * s.hidden + s.qkv + s.query + (0 if s.mixture else s.gate_up)
     width = times * width + HEAD_NORM_PASSES * s.normed_qk
     return s.element_bytes * width * c.mean_tokens / job.gpu.bandwidth
+
+
+def experts(job: Job, c: Candidate, rows: tuple[int, int], adapters: float) -> float:
+    """What a mixture reads and writes between its products: gates and sums of its rows, adapters and gradients."""
+    s = job.sizes
+    if s.mixture is None:
+        return 0.0
+    elements = s.mixture.num_chosen * (rows[0] * s.intermediate + rows[1] * s.hidden)
+    return (c.mean_tokens * s.element_bytes * elements + adapters * s.mixture.gradient_bytes) / job.gpu.bandwidth
 
 
 def dequantisation(job: Job, c: Candidate) -> float:
@@ -94,7 +117,8 @@ def dequantisation(job: Job, c: Candidate) -> float:
 def forward(job: Job, c: Candidate) -> float:
     """A block's forward pass on the GPU: 2 FLOP a weight and token."""
     computing = products(job, c, 2 * num_weights(job) + attention_flops(job))
-    moving = elementwise(job, c, ELEMENTWISE_FORWARD) + dequantisation(job, c) + linear_rule(job, c, LINEAR_FORWARD)
+    moving = elementwise(job, c, ELEMENTWISE_FORWARD) + dequantisation(job, c)
+    moving += experts(job, c, ROWS_FORWARD, ADAPTERS_FORWARD) + linear_rule(job, c, LINEAR_FORWARD)
     return computing + moving + SMALL_KERNEL_SECONDS
 
 
@@ -105,7 +129,8 @@ def backward(job: Job, c: Candidate) -> float:
     """
     s = job.sizes
     computing = products(job, c, 2 * num_weights(job) + 2.5 * attention_flops(job))
-    moving = elementwise(job, c, ELEMENTWISE_BACKWARD) + dequantisation(job, c) + linear_rule(job, c, LINEAR_BACKWARD)
+    moving = elementwise(job, c, ELEMENTWISE_BACKWARD) + dequantisation(job, c)
+    moving += experts(job, c, ROWS_BACKWARD, ADAPTERS_BACKWARD) + linear_rule(job, c, LINEAR_BACKWARD)
     seconds = computing + moving + SMALL_KERNEL_SECONDS
     if c.is_tiled:
         seconds += c.num_kept / s.num_blocks * products(job, c, 2 * s.hidden * s.gate_up)
@@ -115,19 +140,23 @@ def backward(job: Job, c: Candidate) -> float:
 def recomputation(job: Job, c: Candidate) -> float:
     """A block's second forward pass; without down_proj (H F weights), unless a norm behind it reads its output."""
     s = job.sizes
-    weights = num_weights(job) - (0 if s.norms_behind else s.hidden * s.intermediate)
-    moving = elementwise(job, c, ELEMENTWISE_FORWARD) + linear_rule(job, c, LINEAR_FORWARD)
-    return products(job, c, 2 * weights + attention_flops(job)) + moving
+    skipped = 0 if s.norms_behind else s.hidden * s.intermediate
+    if s.mixture:
+        skipped *= s.mixture.num_chosen / GROUPED_SHARE
+    computing = products(job, c, 2 * (num_weights(job) - skipped) + attention_flops(job))
+    return computing + elementwise(job, c, ELEMENTWISE_FORWARD) + linear_rule(job, c, LINEAR_FORWARD)
 
 
-def forward_launches(c: Candidate) -> float:
+def forward_launches(job: Job, c: Candidate) -> float:
     """The host launches a block's kernels, unless a graph replays them."""
-    return 0.0 if c.uses_graphs else LAUNCH_FORWARD
+    return 0.0 if c.uses_graphs else LAUNCH_FORWARD * (LAUNCH_MIXTURE if job.sizes.mixture else 1)
 
 
 def backward_launches(job: Job, c: Candidate) -> float:
     """The same backward, with the kernels of blocks that are recomputed."""
-    return 0.0 if c.uses_graphs else LAUNCH_BACKWARD + LAUNCH_FORWARD * recomputed_share(job, c)
+    if c.uses_graphs:
+        return 0.0
+    return forward_launches(job, c) * (LAUNCH_BACKWARD / LAUNCH_FORWARD + recomputed_share(job, c))
 
 
 def weights_bus(job: Job, c: Candidate) -> float:

@@ -25,6 +25,10 @@ def with_adapters(base: PreTrainedModel, config: Config, is_sketch: bool = False
     """
     # newer transformers rename gradient checkpointing; PEFT uses the old name too, and 5.17 knows no other
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+    # PEFT looks for the experts' parameters among modules, says this, and gives them the rank all the same
+    warnings.filterwarnings(
+        "ignore", message="The following (rank|alpha)_pattern keys did not", category=RuntimeWarning
+    )
     targets, tokens = resolve_targets(base, config.lora.target_modules), trained_tokens(config)
     whole = whole_layers(base, config.lora.modules_to_save)
     if tokens.ids:

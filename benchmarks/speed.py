@@ -89,7 +89,7 @@ def measure(work: Workload, systems: list[str], words: list[str], folder: Path) 
         reference = reference or result["losses"]
         last = min(len(reference), len(result["losses"]), work.peer_steps) - 1
         one, other = reference[last], result["losses"][last]
-        if abs(one - other) > 0.02 * one:
+        if not abs(one - other) <= 0.02 * one:  # also NaN
             raise ValueError(f"step {last + 1}: the loss of {run.system} is {other:.4f}, ours {one:.4f}")
         pairs = list(zip(result["tokens"], result["seconds"], strict=True))[warmup:]
         yield {

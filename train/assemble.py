@@ -17,7 +17,9 @@ from train.learning_rate import Schedule
 from train.memory.outlook import Outlook
 from train.memory.reference import MOST_TOKENS, Passes, ReferencePlan, configured_plan
 from train.memory.search import MARGIN
+from train.models.adapted_linear import use_own_products
 from train.models.agreement import check_agreement
+from train.models.graph_trial import take_graphs
 from train.models.isolation import check_packing, isolate
 from train.models.language_model import LanguageModel, load_model, start_from
 from train.models.liger import use_liger
@@ -96,7 +98,7 @@ def _reference_plan(model: LanguageModel, config: Config, outlook: Outlook, ids:
     """
     plan, saved = configured_plan(outlook.num_blocks, config.memory), outlook.saved
     is_cpu = model.causal_lm.device.type == "cpu"
-    kernels = "" if is_cpu else use_liger(model, config.engine.liger, ids)
+    kernels = [] if is_cpu else [use_own_products(model, ids), use_liger(model, config.engine.liger, ids)]
     padded, name = "", config.model.name_or_path
     if config.data.packing:
         check_packing(model, name, ids)
@@ -112,7 +114,7 @@ def _reference_plan(model: LanguageModel, config: Config, outlook: Outlook, ids:
     rows = (
         f"padded rows: {padded}" if padded else f"rows without padding; samples are isolated by {attention} attention"
     )
-    plan = replace(plan, layout="padded" if padded else "unpadded", choices=tuple(filter(None, [rows, kernels])))
+    plan = replace(plan, layout="padded" if padded else "unpadded", choices=tuple(filter(None, [rows, *kernels])))
     return _passes(plan, outlook).on_cpu() if is_cpu else plan
 
 
@@ -179,11 +181,23 @@ def _fastest_reference_plan(training: Training, plan: ReferencePlan, outlook: Ou
     if found is None:
         raise _out_of_memory(outlook, sizes[-1])
     training.model.execute(found)
+    with torch.random.fork_rng(devices=devices):
+        graphs = _graphs(training, found, limit)
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # what was tried and left is no peak of the run
     tokens = f", of {found.micro_batch_tokens:,} tokens at most" if found.micro_batch_tokens else ""
     kept = "kept" if found.num_kept else "recomputed"
-    return replace(found, choices=(*found.choices, f"activations {kept}, micro-batches{tokens}, by trial"))
+    tried = f"activations {kept}, micro-batches{tokens}, by trial"
+    return replace(found, choices=tuple(filter(None, [*found.choices, tried, graphs])))
+
+
+def _graphs(training: Training, plan: ReferencePlan, limit: float) -> str:
+    """What a trial of CUDA graphs found, and has put in place; nothing where they are not possible."""
+    is_frozen = training.config.train.method != "full"  # autocast casts trained weights once for several passes
+    can = training.data.is_packed(plan) and plan.num_kept and is_frozen and not training.model.reference.rotaries
+    if training.accelerator.device.type != "cuda" or not can or training.config.run.deterministic:
+        return ""
+    return take_graphs(training.model, longest_micro_batch(training, plan).to(training.accelerator.device), limit)
 
 
 def _gpu_limit(training: Training) -> float:

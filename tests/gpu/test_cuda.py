@@ -14,7 +14,7 @@ from tests.conftest import BUNDLED_BASE, arguments, losses, run_command, trainin
 from tests.injections import Fault
 from train.collate import collate_packed
 from train.config import CheckpointConfig, Config, EngineConfig
-from train.engine.attention import varlen_attention
+from train.engine.attention import announce, varlen_attention
 from train.optim import load_optimizer_state, optimizer_state
 from train.step import Training, optimizer_step
 
@@ -113,7 +113,8 @@ def test_varlen_attention_against_fp32(heads: tuple[int, int], reach: int | None
     scores = (exact[0] @ key.transpose(2, 3) * 0.2).masked_fill(~seen, float("-inf"))
     wanted = (scores.softmax(-1) @ value).transpose(1, 2)
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cuda")
-    options = {"cu_seq_lens_q": cu_seqlens, "max_length_q": max(lengths), "scaling": 0.2, "sliding_window": reach}
+    announce(replace(collate_packed([{"input_ids": [0], "trained": [True]}]), cu_seqlens=cu_seqlens, max_length=64))
+    options = {"scaling": 0.2, "sliding_window": reach}
     found, _ = varlen_attention(torch.nn.Module(), short[0], short[1], short[2], None, **options)
     upstream = torch.randn_like(wanted)
     wanted.backward(upstream)

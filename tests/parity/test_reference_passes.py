@@ -11,8 +11,11 @@ from accelerate import Accelerator
 
 from tests.conftest import training_of
 from tests.unit.models.test_agreement import SIZES, SPARSE, for_all_linear, write
+from train.collate import collate_packed
 from train.config import Config
+from train.engine import attention
 from train.memory.reference import ReferencePlan
+from train.models import isolation
 from train.step import Training, optimizer_step
 
 EXPERTS: dict[str, Any] = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -57,6 +60,26 @@ def test_merged_passes_compute_what_configured_ones_do(name: str, config: Config
     assert loss == pytest.approx(wanted, rel=2e-5)
     assert float((gradient - wanted_gradient).norm() / wanted_gradient.norm()) < 2e-4
     assert float(wanted_gradient.norm()) > 1e-3
+
+
+def test_boundaries_reach_layers_that_do_not_hand_them_on(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """StableLM's layers drop what the decoder is called with; varlen attention isolates its samples all the same.
+
+    The kernel, which a CPU does not have, is replaced by an SDPA call for each sample.
+    """
+
+    def by_samples(states: Any, cu_seqlens: torch.Tensor, max_length: int, reach: int, scale: float) -> torch.Tensor:
+        batch = replace(collate_packed([{"input_ids": [0], "trained": [True]}]), cu_seqlens=cu_seqlens)
+        return attention.PackedAttention(replace(batch, max_length=max_length), None, scale)(*states)
+
+    monkeypatch.setattr(attention, "_varlen", by_samples)
+    monkeypatch.setattr(isolation, "has_flash", lambda *_: True)
+    config = for_all_linear(config, write(tmp_path / "base", ISOLATED["stablelm"]()))
+    training = training_of(replace(config, batch=replace(config.batch, merge="auto")), Accelerator(cpu=True))
+    assert training.model.causal_lm.config._attn_implementation == "varlen"
+    assert "varlen attention" in " ".join(getattr(training.plan, "choices", ()))
 
 
 def test_a_cpu_s_short_steps_stay_padded(config: Config) -> None:

@@ -183,7 +183,7 @@ def test_a_trial_leaves_no_trace(config: Config, monkeypatch: pytest.MonkeyPatch
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(values, training.flat.leaves, strict=True))
     assert not any(leaf.grad is not None and leaf.grad.any() for leaf in training.flat.leaves)
-    assert not training.model.recomputes
+    assert not training.model.reference.recomputes
     assert any("by trial" in line for line in vars(found.plan)["choices"])
 
 

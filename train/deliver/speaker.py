@@ -147,6 +147,6 @@ class Speaker:
         Windows and recurrent states are such kinds, and rotary frequencies that depend on the text's length.
         """
         self._forget()
-        is_plain = all(type(layer) is DynamicLayer for layer in cache.layers) and not self.model.rotaries
+        is_plain = all(type(layer) is DynamicLayer for layer in cache.layers) and not self.model.reference.rotaries
         if ids is not None and is_plain and cache.get_seq_length() == len(ids) - 1:  # the last token was not read
             self.cache, self.cached, self.cached_with_adapters = cache, ids[:-1], with_adapters

@@ -6,6 +6,7 @@ the boundaries (`cu_seqlens`) instead, and takes grouped key/value heads as they
 
 import inspect
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, cast
@@ -32,6 +33,25 @@ def has_flash(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cuda" and dtype != torch.float32 and devices.capability(device) >= devices.FLASH
 
 
+@dataclass
+class _Announced:
+    """The sequence boundaries of the pass that runs; none where its rows are padded."""
+
+    cu_seqlens: torch.Tensor | None = None
+    max_length: int = 0
+
+
+_announced = _Announced()
+
+
+def announce(batch: MicroBatch) -> None:
+    """Tells varlen_attention the boundaries of the forward pass that follows, and of what it recomputes backward.
+
+    Not every family hands on what its decoder is called with: StableLM's layers do not.
+    """
+    _announced.cu_seqlens, _announced.max_length = batch.cu_seqlens, batch.max_length
+
+
 def varlen_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -42,18 +62,17 @@ def varlen_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each sample; query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D].
 
-    `options` holds the sequence boundaries as LanguageModel passes them, cu_seq_lens_q (int32 [S + 1]) and
-    max_length_q, and what the model's own attention passes (scaling, sliding_window). Rows that are not packed go to
+    `options` holds what the model's own attention passes (scaling, sliding_window). Rows that are not packed go to
     SDPA. Raises ValueError where the model's attention has dropout.
     """
-    cu_seqlens = options.get("cu_seq_lens_q")
+    cu_seqlens = _announced.cu_seqlens
     if cu_seqlens is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if options.get("dropout"):
         raise ValueError("the base's attention_dropout is not 0, and attention over packed rows has no dropout")
     flat = [states[0].transpose(0, 1) for states in (query, key, value)]  # [T, H, D], [T, G, D]
     reach = reach_of(options.get("sliding_window"))
-    return _varlen(flat, cu_seqlens, options["max_length_q"], reach, options.get("scaling"))[None], None
+    return _varlen(flat, cu_seqlens, _announced.max_length, reach, options.get("scaling"))[None], None
 
 
 def reach_of(sliding_window: int | None) -> int:

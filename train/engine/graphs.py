@@ -27,17 +27,20 @@ AttendFor = Callable[[MicroBatch], Mapping[int | None, Attend]]
 Shape = tuple[int, int]  # tokens, and entries of cu_seqlens
 
 
-def pad(batch: MicroBatch) -> MicroBatch:
-    """The packed micro-batch with a multiple of plan.GRAPH_STEP tokens and of eight entries in cu_seqlens.
+def padded_shape(batch: MicroBatch) -> Shape:
+    """Of the packed micro-batch with a multiple of plan.GRAPH_STEP tokens and of eight entries in cu_seqlens."""
+    assert batch.cu_seqlens is not None
+    return padded(batch.input_ids.shape[1]), -(-(len(batch.cu_seqlens) + 1) // 8) * 8
+
+
+def pad(batch: MicroBatch, shape: Shape | None = None) -> MicroBatch:
+    """The packed micro-batch in `shape`, or in `padded_shape` where it is None.
 
     `max_length` becomes the length of the whole row. The first sample that is added has all the padding, the others
     have no tokens; nothing in them is a target.
     """
-    cu_seqlens = batch.cu_seqlens
-    assert cu_seqlens is not None
+    width, num_boundaries = shape or padded_shape(batch)
     num_tokens = batch.input_ids.shape[1]
-    width = padded(num_tokens)
-    num_boundaries = -(-(len(cu_seqlens) + 1) // 8) * 8
     wide = replace(
         batch,
         input_ids=F.pad(batch.input_ids, (0, width - num_tokens)),
@@ -194,15 +197,7 @@ class Graphs:
             self._capture_largest(largest, context, batch)
 
     def _room(self) -> int:
-        """Bytes left for captures.
-
-        Asked for before each capture: one that runs out of memory leaves torch's allocator in disorder.
-        """
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # the pool needs now what eager passes have used
-        free, total = torch.cuda.mem_get_info()
-        cap = int(total * torch.cuda.get_per_process_memory_fraction())
-        return min(free, cap - torch.cuda.memory_reserved())
+        return room()
 
     def _capture(self, shape: Shape, context: ForwardContext, batch: MicroBatch) -> CapturedGraph:
         """Both passes. What the first saves for the second stays in the pool, which all graphs share.
@@ -233,7 +228,7 @@ class Graphs:
                 static.hidden.copy_(grad_hidden)  # nothing reads the input any more
 
         store.invalidate_adapters()
-        with torch.no_grad(), _no_collection():
+        with torch.no_grad(), no_collection():
             self._record(forward, run_forward)
             self._record(backward, run_backward)
         store.forget_shared()  # nothing of it has run yet
@@ -243,6 +238,15 @@ class Graphs:
         """Captures what `work` launches; it is not run."""
         with torch.cuda.graph(graph, pool=self.pool):
             work()
+
+
+def room() -> int:
+    """Bytes left for captures; asked for first: one that runs out of memory leaves torch's allocator in disorder."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # the pool needs now what eager passes have used
+    free, total = torch.cuda.mem_get_info()
+    cap = int(total * torch.cuda.get_per_process_memory_fraction())
+    return min(free, cap - torch.cuda.memory_reserved())
 
 
 class _Replay(torch.autograd.Function):
@@ -270,7 +274,7 @@ class _Replay(torch.autograd.Function):
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """No garbage is collected during a capture: freeing what holds CUDA objects would end it."""
     gc.collect()
     gc.disable()

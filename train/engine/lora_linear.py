@@ -19,6 +19,7 @@ import torch
 from train.engine.linears import Linear, Projection
 from train.engine.operations import Dropout, dropout, kernels_for
 
+FROZEN_LINEARS = (torch.nn.Linear, bnb.nn.Linear4bit)
 PADDING = 64  # adapters' columns fill a multiple: rows stay aligned to 128 bytes, products are 1 to 4 % faster
 Matrices = list[torch.Tensor]  # M of each group, in the order of a block's, or of a half's, groups
 
@@ -146,7 +147,7 @@ class LoraGroup:
         """dA [r, K] and dB [n, r] of each adapter in the order of `parameters`, fp32, after input_gradient."""
         grad_y, grad_low_rank = grad_out[:, : self.num_outputs], grad_out[:, self.num_outputs :]
         # without dropout the adapters read the same input: one product, which reads it once
-        together = _wide_mm(grad_low_rank.T, x) if drop is None and self.padded_rank else x
+        together = wide_mm(grad_low_rank.T, x) if drop is None and self.padded_rank else x
         gradients = []
         for number, (rows, columns, scale) in enumerate(zip(self.rows, self.columns, self.scales, strict=True)):
             if columns is not None:
@@ -154,8 +155,8 @@ class LoraGroup:
                 if drop is not None:
                     read = torch.empty(x.shape, dtype=x.dtype, device=x.device)
                     dropout(x, read, drop, number)
-                    grad_a = _wide_mm(grad_low_rank[:, columns].T, read)
-                gradients += [grad_a, _wide_mm(grad_y[:, rows].T, low_rank[:, columns]).mul_(scale)]
+                    grad_a = wide_mm(grad_low_rank[:, columns].T, read)
+                gradients += [grad_a, wide_mm(grad_y[:, rows].T, low_rank[:, columns]).mul_(scale)]
         return gradients
 
 
@@ -167,11 +168,20 @@ def _stacked_bias(bases: Sequence[Linear]) -> torch.Tensor | None:
     return torch.cat([like.new_zeros(base.out_features) if base.bias is None else base.bias for base in bases])
 
 
-def _wide_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def wide_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b in fp32: a sum over all tokens is not rounded to 16 bits before micro-batches are added."""
     if a.device.type == "cuda" and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
+
+
+def frozen_matrix(base: Linear, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [N, K] of one of FROZEN_LINEARS in the compute type: itself, or what its NF4 stands for."""
+    if not isinstance(base.weight, bnb.nn.Params4bit):
+        return base.weight
+    out = torch.empty(base.out_features, base.in_features, dtype=dtype, device=base.weight.device)
+    dequantize(base.weight, out)
+    return out
 
 
 def dequantize(weight: torch.Tensor, out: torch.Tensor) -> None:

@@ -58,7 +58,7 @@ def check_agreement(model: LanguageModel, name: str, ids: Sequence[int]) -> None
             seen = _by_transformers(model, batch)
             _check_causal(model, name, batch, seen)
             if model.engine is None:  # some bases ask for more in training
-                model.reference_hidden(alone(batch))
+                model.reference.eager(alone(batch))
         except torch.OutOfMemoryError:
             raise
         except BROKEN as error:
@@ -84,7 +84,7 @@ def _by_transformers(model: LanguageModel, batch: MicroBatch) -> _Seen:
                 hooks.append(layer.router.register_forward_hook(lambda _, __, out: seen.routed.append(out)))
     try:
         with model.generating():
-            seen.hidden = model.reference_hidden(alone(batch))
+            seen.hidden = model.reference.eager(alone(batch))
             for hook in hooks:  # once is enough
                 hook.remove()
             logits = model.causal_lm(input_ids=batch.input_ids, use_cache=False).logits
@@ -107,7 +107,7 @@ def _check_causal(model: LanguageModel, name: str, batch: MicroBatch, seen: _See
     other = batch.input_ids.clone()
     other[:, half:] = other[:, half:].flip(1) * 7919 % model.head.weight.shape[0]
     with model.generating():
-        hidden = model.reference_hidden(replace(alone(batch), input_ids=other))
+        hidden = model.reference.eager(replace(alone(batch), input_ids=other))
     difference = relative(hidden[:half].float(), seen.hidden[:half].float())
     is_int8 = "LLM.int8" in model.about.held.quantized
     if difference > (INT8_TOLERANCE if is_int8 else CAUSAL_TOLERANCE[model.compute_dtype]):

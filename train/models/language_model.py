@@ -1,8 +1,8 @@
 """Base and adapters as one module, and the loss it computes; base.py loads the base."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -27,11 +27,12 @@ from train.models.base import load_base, skeleton
 from train.models.held_weights import check_experts, held_weights
 from train.models.hub import locate
 from train.models.initial_adapter import initial_note, initial_tensors
-from train.models.rotary import SampleRotary, isolate_rotary
+from train.models.reference_decoder import ReferenceDecoder
+from train.models.rotary import isolate_rotary
 from train.models.shape import text_shape
 from train.models.text_part import names_of
 from train.models.vocabulary import trains_embedding
-from train.models.whole import WHOLE, WholeModel, computing_in, train_whole, trained_weights
+from train.models.whole import WHOLE, WholeModel, train_whole, trained_weights
 from train.run.devices import compute_type
 from train.run.exits import ExitCode, ExitWith
 from train.seeds import derived_seed
@@ -53,9 +54,8 @@ class LanguageModel(torch.nn.Module):
         self.host = host
         self.about = about
         self.engine: FusedDecoder | None = None  # None: the reference path runs everything
-        self.recomputes = False  # the reference path, all blocks
         self.head = head_of(self.causal_lm, compute)
-        self.rotaries = [module for module in adapted.modules() if isinstance(module, SampleRotary)]
+        self.reference = ReferenceDecoder(adapted, compute)
 
     @property
     def causal_lm(self) -> CausalLM:
@@ -68,10 +68,10 @@ class LanguageModel(torch.nn.Module):
         Packed batches run on the engine where there is one, padded ones on the reference path.
         """
         if self.engine and batch.cu_seqlens is not None:
-            self._tell_lengths(batch.lengths)
+            self.reference.tell_lengths(batch.lengths)
             hidden = self.engine(batch)
         else:
-            hidden = self.reference_hidden(batch)
+            hidden = self.reference(batch)
         supervised = hidden.index_select(0, batch.target_rows).to(self.compute_dtype)  # [N, H]
         return summed_cross_entropy(supervised, self.head, batch.targets)
 
@@ -79,33 +79,6 @@ class LanguageModel(torch.nn.Module):
     def compute_dtype(self) -> torch.dtype:
         """The type of the head's product and, unless all is trained, of hidden states."""
         return self.head.weight.dtype
-
-    def _computing(self) -> AbstractContextManager[Any]:
-        """The compute type where fp32 weights are trained whole; a frozen base has it itself."""
-        is_whole = isinstance(self.adapted, WholeModel)
-        return computing_in(self.compute_dtype, self.causal_lm.device) if is_whole else nullcontext()
-
-    def _tell_lengths(self, lengths: Sequence[int]) -> None:
-        """Says how long the samples are, to rotary embeddings that depend on it."""
-        for rotary in self.rotaries:
-            rotary.lengths = lengths
-
-    def reference_hidden(self, batch: MicroBatch) -> torch.Tensor:
-        """Hidden states [B * T, H] by transformers and PEFT.
-
-        Packed samples are isolated at cu_seqlens by engine.attention; where that has no kernel, by transformers, where
-        position_ids start again (masking_utils.find_packed_sequence_indices). isolation.py tests that they are.
-        """
-        self._tell_lengths(batch.lengths)
-        with self._computing():
-            outputs = self.causal_lm.base_model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                cu_seq_lens_q=batch.cu_seqlens,
-                max_length_q=batch.max_length,
-            )
-        return outputs.last_hidden_state.flatten(0, 1)
 
     def execute(self, plan: Plan) -> None:
         """Sets up how micro-batches run: on the engine, or on transformers, whose blocks recompute all or nothing."""
@@ -118,13 +91,8 @@ class LanguageModel(torch.nn.Module):
             for number in plan.streamed:
                 self.host.offload(number, layers)
             self.engine = FusedDecoder(self.causal_lm, plan, self.host)
-        elif plan.num_kept < plan.num_blocks:
-            # use_reentrant=False: the frozen embedding's output needs no gradient
-            self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-            self.recomputes = True
-        elif self.recomputes:
-            self.adapted.get_base_model().gradient_checkpointing_disable()
-            self.recomputes = False
+        else:
+            self.reference.recompute(plan.num_kept < plan.num_blocks)
 
     @property
     def engine_name(self) -> str:
@@ -144,12 +112,13 @@ class LanguageModel(torch.nn.Module):
         transformers_model: Any = causal_lm
         kind, own_settings = causal_lm.config._attn_implementation, transformers_model.generation_config
         self.eval()
-        self._tell_lengths(())
+        self.reference.tell_lengths(())
+        self.reference.release()
         if kind == "varlen":  # which knows no padding
             causal_lm.set_attn_implementation("sdpa")
         transformers_model.generation_config = transformers.GenerationConfig()
         try:
-            with self.engine.lent() if self.engine else nullcontext(), self._computing():
+            with self.engine.lent() if self.engine else nullcontext(), self.reference.computing():
                 yield
         finally:
             causal_lm.set_attn_implementation(kind)

@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 
-from train.collate import collate_packed
-from train.models.agreement import MAX_TOKENS, alone, random_adapters, relative
+from train.models.agreement import random_adapters
 from train.models.language_model import LanguageModel
+from train.models.sample_check import SampleCheck
 from train.models.shape import BROKEN, told
 from train.run.versions import package_version
 
 PATCHES = "liger_kernel.transformers.monkey_patch"
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}  # of hidden states; twice it of gradients
 LOSSES = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
@@ -44,13 +43,13 @@ def use_liger(model: LanguageModel, wanted: str, ids: Sequence[int]) -> str:
     if kind not in known:
         return f"transformers' own kernels: liger-kernel does not know {kind}"
     with random_adapters(model):
-        before = _computed(model, ids)
+        check = SampleCheck(model, ids)
         found = _Before(causal_lm)
         options = LOSSES | ({"swiglu": False} if _has_experts(causal_lm) else {})
         try:
             patches._apply_liger_kernel_to_instance(model=causal_lm, **options)
             found.confine()
-            problem = _difference(model, before, _computed(model, ids))
+            problem = check.problem()
         except torch.OutOfMemoryError:
             raise
         except (*BROKEN, NotImplementedError) as error:
@@ -63,30 +62,6 @@ def use_liger(model: LanguageModel, wanted: str, ids: Sequence[int]) -> str:
 
 def _has_experts(causal_lm: Any) -> bool:
     return any(parameter.dim() == 3 for parameter in causal_lm.parameters())
-
-
-def _computed(model: LanguageModel, ids: Sequence[int]) -> list[torch.Tensor]:
-    """Hidden states of a sample, and all gradients of a fixed function of them, as two vectors."""
-    ids = list(ids)[:MAX_TOKENS]
-    batch = collate_packed([{"input_ids": ids, "trained": [True] * len(ids)}]).to(model.causal_lm.device)
-    trained = list(model.trainable().values())
-    model.eval()
-    try:
-        hidden = model.reference_hidden(alone(batch)).float()
-        weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden.device)
-        gradients = torch.autograd.grad((hidden * weights).sum(), trained, allow_unused=True)
-    finally:
-        model.train()
-    return [hidden.detach().flatten(), torch.cat([g.float().flatten() for g in gradients if g is not None])]
-
-
-def _difference(model: LanguageModel, theirs: list[torch.Tensor], found: list[torch.Tensor]) -> str:
-    tolerance = TOLERANCE[model.compute_dtype]
-    for what, share, one, other in zip(("hidden states", "gradients"), (1, 2), found, theirs, strict=True):
-        difference = relative(one, other)
-        if not difference <= share * tolerance:  # also NaN
-            return f"{what} differ by {difference:.1%}"
-    return ""
 
 
 class _Before:

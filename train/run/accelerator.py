@@ -59,6 +59,9 @@ def start_accelerator(config: Config) -> Accelerator:
         settings: Any = torch.utils.deterministic
         settings.fill_uninitialized_memory = False  # a debugging aid, which would write to every new tensor
     torch.set_float32_matmul_precision("highest")  # whatever TORCH_ALLOW_TF32_CUBLAS_OVERRIDE says
+    # With a mask its gradients are NaN: https://github.com/pytorch/pytorch/issues/196678. engine.attention asks for it
+    # where there is none
+    torch.backends.cuda.enable_cudnn_sdp(False)
     timeout = InitProcessGroupKwargs(timeout=timedelta(minutes=config.run.timeout_minutes))
     try:
         accelerator = Accelerator(cpu=config.run.device == "cpu", mixed_precision="no", kwargs_handlers=[timeout])

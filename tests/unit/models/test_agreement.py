@@ -112,7 +112,7 @@ def test_rotary_scaling_is_by_the_length_of_each_sample(kind: Any, config: Confi
     shape = T.LlamaConfig(**SIZES, rope_parameters=LONG)
     config = replace(on(config, write(tmp_path / "base", shape), "none"), engine=EngineConfig(kind=kind))
     model = training_of(config, Accelerator(cpu=True)).model.eval()
-    assert len(model.rotaries) == 1
+    assert len(model.reference.rotaries) == 1
     short, long = list(range(10, 22)), list(range(30, 75))
     alone = [sample_losses(model, [ids], is_packed=kind == "fused") for ids in (short, long)]
     plain: Any = T.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()

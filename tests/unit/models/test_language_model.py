@@ -11,7 +11,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import BUNDLED_BASE, tokenizer_at
+from train.collate import collate_packed
 from train.config import Config, MemoryConfig, ModelConfig
+from train.engine import attention
 from train.models.fingerprint import base_fingerprint
 from train.models.tokenizer import check_fits
 from train.run import accelerator as run_accelerator
@@ -43,6 +45,23 @@ def test_samples_must_fit_the_model(config: Config, shape: Path) -> None:
     tokenizer.add_tokens([f"<{i}>" for i in range(10)])
     with pytest.raises(ExitWith, match=r"the tokenizer has .* tokens and the model embeds"):
         check_fits(config, tokenizer)
+
+
+def test_masks_keep_away_from_cudnn(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SDPA does not take cuDNN by itself, whose masked gradients may be NaN, but where the engine asks for it."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    run_accelerator.start_accelerator(config)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    enabled: list[bool] = []
+    real = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        attention.F,
+        "scaled_dot_product_attention",
+        lambda *states, **options: enabled.append(torch.backends.cuda.cudnn_sdp_enabled()) or real(*states, **options),
+    )
+    batch = replace(collate_packed([{"input_ids": [0, 1], "trained": [True, True]}]), uniform_length=2)
+    attention.PackedAttention(batch, None, 1.0)._uniform(*(torch.ones(2, 1, 8) for _ in range(3)))
+    assert enabled == [True]
 
 
 def test_the_budget_is_set_for_the_current_device(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from train.config import Config
 from train.models import liger
 from train.models.language_model import LanguageModel
 from train.models.liger import restore_functions, use_liger
+from train.models.sample_check import computed
 
 IDS = list(range(5, 60))
 EXPERTS: dict[str, Any] = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -104,13 +105,13 @@ def test_kernels_that_do_not_agree_are_taken_back(
 ) -> None:
     """Model, file and class are as they were, to the bit of what is computed; the adapters start where they did."""
     before, values = state(model), [p.clone() for p in model.trainable().values()]
-    wanted = liger._computed(model, IDS)
+    wanted = computed(model, IDS)
     stand_in(monkeypatch, apply)
     note = use_liger(model, "auto", IDS)
     assert "taken back" in note
     assert reason in note
     assert state(model) == before
-    assert all(torch.equal(a, b) for a, b in zip(wanted, liger._computed(model, IDS), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(wanted, computed(model, IDS), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(values, model.trainable().values(), strict=True))
     assert model.training
 

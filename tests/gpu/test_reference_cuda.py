@@ -1,0 +1,81 @@
+"""The reference engine on a GPU: passes as CUDA graphs, and layers whose boundaries nobody hands on."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as T
+from accelerate import Accelerator
+
+from tests.conftest import training_of
+from tests.unit.models.test_agreement import SIZES, SPARSE, for_all_linear, write
+from train.config import Config
+from train.models.adapted_linear import restore_products, use_own_products
+from train.models.agreement import random_adapters
+from train.models.pass_graphs import PassGraphs
+from train.step import Training, optimizer_step
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; tests/parity covers eager passes"),
+]
+IDS = list(range(5, 60))
+SHAPES: dict[str, Any] = {
+    "gemma2": lambda: T.Gemma2Config(**SIZES, head_dim=16, sliding_window=16, attn_logit_softcapping=5.0),
+    "gpt_neox": lambda: T.GPTNeoXConfig(**SPARSE, hidden_dropout=0.0, attention_dropout=0.0),
+    "stablelm": lambda: T.StableLmConfig(**SIZES),
+}
+
+
+def build(config: Config, folder: Path, name: str, dropout: float = 0.0) -> Training:
+    config = for_all_linear(config, write(folder / "base", SHAPES[name]()))
+    config = replace(config, model=replace(config.model, dtype="bf16"), batch=replace(config.batch, merge="auto"))
+    config = replace(config, run=replace(config.run, device="cuda"), lora=replace(config.lora, dropout=dropout))
+    return training_of(config, Accelerator())
+
+
+def gradient(training: Training, step: int, seed: int = 0) -> torch.Tensor:
+    """Of all micro-batches of the step."""
+    training.flat.zero_grad()
+    torch.manual_seed(seed)
+    for batch in training.data.batch(step, training.plan).micro_batches:
+        training.model(batch.to(torch.device("cuda"))).backward()
+    return torch.cat([p.grad.flatten() for p in training.parameters.values() if p.grad is not None]).clone()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_graphs_give_peft_s_gradient(name: str, config: Config, tmp_path: Path) -> None:
+    """Steps of several lengths, captured and replayed: the gradient of PEFT's layers without graphs, every time."""
+    training = build(config, tmp_path, name)
+    assert training.plan.micro_batch_shape.layout == "unpadded"
+    model, steps = training.model, (0, 1, 2, 0, 1)
+    with random_adapters(model):
+        model.reference.graphs = None
+        restore_products(model)
+        wanted = {step: gradient(training, step) for step in set(steps)}
+        assert use_own_products(model, IDS).startswith("adapters: ")
+        model.reference.graphs = graphs = PassGraphs(model.reference.eager, list(training.parameters.values()))
+        for step in steps:
+            found = gradient(training, step)
+            assert (found - wanted[step]).norm() < 0.05 * wanted[step].norm()
+    assert graphs.graphs
+    assert optimizer_step(training, 0).grad_norm > 0
+
+
+def test_graphs_draw_dropout_anew(config: Config, tmp_path: Path) -> None:
+    """A replay draws the masks of the seed that was set before it, also the one behind its capture."""
+    training = build(config, tmp_path, "gpt_neox", dropout=0.5)
+    model = training.model
+    with random_adapters(model):
+        model.reference.graphs = PassGraphs(model.reference.eager, list(training.parameters.values()))
+        captured, again, other = (gradient(training, 0, seed) for seed in (5, 5, 6))
+    assert (captured - again).norm() < 0.02 * again.norm()
+    assert (other - again).norm() > 0.1 * again.norm()
+
+
+def test_boundaries_reach_layers_that_do_not_hand_them_on(config: Config, tmp_path: Path) -> None:
+    """StableLM's layers drop what the decoder is called with; its packed samples are isolated by varlen attention."""
+    training = build(config, tmp_path, "stablelm")
+    assert training.model.causal_lm.config._attn_implementation == "varlen"

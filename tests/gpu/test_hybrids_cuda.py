@@ -78,7 +78,7 @@ def packed(lengths: tuple[int, ...] = LENGTHS) -> MicroBatch:
 
 
 def test_bf16_gradients(code: tuple[Any, ...]) -> None:
-    """Of packed samples hardly further from fp32 than transformers' own bf16 of each alone; kept, recomputed, tiled."""
+    """Packed: within twice the noise of transformers' own bf16 of samples alone; kept, recomputed, tiled."""
     exact, half = models()
     batch, found = packed(), []
     upstream = torch.randn(sum(LENGTHS), SIZES["hidden_size"], device=GPU).bfloat16()
@@ -93,10 +93,10 @@ def test_bf16_gradients(code: tuple[Any, ...]) -> None:
         hidden.backward(upstream)
         ours = gradients_of(half)
         engine.release()
-        assert (hidden - wanted).norm() <= max(1.5 * (theirs - wanted).norm(), 0.02 * wanted.norm())
+        assert (hidden - wanted).norm() <= max(2 * (theirs - wanted).norm(), 0.02 * wanted.norm())
         whole = [torch.cat([each[name].flatten() for name in expected]) for each in (ours, noisy, expected)]
         off, allowed = ((each - whole[2]).norm() for each in whole[:2])
-        assert off <= max(1.5 * allowed, 0.02 * whole[2].norm())
+        assert off <= max(2 * allowed, 0.02 * whole[2].norm())
 
 
 def test_a_sample_does_not_see_the_one_before_it(code: tuple[Any, ...]) -> None:

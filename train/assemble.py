@@ -24,7 +24,7 @@ from train.models.isolation import check_packing, isolate
 from train.models.language_model import LanguageModel, load_model, start_from
 from train.models.liger import use_liger
 from train.optim import FlatParameters, build_optimizer, build_scaler, state_bytes
-from train.run.accelerator import free_gpu_bytes
+from train.run.accelerator import check_peers, free_gpu_bytes
 from train.run.devices import compute_type
 from train.run.exits import ExitCode, ExitWith
 from train.run.processes import any_process, say
@@ -46,7 +46,9 @@ def assemble(
     device = accelerator.device
     budget = free_gpu_bytes(config, accelerator)
     rows = replace(data.length_statistics(), longest_validation=longest_validation)
-    outlook = Outlook.of(config, device, rows, budget, saved)
+    if config.memory.shard:
+        check_peers(accelerator)
+    outlook = Outlook.of(config, device, rows, budget, saved, accelerator.num_processes)
     plan = outlook.first_plan()
     outlook.check_host(plan)
     model = load_model(config, device, plan)

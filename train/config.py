@@ -185,6 +185,9 @@ class MemoryConfig:
     budget: str = ""
     """Hard cap on the device memory that the allocator may take, such as 4GiB; empty is all that is free. What is kept,
     recomputed, streamed and split follows from it (handloop plan)."""
+    shard: bool = False
+    """Each GPU of the machine holds an equal part of the packed weights and reads the others' when it needs them: for a
+    base that is too large for one. All have the same adapters and optimizer. The fused engine only."""
     offload: Literal["auto", "none", "stream"] = "auto"
     """Decoder blocks whose weights are streamed from host memory: as many as memory needs, none, or all. The fused
     engine only."""

@@ -60,8 +60,8 @@ def test_streamed_steps_have_the_resident_bits(
             plan = replace(plan, streamed=tuple(numbers), offloads_inputs=offloads_inputs)
         training.model.execute(plan)
         if is_streamed:
-            assert training.model.host.numbers == list(numbers)
-            assert all(buffer.is_pinned() for buffer in training.model.host.buffers.values())
+            assert training.model.away.host.numbers == list(numbers)
+            assert all(buffer.is_pinned() for buffer in training.model.away.host.buffers.values())
         losses = [optimizer_step(training, step).loss for step in range(12)]
         found.append((losses, [p.detach().clone() for p in training.parameters.values()]))
     assert found[0][0] == found[1][0]

@@ -1,5 +1,6 @@
 """Hybrids on the fused engine: blocks of two kinds in one model, and linear attention that ends with each sample."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -19,6 +20,7 @@ from train.engine.decoder import FusedDecoder
 from train.engine.delta_rule import PackedSamples
 from train.engine.families import decoder_layers
 from train.engine.host_stream import HostBlocks
+from train.engine.sharded_blocks import ShardedBlocks
 from train.engine.support import unsupported_reason
 
 SHAPE = T.Qwen3_5TextConfig(**SIZES, **DELTA, initializer_range=0.1, layer_types=LINEAR)
@@ -123,6 +125,31 @@ def test_streamed_blocks_of_two_kinds(adapted: Any, numbers: list[int]) -> None:
     found = passed(adapted, batch, host, streamed=tuple(numbers))
     assert torch.equal(found[0], wanted[0])
     assert all(torch.equal(found[1][name], wanted[1][name]) for name in wanted[1])
+
+
+def test_shared_out_blocks_of_two_kinds(adapted: Any) -> None:
+    """Each of two processes holds a part of blocks of both kinds: the same bits as of resident ones, in both."""
+    memory: dict[int, list[torch.Tensor]] = {}
+
+    def arenas(num_bytes: int) -> list[torch.Tensor]:
+        return memory.setdefault(num_bytes, [torch.zeros(num_bytes, dtype=torch.uint8) for _ in range(2)])
+
+    batch = packed()
+    wanted = passed(adapted, batch)
+    models = [copy.deepcopy(adapted) for _ in range(2)]
+    holders = [ShardedBlocks([1, 2], rank, 2, arenas) for rank in range(2)]
+    for model, shards in zip(models, holders, strict=True):
+        layers = decoder_layers(model.get_base_model())
+        for number in range(3):
+            shards.offload(number, layers)
+        assert len(shards.layouts) == 2
+    for model, shards in zip(models, holders, strict=True):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        found = passed(model, batch, shards)
+        assert torch.equal(found[0], wanted[0])
+        assert all(torch.equal(found[1][name], wanted[1][name]) for name in wanted[1])
 
 
 def test_dropout_draws_its_masks_again() -> None:

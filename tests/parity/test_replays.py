@@ -52,7 +52,7 @@ class Captured:
         self.causal_lm: Any = adapted.get_base_model()
         blocks = FusedDecoder(self.causal_lm, plan, self.host).stack.blocks
         layers, like = decoder_layers(self.causal_lm), self.causal_lm.base_model.norm.weight
-        self.source = packed_source(layers, self.host, like.device, lambda: self.tape)
+        self.source = packed_source(layers, [self.host], like.device, lambda: self.tape)
         self.store = WeightStore(blocks, 0, like, self.source)
         self.store._fill_base = self.fill  # type: ignore[method-assign]
         self.layers = layers

@@ -108,7 +108,7 @@ def test_questions_are_asked_again_where_memory_ends_within_a_pass(
     monkeypatch.setattr(mlp, "forward", failing)
     assert compare(Generator(training.model, tokenizer, [0], 6), asked, lambda: False) == wanted
     for number, layer in enumerate(decoder_layers(causal_lm)):
-        for linear, weight in zip(layer.linears, training.model.host.weights[number], strict=True):
+        for linear, weight in zip(layer.linears, training.model.away.host.weights[number], strict=True):
             assert linear.weight is weight
 
 
@@ -128,5 +128,5 @@ def test_an_answer_that_fails_leaves_the_host_its_weights(config: Config, monkey
     for number, layer in enumerate(layers):
         assert not layer.module._forward_pre_hooks
         assert not layer.module._forward_hooks
-        for linear, weight in zip(layer.linears, training.model.host.weights[number], strict=True):
+        for linear, weight in zip(layer.linears, training.model.away.host.weights[number], strict=True):
             assert linear.weight is weight

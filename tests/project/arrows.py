@@ -265,6 +265,14 @@ ALLOWED_MODULES = {
         "train.engine.families",
         "train.engine.layers",
     },
+    "train.engine.peer_memory": set(),
+    "train.engine.sharded_blocks": {
+        "train.engine.host_stream",
+        "train.engine.layers",
+        "train.engine.packed_weights",
+        "train.engine.peer_memory",
+        "train.engine.plan",
+    },
     "train.engine.block": {
         "train.engine.context",
         "train.engine.layers",
@@ -333,6 +341,7 @@ ALLOWED_MODULES = {
         "train.engine.copies",
         "train.engine.delta_rule",
         "train.engine.plan",
+        "train.engine.sharded_blocks",
         "train.memory.candidate",
         "train.memory.kept",
         "train.memory.linear",

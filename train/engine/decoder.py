@@ -28,14 +28,14 @@ from train.engine.weight_store import WeightStore
 class FusedDecoder:
     """The decoder of `causal_lm` (with PEFT's adapters in it), run block by block by our own code."""
 
-    def __init__(self, causal_lm: CausalLM, plan: Plan, host: HostBlocks) -> None:
-        """Allocates slots and host buffers; matrices and graphs follow on demand. Blocks in `host` are streamed."""
+    def __init__(self, causal_lm: CausalLM, plan: Plan, *away: HostBlocks) -> None:
+        """Allocates slots and host buffers; matrices and graphs follow on demand. Blocks in `away` are streamed."""
         family = family_of(causal_lm)
         self.decoder = causal_lm.base_model
         self.layers, norm = family.decoder_layers(causal_lm), family.norm_of(self.decoder.norm)
         blocks = [Block(layer, number) for number, layer in enumerate(self.layers)]
         copies = partial(copies_for, norm.weight.device)
-        self.source = packed_source(self.layers, host, norm.weight.device, copies)
+        self.source = packed_source(self.layers, away, norm.weight.device, copies)
         store = WeightStore(blocks, plan.num_cached, norm.weight, self.source)
         inputs = DeviceInputs()
         if plan.offloads_inputs:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -15,6 +16,19 @@ from train.engine.packed_weights import PackedLayout, put
 from train.engine.plan import NUM_SLOTS
 
 Kind = tuple[tuple[int, int], ...]  # shapes of a block's linear layers; blocks of one kind have one layout
+
+
+class BlockHolder(Protocol):
+    """Takes the packed weights of decoder blocks as they are loaded."""
+
+    @property
+    def wanted(self) -> Sequence[int]:
+        """The blocks that it takes."""
+        ...
+
+    def offload(self, number: int, layers: Sequence[DecoderLayer]) -> None:
+        """Takes those of layer `number` of all decoder layers, if they are wanted and not here yet."""
+        ...
 
 
 class HostBlocks:
@@ -38,18 +52,30 @@ class HostBlocks:
         """Moves the weights of layer `number` of all decoder layers here, if they are wanted and not here yet."""
         if number not in self.wanted or number in self.weights:
             return
-        linears, kind = layers[number].linears, _kind(layers[number])
-        if kind not in self.layouts:
-            self.layouts[kind] = PackedLayout(linears)
-        layout = self.layouts[kind]
+        linears, kind, layout = layers[number].linears, _kind(layers[number]), self._layout_of(number, layers)
         if number not in self.buffers:
             missing = [each for each in self.wanted if each not in self.buffers and _kind(layers[each]) == kind]
             buffers = host_buffers([layout.num_bytes] * len(missing), self.pin)
             self.buffers |= dict(zip(missing, buffers, strict=True))
         layout.write(linears, self.buffers[number])
-        self.kinds[number] = kind
         self.weights[number] = layout.views(self.buffers[number])
         put(linears, self.weights[number])
+
+    def _layout_of(self, number: int, layers: Sequence[DecoderLayer]) -> PackedLayout:
+        """That of the block's kind, made of the first block of it."""
+        self.kinds[number] = kind = _kind(layers[number])
+        if kind not in self.layouts:
+            self.layouts[kind] = PackedLayout(layers[number].linears)
+        return self.layouts[kind]
+
+    def pieces(self, number: int) -> list[tuple[int, torch.Tensor]]:
+        """Where the bytes of a block are: for each piece its start in the block, and its memory."""
+        return [(0, self.buffers[number])]
+
+    def slot_buffers(self, count: int, device: torch.device) -> list[torch.Tensor]:
+        """Device memory for so many blocks of any kind at a time."""
+        size = max(layout.num_bytes for layout in self.layouts.values())
+        return [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(count)]
 
 
 def _kind(layer: DecoderLayer) -> Kind:
@@ -68,24 +94,30 @@ class Slot:
 
 
 class HostStream:
-    """The packed source (packed_source.py) of blocks in host memory: one copy a block, ahead of its use.
+    """The packed source (packed_source.py) of blocks that are elsewhere, copied to the device ahead of their use.
 
     The k-th of these blocks always uses slot k modulo NUM_SLOTS, so that a captured graph and its replays agree on it.
     A copy into a slot waits for the slot's last reader, the first copies of a pass for all work before it, and a slot's
     reader for the copy; nothing else waits.
     """
 
-    def __init__(self, host: HostBlocks, layers: Sequence[DecoderLayer], device: torch.device, copies: Copies) -> None:
-        """`layers` are all decoder layers; `host` holds one of them at least."""
+    def __init__(
+        self,
+        host: HostBlocks,
+        numbers: Sequence[int],
+        layers: Sequence[DecoderLayer],
+        device: torch.device,
+        copies: Copies,
+    ) -> None:
+        """`layers` are all decoder layers; of these `numbers`, at least one, come from `host`."""
         self.host = host
         self.layers = layers
         self.copies = copies
-        size = max(layout.num_bytes for layout in host.layouts.values())
-        buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(NUM_SLOTS)]
+        buffers = host.slot_buffers(NUM_SLOTS, device)
         self.slots = [
             Slot(buffer, {kind: layout.views(buffer) for kind, layout in host.layouts.items()}) for buffer in buffers
         ]
-        self.numbers = host.numbers
+        self.numbers = sorted(numbers)
         self.slot_of = {number: self.slots[k % len(self.slots)] for k, number in enumerate(self.numbers)}
         self.coming: deque[int] = deque()  # blocks that will be asked for, in order
 
@@ -160,8 +192,10 @@ class HostStream:
         for number in list(self.coming)[: len(self.slots)]:  # neighbours, so each has another slot
             slot = self.slot_of[number]
             if slot.block != number:
-                source = self.host.buffers[number]
-                slot.ready = self.copies.copy(slot.buffer[: source.numel()], source, slot.free)
+                slot.ready = slot.free
+                for start, piece in self.host.pieces(number):
+                    target = slot.buffer[start : start + len(piece)]
+                    slot.ready = self.copies.copy(target, piece, slot.ready)
                 slot.block = number
 
     def _wait_for(self, slot: Slot) -> None:

@@ -126,11 +126,16 @@ class MixedSource:
 
 
 def packed_source(
-    layers: Sequence[DecoderLayer], host: HostBlocks, device: torch.device, copies: Callable[[], Copies]
+    layers: Sequence[DecoderLayer], away: Sequence[HostBlocks], device: torch.device, copies: Callable[[], Copies]
 ) -> PackedSource:
-    """The source of all blocks: those that `host` holds are streamed to `device`, the others are resident there."""
+    """The source of all blocks: those that one of `away` holds, the first that does, are streamed to `device`, the
+    others are resident there."""
     resident = ResidentSource(layers)
-    if not host.numbers:
-        return resident
-    stream = HostStream(host, layers, device, copies())
-    return MixedSource([stream if number in host.weights else resident for number in range(len(layers))])
+    sources: list[PackedSource] = [resident] * len(layers)
+    for held in away:
+        numbers = [number for number in held.numbers if sources[number] is resident]
+        if numbers:
+            stream = HostStream(held, numbers, layers, device, copies())
+            for number in numbers:
+                sources[number] = stream
+    return MixedSource(sources) if any(source is not resident for source in sources) else resident

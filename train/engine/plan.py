@@ -25,6 +25,7 @@ class Plan:
     num_kept: int  # the last so many blocks keep their activations, the others recompute them
     num_cached: int = 0  # the first so many blocks keep their dequantised weights
     streamed: tuple[int, ...] = ()  # numbers of the blocks whose packed weights are streamed from pinned host memory
+    num_shards: int = 1  # processes that each hold a part of every block that is not streamed
     needs_host: bool = True  # nothing that leaves host memory alone fits
     offloads_inputs: bool = False  # the inputs of recomputed blocks wait in pinned host memory
     uses_graphs: bool = False  # training passes are captured as CUDA graphs and replayed
@@ -58,8 +59,9 @@ class Plan:
         if self.streamed:
             text += f"; {len(self.streamed)} blocks' weights are streamed from host memory"
             text += "" if self.needs_host else ", which is predicted to be faster (it would fit without)"
-        elif self.parts:
+        elif self.parts and self.num_shards == 1:
             text += "; all weights are on the GPU, nothing is streamed"
+        text += f"; each of {self.num_shards} GPUs holds a part of every other block" if self.num_shards > 1 else ""
         text += f"; {self.num_linear} have linear attention, so there are no CUDA graphs" if self.num_linear else ""
         text += "; block inputs are offloaded to host memory" if self.offloads_inputs else ""
         text += f"; MLPs run in tiles of {self.mlp_tile:,} tokens" if self.mlp_tile else ""

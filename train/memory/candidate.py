@@ -18,6 +18,7 @@ class Job:
     rows: LengthStatistics
     batch: BatchConfig
     gpu: Gpu
+    num_shards: int = 1  # processes that each hold a part of every block that is not streamed
 
     @property
     def has_flash(self) -> bool:

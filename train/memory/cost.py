@@ -9,6 +9,7 @@ everything that is kept for the backward pass is there; or a validation sample m
 from train.engine.copies import host_bytes as pinned_bytes
 from train.engine.delta_rule import CHUNK
 from train.engine.plan import NUM_SLOTS, padded, spread
+from train.engine.sharded_blocks import part_bytes
 from train.memory.candidate import Candidate, Job
 from train.memory.kept import gate_up_kept, gate_up_width, kept_of, mlp_rank, mlp_rows, routing_bytes
 from train.memory.linear import FP32_BYTES
@@ -22,15 +23,24 @@ INPUTS_IN_FLIGHT = 3  # block inputs on their way to the host or back, at most; 
 
 
 def packed_weights(job: Job, c: Candidate) -> int:
-    """Frozen weights of the blocks that are not streamed, as they are stored, and all norms."""
+    """Frozen weights of the blocks that are not streamed, as they are stored, or this process's part; and all norms."""
     num_blocks = job.sizes.num_blocks
+    if job.num_shards > 1:
+        return (num_blocks - c.num_streamed) * _part(job) + job.sizes.norm_bytes
     resident = job.sizes.packed(range(num_blocks)) - job.sizes.packed(spread(c.num_streamed, num_blocks))
     return resident + job.sizes.norm_bytes
 
 
 def streaming_slots(job: Job, c: Candidate) -> int:
-    """A slot holds the packed weights of one streamed block."""
-    return min(NUM_SLOTS, c.num_streamed) * job.sizes.largest_packed
+    """A slot holds the packed weights of one streamed block, or of one whose parts are read from all processes."""
+    shared_out = job.sizes.num_blocks - c.num_streamed if job.num_shards > 1 else 0
+    streamed = min(NUM_SLOTS, c.num_streamed) * job.sizes.largest_packed
+    return streamed + min(NUM_SLOTS, shared_out) * job.num_shards * _part(job)
+
+
+def _part(job: Job) -> int:
+    """What a process holds of a block's packed weights, as much of each block as of the largest."""
+    return part_bytes(job.sizes.largest_packed, job.num_shards)
 
 
 def dequantised_weights(job: Job, c: Candidate) -> int:

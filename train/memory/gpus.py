@@ -15,6 +15,8 @@ from data_tools.spelling import nearest
 from train.run import devices
 
 CONTEXT_BYTES = int(0.45 * 2**30)  # bytes of GPU memory that CUDA's context takes: 0.3 to 0.5 GiB
+LINK = 250e9  # bytes/s over NVLink from one GPU to another; the plan needs a hundredth of it
+NVLINK = ("H200", "H100", "A100-80", "A100-40")  # of the table's, as machines with several have them
 MEASURED_SHARE = 0.85  # of the best of five short measurements, as what a long run sustains
 
 
@@ -30,8 +32,14 @@ class Gpu:
     bandwidth: float  # bytes/s of GPU memory, reads and writes together
     bus: float  # bytes/s between pinned host memory and the GPU, in each direction
     peak_flops: float | None = None  # dense FLOP/s by datasheet, which MFU is a share of; None: unknown
+    has_nvlink: bool = False  # to the other GPUs of its machine
     has_graphs: bool = False  # training passes may run as CUDA graphs
     max_host_bytes: int = 2**62  # host memory that may be pinned
+
+    @property
+    def link(self) -> float:
+        """Bytes/s that it reads from other GPUs' memory."""
+        return LINK if self.has_nvlink else self.bus
 
     @property
     def usable_bytes(self) -> int:
@@ -61,6 +69,7 @@ def _gpu(
         bandwidth=bandwidth * 1e9,
         bus=bus * 1e9,
         peak_flops=peak_tflops * 1e12,
+        has_nvlink=name in NVLINK,
     )
 
 

@@ -74,11 +74,13 @@ class Outlook:
         rows: LengthStatistics,
         budget: int | None,
         saved: MicroBatchShape | None = None,
+        num_processes: int = 1,
     ) -> "Outlook":
-        """For a run on `device`."""
+        """For a run on `device`, one of so many of the machine's."""
         dtype = compute_type(config.model.dtype, device).dtype
         gpu = detect_gpu(device, dtype) if device.type == "cuda" else cpu_rates()
         outlook = cls._by(config, rows, gpu, sketched_sizes(config, device, dtype), budget)
+        outlook = outlook.on(num_processes)
         is_kept = saved is not None and (saved.layout == "fused") == (outlook.planner is not None)
         return replace(outlook, saved=saved if is_kept else None)  # the other engine's is none here
 
@@ -96,6 +98,21 @@ class Outlook:
             planner = Planner(Job(sizes, rows, config.batch, gpu), config.memory)
         reason, num_trained = sketched.reason, sketched.num_trained
         return cls(config, rows, planner, reason, budget, sketched.num_blocks, saved=None, num_trained=num_trained)
+
+    def on(self, num_processes: int) -> "Outlook":
+        """The same where the packed weights are shared out to so many processes, if memory.shard asks for it.
+
+        Raises ExitWith(BAD_INPUT) where they cannot be.
+        """
+        if not self.config.memory.shard:
+            return self
+        if self.planner is None:
+            raise ExitWith(ExitCode.BAD_INPUT, f"--memory.shard: only the fused engine shards, and {self.reason}")
+        if num_processes == 1:
+            reason = "one process has nobody to share weights with"
+            raise ExitWith(ExitCode.BAD_INPUT, f"--memory.shard: {reason}; start one a GPU (accelerate launch)")
+        job = replace(self.planner.job, num_shards=num_processes)
+        return replace(self, planner=replace(self.planner, job=job))
 
     @property
     def num_tokens(self) -> float:

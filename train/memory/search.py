@@ -154,6 +154,7 @@ def plan_of(job: Job, candidate: Candidate, has_limit: bool, needs_host: bool) -
         num_kept=candidate.num_kept,
         num_cached=candidate.num_cached,
         streamed=streamed,
+        num_shards=job.num_shards,
         needs_host=needs_host,
         offloads_inputs=candidate.offloads and candidate.num_kept < s.num_blocks,
         uses_graphs=candidate.uses_graphs,

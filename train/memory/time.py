@@ -33,11 +33,16 @@ STREAMING_SLOWDOWN, OFFLOADING_SLOWDOWN = 0.02, 0.01
 
 def step_seconds(job: Job, c: Candidate) -> float:
     """All micro-batches of a step: every block forward and backward, and the head."""
-    forward_seconds = max(forward(job, c), forward_launches(job, c), weights_bus(job, c), inputs_bus(job, c))
+    forward_seconds = max(
+        forward(job, c), forward_launches(job, c), weights_bus(job, c), inputs_bus(job, c), peers(job, c)
+    )
     recomputing = recomputed_share(job, c) * recomputation(job, c)
     # to the host and from it the bus moves at full rate each; weights and inputs that come back share one direction
     backward_seconds = max(
-        backward(job, c) + recomputing, backward_launches(job, c), weights_bus(job, c) + inputs_bus(job, c)
+        backward(job, c) + recomputing,
+        backward_launches(job, c),
+        weights_bus(job, c) + inputs_bus(job, c),
+        peers(job, c),
     )
     blocks = job.sizes.num_blocks * (forward_seconds + backward_seconds) * slowdown(job, c)
     return c.num_micro_batches * (blocks + head(job, c)) + update(job)
@@ -162,6 +167,12 @@ def backward_launches(job: Job, c: Candidate) -> float:
 def weights_bus(job: Job, c: Candidate) -> float:
     """Streamed weights come to the GPU, in either direction of the pass."""
     return streamed_share(job, c) * job.sizes.largest_packed / job.gpu.bus
+
+
+def peers(job: Job, c: Candidate) -> float:
+    """Parts of a block that other GPUs hold are read from them."""
+    share = (1 - streamed_share(job, c)) * (job.num_shards - 1) / job.num_shards
+    return share * job.sizes.largest_packed / job.gpu.link
 
 
 def inputs_bus(job: Job, c: Candidate) -> float:

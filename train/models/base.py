@@ -20,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from train.config import ModelConfig
 from train.engine.embedding import offload_embedding
 from train.engine.families import decoder_layers
-from train.engine.host_stream import HostBlocks
+from train.engine.host_stream import BlockHolder
 from train.engine.layers import as_causal_lm
 from train.engine.packed_weights import UnlikeBlocksError
 from train.models.completeness import (
@@ -51,7 +51,7 @@ Read = Callable[[str, torch.nn.Parameter], torch.Tensor]
 
 
 def load_base(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, host: HostBlocks, seed: int, embedding_on_host: bool
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, host: BlockHolder, seed: int, embedding_on_host: bool
 ) -> tuple[PreTrainedModel, list[str]]:
     """The base on `device`, except for the blocks that `host` wants, and notes on its files.
 
@@ -170,7 +170,7 @@ def _by_transformers(
 
 
 def _filled(
-    base: PreTrainedModel, read: Read, device: torch.device, host: HostBlocks, embedding_on_host: bool
+    base: PreTrainedModel, read: Read, device: torch.device, host: BlockHolder, embedding_on_host: bool
 ) -> PreTrainedModel:
     """The skeleton with weights, each quantised as it is read; a block is offloaded as soon as it is whole."""
     causal_lm = as_causal_lm(base)

@@ -15,10 +15,10 @@ from train.collate import MicroBatch
 from train.config import Config
 from train.engine.decoder import FusedDecoder
 from train.engine.families import decoder_layers
-from train.engine.host_stream import HostBlocks
 from train.engine.layers import CausalLM, Vocabulary, as_causal_lm
 from train.engine.linears import ADAPTER
 from train.engine.plan import Plan
+from train.engine.sharded_blocks import AwayBlocks
 from train.engine.support import unsupported_reason
 from train.loss import Head, summed_cross_entropy
 from train.models.about import BaseFacts, own_dropout
@@ -47,11 +47,11 @@ class LanguageModel(torch.nn.Module):
     """
 
     def __init__(
-        self, adapted: peft.PeftModel | WholeModel, host: HostBlocks, about: BaseFacts, compute: torch.dtype
+        self, adapted: peft.PeftModel | WholeModel, away: AwayBlocks, about: BaseFacts, compute: torch.dtype
     ) -> None:
         super().__init__()
         self.adapted: Any = adapted
-        self.host = host
+        self.away = away
         self.about = about
         self.engine: FusedDecoder | None = None  # None: the reference path runs everything
         self.head = head_of(self.causal_lm, compute)
@@ -87,10 +87,8 @@ class LanguageModel(torch.nn.Module):
             self.engine = None
         if plan.is_fused:
             layers = decoder_layers(self.causal_lm)
-            self.host.wanted = sorted({*self.host.wanted, *plan.streamed})
-            for number in plan.streamed:
-                self.host.offload(number, layers)
-            self.engine = FusedDecoder(self.causal_lm, plan, self.host)
+            self.away.stream(plan.streamed, layers)
+            self.engine = FusedDecoder(self.causal_lm, plan, *self.away.holders)
         else:
             self.reference.recompute(plan.num_kept < plan.num_blocks)
 
@@ -161,10 +159,10 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
         transformers.utils.logging.disable_progress_bar()
     compute, is_whole = compute_type(config.model.dtype, device).dtype, config.train.method == "full"
     dtype = torch.float32 if is_whole else compute
-    host = HostBlocks(plan.streamed, pin=device.type == "cuda")
+    away = AwayBlocks.of(plan, device)
     # a trained embedding stays where its gradient is made
     embedding_on_host = plan.is_fused and not trains_embedding(config.lora)
-    base, notes = load_base(config.model, dtype, device, host, config.train.seed, embedding_on_host)
+    base, notes = load_base(config.model, dtype, device, away, config.train.seed, embedding_on_host)
     keep_one_cpu_kernel(base)
     base.requires_grad_(False)
     base.config.use_cache = False
@@ -184,7 +182,8 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
     if reason:  # what was loaded is not what config.json promised
         raise ExitWith(ExitCode.BAD_INPUT, f"{config.model.name_or_path}: {reason}; --engine.kind reference trains it")
     about = BaseFacts(locate(config.model), held, targets, notes, names)
-    model = LanguageModel(adapted, host, about, compute)
+    away.settle()
+    model = LanguageModel(adapted, away, about, compute)
     for parameter in model.trainable().values():
         parameter.data = parameter.data.to(device)  # PEFT puts them where the layer's weights are
     model.execute(plan)

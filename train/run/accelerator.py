@@ -4,6 +4,7 @@ import os
 import sys
 from contextlib import suppress
 from datetime import timedelta
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -105,6 +106,27 @@ def free_gpu_bytes(config: Config, accelerator: Accelerator) -> int | None:
         free = min(free, parse_bytes(config.memory.budget) - torch.cuda.memory_allocated())
     gathered: Any = accelerator.gather(torch.tensor([free], device=accelerator.device))
     return int(to_host(gathered.min())[0])
+
+
+def check_peers(accelerator: Accelerator) -> None:
+    """Raises ExitWith(BAD_INPUT) where processes cannot read each other's memory: of several machines, or of GPUs
+    without a way between them.
+    """
+    here, reason = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), ""
+    if here != accelerator.num_processes:
+        reason = f"{accelerator.num_processes} processes are on several machines, and only those of one share weights"
+    elif accelerator.device.type == "cuda":
+        reason = unreachable(here)
+    if reason:
+        raise ExitWith(ExitCode.BAD_INPUT, f"--memory.shard: {reason}; leave it out, --memory.offload auto streams")
+
+
+def unreachable(num_gpus: int) -> str:
+    """Which pair of this machine's GPUs cannot read each other's memory; empty where all can."""
+    for one, other in permutations(range(num_gpus), 2):
+        if not torch.cuda.can_device_access_peer(one, other):
+            return f"GPU {one} cannot read the memory of GPU {other}"
+    return ""
 
 
 def close_group(together: bool) -> None:

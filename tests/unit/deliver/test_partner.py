@@ -56,7 +56,7 @@ def test_a_run_s_first_answers_are_those_of_its_questions(words: list[str], fini
     questions = [row["question"] for row in rows]
     for with_adapters, key in ((True, "after"), (False, "before")):
         assert asked(partner, questions, with_adapters) == [row[key] for row in rows]
-    assert bool(partner.model.host.numbers) == bool(words)
+    assert bool(partner.model.away.host.numbers) == bool(words)
 
 
 def test_a_first_turn_s_prompt_is_the_trained_one(finished_path: Path) -> None:

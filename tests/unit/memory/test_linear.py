@@ -97,7 +97,7 @@ def test_weights_of_two_kinds() -> None:
         assert cost.packed_weights(planner.job, candidate) - sizes.norm_bytes == pytest.approx(resident, rel=0.02)
         if not count:
             continue
-        stream = HostStream(host, layers, torch.device("cpu"), ThreadCopies())
+        stream = HostStream(host, host.numbers, layers, torch.device("cpu"), ThreadCopies())
         slots = sum(slot.buffer.nbytes for slot in stream.slots)
         assert slots >= cost.streaming_slots(planner.job, candidate) >= slots // 2
         sizes_of_kinds = [[host.buffers[n].nbytes for n in host.wanted if (n in (1, 4)) == full] for full in (0, 1)]

@@ -48,7 +48,7 @@ def assemble(
     rows = replace(data.length_statistics(), longest_validation=longest_validation)
     if config.memory.shard:
         check_peers(accelerator)
-    outlook = Outlook.of(config, device, rows, budget, saved, accelerator.num_processes)
+    outlook = Outlook.of(config, device, rows, budget, saved).on(accelerator.num_processes)
     plan = outlook.first_plan()
     outlook.check_host(plan)
     model = load_model(config, device, plan)

@@ -33,8 +33,9 @@ def _of_files(num_bytes: int) -> Sequence[torch.Tensor]:
     file = os.memfd_create("handloop weights")  # no file system's limit applies
     os.ftruncate(file, num_bytes)
     _KEPT.append(file)
-    paths: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(paths, f"/proc/{os.getpid()}/fd/{file}")
+    places = [torch.zeros(2, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(places, torch.tensor([os.getpid(), file]))
+    paths = ["/proc/{}/fd/{}".format(*place.tolist()) for place in places]
     found = [torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8) for path in paths]
     dist.barrier()  # until all have mapped them
     return found

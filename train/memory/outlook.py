@@ -74,13 +74,11 @@ class Outlook:
         rows: LengthStatistics,
         budget: int | None,
         saved: MicroBatchShape | None = None,
-        num_processes: int = 1,
     ) -> "Outlook":
-        """For a run on `device`, one of so many of the machine's."""
+        """For a run on `device`."""
         dtype = compute_type(config.model.dtype, device).dtype
         gpu = detect_gpu(device, dtype) if device.type == "cuda" else cpu_rates()
         outlook = cls._by(config, rows, gpu, sketched_sizes(config, device, dtype), budget)
-        outlook = outlook.on(num_processes)
         is_kept = saved is not None and (saved.layout == "fused") == (outlook.planner is not None)
         return replace(outlook, saved=saved if is_kept else None)  # the other engine's is none here
 

@@ -15,8 +15,8 @@ from train.engine.lora_linear import LoraGroup, Matrices
 class LinearActivations:
     """What the backward pass of linear attention reads.
 
-    Nothing of what is between the projections: transformers' torch code takes some 14 KB a head and token for that (bf16,
-    heads of 128 elements), so the backward pass computes it again.
+    Nothing of what is between the projections, which the backward pass computes again: transformers' torch code takes
+    some 14 KB a head and token for it (bf16, heads of 128 elements).
     """
 
     read: torch.Tensor  # [T, H + R]: what it reads, and behind it its product with the adapters' A^T

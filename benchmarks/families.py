@@ -75,6 +75,7 @@ SHAPES: dict[str, T.PreTrainedConfig] = {
         layer_types=[FULL] * 30,
         tie_word_embeddings=True,
     ),
+    "Qwen3.5-9B": T.Qwen3_5TextConfig(**sizes(4096, 12288, 32, 16, 4, 248320), head_dim=256),
     "StarCoder2-7B": T.Starcoder2Config(
         **sizes(4608, 18432, 32, 36, 4, 49152), sliding_window=4096, use_bias=True, embedding_dropout=0.0, **NO_DROPOUT
     ),

@@ -11,6 +11,7 @@ from train.batching import MicroBatchShape
 from train.collate import MicroBatch, collate, collate_packed, packed_tokens, with_empty_samples
 from train.config import Config
 from train.data import TrainingData
+from train.engine import delta_rule
 from train.engine.graphs import is_out_of_memory
 from train.engine.plan import Plan
 from train.learning_rate import Schedule
@@ -62,7 +63,8 @@ def assemble(
         plan = _reference_plan(model, config, outlook, ids)
     parameters = model.trainable()
     flat = FlatParameters(parameters, config.optim.lora_plus_ratio)
-    say(accelerator, f"engine    {'fused' if plan.is_fused else f'reference: {outlook.reason}'}")
+    engine = f"fused{_linear_note(model)}" if plan.is_fused else f"reference: {outlook.reason}"
+    say(accelerator, f"engine    {engine}")
     training = Training(
         config=config,
         accelerator=accelerator,
@@ -89,6 +91,13 @@ def assemble(
     if num_graphs := record_graphs(training):
         say(accelerator, f"graphs    {num_graphs} captured in {capture_seconds(training):.1f} s")
     return training
+
+
+def _linear_note(model: LanguageModel) -> str:
+    """What computes linear attention, where the engine runs a model that has some."""
+    if model.engine is None or not model.engine.has_linear:
+        return ""
+    return f"; {delta_rule.told(model.causal_lm.device, model.compute_dtype)}"
 
 
 def _pair_cost(training: Training) -> float:

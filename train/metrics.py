@@ -36,9 +36,12 @@ def flops_per_token(num_weights: int, shape: Any, mean_length: float, are_traine
     """FLOPs that training one token costs when the base is frozen: forward and input gradient, nothing recomputed.
 
     2 a weight in the forward and in the backward pass, and 2 where it is trained, plus causal attention's two products
-    (2 x hidden x length forward in a layer, 2.5 times that backward).
+    (2 x hidden x length forward in a layer, 2.5 times that backward). What linear attention computes between its
+    projections does not depend on the length, and is not counted.
     """
-    return (6 if are_trained else 4) * num_weights + 3.5 * shape.num_hidden_layers * 2 * shape.hidden_size * mean_length
+    num_linear = (getattr(shape, "layer_types", None) or []).count("linear_attention")
+    pairs = 3.5 * (shape.num_hidden_layers - num_linear) * 2 * shape.hidden_size * mean_length
+    return (6 if are_trained else 4) * num_weights + pairs
 
 
 def mfu(flops: float, seconds: float, peak_flops: float, num_processes: int) -> float:

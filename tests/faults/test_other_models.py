@@ -45,7 +45,8 @@ def test_a_block_that_is_computed_otherwise_is_refused(config: Config, monkeypat
 
     def wrong_adapters(self: Any, *arguments: Any) -> None:
         real(self, *arguments)
-        self.stack.blocks[1].down.scales = [scale * 1.1 for scale in self.stack.blocks[1].down.scales]
+        down = self.stack.blocks[1].mlp.down
+        down.scales = [scale * 1.1 for scale in down.scales]
 
     def wrong_embedding(self: Any, *arguments: Any) -> None:
         real(self, *arguments)

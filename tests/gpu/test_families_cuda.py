@@ -1,4 +1,7 @@
-"""Every family on the fused engine in bf16 on a GPU: kernels, windows and graphs, against fp32 by transformers."""
+"""Every family on the fused engine in bf16 on a GPU: kernels, windows and graphs, against fp32 by transformers.
+
+Hybrids, which run without graphs, are in test_hybrids_cuda.py.
+"""
 
 import copy
 from dataclasses import replace
@@ -18,7 +21,7 @@ pytestmark = [
 LENGTHS = (37, 150, 61)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if not name.startswith("qwen3.5")])
 def test_bf16_gradients(family: str) -> None:
     """Hardly further from fp32 than transformers' own bf16, or 2 %; kept, recomputed, tiled, and as a graph."""
     torch.manual_seed(0)

@@ -33,7 +33,16 @@ MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 EXPERTS: Any = {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 FULL = ["full_attention"] * 3
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+LINEAR = ["linear_attention", "full_attention", "linear_attention"]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ALL_OF_BOTH = [*ALL, "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"]
+DELTA: dict[str, Any] = {
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32,
+}
 # a norm behind a tiny output amplifies its gradient: these have weights of a size as trained ones have
 FAMILIES: dict[str, tuple[PretrainedConfig, list[str]]] = {
     "llama": (LlamaConfig(**SIZES), ALL),
@@ -108,6 +117,13 @@ FAMILIES: dict[str, tuple[PretrainedConfig, list[str]]] = {
         ),
         ["q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"],
     ),
+    "qwen3.5 with as many keys as values": (
+        T.Qwen3_5TextConfig(
+            **SIZES, **DELTA | {"linear_num_key_heads": 4}, attention_bias=True, layer_types=[*LINEAR[1:], LINEAR[1]]
+        ),
+        ["in_proj_qkv", "in_proj_a", "out_proj", "q_proj", "o_proj", "down_proj"],
+    ),
+    "qwen3.5": (T.Qwen3_5TextConfig(**SIZES, **DELTA, initializer_range=0.1, layer_types=LINEAR), ALL_OF_BOTH),
 }
 
 
@@ -135,6 +151,12 @@ def adapted_model(shape: PretrainedConfig, targets: list[str], dropout: float = 
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
     return adapted.train()
+
+
+def alone(causal_lm: Any, batch: MicroBatch) -> torch.Tensor:
+    """Hidden states [T, H] by transformers, which is given one sample at a time and knows of no other."""
+    samples = batch.input_ids.split(batch.lengths, 1)
+    return torch.cat([causal_lm.base_model(sample, use_cache=False).last_hidden_state[0] for sample in samples])
 
 
 def gradients_of(adapted: Any) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ def streaming(numbers: list[int], **changes: Any) -> tuple[Any, Plan, HostBlocks
     adapted = adapted_model(LlamaConfig(**SIZES | {"num_hidden_layers": NUM_BLOCKS}), ALL, dropout=0.2)
     host = HostBlocks(numbers, pin=False)
     for number in range(NUM_BLOCKS):
-        host.offload(number, decoder_layers(adapted.get_base_model())[number])
+        host.offload(number, decoder_layers(adapted.get_base_model()))
     plan = Plan(
         is_fused=True, merges=True, micro_batch_tokens=64, num_blocks=NUM_BLOCKS, num_kept=1, streamed=(*numbers,)
     )

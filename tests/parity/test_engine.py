@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests.parity.models import ALL, FAMILIES, NOTHING, SIZES, adapted_model, close, gradients_of, packed, plan
+from tests.parity.models import ALL, FAMILIES, NOTHING, SIZES, adapted_model, alone, close, gradients_of, packed, plan
 from train.collate import MicroBatch
 from train.engine import families, operations
 from train.engine.block import Block
@@ -35,16 +35,15 @@ def test_every_family_has_a_parity_test() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("num_kept", "num_cached", "tile"), [(1, 0, 0), (2, 1, 0), (3, 3, 0), (2, 0, 4)])
 def test_every_family_of_models(family: str, num_kept: int, num_cached: int, tile: int) -> None:
-    """Hidden states and every adapter's gradient are transformers' and PEFT's, kept or recomputed, cached or not.
+    """Hidden states and every adapter's gradient are transformers' and PEFT's of samples alone, kept or recomputed,
+    cached or not.
 
     Also where the 15 tokens go through each MLP in four tiles.
     """
     adapted = adapted_model(*FAMILIES[family])
     causal_lm, batch = adapted.get_base_model(), packed()
     assert not unsupported_reason(causal_lm)
-    wanted = causal_lm.base_model(batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state[
-        0
-    ]
+    wanted = alone(causal_lm, batch)
     upstream = torch.randn_like(wanted)
     wanted.backward(upstream)
     expected = gradients_of(adapted)

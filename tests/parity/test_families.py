@@ -25,7 +25,7 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A checkpoint of random weights of the family with the bundled tokenizer."""
     shape = FAMILIES[request.param][0]
     settings = shape.to_dict() | {"vocab_size": VOCABULARY, "max_position_embeddings": 512, "initializer_range": 0.1}
-    folder = tmp_path / "base"
+    folder = tmp_path / type(shape).model_type
     shutil.copytree(BUNDLED_BASE, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(type(shape)(**settings)).save_pretrained(folder)
@@ -40,7 +40,9 @@ def test_twenty_steps(base: Path, config: Config) -> None:
     """
     model = replace(config.model, name_or_path=str(base), random_init=False, quantization="nf4")
     config = replace(config, model=model, train=replace(config.train, epochs=20))
-    config = replace(config, data=replace(config.data, packing=True), batch=replace(config.batch, accumulation=1))
+    is_hybrid = base.name == "qwen3_5_text"  # whose samples transformers' torch code cannot isolate in packed rows
+    packing = replace(config.data, packing=not is_hybrid)
+    config = replace(config, data=packing, batch=replace(config.batch, accumulation=1))
     fused = replace(config, engine=EngineConfig(kind="fused"))
     streamed = replace(fused, memory=MemoryConfig(offload="stream", checkpointing="full"))
     runs = [training_of(each, Accelerator(cpu=True)) for each in (config, fused, streamed)]

@@ -80,6 +80,13 @@ def test_what_the_engine_cannot_run_is_said(config: Config) -> None:
     assert "computes GELUActivation" in unsupported_reason(gelu)
     uneven = adapted_model(LlamaConfig(**SIZES), ["1.mlp.up_proj"]).get_base_model()
     assert unsupported_reason(uneven) == "its blocks do not all have the same adapters"
+    words = [
+        "0.self_attn.q_proj",
+        "1.self_attn.k_proj",
+        "2.self_attn.q_proj",
+    ]  # of one shape, filled otherwise
+    unlike = adapted_model(LlamaConfig(**SIZES), words).get_base_model()
+    assert unsupported_reason(unlike) == "its blocks do not all have the same adapters"
     int8 = replace(config, model=replace(config.model, quantization="int8"))
     sketched = sketch(int8, torch.float32)
     assert choose_engine(sketched, int8, CPU) == (False, "int8 layers round their inputs, which only bitsandbytes does")

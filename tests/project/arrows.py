@@ -193,13 +193,26 @@ ALLOWED_MODULES = {
     "train.engine.layers": {"train.engine.linears"},
     "train.engine.lora_linear": {"train.engine.linears", "train.engine.operations"},
     "train.engine.attention": {"train.collate", "train.run.devices"},
-    "train.engine.context": {"train.engine.attention", "train.engine.operations", "train.engine.positions"},
+    "train.engine.delta_rule": {"train.collate", "train.engine.layers"},
+    "train.engine.delta_net": {"train.engine.delta_rule", "train.engine.layers", "train.engine.linears"},
+    "train.engine.context": {
+        "train.engine.attention",
+        "train.engine.delta_rule",
+        "train.engine.operations",
+        "train.engine.positions",
+    },
     "train.engine.self_attention": {
         "train.engine.context",
         "train.engine.layers",
         "train.engine.lora_linear",
         "train.engine.operations",
         "train.engine.positions",
+    },
+    "train.engine.linear_attention": {
+        "train.engine.context",
+        "train.engine.delta_rule",
+        "train.engine.layers",
+        "train.engine.lora_linear",
     },
     "train.engine.mlp": {
         "train.engine.context",
@@ -224,6 +237,7 @@ ALLOWED_MODULES = {
         "train.engine.block",
         "train.engine.context",
         "train.engine.copies",
+        "train.engine.delta_rule",
         "train.engine.embedding",
         "train.engine.families",
         "train.engine.graph_shapes",
@@ -256,7 +270,12 @@ ALLOWED_MODULES = {
         "train.engine.operations",
         "train.engine.weight_store",
     },
-    "train.engine.support": {"train.engine.block", "train.engine.families", "train.engine.layers"},
+    "train.engine.support": {
+        "train.engine.block",
+        "train.engine.delta_net",
+        "train.engine.families",
+        "train.engine.layers",
+    },
     "train.engine.peer_memory": set(),
     "train.engine.sharded_blocks": {
         "train.engine.host_stream",
@@ -268,6 +287,7 @@ ALLOWED_MODULES = {
     "train.engine.block": {
         "train.engine.context",
         "train.engine.layers",
+        "train.engine.linear_attention",
         "train.engine.lora_linear",
         "train.engine.mixture",
         "train.engine.mlp",
@@ -277,6 +297,7 @@ ALLOWED_MODULES = {
     "train.engine.positions": {"train.engine.layers", "train.engine.operations"},
     "train.engine.residual": {"train.engine.layers", "train.engine.operations"},
     "train.engine.families": {
+        "train.engine.delta_net",
         "train.engine.layers",
         "train.engine.linears",
         "train.engine.operations",
@@ -321,6 +342,7 @@ ALLOWED_MODULES = {
         "train.run.signals",
     },
     "train.memory.gpus": {"data_tools.spelling", "train.run.devices"},
+    "train.memory.linear": {"train.engine.delta_rule", "train.engine.layers", "train.engine.packed_weights"},
     "train.memory.sizes": {
         "train.config",
         "train.engine.block",
@@ -329,6 +351,7 @@ ALLOWED_MODULES = {
         "train.engine.mixture",
         "train.engine.packed_weights",
         "train.loss",
+        "train.memory.linear",
         "train.optim",
     },
     "train.memory.candidate": {
@@ -347,11 +370,15 @@ ALLOWED_MODULES = {
     },
     "train.memory.cost": {
         "train.engine.copies",
+        "train.engine.delta_rule",
         "train.engine.plan",
         "train.engine.sharded_blocks",
         "train.memory.candidate",
+        "train.memory.kept",
+        "train.memory.linear",
         "train.memory.sizes",
     },
+    "train.memory.kept": {"train.memory.candidate", "train.memory.linear", "train.memory.sizes"},
     "train.memory.time": {"train.memory.candidate"},
     "train.memory.search": {
         "train.batching",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3_5TextConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tests.conftest import training_of
 from train import loop
@@ -37,6 +37,13 @@ def test_of_a_mixture_the_active_weights_count() -> None:
         model = Qwen3MoeForCausalLM(shape)
     assert num_matmul_weights(model, 8) == pytest.approx(3.03e9, rel=0.01)
     assert num_matmul_weights(model, 128) == pytest.approx(30.2e9, rel=0.01)
+
+
+def test_of_a_hybrid_softmax_layers_count_by_length() -> None:
+    """A quarter of the layers, and so a quarter of what all would cost beside their weights."""
+    shape = Qwen3_5TextConfig(num_hidden_layers=8)
+    alone, whole = (flops_per_token(10**9, each, 2048) for each in (shape, LlamaConfig(num_hidden_layers=8)))
+    assert alone - 4e9 == pytest.approx((whole - 4e9) / 4)
 
 
 def test_read_keeps_double_precision() -> None:

@@ -171,7 +171,8 @@ def print_forecast(found: Forecast, console: Console) -> None:
         cards = f"; cards of this size are {names}" if names and not found.is_card else ""
         lines.append(f"speed     unknown: its rates are not known; name a card with --gpu, or --probe it here{cards}")
     else:
-        lines.append(f"speed     about {found.tokens_per_second:,.0f} tokens/s (predicted)")
+        basis = "predicted; linear attention was never measured" if plan.num_linear else "predicted"
+        lines.append(f"speed     about {found.tokens_per_second:,.0f} tokens/s ({basis})")
     if found.seconds is not None:
         lines.append(f"time      about {time_of(found.seconds)} on one {found.gpu.name}, without validation and saving")
     for line in lines:

@@ -1,17 +1,44 @@
 """One decoder block, forward and backward by hand: two halves on the residual stream, attention and MLP."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from train.engine.context import ForwardContext
-from train.engine.layers import DecoderLayer
-from train.engine.lora_linear import Matrices
+from train.engine.layers import DecoderLayer, DeltaHeads
+from train.engine.linear_attention import LinearAttention
+from train.engine.lora_linear import LoraGroup, Matrices
 from train.engine.mixture import Mixture, MixtureActivations
 from train.engine.mlp import Mlp, MlpActivations
 from train.engine.residual import Branch, Residual
-from train.engine.self_attention import AttentionActivations, SelfAttention
+from train.engine.self_attention import SelfAttention
+
+
+class Attention(Protocol):
+    """A block's first half: softmax attention (self_attention.py), or linear attention (linear_attention.py)."""
+
+    groups: list[LoraGroup]
+    num_read_columns: int  # behind what it reads
+    num_gradient_columns: int  # behind the gradient of its output
+
+    def forward(self, matrices: Matrices, read: torch.Tensor, context: ForwardContext) -> tuple[torch.Tensor, Any]:
+        """Its output [T, H] for read [T, H + R], whose last columns it fills; and what `backward` reads."""
+        ...
+
+    def backward(
+        self,
+        matrices: Matrices,
+        saved: Any,
+        grad_out: torch.Tensor,
+        grad_read: torch.Tensor | None,
+        context: ForwardContext,
+    ) -> list[torch.Tensor]:
+        """The adapters' gradients, from the output's [T, H + R]; grad_read [T, H] becomes that of `read`, if given.
+
+        Consumes `saved`, and what lies behind H in grad_out.
+        """
+        ...
 
 
 @dataclass
@@ -22,7 +49,7 @@ class Activations:
 
     x: torch.Tensor  # [T, H]
     rstd: torch.Tensor | None  # [T]; None where no norm is before attention
-    attention: AttentionActivations
+    attention: Any  # what its kind of attention reads
     attention_branch: Branch | None  # where a norm is behind attention
     post_attention: torch.Tensor  # [T, H]: x plus what attention adds
     mlp_rstd: torch.Tensor | None  # [T]; None where no norm is before the MLP
@@ -30,14 +57,23 @@ class Activations:
     mlp_branch: Branch | None = None  # where a norm is behind the MLP; `finish` makes it
 
 
+def attention_of(layer: DecoderLayer, number: int) -> Attention:
+    """The kind that the layer has."""
+    if isinstance(layer.heads, DeltaHeads):
+        return LinearAttention(layer, layer.heads, number)
+    return SelfAttention(layer, layer.heads, number)
+
+
 class Block:
     """A decoder layer of transformers with PEFT's adapters, read once; its parameters stay where they are."""
 
     def __init__(self, layer: DecoderLayer, number: int) -> None:
         self.number = number
-        self.attention = SelfAttention(layer, number)
+        self.attention = attention_of(layer, number)
         self.mlp: Any = Mlp(layer, number) if layer.router is None else Mixture(layer, layer.router)
         self.groups = [*self.attention.groups, *self.mlp.groups]
+        # of each group: blocks that have the same can take turns in one matrix
+        self.places = tuple((number, group.layout) for number, group in enumerate(self.groups))
         self.is_parallel = layer.is_parallel
         norms, scale = layer.norms, layer.residual_scale
         self.around_attention = Residual(norms.before_attention, norms.after_attention, scale)

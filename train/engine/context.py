@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from train.engine.attention import Attend
+from train.engine.delta_rule import PackedSamples
 from train.engine.operations import Dropout
 from train.engine.positions import Positions
 
@@ -19,6 +20,7 @@ class ForwardContext:
     dropout: float
     seed: torch.Tensor  # int64 scalar on the device, so that a CUDA graph can be replayed with another
     tile: int = 0  # tokens that go through an MLP together; 0: all
+    samples: PackedSamples | None = None  # for linear attention
 
     def drop(self, block: int, group: int, rows: slice = slice(0, None)) -> Dropout | None:
         """The dropout of one group's adapters, for these of the tokens; None without dropout."""

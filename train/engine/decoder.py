@@ -11,13 +11,14 @@ from train.engine.attention import attentions
 from train.engine.block import Block
 from train.engine.context import ForwardContext
 from train.engine.copies import copies_for
+from train.engine.delta_rule import PackedSamples
 from train.engine.embedding import RowsInPlace
 from train.engine.families import family_of
 from train.engine.graph_shapes import pad
 from train.engine.graphs import Graphs
 from train.engine.hidden_store import DeviceInputs, HostInputs
 from train.engine.host_stream import HostBlocks
-from train.engine.layers import CausalLM, Vocabulary
+from train.engine.layers import CausalLM, Heads, Vocabulary
 from train.engine.operations import mixed
 from train.engine.packed_source import packed_source
 from train.engine.plan import Plan, padded
@@ -48,8 +49,10 @@ class FusedDecoder:
         self.dropout = max(block.dropout for block in blocks)
         self.mlp_tile = plan.mlp_tile
         # no method of this object: it would keep a replaced engine's graphs alive
-        windows = {block.attention.heads.window for block in blocks}
-        self.attend_for = partial(attentions, windows=windows, scale=blocks[0].attention.heads.scaling)
+        heads = [layer.heads for layer in self.layers if isinstance(layer.heads, Heads)]
+        scale = next((each.scaling for each in heads), 1.0)
+        self.attend_for = partial(attentions, windows={each.window for each in heads}, scale=scale)
+        self.has_linear = len(heads) < len(self.layers)
         self.position_tables = family.position_tables(causal_lm, self.layers)
         self.graphs: Graphs | None = None
         if plan.uses_graphs:
@@ -80,7 +83,8 @@ class FusedDecoder:
         dropout = self.dropout if self.decoder.training else 0.0
         # the seed of this forward pass, which seeds.seed_forward has set
         seed = torch.full((), mixed(torch.initial_seed()), device=like.device)
-        return ForwardContext(positions, self.attend_for(batch), dropout, seed, self.mlp_tile)
+        samples = PackedSamples(batch) if self.has_linear else None
+        return ForwardContext(positions, self.attend_for(batch), dropout, seed, self.mlp_tile, samples)
 
     def release(self) -> None:
         """Frees graphs and dequantised weights; they are made again when they are needed."""

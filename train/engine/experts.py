@@ -34,6 +34,11 @@ class ExpertGroup:
         """Of all M: [E, N + R, K + R]."""
         return self.num_experts, self.num_outputs + self.padded_rank, self.num_inputs + self.padded_rank
 
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """As LoraGroup's: what of M is written."""
+        return self.shape, self.rank
+
     def fill_base(self, matrix: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
         """Dequantises the frozen weights, wherever they are, into M."""
         dequantize(weights[0], matrix[:, : self.num_outputs, : self.num_inputs])

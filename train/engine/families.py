@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers.activations import ACT2FN
 
+from train.engine.delta_net import DeltaNet
 from train.engine.layers import BlockNorms, CausalLM, DecoderLayer, Heads, Norm
 from train.engine.linears import Projection, innermost
 from train.engine.operations import TANH_GELU
@@ -75,6 +76,8 @@ class Family:
     doubles_pairs: bool = False  # the rotary tables hold each frequency twice in a row
     query_factor: Callable[[Any, torch.Tensor], torch.Tensor] | None = None  # of positions [T], with config.json
     is_gated: bool = True
+    has_attention_gate: bool = False  # what is attended to is multiplied by the sigmoid of gates that q_proj makes too
+    linear: DeltaNet | None = None  # linear attention, in the layers that have it
     layers: str = "layers"  # of the decoder
     attention: str = "self_attn"  # of a layer
     mlp: str = "mlp"
@@ -118,8 +121,10 @@ class Family:
         return float(getattr(causal_lm.base_model, "embedding_multiplier", 1.0))
 
     def _decoder_layer(self, module: Any, config: Any, kind: str) -> DecoderLayer:
-        attention, mlp = getattr(module, self.attention), getattr(module, self.mlp)
+        mlp = getattr(module, self.mlp)
         norms = [self.norm_of(getattr(module, name)) if name else None for name in (*self.before, *self.after)]
+        linear = self.linear.parts(module) if self.linear else None
+        qkv, o, heads = linear or self._softmax(getattr(module, self.attention), config, kind)
         router = getattr(mlp, self.router, None) if self.router else None  # some layers may be dense
         if router is None:
             gate_up = [Projection.of(getattr(mlp, name)) for name in self.gate_up]
@@ -130,20 +135,11 @@ class Family:
         act = next(getattr(computes, name) for name in self.activations if hasattr(computes, name))
         return DecoderLayer(
             module=module,
-            qkv=[Projection.of(getattr(attention, name)) for name in self.qkv],
-            o=Projection.of(getattr(attention, self.o)),
+            qkv=qkv,
+            o=o,
             gate_up=gate_up,
             down=down,
-            heads=Heads(
-                num_query=config.num_attention_heads,
-                num_key_value=config.num_key_value_heads,
-                size=attention.head_dim,
-                scaling=attention.scaling,
-                window=self.window(attention, config),
-                rotary=kind if self.has_rotary(attention, config) else None,
-                is_interleaved=self.is_interleaved,
-                norms=[self.norm_of(getattr(attention, name)) for name in self.qk_norms],
-            ),
+            heads=heads,
             norms=BlockNorms(norms[0], norms[2], norms[1], norms[3]),
             activation=ACTIVATIONS.get(type(act), type(act).__name__),
             is_gated=self.is_gated,
@@ -151,6 +147,21 @@ class Family:
             residual_scale=float(getattr(module, "residual_multiplier", 1.0)),
             router=router,
         )
+
+    def _softmax(self, attention: Any, config: Any, kind: str) -> tuple[list[Projection], Projection, Heads]:
+        heads = Heads(
+            num_query=config.num_attention_heads,
+            num_key_value=config.num_key_value_heads,
+            size=attention.head_dim,
+            scaling=attention.scaling,
+            window=self.window(attention, config),
+            rotary=kind if self.has_rotary(attention, config) else None,
+            is_interleaved=self.is_interleaved,
+            norms=[self.norm_of(getattr(attention, name)) for name in self.qk_norms],
+            has_gate=self.has_attention_gate,
+        )
+        qkv = [Projection.of(getattr(attention, name)) for name in self.qkv]
+        return qkv, Projection.of(getattr(attention, self.o)), heads
 
 
 BEHIND = ("post_attention_layernorm", "post_feedforward_layernorm")
@@ -218,6 +229,13 @@ FAMILIES = {
             is_gated=False,
             gate_up=("c_fc",),
             down="c_proj",
+        ),
+        Family(
+            "Qwen3_5ForCausalLM",
+            norm=NormKind.OFFSET,
+            qk_norms=("q_norm", "k_norm"),
+            has_attention_gate=True,
+            linear=DeltaNet(),
         ),
     )
 }

@@ -15,6 +15,8 @@ from train.engine.layers import DecoderLayer
 from train.engine.packed_weights import PackedLayout, put
 from train.engine.plan import NUM_SLOTS
 
+Kind = tuple[tuple[int, int], ...]  # shapes of a block's linear layers; blocks of one kind have one layout
+
 
 class BlockHolder(Protocol):
     """Takes the packed weights of decoder blocks as they are loaded."""
@@ -24,8 +26,8 @@ class BlockHolder(Protocol):
         """The blocks that it takes."""
         ...
 
-    def offload(self, number: int, layer: DecoderLayer) -> None:
-        """Takes those of decoder layer `number`, if they are wanted and not here yet."""
+    def offload(self, number: int, layers: Sequence[DecoderLayer]) -> None:
+        """Takes those of layer `number` of all decoder layers, if they are wanted and not here yet."""
         ...
 
 
@@ -36,7 +38,8 @@ class HostBlocks:
         """For the blocks `wanted`; their memory is allocated when the first of them is offloaded."""
         self.wanted = list(wanted)
         self.pin = pin
-        self.layout: PackedLayout | None = None
+        self.layouts: dict[Kind, PackedLayout] = {}
+        self.kinds: dict[int, Kind] = {}  # of the blocks that are here
         self.buffers: dict[int, torch.Tensor] = {}
         self.weights: dict[int, list[torch.nn.Parameter]] = {}  # views of the buffers, which the modules hold as well
 
@@ -45,37 +48,46 @@ class HostBlocks:
         """The blocks that are here, in order."""
         return sorted(self.weights)
 
-    def offload(self, number: int, layer: DecoderLayer) -> None:
-        """Moves the weights of decoder layer `number` here, if they are wanted and not here yet."""
+    def offload(self, number: int, layers: Sequence[DecoderLayer]) -> None:
+        """Moves the weights of layer `number` of all decoder layers here, if they are wanted and not here yet."""
         if number not in self.wanted or number in self.weights:
             return
-        linears = layer.linears
-        if self.layout is None:
-            self.layout = PackedLayout(linears)
+        linears, kind, layout = layers[number].linears, _kind(layers[number]), self._layout_of(number, layers)
         if number not in self.buffers:
-            missing = [each for each in self.wanted if each not in self.buffers]
-            buffers = host_buffers([self.layout.num_bytes] * len(missing), self.pin)
+            missing = [each for each in self.wanted if each not in self.buffers and _kind(layers[each]) == kind]
+            buffers = host_buffers([layout.num_bytes] * len(missing), self.pin)
             self.buffers |= dict(zip(missing, buffers, strict=True))
-        self.layout.write(linears, self.buffers[number])
-        self.weights[number] = self.layout.views(self.buffers[number])
+        layout.write(linears, self.buffers[number])
+        self.weights[number] = layout.views(self.buffers[number])
         put(linears, self.weights[number])
+
+    def _layout_of(self, number: int, layers: Sequence[DecoderLayer]) -> PackedLayout:
+        """That of the block's kind, made of the first block of it."""
+        self.kinds[number] = kind = _kind(layers[number])
+        if kind not in self.layouts:
+            self.layouts[kind] = PackedLayout(layers[number].linears)
+        return self.layouts[kind]
 
     def pieces(self, number: int) -> list[tuple[int, torch.Tensor]]:
         """Where the bytes of a block are: for each piece its start in the block, and its memory."""
         return [(0, self.buffers[number])]
 
     def slot_buffers(self, count: int, device: torch.device) -> list[torch.Tensor]:
-        """Device memory for so many blocks at a time."""
-        assert self.layout is not None
-        return [torch.empty(self.layout.num_bytes, dtype=torch.uint8, device=device) for _ in range(count)]
+        """Device memory for so many blocks of any kind at a time."""
+        size = max(layout.num_bytes for layout in self.layouts.values())
+        return [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(count)]
+
+
+def _kind(layer: DecoderLayer) -> Kind:
+    return tuple((linear.in_features, linear.out_features) for linear in layer.linears)
 
 
 @dataclass
 class Slot:
     """Device memory for one block's packed weights at a time."""
 
-    buffer: torch.Tensor  # uint8
-    weights: list[torch.nn.Parameter]  # views of it
+    buffer: torch.Tensor  # uint8, as large as the largest block
+    weights: dict[Kind, list[torch.nn.Parameter]]  # views of it, for a block of each kind
     block: int | None = None  # whose weights are in it, or on their way
     ready: Event = None  # the end of the copy into it, until it has been waited for
     free: Event = None  # the end of the last work that reads it
@@ -98,12 +110,13 @@ class HostStream:
         copies: Copies,
     ) -> None:
         """`layers` are all decoder layers; of these `numbers`, at least one, come from `host`."""
-        assert host.layout is not None
         self.host = host
         self.layers = layers
         self.copies = copies
         buffers = host.slot_buffers(NUM_SLOTS, device)
-        self.slots = [Slot(buffer, host.layout.views(buffer)) for buffer in buffers]
+        self.slots = [
+            Slot(buffer, {kind: layout.views(buffer) for kind, layout in host.layouts.items()}) for buffer in buffers
+        ]
         self.numbers = sorted(numbers)
         self.slot_of = {number: self.slots[k % len(self.slots)] for k, number in enumerate(self.numbers)}
         self.coming: deque[int] = deque()  # blocks that will be asked for, in order
@@ -122,7 +135,7 @@ class HostStream:
         slot = self.slot_of[number]
         assert slot.block == number, f"the slot of block {number} holds {slot.block}"
         self._wait_for(slot)
-        return slot.weights
+        return slot.weights[self.host.kinds[number]]
 
     def give(self, number: int) -> None:
         """As PackedSource; the next block may be copied into its slot."""

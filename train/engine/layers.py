@@ -169,11 +169,37 @@ class Heads:
     rotary: str | None  # the kind of layer whose rotary table it reads; None: no positions in it
     is_interleaved: bool  # rotary pairs are neighbours, not halves
     norms: Sequence[Norm]  # of queries and keys, over each head or over all together; empty where there are none
+    has_gate: bool = (
+        False  # behind each head's query its gate is made: what is attended to is multiplied by its sigmoid
+    )
 
     @property
     def widths(self) -> tuple[int, int, int]:
         """Elements a token of query, key and value."""
         return self.num_query * self.size, self.num_key_value * self.size, self.num_key_value * self.size
+
+
+@dataclass(frozen=True)
+class DeltaHeads:
+    """A layer's linear attention, apart from its projections."""
+
+    num_key: int
+    num_value: int  # a multiple of num_key
+    key_size: int
+    value_size: int
+    weight: torch.Tensor  # [C, K]: the depthwise convolution of query, key and value; K tokens, the own one last
+    bias: torch.Tensor | None  # [C]
+    activation: str  # behind the convolution
+    log_decay: torch.Tensor  # [num_value]: log of what the gate is multiplied by
+    gate_bias: torch.Tensor  # [num_value]
+    norm: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # transformers': of [N, value_size], gated by as many
+    rule: Callable[..., tuple[torch.Tensor, Any]]  # transformers' torch code; query, key, value [B, L, heads, size]
+    convolve: Callable[..., torch.Tensor]  # transformers' torch code, of [B, C, L]
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Elements a token of query, key and value."""
+        return self.num_key * self.key_size, self.num_key * self.key_size, self.num_value * self.value_size
 
 
 @dataclass(frozen=True)
@@ -191,11 +217,11 @@ class DecoderLayer:
     """The parts of one decoder layer, found by its family's row (families.py)."""
 
     module: torch.nn.Module
-    qkv: Sequence[Projection]  # query, key and value, or the one that makes all three
+    qkv: Sequence[Projection]  # query, key and value, or the one that makes all three; of linear attention more
     o: Projection
     gate_up: Sequence[Projection]  # gate and up, the one that makes both, or what an MLP without a gate begins with
     down: Projection
-    heads: Heads
+    heads: Heads | DeltaHeads  # of softmax or of linear attention
     norms: BlockNorms
     activation: str  # operations.ACTIVATIONS
     is_gated: bool

@@ -57,6 +57,12 @@ class LoraGroup:
         """Of M: [N + R, K + R]."""
         return self.num_outputs + self.padded_rank, self.num_inputs + self.padded_rank
 
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """What of M is written, and where; the rest stays zero. Groups of one layout can take turns in one matrix."""
+        adapters = [(columns.start, columns.stop) if columns else None for columns in self.columns]
+        return self.shape, tuple(base.out_features for base in self.bases), tuple(adapters), self.bias_column
+
     def fill_base(self, matrix: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
         """Dequantises the layers' frozen weights, wherever they are, into M."""
         for weight, rows in zip(weights, self.rows, strict=True):
@@ -102,6 +108,7 @@ class LoraGroup:
     def _project(self, matrix: torch.Tensor, x: torch.Tensor, low_rank: torch.Tensor, drop: Dropout | None) -> None:
         down = matrix[self.num_outputs :, : self.num_inputs]  # A
         if drop is None:
+            _leave_no_gap(low_rank)
             torch.mm(x, down.T, out=low_rank)
         else:
             self._project_dropped(down, x, low_rank, drop)
@@ -122,6 +129,7 @@ class LoraGroup:
         """grad_x [T, K] = dX, unless it is None; grad_out [T, N + R] holds dY and is given dY s B behind it."""
         grad_y, grad_low_rank = grad_out[:, : self.num_outputs], grad_out[:, self.num_outputs :]
         if self.padded_rank:
+            _leave_no_gap(grad_low_rank)
             torch.mm(grad_y, matrix[: self.num_outputs, self.num_inputs :], out=grad_low_rank)
         if grad_x is None:
             return
@@ -152,6 +160,15 @@ class LoraGroup:
                     grad_a = wide_mm(grad_low_rank[:, columns].T, read)
                 gradients += [grad_a, wide_mm(grad_y[:, rows].T, low_rank[:, columns]).mul_(scale)]
         return gradients
+
+
+def _leave_no_gap(columns: torch.Tensor) -> None:
+    """Fills new memory behind a product's operand, on a CPU.
+
+    There a bf16 product reads on where the number of columns is no multiple of 32, and multiplies it by 0 (torch 2.13).
+    """
+    if not columns.is_cuda:
+        columns.zero_()
 
 
 def _stacked_bias(bases: Sequence[Linear]) -> torch.Tensor | None:

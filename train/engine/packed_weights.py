@@ -32,7 +32,8 @@ class UnlikeBlocksError(ValueError):
 
 
 class PackedLayout:
-    """Where in a buffer each linear layer's weight is, followed by its NF4 scales; the same for every block.
+    """Where in a buffer each linear layer's weight is, followed by its NF4 scales; the same for every block
+    of a kind.
 
     Norms and biases stay on the device: 16 KB of a block's 107 MiB in Llama-3.1-8B.
     """

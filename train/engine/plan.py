@@ -1,6 +1,7 @@
 """How a run is executed: data, which memory/search.py chooses and the engine follows."""
 
 from dataclasses import dataclass
+from functools import cache
 
 from train.batching import MicroBatchShape
 from train.config import MemoryConfig
@@ -28,6 +29,7 @@ class Plan:
     needs_host: bool = True  # nothing that leaves host memory alone fits
     offloads_inputs: bool = False  # the inputs of recomputed blocks wait in pinned host memory
     uses_graphs: bool = False  # training passes are captured as CUDA graphs and replayed
+    num_linear: int = 0  # blocks with linear attention, whose passes are not captured
     mlp_tile: int = 0  # tokens that go through an MLP at once; 0: all
     num_samples: int = 1  # samples in a micro-batch that memory is counted for
     pair_cost: float = 0.0  # of attention for a pair of tokens, beside a token's; by it samples are dealt to processes
@@ -61,6 +63,7 @@ class Plan:
         elif self.parts and self.num_shards == 1:
             text += "; all weights are on the GPU, nothing is streamed"
         text += f"; each of {self.num_shards} GPUs holds a part of every other block" if self.num_shards > 1 else ""
+        text += f"; {self.num_linear} have linear attention, so there are no CUDA graphs" if self.num_linear else ""
         text += "; block inputs are offloaded to host memory" if self.offloads_inputs else ""
         text += f"; MLPs run in tiles of {self.mlp_tile:,} tokens" if self.mlp_tile else ""
         text += f"; predicted peak {self.peak_bytes / 2**30:.2f} GiB" if self.parts else ""
@@ -78,6 +81,7 @@ def reference_plan(num_blocks: int, memory: MemoryConfig) -> Plan:
     return Plan(is_fused=False, merges=False, micro_batch_tokens=0, num_blocks=num_blocks, num_kept=num_kept)
 
 
+@cache
 def spread(count: int, total: int) -> tuple[int, ...]:
     """The numbers of `count` of `total` blocks, about evenly spaced, so that each copy has several blocks' time.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from train.engine.layers import Decoder, DecoderLayer
+from train.engine.layers import Decoder, DecoderLayer, Heads
 from train.engine.operations import Rotation
 
 Tables = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -45,15 +45,20 @@ class PositionTables:
     ) -> None:
         """`doubles_pairs`: the tables hold each frequency twice in a row, not the whole row twice."""
         self.rotary_emb: Tables = decoder.rotary_emb
-        self.kinds = sorted({layer.heads.rotary for layer in layers if layer.heads.rotary is not None})
+        self.has_sections = hasattr(
+            decoder.rotary_emb, "mrope_section"
+        )  # positions in three dimensions, equal for text
+        rotary = {layer.heads.rotary for layer in layers if isinstance(layer.heads, Heads)}
+        self.kinds = sorted(kind for kind in rotary if kind is not None)
         self.doubles_pairs = doubles_pairs
         self.query_factor = query_factor
 
     def __call__(self, like: torch.Tensor, position_ids: torch.Tensor) -> Positions:
         """For position_ids [1, T]; transformers' tables read type and device of `like`."""
         columns: list[Any] = []
+        places = position_ids[None] if self.has_sections else position_ids
         for kind in self.kinds:
-            for table in self.rotary_emb(like[None], position_ids, *([kind] if kind else [])):  # [1, T, 2 P]
+            for table in self.rotary_emb(like[None], places, *([kind] if kind else [])):  # [1, T, 2 P]
                 columns.append(table[0, :, ::2] if self.doubles_pairs else table[0, :, : table.shape[2] // 2])
         if self.query_factor is not None:
             columns.append(self.query_factor(position_ids[0])[:, None].to(columns[0].dtype if columns else like.dtype))

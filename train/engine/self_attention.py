@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from train.engine.context import ForwardContext
-from train.engine.layers import DecoderLayer
+from train.engine.layers import DecoderLayer, Heads
 from train.engine.lora_linear import LoraGroup, Matrices
 from train.engine.operations import Rotation, normalize_heads, normalize_heads_backward, rotate
 from train.engine.positions import Positions
@@ -16,36 +16,38 @@ class AttentionActivations:
     """What the backward pass of attention reads."""
 
     read: torch.Tensor  # [T, H + R]: what it reads, and behind it its product with the adapters' A^T
-    qkv: torch.Tensor  # [T, N + R]: query, key and value of all heads, rotated
+    projected: torch.Tensor  # [T, N + R]: what the projections make; `qkv` itself, unless queries have gates
+    qkv: torch.Tensor  # query, key and value of all heads, rotated
     raw_qk: torch.Tensor  # query and key before their norms (Qwen3), or empty
     raw_rstds: list[torch.Tensor]  # [T, heads], or [T, 1], of query and key
     attended: torch.Tensor  # [T, heads, D], with the autograd graph of attention
     inputs: list[torch.Tensor]  # query, key and value, of that graph
-    low_rank: torch.Tensor  # [T, R]: attended A^T
+    low_rank: torch.Tensor  # [T, R]: o_proj's input times A^T
 
 
 class SelfAttention:
     """Softmax attention of a decoder layer."""
 
-    def __init__(self, layer: DecoderLayer, number: int) -> None:
+    def __init__(self, layer: DecoderLayer, heads: Heads, number: int) -> None:
         self.number = number
         self.qkv = LoraGroup(layer.qkv)
         self.o = LoraGroup([layer.o])
         self.groups = [self.qkv, self.o]
         self.num_read_columns = self.qkv.padded_rank  # behind what it reads
         self.num_gradient_columns = self.o.padded_rank  # behind the gradient of its output
-        self.heads = layer.heads
-        query, key, _ = layer.heads.widths
-        self.parts = slice(0, query), slice(query, query + key), slice(query + key, self.qkv.num_outputs)
+        self.heads = heads
+        query, key, value = heads.widths
+        self.parts = slice(0, query), slice(query, query + key), slice(query + key, query + key + value)
 
     def forward(
         self, matrices: Matrices, read: torch.Tensor, context: ForwardContext
     ) -> tuple[torch.Tensor, AttentionActivations]:
-        """Its output [T, H] for read [T, H + R], whose last columns it fills."""
+        """As Attention (block.py)."""
         num_tokens, width = read.shape[0], self.qkv.num_inputs
-        qkv = read.new_empty(num_tokens, self.qkv.num_outputs + self.qkv.padded_rank)
-        out, drop = qkv[:, : self.qkv.num_outputs], context.drop(self.number, 0)
+        projected = read.new_empty(num_tokens, self.qkv.num_outputs + self.qkv.padded_rank)
+        out, drop = projected[:, : self.qkv.num_outputs], context.drop(self.number, 0)
         self.qkv.forward(matrices[0], read[:, :width], read[:, width:], out, drop)
+        qkv = self._without_gates(projected)
         raw_qk, raw_rstds = self._norm_qk(qkv)
         self._place(qkv, context.positions)
         split = [qkv[:, part].unflatten(1, (-1, self.heads.size)) for part in self.parts]
@@ -54,9 +56,9 @@ class SelfAttention:
             attended = context.attend[self.heads.window](*inputs)
 
         low_rank, output = read.new_empty(num_tokens, self.o.padded_rank), read.new_empty(num_tokens, width)
-        flat, drop = attended.detach().flatten(1), context.drop(self.number, 1)
-        self.o.forward(matrices[1], flat, low_rank, output, drop)
-        return output, AttentionActivations(read, qkv, raw_qk, raw_rstds, attended, inputs, low_rank)
+        gated, drop = self._gated(attended, projected), context.drop(self.number, 1)
+        self.o.forward(matrices[1], gated, low_rank, output, drop)
+        return output, AttentionActivations(read, projected, qkv, raw_qk, raw_rstds, attended, inputs, low_rank)
 
     def backward(
         self,
@@ -66,25 +68,26 @@ class SelfAttention:
         grad_read: torch.Tensor | None,
         context: ForwardContext,
     ) -> list[torch.Tensor]:
-        """The adapters' gradients, from the output's [T, H + R]; grad_read [T, H] becomes that of `read`, if given.
-
-        Consumes `saved`, and what lies behind H in grad_out.
-        """
+        """As Attention (block.py)."""
         qkv_drop, o_drop = context.drop(self.number, 0), context.drop(self.number, 1)
         grad_attended = grad_out.new_empty(saved.attended.shape)
         self.o.input_gradient(matrices[1], grad_out, o_drop, grad_attended.flatten(1))
-        o_gradients = self.o.adapter_gradients(grad_out, saved.attended.detach().flatten(1), saved.low_rank, o_drop)
-        del grad_out
+        gated = self._gated(saved.attended, saved.projected)
+        o_gradients = self.o.adapter_gradients(grad_out, gated, saved.low_rank, o_drop)
+        del grad_out, gated
+        if self.heads.has_gate:
+            self._gate_backward(saved, grad_attended)
         self._backward_softmax(saved, grad_attended, context)
         del grad_attended
+        self._put_back(saved)
         read, width = saved.read, self.qkv.num_inputs
-        self.qkv.input_gradient(matrices[0], saved.qkv, qkv_drop, grad_read)
-        return self.qkv.adapter_gradients(saved.qkv, read[:, :width], read[:, width:], qkv_drop) + o_gradients
+        self.qkv.input_gradient(matrices[0], saved.projected, qkv_drop, grad_read)
+        return self.qkv.adapter_gradients(saved.projected, read[:, :width], read[:, width:], qkv_drop) + o_gradients
 
     def _backward_softmax(
         self, saved: AttentionActivations, grad_attended: torch.Tensor, context: ForwardContext
     ) -> None:
-        """saved.qkv becomes the gradient of the projections' output."""
+        """saved.qkv becomes the gradient of queries, keys and values as they were projected."""
         gradients = torch.autograd.grad(saved.attended, saved.inputs, grad_attended)
         rotation, factor = self._rotation(context.positions), context.positions.query_factor
         for number, (part, gradient) in enumerate(zip(self.parts, gradients, strict=True)):
@@ -97,6 +100,38 @@ class SelfAttention:
                 place *= factor
         for part, norm, rstd in zip(self.parts, self.heads.norms, saved.raw_rstds, strict=False):
             normalize_heads_backward(saved.qkv[:, part], saved.raw_qk[:, part], norm, rstd)
+
+    def _pairs(self, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of what the projections make, where queries have gates: queries and gates [T, heads, D], keys and values."""
+        width = 2 * self.parts[0].stop
+        queries, gates = projected[:, :width].unflatten(1, (-1, 2, self.heads.size)).unbind(2)
+        return queries, gates, projected[:, width : self.qkv.num_outputs]
+
+    def _without_gates(self, projected: torch.Tensor) -> torch.Tensor:
+        """Query, key and value one behind another."""
+        if not self.heads.has_gate:
+            return projected
+        queries, _, keys_values = self._pairs(projected)
+        return torch.cat([queries.flatten(1), keys_values], 1)
+
+    def _put_back(self, saved: AttentionActivations) -> None:
+        """The gradient of query, key and value to where they were projected."""
+        if self.heads.has_gate:
+            queries, _, keys_values = self._pairs(saved.projected)
+            queries.copy_(saved.qkv[:, self.parts[0]].unflatten(1, (-1, self.heads.size)))
+            keys_values.copy_(saved.qkv[:, self.parts[0].stop :])
+
+    def _gated(self, attended: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        """What o_proj reads [T, Q]: attended, times the sigmoid of the gates where there are any."""
+        flat = attended.detach()
+        return (flat * self._pairs(projected)[1].sigmoid() if self.heads.has_gate else flat).flatten(1)
+
+    def _gate_backward(self, saved: AttentionActivations, grad: torch.Tensor) -> None:
+        """grad [T, heads, D] becomes that of what is attended to, and the gates in saved.projected theirs."""
+        _, gates, _ = self._pairs(saved.projected)
+        opened = gates.sigmoid()
+        gates.copy_(grad * saved.attended.detach() * (opened * (1 - opened)))
+        grad *= opened
 
     def _norm_qk(self, qkv: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The norms of query and key, over each head or all together, in place; returns what their backward needs."""

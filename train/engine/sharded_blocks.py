@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from train.engine.host_stream import HostBlocks
 from train.engine.layers import DecoderLayer
-from train.engine.packed_weights import ALIGNMENT, PackedLayout, put
+from train.engine.packed_weights import ALIGNMENT, UnlikeBlocksError, packed_bytes, put
 from train.engine.peer_memory import arenas, settle
 from train.engine.plan import Plan
 
@@ -29,27 +29,29 @@ class ShardedBlocks(HostBlocks):
         super().__init__(wanted, pin=False)
         self.rank, self.num_processes, self.arenas = rank, num_processes, arenas
         self.shards: Sequence[torch.Tensor] = ()  # of every process: a part of each block, one behind another
-        self.part_bytes = 0  # of a block in one process
+        self.part_bytes = 0  # of a block in one process, as much of each as of the largest
 
-    def offload(self, number: int, layer: DecoderLayer) -> None:
-        """Keeps this process's part of the weights of decoder layer `number`, if they are wanted and not here yet.
+    def offload(self, number: int, layers: Sequence[DecoderLayer]) -> None:
+        """Keeps this process's part of the weights of layer `number` of all decoder layers, if they are wanted and not
+        here yet.
 
         Its modules hold room for one block from then on, and are lent their own weights when they run.
         """
         if number not in self.wanted or number in self.weights:
             return
-        linears = layer.linears
-        if self.layout is None:
-            self._allocate(PackedLayout(linears), linears[0].weight.device)
-        assert self.layout is not None
-        self.layout.write(linears, self.room)
+        linears, layout = layers[number].linears, self._layout_of(number, layers)
+        if not self.shards:
+            self._allocate(layers, linears[0].weight.device)
+        if layout.num_bytes > len(self.room):
+            raise UnlikeBlocksError("its blocks are not all stored in the same way, and only such can be shared out")
+        layout.write(linears, self.room)
         self._part(self.rank, number).copy_(self.room[self.rank * self.part_bytes :][: self.part_bytes])
-        self.weights[number] = self.layout.views(self.room)
+        self.weights[number] = layout.views(self.room)
         put(linears, self.weights[number])
 
-    def _allocate(self, layout: PackedLayout, device: torch.device) -> None:
-        self.layout = layout
-        self.part_bytes = part_bytes(layout.num_bytes, self.num_processes)
+    def _allocate(self, layers: Sequence[DecoderLayer], device: torch.device) -> None:
+        largest = max(sum(map(packed_bytes, layers[number].linears)) for number in self.wanted)
+        self.part_bytes = part_bytes(largest, self.num_processes)
         self.shards = self.arenas(self.part_bytes * len(self.wanted))
         self.room = torch.zeros(self.part_bytes * self.num_processes, dtype=torch.uint8, device=device)
 
@@ -96,10 +98,10 @@ class AwayBlocks:
         """As BlockHolder."""
         return [number for holder in self.holders for number in holder.wanted]
 
-    def offload(self, number: int, layer: DecoderLayer) -> None:
+    def offload(self, number: int, layers: Sequence[DecoderLayer]) -> None:
         """As BlockHolder."""
         for holder in self.holders:
-            holder.offload(number, layer)
+            holder.offload(number, layers)
 
     def stream(self, numbers: Sequence[int], layers: Sequence[DecoderLayer]) -> None:
         """Moves the weights of these blocks to host memory, wherever they are, if they are not there yet."""
@@ -107,7 +109,7 @@ class AwayBlocks:
         for number in numbers:
             if self.shards and number in self.shards.weights and number not in self.host.weights:
                 self.shards.fetch(number)
-            self.host.offload(number, layers[number])
+            self.host.offload(number, layers)
 
     def settle(self) -> None:
         """Returns when every process has written its part."""

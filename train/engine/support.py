@@ -7,8 +7,9 @@ import bitsandbytes as bnb
 import torch
 
 from train.engine.block import Block
-from train.engine.families import ACTIVATIONS, FAMILIES, decoder_layers
-from train.engine.layers import CausalLM, DecoderLayer
+from train.engine.delta_net import KIND
+from train.engine.families import ACTIVATIONS, FAMILIES, Family, decoder_layers
+from train.engine.layers import CausalLM, DecoderLayer, Heads
 
 KINDS_OF_LAYERS = {"full_attention", "sliding_attention"}
 # what configurations call the dropouts of their own that act in a decoder
@@ -20,7 +21,7 @@ def unsupported_reason(causal_lm: CausalLM) -> str:
     name, config = type(causal_lm).__name__, causal_lm.config
     if name not in FAMILIES:
         return f"{name} is not one of {', '.join(FAMILIES)}"
-    if reason := _unknown_setting(config):
+    if reason := _unknown_setting(config, FAMILIES[name]):
         return reason
     layers = decoder_layers(causal_lm)
     if layers[0].activation not in ACTIVATIONS.values():
@@ -29,12 +30,21 @@ def unsupported_reason(causal_lm: CausalLM) -> str:
         return reason
     if reason := _unknown_adapter(causal_lm, layers):
         return reason
-    if len({(layer.heads.size, layer.heads.scaling) for layer in layers}) > 1:
+    return _unlike_blocks(layers)
+
+
+def _unlike_blocks(layers: Sequence[DecoderLayer]) -> str:
+    """Why blocks cannot share what they share; empty where they can."""
+    heads = {(layer.heads.size, layer.heads.scaling) for layer in layers if isinstance(layer.heads, Heads)}
+    if not heads:
+        return "none of its blocks has softmax attention"
+    if len(heads) > 1:
         return "its blocks do not all have the same heads"
     blocks = [Block(layer, number) for number, layer in enumerate(layers)]
-    if len({tuple(group.shape for group in block.groups) for block in blocks}) > 1:  # they share memory for weights
-        return "its blocks do not all have the same adapters"
-    return ""
+    kinds: dict[type, set[Any]] = {}  # blocks of a kind share memory for weights
+    for block in blocks:
+        kinds.setdefault(type(block.attention), set()).add(block.places)
+    return "its blocks do not all have the same adapters" if any(len(each) > 1 for each in kinds.values()) else ""
 
 
 def _unknown_adapter(causal_lm: CausalLM, layers: Sequence[DecoderLayer]) -> str:
@@ -50,13 +60,14 @@ def _unknown_adapter(causal_lm: CausalLM, layers: Sequence[DecoderLayer]) -> str
     return ""
 
 
-def _unknown_setting(config: Any) -> str:
+def _unknown_setting(config: Any, family: Family) -> str:
     """What config.json asks for that the engine does not compute; empty where there is no such."""
     if rates := {name: rate for name in DROPOUTS if (rate := getattr(config, name, None))}:
         return "it has dropout of its own: " + ", ".join(f"{name} {rate}" for name, rate in rates.items())
     if getattr(config, "router_jitter_noise", 0):
         return f"its router adds noise in training (router_jitter_noise {config.router_jitter_noise})"
-    if unknown := set(getattr(config, "layer_types", None) or []) - KINDS_OF_LAYERS:
+    kinds = KINDS_OF_LAYERS | ({KIND} if family.linear else set())
+    if unknown := set(getattr(config, "layer_types", None) or []) - kinds:
         return f"it has layers of {', '.join(sorted(unknown))}"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "its attention caps its scores, for which the flash kernels have no place"

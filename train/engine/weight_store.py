@@ -16,6 +16,7 @@ class WeightStore:
 
     The first `num_cached` blocks keep their matrices, in the compute type, from step to step: only the adapters' part
     is filled again. The others share one block's place, which is not filled again while the same block is asked for.
+    Where a model has blocks of two kinds, that place has the matrices of each, but those that both have once.
     """
 
     def __init__(self, blocks: Sequence[Block], num_cached: int, like: torch.Tensor, source: PackedSource) -> None:
@@ -24,7 +25,8 @@ class WeightStore:
         self.num_cached = num_cached
         self.like = like
         self.source = source
-        self.places: dict[int, Matrices] = {}  # by cached block, and SHARED
+        self.places: dict[int, Matrices] = {}  # by cached block
+        self.shared: dict[tuple[int, object], torch.Tensor] = {}  # by a group's number and layout
         self.holds: dict[int, int] = {}  # place -> the block whose base is in it
         self.fresh: set[int] = set()  # blocks whose adapters have been filled in since `invalidate_adapters`
 
@@ -43,15 +45,14 @@ class WeightStore:
     def release(self) -> None:
         """Frees all matrices; they are made again when they are asked for."""
         self.places.clear()
+        self.shared.clear()
         self.holds.clear()
         self.fresh.clear()
 
     def matrices(self, number: int) -> Matrices:
         """The matrices of block `number`; in the shared place they last until another block's are asked for."""
         block, where = self.blocks[number], number if number < self.num_cached else SHARED
-        if where not in self.places:
-            self.places[where] = [self.like.new_zeros(group.shape) for group in block.groups]
-        matrices = self.places[where]
+        matrices = self._shared(block) if where == SHARED else self._own(block)
         if self.holds.get(where) == number:
             self.source.skip(number)
         else:
@@ -62,6 +63,17 @@ class WeightStore:
             self._fill_adapters(block, matrices)
             self.fresh.add(number)
         return matrices
+
+    def _own(self, block: Block) -> Matrices:
+        if block.number not in self.places:
+            self.places[block.number] = [self.like.new_zeros(group.shape) for group in block.groups]
+        return self.places[block.number]
+
+    def _shared(self, block: Block) -> Matrices:
+        for place, group in zip(block.places, block.groups, strict=True):
+            if place not in self.shared:
+                self.shared[place] = self.like.new_zeros(group.shape)
+        return [self.shared[place] for place in block.places]
 
     def before_replay(self, order: Sequence[int]) -> None:
         """A CUDA graph of a pass in this order is about to be replayed, or captured."""

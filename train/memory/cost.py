@@ -7,14 +7,15 @@ everything that is kept for the backward pass is there; or a validation sample m
 """
 
 from train.engine.copies import host_bytes as pinned_bytes
-from train.engine.plan import NUM_SLOTS, padded
+from train.engine.delta_rule import CHUNK
+from train.engine.plan import NUM_SLOTS, padded, spread
 from train.engine.sharded_blocks import part_bytes
 from train.memory.candidate import Candidate, Job
+from train.memory.kept import gate_up_kept, gate_up_width, kept_of, mlp_rank, mlp_rows, routing_bytes
+from train.memory.linear import FP32_BYTES
 from train.memory.sizes import MixtureSizes, ModelSizes
 
 CUBLAS_BYTES = 2**26  # bytes of cuBLAS's workspaces, which torch keeps once a stream has used them
-FP32_BYTES = 4
-MIN_HEAD_SIZE = 64  # elements of an attention head, at least
 SMALL_TENSOR_BYTES = 2**20  # up to this size torch's allocator takes a tensor from segments of their own
 DQ_ROWS = 128  # rows of fp32 dQ that the flash backward kernels add for each sample
 EMPTY_SAMPLES = 8  # samples without tokens that a graph may have beside its own, at most (engine.graphs.pad)
@@ -23,25 +24,28 @@ INPUTS_IN_FLIGHT = 3  # block inputs on their way to the host or back, at most; 
 
 def packed_weights(job: Job, c: Candidate) -> int:
     """Frozen weights of the blocks that are not streamed, as they are stored, or this process's part; and all norms."""
-    return (job.sizes.num_blocks - c.num_streamed) * _part(job) + job.sizes.norm_bytes
+    num_blocks = job.sizes.num_blocks
+    if job.num_shards > 1:
+        return (num_blocks - c.num_streamed) * _part(job) + job.sizes.norm_bytes
+    resident = job.sizes.packed(range(num_blocks)) - job.sizes.packed(spread(c.num_streamed, num_blocks))
+    return resident + job.sizes.norm_bytes
 
 
 def streaming_slots(job: Job, c: Candidate) -> int:
     """A slot holds the packed weights of one streamed block, or of one whose parts are read from all processes."""
     shared_out = job.sizes.num_blocks - c.num_streamed if job.num_shards > 1 else 0
-    streamed = min(NUM_SLOTS, c.num_streamed) * job.sizes.packed_bytes
+    streamed = min(NUM_SLOTS, c.num_streamed) * job.sizes.largest_packed
     return streamed + min(NUM_SLOTS, shared_out) * job.num_shards * _part(job)
 
 
 def _part(job: Job) -> int:
-    """What a process holds of a block's packed weights."""
-    whole = job.sizes.packed_bytes
-    return part_bytes(whole, job.num_shards) if job.num_shards > 1 else whole
+    """What a process holds of a block's packed weights, as much of each block as of the largest."""
+    return part_bytes(job.sizes.largest_packed, job.num_shards)
 
 
 def dequantised_weights(job: Job, c: Candidate) -> int:
     """One block's matrices for each cached block, and one set that the other blocks share."""
-    return min(c.num_cached + 1, job.sizes.num_blocks) * job.sizes.matrix_bytes
+    return min(c.num_cached + 1, job.sizes.num_blocks) * job.sizes.matrix_bytes + job.sizes.shared_bytes
 
 
 def head_weights(job: Job, c: Candidate) -> int:
@@ -65,53 +69,13 @@ def block_inputs(job: Job, c: Candidate) -> int:
     num_inputs = s.num_blocks
     if c.offloads:
         num_inputs = c.num_kept + min(INPUTS_IN_FLIGHT, s.num_blocks - c.num_kept)
-    return c.width * s.element_bytes * (num_inputs * s.hidden + s.num_blocks * _mlp_rank(s))
+    return c.width * s.element_bytes * (num_inputs * s.hidden + s.num_blocks * mlp_rank(s))
 
 
 def kept_activations(job: Job, c: Candidate) -> int:
     """What the backward pass of every kept block reads, beside its input."""
-    return c.width * c.num_kept * _kept_per_token(job, c)
-
-
-def _kept_per_token(job: Job, c: Candidate) -> int:
-    s = job.sizes
-    width = s.hidden + s.padded_rank  # `normed`
-    width += s.qkv + s.padded_rank + s.normed_qk  # `qkv`, `raw_qk`
-    width += s.query + s.padded_rank  # `attended`, `low_rank`
-    width += s.hidden  # `post_attention`
-    width += s.hidden + _mlp_rank(s)  # what the MLP reads
-    width += s.norms_behind * s.hidden  # `attention_branch`, `mlp_branch`
-    width += _gate_up_kept(job, c)
-    if not job.has_flash:
-        width += 3 * s.query  # keys and values repeated for all heads, and the outputs of single samples
-    # fp32: attention's log-sum-exp a head, the norms' rstd a head (Qwen3) and two a token, and of norms behind
-    scales = FP32_BYTES * (s.query + s.normed_qk) // MIN_HEAD_SIZE + (2 + s.norms_behind) * FP32_BYTES
-    return s.element_bytes * width + scales + _routing(s)
-
-
-def _mlp_rank(s: ModelSizes) -> int:
-    """The adapters' columns [T, R] before and behind an MLP; a mixture makes them again, of its sorted rows."""
-    return 0 if s.mixture else s.padded_rank
-
-
-def _rows(s: ModelSizes) -> int:
-    """What an MLP computes for a token: itself, or a row for each of its experts."""
-    return s.mixture.num_chosen if s.mixture else 1
-
-
-def _routing(s: ModelSizes) -> int:
-    """Bytes a token: the router's probabilities, fp32; for each choice three numbers of 8 bytes and three of 4."""
-    return FP32_BYTES * s.mixture.num_experts + 36 * s.mixture.num_chosen if s.mixture else 0
-
-
-def _gate_up(s: ModelSizes) -> int:
-    """`gate_up` [T, G + R], elements a token; of a mixture for each of its rows."""
-    return _rows(s) * (s.gate_up + s.padded_rank)
-
-
-def _gate_up_kept(job: Job, c: Candidate) -> int:
-    """As `_gate_up`; a tiled MLP keeps none of it and computes it again. Mixtures are not tiled."""
-    return 0 if c.is_tiled and not job.sizes.mixture else _gate_up(job.sizes)
+    num_blocks = job.sizes.num_blocks
+    return kept_of(job, c, range(num_blocks - c.num_kept, num_blocks))
 
 
 def working_memory(job: Job, c: Candidate) -> int:
@@ -140,7 +104,7 @@ def block_backward(job: Job, c: Candidate) -> int:
     """
     s = job.sizes
     gradients = c.width * s.element_bytes * (s.hidden + (1 + s.copies_gradient) * (s.hidden + s.padded_rank))
-    return gradients + max(mlp_backward(job, c), attention_backward(job, c))
+    return gradients + max(mlp_backward(job, c), attention_backward(job, c), linear_backward(job, c))
 
 
 def mlp_backward(job: Job, c: Candidate) -> int:
@@ -150,7 +114,7 @@ def mlp_backward(job: Job, c: Candidate) -> int:
         return _mixture_backward(s, s.mixture, c)
     product = (2 if s.has_dropout else 1) * s.intermediate
     elements = c.width * s.hidden
-    elements += c.mlp_tile * (_gate_up(s) + product) if c.is_tiled else c.width * product
+    elements += c.mlp_tile * (gate_up_width(s) + product) if c.is_tiled else c.width * product
     return s.element_bytes * elements
 
 
@@ -168,11 +132,29 @@ def attention_backward(job: Job, c: Candidate) -> int:
     Less what the MLP had kept and has freed: `post_attention` [T, H], its norm's output [T, H + R], `gate_up`.
     """
     s = job.sizes
-    freed = s.hidden + s.hidden + _mlp_rank(s) + _gate_up_kept(job, c)
+    freed = s.hidden + s.hidden + mlp_rank(s) + gate_up_kept(job, c)
     freed -= s.hidden if s.is_parallel else 0  # the gradient of what both read
     num_samples = job.num_samples(c.width) + (EMPTY_SAMPLES if c.uses_graphs else 0)
     dq = (c.width + DQ_ROWS * num_samples) * s.query * FP32_BYTES
-    return c.width * s.element_bytes * (3 * s.query + s.qkv - freed) + dq
+    return c.width * s.element_bytes * (3 * s.query + s.qkv - s.gate - freed) + dq
+
+
+def linear_backward(job: Job, c: Candidate) -> int:
+    """The same of the last block with linear attention: its output's gradient [T, V], and all between its projections.
+
+    Less what the MLP had kept, and what blocks behind it had kept; where it recomputes, with what it keeps itself. Each
+    sample counts as if its last chunk were full.
+    """
+    s, linear = job.sizes, job.sizes.linear
+    if linear is None:
+        return 0
+    last = max(linear.numbers)
+    tokens = c.width + (CHUNK - 1) * job.num_samples(c.width)
+    freed = s.hidden + s.hidden + s.padded_rank + gate_up_kept(job, c)
+    needed = tokens * linear.rule_bytes + c.width * s.element_bytes * (linear.value - freed)
+    if last < s.num_blocks - c.num_kept:
+        needed += kept_of(job, c, [last])
+    return needed - kept_of(job, c, range(max(last + 1, s.num_blocks - c.num_kept), s.num_blocks))
 
 
 def without_triton(job: Job) -> int:
@@ -201,10 +183,12 @@ def validation_per_token(s: ModelSizes) -> int:
     twice [2 Q]; gate, up and their product [G + F]; the adapters' X A^T of four groups [4 R]; before norms behind [H].
     """
     made = (4 + s.norms_behind) * s.hidden + s.qkv + s.normed_qk + 2 * s.query
-    made += 4 * s.padded_rank + _rows(s) * (s.gate_up + s.intermediate)
+    made += s.qkv - s.gate if s.gate else 0
+    made += 4 * s.padded_rank + mlp_rows(s) * (s.gate_up + s.intermediate)
     if s.mixture:  # the rows that go into an expert, or come out of it
-        made += _rows(s) * (s.hidden + 2 * s.padded_rank)
-    return s.element_bytes * (2 * s.hidden + made) + _routing(s)
+        made += mlp_rows(s) * (s.hidden + 2 * s.padded_rank)
+    softmax = s.element_bytes * (2 * s.hidden + made) + routing_bytes(s)
+    return max(softmax, s.linear.forward_bytes(s.hidden, s.element_bytes)) if s.linear else softmax
 
 
 def static_buffers(job: Job, c: Candidate) -> int:
@@ -280,7 +264,9 @@ def peak(job: Job, c: Candidate) -> int:
 def host_bytes(job: Job, c: Candidate) -> int:
     """Pinned host memory: streamed blocks, the embedding, and the inputs of recomputed blocks."""
     s = job.sizes
-    total = pinned_bytes(s.packed_bytes, c.num_streamed)
+    num_linear = s.num_linear(spread(c.num_streamed, s.num_blocks))
+    total = pinned_bytes(s.packed_bytes, c.num_streamed - num_linear)
+    total += pinned_bytes(s.linear.packed_bytes, num_linear) if s.linear else 0
     if s.embedding_on_host:
         total += pinned_bytes(s.embedding_bytes, 1)
     if c.offloads:

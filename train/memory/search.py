@@ -102,7 +102,7 @@ class Planner:
             merged = (rows.merged_tokens(count) for count in range(2, self.job.batch.accumulation + 1))
             sizes |= {*rows.longest, *(tokens for tokens in merged if tokens <= MAX_MERGED_TOKENS)}
         yield from ((tokens, False) for tokens in sorted(sizes))
-        if self.job.gpu.has_graphs:
+        if self.job.gpu.has_graphs and not self.job.sizes.linear:  # whose work depends on each sample's length
             if not is_given:
                 wide = {padded(tokens) - less for tokens in sizes for less in (0, GRAPH_STEP)}
                 sizes = {tokens for tokens in wide if tokens >= rows.longest[0]}
@@ -158,6 +158,7 @@ def plan_of(job: Job, candidate: Candidate, has_limit: bool, needs_host: bool) -
         needs_host=needs_host,
         offloads_inputs=candidate.offloads and candidate.num_kept < s.num_blocks,
         uses_graphs=candidate.uses_graphs,
+        num_linear=s.num_linear(range(s.num_blocks)),
         mlp_tile=candidate.mlp_tile if candidate.mlp_tile < longest else 0,
         num_samples=job.num_samples(candidate.tokens),
         graph_bytes=cost.graph_bytes(job, candidate),
@@ -168,5 +169,5 @@ def plan_of(job: Job, candidate: Candidate, has_limit: bool, needs_host: bool) -
         host_bytes=cost.host_bytes(job, candidate) if has_limit else 0,
         seconds=step_seconds(job, candidate),
         # blocks that are in a slot when the pass turns round are not copied again
-        traffic_bytes=(2 * len(streamed) - min(NUM_SLOTS, len(streamed))) * s.packed_bytes,
+        traffic_bytes=(2 * len(streamed) - min(NUM_SLOTS, len(streamed))) * s.largest_packed,
     )

@@ -1,16 +1,18 @@
 """What a model takes, from its shape alone: the widths of a block and the bytes of weights, adapters and optimizer."""
 
 import math
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from train.config import Config
 from train.engine.block import Block
 from train.engine.families import decoder_layers
-from train.engine.layers import Vocabulary
+from train.engine.layers import Heads, Vocabulary
 from train.engine.mixture import Mixture
 from train.engine.packed_weights import packed_bytes
 from train.loss import CHUNK_BYTES
+from train.memory.linear import LinearSizes, linear_sizes
 from train.optim import OPTIMIZERS, state_bytes
 
 
@@ -31,12 +33,15 @@ class MixtureSizes:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Widths of one decoder block in elements, and bytes of what is kept on the device or the host for a whole run."""
+    """Widths of one decoder block in elements, and bytes of what is kept on the device or the host for a whole run.
+
+    Of a hybrid, the widths are those of a block with softmax attention.
+    """
 
     num_blocks: int
     hidden: int  # width of the residual stream
     qkv: int  # outputs of q_proj, k_proj and v_proj together
-    query: int  # outputs of q_proj, inputs of o_proj
+    query: int  # queries, inputs of o_proj
     intermediate: int  # width of the MLP: inputs of down_proj
     gate_up: int  # outputs of gate_proj and up_proj together
     padded_rank: int  # columns that adapters add to a product: the largest of a block's four groups
@@ -46,7 +51,7 @@ class ModelSizes:
     is_parallel: bool  # attention and MLP read the same, whose gradients are summed
     has_dropout: bool
     element_bytes: int  # of the compute type
-    matrix_bytes: int  # one block's dequantised weights, with the adapters' columns
+    matrix_bytes: int  # one block's dequantised weights, with the adapters' columns; of a hybrid the largest block's
     packed_bytes: int  # one block's frozen linear weights as they are stored
     norm_bytes: int  # norms and biases of all blocks, and the last norm
     embedding_bytes: int  # 0 where the head shares it
@@ -58,6 +63,25 @@ class ModelSizes:
     paged_bytes: int  # optimizer state that moves to host memory when the GPU is full
     mixture: MixtureSizes | None = None
     whole_bytes: int = 0  # for moments, where head or embedding are trained whole: copy, product and gradient
+    gate: int = 0  # the part of `qkv` that is gates of what is attended to (Qwen3.5)
+    linear: LinearSizes | None = None  # of a hybrid
+    shared_bytes: int = 0  # of a hybrid: what matrices of the other kind add to the place that blocks share
+
+    @property
+    def largest_packed(self) -> int:
+        """Bytes of the block that takes the most."""
+        return max(self.packed_bytes, self.linear.packed_bytes if self.linear else 0)
+
+    def num_linear(self, numbers: Iterable[int]) -> int:
+        """How many of these blocks have linear attention."""
+        return len(self.linear.numbers.intersection(numbers)) if self.linear else 0
+
+    def packed(self, numbers: Collection[int]) -> int:
+        """Bytes of the packed weights of these blocks."""
+        if self.linear is None:
+            return len(numbers) * self.packed_bytes
+        count = self.num_linear(numbers)
+        return count * self.linear.packed_bytes + (len(numbers) - count) * self.packed_bytes
 
 
 def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
@@ -66,7 +90,14 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
     Raises KeyError for families that the fused engine does not know.
     """
     layers = decoder_layers(causal_lm)
-    block = Block(layers[0], 0)
+    blocks = [Block(layer, number) for number, layer in enumerate(layers)]
+    block, heads, layer = next(
+        (block, layer.heads, layer)
+        for block, layer in zip(blocks, layers, strict=True)
+        if isinstance(layer.heads, Heads)
+    )
+    query, key, _ = heads.widths
+    qkv, o = block.attention.groups
     halves = (block.around_attention, block.around_mlp)
     words_in, words_out = map(Vocabulary.of, (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()))
     embedding, head = words_in.layer.weight, words_out.layer.weight
@@ -80,20 +111,20 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
     is_paged = OPTIMIZERS[config.optim.name].is_paged
     return ModelSizes(
         num_blocks=len(layers),
-        hidden=block.attention.qkv.num_inputs,
-        qkv=block.attention.qkv.num_outputs,
-        query=block.attention.o.num_inputs,
+        hidden=qkv.num_inputs,
+        qkv=qkv.num_outputs,
+        query=o.num_inputs,
         intermediate=block.mlp.down.num_inputs,
         gate_up=block.mlp.gate_up.num_outputs,
-        padded_rank=max(group.padded_rank for group in block.groups),
-        normed_qk=block.attention.parts[1].stop if block.attention.heads.norms else 0,
+        padded_rank=max(group.padded_rank for each in blocks for group in each.groups),
+        normed_qk=query + key if heads.norms else 0,
         norms_behind=sum(half.after is not None for half in halves),
         copies_gradient=any(half.after is not None or half.scale != 1.0 for half in halves),
         is_parallel=block.is_parallel,
         has_dropout=block.dropout > 0,
         element_bytes=element_bytes,
-        matrix_bytes=element_bytes * sum(math.prod(group.shape) for group in block.groups),
-        packed_bytes=sum(map(packed_bytes, layers[0].linears)),
+        matrix_bytes=element_bytes * max(map(_num_elements, blocks)),
+        packed_bytes=sum(map(packed_bytes, layer.linears)),
         norm_bytes=sum(parameter.numel() * parameter.element_size() for parameter in norms),
         embedding_bytes=0 if is_tied else embedding.numel() * element_bytes,
         embedding_on_host=on_gpu and not is_tied and not words_in.is_trained,
@@ -104,7 +135,21 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
         paged_bytes=state if is_paged else 0,
         mixture=_mixture_sizes(block, causal_lm.config),
         whole_bytes=_whole_bytes(words_in, words_out, element_bytes),
+        gate=query if heads.has_gate else 0,
+        linear=linear_sizes(layers, element_bytes),
+        shared_bytes=element_bytes * _num_shared_elements(blocks),
     )
+
+
+def _num_elements(block: Block) -> int:
+    """Of a block's matrices."""
+    return sum(math.prod(group.shape) for group in block.groups)
+
+
+def _num_shared_elements(blocks: Sequence[Block]) -> int:
+    """Of the place that blocks share (weight_store.py), beyond those of the largest block."""
+    places = {key: group.shape for block in blocks for key, group in zip(block.places, block.groups, strict=True)}
+    return sum(map(math.prod, places.values())) - max(map(_num_elements, blocks))
 
 
 def _mixture_sizes(block: Block, config: Any) -> MixtureSizes | None:

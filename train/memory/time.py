@@ -16,6 +16,8 @@ SMALL_KERNEL_SECONDS = 0.0002
 # Norms of query and key heads read them, keep a copy and write them; their backward reads two and writes one. Logits
 # are written, read twice and written again. With both, packed steps of 19 shapes are within 5 % (results/families.json)
 HEAD_NORM_PASSES, LOGIT_PASSES = 3, 4
+# How often linear attention moves what it makes between its projections; neither passes nor launches were measured
+LINEAR_FORWARD, LINEAR_BACKWARD = 1.2, 4
 # Products of experts reach this share of the rate of one large product. Of the rows of experts [F] and [H] are read or
 # written between products, forward and backward; their adapters (fp32) and gradients likewise, in bytes of gradients
 GROUPED_SHARE = 0.58
@@ -61,6 +63,18 @@ def streamed_share(job: Job, c: Candidate) -> float:
     return c.num_streamed / job.sizes.num_blocks
 
 
+def linear_share(job: Job) -> float:
+    """The share of blocks that have linear attention."""
+    s = job.sizes
+    return s.num_linear(range(s.num_blocks)) / s.num_blocks
+
+
+def linear_rule(job: Job, c: Candidate, times: float) -> float:
+    """What lies between linear attention's projections, on the mean of all blocks."""
+    linear = job.sizes.linear
+    return linear_share(job) * times * linear.rule_bytes * c.mean_tokens / job.gpu.bandwidth if linear else 0.0
+
+
 def products(job: Job, c: Candidate, flops_per_token: float) -> float:
     """Matrix products, and attention's."""
     return flops_per_token / (job.gpu.flops / (c.mean_tokens + LATENCY_TOKENS))
@@ -75,8 +89,11 @@ def num_weights(job: Job) -> float:
 
 
 def attention_flops(job: Job) -> float:
-    """Causal attention forward, a token: two products of 2 Q FLOP with half of the sample's tokens on average."""
-    return 2 * job.sizes.query * job.rows.mean_length
+    """Causal attention forward, a token: two products of 2 Q FLOP with half of the sample's tokens on average.
+
+    Of a hybrid's blocks, some of which have linear attention, the mean.
+    """
+    return 2 * job.sizes.query * job.rows.mean_length * (1 - linear_share(job))
 
 
 def elementwise(job: Job, c: Candidate, times: int) -> float:
@@ -106,7 +123,7 @@ def forward(job: Job, c: Candidate) -> float:
     """A block's forward pass on the GPU: 2 FLOP a weight and token."""
     computing = products(job, c, 2 * num_weights(job) + attention_flops(job))
     moving = elementwise(job, c, ELEMENTWISE_FORWARD) + dequantisation(job, c)
-    moving += experts(job, c, ROWS_FORWARD, ADAPTERS_FORWARD)
+    moving += experts(job, c, ROWS_FORWARD, ADAPTERS_FORWARD) + linear_rule(job, c, LINEAR_FORWARD)
     return computing + moving + SMALL_KERNEL_SECONDS
 
 
@@ -118,7 +135,7 @@ def backward(job: Job, c: Candidate) -> float:
     s = job.sizes
     computing = products(job, c, 2 * num_weights(job) + 2.5 * attention_flops(job))
     moving = elementwise(job, c, ELEMENTWISE_BACKWARD) + dequantisation(job, c)
-    moving += experts(job, c, ROWS_BACKWARD, ADAPTERS_BACKWARD)
+    moving += experts(job, c, ROWS_BACKWARD, ADAPTERS_BACKWARD) + linear_rule(job, c, LINEAR_BACKWARD)
     seconds = computing + moving + SMALL_KERNEL_SECONDS
     if c.is_tiled:
         seconds += c.num_kept / s.num_blocks * products(job, c, 2 * s.hidden * s.gate_up)
@@ -132,7 +149,7 @@ def recomputation(job: Job, c: Candidate) -> float:
     if s.mixture:
         skipped *= s.mixture.num_chosen / GROUPED_SHARE
     computing = products(job, c, 2 * (num_weights(job) - skipped) + attention_flops(job))
-    return computing + elementwise(job, c, ELEMENTWISE_FORWARD)
+    return computing + elementwise(job, c, ELEMENTWISE_FORWARD) + linear_rule(job, c, LINEAR_FORWARD)
 
 
 def forward_launches(job: Job, c: Candidate) -> float:
@@ -149,13 +166,13 @@ def backward_launches(job: Job, c: Candidate) -> float:
 
 def weights_bus(job: Job, c: Candidate) -> float:
     """Streamed weights come to the GPU, in either direction of the pass."""
-    return streamed_share(job, c) * job.sizes.packed_bytes / job.gpu.bus
+    return streamed_share(job, c) * job.sizes.largest_packed / job.gpu.bus
 
 
 def peers(job: Job, c: Candidate) -> float:
     """Parts of a block that other GPUs hold are read from them."""
     share = (1 - streamed_share(job, c)) * (job.num_shards - 1) / job.num_shards
-    return share * job.sizes.packed_bytes / job.gpu.link
+    return share * job.sizes.largest_packed / job.gpu.link
 
 
 def inputs_bus(job: Job, c: Candidate) -> float:

@@ -193,7 +193,7 @@ def _filled(
             offload_embedding(causal_lm)
             torch.cuda.empty_cache()  # or small weights would take its memory, the largest piece of all
         if module in ends:
-            host.offload(ends[module], layers[ends[module]])
+            host.offload(ends[module], layers)
     lend_to_transformers(base)
     return base
 

@@ -37,7 +37,8 @@ def resolve_targets(base: PreTrainedModel, words: Sequence[str]) -> Targets:
     """Matches each word with the linear layers of the decoder: the end of a name, a regular expression over the whole
     name, or all-linear.
 
-    The default, Llama's seven names, stands for all-linear where a family has other names and no experts.
+    The default, Llama's seven names, stands for all-linear where a family has no experts and other names, in some or
+    all layers (hybrids name what their linear attention has otherwise).
     Raises ExitWith(BAD_INPUT) with every word that matches nothing and the names that exist. The head, embeddings, and
     layers outside the decoder, such as those of a vision tower, are never adapted.
     """
@@ -55,7 +56,8 @@ def resolve_targets(base: PreTrainedModel, words: Sequence[str]) -> Targets:
             counts[word], experts[word] = parameters[part], part
     ends = Counter(name.rpartition(".")[2] for name in linear)
     exist = ", ".join(f"{end} ({count})" for end, count in sorted(ends.items())) or "none"
-    if tuple(words) == LLAMA_LINEAR_LAYERS and not all(counts.values()) and not parameters:
+    is_partial = not all(counts.values()) or _is_hybrid(base)
+    if tuple(words) == LLAMA_LINEAR_LAYERS and is_partial and not parameters:
         return resolve_targets(base, [ALL_LINEAR])  # the default means all of a block, by Llama's names
     refuse_unmatched([_reason(base, word) for word in words if not counts[word]], exist)
     refuse_unmatched([reason for word in words if (reason := _head_too(base, word))], exist)
@@ -68,6 +70,11 @@ def resolve_targets(base: PreTrainedModel, words: Sequence[str]) -> Targets:
     return Targets(
         [*sorted(matched), *(spelled.get(word, word) for word in experts)], counts, len(linear), exist, experts
     )
+
+
+def _is_hybrid(base: PreTrainedModel) -> bool:
+    """Whether some layers have linear attention, whose projections have names of their own."""
+    return "linear_attention" in (getattr(base.config, "layer_types", None) or [])
 
 
 def refuse_unmatched(reasons: Sequence[str], exist: str) -> None:

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from tests.conftest import training_of
 from tests.multimodal import FAMILIES, write_multimodal
 from tests.parity.bases import on
+from tests.parity.models import DELTA, LINEAR
 from tests.unit.models.test_agreement import SIZES
 from train.config import Config, ModelConfig
 from train.memory.outlook import sketched_sizes
@@ -81,6 +82,17 @@ def test_fused_projections_are_named(config: Config, tmp_path: Path) -> None:
     assert "down_proj (2), gate_up_proj (2), o_proj (2), qkv_proj (2)" in lines[-1]
     assert len(adapted(config, tmp_path, "all-linear")) == 8
     assert len(adapted(config, tmp_path, *QKVO, "gate_proj", "up_proj", "down_proj")) == 8
+
+
+def test_hybrids(config: Config, tmp_path: Path) -> None:
+    """Llama's seven names, the default, are in every fourth layer of Qwen3.5; they mean the linear attention too."""
+    folder = shape_only(tmp_path, T.Qwen3_5TextConfig(**SIZES, **DELTA, layer_types=LINEAR[:2]))
+    found = adapted(config, folder, *QKVO, "gate_proj", "up_proj", "down_proj")
+    assert found == adapted(config, folder, "all-linear")
+    assert len(found) == 15
+    names = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
+    assert {f"model.layers.0.linear_attn.{name}" for name in names} <= found
+    assert len(adapted(config, folder, *QKVO)) == 4
 
 
 def test_the_vision_tower_gets_no_adapters(config: Config, tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ from train.attempt_record import record_start
 from train.audit_gate import counts, enforce_gate, run_audit
 from train.banner import banner
 from train.checkpoints.contents import Checkpoint
-from train.checkpoints.elastic import kept_batch
 from train.checkpoints.copier import Copier
+from train.checkpoints.elastic import kept_batch
 from train.checkpoints.extension import resumed_schedule
 from train.checkpoints.identity import identity
 from train.checkpoints.mirror import Mirror, mirror_of, start_date

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as T
 from accelerate import Accelerator
+from packaging.version import Version
 
 from tests.conftest import training_of
 from tests.unit.models.test_agreement import SIZES, SPARSE, for_all_linear, write
@@ -48,6 +49,8 @@ def gradient(training: Training, step: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("name", SHAPES)
 def test_graphs_give_peft_s_gradient(name: str, config: Config, tmp_path: Path) -> None:
     """Steps of several lengths, captured and replayed: the gradient of PEFT's layers without graphs, every time."""
+    if name == "gemma2" and Version(T.__version__) < Version("5.23"):
+        pytest.skip("transformers copies the mask's smallest value from the CPU, which no graph records")
     training = build(config, tmp_path, name)
     assert training.plan.micro_batch_shape.layout == "unpadded"
     model, steps = training.model, (0, 1, 2, 0, 1)

@@ -89,7 +89,7 @@ def ours(settings: PrepareSettings, tokenizer: Any) -> tuple[Prepared, dict[str,
     bins = pack(lengths, MAX_LENGTH)
     row["packing_fill"] = round(sum(lengths) / (len(bins) * MAX_LENGTH), 4)
     began = time.perf_counter()
-    audit(DataSplit(prepared, prepared.dataset), None, tokenizer, Schedule(1, 1, 1, "samples", 1, 1, 1, 1))
+    audit(DataSplit(prepared, prepared.dataset), None, tokenizer, Schedule(1, 1, 1, "samples", 1, 1, 1, 1, 1, ""))
     row["audit_seconds"] = round(time.perf_counter() - began, 2)
     records = prepared.statistics.num_records
     return prepared, row | {"records": records, "records_per_second": round(records / row["seconds"])}

@@ -31,7 +31,8 @@ from benchmarks.interrupted_run import commit
 from benchmarks.speed_limits import against_limits, matmul_rate
 from benchmarks.speed_workloads import WORKLOADS, Run, Workload
 from train.cli import parse
-from train.data import BatchLayout, TrainingData, read_data
+from train.data import TrainingData, read_data
+from train.layout import BatchLayout
 from train.models.tokenizer import load_tokenizer
 from train.run.folder import RunFolder, read_object
 from train.run.versions import versions

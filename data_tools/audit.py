@@ -71,7 +71,7 @@ RULES = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """The batch arithmetic of the run: a step takes per_device x accumulation x num_processes `unit`s."""
+    """How the run divides its data into steps."""
 
     per_device: int
     accumulation: int
@@ -81,11 +81,8 @@ class Schedule:
     steps_per_epoch: int
     epochs: int
     total_steps: int
-
-    @property
-    def units_per_step(self) -> int:
-        """The global batch size."""
-        return self.per_device * self.accumulation * self.num_processes
+    units_per_step: int  # the global batch size
+    batch: str  # its arithmetic, in words
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,7 @@ def show_audit(audit: Audit, console: Console, abilities: Abilities) -> None:
         f"tokens    {audit.tokens:,}, {audit.supervised_tokens:,} of them trained ({supervised_share:.0%})",
         f"end token trained in {audit.end_token_trained_fraction:.1%} of the rows, present but masked in "
         f"{audit.end_token_masked_fraction:.1%}, cut in {audit.end_token_cut_fraction:.1%}",
-        f"batch     {schedule.per_device} per device x {schedule.accumulation} accumulated x {schedule.num_processes} "
-        f"process{'es' if schedule.num_processes > 1 else ''} = {schedule.units_per_step} {schedule.unit} per step",
+        f"batch     {schedule.batch}",
         f"steps     {schedule.units_per_epoch:,} {schedule.unit} per epoch = {schedule.steps_per_epoch:,} steps; "
         f"{schedule.epochs} epoch{'s' if schedule.epochs > 1 else ''}, {schedule.total_steps:,} steps in all",
         "lengths   samples by number of tokens",

@@ -43,12 +43,12 @@ from train.config import (  # noqa: E402
     ValidateConfig,
 )
 from train.data import (  # noqa: E402
-    BatchLayout,
     Splits,
     TrainingData,
     read_data,
 )
 from train.deliver.questions import Question, questions_of  # noqa: E402
+from train.layout import BatchLayout  # noqa: E402
 from train.models.tokenizer import load_tokenizer  # noqa: E402
 from train.step import Training  # noqa: E402
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +17,7 @@ from train.learning_rate import Schedule
 from train.memory.outlook import Outlook
 from train.memory.reference import MOST_TOKENS, Passes, ReferencePlan, configured_plan
 from train.memory.search import MARGIN
+from train.metrics import flops_per_token, num_chosen_experts, num_matmul_weights
 from train.models.adapted_linear import use_own_products
 from train.models.agreement import check_agreement
 from train.models.graph_trial import take_graphs
@@ -23,6 +25,7 @@ from train.models.isolation import check_packing, isolate
 from train.models.language_model import LanguageModel, load_model, start_from
 from train.models.liger import use_liger
 from train.optim import FlatParameters, build_optimizer, build_scaler, state_bytes
+from train.recording import capture_seconds, record_graphs
 from train.run.accelerator import check_peers, free_gpu_bytes
 from train.run.devices import compute_type
 from train.run.exits import ExitCode, ExitWith
@@ -74,6 +77,8 @@ def assemble(
         reference_reason=outlook.reason,
     )
     training = fit_to_memory(training, outlook)
+    if accelerator.num_processes > 1:
+        training = replace(training, plan=replace(training.plan, pair_cost=_pair_cost(training)))
     shape = training.plan.micro_batch_shape
     if outlook.saved and shape != outlook.saved:
         say(
@@ -81,7 +86,18 @@ def assemble(
             f"memory    the run's micro-batches of {outlook.saved} are not possible here: {shape} now, the same "
             "samples a step; sums are rounded otherwise, and with other micro-batches dropout draws other masks",
         )
+    if num_graphs := record_graphs(training):
+        say(accelerator, f"graphs    {num_graphs} captured in {capture_seconds(training):.1f} s")
     return training
+
+
+def _pair_cost(training: Training) -> float:
+    """What attention costs for a pair of tokens, beside a token's linear layers; the same in every process."""
+    whole, are_trained = cast(Any, training.model.causal_lm.config), training.config.train.method == "full"
+    shape = whole.get_text_config(decoder=True)
+    num_weights = num_matmul_weights(training.model, num_chosen_experts(shape))
+    alone, beside_one = (flops_per_token(num_weights, shape, length, are_trained) for length in (0, 1))
+    return beside_one / alone - 1
 
 
 def _reference_plan(model: LanguageModel, config: Config, outlook: Outlook, ids: Sequence[int]) -> ReferencePlan:

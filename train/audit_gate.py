@@ -11,16 +11,18 @@ from train.run.exits import ExitCode, ExitWith
 
 def run_audit(config: Config, tokenizer: Any, data: TrainingData, splits: Splits) -> Audit:
     """Audits the training and the validation data, also for rows that are in both."""
-    layout = data.layout
+    layout, unit = data.layout, "packed rows" if data.packed else "samples"
     schedule = Schedule(
         per_device=layout.per_device,
         accumulation=layout.accumulation,
         num_processes=layout.num_processes,
-        unit="packed rows" if data.packed else "samples",
+        unit=unit,
         units_per_epoch=len(data.rows),
         steps_per_epoch=data.steps_per_epoch,
         epochs=config.train.epochs,
         total_steps=data.total_steps(config.train),
+        units_per_step=layout.samples_per_step,
+        batch=layout.arithmetic(unit),
     )
     return audit(splits.training, splits.validation, tokenizer, schedule)
 

@@ -27,7 +27,6 @@ def banner(training: Training, tokenizer: Tokenizer, splits: Splits, checkpoint:
     config, data, about = training.config, training.data, training.model.about
     prepared, validation = splits.training.prepared, splits.validation
     statistics = prepared.statistics
-    layout = data.layout
     trainable = sum(p.numel() for p in training.parameters.values())
     device = training.accelerator.device
     compute = devices.compute_type(config.model.dtype, device)
@@ -49,9 +48,7 @@ def banner(training: Training, tokenizer: Tokenizer, splits: Splits, checkpoint:
         *data_lines(statistics, prepared.notes),
         *_template_arguments(config),
         f"tokens    {sum(data.row_tokens):,} per epoch, {data.supervised_tokens_per_epoch():,} of them trained",
-        f"batch     {layout.per_device} per device x {layout.accumulation} accumulated x {layout.num_processes} "
-        f"process{'es' if layout.num_processes > 1 else ''} = {layout.samples_per_step} samples per step"
-        + _executed(training),
+        f"batch     {data.layout.arithmetic()}" + _executed(training),
         f"memory    {training.plan}",
         *_parts(training),
         *_packing(training),

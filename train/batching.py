@@ -21,6 +21,7 @@ class LengthStatistics:
     mean_length: float  # mean tokens of a sample
     length_deviation: float = 0.0  # standard deviation of a sample's tokens; math.inf where grouped by length
     max_samples: int = 1  # samples in a micro-batch as configured
+    num_processes: int = 1  # one that is dealt short samples has more of them than another
     longest_validation: int = 0  # tokens of the longest validation sample; 0 without validation
 
     def merged_tokens(self, count: int) -> int:
@@ -48,7 +49,7 @@ class LengthStatistics:
 
     def num_samples(self, accumulation: int, tokens: int) -> int:
         """Three-sigma bound on the samples in a micro-batch of `tokens` tokens."""
-        mean, upper = tokens / self.mean_length, accumulation * self.max_samples
+        mean, upper = tokens / self.mean_length, accumulation * self.max_samples * self.num_processes
         bound = mean + 3 * math.sqrt(mean) * self.length_deviation / self.mean_length
         return max(self.max_samples, math.ceil(min(bound, upper)))
 
@@ -86,9 +87,29 @@ class StepPlan(Protocol):
         ...
 
     @property
+    def uses_graphs(self) -> bool:
+        """Whether micro-batches run as CUDA graphs, which have room for `num_samples`."""
+        ...
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in a micro-batch that memory is counted for."""
+        ...
+
+    @property
+    def pair_cost(self) -> float:
+        """What attention costs for a pair of tokens, beside a token's cost."""
+        ...
+
+    @property
     def micro_batch_shape(self) -> MicroBatchShape:
         """The same with how samples lie in it."""
         ...
+
+
+def collated_tokens(lengths: Sequence[int], is_padded: bool) -> int:
+    """Tokens of a micro-batch of samples with these lengths: padded to the longest, or packed."""
+    return len(lengths) * max(lengths, default=0) if is_padded else packed_tokens(lengths)
 
 
 def regroup(
@@ -103,9 +124,7 @@ def regroup(
         return list(micro_batches)
 
     def fits(samples: list[int]) -> bool:
-        lengths = [num_tokens[i] for i in samples]
-        size = len(lengths) * max(lengths, default=0) if is_padded else packed_tokens(lengths)
-        return size <= max_tokens
+        return collated_tokens([num_tokens[i] for i in samples], is_padded) <= max_tokens
 
     merged: list[list[int]] = []
     for whole in micro_batches:

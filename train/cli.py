@@ -160,7 +160,7 @@ def _override(
     spelled = {name: _spelled(values, known[name]) for name, values in merged.items()}
     changed, error = _parsed(config, spelled)  # all at once, because each takes tyro a twentieth of a second
     if not error:
-        return _without_grouping(changed, set(merged)), problems
+        return _without_replaced(changed, set(merged)), problems
     for name, values in merged.items():
         # one at a time, because tyro stops at the first invalid value
         config, error = _parsed(config, {name: spelled[name]})
@@ -169,7 +169,7 @@ def _override(
             if told := advice.on_value(name, values):
                 remedy = f"{remedy.rstrip('.')}. {told}"
             problems.append(f"{' '.join([f'--{name}', *values])}: {remedy}")
-    return _without_grouping(config, set(merged)), problems
+    return _without_replaced(config, set(merged)), problems
 
 
 def _spelled(values: list[str], default: object) -> list[str]:
@@ -189,12 +189,17 @@ def _parsed(config: Config, given: Mapping[str, list[str]]) -> tuple[Config, str
         return config, _message(errors.getvalue())
 
 
-def _without_grouping(config: Config, given: Set[str]) -> Config:
-    """`config` without the profile's data.group_by_length where data.packing was asked for, which replaces it."""
-    data = config.data
+def _without_replaced(config: Config, given: Set[str]) -> Config:
+    """`config` without what the profile sets and an option that was given replaces.
+
+    data.packing replaces data.group_by_length, and batch.samples batch.accumulation.
+    """
+    data, batch = config.data, config.batch
     if "data.packing" in given and data.packing and "data.group_by_length" not in given:
         data = dataclasses.replace(data, group_by_length=False)
-    return dataclasses.replace(config, data=data)
+    if "batch.samples" in given and batch.samples > 0 and "batch.accumulation" not in given:
+        batch = dataclasses.replace(batch, accumulation=0)
+    return dataclasses.replace(config, data=data, batch=batch)
 
 
 def _for_its_base(config: Config, profile: Config, words: list[str]) -> Config:

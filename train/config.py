@@ -125,12 +125,15 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """Samples in one optimizer step = per_device x accumulation x processes."""
+    """Samples in one optimizer step = per_device x accumulation x processes, or as batch.samples says."""
 
     per_device: int = 2
     """Samples in one micro-batch of one process."""
     accumulation: int = 4
-    """Micro-batches in one optimizer step (gradient accumulation)."""
+    """Micro-batches in one optimizer step (gradient accumulation); 0: as many as batch.samples takes."""
+    samples: int = 0
+    """Samples in one optimizer step, on any number of processes: batch.accumulation follows, and what does not divide
+    evenly is dealt unevenly; 0: per_device x accumulation x processes."""
     merge: Literal["auto", "off"] = "auto"
     """auto: a step's samples run as fewer, larger micro-batches without padding where memory allows and none sees
     another; off: literally per_device x accumulation, padded on the reference engine."""
@@ -489,7 +492,8 @@ class Config:
             ("lora.alpha", self.lora.alpha, 1),
             ("data.max_length", self.data.max_length, 8),
             ("batch.per_device", self.batch.per_device, 1),
-            ("batch.accumulation", self.batch.accumulation, 1),
+            ("batch.accumulation", self.batch.accumulation, 0 if self.batch.samples else 1),
+            ("batch.samples", self.batch.samples, 0),
             ("optim.weight_decay", self.optim.weight_decay, 0),
             ("optim.lora_plus_ratio", self.optim.lora_plus_ratio, 1),
             ("train.epochs", self.train.epochs, 1),

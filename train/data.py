@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 
 from data_tools.formats import MAPPED
@@ -22,7 +21,9 @@ from data_tools.report import DataError
 from data_tools.similarity import first_equal
 from train.batching import LengthStatistics, StepPlan, regroup
 from train.collate import MicroBatch, collate, collate_packed, packed_tokens
-from train.config import BatchConfig, Config, TrainConfig, parse_argument
+from train.config import Config, TrainConfig, parse_argument
+from train.dealing import Limits, deal
+from train.layout import BatchLayout
 from train.seeds import derived_seed
 
 
@@ -34,26 +35,6 @@ class StepBatch:
     num_supervised_tokens: int  # over the whole step and all processes: the one divisor of the loss
     num_tokens: int  # likewise
     sample_ids: list[int]  # likewise
-
-
-@dataclass(frozen=True)
-class BatchLayout:
-    """How one optimizer step's samples are divided among processes and micro-batches."""
-
-    per_device: int
-    accumulation: int
-    num_processes: int
-    rank: int
-
-    @classmethod
-    def of(cls, batch: BatchConfig, accelerator: Accelerator) -> "BatchLayout":
-        """Of this process's part of a run."""
-        return cls(batch.per_device, batch.accumulation, accelerator.num_processes, accelerator.process_index)
-
-    @property
-    def samples_per_step(self) -> int:
-        """The global batch size."""
-        return self.per_device * self.accumulation * self.num_processes
 
 
 class TrainingData:
@@ -130,16 +111,14 @@ class TrainingData:
     def batch(self, step: int, plan: StepPlan) -> StepBatch:
         """What this process computes in optimizer step `step`.
 
-        As configured, micro-batch a of process r takes the per_device rows from (a * num_processes + r) * per_device
-        on; `plan` may merge or split them. In an epoch's last batch a process may have no rows left: it then
-        computes a sample with all labels masked, so that collectives match and the sum of the losses stays right.
+        One without samples in a micro-batch computes a sample with all labels masked, so that collectives match and
+        the sum of the losses stays right.
         """
         if self._prefetched and self._prefetched[:2] == (step, plan):
             return self._prefetched[2]
         row_ids, is_packed = self.row_ids(step), self.is_packed(plan)
-        max_tokens = plan.micro_batch_tokens if plan.merges else 0
         micro_batches = []
-        for members in regroup(self._as_configured(row_ids), self.num_tokens, not is_packed, max_tokens):
+        for members in self.divided(step, plan)[self.layout.rank]:
             rows = [self.samples[i] for i in members]
             if not rows:
                 first = self.rows[row_ids[0]][0]
@@ -153,6 +132,25 @@ class TrainingData:
             sample_ids=ids,
         )
 
+    def divided(self, step: int, plan: StepPlan) -> list[list[list[int]]]:
+        """For each process the samples of its micro-batches in optimizer step `step`.
+
+        Where `plan` merges, several processes are dealt the step's rows by their cost. Otherwise micro-batch a of
+        process r takes the per_device rows from (a * num_processes + r) * per_device on; one process may merge or
+        split them.
+        """
+        rows, num_processes = [self.rows[row] for row in self.row_ids(step)], self.layout.num_processes
+        is_padded, max_tokens = not self.is_packed(plan), plan.micro_batch_tokens if plan.merges else 0
+        if self.is_dealt(plan):
+            limits = Limits(max_tokens, plan.num_samples if plan.uses_graphs else sum(map(len, rows)), is_padded)
+            return deal(rows, self.num_tokens, num_processes, limits, plan.pair_cost)
+        configured = [self._as_configured(rows, rank) for rank in range(num_processes)]
+        return [regroup(each, self.num_tokens, is_padded, max_tokens) for each in configured]
+
+    def is_dealt(self, plan: StepPlan) -> bool:
+        """Whether the processes take a step's rows by cost, not by position."""
+        return self.layout.num_processes > 1 and plan.merges and plan.micro_batch_tokens > 0
+
     def prefetch(self, step: int, plan: StepPlan) -> None:
         """Makes the batch of `step` now, while the device is busy, so that asking for it costs nothing."""
         self._prefetched = (step, plan, self.batch(step, plan))
@@ -161,27 +159,29 @@ class TrainingData:
         """Whether a micro-batch's samples stand behind one another in one row, without padding."""
         return self.packed or plan.is_fused or plan.micro_batch_shape.layout == "unpadded"
 
-    def _as_configured(self, row_ids: Sequence[int]) -> list[list[int]]:
-        """The samples of each of this process's micro-batches in a step with these rows, as per_device says."""
-        layout = self.layout
-        count = math.ceil(len(row_ids) / (layout.per_device * layout.num_processes))
-        micro_batches = []
-        for number in range(count):
-            start = (number * layout.num_processes + layout.rank) * layout.per_device
-            micro_batches.append([i for row in row_ids[start : start + layout.per_device] for i in self.rows[row]])
-        return micro_batches
+    def _as_configured(self, rows: Sequence[list[int]], rank: int) -> list[list[int]]:
+        """The samples of each micro-batch of a process in a step with these rows, as per_device says."""
+        width, num_processes = self.layout.per_device, self.layout.num_processes
+        starts = [
+            (number * num_processes + rank) * width for number in range(math.ceil(len(rows) / (width * num_processes)))
+        ]
+        return [[i for row in rows[start : start + width] for i in row] for start in starts]
 
     def length_statistics(self) -> LengthStatistics:
-        """The lengths that the plan counts with, each row padded as it would be alone."""
+        """The lengths that the plan counts with, each row padded as it would be alone.
+
+        What several processes are dealt by cost varies less than what each would draw alone.
+        """
         count, filled = self.layout.per_device, [packed_tokens([tokens]) for tokens in self.row_tokens]
         lengths = [self.num_tokens[i] for row in self.rows for i in row]
         return LengthStatistics(
             longest=tuple(accumulate(sorted(filled, reverse=True)[:count])),
             mean_micro_batch=count * fmean(filled),
-            deviation=math.sqrt(count) * pstdev(filled),
+            deviation=math.sqrt(count / self.layout.num_processes) * pstdev(filled),
             mean_length=fmean(lengths),
             length_deviation=math.inf if self.group_by_length else pstdev(lengths),
             max_samples=sum(sorted(map(len, self.rows), reverse=True)[:count]),
+            num_processes=self.layout.num_processes,
         )
 
     def _order(self, epoch: int) -> list[int]:

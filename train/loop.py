@@ -8,7 +8,8 @@ from typing import Any, NoReturn
 from train.checkpoints.saver import Saver
 from train.grace import Grace
 from train.memory.gpus import peak_flops
-from train.metrics import Stopwatch, flops_per_token, mfu, num_matmul_weights
+from train.metrics import Stopwatch, flops_per_token, mfu, num_chosen_experts, num_matmul_weights
+from train.recording import capture_seconds
 from train.run.defects import Doing
 from train.run.durable import write_atomically
 from train.run.exits import ExitCode, ExitWith
@@ -68,11 +69,12 @@ class Boundary:
         self.validator, self.doing = validator, doing
         self.stopwatch = Stopwatch(training.accelerator.device)
         shape: Any = training.model.causal_lm.config
-        num_chosen = getattr(shape.get_text_config(decoder=True), "num_experts_per_tok", None) or 0
+        num_chosen = num_chosen_experts(shape.get_text_config(decoder=True))
         self.num_weights = num_matmul_weights(training.model, num_chosen)
         self.loss_watch, self.grace = LossWatch(), Grace(training.config.run)
         self.row: Row = {"step": saver.saved}  # of the last step that is complete
         self.since_last: Row = {}  # time and failures of the last save, for the next row
+        self.capture_seconds = 0.0  # in rows so far
 
     def start(self) -> None:
         """Validates and logs before the first step, if that is wanted; raises Dropped."""
@@ -84,7 +86,7 @@ class Boundary:
     def cross(self, result: StepResult) -> None:
         """Does all of it after a step; raises Dropped or ExitWith."""
         self.heartbeat.beat(result.step)
-        row = _row(self.training, result, self.stopwatch, self.num_weights) | self.since_last
+        row = _row(self.training, result, self.stopwatch, self.num_weights) | self.since_last | self._captures()
         num_passes = result.num_micro_batches * (1 + result.num_overflows)
         told, mirrored = self.saver.copies.news()
         row |= mirrored
@@ -95,6 +97,12 @@ class Boundary:
             row["warning"] = "; ".join(filter(None, warnings))
         self.since_last, self.saver.is_current = {}, False
         self.finish(row)
+
+    def _captures(self) -> Row:
+        """The time that CUDA graphs were captured in since the last row; the first row has that of the start, too."""
+        before, self.capture_seconds = self.capture_seconds, capture_seconds(self.training)
+        seconds = self.capture_seconds - before
+        return {"perf/capture_seconds": round(seconds, 3)} if seconds > 0 else {}
 
     def finish(self, row: Row) -> None:
         """Validates if it is time, logs the row, and saves and stops likewise; raises Dropped or ExitWith."""

@@ -26,6 +26,7 @@ from train.audit_gate import counts, enforce_gate, run_audit
 from train.banner import banner
 from train.checkpoints.contents import Checkpoint
 from train.checkpoints.copier import Copier
+from train.checkpoints.elastic import kept_batch
 from train.checkpoints.extension import resumed_schedule
 from train.checkpoints.identity import identity
 from train.checkpoints.mirror import Mirror, mirror_of, start_date
@@ -34,10 +35,11 @@ from train.checkpoints.saver import Saver, check_disk
 from train.checkpoints.store import CheckpointStore
 from train.cli import checked, parse
 from train.config import Config
-from train.data import BatchLayout, Splits, TrainingData, read_data, run_date
+from train.data import Splits, TrainingData, read_data, run_date
 from train.delivery import chosen_for_final, deliver, publish
 from train.ending import end_of, record_end, unrecorded_defect
 from train.finished_before import was_finished
+from train.layout import BatchLayout, asked_for
 from train.learning_rate import Schedule
 from train.loop import Boundary, training_loop
 from train.models.tokenizer import Tokenizer, check_fits, load_tokenizer
@@ -152,13 +154,15 @@ def job(config: Config, observed: Observed) -> str:
     doing.now = "starting the processes"
     closing.callback(close_group, together=False)
     accelerator = start_accelerator(config)
-    layout = BatchLayout.of(config.batch, accelerator)
-    data = TrainingData(splits.training.samples, config, layout, tokenizer.backend.pad_token_id)
     doing.now = "choosing the checkpoint"
-    run_identity = identity(config, prepared, data, accelerator.device)
-    check_same_everywhere(run_identity, accelerator)
     store = CheckpointStore(folder, config.checkpoint.keep, material.fingerprint)
     checkpoint = choose(store, config, accelerator, mirror)
+    asked = asked_for(config.batch)
+    config = replace(config, batch=kept_batch(checkpoint, config.batch, accelerator))
+    layout = BatchLayout.of(config.batch, accelerator, asked)
+    data = TrainingData(splits.training.samples, config, layout, tokenizer.backend.pad_token_id)
+    run_identity = identity(config, prepared, data, accelerator.device)
+    check_same_everywhere(run_identity, accelerator)
     schedule = schedule_of(checkpoint, config, data, run_identity, accelerator)
     if checkpoint is not None and (early := was_finished(config, checkpoint, data, accelerator)) is not None:
         return early

@@ -13,6 +13,11 @@ def to_host(*scalars: torch.Tensor) -> list[float]:
     return torch.stack([scalar.detach().double() for scalar in scalars]).tolist()
 
 
+def num_chosen_experts(shape: Any) -> int:
+    """Experts of a mixture that a token goes through; 0 where there is none."""
+    return getattr(shape, "num_experts_per_tok", None) or 0
+
+
 def num_matmul_weights(model: torch.nn.Module, num_chosen: int = 0) -> int:
     """Weights of the base's linear layers, the head among them: no adapters, no trained copies, no embedding.
 

@@ -43,7 +43,9 @@ def _of_steps(config: Config, steps_per_epoch: int, total_steps: int) -> str:
         return ""
     ways = []
     if batch.accumulation > 1 and batch.accumulation * total_steps >= MIN_STEPS:
-        ways.append(f"--batch.accumulation {max(1, batch.accumulation * total_steps // MIN_STEPS)} takes smaller ones")
+        fewer = max(1, batch.accumulation * total_steps // MIN_STEPS)
+        smaller = f"--batch.samples {max(1, batch.samples * fewer // batch.accumulation)}"
+        ways.append(f"{smaller if batch.samples else f'--batch.accumulation {fewer}'} takes smaller ones")
     if epochs := _enough_epochs(steps_per_epoch):
         ways.append(f"--train.epochs {epochs} makes {epochs * steps_per_epoch:,}")
     advice = "; ".join(ways) or "more data, or a base that needs less teaching"

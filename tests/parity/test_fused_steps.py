@@ -11,8 +11,8 @@ from tests.conftest import training_of, with_batch
 from tests.parity.models import SIZES, adapted_model
 from train.collate import collate_packed
 from train.config import Config, EngineConfig
-from train.data import BatchLayout
 from train.engine.support import unsupported_reason
+from train.layout import BatchLayout
 from train.models.language_model import choose_engine, sketch
 from train.run.exits import ExitWith
 from train.step import optimizer_step
@@ -46,11 +46,11 @@ def test_without_merging_every_pass_is_run(config: Config) -> None:
 
 
 def test_an_idle_process_learns_nothing(config: Config) -> None:
-    """The second of two processes in an epoch's last window of one sample: no targets, gradients of zero."""
+    """The first of two processes in an epoch's last window of one sample: no targets, gradients of zero."""
     training = training_of(fused(with_batch(config, 1, 2)), Accelerator(cpu=True))
     data = training.data
     data.rows, data.steps_per_epoch = data.rows[:5], 2
-    data.layout = BatchLayout(1, 2, 2, rank=1)
+    data.layout = BatchLayout(1, 2, 2, rank=0)
     (batch,) = data.batch(1, training.plan).micro_batches
     assert len(batch.targets) == 0
     training.model(batch).backward()

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from tests.conftest import training_of
 from train.batching import LengthStatistics, regroup
 from train.config import BatchConfig, Config
-from train.data import BatchLayout
+from train.layout import BatchLayout
 
 
 def test_padding_counts_where_micro_batches_are_merged() -> None:

@@ -12,8 +12,9 @@ from datasets import Dataset
 from data_tools.prepare import PrepareSettings, prepare
 from data_tools.report import DataError
 from tests.conftest import BUNDLED_BASE, tokenizer_at
-from train.data import BatchLayout, TrainingData, split_validation
+from train.data import TrainingData, split_validation
 from train.engine.plan import Plan
+from train.layout import BatchLayout
 from train.profiles import demo
 
 SAMPLES = Dataset.from_dict(

@@ -32,6 +32,10 @@ def test_too_few_steps() -> None:
     (said,) = recipe_warnings(recipe(epochs=3, accumulation=16), 60, 6, 18, 0)
     (accumulation,) = re.findall(r"--batch\.accumulation (\d+)", said)
     assert 18 * 16 / int(accumulation) >= 100
+    config = recipe(epochs=3)
+    config = replace(config, batch=BatchConfig(per_device=2, accumulation=16, samples=30))
+    (samples,) = re.findall(r"--batch\.samples (\d+)", recipe_warnings(config, 180, 6, 18, 0)[0])
+    assert 18 * 30 / int(samples) >= 100
     (epochs, steps) = re.findall(r"--train\.epochs (\d+) makes (\d+)", said)[0]
     assert int(epochs) * 6 == int(steps) >= 100
     (said,) = recipe_warnings(recipe(epochs=1), 2, 1, 1, 0)

@@ -32,6 +32,7 @@ DATA_SETTINGS = (
     "empty_reasoning",
     "leave_out",
 )
+SAMPLES = "batch (samples in a step)"
 INITIAL = "lora.init_from"  # the content of the adapter that the run started from; its place is a detail
 DETAILS = "details"  # the entry that only explains a difference of another
 MAX_LINES = 10  # on changed files
@@ -48,7 +49,7 @@ def identity(config: Config, prepared: Prepared, data: TrainingData, device: tor
         "data.weights": list(config.data.weights),
         "data.packing": config.data.packing,
         "data.group_by_length": config.data.group_by_length,
-        "batch (samples in a step)": data.layout.samples_per_step,
+        SAMPLES: data.layout.samples_per_step,
         "train.method": config.train.method,
         "train.seed": config.train.seed,
         TOTAL: data.total_steps(config.train),

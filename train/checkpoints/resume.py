@@ -173,8 +173,9 @@ def restore(training: Training, checkpoint: Checkpoint) -> None:
     except ValueError as error:
         raise ExitWith(ExitCode.FINGERPRINT_MISMATCH, f"{checkpoint.path}: {error}") from None
     now, before = checkpoint_layout(training), _saved_layout(checkpoint)
-    if before != now:
-        changes = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+    del now["asked"]  # which `kept_batch` has told of
+    changes = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+    if changes:
         say(training.accelerator, f"the layout has changed ({', '.join(changes)}); each step has the same samples")
 
 
@@ -221,6 +222,8 @@ def checkpoint_layout(training: Training) -> dict[str, object]:
         "per_device": layout.per_device,
         "accumulation": layout.accumulation,
         "processes": layout.num_processes,
+        "asked": layout.asked,
+        "dealt by": "cost" if training.data.is_dealt(training.plan) else "position",
         "merge": training.config.batch.merge,
         "micro_batch_tokens": shape.tokens,
         "mlp_tile_tokens": shape.mlp_tile,
@@ -232,7 +235,8 @@ def checkpoint_layout(training: Training) -> dict[str, object]:
 def _saved_layout(checkpoint: Checkpoint) -> dict[str, Any]:
     """The checkpoint's layout by today's names; before there were tiles an MLP took all tokens together (0).
 
-    The reference engine once padded everything.
+    The reference engine once padded everything, and a process took its samples by their position in the step.
     """
     saved = {OLD_LAYOUT_NAMES.get(name, name): value for name, value in checkpoint.state.layout.items()}
-    return {"mlp_tile_tokens": 0, "layout": "padded" if saved.get("engine") == "reference" else "fused", **saved}
+    layout = "padded" if saved.get("engine") == "reference" else "fused"
+    return {"mlp_tile_tokens": 0, "layout": layout, "dealt by": "position", **saved}

@@ -23,7 +23,8 @@ def main(words: list[str]) -> int:
     from data_tools.audit import failures
     from data_tools.audit_report import show_audit
     from train.audit_gate import run_audit
-    from train.data import BatchLayout, TrainingData, prepare_settings, read_data, run_date
+    from train.data import TrainingData, prepare_settings, read_data, run_date
+    from train.layout import BatchLayout, arranged
     from train.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config).backend
@@ -31,7 +32,7 @@ def main(words: list[str]) -> int:
     splits = read_data(config, tokenizer, today)
     abilities = abilities_of(tokenizer, prepare_settings(config, config.data.path, today).render)
     # one process, because only accelerate launch knows their number
-    layout = BatchLayout(config.batch.per_device, config.batch.accumulation, num_processes=1, rank=0)
+    layout = BatchLayout.of_one(arranged(config.batch, num_processes=1))
     found = run_audit(config, tokenizer, TrainingData(splits.training.samples, config, layout, 0), splits)
     reasons = failures(found)
     if options.json:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import sys
+from dataclasses import replace
 
 from train.commands.options import Options, positive_number, print_document
 from train.config import Config
@@ -18,10 +19,12 @@ def main(words: list[str]) -> int:
     config = own.config(rest)
     _check(options, config)
     # imported here because it takes seconds, for which --help and a misspelt option should not wait
+    from train.layout import arranged
     from train.models.text_part import note_on
     from train.models.tokenizer import check_length
 
     check_length(config)
+    config = replace(config, batch=arranged(config.batch, num_processes=1))
     for note in note_on(config.model):
         print(f"base      {note}", file=sys.stderr if options.json else sys.stdout)
     if options.probe:

@@ -15,7 +15,8 @@ from data_tools.terminal import seen_from_here
 from train.batching import LengthStatistics
 from train.commands.forecast import assumed_lengths
 from train.config import Config
-from train.data import BatchLayout, Splits, TrainingData, prepare_settings, read_data, run_date
+from train.data import Splits, TrainingData, prepare_settings, read_data, run_date
+from train.layout import BatchLayout
 from train.models.tokenizer import load_tokenizer
 from train.profiles import GLOSSARY, HELD_OUT
 from train.run.exits import ExitWith
@@ -93,13 +94,13 @@ def planned_rows(config: Config, mean_length: int | None) -> PlannedRows:
 
 
 def _counted(config: Config, splits: Splits, pad_token_id: int) -> PlannedRows:
-    layout = BatchLayout(config.batch.per_device, config.batch.accumulation, num_processes=1, rank=0)
-    data = TrainingData(splits.training.samples, config, layout, pad_token_id)
+    data = TrainingData(splits.training.samples, config, BatchLayout.of_one(config.batch), pad_token_id)
     validated = max(splits.validation.samples["num_tokens"][:]) if splits.validation else 0
     found = Counted.of(config, splits, data)
     epochs = f"{config.train.epochs} epochs" if config.train.epochs > 1 else "1 epoch"
     stop = f", of which train.max_steps lets {config.train.max_steps:,} be made" if config.train.max_steps else ""
-    several = "; with N GPUs a step has N times the samples" if config.profile == "multi_gpu" else ""
+    is_several = config.profile == "multi_gpu" and not config.batch.samples
+    several = "; with N GPUs a step has N times the samples" if is_several else ""
     said = (
         f"data      {_named(config.data.path)}: {found.num_records:,} rows, {found.num_samples:,} samples of "
         f"{found.mean_length:,.0f} tokens on average, {found.longest:,} at most; {found.tokens_per_epoch:,} tokens an "
@@ -117,7 +118,7 @@ def _assumed(config: Config, mean_length: int | None, why: str) -> PlannedRows:
     said = (
         f"data      {kind} are assumed, {why}.{remedy}",
         "steps     unknown without the data: rows x epochs / "
-        f"{config.batch.per_device * config.batch.accumulation} samples in a step on one GPU",
+        f"{BatchLayout.of_one(config.batch).samples_per_step} samples in a step on one GPU",
     )
     return PlannedRows(assumed_lengths(config, mean), None, said)
 

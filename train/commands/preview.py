@@ -29,7 +29,8 @@ def main(words: list[str]) -> int:
     from data_tools.prepare import prepare
     from data_tools.preview import as_html, show_samples
     from data_tools.preview import preview as token_views
-    from train.data import BatchLayout, TrainingData, prepare_settings, run_date
+    from train.data import TrainingData, prepare_settings, run_date
+    from train.layout import BatchLayout
     from train.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config).backend

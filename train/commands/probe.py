@@ -10,12 +10,13 @@ from datasets import Dataset
 from train.assemble import assemble
 from train.commands.forecast import min_length
 from train.config import Config
-from train.data import BatchLayout, TrainingData
+from train.data import TrainingData
+from train.layout import BatchLayout
 from train.memory.outlook import GIB
 from train.run.accelerator import check_machine, start_accelerator
 from train.step import Training, optimizer_step
 
-# Steps before the measured ones: warm-up, and where lengths differ most CUDA graphs are captured in them
+# Steps before the measured ones: warm-up, and where lengths differ kernels are chosen for each of them
 FIRST_STEPS, FIRST_STEPS_OF_SEVERAL_LENGTHS = 2, 16
 
 

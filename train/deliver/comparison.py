@@ -9,13 +9,14 @@ from typing import Any
 
 from data_tools.prepare import DataSplit, Prepared, PrepareSettings, prepare
 from data_tools.report import DataError
-from train.data import BatchLayout, TrainingData, prepare_settings
+from train.data import TrainingData, prepare_settings
 from train.deliver.compare import Answer, compare
 from train.deliver.finished import FinishedRun, Tuned, data_of, today_of
 from train.deliver.generation import Completion, Generator
 from train.deliver.losses import TokenLoss, losses_of
 from train.deliver.questions import Question, questions_in, questions_of
 from train.deliver.scores import rate
+from train.layout import BatchLayout
 from train.models.shape import max_positions
 from train.models.tokenizer import load_tokenizer
 from train.run.attempts import last_start
@@ -199,8 +200,8 @@ def _data(run: FinishedRun, tokenizer: Any, notes: list[str]) -> tuple[DataSplit
 def _layout(run: FinishedRun) -> BatchLayout:
     """How the run's steps were divided; a resumed one's may differ, but not the samples of a step."""
     processes = last_start(run.folder).get("num_processes")
-    batch = run.config.batch
-    return BatchLayout(batch.per_device, batch.accumulation, processes if isinstance(processes, int) else 1, 0)
+    batch, num_processes = run.config.batch, processes if isinstance(processes, int) else 1
+    return BatchLayout(batch.per_device, batch.accumulation, num_processes, 0, batch.samples)
 
 
 def _plain_settings(run: FinishedRun, today: date) -> PrepareSettings:

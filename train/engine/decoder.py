@@ -13,7 +13,8 @@ from train.engine.context import ForwardContext
 from train.engine.copies import copies_for
 from train.engine.embedding import RowsInPlace
 from train.engine.families import family_of
-from train.engine.graphs import Graphs, pad
+from train.engine.graph_shapes import pad
+from train.engine.graphs import Graphs
 from train.engine.hidden_store import DeviceInputs, HostInputs
 from train.engine.host_stream import HostBlocks
 from train.engine.layers import CausalLM, Vocabulary

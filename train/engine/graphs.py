@@ -5,6 +5,7 @@ one shape, so micro-batches are padded to a multiple of plan.GRAPH_STEP tokens, 
 """
 
 import gc
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -12,11 +13,11 @@ from enum import Enum, auto
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from train.collate import MicroBatch, with_empty_samples
+from train.collate import MicroBatch
 from train.engine.attention import Attend
 from train.engine.context import ForwardContext
+from train.engine.graph_shapes import Shape, serving
 from train.engine.plan import padded
 from train.engine.stack import Saved, Stack
 from train.engine.weight_store import WeightStore
@@ -24,30 +25,6 @@ from train.engine.weight_store import WeightStore
 MAX_GRAPHS = 32  # about 10 MB each; later shapes use a larger graph, since a capture costs several steps
 
 AttendFor = Callable[[MicroBatch], Mapping[int | None, Attend]]
-Shape = tuple[int, int]  # tokens, and entries of cu_seqlens
-
-
-def padded_shape(batch: MicroBatch) -> Shape:
-    """Of the packed micro-batch with a multiple of plan.GRAPH_STEP tokens and of eight entries in cu_seqlens."""
-    assert batch.cu_seqlens is not None
-    return padded(batch.input_ids.shape[1]), -(-(len(batch.cu_seqlens) + 1) // 8) * 8
-
-
-def pad(batch: MicroBatch, shape: Shape | None = None) -> MicroBatch:
-    """The packed micro-batch in `shape`, or in `padded_shape` where it is None.
-
-    `max_length` becomes the length of the whole row. The first sample that is added has all the padding, the others
-    have no tokens; nothing in them is a target.
-    """
-    width, num_boundaries = shape or padded_shape(batch)
-    num_tokens = batch.input_ids.shape[1]
-    wide = replace(
-        batch,
-        input_ids=F.pad(batch.input_ids, (0, width - num_tokens)),
-        position_ids=F.pad(batch.position_ids, (0, width - num_tokens)),
-        max_length=width,
-    )
-    return with_empty_samples(wide, num_boundaries - 1)
 
 
 @dataclass(frozen=True)
@@ -87,6 +64,8 @@ class State(Enum):
 class Graphs:
     """The stack's training passes, captured when a shape is first seen and replayed from then on.
 
+    Where shapes are `planned`, the smallest of them that has room is captured in place of a micro-batch's own.
+
     COLD: nothing is held. The next micro-batch runs eagerly, which compiles kernels and creates the libraries' handles,
         and allocates the static buffers -> OPEN.
     OPEN: a new shape is captured, but the largest before all others: those find room in its memory, and it serves
@@ -123,6 +102,9 @@ class Graphs:
         self.static: StaticBuffers | None = None
         self.pool: Any = None  # torch's handle of the memory that all graphs share
         self.largest: Shape | None = None  # the shape that was captured first
+        self.planned: Sequence[Shape] = ()
+        self.seconds = 0.0  # spent in captures
+        self.reserved = 0  # bytes that captures leave for what comes later
 
     def release(self) -> None:
         """Frees all graphs and their memory; shapes are captured anew."""
@@ -165,13 +147,15 @@ class Graphs:
         if shape[0] > largest[0] or shape[1] > largest[1]:
             self.release()  # the eager pass needs what the graphs hold
             return None
+        if self.planned:
+            shape = serving(shape, (*self.planned, largest)) or largest
         if self.state is not State.EAGER and not self.graphs:
             self._capture_largest(largest, context, batch)
         if self.state is State.OPEN and shape not in self.graphs:
             self._capture_another(shape, largest, context, batch)
         if self.state is State.EAGER:
             return None
-        return self.graphs[min(each for each in self.graphs if each[0] >= shape[0] and each[1] >= shape[1])]
+        return self.graphs[serving(shape, self.graphs) or largest]
 
     def _capture_largest(self, largest: Shape, context: ForwardContext, batch: MicroBatch) -> None:
         if self._room() >= self.graph_bytes + self.eager_bytes:
@@ -197,7 +181,7 @@ class Graphs:
             self._capture_largest(largest, context, batch)
 
     def _room(self) -> int:
-        return room()
+        return room() - self.reserved
 
     def _capture(self, shape: Shape, context: ForwardContext, batch: MicroBatch) -> CapturedGraph:
         """Both passes. What the first saves for the second stays in the pool, which all graphs share.
@@ -206,6 +190,7 @@ class Graphs:
         """
         assert batch.cu_seqlens is not None
         assert self.static is not None
+        start = time.perf_counter()
         static, num_boundaries = self.static.first(shape[0]), shape[1]
         store = self.stack.store
         store.before_replay(self.stack.forward_order)
@@ -232,6 +217,7 @@ class Graphs:
             self._record(forward, run_forward)
             self._record(backward, run_backward)
         store.forget_shared()  # nothing of it has run yet
+        self.seconds += time.perf_counter() - start
         return CapturedGraph(static, seed, cu_seqlens, forward, backward)
 
     def _record(self, graph: torch.cuda.CUDAGraph, work: Callable[[], None]) -> None:

@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 
 from train.collate import MicroBatch
-from train.engine.graphs import is_out_of_memory, pad
+from train.engine.graph_shapes import pad
+from train.engine.graphs import is_out_of_memory
 from train.models.agreement import random_adapters, relative
 from train.models.language_model import LanguageModel
 from train.models.pass_graphs import PassGraphs

@@ -4,6 +4,7 @@ A pass of 1,551 tokens of StableLM-2-1.6B is 6,600 kernels of 88 ms, and the hos
 As on the fused engine a graph has one shape: micro-batches are padded by a last sample that is not trained on.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 
 from train.collate import MicroBatch
-from train.engine.graphs import MAX_GRAPHS, Shape, no_collection, pad, padded_shape, room
+from train.engine.graph_shapes import Shape, pad, padded_shape, serving
+from train.engine.graphs import MAX_GRAPHS, no_collection, room
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class PassGraphs:
     """A decoder's training passes, captured when a shape is first seen; backward adds to the parameters' gradients.
 
     The gradients must be in place, and stay there. The longest pass comes first: later ones find room in its memory.
-    Shapes beyond MAX_GRAPHS, or without room, take a larger graph or run eagerly.
+    Shapes beyond MAX_GRAPHS, or without room, take a larger graph or run eagerly. Where shapes are `planned`, the
+    smallest of them that has room is captured in place of a micro-batch's own.
     """
 
     def __init__(self, eager: Callable[[MicroBatch], torch.Tensor], trained: Sequence[torch.nn.Parameter]) -> None:
@@ -37,6 +40,9 @@ class PassGraphs:
         self.trained = list(trained)
         self.graphs: dict[Shape, _Graph] = {}
         self.pool: Any = None  # torch's handle of the memory that all graphs share
+        self.planned: Sequence[Shape] = ()
+        self.seconds = 0.0  # spent in captures
+        self.reserved = 0  # bytes that captures leave for what comes later
         self.needed = 0  # bytes that the first capture took, and its warming up takes beside them
 
     def release(self) -> None:
@@ -59,15 +65,18 @@ class PassGraphs:
         return _Replay.apply(graph, self.trained[0])
 
     def _shape_for(self, shape: Shape) -> Shape | None:
-        if shape in self.graphs or (len(self.graphs) < MAX_GRAPHS and room() >= self.needed):
+        if self.planned:
+            shape = serving(shape, (*self.planned, *self.graphs)) or shape
+        if shape in self.graphs or (len(self.graphs) < MAX_GRAPHS and room() - self.reserved >= self.needed):
             return shape
-        return min((each for each in self.graphs if each[0] >= shape[0] and each[1] >= shape[1]), default=None)
+        return serving(shape, self.graphs)
 
     def _capture(self, batch: MicroBatch) -> _Graph:
         """Both passes. What the first saves for the second stays in the pool, which all graphs share.
 
         That is safe since a forward replay is followed by its backward replay before the next.
         """
+        start = time.perf_counter()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         ids, positions, boundaries = (each.clone() for each in _tensors(batch))
         batch = replace(batch, input_ids=ids, position_ids=positions, cu_seqlens=boundaries)
@@ -83,6 +92,7 @@ class PassGraphs:
         torch.cuda.set_rng_state(random_state)
         torch.cuda.empty_cache()
         self.needed = self.needed or torch.cuda.memory_reserved() - before
+        self.seconds += time.perf_counter() - start
         return _Graph(batch, out.detach(), grad_out, forward, backward)
 
     def _warm_up(self, batch: MicroBatch) -> None:

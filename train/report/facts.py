@@ -33,10 +33,12 @@ def batch_line(run: RunRecord) -> str:
     if per_device is None or accumulation is None or num_processes is None:
         return ""
     processes = f"process{'es' if num_processes > 1 else ''}"
-    samples = per_device * accumulation * num_processes
-    text = (
-        f"{per_device} per device x {accumulation} accumulated x {num_processes} {processes} = {samples} samples a step"
-    )
+    product = per_device * accumulation * num_processes
+    samples = whole(at(run.config, "batch", "samples")) or product
+    factors = f"{per_device} per device x {accumulation} accumulated x {num_processes} {processes}"
+    text = f"{factors} = {samples} samples a step"
+    if samples != product:
+        text = f"{samples} samples a step in uneven shares, of at most {factors}"
     tokens, steps = (number(at(run.start, "data", name)) for name in ("tokens_per_epoch", "steps_per_epoch"))
     if tokens and steps:
         text += f", {tokens / steps:,.0f} tokens a step on average"

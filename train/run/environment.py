@@ -148,9 +148,11 @@ def _accelerate_problems(config: Config) -> Iterator[str]:
             yield f"the accelerate configuration says {each.what} ({each.variable}={value}): {each.instead}"
     configured = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if configured not in ("1", str(config.batch.accumulation)):
+        batch = config.batch
+        ours = f"--batch.accumulation says {batch.accumulation}" if batch.accumulation else "--batch.samples decides it"
         yield (
-            f"the accelerate configuration says gradient_accumulation_steps {configured} and --batch.accumulation says "
-            f"{config.batch.accumulation}; remove it from the accelerate configuration, because the profile sets it"
+            f"the accelerate configuration says gradient_accumulation_steps {configured} and {ours}; "
+            "remove it from the accelerate configuration, because the profile sets it"
         )
 
 

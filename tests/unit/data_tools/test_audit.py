@@ -18,7 +18,7 @@ from tests.conftest import tokenizer_at
 from tests.unit.data_tools.rows import numbered, write
 from train.commands.handloop import main
 
-PLAN = Schedule(2, 4, 1, "samples", units_per_epoch=20, steps_per_epoch=3, epochs=2, total_steps=6)
+PLAN = Schedule(2, 4, 1, "samples", 20, 3, epochs=2, total_steps=6, units_per_step=8, batch="2 x 4 = 8")
 
 
 def audit_of(path: str, validation: str = "", tokenizer: Any = None, **settings: Any) -> Audit:

@@ -185,3 +185,22 @@ def test_a_loss_does_not_keep_its_graph(monkeypatch: pytest.MonkeyPatch) -> None
     del graph, stack
     assert [each() for each in kept] == [None, None]
     assert loss == 0
+
+
+def test_planned_shapes_are_captured_in_place_of_others() -> None:
+    """The smallest with room for tokens and samples; where none has, the largest. Nothing else is captured."""
+    book = Book(lambda _: PLENTY)
+    book.planned = [(640, 16), (384, 24), (256, 8)]
+    for shape, served in (
+        ((128, 8), (256, 8)),
+        ((128, 16), (384, 24)),
+        ((256, 8), (256, 8)),
+        ((512, 16), (640, 16)),
+        ((512, 24), (1024, 24)),
+        ((768, 8), (1024, 24)),
+    ):
+        book.largest = (1024, 24)
+        assert book.serve(*shape) == served
+    assert set(book.captured) == {(1024, 24), *book.planned}
+    book.release()
+    assert book.serve(100) == (384, 24)

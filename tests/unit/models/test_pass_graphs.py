@@ -78,3 +78,14 @@ def test_beyond_the_limit_a_larger_graph_serves(
     assert sorted(graphs.graphs) == [(384, 8), (512, 8)]
     assert graphs(batch_of(60, 20)).shape[0] == 384
     assert graphs(batch_of(700)).shape[0] == 700
+
+
+def test_planned_shapes_are_captured_in_place_of_others(graphs: PassGraphs) -> None:
+    """The smallest with room serves a pass; one that is longer than all of them has its own. Room is left as asked."""
+    graphs.planned = [(384, 16), (256, 8)]
+    for batch in (batch_of(60, 20), batch_of(10, 10, 10, 10, 10, 10, 10), batch_of(300), batch_of(500)):
+        assert torch.equal(rows(graphs, batch), graphs.eager(batch))
+    assert sorted(graphs.graphs) == [(256, 8), (384, 16), (512, 8)]
+    graphs.needed, graphs.reserved = 100, 1
+    assert graphs(batch_of(700)).shape[0] == 700
+    assert len(graphs.graphs) == 3

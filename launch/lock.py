@@ -20,8 +20,8 @@ ALSO = {
     "torch==2.13.0": ["6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b"],
 }
 # Pinned and in no lock: llama-cpp-python is compiled where it is installed, and nothing but it needs diskcache.
-# mlflow-skinny is an extra that brings twenty packages.
-UNLOCKED = {"llama-cpp-python", "diskcache", "mlflow-skinny"}
+# mlflow-skinny, s3fs and gcsfs are extras that bring twenty packages each.
+UNLOCKED = {"llama-cpp-python", "diskcache", "mlflow-skinny", "s3fs", "gcsfs"}
 HEADER = "# Made by launch/lock.py; every file of each release by its sha256. {}\n"
 SAYS = {
     "requirements.lock": "The pins are those of constraints.txt.",

@@ -219,6 +219,9 @@ class CheckpointConfig:
     keep: int = 2
     """Newest verified checkpoints that stay; at least 2, so that one always stands while another is written. The one
     with the lowest validation loss stays beside them."""
+    mirror: str = ""
+    """Where checkpoints are copied in the background, for machines that vanish: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX,
+    or file:///FOLDER. A machine whose run folder is empty goes on from the newest that is whole there."""
 
 
 @dataclass(frozen=True)
@@ -343,6 +346,7 @@ class Config:
         yield from self._token_checks()
         yield from self._method_checks()
         yield from self._interval_checks()
+        yield from self._mirror_checks()
         yield from self._validation_checks()
         yield from self._track_checks()
         if isinstance(self.memory.checkpointing, int):
@@ -403,6 +407,21 @@ class Config:
                 yield option, every, "a share of an epoch is greater than 0 and at most 1"
             elif isinstance(every, int) and every < 1:
                 yield option, every, "must be at least 1 step, a share such as 0.25, or epoch"
+
+    def _mirror_checks(self) -> Iterator[tuple[str, object, str]]:
+        scheme, separator, place = self.checkpoint.mirror.partition("://")
+        if not self.checkpoint.mirror:
+            return
+        # s3://KEY:SECRET@BUCKET, in which a secret may have slashes, or a signed address
+        if re.search(r"[@?#]" if scheme == "file" else r"[@?#:]", place):
+            remedy = "an address holds no credentials: give them in the environment, or in the cloud's own files"
+            yield "checkpoint.mirror", f"{scheme[:8]}://...", remedy
+        elif not separator or scheme not in ("s3", "gs", "file"):
+            yield "checkpoint.mirror", self.checkpoint.mirror, "write s3://BUCKET/PREFIX, gs://..., or file:///FOLDER"
+        elif scheme == "file" and not re.match(r"/[^/]", place):
+            yield "checkpoint.mirror", self.checkpoint.mirror, "write a whole path: file:///FOLDER"
+        elif scheme != "file" and not re.fullmatch(r"[\w.-]+(/[^/]+)+/?", place):
+            yield "checkpoint.mirror", self.checkpoint.mirror, f"write {scheme}://BUCKET/PREFIX, a folder for this run"
 
     def _validation_checks(self) -> Iterator[tuple[str, object, str]]:
         settings = self.validate

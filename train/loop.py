@@ -88,7 +88,9 @@ class Boundary:
         self.heartbeat.beat(result.step)
         row = _row(self.training, result, self.stopwatch, self.num_weights) | self.since_last | self._captures()
         num_passes = result.num_micro_batches * (1 + result.num_overflows)
-        warnings = [self.loss_watch.check(result.loss), self.grace.check(row["perf/step_seconds"] / num_passes)]
+        told, mirrored = self.saver.copies.news()
+        row |= mirrored
+        warnings = [self.loss_watch.check(result.loss), self.grace.check(row["perf/step_seconds"] / num_passes), told]
         if result.is_skipped:
             warnings.append(report_skipped(self.training, self.saver.skipped, result))
         if any(warnings):
@@ -141,9 +143,13 @@ class Boundary:
             raise ExitWith(ExitCode.INTERRUPTED, reason)
         if not self.saver.is_current:
             self._save(must_stop=True)
+        seconds = round(stop.seconds(), 1)
+        if self.training.config.checkpoint.mirror:
+            self.doing.now = "waiting for the mirror"
+        copied = self.saver.finish_copies(stop)
+        repeat = f"{copied}; {repeat}" if copied else repeat
         if not stop.received:
             raise ExitWith(ExitCode.INTERRUPTED, f"stopped by {who}; step {step} is saved, {repeat}")
-        seconds = round(stop.seconds(), 1)
         reason = f"stopped by {who}; step {step} is saved, {seconds} s after the signal; {repeat}"
         raise ExitWith(ExitCode.INTERRUPTED, reason, seconds_after_signal=seconds)
 

@@ -25,9 +25,11 @@ from train.attempt_record import record_start
 from train.audit_gate import counts, enforce_gate, run_audit
 from train.banner import banner
 from train.checkpoints.contents import Checkpoint
+from train.checkpoints.copier import Copier
 from train.checkpoints.elastic import kept_batch
 from train.checkpoints.extension import resumed_schedule
 from train.checkpoints.identity import identity
+from train.checkpoints.mirror import Mirror, mirror_of, start_date
 from train.checkpoints.resume import check_same_everywhere, check_same_run, choose, restore, saved_shape
 from train.checkpoints.saver import Saver, check_disk
 from train.checkpoints.store import CheckpointStore
@@ -141,13 +143,12 @@ def job(config: Config, observed: Observed) -> str:
     """The job from data files to final/; returns why it ended early, or nothing; raises ExitWith or DataError."""
     stop, doing, closing = observed.stop, observed.doing, observed.closing
     check_machine(config)
-    listeners = wanted_listeners(config)
+    listeners, folder, mirror = wanted_listeners(config), RunFolder.of(config), mirror_of(config)
     doing.now = "loading the tokenizer"
     tokenizer = load_tokenizer(config)
     check_fits(config, tokenizer.backend)
     doing.now = "reading the data"
-    folder = RunFolder.of(config)
-    today = run_date(config, folder.start_date(config.run.resume))
+    today = run_date(config, start_date(mirror, folder, config.run.resume))
     splits = read_data(config, tokenizer.backend, today)
     prepared, material = splits.training.prepared, material_of(config, tokenizer.backend, splits, today)
     doing.now = "starting the processes"
@@ -155,7 +156,7 @@ def job(config: Config, observed: Observed) -> str:
     accelerator = start_accelerator(config)
     doing.now = "choosing the checkpoint"
     store = CheckpointStore(folder, config.checkpoint.keep, material.fingerprint)
-    checkpoint = choose(store, config, accelerator)
+    checkpoint = choose(store, config, accelerator, mirror)
     asked = asked_for(config.batch)
     config = replace(config, batch=kept_batch(checkpoint, config.batch, accelerator))
     layout = BatchLayout.of(config.batch, accelerator, asked)
@@ -178,7 +179,7 @@ def job(config: Config, observed: Observed) -> str:
         restore(training, checkpoint)
     doing.now = "preparing the first step"
     say(accelerator, banner(training, tokenizer, splits, checkpoint))
-    on_first_process(accelerator, lambda: check_folder(training, store, prepared, today))
+    on_first_process(accelerator, lambda: check_folder(training, store, prepared, today, mirror))
     raise_if_stopped(config, accelerator, stop)
 
     trackers = open_trackers(training, store, checkpoint, listeners, observed)
@@ -186,6 +187,7 @@ def job(config: Config, observed: Observed) -> str:
     on_first_process(accelerator, lambda: begin_record(observed, training, prepared, checkpoint))
     trackers.tell_about(folder)
     saver = Saver.of(training, store, run_identity, trackers, checkpoint)
+    copy_to(mirror, saver, observed)
     heartbeat = Heartbeat(config, accelerator, stop)
     validator = Validator.of(training, material, saver.record, heartbeat)
     last = training_loop(Boundary(training, heartbeat, trackers, saver, validator, doing))
@@ -213,12 +215,35 @@ def schedule_of(
     return resumed_schedule(checkpoint, config, data)
 
 
-def check_folder(training: Training, store: CheckpointStore, prepared: Prepared, today: date) -> int:
+def check_folder(
+    training: Training, store: CheckpointStore, prepared: Prepared, today: date, mirror: Mirror | None
+) -> int:
     """Looks whether checkpoints will fit, and keeps the date that templates see, if they ask for one."""
     check_disk(training, store)
+    if mirror is not None:
+        say(
+            training.accelerator,
+            f"mirror    {mirror.url}: checkpoints are copied there; {store.keep} and the best stay",
+        )
     if prepared.statistics.date:
         store.folder.keep_start_date(today)  # which a resumed run is to see again
     return 0
+
+
+def copy_to(mirror: Mirror | None, saver: Saver, observed: Observed) -> None:
+    """Copies the run's checkpoints from now on; at its end, whatever that is, it waits for the last and says so."""
+    if not saver.training.accelerator.is_main_process:
+        return
+    saver.store.folder.mirror.unlink(missing_ok=True)  # an earlier attempt's
+    if mirror is None:
+        return
+    saver.copies = Copier(mirror, saver.store, saver.saved if saver.is_current else 0)
+
+    def finish() -> None:
+        if told := saver.finish_copies(observed.stop, is_stopping=False):
+            say(saver.training.accelerator, f"mirror    {told}")
+
+    observed.closing.callback(finish)
 
 
 def report_audit(config: Config, tokenizer: Tokenizer, data: TrainingData, splits: Splits, observed: Observed) -> int:

@@ -57,6 +57,8 @@ def training_of(words: Sequence[str]) -> list[str] | None:
 def problems_of(text: str) -> list[str]:
     """What is wrong with a block's commands by the parsers that would read them; for commands that are not executed."""
     words = shlex.split(text, comments=True)
+    while re.match(r"[A-Z_]+=", words[0]):  # variables of the command
+        words = words[1:]
     if (training := training_of(words)) is not None:
         with contextlib.suppress(SystemExit):  # --help and --print-config
             parse(training)

@@ -10,8 +10,8 @@ from tests.project.sources import files_in
 
 PAGE = (ROOT / "docs" / "ENVIRONMENT.md").read_text(encoding="utf-8")
 # accelerate's own names of settings, in its launcher's options
-LIBRARIES = {"wandb", "accelerate", "huggingface_hub", "datasets", "transformers", "mlflow"}
-EXTRAS = {library for library in ("mlflow",) if importlib.util.find_spec(library) is None}  # not installed here
+LIBRARIES = {"wandb", "accelerate", "huggingface_hub", "datasets", "transformers", "mlflow", "botocore"}
+EXTRAS = {name for name in ("mlflow", "botocore") if importlib.util.find_spec(name) is None}  # not here
 
 
 @cache

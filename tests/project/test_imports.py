@@ -29,6 +29,7 @@ LIBRARIES_WITH_ONE_OWNER = {
     "wandb": {"train.track.offline_records", "train.track.weights_and_biases"},
     "mlflow": {"train.track.mlflow_tracker"},
     "tensorboard": set(),  # torch's writer imports it, for train.track.tensorboard_tracker
+    "fsspec": {"train.checkpoints.remote"},
     "tyro": {"train.cli"},
     "dotenv": {"train.run.hub_token"},
     "matplotlib": {"train.report.drawing"},

@@ -91,6 +91,38 @@ def test_all_mistakes_in_one_answer() -> None:
         assert part in text
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "s3://AKIA0123:s3cret-s3cret@bucket/run",
+        "s3://AKIA0123:half/s3cret-s3cret@bucket/run",
+        "s3://AKIA0123:s3cret-s3cret/run",
+        "s3://s3cret-s3cret@bucket/run",
+        "gs://bucket/run?token=s3cret-s3cret",
+    ],
+)
+def test_an_address_with_credentials_is_refused(address: str) -> None:
+    """A mirror's address is in config.json and on the terminal, so it holds none; what is refused is not repeated."""
+    text = refusal("--profile", "demo", "--checkpoint.mirror", address)
+    assert f"--checkpoint.mirror {address[:2]}://...: an address holds no credentials" in text
+    assert "s3cret" not in text
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("ftp://host/run", "write s3://BUCKET/PREFIX, gs://..., or file:///FOLDER"),
+        ("/mnt/disk", "write s3://BUCKET/PREFIX, gs://..., or file:///FOLDER"),
+        ("file://mnt/disk", "write a whole path: file:///FOLDER"),
+        ("s3://bucket", "write s3://BUCKET/PREFIX, a folder for this run"),
+        ("s3:///run", "write s3://BUCKET/PREFIX, a folder for this run"),
+    ],
+)
+def test_an_address_that_is_none_is_refused(address: str, told: str) -> None:
+    """Another scheme, a relative folder, a bucket without a folder in it."""
+    assert f"--checkpoint.mirror {address}: {told}" in refusal("--profile", "demo", "--checkpoint.mirror", address)
+
+
 def test_what_does_not_pay_is_refused_by_name() -> None:
     """Words of other trainers get a reason with its source, or the option that is meant; others the nearest."""
     told = {

@@ -11,7 +11,9 @@ from accelerate import Accelerator
 
 from train.batching import MicroBatchShape
 from train.checkpoints.contents import Checkpoint, TrainerState, adapter_files
+from train.checkpoints.fetch import check_one_folder, fetch_newer, share, withdraw
 from train.checkpoints.identity import DETAILS, differences
+from train.checkpoints.mirror import Mirror
 from train.checkpoints.store import CheckpointStore
 from train.config import Config
 from train.data import TrainingData
@@ -99,8 +101,10 @@ def made_with(device: torch.device) -> dict[str, str]:
     return versions() | {"liger-kernel": package_version("liger-kernel")}
 
 
-def choose(store: CheckpointStore, config: Config, accelerator: Accelerator) -> Checkpoint | None:
-    """The checkpoint to continue from, by run.resume; the first process decides for all.
+def choose(
+    store: CheckpointStore, config: Config, accelerator: Accelerator, mirror: Mirror | None = None
+) -> Checkpoint | None:
+    """The checkpoint to continue from, by run.resume, fetched where only the mirror has it; the first process decides.
 
     Raises ExitWith(NO_VALID_CHECKPOINT) if one is wanted and none is valid.
     """
@@ -113,21 +117,51 @@ def choose(store: CheckpointStore, config: Config, accelerator: Accelerator) -> 
 
     def decide() -> int:
         nonlocal found
+        if mirror is not None:
+            mirror.check()
         if wanted == "never":
             store.folder.archive()
             return 0
-        found = store.latest() if wanted in ("auto", "must") else store.chosen(Path(wanted))
+        found = _newest(store, mirror) if wanted in ("auto", "must") else _chosen(store, mirror, Path(wanted))
         if found is None and wanted == "must":
-            reason = f"--run.resume must: there is no checkpoint in {store.root}"
+            where = store.root if mirror is None else f"{store.root} or at {mirror.url}"
+            reason = f"--run.resume must: there is no checkpoint in {where}"
             raise ExitWith(ExitCode.NO_VALID_CHECKPOINT, reason)
         return found.state.step if found else 0
 
+    if mirror is None and wanted in ("auto", "must"):
+        check_one_folder(store, accelerator)
     step = on_first_process(accelerator, decide)
+    if wanted in ("auto", "must"):
+        share(mirror, store, accelerator, step)
     if accelerator.is_main_process:
         return found
     if wanted not in ("auto", "must", "never"):
         return store.load(Path(wanted))
     return store.load(store.path_of(step)) if step else None
+
+
+def _newest(store: CheckpointStore, mirror: Mirror | None) -> Checkpoint | None:
+    """The newest valid checkpoint, here or at the mirror; raises ExitWith(NO_VALID_CHECKPOINT) as the store does."""
+    found: Checkpoint | None = None
+    reason: ExitWith | None = None
+    try:
+        found = store.latest()
+    except ExitWith as damaged:
+        reason = damaged
+    if mirror is not None and fetch_newer(mirror, store, found.state.step if found else 0):
+        return store.latest()
+    if reason is not None:
+        raise reason
+    return found
+
+
+def _chosen(store: CheckpointStore, mirror: Mirror | None, folder: Path) -> Checkpoint:
+    """The checkpoint that the user named; later ones of this run are superseded at the mirror as well."""
+    found = store.chosen(folder)
+    if mirror is not None and store.holds(found):
+        withdraw(mirror, store.run_uid(), found.state.step)
+    return found
 
 
 def restore(training: Training, checkpoint: Checkpoint) -> None:

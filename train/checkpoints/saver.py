@@ -5,13 +5,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from train.checkpoints.contents import Checkpoint, step_of
+from train.checkpoints.copier import Copies
 from train.checkpoints.resume import save_state
 from train.checkpoints.store import DISK_RESERVE, CheckpointStore, free_bytes
 from train.early_stop import ValidationRecord
 from train.optim import state_bytes
 from train.run.exits import ExitCode, ExitWith
-from train.run.processes import say
+from train.run.processes import on_first_process, say
 from train.run.redact import redact
+from train.run.signals import StopRequest
 from train.step import Training
 from train.track.trackers import Trackers
 
@@ -32,6 +34,7 @@ class Saver:
     record: ValidationRecord = field(default_factory=ValidationRecord)  # of all validations so far
     unlogged: dict[str, Any] = field(default_factory=dict)  # the last step's metrics until its validation is done
     failures: int = 0
+    copies: Copies = field(default_factory=Copies)  # to the mirror
     since: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -86,6 +89,25 @@ class Saver:
             say(self.training.accelerator, f"\n{redact(end.reason)}\n{goes_on}, {stands}; {count}")
             return
         self.saved, self.is_current, self.failures = step, True, 0
+        self.copies.copy(step)
+
+    def finish_copies(self, stop: StopRequest, is_stopping: bool = True) -> str:
+        """What is at the mirror, after waiting for what is under way; empty without one.
+
+        Before a stop all processes wait for the first one: launchers kill those that are left.
+        """
+        said, grace = "", self.training.config.run.grace_seconds
+
+        def finish() -> int:
+            nonlocal said
+            said = self.copies.finish(stop, grace, is_stopping)
+            return 0
+
+        if self.training.config.checkpoint.mirror and is_stopping:
+            on_first_process(self.training.accelerator, finish)
+        else:
+            finish()
+        return said
 
     def _moment(self, step: int, validation_loss: float | None) -> dict[str, object]:
         return {

@@ -31,7 +31,7 @@ from train.checkpoints.contents import (
 )
 from train.run.durable import aside_name, publish, sweep, sync
 from train.run.exits import ExitCode, ExitWith
-from train.run.folder import RunFolder
+from train.run.folder import RUN_UID, RunFolder, read_object
 
 OTHER_RUN = "it belongs to another run"
 DISK_RESERVE = 1.2  # free space wanted before a save, in sizes of what is saved
@@ -52,7 +52,11 @@ class CheckpointStore:
 
         If run.json is lost or damaged, the id is read from the newest checkpoint: checkpoints outlive run.json.
         """
-        return self.folder.identifier("run_uid", lambda: self._uid_of_checkpoints() or uuid.uuid4().hex)
+        return self.folder.identifier(RUN_UID, lambda: self._uid_of_checkpoints() or uuid.uuid4().hex)
+
+    def known_uid(self) -> str:
+        """The run's id where this folder holds a run; otherwise nothing, and none is made."""
+        return str(read_object(self.folder.identity).get(RUN_UID, "")) or self._uid_of_checkpoints()
 
     def path_of(self, step: int) -> Path:
         """Where the checkpoint of `step` is, if there is one."""

@@ -21,7 +21,7 @@ from train.run.durable import make_folder, sync, write_atomically
 from train.run.exits import ExitCode, ExitWith
 
 IDENTITY, LOCK = "run.json", ".lock"
-START_DATE = "start_date"  # in run.json
+RUN_UID, START_DATE = "run_uid", "start_date"  # in run.json
 
 
 class Entry:
@@ -59,6 +59,7 @@ class RunFolder:
     wandb = Entry("wandb")  # Weights & Biases makes it, in the folder that it is given
     tensorboard = Entry("tensorboard")  # event files
     heartbeats = Entry(".heartbeats")  # a file a process: the last step that it completed
+    mirror = Entry("mirror.json")  # what of this attempt's checkpoints is at the mirror
     lock = Entry(LOCK)
 
     @classmethod
@@ -89,6 +90,11 @@ class RunFolder:
     def asked(self) -> dict[str, Path]:
         """The files of answers at the run's end, by the kind of questions."""
         return {"trained": self.answers, "held_out": self.held_out_answers, "general": self.general_answers}
+
+    @property
+    def carried(self) -> list[Path]:
+        """The records that go to the mirror with a checkpoint: with them a new machine goes on as if it had been it."""
+        return [self.identity, self.metrics, self.validation_answers, self.attempts, self.audit]
 
     @property
     def receipts(self) -> list[Path]:

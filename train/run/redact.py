@@ -19,6 +19,9 @@ SECRET_VARIABLES = (
     "WANDB_IDENTITY_TOKEN",
     "MLFLOW_TRACKING_PASSWORD",
     "MLFLOW_TRACKING_TOKEN",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
 )
 MIN_SECRET_LENGTH = 8  # replacing shorter values would remove ordinary words
 PATTERNS = (
@@ -28,7 +31,10 @@ PATTERNS = (
     (re.compile(r"([a-z][a-z0-9+.-]+:/{1,2})[^\s/?#]*@", re.IGNORECASE), rf"\1{REMOVED}@"),
     # only with a digit, because "bearer" is also an ordinary word
     (re.compile(r"(\bbearer\s+)(?=\S*\d)[\w.~+/=-]{16,}", re.IGNORECASE), rf"\1{REMOVED}"),
-    (re.compile(r"(\b(?:token|password|secret|api_?key)=)[^\s&;'\"]{8,}", re.IGNORECASE), rf"\1{REMOVED}"),
+    (
+        re.compile(r"(\b(?:token|password|secret|api_?key|signature|credential)=)[^\s&;'\"]{8,}", re.IGNORECASE),
+        rf"\1{REMOVED}",
+    ),
 )
 
 

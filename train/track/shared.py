@@ -7,7 +7,7 @@ from train.config import Config
 
 # Sections that are sent. Paths, and any section added later, stay at home until they are named here.
 SHARED_SECTIONS = ("lora", "batch", "optim", "train", "memory", "checkpoint")
-KEPT = ("lora.init_from", "lora.trainable_tokens")  # of these sections: a path, and words of the data
+KEPT = ("lora.init_from", "lora.trainable_tokens", "checkpoint.mirror")  # of these: a path, words of the data, a place
 ABOUT = ("plan", "audit")  # tables of the run as a whole; others are of a step
 WARM_UP_STEPS = 5  # the first of a run, in which kernels are compiled and memory is found
 

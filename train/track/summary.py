@@ -13,7 +13,7 @@ from data_tools.terminal import printable
 from train.bundled import typed
 from train.recipe import forgot, taught_little
 from train.run.attempts import read_attempts
-from train.run.folder import RunFolder
+from train.run.folder import RunFolder, read_object
 from train.track.chart import chart, means
 from train.track.progress import Row, RunFacts, SmoothedLoss
 from train.track.screen import Room
@@ -79,6 +79,7 @@ def summary(facts: RunFacts, rows: Sequence[Row], room: Room) -> list[str]:
         *_answers(facts, rows),
         *_costs(facts, rows),
         *_warnings(facts, rows),
+        *_mirror(folder),
         *table("where", where),
         *table("next", next_commands(folder, facts.is_whole)),
     ]
@@ -86,7 +87,8 @@ def summary(facts: RunFacts, rows: Sequence[Row], room: Room) -> list[str]:
 
 def short_summary(facts: RunFacts, rows: Sequence[Row], room: Room) -> list[str]:
     """The lines about a run that was stopped and saved; how it goes on is said by who ends it."""
-    return [_head("stopped", facts, rows), *_losses(facts, rows, room), *_costs(facts, rows), *_warnings(facts, rows)]
+    about = [*_costs(facts, rows), *_warnings(facts, rows), *_mirror(facts.folder)]
+    return [_head("stopped", facts, rows), *_losses(facts, rows, room), *about]
 
 
 def next_commands(folder: RunFolder, is_whole: bool) -> list[tuple[str, str]]:
@@ -193,6 +195,16 @@ def _warnings(facts: RunFacts, rows: Sequence[Row]) -> list[str]:
     more = len(found) - WARNINGS_SHOWN
     lines = [f"{more:,} earlier ones are in {facts.folder.metrics.name}"] if more > 0 else []
     return [_line("warning", text) for text in [*lines, *found[-WARNINGS_SHOWN:]]]
+
+
+def _mirror(folder: RunFolder) -> list[str]:
+    """What this attempt has copied to the mirror, if it has one."""
+    found = read_object(folder.mirror)
+    if not found:
+        return []
+    counts = ", ".join(f"{found[name]} {name}" for name in ("copied", "failed", "overtaken") if found.get(name))
+    place = f"step {found['step']} is whole at" if found.get("step") else "nothing is at"
+    return [_line("mirror", printable(f"{place} {found.get('url')}" + (f"; {counts}" if counts else "")))]
 
 
 def table(label: str, pairs: Sequence[tuple[str, str]]) -> list[str]:

@@ -67,7 +67,7 @@ def test_everything_of_a_run_moves_and_nothing_else(folder: RunFolder, capsys: p
     listed = ["run.json", "config.json", "plan.json", "attempts.jsonl", "metrics.jsonl", "exit.json", "answers.json"]
     listed += ["answers_held_out.json", "nonfinite-step-3.json", "checkpoints/", "final/", "wandb/", ".heartbeats/"]
     listed += ["report.html", "audit.jsonl", "answers_general.json", "validation_answers.jsonl", "tensorboard/"]
-    listed += ["defect.txt", "compare.json", ".tmp-final-0123abcd/", ".run.json.tmp-17"]
+    listed += ["defect.txt", "compare.json", "mirror.json", ".tmp-final-0123abcd/", ".run.json.tmp-17"]
     stays = [".lock", "previous-1/", "previous-9/", "log.txt", "rows.jsonl", "texts/", "nonfinite-step-x.json"]
     fill(folder, [*listed, *stays])
     folder.config.write_text('{"profile": "demo", "run": {}}')

@@ -20,6 +20,7 @@ TOKEN = "hf_" + "aB3dE6gH9jK2mN5pQ8sT"
         ("GET s3+http://0123456789@host", "0123456789"),
         ("{'authorization': 'Bearer abc.DEF-123_456~789/x+y=='}", "abc.DEF-123_456~789/x+y=="),
         ("https://host/path?token=abcdefgh12&x=1", "abcdefgh12"),
+        ("https://bucket.host/key?X-Amz-Signature=abcdefgh12&x=1", "abcdefgh12"),
         ("wandb_v1_0123456789abcdefghij_KLMNOPQRST", "0123456789abcdefghij_KLMNOPQRST"),
     ],
 )

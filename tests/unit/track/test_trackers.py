@@ -84,7 +84,8 @@ def test_a_process_that_tells_nobody() -> None:
 def test_no_path_and_no_word_of_the_data_is_sent(config: Config) -> None:
     """Of the options that Weights & Biases gets none names a file or a token, whatever options there will be."""
     lora = replace(config.lora, init_from="/secret/folder", trainable_tokens=("secret",))
-    sent = shared_config(replace(config, lora=lora))
+    checkpoint = replace(config.checkpoint, mirror="s3://secret/run")
+    sent = shared_config(replace(config, lora=lora, checkpoint=checkpoint))
     names = {f"{section}.{name}" for section, fields in sent.items() for name in fields}
     assert {"lora.r", "optim.lora_plus_ratio", "train.method"} <= names
     assert names.isdisjoint(PATHS)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Qwen3Config
+from transformers import Qwen3_5TextConfig, Qwen3Config
 
 from train.commands import planned_rows, probe
 from train.commands.handloop import main
@@ -72,6 +72,17 @@ def test_the_profiles_of_qwen3_fit_their_cards(
     head = 151936 * SHAPES[profile]["hidden_size"] * element / 2**30
     assert told["parts_gib"]["head"] == pytest.approx(head, abs=1e-3)
     assert told["parts_gib"]["embedding"] == 0
+
+
+def test_a_hybrid_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Qwen3.5-9B fits a 4 GB card, streamed, and says what it runs without and what was never measured."""
+    Qwen3_5TextConfig(architectures=["Qwen3_5ForCausalLM"]).save_pretrained(tmp_path)
+    for gpu, words in (("4GiB", "32 blocks' weights are streamed"), ("H100", "linear attention was never measured)")):
+        assert main(["plan", "--profile", "a100", "--model.name_or_path", str(tmp_path), "--gpu", gpu]) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert "24 have linear attention, so there are no CUDA graphs" in text
+        assert "as a CUDA graph" not in text
+        assert words in text
 
 
 def test_a_probe_s_json_is_all_that_is_printed(

@@ -27,9 +27,9 @@ class BatchLayout:
         return cls(batch.per_device, batch.accumulation, num_processes, rank, batch.samples, asked)
 
     @classmethod
-    def of_one(cls, batch: BatchConfig) -> "BatchLayout":
-        """Of a single process; the batch is `arranged`."""
-        return cls(batch.per_device, batch.accumulation, 1, 0, batch.samples)
+    def of_first(cls, batch: BatchConfig, num_processes: int = 1) -> "BatchLayout":
+        """Of the first of so many processes, which need not be there; the batch is `arranged` for them."""
+        return cls(batch.per_device, batch.accumulation, num_processes, 0, batch.samples)
 
     @property
     def samples_per_step(self) -> int:

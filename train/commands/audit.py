@@ -32,7 +32,7 @@ def main(words: list[str]) -> int:
     splits = read_data(config, tokenizer, today)
     abilities = abilities_of(tokenizer, prepare_settings(config, config.data.path, today).render)
     # one process, because only accelerate launch knows their number
-    layout = BatchLayout.of_one(arranged(config.batch, num_processes=1))
+    layout = BatchLayout.of_first(arranged(config.batch, num_processes=1))
     found = run_audit(config, tokenizer, TrainingData(splits.training.samples, config, layout, 0), splits)
     reasons = failures(found)
     if options.json:

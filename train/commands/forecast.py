@@ -14,6 +14,7 @@ from train.config import Config, parse_bytes
 from train.engine.plan import Plan
 from train.memory.gpus import CONTEXT_BYTES, KNOWN_GPUS, Gpu, detect_gpu, gpus_like, gpus_of_size, named_gpu
 from train.memory.outlook import GIB, Outlook
+from train.memory.time import reduction
 from train.run.devices import BF16, compute_type
 from train.run.exits import ExitCode, ExitWith
 
@@ -24,7 +25,7 @@ SMALL_GPU_RATES = {"flops": 12e12, "fp32_flops": 4e12, "bandwidth": 160e9, "bus"
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run would need and do on one GPU."""
+    """What a run would need on a GPU, and do on so many of them."""
 
     gpu: Gpu
     budget: int  # bytes of GPU memory
@@ -33,6 +34,9 @@ class Forecast:
     paged_bytes: int  # optimizer state that may move to host memory
     fits: bool
     advice: str  # what would fit; empty where the plan does
+    num_gpus: int = 1
+    added_bytes: int = 0  # gradients that each GPU adds to those of the others in a step
+    speedup: float = 1.0  # of all GPUs over one with the same work
     seconds: float | None = None  # of the whole run's steps; None: they, or the speed, are not known
 
     @property
@@ -44,6 +48,9 @@ class Forecast:
         """Plain numbers, memory in GiB."""
         return {
             "gpu": self.gpu.name,
+            "num_gpus": self.num_gpus,
+            "predicted_speedup": round(self.speedup, 3),
+            "added_gib": round(self.added_bytes / GIB, 4),
             "budget_gib": round(self.budget / GIB, 3),
             "fits": self.fits,
             "predicted_peak_gib": round(self.plan.peak_bytes / GIB, 3),
@@ -105,15 +112,17 @@ def min_length(longest: int, mean_length: int) -> int:
     return max(2, 2 * mean_length - longest)
 
 
-def forecast(config: Config, gpu: Gpu, rows: LengthStatistics, num_steps: float | None = None) -> Forecast:
-    """What a run of `num_steps` steps over these rows would need on the GPU.
+def forecast(
+    config: Config, gpu: Gpu, rows: LengthStatistics, num_steps: float | None = None, num_gpus: int = 1
+) -> Forecast:
+    """What a run of `num_steps` steps over these rows would need on the GPU, or on each of several.
 
     Raises ExitWith(BAD_INPUT) where the fused engine cannot run it.
     """
     budget = gpu.usable_bytes
     if config.memory.budget:
         budget = min(budget, parse_bytes(config.memory.budget))
-    outlook = Outlook.on_gpu(config, gpu, rows, budget)
+    outlook = Outlook.on_gpu(config, gpu, rows, budget).on(num_gpus)
     if outlook.planner is None:
         reason = (
             f"only the fused engine's memory is predicted, and this run uses the reference engine: {outlook.reason}. "
@@ -121,25 +130,31 @@ def forecast(config: Config, gpu: Gpu, rows: LengthStatistics, num_steps: float 
         )
         raise ExitWith(ExitCode.BAD_INPUT, reason)
     plan = outlook.planner.best(budget)
+    seconds = plan.seconds + reduction(outlook.planner.job, num_gpus)
     fits = plan.peak_bytes <= budget
     has_rates = fits and any(gpu.name == known.name for known in KNOWN_GPUS)
     return Forecast(
         gpu=gpu,
         budget=budget,
         plan=plan,
-        tokens_per_second=outlook.num_tokens / plan.seconds if has_rates else None,
+        tokens_per_second=num_gpus * outlook.num_tokens / seconds if has_rates else None,
         paged_bytes=outlook.planner.job.sizes.paged_bytes,
         fits=fits,
         advice="" if fits else outlook.remedies(plan),
-        seconds=num_steps * plan.seconds if has_rates and num_steps is not None else None,
+        num_gpus=num_gpus,
+        added_bytes=outlook.planner.job.sizes.gradient_bytes if num_gpus > 1 else 0,
+        speedup=num_gpus * plan.seconds / seconds,
+        seconds=num_steps * seconds if has_rates and num_steps is not None else None,
     )
 
 
-def forecast_known_gpus(config: Config, rows: LengthStatistics, num_steps: float | None = None) -> list[Forecast]:
+def forecast_known_gpus(
+    config: Config, rows: LengthStatistics, num_steps: float | None = None, num_gpus: int = 1
+) -> list[Forecast]:
     """For every known GPU that has the type asked for; raises ExitWith(BAD_INPUT) as `forecast`."""
     wants_bf16 = config.model.dtype == "bf16"
     fitting = [gpu for gpu in KNOWN_GPUS if not wants_bf16 or gpu.capability >= BF16]
-    return [forecast(config, gpu, rows, num_steps) for gpu in fitting]
+    return [forecast(config, gpu, rows, num_steps, num_gpus) for gpu in fitting]
 
 
 def print_forecast(found: Forecast, console: Console) -> None:
@@ -164,6 +179,11 @@ def print_forecast(found: Forecast, console: Console) -> None:
     if plan.streamed:
         traffic = plan.traffic_bytes / GIB
         lines.append(f"traffic   {traffic:.2f} GiB of weights to the GPU a micro-batch, forward and backward")
+    if found.num_gpus > 1:
+        lines.append(
+            f"GPUs      {found.num_gpus}, {found.speedup:.2f} times as fast as one with the same work for each; "
+            f"{found.added_bytes / GIB:.2f} GiB of gradients are added a step, at {found.gpu.link / 1e9:,.0f} GB/s"
+        )
     if not found.fits:
         lines.append(f"does not fit: {found.advice}")
     elif found.tokens_per_second is None:
@@ -174,7 +194,8 @@ def print_forecast(found: Forecast, console: Console) -> None:
         basis = "predicted; linear attention was never measured" if plan.num_linear else "predicted"
         lines.append(f"speed     about {found.tokens_per_second:,.0f} tokens/s ({basis})")
     if found.seconds is not None:
-        lines.append(f"time      about {time_of(found.seconds)} on one {found.gpu.name}, without validation and saving")
+        cards = f"{found.num_gpus if found.num_gpus > 1 else 'one'} {found.gpu.name}"
+        lines.append(f"time      about {time_of(found.seconds)} on {cards}, without validation and saving")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
 

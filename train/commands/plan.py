@@ -24,7 +24,7 @@ def main(words: list[str]) -> int:
     from train.models.tokenizer import check_length
 
     check_length(config)
-    config = replace(config, batch=arranged(config.batch, num_processes=1))
+    config = replace(config, batch=arranged(config.batch, num_processes=options.gpus))
     for note in note_on(config.model):
         print(f"base      {note}", file=sys.stderr if options.json else sys.stdout)
     if options.probe:
@@ -39,6 +39,9 @@ def _options() -> Options:
         "with its tokenizer the data are counted, too.",
     )
     own.add_argument("--gpu", metavar="GPU", help="a GPU, such as A100-40, or a size, such as 4GiB")
+    own.add_argument(
+        "--gpus", type=positive_number, default=1, metavar="N", help="so many of them in one machine (default 1)"
+    )
     own.add_argument(
         "--mean-length",
         type=positive_number,
@@ -60,6 +63,8 @@ def _check(options: argparse.Namespace, config: Config) -> None:
         problem = f"--mean-length {options.mean_length}: rows hold at most data.max_length = {config.data.max_length}"
     elif options.probe and options.gpu is not None:
         problem = f"--gpu {options.gpu}: a probe runs on the GPU that is here; leave it out"
+    elif options.probe and options.gpus > 1:
+        problem = f"--gpus {options.gpus}: a probe runs on one GPU; leave it out"
     elif options.steps and not options.probe:
         problem = f"--steps {options.steps}: only --probe runs steps; write both or neither"
     if problem:
@@ -86,11 +91,11 @@ def _forecast(options: argparse.Namespace, config: Config) -> int:
     from train.commands.planned_rows import planned_rows
 
     gpu = forecast.default_gpu(config) if options.gpu is None else forecast.parse_gpu(options.gpu)
-    rows = planned_rows(config, options.mean_length)
+    rows = planned_rows(config, options.mean_length, options.gpus)
     num_steps = rows.counted.full_steps if rows.counted else None
-    found = forecast.forecast(config, gpu, rows.lengths, num_steps) if gpu else None
+    found = forecast.forecast(config, gpu, rows.lengths, num_steps, options.gpus) if gpu else None
     is_asked_for_all = options.json or options.gpu is None
-    known = forecast.forecast_known_gpus(config, rows.lengths, num_steps) if is_asked_for_all else []
+    known = forecast.forecast_known_gpus(config, rows.lengths, num_steps, options.gpus) if is_asked_for_all else []
     if options.json:
         others = {"data": rows.as_json(), "gpus": [each.as_json() for each in known]}
         print_document((found.as_json() if found else {}) | others)

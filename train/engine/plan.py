@@ -62,7 +62,9 @@ class Plan:
             text += "" if self.needs_host else ", which is predicted to be faster (it would fit without)"
         elif self.parts and self.num_shards == 1:
             text += "; all weights are on the GPU, nothing is streamed"
-        text += f"; each of {self.num_shards} GPUs holds a part of every other block" if self.num_shards > 1 else ""
+        if self.num_shards > 1 and len(self.streamed) < self.num_blocks:
+            rest = "the other blocks" if self.streamed else "all blocks"
+            text += f"; each of {self.num_shards} GPUs holds a part of the weights of {rest}"
         text += f"; {self.num_linear} have linear attention, so there are no CUDA graphs" if self.num_linear else ""
         text += "; block inputs are offloaded to host memory" if self.offloads_inputs else ""
         text += f"; MLPs run in tiles of {self.mlp_tile:,} tokens" if self.mlp_tile else ""

@@ -61,6 +61,7 @@ class ModelSizes:
     vocabulary: int
     adapter_bytes: int  # fp32 adapters and their gradients, and optimizer state that is not paged
     paged_bytes: int  # optimizer state that moves to host memory when the GPU is full
+    gradient_bytes: int = 0  # fp32 gradients of all that is trained
     mixture: MixtureSizes | None = None
     whole_bytes: int = 0  # for moments, where head or embedding are trained whole: copy, product and gradient
     gate: int = 0  # the part of `qkv` that is gates of what is attended to (Qwen3.5)
@@ -133,6 +134,7 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
         vocabulary=head.shape[0],
         adapter_bytes=8 * sum(parameter.numel() for parameter in trained) + (0 if is_paged else state),
         paged_bytes=state if is_paged else 0,
+        gradient_bytes=4 * sum(parameter.numel() for parameter in trained),
         mixture=_mixture_sizes(block, causal_lm.config),
         whole_bytes=_whole_bytes(words_in, words_out, element_bytes),
         gate=query if heads.has_gate else 0,

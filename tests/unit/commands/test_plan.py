@@ -184,3 +184,35 @@ def test_a_size_names_the_cards_that_have_it(capsys: pytest.CaptureFixture[str])
     assert main(["plan", *BASE, "--gpu", "24GiB", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["cards_of_this_size"] == ["L4", "A10", "RTX-4090", "RTX-3090"]
     assert planned(capsys)["cards_of_this_size"] == []
+
+
+def test_several_gpus(capsys: pytest.CaptureFixture, llama31_8b: Path) -> None:
+    """Each of four needs a quarter of the packed weights, and two blocks' slots; together they are almost four times as
+    fast; without sharding each has them all."""
+
+    def planned(*words: str) -> dict[str, Any]:
+        options = ["--gpu", "H100", "--model.name_or_path", str(llama31_8b), "--json", *words]
+        assert main(["plan", "--profile", "multi_gpu", *options]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    whole = ("--memory.offload", "none")
+    one, four = planned(*whole), planned(*whole, "--gpus", "4")
+    sharded = planned(*whole, "--gpus", "4", "--memory.shard", "true")
+    assert four["parts_gib"] == one["parts_gib"]
+    assert sharded["parts_gib"]["packed weights"] == pytest.approx(one["parts_gib"]["packed weights"] / 4, rel=0.01)
+    assert sharded["parts_gib"]["slots for streamed weights"] > 0 == one["parts_gib"]["slots for streamed weights"]
+    assert 3.9 < four["predicted_speedup"] < 4
+    ratio = four["predicted_tokens_per_second"] / one["predicted_tokens_per_second"]
+    assert ratio == pytest.approx(four["predicted_speedup"], rel=1e-3)
+    assert (one["added_gib"], four["added_gib"]) == (0, pytest.approx(0.078, rel=0.01))  # 21 million in fp32
+
+
+def test_several_gpus_are_refused_where_there_is_one(capsys: pytest.CaptureFixture, llama31_8b: Path) -> None:
+    """A probe runs on one, and one has nobody to share weights with."""
+    base = ("plan", "--profile", "multi_gpu", "--model.name_or_path", str(llama31_8b))
+    for words, reason in (
+        (("--probe", "--gpus", "2"), "a probe runs on one GPU"),
+        (("--gpu", "H100", "--memory.shard", "true"), "one process has nobody to share weights with"),
+    ):
+        assert main([*base, *words]) == 78
+        assert reason in capsys.readouterr().err

@@ -71,6 +71,9 @@ def read_trained(folder: Path, vocabulary: int, names: Names) -> Trained:
         rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ExitWith(ExitCode.BAD_INPUT, f"{folder}: the adapter cannot be read: {error}") from None
+    if experts := settings.get("target_parameters"):
+        reason = f"its adapters on a mixture's experts ({', '.join(sorted(experts))}) are not merged"
+        raise ExitWith(ExitCode.BAD_INPUT, f"{folder}: {reason}; serve the adapter itself (docs/SERVING.md)")
     scale = alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
     trained, lost = Trained({}, {}, {}, vocabulary), _other_kinds(settings)
     tensors = {names.text(name): tensor for name, tensor in tensors.items()}

@@ -1,6 +1,8 @@
 """What a finished run has trained, as what it changes in the base: sums to weights, rows, and whole layers."""
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,28 @@ class Delta:
 
 
 @dataclass(frozen=True)
+class ExpertDelta:
+    """What adapters add to one linear layer of each of E experts, as PEFT stores them.
+
+    The rows of A are the ranks of each expert in turn, the columns of B each rank of all experts in turn.
+    """
+
+    a: torch.Tensor  # fp32 [E r, K]
+    b: torch.Tensor  # fp32 [N, r E]
+    settings: dict[str, Any]  # of adapter_config.json
+
+    def of(self, expert: int, num_experts: int, parameter: str, device: torch.device) -> torch.Tensor:
+        """scale B A of one expert in fp32, [N, K]."""
+        rank = self.a.shape[0] // num_experts
+        patterns = self.settings.get("alpha_pattern") or {}
+        found = [value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", parameter)]
+        alpha = float(found[0] if found else self.settings["lora_alpha"])
+        scale = alpha / math.sqrt(rank) if self.settings.get("use_rslora") else alpha / rank
+        a = self.a.view(num_experts, rank, -1)[expert].to(device)
+        return scale * (self.b.view(-1, rank, num_experts)[:, :, expert].to(device) @ a)
+
+
+@dataclass(frozen=True)
 class Rows:
     """Trained rows of an embedding or a head."""
 
@@ -52,12 +76,21 @@ class Trained:
     deltas: dict[str, Delta]
     rows: dict[str, Rows]
     whole: dict[str, torch.Tensor]
+    experts: dict[str, list[ExpertDelta]]  # by the names of modules of experts: of some of their parameters
     vocabulary: int  # rows that embedding and head need; 0: as many as they have
 
     @property
     def names(self) -> set[str]:
         """Of all parameters that it changes."""
         return {*self.deltas, *self.rows, *self.whole}
+
+    def of_expert(self, parameter: str, shape: Sequence[int], expert: int, device: torch.device) -> torch.Tensor | None:
+        """What is added to one expert's part [N, K] of a parameter [E, N, K], fp32; None where it has no adapter."""
+        num_experts, num_outputs, num_inputs = shape
+        for delta in self.experts.get(parameter.rpartition(".")[0], []):  # PEFT does not say which parameter it is of
+            if (delta.b.shape[0], delta.a.shape[1]) == (num_outputs, num_inputs):
+                return delta.of(expert, num_experts, parameter, device)
+        return None
 
 
 def read_trained(folder: Path, vocabulary: int, names: Names) -> Trained:
@@ -71,11 +104,8 @@ def read_trained(folder: Path, vocabulary: int, names: Names) -> Trained:
         rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ExitWith(ExitCode.BAD_INPUT, f"{folder}: the adapter cannot be read: {error}") from None
-    if experts := settings.get("target_parameters"):
-        reason = f"its adapters on a mixture's experts ({', '.join(sorted(experts))}) are not merged"
-        raise ExitWith(ExitCode.BAD_INPUT, f"{folder}: {reason}; serve the adapter itself (docs/SERVING.md)")
     scale = alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
-    trained, lost = Trained({}, {}, {}, vocabulary), _other_kinds(settings)
+    trained, lost = Trained({}, {}, {}, {}, vocabulary), _other_kinds(settings)
     tensors = {names.text(name): tensor for name, tensor in tensors.items()}
     layers = [names.text(layer) for layer in settings.get("modules_to_save") or []]
     halves = {name.removeprefix(PEFT_PREFIX) for name in tensors}
@@ -83,7 +113,10 @@ def read_trained(folder: Path, vocabulary: int, names: Names) -> Trained:
         known = name.removeprefix(PEFT_PREFIX)
         module, is_a, _ = known.partition(".lora_A.weight")
         other = tensors.get(f"{PEFT_PREFIX}{module}.lora_B.weight")
-        if is_a and other is not None:
+        experts = module.replace(".base_layer", "") if settings.get("target_parameters") else ""
+        if is_a and other is not None and experts.endswith(".experts"):
+            trained.experts.setdefault(experts, []).append(ExpertDelta(tensor.float(), other.float(), settings))
+        elif is_a and other is not None:
             trained.deltas[f"{module}.weight"] = Delta(tensor.float(), other.float(), scale)
         elif known.endswith(ROWS):
             layer = known.removesuffix(ROWS)
@@ -106,4 +139,6 @@ def _ids(settings: dict[str, Any], layer: str) -> list[int]:
 
 def _other_kinds(settings: dict[str, Any]) -> list[str]:
     """Settings of PEFT under which an adapter is not scale B A."""
-    return [name for name in ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias") if settings.get(name)]
+    known = ("rank_pattern", "alpha_pattern") if settings.get("target_parameters") else ()  # of experts' parameters
+    kinds = ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias")
+    return [name for name in kinds if settings.get(name) and name not in known]

@@ -30,6 +30,7 @@ from train.deliver.finished import FinishedRun, check_base
 from train.engine.host_stream import HostBlocks
 from train.models.base import as_parameter, computed_values, dequantized, load_base, read_stored, skeleton
 from train.models.completeness import tied_embedding
+from train.models.experts import StoredExperts
 from train.models.hub import fetch_weights, locate
 from train.models.shape import cannot_read, model_shape, stored_quantization
 from train.models.stored import StoredWeights
@@ -128,7 +129,7 @@ class Merge:
                 names = _names_in_files(base, text)
                 if self.trained.names <= set(names.values()):
                     self._write_file_by_file(target, base, Files(stored, text, names))
-                elif part:
+                elif part or self.trained.experts:
                     lost = min(self.trained.names - set(names.values()))
                     reason = f"{lost} is stored otherwise than it is trained, and cannot be merged into it"
                     raise refused(f"{config.name_or_path}: {reason}; serve the adapter")
@@ -144,6 +145,7 @@ class Merge:
         is_quantized = stored_quantization(config, model_shape(config)) is not None
         read = read_stored(base, held.text, is_quantized, compute, device)
         stored, names = held.whole, held.names
+        experts = StoredExperts(base, held.text, compute, device)
         own_names = {tensor.place: name for name, tensor in held.text.tensors.items()}
         parameters, weight_map, total = dict(base.named_parameters()), {}, 0
         for path in stored.opened:
@@ -156,6 +158,9 @@ class Merge:
                 if name and self.onto == "dequantized":
                     packed = as_parameter(parameters[name], read(name, parameters[name]), device)
                     values = computed_values(packed)
+                elif place in experts.places:
+                    tensors[place] = self._merged_expert(experts, place)
+                    continue
                 elif name or not (_is_part(place, names) or _is_copy(base, own_names[place])):
                     values = stored.values(place)
                 else:
@@ -186,6 +191,16 @@ class Merge:
         torch.nn.Module.to(base, self.dtype)
         base.save_pretrained(target)
 
+    def _merged_expert(self, experts: StoredExperts, place: str) -> torch.Tensor:
+        """As `_merged`, of one expert's tensor."""
+        is_original = self.onto == "original"
+        values = experts.stored_values(place) if is_original else experts.trained_with(place)
+        name, expert, _ = experts.places[place]
+        delta = self.trained.of_expert(name, experts.parameters[name].shape, expert, self.run.device)
+        if delta is not None:
+            values = values.to(self.run.device).float() + delta[experts.rows(place)]
+        return values.to("cpu", self.dtype).contiguous()
+
     def _merged(self, base: PreTrainedModel, name: str, values: torch.Tensor) -> torch.Tensor:
         """The base's values with what was trained of them, in this model's type and host memory."""
         trained, device = self.trained, self.run.device
@@ -197,6 +212,11 @@ class Merge:
             values = trained.rows[name].put_into(values.float(), trained.vocabulary)
         elif name in trained.whole:
             values = trained.whole[name]
+        elif name.rpartition(".")[0] in trained.experts:  # a parameter that the files hold as a whole
+            for expert in range(len(values)):
+                delta = trained.of_expert(name, values.shape, expert, device)
+                if delta is not None:
+                    values[expert] = (values[expert].to(device).float() + delta).to(values)
         if values.is_floating_point():
             values = values.to("cpu", self.dtype)
             if not values.isfinite().all():

@@ -24,6 +24,7 @@ from train.deliver.receipt import (
     probe_of,
 )
 from train.memory.gpus import free_host_bytes
+from train.models.experts import packed_experts
 from train.run.exits import ExitCode, ExitWith
 
 GIB = 2**30
@@ -81,13 +82,14 @@ def data_for_proof(run: FinishedRun, say: Say) -> Splits:
 def proof_of(run: FinishedRun, splits: Splits, say: Say, unloads: bool) -> Proof:
     """Asks the trained model, which is not in memory afterwards.
 
-    With `unloads` also what PEFT makes of its quantised weights; where none is quantised, or weights are streamed,
-    which PEFT cannot merge, there is no such receipt.
+    With `unloads` also what PEFT makes of its quantised weights; where none is quantised, and where weights are
+    streamed or adapters on packed experts, which PEFT cannot merge, there is no such receipt.
     """
     say(f"loading {run.config.model.name_or_path} with the adapters of {run.folder.final}")
     tuned = load_tuned(run)
     probe, unloaded = probe_of(splits, tuned.tokenizer), None
     unloads = unloads and run.config.model.quantization != "none" and tuned.model.engine is None
+    unloads = unloads and not (tuned.model.about.targets.experts and packed_experts(tuned.model.adapted))
     asked = TransformersModel(tuned.model.causal_lm, tuned.tokenizer, tuned.end_token_ids)
     with tuned.model.generating():
         trained = behaviour(asked, probe)

@@ -99,7 +99,7 @@ def as_shapes(base: PreTrainedModel) -> Iterator[None]:
 
 def with_block_names(stored: StoredWeights, base: PreTrainedModel) -> StoredWeights:
     """The tensors of a mixture by the names that transformers gives its modules (Mixtral's were others once)."""
-    if not packed_experts(base):
+    if not expert_parts(base):
         return stored
     renamings = [each for each in _mapping(base) if isinstance(each, WeightRenaming)]
     names = {}
@@ -112,11 +112,12 @@ def with_block_names(stored: StoredWeights, base: PreTrainedModel) -> StoredWeig
 
 
 def expert_parts(base: PreTrainedModel) -> Mapping[str, Parts]:
-    """The names that the files have for the tensors of each packed parameter, where it is not there as a whole."""
-    found = {}
+    """The names that the files have for the tensors of each parameter of experts, where it is not there as a whole."""
+    found, known = {}, _converters(base)
     for name, linear in expert_linears(base):
-        if isinstance(linear.weight, bnb.nn.Params4bit):
-            end, sources = next(_ends(each) for each in _converters(base) if _fits(each, name))
+        fitting = [each for each in known if _fits(each, name)]
+        if fitting and not getattr(linear.experts, "is_transposed", False):
+            end, sources = _ends(fitting[0])
             start = name.removesuffix(end)
             numbers = range(linear.shape[0])
             found[name] = [[start + source.replace("*", str(number)) for number in numbers] for source in sources]
@@ -132,6 +133,52 @@ def read_experts(stored: StoredWeights, parts: Parts, like: torch.Tensor) -> tor
             like[number, row : row + values.shape[0]].copy_(values)
             row += values.shape[0]
     return like
+
+
+class StoredExperts:
+    """The files' tensors of experts, each one's of a layer by itself, and what they are in training."""
+
+    def __init__(self, base: PreTrainedModel, stored: StoredWeights, dtype: torch.dtype, device: torch.device) -> None:
+        """`base` is a skeleton, `stored` its files."""
+        self.stored, self.dtype, self.device = with_block_names(stored, base), dtype, device
+        self.parameters: dict[str, Any] = dict(base.named_parameters())
+        self.parts = {name: parts for name, parts in expert_parts(base).items() if name not in self.stored.tensors}
+        self.places: dict[str, tuple[str, int, int]] = {}  # of each tensor: parameter, expert, and number of the part
+        for name, parts in self.parts.items():
+            for number, part in enumerate(parts):
+                for expert, each in enumerate(part):
+                    self.places[self.stored.tensors[each].place] = name, expert, number
+        self.rounded: dict[str, torch.Tensor] = {}  # the last two, since files alternate between gate_up and down
+
+    def rows(self, place: str) -> slice:
+        """Where a tensor lies among the rows of its expert in the parameter."""
+        name, _, number = self.places[place]
+        height = self.parameters[name].shape[1] // len(self.parts[name])
+        return slice(number * height, (number + 1) * height)
+
+    def stored_values(self, place: str) -> torch.Tensor:
+        """The tensor's values as they are in the files, in host memory."""
+        name, expert, number = self.places[place]
+        return self.stored.values(self.parts[name][number][expert])
+
+    def trained_with(self, place: str) -> torch.Tensor:
+        """The tensor's values in training: a packed parameter is rounded to NF4 as a whole, not expert by expert."""
+        name, expert, _ = self.places[place]
+        if name not in self.rounded:
+            while len(self.rounded) > 1:
+                del self.rounded[next(iter(self.rounded))]
+            self.rounded[name] = self._round(name)
+        return self.rounded[name][expert, self.rows(place)].contiguous()
+
+    def _round(self, name: str) -> torch.Tensor:
+        parameter = self.parameters[name]
+        like = torch.empty(parameter.shape, dtype=self.dtype, device=self.device)
+        values = read_experts(self.stored, self.parts[name], like)
+        if not isinstance(parameter, bnb.nn.Params4bit):
+            return values
+        params4bit: Any = bnb.nn.Params4bit
+        packed = params4bit(values, requires_grad=False, **parameter.__dict__).to(self.device)
+        return bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
 
 
 def part_shape(parts: Parts, shape: Sequence[int]) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """A mixture's experts in NF4: read from files as they are shipped, packed, trained, and given to transformers."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from tests.parity.models import EXPERTS, SIZES
 from train.config import ModelConfig
 from train.engine.host_stream import HostBlocks
-from train.models.base import load_base
-from train.models.experts import packed_experts
+from train.models.base import load_base, skeleton
+from train.models.experts import StoredExperts, packed_experts
 from train.models.held_weights import held_weights
+from train.models.stored import StoredWeights
 from train.run.exits import ExitWith
 
 CPU = torch.device("cpu")
@@ -72,6 +74,20 @@ def test_experts_are_packed_and_compute_what_nf4_is(folder: Path, streamed: tupl
     assert torch.equal(found, wanted) or (found - wanted).norm() < 1e-6 * wanted.norm()
     assert len(packed_experts(base)) == 6
     assert all(isinstance(linear.weight, bnb.nn.Params4bit) for linear in packed_experts(base))
+
+
+def test_a_merge_takes_what_was_trained_with(folder: Path) -> None:
+    """Each expert's tensor, by its name in the files, is its part of the parameter that was rounded as a whole."""
+    config = ModelConfig(str(folder), quantization="nf4")
+    base = skeleton(config, torch.float32)
+    with ExitStack() as files:
+        experts = StoredExperts(base, StoredWeights([folder / "model.safetensors"], files), torch.float32, CPU)
+        names = [name for name in stored(folder) if ".experts." in name]
+        assert sorted(names) == sorted(experts.places)
+        found = {name: experts.trained_with(name) for name in names}
+    model = in_nf4(folder)
+    model.save_pretrained(folder)
+    assert all(torch.equal(values, stored(folder)[name]) for name, values in found.items())
 
 
 def changed(folder: Path, change: Mapping[str, torch.Tensor | None]) -> None:

@@ -69,10 +69,10 @@ def test_the_users_topology_is_passed_on(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_scripts_and_command_pair_the_same() -> None:
-    """For every profile the command takes the configuration that its script in launch/ names."""
+    """For every profile the command takes the configuration that its script in launch/ names, on one machine."""
     from tests.project.test_launch import PAIRS
 
-    pairs = {match[2]: match[1] for match in PAIRS.values() if match}
+    pairs = {match[2]: match[1] for script, match in PAIRS.items() if match and script != "multi_node.sh"}
     found = {name: train.configuration_for(make(), 2 if name == "multi_gpu" else 1) for name, make in PROFILES.items()}
     assert found == pairs
 

@@ -47,8 +47,14 @@ def with_adapters(base: PreTrainedModel, config: Config, is_sketch: bool = False
         with as_shapes(base):
             adapted = peft.get_peft_model(base, lora, low_cpu_mem_usage=is_sketch)
     except ValueError as error:
-        option = f"dropout {config.lora.dropout}" if "dropout" in str(error) else "target_modules"
-        reason = f"--lora.{option}: {str(error).strip().partition(chr(10))[0]}"
+        option, reason = "target_modules", str(error).strip().partition("\n")[0]
+        if "dropout" in reason:
+            option = f"dropout {config.lora.dropout}"
+        if "dropout" in reason and targets.experts:
+            others = " ".join(word for word in config.lora.target_modules if word not in targets.experts)
+            reason = "PEFT's adapters on a mixture's experts have no dropout: write --lora.dropout 0"
+            reason += f", or leave the experts alone: --lora.target_modules {others}" if others else ""
+        reason = f"--lora.{option}: {reason}"
         raise ExitWith(ExitCode.BAD_INPUT, reason) from None
     assert isinstance(adapted, peft.PeftModel)
     # PEFT knows the experts of some architectures only, and is content where another word matches

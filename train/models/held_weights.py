@@ -85,11 +85,12 @@ def check_experts(config: ModelConfig, held: HeldWeights) -> None:
         return
     kind = {"nf4": "NF4", "int8": "LLM.int8"}[config.quantization]
     whole = BYTES[kind] * held.total / 2**30
+    packs = "--model.quantization nf4 packs those of Qwen3-MoE and Mixtral. " if kind == "LLM.int8" else ""
     raise ExitWith(
         ExitCode.BAD_INPUT,
         f"--model.quantization {config.quantization}: {num_experts / held.total:.1%} of {config.name_or_path} are "
         f"experts in three-dimensional parameters, which are not packed in this kind of base: it would take "
-        f"{held.num_bytes / 2**30:,.1f} GiB, not {whole:,.1f}. Where there is so much memory, write "
+        f"{held.num_bytes / 2**30:,.1f} GiB, not {whole:,.1f}. {packs}Where there is so much memory, write "
         "--model.quantization none",
     )
 

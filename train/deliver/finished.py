@@ -213,6 +213,8 @@ def inference_plan(config: Config, device: torch.device) -> Plan:
         free = min(free, parse_bytes(config.memory.budget)) if config.memory.budget else free
         room = free - max(MIN_RESERVE, int(RESERVE * free))
         beside = sizes.norm_bytes + sizes.head_bytes + sizes.embedding_bytes + sizes.adapter_bytes // 2
+        if sizes.mixture:  # a block's experts in 16 bits, and once more with what PEFT adds to them
+            beside += 2 * sizes.element_bytes * sizes.mixture.weights
         count = min(count, max(0, -(-(count * sizes.packed_bytes + beside - room) // sizes.packed_bytes)))
     if not count:
         return resident

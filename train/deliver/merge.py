@@ -199,7 +199,7 @@ class Merge:
         delta = self.trained.of_expert(name, experts.parameters[name].shape, expert, self.run.device)
         if delta is not None:
             values = values.to(self.run.device).float() + delta[experts.rows(place)]
-        return values.to("cpu", self.dtype).contiguous()
+        return self._in_type(place, values)
 
     def _merged(self, base: PreTrainedModel, name: str, values: torch.Tensor) -> torch.Tensor:
         """The base's values with what was trained of them, in this model's type and host memory."""
@@ -213,10 +213,15 @@ class Merge:
         elif name in trained.whole:
             values = trained.whole[name]
         elif name.rpartition(".")[0] in trained.experts:  # a parameter that the files hold as a whole
+            values = values.float()
             for expert in range(len(values)):
                 delta = trained.of_expert(name, values.shape, expert, device)
                 if delta is not None:
-                    values[expert] = (values[expert].to(device).float() + delta).to(values)
+                    values[expert] += delta.to(values)
+        return self._in_type(name, values)
+
+    def _in_type(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """In host memory; raises ExitWith(BAD_INPUT) where the type does not hold them."""
         if values.is_floating_point():
             values = values.to("cpu", self.dtype)
             if not values.isfinite().all():

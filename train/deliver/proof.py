@@ -24,7 +24,7 @@ from train.deliver.receipt import (
     probe_of,
 )
 from train.memory.gpus import free_host_bytes
-from train.models.experts import packed_experts
+from train.models.experts import adapts_experts, packed_experts
 from train.run.exits import ExitCode, ExitWith
 
 GIB = 2**30
@@ -89,7 +89,7 @@ def proof_of(run: FinishedRun, splits: Splits, say: Say, unloads: bool) -> Proof
     tuned = load_tuned(run)
     probe, unloaded = probe_of(splits, tuned.tokenizer), None
     unloads = unloads and run.config.model.quantization != "none" and tuned.model.engine is None
-    unloads = unloads and not (tuned.model.about.targets.experts and packed_experts(tuned.model.adapted))
+    unloads = unloads and not (adapts_experts(tuned.model.adapted) and packed_experts(tuned.model.adapted))
     asked = TransformersModel(tuned.model.causal_lm, tuned.tokenizer, tuned.end_token_ids)
     with tuned.model.generating():
         trained = behaviour(asked, probe)

@@ -11,13 +11,21 @@ from torch.distributed import _symmetric_memory as symmetric_memory
 _KEPT: list[Any] = []  # what holds the mappings, for as long as the process lives
 
 
+class PeerMemoryError(RuntimeError):
+    """Memory could not be shared with other processes."""
+
+
 def arenas(num_bytes: int, device: torch.device) -> Sequence[torch.Tensor]:
     """uint8 memory of every process, in the order of ranks; all processes call this together.
 
     A GPU's lies beside torch's caching allocator, and stays readable until the last process that maps it has ended.
-    Raises RuntimeError where GPUs cannot read one another's memory.
+    Raises PeerMemoryError where they cannot read one another's memory.
     """
-    return _of_gpus(num_bytes, device) if device.type == "cuda" else _of_files(num_bytes)
+    try:
+        return _of_gpus(num_bytes, device) if device.type == "cuda" else _of_files(num_bytes)
+    except (RuntimeError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise PeerMemoryError(f"processes cannot read each other's memory here: {reason}") from error
 
 
 def _of_gpus(num_bytes: int, device: torch.device) -> Sequence[torch.Tensor]:

@@ -55,6 +55,8 @@ def _unknown_adapter(causal_lm: CausalLM, layers: Sequence[DecoderLayer]) -> str
             return f"{name} has an adapter and is no part of a decoder block"
         if isinstance(module, bnb.nn.Linear8bitLt):
             return "int8 layers round their inputs, which only bitsandbytes does"
+    if len({layer.router is None for layer in layers}) > 1:
+        return "some of its layers are dense and some a mixture of experts"
     if any(hasattr(layer.router, "lora_A") for layer in layers):
         return "its routers have adapters"
     return ""

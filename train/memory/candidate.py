@@ -19,6 +19,7 @@ class Job:
     batch: BatchConfig
     gpu: Gpu
     num_shards: int = 1  # processes that each hold a part of every block that is not streamed
+    num_shared_out: int = 0  # blocks whose parts are held already, and stay if the block is streamed later
 
     @property
     def has_flash(self) -> bool:

@@ -26,7 +26,7 @@ def packed_weights(job: Job, c: Candidate) -> int:
     """Frozen weights of the blocks that are not streamed, as they are stored, or this process's part; and all norms."""
     num_blocks = job.sizes.num_blocks
     if job.num_shards > 1:
-        return (num_blocks - c.num_streamed) * _part(job) + job.sizes.norm_bytes
+        return max(num_blocks - c.num_streamed, job.num_shared_out) * _part(job) + job.sizes.norm_bytes
     resident = job.sizes.packed(range(num_blocks)) - job.sizes.packed(spread(c.num_streamed, num_blocks))
     return resident + job.sizes.norm_bytes
 

@@ -165,13 +165,15 @@ class Outlook:
     def smaller_plans(self, plan: Plan) -> Iterator[Plan]:
         """Plans of the fused engine that need less and less memory, for when `plan` ran out of it."""
         assert self.planner is not None
-        budget, saved = self.budget or 0, self.saved
+        budget, saved, job = self.budget or 0, self.saved, self.planner.job
+        shared_out = plan.num_blocks - len(plan.streamed) if job.num_shards > 1 else 0
+        planner = replace(self.planner, job=replace(job, num_shared_out=shared_out))
         for _ in range(MAX_TRIES):
             budget = int(min(budget, plan.peak_bytes or budget) * SMALLER)
-            smaller = self.planner.best(budget, saved, len(plan.streamed))
+            smaller = planner.best(budget, saved, len(plan.streamed))
             if smaller.peak_bytes >= plan.peak_bytes and saved:
                 saved = None
-                smaller = self.planner.best(budget, None, len(plan.streamed))
+                smaller = planner.best(budget, None, len(plan.streamed))
             if smaller.peak_bytes >= plan.peak_bytes:
                 return
             plan = smaller

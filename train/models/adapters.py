@@ -1,6 +1,7 @@
 """What is trained: PEFT's adapters, and with them rows of the vocabulary or whole layers, by the names PEFT saves."""
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from train.config import Config
 from train.engine.layers import Vocabulary
 from train.engine.linears import ADAPTER
 from train.models.experts import as_shapes
-from train.models.targets import Targets, refuse_unmatched, resolve_targets
+from train.models.targets import EXPERT_PARTS, Targets, as_adapted, refuse_unmatched, resolve_targets
 from train.models.tokenizer import TrainedTokens, trained_tokens
 from train.models.vocabulary import extend_vocabulary, mean_row, name_of, whole_layers
 from train.run.exits import ExitCode, ExitWith
@@ -50,19 +51,21 @@ def with_adapters(base: PreTrainedModel, config: Config, is_sketch: bool = False
         option, reason = "target_modules", str(error).strip().partition("\n")[0]
         if "dropout" in reason:
             option = f"dropout {config.lora.dropout}"
-        if "dropout" in reason and targets.experts:
-            others = " ".join(word for word in config.lora.target_modules if word not in targets.experts)
+        if "ParamWrapper" in reason and "dropout" in reason:
+            others = " ".join(word for word in config.lora.target_modules if word not in EXPERT_PARTS)
             reason = "PEFT's adapters on a mixture's experts have no dropout: write --lora.dropout 0"
             reason += f", or leave the experts alone: --lora.target_modules {others}" if others else ""
         reason = f"--lora.{option}: {reason}"
         raise ExitWith(ExitCode.BAD_INPUT, reason) from None
     assert isinstance(adapted, peft.PeftModel)
     # PEFT knows the experts of some architectures only, and is content where another word matches
-    placed = {getattr(module, "parameter_name", "") for module in adapted.modules() if hasattr(module, "lora_A")}
+    wrapped = {name: module for name, module in adapted.get_base_model().named_modules() if hasattr(module, "lora_A")}
+    placed = Counter(str(getattr(module, "parameter_name", "")) for module in wrapped.values())
     lost = [word for word, parameter in targets.experts.items() if parameter not in placed]
     refuse_unmatched([f"{word} matches no layer" for word in lost], targets.exist)
     _start_vocabulary(adapted, tokens)
-    return adapted, targets
+    linear = [name for name, module in wrapped.items() if is_adapted_layer(module)]
+    return adapted, as_adapted(targets, linear, placed)
 
 
 def _rows_to_train(base: PreTrainedModel, whole: list[str], tokens: TrainedTokens) -> dict[str, list[int]]:

@@ -47,6 +47,11 @@ def packed_experts(base: torch.nn.Module) -> list[ExpertLinear]:
     return [linear for _, linear in expert_linears(base) if isinstance(linear.weight, bnb.nn.Params4bit)]
 
 
+def adapts_experts(adapted: torch.nn.Module) -> bool:
+    """Whether PEFT has adapters on experts' parameters."""
+    return any(hasattr(module, "parameter_name") and hasattr(module, "lora_A") for module in adapted.modules())
+
+
 def lend_to_transformers(base: PreTrainedModel) -> None:
     """From here on packed experts are dequantised while the module around them runs, and packed again behind it."""
     owned: dict[torch.nn.Module, list[ExpertLinear]] = {}

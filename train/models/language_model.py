@@ -17,6 +17,7 @@ from train.engine.decoder import FusedDecoder
 from train.engine.families import decoder_layers
 from train.engine.layers import CausalLM, Vocabulary, as_causal_lm
 from train.engine.linears import ADAPTER
+from train.engine.peer_memory import PeerMemoryError
 from train.engine.plan import Plan
 from train.engine.sharded_blocks import AwayBlocks
 from train.engine.support import unsupported_reason
@@ -162,7 +163,11 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
     away = AwayBlocks.of(plan, device)
     # a trained embedding stays where its gradient is made
     embedding_on_host = plan.is_fused and not trains_embedding(config.lora)
-    base, notes = load_base(config.model, dtype, device, away, config.train.seed, embedding_on_host)
+    try:
+        base, notes = load_base(config.model, dtype, device, away, config.train.seed, embedding_on_host)
+    except PeerMemoryError as error:
+        reason = f"{error}; leave it out, --memory.offload auto streams weights from host memory"
+        raise ExitWith(ExitCode.BAD_INPUT, f"--memory.shard: {reason}") from None
     keep_one_cpu_kernel(base)
     base.requires_grad_(False)
     base.config.use_cache = False
@@ -178,6 +183,7 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
         raise ExitWith(ExitCode.BAD_INPUT, f"{config.model.name_or_path}: {reason}; it is not trained")
     notes += own_dropout(base)
     adapted, targets = train_whole(base, config) if is_whole else with_adapters(base, config)
+    notes += [targets.note] if targets.note else []
     reason = unsupported_reason(as_causal_lm(adapted.get_base_model())) if plan.is_fused else ""
     if reason:  # what was loaded is not what config.json promised
         raise ExitWith(ExitCode.BAD_INPUT, f"{config.model.name_or_path}: {reason}; --engine.kind reference trains it")

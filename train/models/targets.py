@@ -2,8 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,27 @@ class Targets:
     num_layers: int  # linear layers of the decoder
     exist: str  # the linear layers that there are, for people
     experts: dict[str, str]  # words that stand for a parameter of the experts alone, and its name
+    matched: frozenset[str] = frozenset()  # whole names of the linear layers that are meant
+    parts: frozenset[str] = frozenset()  # parameters of experts that are meant, if any
+    note: str = ""  # on what is meant and has no adapter
+
+
+def as_adapted(targets: Targets, linear: Collection[str], parameters: Counter[str]) -> Targets:
+    """What was asked for, with what PEFT has made of it: the adapted linear layers, and the experts' parameters.
+
+    Of some architectures PEFT takes a word that dense layers and experts share for the experts', of others it does not
+    know the experts.
+    """
+    counts = {}
+    for word in targets.counts:
+        of_experts = parameters[EXPERT_PARTS.get(word, word)]
+        counts[word] = sum(_matches(word, name) for name in linear) + of_experts
+    notes = []
+    if missed := targets.matched - set(linear):
+        notes.append(f"{len(missed)} linear layers have no adapter: PEFT takes their names for those of the experts")
+    if any(not parameters[part] for part in targets.parts):
+        notes.append("the experts have no adapters: PEFT does not know them by these names")
+    return replace(targets, counts=counts, note="; ".join(notes))
 
 
 def resolve_targets(base: PreTrainedModel, words: Sequence[str]) -> Targets:
@@ -47,15 +68,19 @@ def resolve_targets(base: PreTrainedModel, words: Sequence[str]) -> Targets:
     matched: set[str] = set()
     counts: dict[str, int] = {}
     experts: dict[str, str] = {}
+    parts: set[str] = set()
     for word in words:
         found = {name for name in linear if _matches(word, name)}
         matched |= found
         counts[word] = len(found)
         part = EXPERT_PARTS.get(word, word)
+        parts |= {part} if parameters[part] else set()
         if not found and parameters[part]:
             counts[word], experts[word] = parameters[part], part
     ends = Counter(name.rpartition(".")[2] for name in linear)
     exist = ", ".join(f"{end} ({count})" for end, count in sorted(ends.items())) or "none"
+    if spelled:
+        exist += f" (and of the experts, which {ALL_LINEAR} leaves alone, {', '.join(spelled)})"
     is_partial = not all(counts.values()) or _is_hybrid(base)
     if tuple(words) == LLAMA_LINEAR_LAYERS and is_partial and not parameters:
         return resolve_targets(base, [ALL_LINEAR])  # the default means all of a block, by Llama's names
@@ -65,11 +90,17 @@ def resolve_targets(base: PreTrainedModel, words: Sequence[str]) -> Targets:
     # an end of a name is kept where it means the same to PEFT, which knows no decoder
     others = [name for name, module in base.named_modules() if name not in linear and _is_linear(module)]
     if is_exact and not any(_matches(word, name) for word in words for name in others):
-        names = [spelled.get(word, word) if word in experts else word for word in words]
-        return Targets(names, counts, len(linear), exist, experts)
-    return Targets(
-        [*sorted(matched), *(spelled.get(word, word) for word in experts)], counts, len(linear), exist, experts
-    )
+        names = list(words)
+    else:
+        names = [*sorted(matched), *experts]
+    names = [each for name in names for each in (_as_peft_asks(name, spelled) if name in experts else [name])]
+    return Targets(names, counts, len(linear), exist, experts, frozenset(matched), frozenset(parts))
+
+
+def _as_peft_asks(word: str, spelled: Mapping[str, str]) -> list[str]:
+    """The experts' layers that a word stands for, as PEFT knows them: the parts of what transformers has fused."""
+    parts = ["gate_proj", "up_proj"] if word == "gate_up_proj" else [word]
+    return [spelled.get(part, part) for part in parts]
 
 
 def _is_hybrid(base: PreTrainedModel) -> bool:

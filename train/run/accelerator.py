@@ -5,6 +5,7 @@ import sys
 from contextlib import suppress
 from datetime import timedelta
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,17 +113,22 @@ def check_peers(accelerator: Accelerator) -> None:
     """Raises ExitWith(BAD_INPUT) where processes cannot read each other's memory: of several machines, or of GPUs
     without a way between them.
     """
-    here, reason = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), ""
-    if here != accelerator.num_processes:
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")  # another on each machine
+    mine = torch.tensor([int(boot.replace("-", "")[:12], 16)], device=accelerator.device)
+    gathered: Any = accelerator.gather(mine)
+    reason = ""
+    if (gathered != mine).any():
         reason = f"{accelerator.num_processes} processes are on several machines, and only those of one share weights"
     elif accelerator.device.type == "cuda":
-        reason = unreachable(here)
+        reason = unreachable(accelerator.num_processes)
     if reason:
         raise ExitWith(ExitCode.BAD_INPUT, f"--memory.shard: {reason}; leave it out, --memory.offload auto streams")
 
 
 def unreachable(num_gpus: int) -> str:
-    """Which pair of this machine's GPUs cannot read each other's memory; empty where all can."""
+    """Why this machine's GPUs cannot all read each other's memory; empty where they can."""
+    if torch.cuda.device_count() < num_gpus:
+        return f"a process sees {torch.cuda.device_count()} of {num_gpus} GPUs, and has to see all of them"
     for one, other in permutations(range(num_gpus), 2):
         if not torch.cuda.can_device_access_peer(one, other):
             return f"GPU {one} cannot read the memory of GPU {other}"

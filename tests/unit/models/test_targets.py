@@ -16,6 +16,8 @@ from tests.parity.models import DELTA, LINEAR
 from tests.unit.models.test_agreement import SIZES
 from train.config import Config, ModelConfig
 from train.memory.outlook import sketched_sizes
+from train.models.adapters import with_adapters
+from train.models.base import skeleton
 from train.models.language_model import sketch
 from train.run.exits import ExitCode, ExitWith
 from train.step import optimizer_step
@@ -126,6 +128,26 @@ def test_experts(config: Config, tmp_path: Path) -> None:
     moe = replace(config, model=ModelConfig(name_or_path=str(folders[0]), quantization="int8"))
     with pytest.raises(ExitWith, match=r"--model\.quantization none"):
         sketched_sizes(moe, torch.device("cpu"), torch.float32)
+
+
+def test_what_gets_no_adapter_is_said(config: Config, tmp_path: Path) -> None:
+    """Counts are of what is adapted, where dense layers or a shared expert have the names of experts' layers."""
+    experts: Any = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+    names = (*QKVO, "gate_proj", "up_proj", "down_proj")
+    found = {}
+    for name, shape in (
+        ("mixed", T.Qwen3MoeConfig(**SIZES | {"head_dim": 16}, **experts, mlp_only_layers=[1])),
+        ("shared", T.Qwen2MoeConfig(**SIZES, **experts, shared_expert_intermediate_size=32)),
+    ):
+        model = ModelConfig(name_or_path=str(shape_only(tmp_path / name, shape)), quantization="none")
+        lora = replace(config.lora, target_modules=names, dropout=0.0)
+        base = skeleton(model, torch.float32)
+        found[name] = with_adapters(base, replace(config, model=model, lora=lora), is_sketch=True)[1]
+    num_layers = SIZES["num_hidden_layers"]
+    assert found["mixed"].counts["gate_proj"] == num_layers - 1
+    assert found["mixed"].note.startswith("3 linear layers have no adapter")
+    assert found["shared"].counts["gate_proj"] == num_layers
+    assert found["shared"].note.startswith("the experts have no adapters")
 
 
 def test_bases_that_nest_their_language_model_train(config: Config, tmp_path: Path) -> None:

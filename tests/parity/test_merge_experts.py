@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import BUNDLED_BASE
@@ -14,6 +15,7 @@ from tests.parity.models import FAMILIES
 from tests.parity.test_merge import IDS, adapted_logits, merged_logits, written
 from train.config import Config
 from train.deliver.finished import finished_run, load_tuned
+from train.run.exits import ExitWith
 
 
 @pytest.fixture(params=["mixtral", "qwen3-moe"])
@@ -36,6 +38,18 @@ def test_onto_the_base_s_own_weights(base: Path, config: Config, tmp_path: Path)
     found = merged_logits(written(run, "original", tmp_path / "merged"))
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4)
     assert (merged_logits(base) - found).abs().max() > 0.1, "the adapters change something"
+
+
+def test_an_adapter_that_fits_no_parameter_is_refused(base: Path, config: Config, tmp_path: Path) -> None:
+    """It would be left out in silence; nothing is written."""
+    run = finish(on(config, base, "none"), tmp_path / "run")
+    adapter = run / "final" / "adapter_model.safetensors"
+    name = "base_model.model.model.layers.0.mlp.experts.lora_A.weight"
+    tensors = load_file(adapter)
+    save_file(tensors | {name: tensors[name][:, :-1].contiguous()}, adapter)
+    with pytest.raises(ExitWith, match=r"layers\.0\.mlp\.experts: an adapter fits none"):
+        written(run, "original", tmp_path / "merged")
+    assert not list((tmp_path / "merged").iterdir())
 
 
 def test_onto_the_experts_as_they_were_trained_with(base: Path, config: Config, tmp_path: Path) -> None:

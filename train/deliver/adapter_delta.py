@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,18 @@ class Trained:
     def names(self) -> set[str]:
         """Of all parameters that it changes."""
         return {*self.deltas, *self.rows, *self.whole}
+
+    def misfits(self, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+        """Modules of experts with an adapter that fits none of their parameters, by the shapes of all parameters."""
+        fitting: dict[str, set[tuple[int, int]]] = {}
+        for name, shape in shapes.items():
+            if len(shape) == 3:
+                fitting.setdefault(name.rpartition(".")[0], set()).add((shape[1], shape[2]))
+        return [
+            module
+            for module, deltas in self.experts.items()
+            if any((delta.b.shape[0], delta.a.shape[1]) not in fitting.get(module, ()) for delta in deltas)
+        ]
 
     def of_expert(self, parameter: str, shape: Sequence[int], expert: int, device: torch.device) -> torch.Tensor | None:
         """What is added to one expert's part [N, K] of a parameter [E, N, K], fp32; None where it has no adapter."""

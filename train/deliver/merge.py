@@ -145,6 +145,8 @@ class Merge:
         is_quantized = stored_quantization(config, model_shape(config)) is not None
         read = read_stored(base, held.text, is_quantized, compute, device)
         stored, names = held.whole, held.names
+        if misfits := self.trained.misfits({name: each.shape for name, each in base.named_parameters()}):
+            raise refused(f"{misfits[0]}: an adapter fits none of its experts' parameters, and would be lost")
         experts = StoredExperts(base, held.text, compute, device)
         own_names = {tensor.place: name for name, tensor in held.text.tensors.items()}
         parameters, weight_map, total = dict(base.named_parameters()), {}, 0

@@ -3,14 +3,13 @@
 Hybrids, which run without graphs, are in test_hybrids_cuda.py.
 """
 
-import copy
 from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.gpu.kernel_calls import GPU
-from tests.parity.models import FAMILIES, NOTHING, adapted_model, gradients_of, plan
+from tests.parity.models import FAMILIES, NOTHING, adapted_model, bf16_twin, gradients_of, plan
 from train.collate import collate_packed
 from train.engine.decoder import FusedDecoder
 
@@ -26,15 +25,7 @@ def test_bf16_gradients(family: str) -> None:
     """Hardly further from fp32 than transformers' own bf16, or 2 %; kept, recomputed, tiled, and as a graph."""
     torch.manual_seed(0)
     exact = adapted_model(*FAMILIES[family]).to(GPU)
-    for parameter in exact.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.bfloat16().float()
-    half = copy.deepcopy(exact)
-    for one, other in zip(half.parameters(), exact.parameters(), strict=True):
-        if one.requires_grad:
-            one.grad, other.grad = torch.zeros_like(one), torch.zeros_like(other)
-        else:
-            one.data = one.data.bfloat16()
+    half = bf16_twin(exact)
     rows = [{"input_ids": torch.randint(100, (n,)).tolist(), "trained": [True] * n} for n in LENGTHS]
     batch = collate_packed(rows).to(GPU)
     upstream = torch.randn(sum(LENGTHS), 64, device=GPU).bfloat16()

@@ -1,6 +1,5 @@
 """Hybrids on a GPU, by torch code and, where they are installed, by flash-linear-attention and causal-conv1d."""
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,7 @@ import transformers as T
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from tests.gpu.kernel_calls import GPU
-from tests.parity.models import ALL_OF_BOTH, LINEAR, NOTHING, SIZES, adapted_model, alone, gradients_of, plan
+from tests.parity.models import ALL_OF_BOTH, LINEAR, NOTHING, SIZES, adapted_model, alone, bf16_twin, gradients_of, plan
 from train.collate import MicroBatch, collate_packed
 from train.engine import delta_rule
 from train.engine.decoder import FusedDecoder
@@ -60,15 +59,7 @@ def models() -> tuple[Any, Any]:
     for layer in exact.get_base_model().base_model.layers:
         if hasattr(layer, "linear_attn"):
             layer.linear_attn.A_log.data.fill_(-3.0)
-    for parameter in exact.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.bfloat16().float()
-    half = copy.deepcopy(exact)
-    for one, other in zip(half.parameters(), exact.parameters(), strict=True):
-        if one.requires_grad:
-            one.grad, other.grad = torch.zeros_like(one), torch.zeros_like(other)
-        else:
-            one.data = one.data.bfloat16()
+    half = bf16_twin(exact)
     return exact, half
 
 

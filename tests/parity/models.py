@@ -1,5 +1,6 @@
 """Tiny models of every family with adapters, their micro-batches and their gradients."""
 
+import copy
 from typing import Any
 
 import peft
@@ -170,3 +171,17 @@ def gradients_of(adapted: Any) -> dict[str, torch.Tensor]:
 
 def plan(num_kept: int, num_cached: int, tile: int = 0) -> Plan:
     return Plan(True, True, 64, num_blocks=3, num_kept=num_kept, num_cached=num_cached, mlp_tile=tile)
+
+
+def bf16_twin(exact: Any) -> Any:
+    """A copy with the base in bf16, whose values the fp32 model is given, too; both have gradients of zero."""
+    for parameter in exact.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16().float()
+    half = copy.deepcopy(exact)
+    for one, other in zip(half.parameters(), exact.parameters(), strict=True):
+        if one.requires_grad:
+            one.grad, other.grad = torch.zeros_like(one), torch.zeros_like(other)
+        else:
+            one.data = one.data.bfloat16()
+    return half

@@ -22,6 +22,7 @@ LIBRARIES_WITH_ONE_OWNER = {
         "train.models.experts",
         "train.models.held_weights",
         "train.models.language_model",
+        "train.models.parameters",
         "train.optim",
     },
     "triton": {"train.engine.grouped_kernels", "train.engine.kernels"},

@@ -43,13 +43,17 @@ class ExpertDelta:
     b: torch.Tensor  # fp32 [N, r E]
     settings: dict[str, Any]  # of adapter_config.json
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and K of the layer."""
+        return self.b.shape[0], self.a.shape[1]
+
     def of(self, expert: int, num_experts: int, parameter: str, device: torch.device) -> torch.Tensor:
         """scale B A of one expert in fp32, [N, K]."""
         rank = self.a.shape[0] // num_experts
         patterns = self.settings.get("alpha_pattern") or {}
         found = [value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", parameter)]
-        alpha = float(found[0] if found else self.settings["lora_alpha"])
-        scale = alpha / math.sqrt(rank) if self.settings.get("use_rslora") else alpha / rank
+        scale = _scale(self.settings, float(found[0] if found else self.settings["lora_alpha"]), rank)
         a = self.a.view(num_experts, rank, -1)[expert].to(device)
         return scale * (self.b.view(-1, rank, num_experts)[:, :, expert].to(device) @ a)
 
@@ -93,15 +97,14 @@ class Trained:
         return [
             module
             for module, deltas in self.experts.items()
-            if any((delta.b.shape[0], delta.a.shape[1]) not in fitting.get(module, ()) for delta in deltas)
+            if any(delta.shape not in fitting.get(module, ()) for delta in deltas)
         ]
 
     def of_expert(self, parameter: str, shape: Sequence[int], expert: int, device: torch.device) -> torch.Tensor | None:
         """What is added to one expert's part [N, K] of a parameter [E, N, K], fp32; None where it has no adapter."""
-        num_experts, num_outputs, num_inputs = shape
         for delta in self.experts.get(parameter.rpartition(".")[0], []):  # PEFT does not say which parameter it is of
-            if (delta.b.shape[0], delta.a.shape[1]) == (num_outputs, num_inputs):
-                return delta.of(expert, num_experts, parameter, device)
+            if delta.shape == tuple(shape[1:]):
+                return delta.of(expert, shape[0], parameter, device)
         return None
 
 
@@ -116,7 +119,7 @@ def read_trained(folder: Path, vocabulary: int, names: Names) -> Trained:
         rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ExitWith(ExitCode.BAD_INPUT, f"{folder}: the adapter cannot be read: {error}") from None
-    scale = alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
+    scale = _scale(settings, alpha, rank)
     trained, lost = Trained({}, {}, {}, {}, vocabulary), _other_kinds(settings)
     tensors = {names.text(name): tensor for name, tensor in tensors.items()}
     layers = [names.text(layer) for layer in settings.get("modules_to_save") or []]
@@ -141,6 +144,11 @@ def read_trained(folder: Path, vocabulary: int, names: Names) -> Trained:
         reason = f"{', '.join(sorted(lost)[:3])} would be lost: LoRA on linear layers, rows and whole layers are merged"
         raise ExitWith(ExitCode.BAD_INPUT, f"{folder}: {reason}")
     return trained
+
+
+def _scale(settings: dict[str, Any], alpha: float, rank: int) -> float:
+    """What B A is multiplied by."""
+    return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
 
 
 def _ids(settings: dict[str, Any], layer: str) -> list[int]:

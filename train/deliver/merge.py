@@ -28,10 +28,11 @@ from train.deliver.adapter_delta import Trained
 from train.deliver.final import BASE
 from train.deliver.finished import FinishedRun, check_base
 from train.engine.host_stream import HostBlocks
-from train.models.base import as_parameter, computed_values, dequantized, load_base, read_stored, skeleton
+from train.models.base import dequantized, load_base, read_stored, skeleton
 from train.models.completeness import tied_embedding
 from train.models.experts import StoredExperts
 from train.models.hub import fetch_weights, locate
+from train.models.parameters import as_parameter, computed_values
 from train.models.shape import cannot_read, model_shape, stored_quantization
 from train.models.stored import StoredWeights
 from train.models.text_part import text_part

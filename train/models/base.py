@@ -40,6 +40,7 @@ from train.models.experts import (
     with_block_names,
 )
 from train.models.hub import fetch_weights, locate, unreadable
+from train.models.parameters import as_parameter, computed_values
 from train.models.shape import BROKEN, auto_class, cannot_read, model_class, plain_attention, quantization, text_shape
 from train.models.stored import Difference, StoredWeights
 from train.models.text_part import loaded_shape, text_part
@@ -196,29 +197,6 @@ def _filled(
             host.offload(ends[module], layers)
     lend_to_transformers(base)
     return base
-
-
-def as_parameter(parameter: torch.nn.Parameter, values: torch.Tensor, device: torch.device) -> torch.nn.Parameter:
-    """The values as a parameter like the skeleton's; bitsandbytes quantises them when they are moved to the device."""
-    params4bit: Any = bnb.nn.Params4bit
-    int8_params: Any = bnb.nn.Int8Params
-    if isinstance(values, bnb.nn.Params4bit):  # quantised already
-        return values
-    if isinstance(parameter, bnb.nn.Params4bit):
-        return params4bit(values, requires_grad=False, **parameter.__dict__).to(device)
-    if isinstance(parameter, bnb.nn.Int8Params):
-        return int8_params(values.cpu(), requires_grad=False).to(device)
-    return torch.nn.Parameter(values, requires_grad=False)
-
-
-def computed_values(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The values that a layer computes with: of a quantised weight those that its codes stand for."""
-    packed: Any = parameter
-    if isinstance(parameter, bnb.nn.Params4bit):
-        return bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
-    if isinstance(parameter, bnb.nn.Int8Params):
-        return bnb.functional.int8_vectorwise_dequant(packed.data, packed.SCB)
-    return parameter.data
 
 
 def dequantized(stored: StoredWeights, name: str) -> torch.Tensor:

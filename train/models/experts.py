@@ -6,7 +6,6 @@ shape. (bitsandbytes' own nn.parametrize does the same by torch's parametrizatio
 each forward pass, and does not find them again.)
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +17,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
 from train.engine.linears import ExpertLinear
+from train.models.parameters import as_parameter, computed_values
 from train.models.stored import StoredWeights
 
 Parts = list[list[str]]  # of one parameter: for gate, for up, or for down the tensor of each expert
@@ -25,9 +25,9 @@ Parts = list[list[str]]  # of one parameter: for gate, for up, or for down the t
 
 def pack_experts(base: PreTrainedModel, wanted: BitsAndBytesConfig) -> None:
     """Puts 4-bit parameters in the place of a skeleton's experts, of those that the files of the base are read for."""
-    known = _converters(base)
+    known = expert_parts(base)
     for name, linear in expert_linears(base):
-        if not getattr(linear.experts, "is_transposed", False) and any(_fits(each, name) for each in known):
+        if name in known:
             kind = {"compress_statistics": wanted.bnb_4bit_use_double_quant, "quant_type": wanted.bnb_4bit_quant_type}
             params4bit: Any = bnb.nn.Params4bit
             linear.weight = params4bit(linear.weight.data, requires_grad=False, **kind)
@@ -75,8 +75,7 @@ class _Loan:
         """Dequantises them."""
         self.packed = [linear.weight for linear in self.linears]
         for linear, weight in zip(self.linears, self.packed, strict=True):
-            values = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-            linear.weight = torch.nn.Parameter(values, requires_grad=False)
+            linear.weight = torch.nn.Parameter(computed_values(weight), requires_grad=False)
 
     def end(self, *_: object) -> None:
         """Puts them back."""
@@ -112,7 +111,7 @@ def with_block_names(stored: StoredWeights, base: PreTrainedModel) -> StoredWeig
         names[name] = name
         for each in renamings:
             for before, after in zip(each.source_patterns, each.target_patterns, strict=True):
-                names[name] = re.sub(re.escape(before), after, names[name])
+                names[name] = names[name].replace(before, after)
     return stored.renamed(names)
 
 
@@ -179,11 +178,7 @@ class StoredExperts:
         parameter = self.parameters[name]
         like = torch.empty(parameter.shape, dtype=self.dtype, device=self.device)
         values = read_experts(self.stored, self.parts[name], like)
-        if not isinstance(parameter, bnb.nn.Params4bit):
-            return values
-        params4bit: Any = bnb.nn.Params4bit
-        packed = params4bit(values, requires_grad=False, **parameter.__dict__).to(self.device)
-        return bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
+        return computed_values(as_parameter(parameter, values, self.device))
 
 
 def part_shape(parts: Parts, shape: Sequence[int]) -> tuple[int, int]:

@@ -89,7 +89,7 @@ def measured(name: str, options: argparse.Namespace, folder: Path, rate: float) 
     shutil.copytree(TOKENIZER, shape, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     SHAPES[name].save_pretrained(shape)
     random_base(shape, base)
-    # bitsandbytes does not quantise experts
+    # as TRL has it: there experts stay in 16 bits
     quantization = "none" if isinstance(SHAPES[name], T.Qwen3MoeConfig) else "nf4"
     words = [*BIG, *FIELDS, *ALL_LINEAR, "--model.quantization", quantization, "--model.name-or-path", str(base)]
     words += ["--data.path", str(options.data)]

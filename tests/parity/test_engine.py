@@ -149,7 +149,7 @@ def test_what_an_mlp_has_kept_is_gone_before_attention(monkeypatch: pytest.Monke
 def test_dropout_differs_by_adapter_and_is_off_in_evaluation() -> None:
     """No two adapters of a model draw the same mask in a pass; a model in evaluation mode draws none."""
     seed = torch.tensor(operations.mixed(3))
-    context = ForwardContext(Positions(torch.empty(0), [], False), {}, 0.5, seed)
+    context = ForwardContext(Positions(torch.empty(0), {}, False), {}, 0.5, seed)
     masks = []
     for block in range(3):
         for group in range(4):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -76,6 +77,15 @@ class FusedDecoder:
         embedded = self.embed_tokens(input_ids)
         return embedded if self.embedding_scale == 1.0 else embedded * self.embedding_scale
 
+    @torch.no_grad()
+    def inputs_per_layer(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Ids [T] -> what each block has of its own to read of a token [T, blocks P], by transformers' own functions."""
+        if self.stack.blocks[0].per_layer is None:
+            return self.stack.store.like.new_empty(len(input_ids), 0)
+        decoder: Any = self.decoder
+        found = decoder.project_per_layer_inputs(self.embed(input_ids), decoder.get_per_layer_inputs(input_ids))
+        return found.flatten(1)
+
     def context(self, batch: MicroBatch) -> ForwardContext:
         """What all blocks share in a forward pass over a packed micro-batch."""
         like = self.stack.store.like
@@ -84,7 +94,8 @@ class FusedDecoder:
         # the seed of this forward pass, which seeds.seed_forward has set
         seed = torch.full((), mixed(torch.initial_seed()), device=like.device)
         samples = PackedSamples(batch) if self.has_linear else None
-        return ForwardContext(positions, self.attend_for(batch), dropout, seed, self.mlp_tile, samples)
+        per_layer = self.inputs_per_layer(batch.input_ids[0])
+        return ForwardContext(positions, self.attend_for(batch), dropout, seed, self.mlp_tile, samples, per_layer)
 
     def release(self) -> None:
         """Frees graphs and dequantised weights; they are made again when they are needed."""

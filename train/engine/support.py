@@ -35,15 +35,14 @@ def unsupported_reason(causal_lm: CausalLM) -> str:
 
 def _unlike_blocks(layers: Sequence[DecoderLayer]) -> str:
     """Why blocks cannot share what they share; empty where they can."""
-    heads = {(layer.heads.size, layer.heads.scaling) for layer in layers if isinstance(layer.heads, Heads)}
-    if not heads:
+    scalings = {layer.heads.scaling for layer in layers if isinstance(layer.heads, Heads)}
+    if not scalings:
         return "none of its blocks has softmax attention"
-    if len(heads) > 1:
-        return "its blocks do not all have the same heads"
-    blocks = [Block(layer, number) for number, layer in enumerate(layers)]
-    kinds: dict[type, set[Any]] = {}  # blocks of a kind share memory for weights
-    for block in blocks:
-        kinds.setdefault(type(block.attention), set()).add(block.places)
+    if len(scalings) > 1:
+        return "its blocks do not all scale attention's scores alike"
+    kinds: dict[Any, set[Any]] = {}  # blocks of a kind share memory for weights
+    for number, layer in enumerate(layers):
+        kinds.setdefault(layer.kind, set()).add(Block(layer, number).places)
     return "its blocks do not all have the same adapters" if any(len(each) > 1 for each in kinds.values()) else ""
 
 
@@ -73,8 +72,10 @@ def _unknown_setting(config: Any, family: Family) -> str:
         return f"it has layers of {', '.join(sorted(unknown))}"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "its attention caps its scores, for which the flash kernels have no place"
-    if getattr(config, "use_bidirectional_attention", None):
+    if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):  # text sees no later token
         return "its tokens see later ones"
+    if getattr(config, "enable_moe_block", False):
+        return "its MLPs stand beside a mixture of experts in one block (enable_moe_block)"
     return ""
 
 

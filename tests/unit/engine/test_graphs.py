@@ -60,7 +60,7 @@ def test_the_first_micro_batch_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> 
     stack: Any = lambda hidden, context: eager.append(hidden) or hidden  # noqa: E731
     stack.anchor = None
     book.stack = stack
-    context = ForwardContext(Positions(torch.rand(256, 4), [""], False), {None: stack}, 0.0, torch.tensor(7))
+    context = ForwardContext(Positions(torch.rand(256, 4), {"": 2}, False), {None: stack}, 0.0, torch.tensor(7))
     hidden = torch.rand(256, 4)
     batch: Any = SimpleNamespace(cu_seqlens=torch.tensor([0, 100, 200, 256], dtype=torch.int32))
     assert book(hidden, context, batch) is hidden

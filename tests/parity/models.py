@@ -46,7 +46,7 @@ GEMMA4: Any = {
     "num_global_key_value_heads": 1,
     "layer_types": ["sliding_attention", "full_attention", "full_attention"],
     "sliding_window": 4,
-    "vocab_size_per_layer_input": 100,
+    "vocab_size_per_layer_input": 2048,  # enough for the bundled tokenizer
 }
 DELTA: dict[str, Any] = {
     "head_dim": 16,

@@ -40,7 +40,7 @@ from train.models.experts import (
     with_block_names,
 )
 from train.models.hub import fetch_weights, locate, unreadable
-from train.models.parameters import as_parameter, computed_values
+from train.models.parameters import as_parameter, computed_values, stored_buffers
 from train.models.shape import BROKEN, auto_class, cannot_read, model_class, plain_attention, quantization, text_shape
 from train.models.stored import Difference, StoredWeights
 from train.models.text_part import loaded_shape, text_part
@@ -86,6 +86,8 @@ def load_base(
             if is_ours:
                 read = read_stored(base, stored, is_quantized, dtype, device)
                 left = check_difference(config, base, difference_of(base, stored))
+                for name, buffer in stored_buffers(base):
+                    buffer.copy_(stored.values(stored.place_of(name)))
                 base = _filled(base, read, device, host, embedding_on_host)
             else:
                 base, difference = _by_transformers(config, stored if part else None, dtype, device)

@@ -37,7 +37,7 @@ FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 LINEAR = ["linear_attention", "full_attention", "linear_attention"]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ALL_OF_BOTH = [*ALL, "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"]
-PER_LAYER = ["per_layer_input_gate", "per_layer_projection"]
+ALL_AND_PER_LAYER = [*ALL, "per_layer_input_gate", "per_layer_projection"]
 # heads and tables of two sizes, one key head in full layers; the last block is always a full one
 GEMMA4: Any = {
     "initializer_range": 0.2,
@@ -116,7 +116,7 @@ FAMILIES: dict[str, tuple[PretrainedConfig, list[str]]] = {
             num_kv_shared_layers=3,
             use_double_wide_mlp=True,
         ),
-        [*ALL, *PER_LAYER],
+        ALL_AND_PER_LAYER,
     ),
     "qwen3-moe": (T.Qwen3MoeConfig(**SIZES, **EXPERTS, norm_topk_prob=True), ALL),
     "mixtral": (T.MixtralConfig(**SIZES, num_local_experts=4, sliding_window=4), [*ALL[:4], "w1", "w2", "w3"]),

@@ -25,7 +25,6 @@ from train.run import devices
 GROUPED: dict[str, bool] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 MAX_FLASH_SIZE = 256  # elements of a head, at most, that flash kernels take
-FROM_TOP_LEFT = 1  # what torch calls the causal mask of its memory-efficient kernel
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Query [T, heads, D], key and value [T, kv_heads, D] -> [T, heads, D]; autograd knows the gradient."""
@@ -119,10 +118,8 @@ class PackedAttention:
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """As Attend."""
-        if not has_flash(query.dtype, query.device):
+        if not has_flash(query.dtype, query.device) or query.shape[2] > MAX_FLASH_SIZE:
             return self._sample_by_sample(query, key, value)
-        if query.shape[2] > MAX_FLASH_SIZE:
-            return self._wide(query, key, value)
         if self.uses_cudnn:
             return self._uniform(query, key, value)
         return _varlen((query, key, value), self.cu_seqlens, self.max_length, self.reach, self.scale)
@@ -149,23 +146,8 @@ class PackedAttention:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
         return out.transpose(1, 2).flatten(0, 1)
 
-    def _wide(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """By the memory-efficient kernel, which takes heads of any size and boundaries, but no grouped heads.
-
-        torch gives it no name of its own: it is what scaled_dot_product_attention calls for nested tensors.
-        """
-        assert self.reach < 0, "no family has windows over such heads"
-        repeats = query.shape[1] // key.shape[1]
-        key, value = (part.repeat_interleave(repeats, 1) for part in (key, value))
-        states, length = [part[None] for part in (query, key, value)], self.max_length
-        boundaries = (self.cu_seqlens, self.cu_seqlens, length, length)
-        out = torch.ops.aten._efficient_attention_forward(
-            *states, None, *boundaries, 0.0, FROM_TOP_LEFT, compute_log_sumexp=True, scale=self.scale
-        )
-        return out[0][0]
-
     def _sample_by_sample(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """By an SDPA call for each sample.
+        """By an SDPA call for each sample, where flash has no kernel: for the type, the GPU or the size of heads.
 
         The kernels of GPUs older than Ampere take no grouped heads, and without a kernel SDPA keeps all heads' scores:
         so keys and values are repeated first.

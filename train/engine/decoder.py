@@ -79,7 +79,7 @@ class FusedDecoder:
 
     @torch.no_grad()
     def inputs_per_layer(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Ids [T] -> what each block has of its own to read of a token [T, blocks P], by transformers' own functions."""
+        """Ids [T] -> what each block has of its own to read of a token [T, blocks P], by transformers' functions."""
         if self.stack.blocks[0].per_layer is None:
             return self.stack.store.like.new_empty(len(input_ids), 0)
         decoder: Any = self.decoder

@@ -37,8 +37,8 @@ class SelfAttention:
         self.num_gradient_columns = self.o.padded_rank  # behind the gradient of its output
         self.heads = heads
         query, key, value = heads.widths
-        self.parts = slice(0, query), slice(query, query + key), slice(query + key, query + key + value)
-        self.parts = self.parts[:1] if heads.borrows else self.parts  # of `qkv`
+        parts = [slice(0, query), slice(query, query + key), slice(query + key, query + key + value)]
+        self.parts = parts[:1] if heads.borrows else parts  # of `qkv`
         self.num_placed = query if heads.borrows else query + key  # columns that positions turn
 
     def forward(

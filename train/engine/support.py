@@ -9,7 +9,7 @@ import torch
 from train.engine.block import Block
 from train.engine.delta_net import KIND
 from train.engine.families import ACTIVATIONS, FAMILIES, Family, decoder_layers
-from train.engine.layers import CausalLM, DecoderLayer, Heads
+from train.engine.layers import CausalLM, DecoderLayer, Heads, Vocabulary
 
 KINDS_OF_LAYERS = {"full_attention", "sliding_attention"}
 # what configurations call the dropouts of their own that act in a decoder
@@ -56,6 +56,8 @@ def _unknown_adapter(causal_lm: CausalLM, layers: Sequence[DecoderLayer]) -> str
             return "int8 layers round their inputs, which only bitsandbytes does"
     if len({layer.router is None for layer in layers}) > 1:
         return "some of its layers are dense and some a mixture of experts"
+    if layers[0].per_layer and Vocabulary.of(causal_lm.get_input_embeddings()).is_trained:
+        return "its embedding is trained, of which each block's own inputs are made"
     if any(hasattr(layer.router, "lora_A") for layer in layers):
         return "its routers have adapters"
     return ""

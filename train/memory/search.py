@@ -102,7 +102,8 @@ class Planner:
             merged = (rows.merged_tokens(count) for count in range(2, self.job.batch.accumulation + 1))
             sizes |= {*rows.longest, *(tokens for tokens in merged if tokens <= MAX_MERGED_TOKENS)}
         yield from ((tokens, False) for tokens in sorted(sizes))
-        if self.job.gpu.has_graphs and not self.job.sizes.linear:  # whose work depends on each sample's length
+        # the work of linear attention and of wide heads depends on each sample's length
+        if self.job.gpu.has_graphs and not self.job.sizes.linear and not self.job.sizes.is_wide:
             if not is_given:
                 wide = {padded(tokens) - less for tokens in sizes for less in (0, GRAPH_STEP)}
                 sizes = {tokens for tokens in wide if tokens >= rows.longest[0]}

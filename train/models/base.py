@@ -86,8 +86,7 @@ def load_base(
             if is_ours:
                 read = read_stored(base, stored, is_quantized, dtype, device)
                 left = check_difference(config, base, difference_of(base, stored))
-                for name, buffer in stored_buffers(base):
-                    buffer.copy_(stored.values(stored.place_of(name)))
+                _read_buffers(base, stored)
                 base = _filled(base, read, device, host, embedding_on_host)
             else:
                 base, difference = _by_transformers(config, stored if part else None, dtype, device)
@@ -170,6 +169,11 @@ def _by_transformers(
     base.name_or_path = config.name_or_path
     mismatched = sorted((name, tuple(found), tuple(shape)) for name, found, shape in info["mismatched_keys"])
     return base, Difference(sorted(info["missing_keys"]), mismatched, sorted(info["unexpected_keys"]))
+
+
+def _read_buffers(base: PreTrainedModel, stored: StoredWeights) -> None:
+    for name, buffer in stored_buffers(base):
+        buffer.copy_(stored.values(stored.place_of(name)))
 
 
 def _filled(

@@ -31,7 +31,7 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     base = AutoModelForCausalLM.from_config(type(shape)(**settings))
     for name, buffer in base.named_buffers():  # Gemma 4's factor of a block's output
         if name in base.state_dict():
-            buffer.uniform_(0.5, 1.5)
+            buffer.fill_(0.9)
     base.save_pretrained(folder)
     return folder
 
@@ -47,6 +47,8 @@ def test_twenty_steps(base: Path, config: Config) -> None:
     is_hybrid = base.name == "qwen3_5_text"  # whose samples transformers' torch code cannot isolate in packed rows
     packing = replace(config.data, packing=not is_hybrid)
     config = replace(config, data=packing, batch=replace(config.batch, accumulation=1))
+    if base.name == "gemma4_text":  # whose scores are not scaled: at 1e-2 rounding grows tenfold a step
+        config = replace(config, optim=replace(config.optim, lr=2e-3))
     fused = replace(config, engine=EngineConfig(kind="fused"))
     streamed = replace(fused, memory=MemoryConfig(offload="stream", checkpointing="full"))
     runs = [training_of(each, Accelerator(cpu=True)) for each in (config, fused, streamed)]

@@ -20,6 +20,7 @@ from train.engine.decoder import FusedDecoder
 from train.engine.delta_rule import PackedSamples
 from train.engine.families import decoder_layers
 from train.engine.host_stream import HostBlocks
+from train.engine.machine_memory import OwnMemory
 from train.engine.sharded_blocks import ShardedBlocks
 from train.engine.support import unsupported_reason
 
@@ -118,7 +119,7 @@ def test_streamed_blocks_of_two_kinds(adapted: Any, numbers: list[int]) -> None:
     """One slot holds a block of either kind in turn: hidden states and gradients to the bit of resident ones."""
     batch = packed()
     wanted = passed(adapted, batch)
-    host = HostBlocks(numbers, pin=False)
+    host = HostBlocks(numbers, OwnMemory(pin=False))
     for number in range(3):
         host.offload(number, decoder_layers(adapted.get_base_model()))
     assert len(host.layouts) == 2

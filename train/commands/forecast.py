@@ -122,7 +122,7 @@ def forecast(
     budget = gpu.usable_bytes
     if config.memory.budget:
         budget = min(budget, parse_bytes(config.memory.budget))
-    outlook = Outlook.on_gpu(config, gpu, rows, budget).on(num_gpus)
+    outlook = Outlook.on_gpu(config, gpu, rows, budget).on(num_gpus, num_gpus, shares_host=num_gpus > 1)
     if outlook.planner is None:
         reason = (
             f"only the fused engine's memory is predicted, and this run uses the reference engine: {outlook.reason}. "

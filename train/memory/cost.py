@@ -262,13 +262,20 @@ def peak(job: Job, c: Candidate) -> int:
 
 
 def host_bytes(job: Job, c: Candidate) -> int:
-    """Pinned host memory: streamed blocks, the embedding, and the inputs of recomputed blocks."""
+    """Pinned host memory of a machine: what is read there, one copy where its processes share it and else one each;
+    and of each process the inputs of recomputed blocks."""
+    s = job.sizes
+    inputs = 0
+    if c.offloads:
+        inputs = pinned_bytes(padded(c.tokens) * s.hidden * s.element_bytes, s.num_blocks - c.num_kept)
+    return job.num_local // job.num_sharing * read_bytes(job, c) + job.num_local * inputs
+
+
+def read_bytes(job: Job, c: Candidate) -> int:
+    """A copy of the streamed blocks and the embedding; shared memory is not rounded up to a power of two."""
     s = job.sizes
     num_linear = s.num_linear(spread(c.num_streamed, s.num_blocks))
-    total = pinned_bytes(s.packed_bytes, c.num_streamed - num_linear)
-    total += pinned_bytes(s.linear.packed_bytes, num_linear) if s.linear else 0
-    if s.embedding_on_host:
-        total += pinned_bytes(s.embedding_bytes, 1)
-    if c.offloads:
-        total += pinned_bytes(padded(c.tokens) * s.hidden * s.element_bytes, s.num_blocks - c.num_kept)
-    return total
+    parts = [(s.packed_bytes, c.num_streamed - num_linear)]
+    parts += [(s.linear.packed_bytes, num_linear)] if s.linear else []
+    parts += [(s.embedding_bytes, 1)] if s.embedding_on_host else []
+    return sum(size * count if job.num_sharing > 1 else pinned_bytes(size, count) for size, count in parts)

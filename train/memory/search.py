@@ -155,6 +155,7 @@ def plan_of(job: Job, candidate: Candidate, has_limit: bool, needs_host: bool) -
         num_cached=candidate.num_cached,
         streamed=streamed,
         num_shards=job.num_shards,
+        num_sharing=job.num_sharing,
         needs_host=needs_host,
         offloads_inputs=candidate.offloads and candidate.num_kept < s.num_blocks,
         uses_graphs=candidate.uses_graphs,

@@ -171,7 +171,7 @@ def backward_launches(job: Job, c: Candidate) -> float:
 
 def weights_bus(job: Job, c: Candidate) -> float:
     """Streamed weights come to the GPU, in either direction of the pass."""
-    return streamed_share(job, c) * job.sizes.largest_packed / job.gpu.bus
+    return streamed_share(job, c) * job.sizes.largest_packed / job.bus
 
 
 def peers(job: Job, c: Candidate) -> float:
@@ -185,7 +185,7 @@ def inputs_bus(job: Job, c: Candidate) -> float:
     if not c.offloads:
         return 0.0
     s = job.sizes
-    return recomputed_share(job, c) * c.mean_tokens * s.element_bytes * s.hidden / job.gpu.bus
+    return recomputed_share(job, c) * c.mean_tokens * s.element_bytes * s.hidden / job.bus
 
 
 def slowdown(job: Job, c: Candidate) -> float:

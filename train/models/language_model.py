@@ -168,6 +168,7 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
     except PeerMemoryError as error:
         reason = f"{error}; leave it out, --memory.offload auto streams weights from host memory"
         raise ExitWith(ExitCode.BAD_INPUT, f"--memory.shard: {reason}") from None
+    away.settle()
     keep_one_cpu_kernel(base)
     base.requires_grad_(False)
     base.config.use_cache = False
@@ -188,7 +189,6 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
     if reason:  # what was loaded is not what config.json promised
         raise ExitWith(ExitCode.BAD_INPUT, f"{config.model.name_or_path}: {reason}; --engine.kind reference trains it")
     about = BaseFacts(locate(config.model), held, targets, notes, names)
-    away.settle()
     model = LanguageModel(adapted, away, about, compute)
     for parameter in model.trainable().values():
         parameter.data = parameter.data.to(device)  # PEFT puts them where the layer's weights are

@@ -21,9 +21,11 @@ from train.engine.context import ForwardContext
 from train.engine.decoder import FusedDecoder
 from train.engine.delta_rule import PackedSamples
 from train.engine.host_stream import HostBlocks
+from train.engine.machine_memory import OwnMemory
 from train.engine.plan import Plan
 from train.engine.stack import Stack
 from train.memory import cost
+from train.memory.candidate import Candidate
 from train.memory.kept import kept_of
 from train.memory.search import Planner
 from train.memory.sizes import model_sizes
@@ -68,7 +70,7 @@ def forward(family: str, num_tokens: int = 500, tile: int = 0, num_kept: int = 3
     causal_lm = adapted_model(shape, targets).get_base_model()
     sizes = replace(model_sizes(causal_lm, config, on_gpu=False), element_bytes=4, has_dropout=dropout > 0)
     batch = collate_packed([{"input_ids": [1] * num_tokens, "trained": [True] * num_tokens}])
-    engine = FusedDecoder(causal_lm, Plan(True, True, num_tokens, 3, num_kept), HostBlocks([], pin=False))
+    engine = FusedDecoder(causal_lm, Plan(True, True, num_tokens, 3, num_kept), HostBlocks([], OwnMemory(pin=False)))
     kept: Any = []
     hidden = causal_lm.base_model.embed_tokens(batch.input_ids[0]).detach()
     positions = engine.position_tables(hidden, batch.position_ids)
@@ -188,6 +190,19 @@ def test_offloaded_inputs_leave_the_gpu() -> None:
     pinned = cost.host_bytes(planner.job, leave) - cost.host_bytes(planner.job, stay)
     assert 28 * 2048 * 4096 * 2 <= pinned < 1.1 * 28 * 2048 * 4096 * 2
     assert cost.block_inputs(planner.job, replace(leave, num_kept=32)) == cost.block_inputs(planner.job, stay)
+
+
+def test_host_memory_of_a_machine() -> None:
+    """Eight processes: one copy of blocks and embedding where they share it, else eight; block inputs eight times."""
+    job = planner_for(LONG, BatchConfig(1, 4)).job
+    streamed = Candidate(2048, 4.0, 2000.0, num_streamed=32, offloads=False, uses_graphs=False)
+    one, eight = job, replace(job, num_local=8)
+    shared = replace(eight, shares_host=True)
+    assert cost.host_bytes(eight, streamed) == 8 * cost.host_bytes(one, streamed)
+    assert cost.host_bytes(shared, streamed) == 32 * 112_500_000 + 1_050_673_152
+    leaving = replace(streamed, offloads=True)
+    inputs = cost.host_bytes(one, leaving) - cost.host_bytes(one, streamed)
+    assert cost.host_bytes(shared, leaving) - cost.host_bytes(shared, streamed) == 8 * inputs > 0
 
 
 def test_what_graphs_have_beside_them() -> None:

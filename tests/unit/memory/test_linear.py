@@ -16,6 +16,7 @@ from train.engine.copies import ThreadCopies, host_bytes
 from train.engine.delta_rule import CHUNK, PackedSamples, mix
 from train.engine.families import decoder_layers
 from train.engine.host_stream import HostBlocks, HostStream
+from train.engine.machine_memory import OwnMemory
 from train.engine.plan import spread
 from train.memory import cost
 from train.memory.linear import RULE_FORWARD, rule_bytes
@@ -90,7 +91,7 @@ def test_weights_of_two_kinds() -> None:
     both = 0
     for count in range(6):
         candidate = first_candidate(planner, 500, num_streamed=count)
-        host = HostBlocks(spread(count, 5), pin=False)
+        host = HostBlocks(spread(count, 5), OwnMemory(pin=False))
         resident = 0
         for number, layer in enumerate(layers):
             host.offload(number, layers)

@@ -68,7 +68,7 @@ def process(rank: int, port: str, said: Any) -> None:
         assert all(torch.equal(engine(batch), wanted) for _ in range(3))
 
     original = machine_memory._pin
-    machine_memory._pin = lambda pages, where: original(pages, where) or ("refused" if rank else "")
+    machine_memory._pin = lambda memory, device: original(memory, device) or ("refused" if rank else "")
     try:
         memory.buffers([4096])
     except HostMemoryError as error:  # in both, and the one that had pinned its pages has let them go

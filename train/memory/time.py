@@ -53,11 +53,6 @@ def update(job: Job) -> float:
     return ADAPTER_PASSES * job.sizes.adapter_bytes / job.gpu.bandwidth if job.sizes.mixture else 0.0
 
 
-def reduction(job: Job, num_gpus: int) -> float:
-    """Several GPUs of a machine add their gradients once a step: each sends and receives 2 (N - 1) / N of them."""
-    return 2 * (num_gpus - 1) / num_gpus * job.sizes.gradient_bytes / job.gpu.link
-
-
 def recomputed_share(job: Job, c: Candidate) -> float:
     """The share of blocks that recompute their activations."""
     return (job.sizes.num_blocks - c.num_kept) / job.sizes.num_blocks

@@ -1,6 +1,6 @@
 """The table of docs/DISTRIBUTED.md says what the plan says. After a change of the plan, read what this prints:
 
-python -m tests.unit.commands.test_plan_table
+python -m tests.project.test_plan_table
 """
 
 import tempfile

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 import transformers as T
 
-from tests.compare_runs import at
-from tests.conftest import BUNDLED_BASE, Run, arguments, losses, with_batch
+from tests.compare_runs import at, start_processes
+from tests.conftest import BUNDLED_BASE, arguments, losses, with_batch
 from tests.parity.models import ALL, NOTHING, SIZES, adapted_model, bf16_twin
 from train.collate import collate_packed
 from train.config import Config, MemoryConfig, ModelConfig
@@ -100,9 +100,7 @@ def test_a_run_on_two_gpus(config: Config, tmp_path: Path) -> None:
     for offload in ("none", "stream"):
         memory: Any = MemoryConfig(offload=offload, checkpointing="none")
         words = arguments(at(replace(config, memory=memory), tmp_path / offload))
-        world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        runs = [Run(words, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank in (0, 1)]
-        ends = [run.wait() for run in runs]
+        ends = [run.wait() for run in start_processes(words, [None, None], on_gpus=True)]
         assert [end.returncode for end in ends] == [0, 0], ends[0].stderr[-500:]
         found.append(losses(tmp_path / offload))
     assert "one copy for 2 processes" in ends[0].stdout

@@ -97,15 +97,18 @@ def keep(memory: torch.Tensor) -> None:
 def gathered(numbers: list[int], device: torch.device) -> list[list[int]]:
     """The numbers of every process, in the order of ranks; all processes call this together.
 
-    Raises DistError where one is lost, whatever the backend.
+    Raises DistError where one is lost, whatever the backend: NCCL returns what it has when it gives up.
     """
-    mine = torch.tensor(numbers, device=device if dist.get_backend() == "nccl" else "cpu")
+    mine = torch.tensor([1, *numbers], device=device if dist.get_backend() == "nccl" else "cpu")
     every = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
     try:
         dist.all_gather(every, mine)
-        return [each.tolist() for each in every]
+        found = [each.tolist() for each in every]
     except RuntimeError as error:
         raise dist.DistError(str(error)) from error
+    if not all(is_present for is_present, *_ in found):
+        raise dist.DistError("a collective of NCCL or gloo was given up: a process is not in it")
+    return [told for _, *told in found]
 
 
 def _file(num_bytes: int) -> int:

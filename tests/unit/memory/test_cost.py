@@ -21,6 +21,7 @@ from train.engine.context import ForwardContext
 from train.engine.decoder import FusedDecoder
 from train.engine.delta_rule import PackedSamples
 from train.engine.host_stream import HostBlocks
+from train.engine.lora_linear import Pass
 from train.engine.plan import Plan
 from train.engine.stack import Stack
 from train.memory import cost
@@ -150,7 +151,7 @@ def test_the_mlp_s_backward_pass_takes_what_is_counted(
     number, job = 1, done.planner.job
     activations, low_rank = done.kept[number].activations, done.kept[number].low_rank
     assert (activations.mlp.gate_up is None) == bool(tile)
-    matrices = done.stack.store.matrices(number)[2:]
+    matrices = done.stack.store.matrices(number, Pass.FORWARD)[2:]
     grad = activations.x.new_zeros(4096, job.sizes.hidden + done.stack.padded_rank)
     # where our kernels run, these take no memory
     for name in ("gate_backward", "gate"):

@@ -16,6 +16,7 @@ from train.engine.copies import ThreadCopies, host_bytes
 from train.engine.delta_rule import CHUNK, PackedSamples, mix
 from train.engine.families import decoder_layers
 from train.engine.host_stream import HostBlocks, HostStream
+from train.engine.lora_linear import Pass
 from train.engine.plan import spread
 from train.memory import cost
 from train.memory.linear import RULE_FORWARD, rule_bytes
@@ -61,7 +62,7 @@ def test_a_backward_pass_takes_what_is_counted() -> None:
     activations: Any = done.kept[number].activations.attention
     grad = torch.randn(64 * CHUNK, job.sizes.hidden + done.stack.padded_rank)
     grad_read = torch.empty(64 * CHUNK, job.sizes.hidden)
-    matrices = done.stack.store.matrices(number)[:2]
+    matrices = done.stack.store.matrices(number, Pass.FORWARD)[:2]
     with torch.no_grad(), PeakBytes() as found:
         half = done.stack.blocks[number].attention
         gradients = half.backward(matrices, activations, grad, grad_read, done.context)

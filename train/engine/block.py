@@ -72,8 +72,8 @@ class Block:
         """`products` as in engine.products."""
         self.number = number
         self.attention = attention_of(layer, number, GROUPS[products])
-        is_dense = layer.router is None
-        self.mlp: Any = Mlp(layer, number, GROUPS[products]) if is_dense else Mixture(layer, layer.router)
+        group = GROUPS[products]
+        self.mlp: Any = Mlp(layer, number, group) if layer.router is None else Mixture(layer, layer.router)
         self.groups = [*self.attention.groups, *self.mlp.groups]
         # of each group: blocks that have the same can take turns in one matrix
         self.places = tuple((number, group.layout) for number, group in enumerate(self.groups))

@@ -48,6 +48,11 @@ class Rows:
     values: torch.Tensor  # e4m3 [T, W]
     scales: torch.Tensor  # fp32 [T, 1]
 
+    @classmethod
+    def of_shape(cls, x: torch.Tensor) -> "Rows":
+        """Room for x [T, W]."""
+        return cls(torch.empty(x.shape, dtype=E4M3, device=x.device), x.new_empty(x.shape[0], 1, dtype=torch.float32))
+
 
 @dataclass
 class Fp8Matrix:
@@ -196,7 +201,7 @@ def dequantize_e4m3(
 
 def quantize(x: torch.Tensor) -> Rows:
     """[T, W] in e4m3; a row with infinity or NaN becomes NaN where it has them."""
-    rows = Rows(torch.empty(x.shape, dtype=E4M3, device=x.device), x.new_empty(x.shape[0], 1, dtype=torch.float32))
+    rows = Rows.of_shape(x)
     kernels = _kernels_for(x.device)
     if kernels is None:
         wide = x.float()

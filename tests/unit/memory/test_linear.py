@@ -11,7 +11,7 @@ from tests.unit.memory.examples import GIB, first_candidate, planner_for
 from tests.unit.memory.test_cost import PeakBytes, forward, storages
 from train.batching import LengthStatistics
 from train.collate import collate_packed
-from train.config import BatchConfig, OptimConfig
+from train.config import BatchConfig, EngineConfig, OptimConfig
 from train.engine.copies import ThreadCopies, host_bytes
 from train.engine.delta_rule import CHUNK, PackedSamples, mix
 from train.engine.families import decoder_layers
@@ -78,7 +78,7 @@ def hybrid() -> tuple[Any, ModelSizes]:
     kinds = [*LINEAR, "linear_attention", "full_attention"]
     shape = T.Qwen3_5TextConfig(**SIZES | {"num_hidden_layers": 5}, **DELTA, layer_types=kinds)
     causal_lm = adapted_model(shape, ALL_OF_BOTH).get_base_model()
-    config: Any = type("Config", (), {"optim": OptimConfig()})
+    config: Any = type("Config", (), {"optim": OptimConfig(), "engine": EngineConfig()})
     return causal_lm, model_sizes(causal_lm, config, on_gpu=True)
 
 

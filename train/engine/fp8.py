@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 
 from train.engine.lora_linear import LoraGroup, Pass, dequantize
@@ -169,9 +168,9 @@ def _scale_of(weights: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _largest(weight: torch.Tensor) -> torch.Tensor:
     """No element of the weight is larger: of NF4 the largest scale, or what a quantised one can be at most."""
-    if not isinstance(weight, bnb.nn.Params4bit):
+    state: Any = getattr(weight, "quant_state", None)
+    if state is None:
         return weight.abs().max().float()
-    state: Any = weight.quant_state
     return state.state2.absmax.max() + state.offset if state.nested else state.absmax.max()
 
 
@@ -182,7 +181,8 @@ def dequantize_e4m3(
     state: Any = getattr(weight, "quant_state", None)
     kernels = _kernels_for(weight.device)
     if kernels is None or state is None or state.shape[-1] % state.blocksize:
-        wide = weight if state is None else bnb.functional.dequantize_4bit(weight.data, state)
+        wide = torch.empty(weight.shape if state is None else state.shape, device=weight.device)
+        dequantize(weight, wide)
         values = (wide / scale).to(E4M3)
         for out, part in ((along, values), (across, values.T)):
             if out is not None:

@@ -116,7 +116,8 @@ def mlp_backward(job: Job, c: Candidate) -> int:
     if s.mixture:
         return _mixture_backward(s, s.mixture, c)
     product = (2 if s.has_dropout else 1) * s.intermediate * s.element_bytes
-    product = max(product + s.hidden, s.gate_up) if s.in_fp8 else product
+    if s.in_fp8:
+        product = max(product, s.intermediate * s.element_bytes + s.hidden, s.gate_up)
     of_tile = c.mlp_tile * (gate_up_width(s) * s.element_bytes + product) if c.is_tiled else c.width * product
     return c.width * s.hidden * s.element_bytes + of_tile
 

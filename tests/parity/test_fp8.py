@@ -6,14 +6,23 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+from accelerate import Accelerator
 
+from tests.conftest import training_of
 from tests.parity.models import FAMILIES, NOTHING, adapted_model, close, gradients_of, packed, plan
+from train.checkpoints.extension import TOTAL
+from train.checkpoints.identity import DEFAULTS, DETAILS, INITIAL, differences
+from train.config import Config, EngineConfig
 from train.engine import fp8
 from train.engine.decoder import FusedDecoder
 from train.engine.fp8 import E4M3, FORMS, Form, Fp8Group
 from train.engine.linears import Adapter, Projection
 from train.engine.lora_linear import LoraGroup, Pass
 from train.engine.plan import Plan
+from train.engine.support import not_in_fp8
+from train.models.language_model import choose_engine, sketch
+from train.run.exits import ExitWith
+from train.step import optimizer_step
 
 DENSE = [name for name, (shape, _) in FAMILIES.items() if not hasattr(shape, "num_experts_per_tok")]
 PLAIN = ["llama", "llama with biases", "some layers adapted", "qwen3", "phi3", "granite", "cohere2", "starcoder2"]
@@ -206,3 +215,43 @@ def test_a_checked_block_is_computed_exactly() -> None:
         matrices = store.matrices(0, Pass.CHECKED)
         blocks.append(block.finish(matrices, block.forward(matrices, x, context), context)[0])
     close(blocks[1].detach(), blocks[0].detach())
+
+
+def test_where_fp8_is_not_offered(config: Config) -> None:
+    """Each reason names the option; on a CPU it must be asked for, since there it only shows what a GPU computes."""
+    wanted = replace(config, engine=EngineConfig(products="fp8"))
+    sketched = sketch(wanted, torch.float32)
+    with pytest.raises(ExitWith, match=r"there is no GPU; --engine\.kind fused multiplies the same numbers"):
+        choose_engine(sketched, wanted, torch.device("cpu"))
+    assert choose_engine(sketched, wanted, torch.device("cuda")) == (True, "")
+    asked = replace(config, engine=EngineConfig("fused", products="fp8"))
+    assert choose_engine(sketched, asked, torch.device("cpu")) == (True, "")
+    exact = adapted_model(*FAMILIES["llama"]).get_base_model()
+    assert not_in_fp8(exact) == "a layer of its blocks is not in NF4"
+    assert "grouped" in not_in_fp8(adapted_model(*FAMILIES["qwen3-moe"]).get_base_model())
+    odd = replace(asked, model=replace(asked.model, quantization="none"))
+    with pytest.raises(ExitWith, match=r"--engine\.products fp8: a layer of its blocks is not in NF4; or leave it out"):
+        choose_engine(sketch(odd, torch.float32), odd, torch.device("cpu"))
+
+
+def test_steps_in_fp8_follow_exact_ones(config: Config) -> None:
+    """A run's losses, checked against transformers at its start, stay within 2 % of those in the compute type, and the
+    plan says how it multiplies."""
+    losses = []
+    for products in ("bf16", "fp8"):
+        how = replace(config, engine=EngineConfig("fused", products=products))
+        training = training_of(how, Accelerator(cpu=True))
+        assert training.plan.products == products
+        assert ("in fp8" in str(training.plan)) == (products == "fp8")
+        losses.append([optimizer_step(training, step).loss for step in range(6)])
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@pytest.mark.parametrize("products", ["bf16", "fp8"])
+def test_a_run_keeps_its_products(products: Any, config: Config) -> None:
+    """They are part of what makes a run this run; a checkpoint that says nothing of them was in the compute type."""
+    saved = {INITIAL: "", TOTAL: 1, DETAILS: {}, "data": "d", "model.base": "b"}
+    now = {**{name: list(v) if isinstance(v, tuple) else v for name, v in DEFAULTS.items()}, **saved}
+    wanted = [] if products == "bf16" else ["engine.products bf16 -> fp8"]
+    assert differences(saved, now | {"engine.products": products}) == wanted

@@ -20,7 +20,7 @@ from train.engine.operations import Dropout, kernels_for
 E4M3, LARGEST = torch.float8_e4m3fn, 448.0  # the type, and its largest number
 TINY = 1e-12  # in place of the largest magnitude of a row of zeros; the same in fp8_kernels.py
 MULTIPLE = 16  # of both widths, which the product asks for
-FAST_ACCUMULATION = True  # Hopper adds within the tensor core, with some 14 bits, instead of in fp32 registers
+FAST_ACCUMULATION: bool = True  # Hopper adds within the tensor core, with some 14 bits, instead of in fp32 registers
 
 
 class Form(Enum):

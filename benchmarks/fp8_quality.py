@@ -29,6 +29,7 @@ from train.engine.fp8 import Form
 from train.engine.lora_linear import Pass
 from train.main import run
 from train.models.smollm2 import name_or_path
+from train.profiles import CERTIFICATION, HELD_OUT
 from train.report.record import read_run
 from train.report.summary import summary_of
 from train.run.devices import device_name
@@ -52,14 +53,13 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--base", default=name_or_path())
-    parser.add_argument("--data", help="JSONL to train on")
-    parser.add_argument("--held-out", help="JSONL to measure on")
+    parser.add_argument("--data", nargs="+", default=CERTIFICATION, help="JSONL to train on")
+    parser.add_argument("--held-out", default=HELD_OUT["smollm2"], help="JSONL to measure on")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("words", nargs="*", help="behind --: further options of train/main.py")
     options = parser.parse_args()
     words = [*RECIPE.split(), "--model.name_or_path", options.base, "--train.epochs", str(options.epochs)]
-    if options.data:
-        words += ["--data.path", options.data, "--data.validation_path", options.held_out]
+    words += ["--data.path", *options.data, "--data.validation_path", options.held_out]
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in options.ways}
     with tempfile.TemporaryDirectory() as scratch:
         for seed in options.seeds:

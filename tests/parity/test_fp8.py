@@ -8,10 +8,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from tests.conftest import training_of
+from tests.conftest import splits_of, training_of
 from tests.parity.models import FAMILIES, NOTHING, adapted_model, close, gradients_of, packed, plan
-from train.checkpoints.extension import TOTAL
-from train.checkpoints.identity import DEFAULTS, DETAILS, INITIAL, differences
+from train.checkpoints.identity import differences, identity
 from train.config import Config, EngineConfig
 from train.engine import fp8
 from train.engine.decoder import FusedDecoder
@@ -96,6 +95,18 @@ def test_a_group_is_the_products_of_its_rounded_operands(bias: bool, quantized: 
         group.adapter_gradients(grad_out, x, low, None), exact.adapter_gradients(grad_out, x, low, None), strict=True
     ):
         assert torch.equal(ours, theirs)
+
+
+def test_a_bias_without_adapters_is_added() -> None:
+    """To the output of layers that have none."""
+    layers = [Projection(each.base, None) for each in projections(True, True)]
+    outs = []
+    for group in (LoraGroup(layers), Fp8Group(layers)):
+        matrix, out = filled(group, Pass.FORWARD), torch.empty(3, 80)
+        group.forward(matrix, torch.zeros(3, 64), torch.empty(3, 0), out, None)
+        outs.append(out)
+    assert outs[0].any()
+    assert torch.equal(outs[1], outs[0])
 
 
 def test_both_forms_hold_the_same_numbers() -> None:
@@ -251,7 +262,10 @@ def test_steps_in_fp8_follow_exact_ones(config: Config) -> None:
 @pytest.mark.parametrize("products", ["bf16", "fp8"])
 def test_a_run_keeps_its_products(products: Any, config: Config) -> None:
     """They are part of what makes a run this run; a checkpoint that says nothing of them was in the compute type."""
-    saved = {INITIAL: "", TOTAL: 1, DETAILS: {}, "data": "d", "model.base": "b"}
-    now = {**{name: list(v) if isinstance(v, tuple) else v for name, v in DEFAULTS.items()}, **saved}
+    prepared, data = splits_of(config).training, training_of(config, Accelerator(cpu=True)).data
+    how = replace(config, engine=EngineConfig(products=products))
+    saved, now = (identity(each, prepared, data, torch.device("cpu")) for each in (config, how))
     wanted = [] if products == "bf16" else ["engine.products bf16 -> fp8"]
-    assert differences(saved, now | {"engine.products": products}) == wanted
+    assert differences(saved, now) == wanted
+    del saved["engine.products"]
+    assert differences(saved, now) == wanted

@@ -262,7 +262,7 @@ def test_steps_in_fp8_follow_exact_ones(config: Config) -> None:
 @pytest.mark.parametrize("products", ["bf16", "fp8"])
 def test_a_run_keeps_its_products(products: Any, config: Config) -> None:
     """They are part of what makes a run this run; a checkpoint that says nothing of them was in the compute type."""
-    prepared, data = splits_of(config).training, training_of(config, Accelerator(cpu=True)).data
+    prepared, data = splits_of(config).training.prepared, training_of(config, Accelerator(cpu=True)).data
     how = replace(config, engine=EngineConfig(products=products))
     saved, now = (identity(each, prepared, data, torch.device("cpu")) for each in (config, how))
     wanted = [] if products == "bf16" else ["engine.products bf16 -> fp8"]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 from train.batching import MicroBatchShape
 from train.config import MemoryConfig
@@ -23,6 +24,7 @@ class Plan:
     micro_batch_tokens: int  # the largest micro-batch that memory is counted for; 0: as configured, padded
     num_blocks: int  # decoder blocks of the model
     num_kept: int  # the last so many blocks keep their activations, the others recompute them
+    products: Literal["bf16", "fp8"] = "bf16"  # in which those of frozen weights run; bf16: the compute type
     num_cached: int = 0  # the first so many blocks keep their dequantised weights
     streamed: tuple[int, ...] = ()  # numbers of the blocks whose packed weights are streamed from pinned host memory
     num_shards: int = 1  # processes that each hold a part of every block that is not streamed
@@ -57,6 +59,7 @@ class Plan:
         num_recomputed = self.num_blocks - self.num_kept
         text = f"{self.num_kept} of {self.num_blocks} blocks keep their activations"
         text += f", {num_recomputed} recompute them" if num_recomputed else ""
+        text += "; products of frozen weights in fp8" if self.products == "fp8" else ""
         text += f"; {self.num_cached} keep dequantised weights" if self.num_cached else ""
         if self.streamed:
             text += f"; {len(self.streamed)} blocks' weights are streamed from host memory"

@@ -22,7 +22,7 @@ from train.memory.sizes import ModelSizes, model_sizes
 from train.models.language_model import choose_engine, sketch
 from train.models.whole import trained_weights
 from train.optim import BLOCK, OPTIMIZERS
-from train.run.devices import compute_type, compute_type_at
+from train.run.devices import check_products, compute_type, compute_type_at
 from train.run.exits import ExitCode, ExitWith
 
 GIB = 2**30
@@ -92,6 +92,8 @@ class Outlook:
     @classmethod
     def _by(cls, config: Config, rows: LengthStatistics, gpu: Gpu, sketched: Sketched, budget: int | None) -> "Outlook":
         sizes, planner = sketched.sizes, None
+        if gpu.memory_bytes:  # else it is a CPU
+            check_products(config.engine.products, gpu.capability)
         if sizes is not None:
             planner = Planner(Job(sizes, rows, config.batch, gpu), config.memory)
         reason, num_trained = sketched.reason, sketched.num_trained

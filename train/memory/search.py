@@ -153,6 +153,7 @@ def plan_of(job: Job, candidate: Candidate, has_limit: bool, needs_host: bool) -
         num_blocks=s.num_blocks,
         num_kept=candidate.num_kept,
         num_cached=candidate.num_cached,
+        products="fp8" if s.in_fp8 else "bf16",
         streamed=streamed,
         num_shards=job.num_shards,
         num_sharing=job.num_sharing,

@@ -160,7 +160,7 @@ def shape_of(name: str, other: Path | None) -> PreTrainedConfig:
     from benchmarks.families import SHAPES, sizes  # which prints warnings
 
     if other is not None:
-        return T.AutoConfig.from_pretrained(other)
+        return T.AutoConfig.from_pretrained(other, trust_remote_code=False)
     large = {
         "Llama-2-70B": T.LlamaConfig(**sizes(8192, 28672, 80, 64, 8, 32000, max_position_embeddings=4096)),
         "Llama-3.1-70B": T.LlamaConfig(**sizes(8192, 28672, 80, 64, 8, 128256)),

@@ -32,7 +32,9 @@ MAX_REASON = 400  # characters of a library's error
 def model_shape(config: ModelConfig) -> PreTrainedConfig:
     """The base's transformers configuration; of a multimodal base it nests the language model's.
 
-    With model.max_positions it is that of a config.json with this number. Raises ExitWith(BAD_INPUT) where it cannot be read, or must not be trusted.
+    With model.max_positions it is that of a config.json with this number.
+
+    Raises ExitWith(BAD_INPUT) where it cannot be read, or must not be trusted.
     """
     place = locate(config)
     if not (place.folder / "config.json").is_file():

@@ -84,6 +84,9 @@ def test_a_raised_base_reads_short_texts_as_before(name: str, tmp_path: Path) ->
     one."""
     folder = write(tmp_path / "base", TAKEN[name]())
     check_positions(raised(folder))
+    before, after = settings_of(folder), trained_settings(raised(folder))
+    assert before.keys() == after.keys()
+    assert [(before[key], after[key]) for key in before if before[key] != after[key]] == [(512, 1024)]
     base, notes = load_base(raised(folder), torch.float32, CPU, HostBlocks([], pin=False), 0, False)
     assert base.config.max_position_embeddings == max_positions(raised(folder)) == 1024
     assert notes == ["takes 1,024 positions (model.max_positions); beyond 512 it has never seen any"]

@@ -122,10 +122,17 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         try:
             yield made
         finally:
-            for job in made.says("squeue", "--noheader", "--format=%i").split():
-                made.says("scancel", "--signal=KILL", "--full", job)
-                made.says("scancel", job)
-            wait_for(lambda: not made.says("squeue", "--noheader"), 60, "no job")
+            made.says("scontrol", "update", "PartitionName=main", "State=DOWN")  # where nothing starts again
+            wait_for(lambda: _is_empty(made), 60, "no job")
+
+
+def _is_empty(made: Cluster) -> bool:
+    """Whether there is no job left; those that are there are ended, with all their processes."""
+    jobs = made.says("squeue", "--noheader", "--format=%i").split()
+    for job in jobs:
+        for words in (["--signal=KILL", "--full"], []):  # the second for one that waits
+            subprocess.run(["scancel", *words, job], env=made.environment, capture_output=True, check=False)
+    return not jobs
 
 
 def _is_idle(made: Cluster) -> bool:

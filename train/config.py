@@ -48,6 +48,9 @@ class ModelConfig:
     older ones whose fp16 is fast (7.x, 6.0, 5.3), fp32 on others and on a CPU."""
     random_init: bool = False
     """Real shape, random weights: only config.json and the tokenizer are read. For probes and benchmarks."""
+    max_positions: int = 0
+    """Raise the base's max_position_embeddings to this number, for samples longer than it was made for; 0: as
+    config.json says. Where positions are a learned table, or rotary scaling depends on it, that is refused."""
 
 
 @dataclass(frozen=True)
@@ -503,6 +506,7 @@ class Config:
 
     def _number_checks(self) -> Iterator[tuple[str, object, str]]:
         at_least = [
+            ("model.max_positions", self.model.max_positions, 0),
             ("lora.r", self.lora.r, 1),
             ("lora.alpha", self.lora.alpha, 1),
             ("data.max_length", self.data.max_length, 8),

@@ -19,6 +19,7 @@ IDENTITY_SECTIONS = ("lora", "optim")  # every field of these, and the single fi
 DEFAULTS = {f"lora.{name}": value for name, value in asdict(LoraConfig()).items()}
 DEFAULTS |= {f"optim.{name}": value for name, value in asdict(OptimConfig()).items()}
 DEFAULTS |= {"train.method": TrainConfig().method, "engine.products": EngineConfig().products}
+DEFAULTS |= {"model.max_positions": 0}
 # settings that the data's fingerprint covers; what a run has more of decides nothing by itself
 DATA_SETTINGS = (
     "max_length",
@@ -43,6 +44,7 @@ def identity(config: Config, prepared: Prepared, data: TrainingData, device: tor
     values: dict[str, object] = {
         "model.base": base_fingerprint(config),
         "model.quantization": config.model.quantization,
+        "model.max_positions": config.model.max_positions,
         "model.dtype": compute_type(config.model.dtype, device).name,
         "data": prepared.fingerprint,
         "data.validation_fraction": config.data.validation_fraction,

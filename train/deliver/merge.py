@@ -34,7 +34,7 @@ from train.models.completeness import tied_embedding
 from train.models.experts import StoredExperts
 from train.models.hub import fetch_weights, locate
 from train.models.parameters import as_parameter, computed_values
-from train.models.shape import cannot_read, model_shape, stored_quantization
+from train.models.shape import cannot_read, model_shape, stored_quantization, trained_settings
 from train.models.stored import StoredWeights
 from train.models.text_part import text_part
 from train.run.devices import compute_type
@@ -236,7 +236,7 @@ class Merge:
     def _write_companions(self, target: Path) -> None:
         """config.json, tokenizer, chat template, generation settings, licence."""
         place, final = locate(self.run.config.model), self.run.folder.final
-        settings = json.loads((place.folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        settings = trained_settings(self.run.config.model)
         for part in (settings, *(value for value in settings.values() if isinstance(value, dict))):
             part.pop("quantization_config", None)
             for key in {"dtype", "torch_dtype"} & part.keys():

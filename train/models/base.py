@@ -43,7 +43,16 @@ from train.models.experts import (
 )
 from train.models.hub import fetch_weights, locate, unreadable
 from train.models.parameters import as_parameter, computed_values
-from train.models.shape import BROKEN, auto_class, cannot_read, model_class, plain_attention, quantization, text_shape
+from train.models.shape import (
+    BROKEN,
+    auto_class,
+    cannot_read,
+    model_class,
+    plain_attention,
+    positions_note,
+    quantization,
+    text_shape,
+)
 from train.models.stored import Difference, StoredWeights
 from train.models.text_part import loaded_shape, text_part
 from train.run.exits import ExitCode, ExitWith
@@ -62,7 +71,7 @@ def load_base(
     its files do not hold what its architecture wants.
     """
     part = text_part(config)  # refuses what must not be loaded
-    notes = [str(part)] if part else []
+    notes = [*([str(part)] if part else []), *positions_note(config)]
     if config.random_init:
         generator = torch.Generator(device).manual_seed(derived_seed(seed, "random base"))
         draw = _drawn(text_shape(loaded_shape(config)), dtype, generator)
@@ -162,6 +171,8 @@ def _by_transformers(
     if text is not None:  # an Auto class takes no tensors
         kind, folder = model_class(kind, shape), None
         options |= {"config": shape, "state_dict": text.slices()}
+    elif config.max_positions:
+        options |= {"config": shape}
     with _quiet():
         base, info = kind.from_pretrained(
             folder,

@@ -253,7 +253,7 @@ def test_trained_whole_it_becomes_its_text_class(family: str, config: Config, tm
     config = on(config, write_multimodal(tmp_path / "base", family), "none")
     training = training_of(replace(config, train=replace(config.train, method="full")), Accelerator(cpu=True))
     optimizer_step(training, 0)
-    publish_model(tmp_path / "final", training.model, load_tokenizer(config).backend, [1], {})
+    publish_model(tmp_path / "final", training.model, load_tokenizer(config).backend, [1], {}, {})
     settings = json.loads((tmp_path / "final" / "config.json").read_text())
     assert settings["architectures"] == [FAMILIES[family][1]]
     assert "mrope" not in json.dumps(settings)

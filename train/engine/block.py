@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 
 from train.engine.context import ForwardContext
+from train.engine.fp8 import GROUPS
 from train.engine.layers import DecoderLayer, DeltaHeads
 from train.engine.linear_attention import LinearAttention
 from train.engine.lora_linear import LoraGroup, Matrices
@@ -59,20 +60,22 @@ class Activations:
     per_layer: PerLayerActivations | None = None  # of its own inputs, where it has such; `finish` makes it
 
 
-def attention_of(layer: DecoderLayer, number: int) -> Attention:
-    """The kind that the layer has."""
+def attention_of(layer: DecoderLayer, number: int, group: type[LoraGroup]) -> Attention:
+    """The kind that the layer has, with its projections in such groups."""
     if isinstance(layer.heads, DeltaHeads):
-        return LinearAttention(layer, layer.heads, number)
-    return SelfAttention(layer, layer.heads, number)
+        return LinearAttention(layer, layer.heads, number, group)
+    return SelfAttention(layer, layer.heads, number, group)
 
 
 class Block:
     """A decoder layer of transformers with PEFT's adapters, read once; its parameters stay where they are."""
 
-    def __init__(self, layer: DecoderLayer, number: int) -> None:
+    def __init__(self, layer: DecoderLayer, number: int, products: str = "bf16") -> None:
+        """`products` as in engine.products."""
         self.number = number
-        self.attention = attention_of(layer, number)
-        self.mlp: Any = Mlp(layer, number) if layer.router is None else Mixture(layer, layer.router)
+        group = GROUPS[products]
+        self.attention = attention_of(layer, number, group)
+        self.mlp: Any = Mlp(layer, number, group) if layer.router is None else Mixture(layer, layer.router)
         self.per_layer = PerLayer(layer.per_layer, layer.activation, number) if layer.per_layer else None
         self.output_scale = layer.output_scale
         parts = [self.attention, self.mlp, *([self.per_layer] if self.per_layer else [])]

@@ -73,6 +73,7 @@ class ModelSizes:
     lent: int = 0  # the same of all blocks that lend theirs
     per_layer: int = 0  # inputs that each block has of its own
     head_size: int = 0  # elements of a head
+    in_fp8: bool = False  # products with frozen weights
     kinds: tuple["BlockKind", ...] = ()  # where blocks with softmax attention are not all alike
 
     @property
@@ -125,7 +126,7 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
     Raises KeyError for families that the fused engine does not know.
     """
     layers = decoder_layers(causal_lm)
-    blocks = [Block(layer, number) for number, layer in enumerate(layers)]
+    blocks = [Block(layer, number, config.engine.products) for number, layer in enumerate(layers)]
     softmax = [block for block, layer in zip(blocks, layers, strict=True) if isinstance(layer.heads, Heads)]
     block, widths = softmax[0], {each.number: _widths(each, layers[each.number]) for each in softmax}
     rooms = [block.around_attention, block.around_mlp, *([block.per_layer.around] if block.per_layer else [])]
@@ -149,7 +150,7 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
         is_parallel=block.is_parallel,
         has_dropout=block.dropout > 0,
         element_bytes=element_bytes,
-        matrix_bytes=element_bytes * max(map(_num_elements, blocks)),
+        matrix_bytes=max(_matrix_bytes(block, element_bytes) for block in blocks),
         norm_bytes=sum(parameter.numel() * parameter.element_size() for parameter in norms),
         embedding_bytes=0 if is_tied else embedding.numel() * element_bytes,
         embedding_on_host=on_gpu and not is_tied and not words_in.is_trained,
@@ -162,7 +163,8 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
         mixture=_mixture_sizes(block, causal_lm.config),
         whole_bytes=_whole_bytes(words_in, words_out, element_bytes),
         linear=linear_sizes(layers, element_bytes),
-        shared_bytes=element_bytes * _num_shared_elements(blocks),
+        shared_bytes=_shared_bytes(blocks, element_bytes),
+        in_fp8=config.engine.products == "fp8",
         lent=sum(
             sum(layer.heads.widths[1:]) for layer in layers if isinstance(layer.heads, Heads) and layer.heads.lends
         ),
@@ -205,7 +207,7 @@ def _kinds(
             frozenset(block.number for block in alike),
             replace(
                 sizes,
-                matrix_bytes=sizes.element_bytes * _num_elements(alike[0]),
+                matrix_bytes=_matrix_bytes(alike[0], sizes.element_bytes),
                 **widths[alike[0].number],  # type: ignore[arg-type]
             ),
         )
@@ -213,15 +215,15 @@ def _kinds(
     )
 
 
-def _num_elements(block: Block) -> int:
-    """Of a block's matrices."""
-    return sum(math.prod(group.shape) for group in block.groups)
+def _matrix_bytes(block: Block, element_bytes: int) -> int:
+    return sum(group.matrix_bytes(element_bytes) for group in block.groups)
 
 
-def _num_shared_elements(blocks: Sequence[Block]) -> int:
-    """Of the place that blocks share (weight_store.py), beyond those of the largest block."""
-    places = {key: group.shape for block in blocks for key, group in zip(block.places, block.groups, strict=True)}
-    return sum(map(math.prod, places.values())) - max(map(_num_elements, blocks))
+def _shared_bytes(blocks: Sequence[Block], element_bytes: int) -> int:
+    """Of the place that blocks share (weight_store.py), beyond what the largest block has."""
+    places = {key: group for block in blocks for key, group in zip(block.places, block.groups, strict=True)}
+    all_bytes = sum(group.matrix_bytes(element_bytes) for group in places.values())
+    return all_bytes - max(_matrix_bytes(block, element_bytes) for block in blocks)
 
 
 def _mixture_sizes(block: Block, config: Any) -> MixtureSizes | None:

@@ -83,8 +83,9 @@ class FusedDecoder:
         if self.stack.blocks[0].per_layer is None:
             return self.stack.store.like.new_empty(len(input_ids), 0)
         decoder: Any = self.decoder
-        found = decoder.project_per_layer_inputs(self.embed(input_ids), decoder.get_per_layer_inputs(input_ids))
-        return found.flatten(1)
+        embedded = self.embed(input_ids)
+        of_tokens = decoder.get_per_layer_inputs(input_ids, embedded)
+        return decoder.project_per_layer_inputs(embedded, of_tokens).flatten(1)
 
     def context(self, batch: MicroBatch) -> ForwardContext:
         """What all blocks share in a forward pass over a packed micro-batch."""

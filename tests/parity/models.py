@@ -41,7 +41,7 @@ ALL_OF_BOTH = [*ALL, "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_
 ALL_AND_PER_LAYER = [*ALL, "per_layer_input_gate", "per_layer_projection"]
 # heads and tables of two sizes, one key head in full layers; the last block is always a full one
 GEMMA4: Any = {
-    "initializer_range": 0.2,
+    "initializer_range": 0.3,
     "head_dim": 16,
     "global_head_dim": 32,
     "num_global_key_value_heads": 1,

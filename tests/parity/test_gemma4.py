@@ -101,8 +101,8 @@ def test_the_plan_knows_each_kind_of_block() -> None:
         ),
     ],
 )
-def test_what_is_not_run(settings: dict[str, Any], lora: dict[str, Any], reason: str) -> None:
+def test_what_is_not_run(settings: Any, lora: Any, reason: str) -> None:
     """Each by its name; text of a multimodal base, whose images alone see forward, runs."""
     base = AutoModelForCausalLM.from_config(changed(**settings))
-    adapted: Any = peft.get_peft_model(base, peft.LoraConfig(**{"target_modules": ALL} | lora))
+    adapted: Any = peft.get_peft_model(base, peft.LoraConfig(**({"target_modules": ALL} | lora)))
     assert unsupported_reason(adapted.get_base_model()) == reason

@@ -1,17 +1,24 @@
 """Gemma 4 on the fused engine: keys and values that blocks lend, inputs of each block's own, and what is refused."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
 import transformers as T
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from tests.conftest import BUNDLED_BASE
+from tests.finished_runs import finish
+from tests.parity.bases import VOCABULARY, on
 from tests.parity.models import ALL, ALL_AND_PER_LAYER, FAMILIES, NOTHING, adapted_model, gradients_of, packed, plan
+from tests.parity.test_merge import adapted_logits, merged_logits, written
 from tests.unit.memory.examples import SHORT, planner_for
-from train.config import BatchConfig, EngineConfig, OptimConfig
+from train.config import BatchConfig, Config, EngineConfig, MemoryConfig, OptimConfig
 from train.engine.decoder import FusedDecoder
 from train.engine.families import decoder_layers
 from train.engine.layers import Heads
@@ -20,6 +27,8 @@ from train.engine.stack import Saved
 from train.engine.support import unsupported_reason
 from train.memory.sizes import model_sizes
 
+WANTED = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+NF4: dict[str, Any] = {"quantization_config": WANTED, "device_map": {"": "cpu"}}
 SHAPE: Any = FAMILIES["gemma4"][0]
 CONFIG: Any = type("Config", (), {"optim": OptimConfig(), "engine": EngineConfig()})
 
@@ -106,3 +115,25 @@ def test_what_is_not_run(settings: Any, lora: Any, reason: str) -> None:
     base = AutoModelForCausalLM.from_config(changed(**settings))
     adapted: Any = peft.get_peft_model(base, peft.LoraConfig(**({"target_modules": ALL} | lora)))
     assert unsupported_reason(adapted.get_base_model()) == reason
+
+
+@pytest.mark.parametrize("onto", ["original", "dequantized"])
+def test_a_merged_model_is_what_was_trained(onto: Any, config: Config, tmp_path: Path) -> None:
+    """Trained in NF4 on the fused engine; factors of blocks and unused weights of shared layers pass through."""
+    base = tmp_path / "base"
+    shutil.copytree(BUNDLED_BASE, base, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    model = AutoModelForCausalLM.from_config(changed(vocab_size=VOCABULARY))
+    for layer in model.model.layers:
+        layer.layer_scalar.fill_(0.9)
+    model.save_pretrained(base)
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.4.self_attn.k_proj.weight"] = torch.ones(32, 64)  # as published checkpoints have it
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    told = on(config, base, "nf4")
+    run = finish(
+        replace(told, engine=EngineConfig(kind="fused"), memory=MemoryConfig(offload="stream")), tmp_path / "run"
+    )
+    merged = written(run, onto, tmp_path / "merged")
+    wanted = adapted_logits(base, run / "final", **(NF4 if onto == "dequantized" else {}))
+    torch.testing.assert_close(merged_logits(merged), wanted, rtol=0, atol=2e-3)
+    assert load_file(merged / "model.safetensors")["model.layers.3.layer_scalar"] == pytest.approx(0.9, rel=1e-2)

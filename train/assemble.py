@@ -18,6 +18,7 @@ from train.learning_rate import Schedule
 from train.memory.outlook import Outlook
 from train.memory.reference import MOST_TOKENS, Passes, ReferencePlan, configured_plan
 from train.memory.search import MARGIN
+from train.memory.together import planned_together
 from train.metrics import flops_per_token, num_chosen_experts, num_matmul_weights
 from train.models.adapted_linear import use_own_products
 from train.models.agreement import check_agreement
@@ -27,7 +28,7 @@ from train.models.language_model import LanguageModel, load_model, start_from
 from train.models.liger import use_liger
 from train.optim import FlatParameters, build_optimizer, build_scaler, state_bytes
 from train.recording import capture_seconds, record_graphs
-from train.run.accelerator import check_peers, free_gpu_bytes
+from train.run.accelerator import free_gpu_bytes
 from train.run.devices import compute_type
 from train.run.exits import ExitCode, ExitWith
 from train.run.processes import any_process, say
@@ -49,9 +50,9 @@ def assemble(
     device = accelerator.device
     budget = free_gpu_bytes(config, accelerator)
     rows = replace(data.length_statistics(), longest_validation=longest_validation)
-    if config.memory.shard:
-        check_peers(accelerator)
-    outlook = Outlook.of(config, device, rows, budget, saved).on(accelerator.num_processes)
+    outlook, why_copies = planned_together(Outlook.of(config, device, rows, budget, saved), accelerator)
+    if why_copies:
+        say(accelerator, f"memory    each process has its own copy of what it reads in host memory: {why_copies}")
     plan = outlook.first_plan()
     outlook.check_host(plan)
     model = load_model(config, device, plan)

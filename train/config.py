@@ -206,6 +206,9 @@ class EngineConfig:
     kind: Literal["auto", "fused", "reference"] = "auto"
     """fused: our own forward and backward of Llama-family blocks; reference: transformers and PEFT. auto: fused on a
     GPU where that is possible, and a line that says why where it is not."""
+    products: Literal["bf16", "fp8"] = "bf16"
+    """How the fused engine multiplies with the frozen NF4 weights: in model.dtype (bf16), or weights, activations and
+    gradients rounded to fp8 (e4m3), on GPUs of compute capability 8.9 or higher. Adapters and head stay in bf16."""
     liger: Literal["auto", "off"] = "auto"
     """auto: on a GPU the reference engine takes liger-kernel's norms, MLPs and rotary embeddings, where the package is
     installed, knows the family and agrees with transformers on a sample; off: transformers' own."""
@@ -358,6 +361,7 @@ class Config:
             elif self.memory.checkpointing and self.engine.kind == "reference":
                 remedy = "engine.kind reference recomputes all blocks or none; write full or none"
                 yield "memory.checkpointing", self.memory.checkpointing, remedy
+        yield from self._products_checks()
         if self.memory.offload == "stream" and self.engine.kind == "reference":
             yield "memory.offload", "stream", "only the fused engine streams; use --engine.kind auto"
         if self.memory.budget:
@@ -365,6 +369,17 @@ class Config:
                 parse_bytes(self.memory.budget)
             except ValueError as error:
                 yield "memory.budget", self.memory.budget, str(error)
+
+    def _products_checks(self) -> Iterator[tuple[str, object, str]]:
+        if self.engine.products != "fp8":
+            return
+        option = "engine.products fp8 with --"
+        if self.engine.kind == "reference":
+            yield f"{option}engine.kind", "reference", "only the fused engine has them; use --engine.kind auto"
+        if self.model.quantization != "nf4":
+            yield f"{option}model.quantization", self.model.quantization, "they are those of NF4 weights; use nf4"
+        if self.model.dtype in ("fp16", "fp32"):
+            yield f"{option}model.dtype", self.model.dtype, "fp8 products give bf16; use auto"
 
     def _token_checks(self) -> Iterator[tuple[str, object, str]]:
         tokens = self.lora.trainable_tokens

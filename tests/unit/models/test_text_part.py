@@ -19,6 +19,7 @@ from train.commands.handloop import main
 from train.config import Config, ModelConfig
 from train.deliver.final import publish_model
 from train.engine.host_stream import HostBlocks
+from train.engine.machine_memory import OwnMemory
 from train.models.base import load_base
 from train.models.language_model import keep_one_cpu_kernel
 from train.models.stored import StoredWeights
@@ -34,7 +35,7 @@ CPU = torch.device("cpu")
 def loaded(folder: Path, quantization: Any = "none") -> tuple[Any, list[str]]:
     """The base in fp32, and notes on it."""
     config = ModelConfig(name_or_path=str(folder), quantization=quantization)
-    return load_base(config, torch.float32, CPU, HostBlocks([], pin=False), 0, False)
+    return load_base(config, torch.float32, CPU, HostBlocks([], OwnMemory(pin=False)), 0, False)
 
 
 def refused(folder: Path, quantization: Any = "none") -> str:

@@ -23,6 +23,7 @@ from train.config import Config, EngineConfig, ModelConfig
 from train.deliver.finished import finished_run
 from train.deliver.merge import Merge
 from train.engine.host_stream import HostBlocks
+from train.engine.machine_memory import OwnMemory
 from train.models.base import load_base
 from train.models.fingerprint import base_fingerprint
 from train.models.positions import check_positions
@@ -87,7 +88,7 @@ def test_a_raised_base_reads_short_texts_as_before(name: str, tmp_path: Path) ->
     before, after = settings_of(folder), trained_settings(raised(folder))
     assert before.keys() == after.keys()
     assert [(before[key], after[key]) for key in before if before[key] != after[key]] == [(512, 1024)]
-    base, notes = load_base(raised(folder), torch.float32, CPU, HostBlocks([], pin=False), 0, False)
+    base, notes = load_base(raised(folder), torch.float32, CPU, HostBlocks([], OwnMemory(pin=False)), 0, False)
     assert base.config.max_position_embeddings == max_positions(raised(folder)) == 1024
     assert notes == ["takes 1,024 positions (model.max_positions); beyond 512 it has never seen any"]
     plain: Any = T.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -96,6 +96,11 @@ def with_empty_samples(batch: MicroBatch, num_samples: int) -> MicroBatch:
     return replace(batch, cu_seqlens=F.pad(cu_seqlens, (0, missing), value=batch.input_ids.numel()), uniform_length=0)
 
 
+def part_tokens(num_tokens: int, num_parts: int) -> int:
+    """Tokens of each part of a micro-batch."""
+    return -(-num_tokens // num_parts)
+
+
 def part_of(batch: MicroBatch, part: Part) -> MicroBatch:
     """The part of a whole packed micro-batch, padded to equal parts by a sample of its own behind the others.
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from train.collate import MicroBatch
+from train.collate import MicroBatch, part_tokens
 from train.engine.attention import attentions
 from train.engine.block import Block
 from train.engine.context import ForwardContext
@@ -42,7 +42,7 @@ class FusedDecoder:
         store = WeightStore(blocks, plan.num_cached, norm.weight, self.source)
         inputs = DeviceInputs()
         if plan.offloads_inputs:
-            num_tokens = padded(plan.micro_batch_tokens)
+            num_tokens = padded(part_tokens(plan.micro_batch_tokens, plan.num_parts))
             inputs = HostInputs(plan.num_blocks - plan.num_kept, num_tokens, norm.weight, copies(), copies())
         embedding = Vocabulary.of(causal_lm.get_input_embeddings())
         self.embed_tokens = RowsInPlace(embedding) if embedding.rows else self.decoder.embed_tokens

@@ -25,6 +25,7 @@ class Plan:
     num_kept: int  # the last so many blocks keep their activations, the others recompute them
     num_cached: int = 0  # the first so many blocks keep their dequantised weights
     streamed: tuple[int, ...] = ()  # numbers of the blocks whose packed weights are streamed from pinned host memory
+    num_parts: int = 1  # processes that compute a part of each micro-batch's tokens; its numbers here are of the whole
     num_shards: int = 1  # processes that each hold a part of every block that is not streamed
     needs_host: bool = True  # nothing that leaves host memory alone fits
     offloads_inputs: bool = False  # the inputs of recomputed blocks wait in pinned host memory
@@ -65,6 +66,7 @@ class Plan:
         if self.num_shards > 1 and len(self.streamed) < self.num_blocks:
             rest = "the other blocks" if self.streamed else "all blocks"
             text += f"; each of {self.num_shards} GPUs holds a part of the weights of {rest}"
+        text += f"; a micro-batch's tokens are split over {self.num_parts} GPUs" if self.num_parts > 1 else ""
         text += f"; {self.num_linear} have linear attention, so there are no CUDA graphs" if self.num_linear else ""
         text += "; block inputs are offloaded to host memory" if self.offloads_inputs else ""
         text += f"; MLPs run in tiles of {self.mlp_tile:,} tokens" if self.mlp_tile else ""

@@ -109,15 +109,21 @@ def free_gpu_bytes(config: Config, accelerator: Accelerator) -> int | None:
     return int(to_host(gathered.min())[0])
 
 
+def machines(accelerator: Accelerator) -> torch.Tensor:
+    """A number of the machine of each process, in the order of ranks."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")  # another on each machine
+    gathered: Any = accelerator.gather(
+        torch.tensor([int(boot.replace("-", "")[:12], 16)], device=accelerator.device)
+    )
+    return gathered
+
+
 def check_peers(accelerator: Accelerator) -> None:
     """Raises ExitWith(BAD_INPUT) where processes cannot read each other's memory: of several machines, or of GPUs
     without a way between them.
     """
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")  # another on each machine
-    mine = torch.tensor([int(boot.replace("-", "")[:12], 16)], device=accelerator.device)
-    gathered: Any = accelerator.gather(mine)
     reason = ""
-    if (gathered != mine).any():
+    if len(set(machines(accelerator).tolist())) > 1:
         reason = f"{accelerator.num_processes} processes are on several machines, and only those of one share weights"
     elif accelerator.device.type == "cuda":
         reason = unreachable(accelerator.num_processes)

@@ -1,0 +1,42 @@
+"""The processes that compute a micro-batch's tokens together (context parallelism)."""
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from train.collate import WHOLE, Part
+from train.config import Config
+from train.run.accelerator import machines
+from train.run.exits import ExitCode, ExitWith
+
+
+def start_group(config: Config, accelerator: Accelerator) -> Part:
+    """This process's part in its group: as many consecutive processes of one machine as batch.context_parallel says.
+
+    All processes call it together. One exchange is made here, because what NCCL allocates for it lies beside torch's
+    memory, and has to be there when that is counted. Raises ExitWith(BAD_INPUT) where a group is on several machines.
+    """
+    count, device = config.batch.context_parallel, accelerator.device
+    if count == 1:
+        return WHOLE
+    if any(len(set(each)) > 1 for each in machines(accelerator).view(-1, count).tolist()):
+        reason = "a group's processes are on several machines, which exchange too slowly for every block"
+        raise ExitWith(ExitCode.BAD_INPUT, f"--batch.context_parallel {count}: {reason}; write a divisor of one's")
+    timeout = timedelta(minutes=config.run.timeout_minutes)
+    group: Any = dist.new_subgroups(count, timeout=timeout)[0]
+
+    def swap(chunks: torch.Tensor) -> torch.Tensor:
+        swapped = torch.empty_like(chunks)
+        dist.all_to_all_single(swapped, chunks, group=group)
+        return swapped
+
+    def any_of(flag: bool) -> bool:
+        flags = torch.tensor([float(flag)], device=device)
+        dist.all_reduce(flags, group=group)
+        return bool(flags.item())
+
+    swap(torch.zeros(count, 1, device=device))
+    return Part(accelerator.process_index % count, count, swap, any_of)

@@ -8,8 +8,9 @@ import torch
 from accelerate import Accelerator
 
 from train.batching import MicroBatchShape
-from train.collate import MicroBatch, Part, collate, collate_packed, packed_tokens, part_of, with_empty_samples
+from train.collate import MicroBatch, collate, collate_packed, packed_tokens, part_of, with_empty_samples
 from train.config import Config
+from train.context_group import start_group
 from train.data import TrainingData
 from train.engine import delta_rule
 from train.engine.graphs import is_out_of_memory
@@ -28,7 +29,6 @@ from train.models.liger import use_liger
 from train.optim import FlatParameters, build_optimizer, build_scaler, state_bytes
 from train.recording import capture_seconds, record_graphs
 from train.run.accelerator import check_peers, free_gpu_bytes
-from train.run.context_group import start_group
 from train.run.devices import compute_type
 from train.run.exits import ExitCode, ExitWith
 from train.run.processes import any_process, say
@@ -279,20 +279,15 @@ def longest_micro_batch(training: Training, plan: Plan) -> MicroBatch:
     rest = total - packed_tokens(lengths)
     if rest > 0 and packed_tokens([*lengths, rest]) <= total:
         lengths.append(rest)
-    batch = part_of(collate_packed([_sample(length) for length in lengths]), _alone(data))
+    batch = part_of(collate_packed([_sample(length) for length in lengths]), data.part.alone())
     return with_empty_samples(batch, plan.num_samples) if plan.uses_graphs else batch
 
 
 def _longest_validation(training: Training, plan: Plan, longest: int) -> MicroBatch:
     """A validation micro-batch of its longest sample, which is longer than any trained on."""
     if training.data.is_packed(plan):
-        return part_of(collate_packed([_sample(longest)]), _alone(training.data))
+        return part_of(collate_packed([_sample(longest)]), training.data.part.alone())
     return _padded_rows(training, plan, longest)
-
-
-def _alone(data: TrainingData) -> Part:
-    """This process's part, which it computes without the others: one that runs out of memory would leave them waiting."""
-    return replace(data.part, swap=torch.clone)
 
 
 def _padded_rows(training: Training, plan: Plan, longest: int) -> MicroBatch:

@@ -34,6 +34,10 @@ class Part:
         width = num_tokens // self.count
         return slice(self.number * width, (self.number + 1) * width)
 
+    def alone(self) -> "Part":
+        """The same for a trial without the others, whom a process that runs out of memory would leave waiting."""
+        return replace(self, swap=torch.clone)
+
 
 WHOLE = Part()
 
@@ -94,11 +98,6 @@ def with_empty_samples(batch: MicroBatch, num_samples: int) -> MicroBatch:
     assert cu_seqlens is not None
     missing = max(0, num_samples + 1 - len(cu_seqlens))
     return replace(batch, cu_seqlens=F.pad(cu_seqlens, (0, missing), value=batch.input_ids.numel()), uniform_length=0)
-
-
-def part_tokens(num_tokens: int, num_parts: int) -> int:
-    """Tokens of each part of a micro-batch."""
-    return -(-num_tokens // num_parts)
 
 
 def part_of(batch: MicroBatch, part: Part) -> MicroBatch:
@@ -164,3 +163,8 @@ def collate_packed(rows: Sequence[Mapping[str, Any]]) -> MicroBatch:
         uniform_length=uniform_length,
         lengths=tuple(widths),
     )
+
+
+def collated(rows: Sequence[Mapping[str, Any]], is_packed: bool, pad_token_id: int, part: Part) -> MicroBatch:
+    """A micro-batch of these samples, packed or padded; packed this process's part of it."""
+    return part_of(collate_packed(rows), part) if is_packed else collate(rows, pad_token_id)

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from itertools import accumulate
@@ -20,7 +20,7 @@ from data_tools.render import RenderSettings
 from data_tools.report import DataError
 from data_tools.similarity import first_equal
 from train.batching import LengthStatistics, StepPlan, regroup
-from train.collate import WHOLE, MicroBatch, collate, collate_packed, packed_tokens, part_of
+from train.collate import WHOLE, MicroBatch, collated, packed_tokens
 from train.config import Config, TrainConfig, parse_argument
 from train.dealing import Limits, deal
 from train.layout import BatchLayout
@@ -117,14 +117,14 @@ class TrainingData:
         """
         if self._prefetched and self._prefetched[:2] == (step, plan):
             return self._prefetched[2]
-        row_ids = self.row_ids(step)
+        row_ids, is_packed = self.row_ids(step), self.is_packed(plan)
         micro_batches = []
         for members in self.divided(step, plan)[self.layout.rank]:
             rows = [self.samples[i] for i in members]
             if not rows:
                 first = self.rows[row_ids[0]][0]
                 rows = [{**self.samples[first], "trained": [False] * self.num_tokens[first]}]
-            micro_batches.append(self.collated(rows, plan))
+            micro_batches.append(collated(rows, is_packed, self.pad_token_id, self.part))
         ids = [i for row in row_ids for i in self.rows[row]]
         return StepBatch(
             micro_batches,
@@ -132,12 +132,6 @@ class TrainingData:
             num_tokens=sum(self.num_tokens[i] for i in ids),
             sample_ids=ids,
         )
-
-    def collated(self, rows: Sequence[Mapping[str, Any]], plan: StepPlan) -> MicroBatch:
-        """A micro-batch of these samples, or this process's part of it."""
-        if not self.is_packed(plan):
-            return collate(rows, self.pad_token_id)
-        return part_of(collate_packed(rows), self.part)
 
     def divided(self, step: int, plan: StepPlan) -> list[list[list[int]]]:
         """For each process the samples of its micro-batches in optimizer step `step`.

@@ -137,7 +137,9 @@ def forecast(
         gpu=gpu,
         budget=budget,
         plan=plan,
-        tokens_per_second=num_gpus // config.batch.context_parallel * outlook.num_tokens / seconds if has_rates else None,
+        tokens_per_second=num_gpus // config.batch.context_parallel * outlook.num_tokens / seconds
+        if has_rates
+        else None,
         paged_bytes=outlook.planner.job.sizes.paged_bytes,
         fits=fits,
         advice="" if fits else outlook.remedies(plan),

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from train.collate import MicroBatch, part_tokens
+from train.collate import MicroBatch
 from train.engine.attention import attentions
 from train.engine.block import Block
 from train.engine.context import ForwardContext
@@ -22,7 +22,7 @@ from train.engine.host_stream import HostBlocks
 from train.engine.layers import CausalLM, Heads, Vocabulary
 from train.engine.operations import mixed
 from train.engine.packed_source import packed_source
-from train.engine.plan import Plan, padded
+from train.engine.plan import Plan, padded, part_tokens
 from train.engine.split_attention import SplitAttention
 from train.engine.stack import Stack
 from train.engine.weight_store import WeightStore

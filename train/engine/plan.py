@@ -79,6 +79,11 @@ def padded(tokens: int) -> int:
     return -(-tokens // GRAPH_STEP) * GRAPH_STEP
 
 
+def part_tokens(num_tokens: int, num_parts: int) -> int:
+    """Tokens of a part of a micro-batch that so many processes share."""
+    return -(-num_tokens // num_parts)
+
+
 def reference_plan(num_blocks: int, memory: MemoryConfig) -> Plan:
     """The plan of the reference engine: transformers merges nothing, and recomputes all blocks or none."""
     num_kept = num_blocks if memory.checkpointing in ("none", 0) else 0

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 from train.batching import LengthStatistics
-from train.collate import part_tokens
 from train.config import BatchConfig
-from train.engine.plan import padded
+from train.engine.plan import padded, part_tokens
 from train.memory.gpus import Gpu
 from train.memory.sizes import ModelSizes
 from train.run.devices import FLASH, TRITON

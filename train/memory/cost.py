@@ -6,10 +6,9 @@ T is the tokens of the largest micro-batch as it runs (`Candidate.width`), H, N,
 everything that is kept for the backward pass is there; or a validation sample much longer than what is trained on.
 """
 
-from train.collate import part_tokens
 from train.engine.copies import host_bytes as pinned_bytes
 from train.engine.delta_rule import CHUNK
-from train.engine.plan import NUM_SLOTS, padded, spread
+from train.engine.plan import NUM_SLOTS, padded, part_tokens, spread
 from train.engine.sharded_blocks import part_bytes
 from train.memory.candidate import Candidate, Job
 from train.memory.kept import exchanged_width, gate_up_kept, gate_up_width, kept_of, mlp_rank, mlp_rows, routing_bytes
@@ -176,7 +175,8 @@ def validation_bytes(job: Job, tokens: int, c: Candidate) -> int:
     s = job.sizes
     tiled_tokens = max(0, tokens - c.mlp_tile) if c.mlp_tile else 0
     exchanged = 2 * exchanged_width(s, c.num_parts) + s.query if c.num_parts > 1 else 0
-    block = tokens * (validation_per_token(s) + s.element_bytes * exchanged) - tiled_tokens * (s.gate_up + s.intermediate) * s.element_bytes
+    block = tokens * (validation_per_token(s) + s.element_bytes * exchanged)
+    block -= tiled_tokens * (s.gate_up + s.intermediate) * s.element_bytes
     return max(head_bytes(job, tokens), block)
 
 
@@ -274,5 +274,6 @@ def host_bytes(job: Job, c: Candidate) -> int:
     if s.embedding_on_host:
         total += pinned_bytes(s.embedding_bytes, 1)
     if c.offloads:
-        total += pinned_bytes(padded(part_tokens(c.tokens, c.num_parts)) * s.hidden * s.element_bytes, s.num_blocks - c.num_kept)
+        tokens = padded(part_tokens(c.tokens, c.num_parts))
+        total += pinned_bytes(tokens * s.hidden * s.element_bytes, s.num_blocks - c.num_kept)
     return total

@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from train.batching import LengthStatistics, MicroBatchShape
-from train.collate import part_tokens
 from train.config import MemoryConfig
-from train.engine.plan import GRAPH_STEP, NUM_SLOTS, Plan, padded, spread
+from train.engine.plan import GRAPH_STEP, NUM_SLOTS, Plan, padded, part_tokens, spread
 from train.memory import cost
 from train.memory.candidate import Candidate, Job
 from train.memory.time import step_seconds
@@ -85,11 +84,12 @@ class Planner:
             counts = list(range(min_streamed, blocks + 1))
         can_offload = (False, True) if has_limit and offload != "none" else (False,)
         rows, accumulation, merges = self.job.rows, self.job.batch.accumulation, self.job.batch.merge == "auto"
+        num_parts = self.job.batch.context_parallel
         for tokens, uses_graphs in self._micro_batches(saved_tokens):
             number = rows.num_micro_batches(accumulation, tokens) if merges else float(accumulation)
-            mean = accumulation * rows.mean_micro_batch / number / self.job.batch.context_parallel
+            mean = accumulation * rows.mean_micro_batch / number / num_parts
             for count, offloads in product(counts, can_offload):
-                yield Candidate(tokens, number, mean, count, offloads, uses_graphs, num_parts=self.job.batch.context_parallel)
+                yield Candidate(tokens, number, mean, count, offloads, uses_graphs, num_parts=num_parts)
 
     def _micro_batches(self, saved_tokens: int) -> Iterator[tuple[int, bool]]:
         """(tokens, whether it runs as a CUDA graph) of a micro-batch: as configured, merged, or split into fewer rows.

@@ -28,7 +28,8 @@ COUNTS = {
 def batch_line(run: RunRecord) -> str:
     """The batch arithmetic, as the banner says it; empty where the options are not known."""
     sizes = [whole(at(run.config, "batch", name)) for name in ("per_device", "accumulation")]
-    num_processes, group = whole(run.start.get("num_processes")), whole(at(run.config, "batch", "context_parallel")) or 1
+    num_processes = whole(run.start.get("num_processes"))
+    group = whole(at(run.config, "batch", "context_parallel")) or 1
     per_device, accumulation = sizes
     if per_device is None or accumulation is None or num_processes is None:
         return ""

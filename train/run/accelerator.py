@@ -112,9 +112,7 @@ def free_gpu_bytes(config: Config, accelerator: Accelerator) -> int | None:
 def machines(accelerator: Accelerator) -> torch.Tensor:
     """A number of the machine of each process, in the order of ranks."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")  # another on each machine
-    gathered: Any = accelerator.gather(
-        torch.tensor([int(boot.replace("-", "")[:12], 16)], device=accelerator.device)
-    )
+    gathered: Any = accelerator.gather(torch.tensor([int(boot.replace("-", "")[:12], 16)], device=accelerator.device))
     return gathered
 
 

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 
 from train.batching import regroup
+from train.collate import collated
 from train.metrics import Pace, to_host
 from train.run.processes import UNWATCHED, Watch, check_present
 from train.step import Dropped, Training
@@ -58,7 +59,8 @@ def _add(training: Training, samples: Dataset, sums: torch.Tensor, watch: Watch,
     for members in regroup(configured, lengths, not is_packed, max_tokens):
         if data.part.any_of(watch.is_asked()):
             return False
-        batch = data.collated([samples[i] for i in members], plan).to(training.accelerator.device)
+        micro_batch = collated([samples[i] for i in members], is_packed, data.pad_token_id, data.part)
+        batch = micro_batch.to(training.accelerator.device)
         sums[0] += training.model(batch)
         sums[1] += len(batch.targets)
         pace.mark()

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
@@ -10,14 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from tests.compare_runs import at, start_processes
-from tests.conftest import arguments, run_command
+from tests.conftest import arguments, run_command, training_of
 from tests.parity.models import FAMILIES, NOTHING, adapted_model, close, gradients_of, packed, plan
-from train.collate import Part, part_of
+from train.collate import Part, collate_packed, part_of
 from train.config import BatchConfig, Config, EngineConfig, MemoryConfig, OptimConfig
+from train.data import StepBatch
 from train.engine.decoder import FusedDecoder
+from train.models.agreement import random_adapters
+from train.run.processes import UNWATCHED
+from train.step import step_gradient
 from train.track.metrics_file import read_metrics
 
 FAMILIES_OF_SOFTMAX = [name for name in FAMILIES if "qwen3.5" not in name]
@@ -104,3 +111,59 @@ def test_runs_of_groups(count: int, split: int, shard: bool, config: Config, tmp
     saved = [load_file(tmp_path / name / "final" / "adapter_model.safetensors") for name in ("alone", "split")]
     for name, tensor in saved[0].items():
         assert (saved[1][name] - tensor).norm() <= 1e-3 * tensor.norm(), name
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_step_s_loss_and_gradient(count: int, quantization: Any, config: Config) -> None:
+    """The parts' losses and every adapter's gradients add up, also where the next part's first token is the target, and
+    where a part has none."""
+    model = replace(config.model, quantization=quantization)
+    config = replace(config, model=model, engine=EngineConfig(kind="fused"), optim=OptimConfig(max_grad_norm=1e9))
+    draw = torch.Generator().manual_seed(0)
+    batches = []
+    for lengths in ((40, 3, 61, 20), (9, 70)):
+        samples = [torch.randint(100, (length,), generator=draw).tolist() for length in lengths]
+        rows = [{"input_ids": ids, "trained": [number > 0] * len(ids)} for number, ids in enumerate(samples)]
+        batches.append(collate_packed(rows))
+    assert len(part_of(batches[0], Part(0, 4)).targets) == 0
+    assert batches[1].input_ids.numel() % 2
+
+    def step(number: int, part: Part) -> tuple[float, dict[str, torch.Tensor]]:
+        training = trainings[number]
+        training.data.part = part
+        batch = StepBatch([part_of(each, part) for each in batches], 100, 200, [])
+        stats = step_gradient(training, batch, 0, UNWATCHED)
+        return stats.loss_sum, {name: p.grad.clone() for name, p in training.parameters.items() if p.grad is not None}
+
+    with ExitStack() as stack:
+        trainings = [training_of(config, Accelerator(cpu=True)) for _ in range(count + 1)]
+        for training in trainings:
+            stack.enter_context(random_adapters(training.model))
+        group = Threads(count)
+        loss, gradients = step(count, Part())
+        found = group.run(lambda number: step(number, group.part(number)))
+    assert sum(part for part, _ in found) == pytest.approx(loss, rel=1e-6)
+    assert len(gradients) > 10
+    for name, gradient in gradients.items():
+        assert gradient.norm() > 0
+        close(torch.stack([each[name] for _, each in found]).sum(0), gradient)
+
+
+def test_parts_are_the_whole() -> None:
+    """Tokens and targets of all parts are those of the micro-batch, behind them padding that nobody predicts."""
+    batch = collate_packed([{"input_ids": list(range(1, n + 1)), "trained": [True] * n} for n in (5, 1, 9)])
+    assert part_of(batch, Part()) is batch
+    for count in (2, 4, 7):
+        parts = [part_of(batch, Part(number, count)) for number in range(count)]
+        width = -(-15 // count)
+        tokens = torch.cat([part.input_ids for part in parts], 1)
+        assert torch.equal(tokens, F.pad(batch.input_ids, (0, count * width - 15)))
+        rows = torch.cat([part.target_rows + width * number for number, part in enumerate(parts)])
+        assert torch.equal(rows, batch.target_rows)
+        assert torch.equal(torch.cat([part.targets for part in parts]), batch.targets)
+        for part in parts:
+            assert part.cu_seqlens is not None
+            assert part.cu_seqlens.tolist() == [0, 5, 6, 15, *([count * width] if count * width > 15 else [])]
+            assert part.position_ids.shape[1] == count * width
+            assert part.max_length == 9

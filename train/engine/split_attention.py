@@ -22,13 +22,15 @@ class SplitAttention:
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """As Attend, of T / N tokens; two exchanges, of queries, keys and values, and of what is attended to."""
         count = self.part.count
-        if repeats := num_repeats(key.shape[1], count) - 1:
-            key, value = (states.repeat_interleave(repeats + 1, 1) for states in (key, value))
+        if (repeats := num_repeats(key.shape[1], count)) > 1:
+            key, value = (states.repeat_interleave(repeats, 1) for states in (key, value))
         shares = [states.unflatten(1, (count, -1)).transpose(0, 1) for states in (query, key, value)]
         sizes = [share.shape[2] for share in shares]
-        chunks = torch.cat(shares, 2)  # [N, T / N, heads, D]
-        del shares, key, value
-        attended = self.attend(*_Swapped.apply(chunks, self.part.swap).flatten(0, 1).split(sizes, 1))  # [T, heads, D]
+        del key, value
+        # [N, T / N, heads, D]; what is sent has no name, so that it is freed before attention runs
+        come = _Swapped.apply(torch.cat(shares, 2), self.part.swap)
+        del shares
+        attended = self.attend(*come.flatten(0, 1).split(sizes, 1))  # [T, heads, D]
         back = _Swapped.apply(attended.unflatten(0, (count, -1)), self.part.swap)  # [N, T / N, heads, D]
         return back.transpose(0, 1).flatten(1, 2)
 

@@ -129,7 +129,7 @@ def _mixture_backward(s: ModelSizes, mixture: MixtureSizes, c: Candidate) -> int
 def attention_backward(job: Job, c: Candidate) -> int:
     """Gradients of attention's output [T, Q], of q, k, v [T, N], of repeated k and v [T, 2 Q], and fp32 dQ.
 
-    Where processes split the tokens, the output's gradient and that of q, k, v are also as they are sent and come.
+    Where processes split the tokens, the output's gradient is also there for some heads of all of them.
     Less what the MLP had kept and has freed: `post_attention` [T, H], its norm's output [T, H + R], `gate_up`.
     """
     s = job.sizes
@@ -137,8 +137,8 @@ def attention_backward(job: Job, c: Candidate) -> int:
     freed -= s.hidden if s.is_parallel else 0  # the gradient of what both read
     num_samples = job.num_samples(c.width * c.num_parts) + (EMPTY_SAMPLES if c.uses_graphs else 0)
     dq = (c.width + DQ_ROWS * num_samples) * s.query * FP32_BYTES
-    exchanged = 2 * (s.query + exchanged_width(s, c.num_parts)) if c.num_parts > 1 else 0
-    return c.width * s.element_bytes * (3 * s.query + s.qkv - s.gate + exchanged - freed) + dq
+    width = 3 * s.query + exchanged_width(s, c.num_parts) + (s.query if c.num_parts > 1 else 0)
+    return c.width * s.element_bytes * (width - freed) + dq
 
 
 def linear_backward(job: Job, c: Candidate) -> int:
@@ -174,7 +174,7 @@ def validation_bytes(job: Job, tokens: int, c: Candidate) -> int:
         return 0
     s = job.sizes
     tiled_tokens = max(0, tokens - c.mlp_tile) if c.mlp_tile else 0
-    exchanged = 2 * exchanged_width(s, c.num_parts) + s.query if c.num_parts > 1 else 0
+    exchanged = 2 * exchanged_width(s, c.num_parts) if c.num_parts > 1 else 0  # as sent, and as it comes
     block = tokens * (validation_per_token(s) + s.element_bytes * exchanged)
     block -= tiled_tokens * (s.gate_up + s.intermediate) * s.element_bytes
     return max(head_bytes(job, tokens), block)

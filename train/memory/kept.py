@@ -40,7 +40,8 @@ def _kept_per_token(job: Job, c: Candidate) -> int:
 
 
 def exchanged_width(s: ModelSizes, num_parts: int) -> int:
-    """Queries, keys and values that go to other processes and come of them: heads that are too few are repeated."""
+    """Queries, keys and values of a token that attention reads, here or in another process; too few heads are
+    repeated."""
     key_value = s.qkv - s.gate - s.query
     return s.query + num_repeats(s.num_key_value, num_parts) * key_value
 

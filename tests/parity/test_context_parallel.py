@@ -14,15 +14,20 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 
 from tests.compare_runs import at, start_processes
 from tests.conftest import arguments, run_command, training_of
-from tests.parity.models import FAMILIES, NOTHING, adapted_model, close, gradients_of, packed, plan
+from tests.parity.models import ALL, FAMILIES, NOTHING, SIZES, adapted_model, close, gradients_of, packed, plan
 from train.collate import Part, collate_packed, part_of
 from train.config import BatchConfig, Config, EngineConfig, MemoryConfig, OptimConfig
 from train.data import StepBatch
 from train.engine.decoder import FusedDecoder
+from train.engine.support import undivided_reason
 from train.models.agreement import random_adapters
+from train.models.language_model import choose_engine, sketch
+from train.models.rotary import isolate_rotary
+from train.run.exits import ExitWith
 from train.run.processes import UNWATCHED
 from train.step import step_gradient
 from train.track.metrics_file import read_metrics
@@ -167,3 +172,56 @@ def test_parts_are_the_whole() -> None:
             assert part.cu_seqlens.tolist() == [0, 5, 6, 15, *([count * width] if count * width > 15 else [])]
             assert part.position_ids.shape[1] == count * width
             assert part.max_length == 9
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_frequencies_that_depend_on_a_sample_s_length(kind: str) -> None:
+    """Are those of the whole sample, whichever part of it a process has."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8, "original_max_position_embeddings": 6}
+    rope = {"rope_type": kind, "rope_theta": 100.0, "factor": 4.0} | (factors if kind == "longrope" else {})
+    shape = LlamaConfig(**SIZES, max_position_embeddings=6, rope_parameters=rope)
+    adapted, group = adapted_model(shape, ALL), Threads(2)
+    isolate_rotary(adapted.get_base_model())
+    batch = packed()
+    engine = FusedDecoder(adapted.get_base_model(), plan(3, 0), NOTHING)
+
+    def work(number: int) -> torch.Tensor:
+        own = copy.deepcopy(adapted).get_base_model()
+        own.base_model.rotary_emb.lengths = batch.lengths
+        with torch.no_grad():
+            return FusedDecoder(own, plan(3, 0), NOTHING)(part_of(batch, group.part(number)))
+
+    with torch.no_grad():
+        as_one = engine(batch)
+        engine.decoder.rotary_emb.lengths = batch.lengths  # type: ignore[attr-defined]
+        whole = engine(batch)
+    close(torch.cat(list(group.run(work)))[:15], whole)
+    assert (as_one - whole).norm() > 1e-3 * whole.norm()
+
+
+def test_what_cannot_be_split_is_refused(config: Config) -> None:
+    """Other engines, a state that goes from token to token, heads that do not divide: exit 78 with what is wrong."""
+    split = replace(config, batch=replace(config.batch, context_parallel=2), engine=EngineConfig(kind="fused"))
+    with pytest.raises(ExitWith, match="1 process makes no groups of 2"):
+        training_of(split, Accelerator(cpu=True))
+    for changed, reason in (
+        (replace(split, engine=EngineConfig(kind="reference")), "only the fused engine splits rows"),
+        (replace(split, train=replace(split.train, method="full")), "the fused engine trains adapters alone"),
+        (replace(split, batch=replace(split.batch, context_parallel=0)), "must be at least 1"),
+    ):
+        assert any("batch.context_parallel" in told and reason in told for told in changed.problems())
+    assert not [told for told in split.problems() if "context_parallel" in told]
+    dtype = torch.float32
+    for count, number in ((2, 2), (4, 4), (3, 3)):
+        sketched = sketch(split, dtype)
+        each = replace(split, batch=replace(split.batch, context_parallel=count), engine=EngineConfig())
+        if 4 % number:
+            with pytest.raises(ExitWith, match="3 processes cannot have equal shares of its 4 query and 2 key heads"):
+                choose_engine(sketched, each, torch.device("cpu"))
+        else:
+            assert choose_engine(sketched, each, torch.device("cpu")) == (True, "")
+    hybrid = adapted_model(*FAMILIES["qwen3.5"]).get_base_model()
+    assert "carries a state from token to token" in undivided_reason(hybrid, 2)
+    int8 = replace(split, model=replace(split.model, quantization="int8"))
+    with pytest.raises(ExitWith, match=r"--batch.context_parallel 2: only the fused engine .* int8 layers round"):
+        choose_engine(sketch(int8, dtype), int8, torch.device("cpu"))

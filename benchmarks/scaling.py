@@ -34,7 +34,6 @@ from transformers import AutoTokenizer
 from benchmarks.interrupted_run import commit
 from benchmarks.speed_workloads import BIG, FIELDS
 from train.cli import parse
-from train.config import Config
 from train.data import TrainingData, read_data
 from train.dealing import cost
 from train.engine.plan import Plan
@@ -80,7 +79,8 @@ def main() -> None:
             rows: list[dict[str, Any]] = []
             for count in options.processes:
                 words = words_of(workload, shape, data, options)
-                rows.append(measured(count, words, options, folder / f"{workload}-{count}"))
+                rows.append(measured(count, words, options.warmup, folder / f"{workload}-{count}"))
+                rows[-1] |= imbalance(words, folder / f"{workload}-{count}", count, options)
                 rows[-1]["speedup"] = round(rows[-1]["tokens_per_second"] / rows[0]["tokens_per_second"], 3)
                 print(line(workload, rows[-1]), flush=True)
                 record(options.out, workload, rows)
@@ -106,8 +106,16 @@ def words_of(workload: str, shape: Path, data: Path, options: argparse.Namespace
     return words + options.words
 
 
-def measured(count: int, words: list[str], options: argparse.Namespace, place: Path) -> dict[str, Any]:
-    """One run's figures."""
+class RunEnded(Exception):
+    """A run ended before its last step; `code` is that of exit.json."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+def measured(count: int, words: list[str], warmup: int, place: Path) -> dict[str, Any]:
+    """One run's figures, from the step behind `warmup` on; raises RunEnded."""
     words = [*words, "--run.dir", str(place)]
     command = [sys.executable, "-m", "benchmarks.scaling", "--worker", *words]
     if count > 1:
@@ -116,13 +124,13 @@ def measured(count: int, words: list[str], options: argparse.Namespace, place: P
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}".strip(":")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = done.stdout[-2000:] + done.stderr[-2000:]
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{said}")
+        said, folder = done.stdout[-2000:] + done.stderr[-2000:], RunFolder(place)
+        # a launcher flattens codes
+        code = read_object(folder.exit)["code"] if folder.exit.exists() else done.returncode
+        raise RunEnded(code, f"{' '.join(command)} ended with {code}:\n{said}")
     rows, arrivals = read_metrics(RunFolder(place).metrics), json.loads((place / TIMES).read_text())
     seconds = [after - before for before, after in pairwise(arrivals)]
-    counted = [
-        (row["data/tokens"], each) for row, each in zip(rows[1:], seconds, strict=True) if row["step"] > options.warmup
-    ]
+    counted = [(row["data/tokens"], each) for row, each in zip(rows[1:], seconds, strict=True) if row["step"] > warmup]
     num_tokens, total = (sum(column) for column in zip(*counted, strict=True))
     captures = [row.get("perf/capture_seconds", 0.0) for row in rows]
     plan = read_object(RunFolder(place).plan)
@@ -134,18 +142,19 @@ def measured(count: int, words: list[str], options: argparse.Namespace, place: P
         "step_seconds": round(total / len(counted), 4),
         "longest_step_seconds": round(max(each for _, each in counted), 4),
         "measured_steps": len(counted),
-        "capture_seconds_before_counting": round(sum(captures[: options.warmup]), 2),
-        "capture_seconds_while_counting": round(sum(captures[options.warmup :]), 2),
+        "capture_seconds_before_counting": round(sum(captures[:warmup]), 2),
+        "capture_seconds_while_counting": round(sum(captures[warmup:]), 2),
         "steps_with_captures": [row["step"] for row in rows if row.get("perf/capture_seconds")],
         "peak_gib": max(row.get("memory/peak_reserved_gib", 0.0) for row in rows),
         "final_loss": rows[-1]["train/loss"],
         "uses_graphs": plan["uses_graphs"],
-        **imbalance(parse(words), plan, count, options.warmup, options.warmup + options.steps),
+        "plan": plan["summary"],
     }
 
 
-def imbalance(config: Config, plan: dict[str, Any], count: int, first: int, last: int) -> dict[str, Any]:
+def imbalance(words: list[str], place: Path, count: int, options: argparse.Namespace) -> dict[str, Any]:
     """How evenly the steps' samples are dealt: the largest share over the mean, and numbers of micro-batches."""
+    config, plan = parse([*words, "--run.dir", str(place)]), read_object(RunFolder(place).plan)
     own = {field.name: plan[field.name] for field in fields(Plan)} | {"streamed": (), "parts": ()}
     batch = arranged(config.batch, count)
     tokenizer = load_tokenizer(config).backend
@@ -153,7 +162,7 @@ def imbalance(config: Config, plan: dict[str, Any], count: int, first: int, last
     layout = BatchLayout(batch.per_device, batch.accumulation, count, 0, batch.samples)
     data = TrainingData(samples, config, layout, tokenizer.pad_token_id)
     tokens, costs, numbers = [], [], set[int]()
-    for step in range(first, last):
+    for step in range(options.warmup, options.warmup + options.steps):
         shares = data.divided(step, Plan(**own))
         numbers |= {len(share) for share in shares}
         lengths = [[data.num_tokens[i] for members in share for i in members] for share in shares]

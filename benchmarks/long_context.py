@@ -127,8 +127,8 @@ def line(row: dict[str, Any]) -> str:
     if "step_seconds" not in row:
         return begins + row.get("does_not_fit", "nothing fits")
     return begins + (
-        f"{row['step_seconds']:.2f} s a step, {row['tokens_per_second']:,.0f} tokens/s, peak {row['peak_gib']:.1f} GiB, "
-        f"loss {row['final_loss']:.5f}; {row['plan']}"
+        f"{row['step_seconds']:.2f} s a step, {row['tokens_per_second']:,.0f} tokens/s, peak {row['peak_gib']:.1f} "
+        f"GiB, loss {row['final_loss']:.5f}; {row['plan']}"
     )
 
 

@@ -16,6 +16,7 @@ from train.engine import delta_rule
 from train.engine.graphs import is_out_of_memory
 from train.engine.plan import Plan
 from train.learning_rate import Schedule
+from train.memory.gpus import free_host_bytes
 from train.memory.outlook import Outlook
 from train.memory.reference import MOST_TOKENS, Passes, ReferencePlan, configured_plan
 from train.memory.search import MARGIN
@@ -28,7 +29,7 @@ from train.models.language_model import LanguageModel, load_model, start_from
 from train.models.liger import use_liger
 from train.optim import FlatParameters, build_optimizer, build_scaler, state_bytes
 from train.recording import capture_seconds, record_graphs
-from train.run.accelerator import check_peers, free_gpu_bytes
+from train.run.accelerator import check_peers, free_gpu_bytes, least
 from train.run.devices import compute_type
 from train.run.exits import ExitCode, ExitWith
 from train.run.processes import any_process, say
@@ -53,12 +54,12 @@ def assemble(
     if config.memory.shard:
         check_peers(accelerator)
     outlook = Outlook.of(config, device, rows, budget, saved).on(accelerator.num_processes)
+    outlook = outlook.pinning(least(accelerator, free_host_bytes()))
     plan = outlook.first_plan()
     outlook.check_host(plan)
     model = load_model(config, device, plan)
     start_from(model, config)
-    longest = max(range(len(data.num_tokens)), key=data.num_tokens.__getitem__)
-    ids = data.samples[longest]["input_ids"]
+    ids = data.samples[max(range(len(data.num_tokens)), key=data.num_tokens.__getitem__)]["input_ids"]
     check_agreement(model, config.model.name_or_path, ids)
     if not plan.is_fused:
         plan = _reference_plan(model, config, outlook, ids)
@@ -96,9 +97,8 @@ def assemble(
 
 def _linear_note(model: LanguageModel) -> str:
     """What computes linear attention, where the engine runs a model that has some."""
-    if model.engine is None or not model.engine.has_linear:
-        return ""
-    return f"; {delta_rule.told(model.causal_lm.device, model.compute_dtype)}"
+    has_linear = model.engine is not None and model.engine.has_linear
+    return f"; {delta_rule.told(model.causal_lm.device, model.compute_dtype)}" if has_linear else ""
 
 
 def _pair_cost(training: Training) -> float:

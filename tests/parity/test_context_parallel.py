@@ -19,6 +19,7 @@ from transformers import LlamaConfig
 from tests.compare_runs import at, start_processes
 from tests.conftest import arguments, run_command, training_of
 from tests.parity.models import ALL, FAMILIES, NOTHING, SIZES, adapted_model, close, gradients_of, packed, plan
+from train.assemble import longest_micro_batch
 from train.collate import Part, collate_packed, part_of
 from train.config import BatchConfig, Config, EngineConfig, MemoryConfig, OptimConfig
 from train.data import StepBatch
@@ -225,3 +226,14 @@ def test_what_cannot_be_split_is_refused(config: Config) -> None:
     int8 = replace(split, model=replace(split.model, quantization="int8"))
     with pytest.raises(ExitWith, match=r"--batch.context_parallel 2: only the fused engine .* int8 layers round"):
         choose_engine(sketch(int8, dtype), int8, torch.device("cpu"))
+
+
+def test_a_trial_waits_for_nobody(config: Config) -> None:
+    """The longest micro-batch before the first step: a process that ran out of memory in it would leave the others."""
+    training = training_of(replace(config, engine=EngineConfig(kind="fused")), Accelerator(cpu=True))
+    training.data.part = Part(1, 2)
+    batch = longest_micro_batch(training, training.plan)
+    assert 2 * batch.input_ids.numel() == batch.position_ids.numel()
+    training.model(batch).backward()
+    with pytest.raises(AssertionError, match="exchanges nothing"):
+        training.model(replace(batch, part=training.data.part))

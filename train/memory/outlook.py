@@ -112,6 +112,13 @@ class Outlook:
         job = replace(self.planner.job, num_shards=num_processes)
         return replace(self, planner=replace(self.planner, job=job))
 
+    def pinning(self, host_bytes: int) -> "Outlook":
+        """The same where so much host memory may be pinned: processes whose plans differed would wait in vain."""
+        if self.planner is None:
+            return self
+        job = replace(self.planner.job, gpu=replace(self.planner.job.gpu, max_host_bytes=host_bytes))
+        return replace(self, planner=replace(self.planner, job=job))
+
     @property
     def num_tokens(self) -> float:
         """Mean tokens of an optimizer step."""

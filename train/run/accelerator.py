@@ -105,7 +105,12 @@ def free_gpu_bytes(config: Config, accelerator: Accelerator) -> int | None:
     free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     if config.memory.budget:
         free = min(free, parse_bytes(config.memory.budget) - torch.cuda.memory_allocated())
-    gathered: Any = accelerator.gather(torch.tensor([free], device=accelerator.device))
+    return least(accelerator, free)
+
+
+def least(accelerator: Accelerator, value: int) -> int:
+    """The smallest of all processes' values, for what they must all plan with."""
+    gathered: Any = accelerator.gather(torch.tensor([value], device=accelerator.device))
     return int(to_host(gathered.min())[0])
 
 

@@ -59,13 +59,13 @@ def finish(words: list[str]) -> Outcome:
     return outcome
 
 
-def start_processes(words: list[str], faults: Sequence[Callable[[], None] | None]) -> list[Run]:
+def start_processes(words: list[str], faults: Sequence[Callable[[], None] | None], on_gpus: bool = False) -> list[Run]:
     """One process for each entry of `faults`, as torchrun would start them on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     world = {"WORLD_SIZE": str(len(faults)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    world |= {"ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": str(len(faults))}
+    world |= {"ACCELERATE_USE_CPU": "" if on_gpus else "true", "LOCAL_WORLD_SIZE": str(len(faults))}
     return [Run(words, fault, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank, fault in enumerate(faults)]
 
 

@@ -116,7 +116,7 @@ def test_streamed_blocks(code: tuple[Any, ...]) -> None:
 
 
 def test_what_is_between_the_projections_takes_what_is_counted(code: tuple[Any, ...]) -> None:
-    """At Qwen3.5-9B's heads, 4,096 tokens in bf16: torch code within 5 % of the plan, kernels no more."""
+    """At Qwen3.5-9B's heads, 4,096 tokens in bf16: torch code within 10 % of the plan, kernels no more."""
     delta: dict[str, Any] = DELTA | {"linear_num_key_heads": 16, "linear_num_value_heads": 32}
     delta |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
     shape = T.Qwen3_5TextConfig(**SIZES, **delta, layer_types=LINEAR)
@@ -141,5 +141,5 @@ def test_what_is_between_the_projections_takes_what_is_counted(code: tuple[Any, 
     counted = 4096 * rule_bytes(heads, 2)
     print(f"{code}: {peaks[1] / counted:.3f} of what is counted, {peaks[2] / counted:.3f} forward alone")
     assert peaks[1] <= 1.05 * counted
-    assert peaks[1] >= 0.95 * counted or code
+    assert peaks[1] >= 0.9 * counted or code
     assert peaks[2] <= 1.05 * RULE_FORWARD * counted

@@ -119,7 +119,11 @@ def test_gradients_are_shared_once_a_step(config: Config, monkeypatch: pytest.Mo
         events.append(f"{reduction} of {tensor.numel()}")
         return tensor * 2  # the other process has the same
 
+    def counted_in_place(tensor: torch.Tensor) -> None:
+        tensor.copy_(counted(tensor, "sum"))
+
     monkeypatch.setattr(training.accelerator, "reduce", counted)
+    monkeypatch.setattr(torch.distributed, "all_reduce", counted_in_place)
     optimizer_step(training, 0)
     gradients = [f"sum of {leaf.numel()}" for leaf in training.flat.leaves]
     assert sum(p.numel() for p in training.parameters.values()) == sum(leaf.numel() for leaf in training.flat.leaves)
@@ -131,6 +135,7 @@ def test_a_sum_that_was_given_up_is_not_used(config: Config, monkeypatch: pytest
     training = build(config)
     monkeypatch.setattr(Accelerator, "num_processes", 2)
     monkeypatch.setattr(training.accelerator, "reduce", lambda tensor, reduction: tensor)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
     before = [leaf.detach().clone() for leaf in training.flat.leaves]
     for ask in (lambda: optimizer_step(training, 0), lambda: any_process(training.accelerator, True)):
         with pytest.raises(RuntimeError, match="a collective of NCCL or gloo was given up: 1 of 2"):

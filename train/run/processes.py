@@ -41,12 +41,12 @@ def check_present(accelerator: Accelerator, num_present: float) -> None:
 
 
 def all_reduce_gradients(accelerator: Accelerator, parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replaces each gradient by its sum over the processes: one all-reduce for each of the few flat parameters."""
+    """Replaces each gradient by its sum over the processes, where it lies: Accelerator.reduce would copy it twice."""
     if accelerator.num_processes == 1:
         return
     for parameter in parameters:
         assert parameter.grad is not None
-        parameter.grad.copy_(accelerator.reduce(parameter.grad, reduction="sum"))
+        torch.distributed.all_reduce(parameter.grad)
 
 
 def raise_if_stopped(config: Config, accelerator: Accelerator, stop: StopRequest) -> None:

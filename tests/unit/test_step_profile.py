@@ -1,0 +1,31 @@
+"""How the benchmark of a step's profile counts: gaps over all streams, kinds by names."""
+
+from benchmarks.step_profile import Gap, Work, gaps, kind_of, short, summary
+
+GEMM = "void cutlass::gemm::Kernel<Policy<float>>(Params)"
+
+
+def test_gaps_are_times_without_any_stream() -> None:
+    """Copies beside a kernel hide what the kernel leaves; the work that ends last is what a gap comes after."""
+    work = [Work("b", 30, 40), Work("a", 0, 20), Work("copy", 5, 25), Work("c", 40, 41), Work("d", 43, 44)]
+    assert gaps(work) == [Gap(5e-6, "copy", "b"), Gap(2e-6, "c", "d")]
+
+
+def test_names() -> None:
+    """Kernels of libraries, of Triton and of this project."""
+    named = {GEMM: "products", "ncclDevKernel_AllReduce_Sum_f32_RING": "reduction between GPUs"}
+    named |= {"nvjet_tst_128x256": "products", "void kDequantizeBlockwise<__nv_bfloat16>": "dequantising"}
+    named |= {"void pytorch_flash::flash_bwd_kernel<T>": "attention", "Memcpy HtoD (Pinned -> Device)": "copies"}
+    named |= {"grouped_forward_kernel": "experts' products", "rms_norm_kernel": "norms, activations, rotary"}
+    assert {name: kind_of(name) for name in named} == named
+    assert short(GEMM) == "Kernel"
+
+
+def test_a_step_is_the_mean_of_several() -> None:
+    """Milliseconds are of one step, and all of the time is work or gap."""
+    work = [Work(GEMM, 0, 3000), Work("nccl", 4000, 5000), Work(GEMM, 5000, 8000)]
+    found = summary(work, 2, [{"data/tokens": 10}, {"data/tokens": 20}])
+    assert (found["step_ms"], found["idle_ms"], found["tokens_a_step"]) == (4.0, 0.5, 15)
+    assert found["kinds_ms"] == {"products": 3.0, "reduction between GPUs": 0.5}
+    assert sum(found["kinds_ms"].values()) + found["idle_ms"] == found["step_ms"]
+    assert found["gaps_ms"] == {"Kernel -> nccl, 1 times": 0.5}

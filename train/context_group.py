@@ -9,14 +9,16 @@ from accelerate import Accelerator
 
 from train.collate import WHOLE, Part
 from train.config import Config
+from train.metrics import to_host
 from train.run.accelerator import machines
 from train.run.exits import ExitCode, ExitWith
+from train.run.processes import check_present
 
 
 def start_group(config: Config, accelerator: Accelerator) -> Part:
     """This process's part in its group: as many consecutive processes of one machine as batch.context_parallel says.
 
-    All processes call it together. One exchange is made here, because what NCCL allocates for it lies beside torch's
+    All processes call it together. One exchange and one sum are made here, because what NCCL allocates for them lies beside torch's
     memory, and has to be there when that is counted. Raises ExitWith(BAD_INPUT) where a group is on several machines.
     """
     count, device = config.batch.context_parallel, accelerator.device
@@ -34,9 +36,12 @@ def start_group(config: Config, accelerator: Accelerator) -> Part:
         return swapped
 
     def any_of(flag: bool) -> bool:
-        flags = torch.tensor([float(flag)], device=device)
-        dist.all_reduce(flags, group=group)
-        return bool(flags.item())
+        counts = torch.tensor([float(flag), 1.0], device=device)
+        dist.all_reduce(counts, group=group)
+        found, num_present = to_host(*counts)
+        check_present(count, num_present)
+        return found > 0
 
     swap(torch.zeros(count, 1, device=device))
+    any_of(False)
     return Part(accelerator.process_index % count, count, swap, any_of)

@@ -156,5 +156,5 @@ def step_gradient(training: Training, batch: StepBatch, completed: int, watch: W
     watch.arrive()
     totals = accelerator.reduce(sums, reduction="sum")
     loss, num_asked, num_present, norm, loss_scale = to_host(*totals, grad_norm, scale)
-    check_present(accelerator, num_present)
+    check_present(accelerator.num_processes, num_present)
     return GradientStats(loss, num_asked, norm, loss_scale)

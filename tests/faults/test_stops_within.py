@@ -1,6 +1,7 @@
 """Stop signals within a step and within a validation: what is unfinished is dropped, and computed again to the bit."""
 
 import re
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -120,7 +121,8 @@ def test_one_of_two_processes_is_asked(rank: int, dropout: Config, tmp_path: Pat
 
 @pytest.mark.fault("T27")
 def test_one_of_a_group_is_asked(dropout: Config, tmp_path: Path) -> None:
-    """Both processes share each micro-batch, and leave a step, then a validation, at the same one; the same bits."""
+    """Both processes share each micro-batch, and leave a step, then a validation, at the same one; where one is killed
+    the other ends with 81. The same bits."""
     config = replace(with_batch(dropout, 1, 4), engine=EngineConfig(kind="fused"))
     config = replace(config, batch=replace(config.batch, context_parallel=2))
     config = replace(config, data=replace(config.data, validation_path=config.data.path, gate="warn"))
@@ -129,6 +131,8 @@ def test_one_of_a_group_is_asked(dropout: Config, tmp_path: Path) -> None:
         both = together(config, tmp_path / "run", [None, fault])
         assert [o.returncode for o in both] == [75, 75], both[0].stderr + both[1].stderr
     assert steps_saved(tmp_path / "run") == [1, 5]
+    both = together(config, tmp_path / "run", [None, AtMicroBatch(6, 1, kind=signal.SIGKILL)])
+    assert [o.returncode for o in both] == [81, -9], both[0].stderr
     assert [o.returncode for o in together(config, tmp_path / "run", [None, None])] == [0, 0]
     assert result_of(tmp_path / "run") == result_of(tmp_path / "whole")
 

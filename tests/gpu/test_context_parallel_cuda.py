@@ -1,8 +1,5 @@
 """Two GPUs that share each row's tokens train as one does, by NCCL; with sharded weights and recomputed blocks."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.compare_runs import at
-from tests.conftest import ROOT, arguments
+from tests.compare_runs import at, start_processes
+from tests.conftest import arguments, run_command
 from train.config import BatchConfig, Config, EngineConfig, MemoryConfig, OptimConfig, RunConfig
 from train.track.metrics_file import read_metrics
 
@@ -20,11 +17,13 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2,
 
 def rows_of(config: Config, count: int) -> list[dict[str, Any]]:
     """metrics.jsonl of a run on so many GPUs."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)] if count > 1 else []
-    command = [sys.executable, *launch, str(ROOT / "train" / "main.py"), *arguments(config)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "0,1" if count > 1 else "0"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    words = arguments(config)
+    ends = (
+        [run_command(words)]
+        if count == 1
+        else [run.wait() for run in start_processes(words, [None] * count, on_gpus=True)]
+    )
+    assert [end.returncode for end in ends] == [0] * count, ends[0].stdout[-1000:] + ends[0].stderr[-1000:]
     return read_metrics(Path(config.run.dir) / "metrics.jsonl")
 
 

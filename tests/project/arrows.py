@@ -50,7 +50,7 @@ ALLOWED = {
     "train.not_offered": set(),
     "train.recipe": {"config"},
     "train.audit_gate": {"config", "data", "data_tools", "run"},
-    "train.context_group": {"collate", "config", "run"},
+    "train.context_group": {"collate", "config", "metrics", "run"},
     "train.assemble": {
         "batching",
         "collate",

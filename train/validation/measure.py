@@ -38,7 +38,7 @@ def validate(training: Training, material: Material, watch: Watch = UNWATCHED) -
     training.model.train()
     watch.arrive()
     *sums, num_asked, num_present = to_host(*accelerator.reduce(totals, reduction="sum"))
-    check_present(accelerator, num_present)
+    check_present(accelerator.num_processes, num_present)
     if num_asked:
         raise Dropped
     of_text = list(zip(sums[::2], sums[1::2], strict=True))

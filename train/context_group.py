@@ -18,8 +18,9 @@ from train.run.processes import check_present
 def start_group(config: Config, accelerator: Accelerator) -> Part:
     """This process's part in its group: as many consecutive processes of one machine as batch.context_parallel says.
 
-    All processes call it together. One exchange and one sum are made here, because what NCCL allocates for them lies beside torch's
-    memory, and has to be there when that is counted. Raises ExitWith(BAD_INPUT) where a group is on several machines.
+    All processes call it together. One exchange and one sum are made here: what NCCL allocates for them lies beside
+    torch's memory, and has to be there when that is counted. Raises ExitWith(BAD_INPUT) where a group is on several
+    machines.
     """
     count, device = config.batch.context_parallel, accelerator.device
     if count == 1:

@@ -3,7 +3,7 @@
     python -m benchmarks.long_context [--gpus 1 4] [--lengths 32768 131072] [--longest] [--shape FOLDER]
 
 Rows are random words of the bundled tokenizer, weights random, NF4, of the shape of Llama-3.1-8B or of FOLDER's
-config.json, whose positions are not limited here. Each run is the real job as benchmarks.scaling starts it, with
+config.json, whose positions are not limited here. Each run is the real job (benchmarks.real_job), with
 --batch.context_parallel N on N GPUs; the same rows in the same steps, so losses differ by rounding. --longest begins
 at the length that the plan predicts and shortens it by 5 % until a run does not end with 78.
 """
@@ -18,18 +18,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
-from benchmarks.scaling import ROOT, RunEnded, default_shape, measured, record
+from benchmarks.real_job import ROOT, measured, record, single_words
+from benchmarks.scaling import default_shape
 from benchmarks.speed_workloads import BIG
 from train.run.exits import ExitCode
+from train.run.folder import RunFolder, read_object
 
 RESULTS = Path(__file__).resolve().parent / "results" / "long_context.json"
 MOST_TOKENS = 2**22  # of a row that is looked for
 SHORTER = 0.95
 STEP = 1024  # tokens
 HANDLOOP = "import sys; from train.commands.handloop import main; sys.exit(main(sys.argv[1:]))"
-WORDS = ("the", "of", "and", "in", "to", "is")
 
 
 def main() -> None:
@@ -46,30 +45,20 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch:
         folder, rows = Path(scratch), list[dict[str, Any]]()
-        shape = unlimited(options.shape or default_shape(folder / "shape"), folder / "unlimited")
+        shape = options.shape or default_shape(folder / "shape")
         for count in options.gpus:
             words = words_of(shape, count, options)
             lengths = [[length] for length in options.lengths] + ([tried(words, count)] if options.longest else [])
             for number, candidates in enumerate(lengths):
                 rows.append(first_that_fits(words, candidates, count, options, folder / f"{count}-{number}"))
                 print(line(rows[-1]), flush=True)
-                record(options.out, "rows", rows)
-
-
-def unlimited(shape: Path, folder: Path) -> Path:
-    """The same shape, made for rows of any length; linked, not copied."""
-    folder.mkdir()
-    for path in shape.iterdir():
-        (folder / path.name).symlink_to(path.resolve())
-    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": MOST_TOKENS}
-    (folder / "config.json").unlink()
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+                record(options.out, "rows", rows, {})
 
 
 def words_of(shape: Path, count: int, options: argparse.Namespace) -> list[str]:
     """The run's command line, but for its rows."""
     words = [*BIG, "--model.name_or_path", str(shape), "--model.random_init", "true"]
+    words += ["--model.max_positions", str(MOST_TOKENS)]
     words += ["--batch.per_device", "1", "--batch.accumulation", "1", "--batch.context_parallel", str(count)]
     words += ["--train.max_steps", str(options.warmup + options.steps), "--checkpoint.every", "1000000"]
     words += ["--lora.target_modules", "all-linear", "--data.text_overlap", "0", "--validate.general_text", "off"]
@@ -99,11 +88,12 @@ def first_that_fits(
         data = written(Path(words[words.index("--model.name_or_path") + 1]), length, options, own.with_suffix(".jsonl"))
         further = ["--data.path", str(data), "--data.max_length", str(length)]
         try:
-            found = measured(count, words + further, options.warmup, own)
-        except RunEnded as end:
-            if end.code != ExitCode.BAD_INPUT:
+            found = measured(count, words + further, own, options.warmup)
+        except RuntimeError:  # of the launcher, which flattens codes
+            how = read_object(RunFolder(own).exit)
+            if how["code"] != ExitCode.BAD_INPUT:
                 raise
-            ended = {"gpus": count, "tokens": length, "does_not_fit": str(end).strip().splitlines()[-1]}
+            ended = {"gpus": count, "tokens": length, "does_not_fit": str(how["reason"]).splitlines()[0]}
         else:
             return {"gpus": count, "tokens": length, **found}
     return ended
@@ -111,9 +101,7 @@ def first_that_fits(
 
 def written(shape: Path, length: int, options: argparse.Namespace, target: Path) -> Path:
     """Rows of so many tokens, with what begins and ends a text, for each step one."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(shape, trust_remote_code=False)
-    single = [word for word in WORDS if len(tokenizer(f" {word}" * 50, add_special_tokens=False)["input_ids"]) == 50]
-    draw = random.Random(length)
+    single, draw = single_words(shape), random.Random(length)
     texts = [
         "".join(f" {draw.choice(single)}" for _ in range(length - 2)) for _ in range(options.warmup + options.steps)
     ]

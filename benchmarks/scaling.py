@@ -5,62 +5,45 @@
 Workloads: `short` has 32 samples a step as they are, `packed` 16 rows of 2,048 tokens. Without --data there are rows of
 random words as long as GSM8K's in Llama 3's tokens: 167 +- 57. Weights are random, of the shape of Llama-3.1-8B with
 the bundled tokenizer, or of FOLDER's config.json and tokenizer. Each run is the real job, started here (by torchrun
-where it has several processes), with its metrics, checkpoint and result. A step counts from one row of metrics.jsonl to
-the next by the first process's clock, so whatever lies between steps is in it. Imbalance is the most that a process is
+where it has several processes), with its metrics, checkpoint and result. Imbalance is the most that a process is
 dealt beside the mean: of tokens, and of what they cost with attention.
 """
 
 import argparse
 import json
 import math
-import os
 import random
-import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Mapping
 from dataclasses import fields
 from datetime import date
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoTokenizer
 
-from benchmarks.interrupted_run import commit
+from benchmarks.real_job import ROOT, measured, record, shape_folder, single_words
 from benchmarks.speed_workloads import BIG, FIELDS
 from train.cli import parse
+from train.config import Config
 from train.data import TrainingData, read_data
 from train.dealing import cost
 from train.engine.plan import Plan
 from train.layout import BatchLayout, arranged
-from train.main import run
 from train.models.tokenizer import load_tokenizer
-from train.run.devices import device_name
 from train.run.folder import RunFolder, read_object
-from train.run.versions import versions
-from train.track.metrics_file import read_metrics
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.json"
-TOKENIZER = ROOT / "demo" / "base"
 MEAN, DEVIATION, SHORTEST, LONGEST, NUM_ROWS = 167, 57, 71, 451, 2000  # of GSM8K's rows, in tokens; the last synthetic
 SAMPLES_OF_A_ROW = 13  # of 2,048 tokens; 12.3 on average
 WORKLOADS = {
     "short": "--batch.samples 32 --batch.per_device 2",
     "packed": "--batch.samples 16 --batch.per_device 4 --data.packing true --data.max_length 2048",
 }
-TIMES = "times.json"
 
 
 def main() -> None:
     """Runs every workload on every number of processes, prints the table and adds the rows to the JSON."""
-    if sys.argv[1:2] == ["--worker"]:
-        return worker(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=[*WORKLOADS])
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2, 4])
@@ -79,11 +62,13 @@ def main() -> None:
             rows: list[dict[str, Any]] = []
             for count in options.processes:
                 words = words_of(workload, shape, data, options)
-                rows.append(measured(count, words, options.warmup, folder / f"{workload}-{count}"))
-                rows[-1] |= imbalance(words, folder / f"{workload}-{count}", count, options)
+                place = folder / f"{workload}-{count}"
+                rows.append(measured(count, words, place, options.warmup))
+                plan, last = read_object(RunFolder(place).plan), options.warmup + options.steps
+                rows[-1] |= imbalance(parse(words), plan, count, options.warmup, last)
                 rows[-1]["speedup"] = round(rows[-1]["tokens_per_second"] / rows[0]["tokens_per_second"], 3)
                 print(line(workload, rows[-1]), flush=True)
-                record(options.out, workload, rows)
+                record(options.out, workload, rows, {})
 
 
 def words_of(workload: str, shape: Path, data: Path, options: argparse.Namespace) -> list[str]:
@@ -106,55 +91,8 @@ def words_of(workload: str, shape: Path, data: Path, options: argparse.Namespace
     return words + options.words
 
 
-class RunEnded(Exception):
-    """A run ended before its last step; `code` is that of exit.json."""
-
-    def __init__(self, code: int, reason: str) -> None:
-        super().__init__(reason)
-        self.code = code
-
-
-def measured(count: int, words: list[str], warmup: int, place: Path) -> dict[str, Any]:
-    """One run's figures, from the step behind `warmup` on; raises RunEnded."""
-    words = [*words, "--run.dir", str(place)]
-    command = [sys.executable, "-m", "benchmarks.scaling", "--worker", *words]
-    if count > 1:
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "--no-python"]
-        command = [sys.executable, *launch, *command]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}".strip(":")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said, folder = done.stdout[-2000:] + done.stderr[-2000:], RunFolder(place)
-        # a launcher flattens codes
-        code = read_object(folder.exit)["code"] if folder.exit.exists() else done.returncode
-        raise RunEnded(code, f"{' '.join(command)} ended with {code}:\n{said}")
-    rows, arrivals = read_metrics(RunFolder(place).metrics), json.loads((place / TIMES).read_text())
-    seconds = [after - before for before, after in pairwise(arrivals)]
-    counted = [(row["data/tokens"], each) for row, each in zip(rows[1:], seconds, strict=True) if row["step"] > warmup]
-    num_tokens, total = (sum(column) for column in zip(*counted, strict=True))
-    captures = [row.get("perf/capture_seconds", 0.0) for row in rows]
-    plan = read_object(RunFolder(place).plan)
-    return {
-        "processes": count,
-        "tokens_per_second": round(num_tokens / total, 1),
-        "tokens_per_second_a_gpu": round(num_tokens / total / count, 1),
-        "median_tokens_per_second_a_gpu": round(statistics.median(n / s for n, s in counted) / count, 1),
-        "step_seconds": round(total / len(counted), 4),
-        "longest_step_seconds": round(max(each for _, each in counted), 4),
-        "measured_steps": len(counted),
-        "capture_seconds_before_counting": round(sum(captures[:warmup]), 2),
-        "capture_seconds_while_counting": round(sum(captures[warmup:]), 2),
-        "steps_with_captures": [row["step"] for row in rows if row.get("perf/capture_seconds")],
-        "peak_gib": max(row.get("memory/peak_reserved_gib", 0.0) for row in rows),
-        "final_loss": rows[-1]["train/loss"],
-        "uses_graphs": plan["uses_graphs"],
-        "plan": plan["summary"],
-    }
-
-
-def imbalance(words: list[str], place: Path, count: int, options: argparse.Namespace) -> dict[str, Any]:
+def imbalance(config: Config, plan: dict[str, Any], count: int, first: int, last: int) -> dict[str, Any]:
     """How evenly the steps' samples are dealt: the largest share over the mean, and numbers of micro-batches."""
-    config, plan = parse([*words, "--run.dir", str(place)]), read_object(RunFolder(place).plan)
     own = {field.name: plan[field.name] for field in fields(Plan)} | {"streamed": (), "parts": ()}
     batch = arranged(config.batch, count)
     tokenizer = load_tokenizer(config).backend
@@ -162,7 +100,7 @@ def imbalance(words: list[str], place: Path, count: int, options: argparse.Names
     layout = BatchLayout(batch.per_device, batch.accumulation, count, 0, batch.samples)
     data = TrainingData(samples, config, layout, tokenizer.pad_token_id)
     tokens, costs, numbers = [], [], set[int]()
-    for step in range(options.warmup, options.warmup + options.steps):
+    for step in range(first, last):
         shares = data.divided(step, Plan(**own))
         numbers |= {len(share) for share in shares}
         lengths = [[data.num_tokens[i] for members in share for i in members] for share in shares]
@@ -177,32 +115,17 @@ def imbalance(words: list[str], place: Path, count: int, options: argparse.Names
     }
 
 
-def worker(words: list[str]) -> None:
-    """The job itself, in each process; the first one notes when each row of metrics.jsonl comes."""
-    config, arrivals = parse(words), []
-
-    def watch(row: Mapping[str, Any]) -> None:
-        arrivals.append(time.perf_counter())
-
-    run(config, watch)
-    if arrivals:
-        (Path(config.run.dir) / TIMES).write_text(json.dumps(arrivals))
-
-
 def default_shape(folder: Path) -> Path:
     """Llama-3.1-8B's config.json with the bundled tokenizer."""
-    from benchmarks.families import SHAPES  # which takes the workers' time and prints warnings
+    from benchmarks.families import SHAPES  # which prints warnings
 
-    shutil.copytree(TOKENIZER, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    SHAPES["Llama-3.1-8B"].save_pretrained(folder)
-    return folder
+    return shape_folder(SHAPES["Llama-3.1-8B"], folder)
 
 
 def synthetic(shape: Path, target: Path) -> Path:
     """Rows of random words, as long as GSM8K's in tokens; the chat template's tokens are counted."""
     tokenizer: Any = AutoTokenizer.from_pretrained(shape, trust_remote_code=False)
-    draw = random.Random(0)
-    single = [word for word in ("the", "of", "and", "in", "to", "is") if _counts(tokenizer, f" {word}" * 50) == 50]
+    draw, single = random.Random(0), single_words(shape)
     turns = [{"role": "user", "content": " the"}, {"role": "assistant", "content": " the"}]
     around = len(tokenizer.apply_chat_template(turns, return_dict=False)) - 2
     spread = math.sqrt(math.log(1 + (DEVIATION / MEAN) ** 2))
@@ -214,19 +137,6 @@ def synthetic(shape: Path, target: Path) -> Path:
         rows.append(json.dumps({"question": said[0], "answer": said[1]}))
     target.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return target
-
-
-def _counts(tokenizer: Any, text: str) -> int:
-    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def record(out: Path, workload: str, rows: list[dict[str, Any]]) -> None:
-    """Replaces the workload's rows in the file."""
-    known = json.loads(out.read_text()) if out.exists() else {}
-    device = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    known[workload] = {"device": device, "commit": commit(), "versions": versions(), "rows": rows}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
 
 def line(workload: str, row: dict[str, Any]) -> str:

@@ -16,10 +16,10 @@ from train.engine import delta_rule
 from train.engine.graphs import is_out_of_memory
 from train.engine.plan import Plan
 from train.learning_rate import Schedule
-from train.memory.gpus import free_host_bytes
 from train.memory.outlook import Outlook
 from train.memory.reference import MOST_TOKENS, Passes, ReferencePlan, configured_plan
 from train.memory.search import MARGIN
+from train.memory.together import planned_together
 from train.metrics import flops_per_token, num_chosen_experts, num_matmul_weights
 from train.models.adapted_linear import use_own_products
 from train.models.agreement import check_agreement
@@ -29,7 +29,7 @@ from train.models.language_model import LanguageModel, load_model, start_from
 from train.models.liger import use_liger
 from train.optim import FlatParameters, build_optimizer, build_scaler, state_bytes
 from train.recording import capture_seconds, record_graphs
-from train.run.accelerator import check_peers, free_gpu_bytes, least
+from train.run.accelerator import free_gpu_bytes
 from train.run.devices import compute_type
 from train.run.exits import ExitCode, ExitWith
 from train.run.processes import any_process, say
@@ -51,10 +51,9 @@ def assemble(
     device, data.part = accelerator.device, start_group(config, accelerator)
     budget = free_gpu_bytes(config, accelerator)
     rows = replace(data.length_statistics(), longest_validation=longest_validation)
-    if config.memory.shard:
-        check_peers(accelerator)
-    outlook = Outlook.of(config, device, rows, budget, saved).on(accelerator.num_processes)
-    outlook = outlook.pinning(least(accelerator, free_host_bytes()))
+    outlook, why_copies = planned_together(Outlook.of(config, device, rows, budget, saved), accelerator)
+    if why_copies:
+        say(accelerator, f"memory    each process has its own copy of what it reads in host memory: {why_copies}")
     plan = outlook.first_plan()
     outlook.check_host(plan)
     model = load_model(config, device, plan)
@@ -97,8 +96,9 @@ def assemble(
 
 def _linear_note(model: LanguageModel) -> str:
     """What computes linear attention, where the engine runs a model that has some."""
-    has_linear = model.engine is not None and model.engine.has_linear
-    return f"; {delta_rule.told(model.causal_lm.device, model.compute_dtype)}" if has_linear else ""
+    if model.engine is None or not model.engine.has_linear:
+        return ""
+    return f"; {delta_rule.told(model.causal_lm.device, model.compute_dtype)}"
 
 
 def _pair_cost(training: Training) -> float:

@@ -48,6 +48,9 @@ class ModelConfig:
     older ones whose fp16 is fast (7.x, 6.0, 5.3), fp32 on others and on a CPU."""
     random_init: bool = False
     """Real shape, random weights: only config.json and the tokenizer are read. For probes and benchmarks."""
+    max_positions: int = 0
+    """Raise the base's max_position_embeddings to this number, for samples longer than it was made for; 0: as
+    config.json says. Where positions are a learned table, or rotary scaling depends on it, that is refused."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,9 @@ class EngineConfig:
     kind: Literal["auto", "fused", "reference"] = "auto"
     """fused: our own forward and backward of Llama-family blocks; reference: transformers and PEFT. auto: fused on a
     GPU where that is possible, and a line that says why where it is not."""
+    products: Literal["bf16", "fp8"] = "bf16"
+    """How the fused engine multiplies with the frozen NF4 weights: in model.dtype (bf16), or weights, activations and
+    gradients rounded to fp8 (e4m3), on GPUs of compute capability 8.9 or higher. Adapters and head stay in bf16."""
     liger: Literal["auto", "off"] = "auto"
     """auto: on a GPU the reference engine takes liger-kernel's norms, MLPs and rotary embeddings, where the package is
     installed, knows the family and agrees with transformers on a sample; off: transformers' own."""
@@ -361,6 +367,7 @@ class Config:
         if self.batch.context_parallel > 1 and self.engine.kind == "reference":
             remedy = "only the fused engine splits rows; use --engine.kind auto"
             yield "batch.context_parallel", self.batch.context_parallel, remedy
+        yield from self._products_checks()
         if self.memory.offload == "stream" and self.engine.kind == "reference":
             yield "memory.offload", "stream", "only the fused engine streams; use --engine.kind auto"
         if self.memory.budget:
@@ -368,6 +375,17 @@ class Config:
                 parse_bytes(self.memory.budget)
             except ValueError as error:
                 yield "memory.budget", self.memory.budget, str(error)
+
+    def _products_checks(self) -> Iterator[tuple[str, object, str]]:
+        if self.engine.products != "fp8":
+            return
+        option = "engine.products fp8 with --"
+        if self.engine.kind == "reference":
+            yield f"{option}engine.kind", "reference", "only the fused engine has them; use --engine.kind auto"
+        if self.model.quantization != "nf4":
+            yield f"{option}model.quantization", self.model.quantization, "they are those of NF4 weights; use nf4"
+        if self.model.dtype in ("fp16", "fp32"):
+            yield f"{option}model.dtype", self.model.dtype, "fp8 products give bf16; use auto"
 
     def _token_checks(self) -> Iterator[tuple[str, object, str]]:
         tokens = self.lora.trainable_tokens
@@ -496,6 +514,7 @@ class Config:
 
     def _number_checks(self) -> Iterator[tuple[str, object, str]]:
         at_least = [
+            ("model.max_positions", self.model.max_positions, 0),
             ("lora.r", self.lora.r, 1),
             ("lora.alpha", self.lora.alpha, 1),
             ("data.max_length", self.data.max_length, 8),

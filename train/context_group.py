@@ -9,8 +9,8 @@ from accelerate import Accelerator
 
 from train.collate import WHOLE, Part
 from train.config import Config
+from train.engine.machine_memory import machines
 from train.metrics import to_host
-from train.run.accelerator import machines
 from train.run.exits import ExitCode, ExitWith
 from train.run.processes import check_present
 
@@ -25,7 +25,8 @@ def start_group(config: Config, accelerator: Accelerator) -> Part:
     count, device = config.batch.context_parallel, accelerator.device
     if count == 1:
         return WHOLE
-    if any(len(set(each)) > 1 for each in machines(accelerator).view(-1, count).tolist()):
+    places = machines(device)  # of each process
+    if any(len(set(places[first : first + count])) > 1 for first in range(0, len(places), count)):
         reason = "a group's processes are on several machines, which exchange too slowly for every block"
         raise ExitWith(ExitCode.BAD_INPUT, f"--batch.context_parallel {count}: {reason}; write a divisor of one's")
     timeout = timedelta(minutes=config.run.timeout_minutes)

@@ -13,6 +13,7 @@ from train.deliver.generation import Generator
 from train.deliver.questions import questions_of
 from train.models.fingerprint import content_fingerprint
 from train.models.language_model import adapter_config, load_adapters
+from train.models.shape import POSITIONS, trained_settings
 from train.models.tokenizer import Tokenizer
 from train.run.durable import write_atomically
 from train.run.exits import ExitCode, ExitWith
@@ -54,9 +55,12 @@ def publish(training: Training, tokenizer: Tokenizer, splits: Splits, step: int,
     base = {**model.about.identity(), "fingerprint": fingerprint, "content": content, "step": step}
     if training.config.lora.trainable_tokens:  # what the reader gives to resize_token_embeddings
         base |= {"vocabulary": model.head.weight.shape[0]}
+    if training.config.model.max_positions:
+        base |= {POSITIONS: training.config.model.max_positions}
     try:
         if training.config.train.method == "full":
-            publish_model(final, model, tokenizer.backend, end_token_ids, base)
+            settings = trained_settings(training.config.model)
+            publish_model(final, model, tokenizer.backend, end_token_ids, base, settings)
         else:
             publish_final(final, training.parameters, adapter_config(model), tokenizer.backend, end_token_ids, base)
     except OSError as error:

@@ -41,6 +41,7 @@ CHANGES: list[tuple[str, Any, str]] = [
     ("data.truncation", "left", "data.truncation"),
     ("model.quantization", "none", "model.quantization"),
     ("model.dtype", "bf16", "model.dtype"),
+    ("model.max_positions", 1024, "model.max_positions"),
     ("data.text_overlap", 0.25, "data.text_overlap"),
     ("data.format", "prompt_response", "data.format"),
     ("data.fields", ("prompt=prompt", "response=response"), "data.fields"),

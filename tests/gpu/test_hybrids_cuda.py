@@ -16,6 +16,7 @@ from train.engine.decoder import FusedDecoder
 from train.engine.delta_rule import CONVOLUTION, RULE, PackedSamples, mix
 from train.engine.families import decoder_layers
 from train.engine.host_stream import HostBlocks
+from train.engine.machine_memory import OwnMemory
 from train.memory.linear import RULE_FORWARD, rule_bytes
 
 pytestmark = [
@@ -108,7 +109,7 @@ def test_streamed_blocks(code: tuple[Any, ...]) -> None:
     causal_lm, batch = half.get_base_model(), packed()
     with torch.no_grad():
         wanted = FusedDecoder(causal_lm, plan(1, 0), NOTHING)(batch)
-        host = HostBlocks([0, 1, 2], pin=True)
+        host = HostBlocks([0, 1, 2], OwnMemory(pin=True))
         for number in range(3):
             host.offload(number, decoder_layers(causal_lm))
         engine = FusedDecoder(causal_lm, replace(plan(1, 0), streamed=(0, 1, 2)), host)

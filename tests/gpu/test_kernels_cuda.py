@@ -14,6 +14,7 @@ from train.engine import attention, grouped, lora_linear, operations
 from train.engine.attention import PackedAttention
 from train.engine.embedding import HostEmbedding
 from train.engine.lora_linear import dequantize
+from train.engine.machine_memory import OwnMemory
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,7 +56,7 @@ def test_one_launch_dequantises_as_bitsandbytes(compress: bool, shape: tuple[int
 def test_the_embedding_in_host_memory() -> None:
     """The GPU reads the rows that it is asked for, and the weights take no GPU memory."""
     table = torch.randn(1000, 100, device=GPU, dtype=torch.bfloat16)
-    embedding = HostEmbedding(table)
+    embedding = HostEmbedding(table, OwnMemory(pin=True))
     assert not embedding.weight.is_cuda
     ids = torch.randint(1000, (3, 57), device=GPU)
     assert torch.equal(embedding(ids), table[ids])

@@ -15,6 +15,7 @@ from train.config import Config
 from train.engine import attention, operations
 from train.engine.embedding import HostEmbedding
 from train.engine.lora_linear import dequantize
+from train.engine.machine_memory import OwnMemory
 from train.run import devices
 from train.step import StepResult, Training, optimizer_step
 
@@ -164,6 +165,6 @@ def test_weights_and_rows_without_triton(card: Choose) -> None:
     dequantize(weight, outs[1][:, :2048])
     assert torch.equal(*outs)
     table, ids = torch.randn(1000, 100, device=GPU), torch.randint(1000, (3, 57), device=GPU)
-    found = HostEmbedding(table)(ids)
+    found = HostEmbedding(table, OwnMemory(pin=True))(ids)
     assert found.is_cuda
     assert torch.equal(found, table[ids])

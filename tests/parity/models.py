@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Pretr
 
 from train.collate import MicroBatch, collate_packed
 from train.engine.host_stream import HostBlocks
+from train.engine.machine_memory import OwnMemory
 from train.engine.plan import Plan
 
-NOTHING = HostBlocks([], pin=False)
+NOTHING = HostBlocks([], OwnMemory(pin=False))
 LENGTHS = (5, 1, 9)  # one token alone, odd lengths
 SIZES: dict[str, Any] = {
     "vocab_size": 100,

@@ -11,6 +11,7 @@ from train.collate import MicroBatch
 from train.engine.decoder import FusedDecoder
 from train.engine.families import decoder_layers
 from train.engine.host_stream import HostBlocks
+from train.engine.machine_memory import OwnMemory
 from train.engine.plan import Plan
 
 NUM_BLOCKS = 5
@@ -19,7 +20,7 @@ NUM_BLOCKS = 5
 def streaming(numbers: list[int], **changes: Any) -> tuple[Any, Plan, HostBlocks]:
     """A model of five blocks with these in host memory, its plan, and the host's blocks."""
     adapted = adapted_model(LlamaConfig(**SIZES | {"num_hidden_layers": NUM_BLOCKS}), ALL, dropout=0.2)
-    host = HostBlocks(numbers, pin=False)
+    host = HostBlocks(numbers, OwnMemory(pin=False))
     for number in range(NUM_BLOCKS):
         host.offload(number, decoder_layers(adapted.get_base_model()))
     plan = Plan(

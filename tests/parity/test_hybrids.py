@@ -20,6 +20,8 @@ from train.engine.decoder import FusedDecoder
 from train.engine.delta_rule import PackedSamples
 from train.engine.families import decoder_layers
 from train.engine.host_stream import HostBlocks
+from train.engine.lora_linear import Pass
+from train.engine.machine_memory import OwnMemory
 from train.engine.sharded_blocks import ShardedBlocks
 from train.engine.support import unsupported_reason
 
@@ -109,7 +111,7 @@ def test_kinds_of_blocks_share_and_take_turns(adapted: Any, changes: dict[str, A
     engine = FusedDecoder(adapted.get_base_model(), plan_of_three(1, 0), NOTHING)
     engine(batch)
     assert len(engine.stack.store.shared) == 6  # two of each attention, two of the MLPs
-    outer = [matrix.data_ptr() for number in (0, 1) for matrix in engine.stack.store.matrices(number)]
+    outer = [matrix.data_ptr() for number in (0, 1) for matrix in engine.stack.store.matrices(number, Pass.FORWARD)]
     assert len(set(outer)) == 6
 
 
@@ -118,7 +120,7 @@ def test_streamed_blocks_of_two_kinds(adapted: Any, numbers: list[int]) -> None:
     """One slot holds a block of either kind in turn: hidden states and gradients to the bit of resident ones."""
     batch = packed()
     wanted = passed(adapted, batch)
-    host = HostBlocks(numbers, pin=False)
+    host = HostBlocks(numbers, OwnMemory(pin=False))
     for number in range(3):
         host.offload(number, decoder_layers(adapted.get_base_model()))
     assert len(host.layouts) == 2

@@ -10,6 +10,7 @@ from tests.parity.models import packed
 from tests.parity.streamed import NUM_BLOCKS, streaming
 from train.engine.decoder import FusedDecoder
 from train.engine.families import decoder_layers
+from train.engine.lora_linear import Pass
 from train.engine.packed_source import packed_source
 from train.engine.plan import NUM_SLOTS
 from train.engine.weight_store import WeightStore
@@ -83,7 +84,7 @@ class Captured:
     def ask(self, order: range) -> None:
         self.store.begin(order)
         for number in order:
-            self.store.matrices(number)
+            self.store.matrices(number, Pass.FORWARD)
             self.tape.do(partial(self.is_in_place, number))
 
     def is_in_place(self, number: int) -> None:

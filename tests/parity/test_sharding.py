@@ -13,6 +13,7 @@ from tests.conftest import arguments, training_of, with_batch
 from train.config import Config, EngineConfig, MemoryConfig
 from train.engine.decoder import FusedDecoder
 from train.engine.host_stream import HostBlocks
+from train.engine.machine_memory import OwnMemory
 from train.engine.sharded_blocks import ShardedBlocks
 from train.run.exits import ExitWith
 from train.step import Training, optimizer_step
@@ -48,7 +49,7 @@ def test_the_parts_of_all_processes_make_the_whole(config: Config, count: int, q
         engine = training.model.engine
         assert engine is not None
         shards = ShardedBlocks(range(1, len(engine.layers)), rank, count, together.arenas)
-        host = HostBlocks([0], pin=False)
+        host = HostBlocks([0], OwnMemory(pin=False))
         for number in range(len(engine.layers)):
             for holder in (host, shards):
                 holder.offload(number, engine.layers)

@@ -1,7 +1,6 @@
 """What a plan counts of a micro-batch whose tokens several GPUs share: a part's activations, and the exchange."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +14,6 @@ from train.config import BatchConfig, MemoryConfig
 from train.engine.split_attention import SplitAttention
 from train.memory import cost, time
 from train.memory.kept import kept_of
-from train.memory.outlook import Outlook
-from train.run.exits import ExitWith
 
 
 class Flash(torch.autograd.Function):
@@ -93,18 +90,6 @@ def test_rows_grow_with_the_gpus() -> None:
         assert (plan.num_parts, plan.uses_graphs, plan.micro_batch_tokens) == (4, False, tokens)
         assert "split over 4 GPUs" in str(plan)
     assert planner_for(rows_of(2048), BatchConfig(1, 1)).best(80 * GIB).uses_graphs
-
-
-def test_processes_plan_with_the_same_host_memory() -> None:
-    """What one may pin, all may: plans that differ would recompute, and exchange, in another order."""
-    planner = planner_for(rows_of(400_000), BatchConfig(1, 1, context_parallel=2))
-    config: Any = SimpleNamespace()
-    outlook = Outlook(config, planner.job.rows, planner, "", 40 * GIB, 32, saved=None)
-    plan = outlook.first_plan()
-    outlook.check_host(plan)
-    with pytest.raises(ExitWith, match=r"pins 51\.9 GiB of host memory, and 50\.0 GiB may be pinned"):
-        outlook.pinning(50 * GIB).check_host(plan)
-    assert replace(outlook, planner=None).pinning(0).planner is None
 
 
 def test_an_exchange_takes_time() -> None:

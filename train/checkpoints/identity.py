@@ -8,7 +8,7 @@ import torch
 
 from data_tools.prepare import Prepared
 from train.checkpoints.extension import TOTAL
-from train.config import Config, LoraConfig, OptimConfig, TrainConfig
+from train.config import Config, EngineConfig, LoraConfig, OptimConfig, TrainConfig
 from train.data import TrainingData
 from train.models.fingerprint import base_fingerprint
 from train.models.initial_adapter import initial_content
@@ -18,7 +18,8 @@ IDENTITY_SECTIONS = ("lora", "optim")  # every field of these, and the single fi
 # what earlier versions did where they had no such field
 DEFAULTS = {f"lora.{name}": value for name, value in asdict(LoraConfig()).items()}
 DEFAULTS |= {f"optim.{name}": value for name, value in asdict(OptimConfig()).items()}
-DEFAULTS |= {"train.method": TrainConfig().method}
+DEFAULTS |= {"train.method": TrainConfig().method, "engine.products": EngineConfig().products}
+DEFAULTS |= {"model.max_positions": 0}
 # settings that the data's fingerprint covers; what a run has more of decides nothing by itself
 DATA_SETTINGS = (
     "max_length",
@@ -43,6 +44,7 @@ def identity(config: Config, prepared: Prepared, data: TrainingData, device: tor
     values: dict[str, object] = {
         "model.base": base_fingerprint(config),
         "model.quantization": config.model.quantization,
+        "model.max_positions": config.model.max_positions,
         "model.dtype": compute_type(config.model.dtype, device).name,
         "data": prepared.fingerprint,
         "data.validation_fraction": config.data.validation_fraction,
@@ -51,6 +53,7 @@ def identity(config: Config, prepared: Prepared, data: TrainingData, device: tor
         "data.group_by_length": config.data.group_by_length,
         SAMPLES: data.layout.samples_per_step,
         "train.method": config.train.method,
+        "engine.products": config.engine.products,
         "train.seed": config.train.seed,
         TOTAL: data.total_steps(config.train),
     }

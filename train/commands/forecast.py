@@ -1,26 +1,59 @@
-"""What `handloop plan` predicts of a run on one GPU, or on every known one, before a weight is read."""
+"""What `handloop plan` predicts of a run on one GPU, on every known one, or on several, before a weight is read."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from train.batching import LengthStatistics
 from train.config import Config, parse_bytes
 from train.engine.plan import Plan
+from train.memory.candidate import Job
+from train.memory.cluster import NETWORK_GBITS, Cluster, peer_bytes, reduction_seconds, ring_rate, sent_bytes
 from train.memory.gpus import CONTEXT_BYTES, KNOWN_GPUS, Gpu, detect_gpu, gpus_like, gpus_of_size, named_gpu
 from train.memory.outlook import GIB, Outlook
-from train.memory.time import reduction
 from train.run.devices import BF16, compute_type
 from train.run.exits import ExitCode, ExitWith
 
 PROCESS_BYTES = int(2.5 * GIB)  # host memory of a process that has imported torch, transformers and CUDA
 # Where only a memory size is given: the rates of a small GPU. They decide what is given up first; no speed is told
 SMALL_GPU_RATES = {"flops": 12e12, "fp32_flops": 4e12, "bandwidth": 160e9, "bus": 12e9}
+
+
+@dataclass(frozen=True)
+class Between:
+    """What several GPUs send one another in a step, and what that costs."""
+
+    cluster: Cluster
+    added_bytes: int  # gradients that each GPU adds to those of the others
+    sent_bytes: int  # what each sends of them
+    rate: float  # bytes/s of the slowest link
+    seconds: float  # all wait for it
+    peer_bytes: int  # packed weights that each reads from the others
+    speedups: dict[float, float]  # of all GPUs over one with the same work, by Gbit/s between machines
+
+    @classmethod
+    def of(cls, job: Job, plan: Plan, cluster: Cluster) -> "Between":
+        """Of a plan of the job for each GPU."""
+        speedups = {}
+        for gbit in sorted({*NETWORK_GBITS, cluster.network_gbit}):
+            waited = reduction_seconds(job, replace(cluster, network_gbit=gbit))
+            speedups[gbit] = cluster.num_processes * plan.seconds / (plan.seconds + waited)
+        return cls(
+            cluster=cluster,
+            added_bytes=job.sizes.gradient_bytes if cluster.num_processes > 1 else 0,
+            sent_bytes=sent_bytes(job, cluster),
+            rate=ring_rate(job, cluster),
+            seconds=reduction_seconds(job, cluster),
+            peer_bytes=peer_bytes(job, plan),
+            speedups=speedups,
+        )
+
+    @property
+    def speedup(self) -> float:
+        """Of all GPUs over one with the same work."""
+        return self.speedups[self.cluster.network_gbit]
 
 
 @dataclass(frozen=True)
@@ -34,10 +67,14 @@ class Forecast:
     paged_bytes: int  # optimizer state that may move to host memory
     fits: bool
     advice: str  # what would fit; empty where the plan does
-    num_gpus: int = 1
-    added_bytes: int = 0  # gradients that each GPU adds to those of the others in a step
-    speedup: float = 1.0  # of all GPUs over one with the same work
+    between: Between  # what goes between its GPUs
+    step_seconds: float | None = None  # None: as tokens_per_second
     seconds: float | None = None  # of the whole run's steps; None: they, or the speed, are not known
+
+    @property
+    def cluster(self) -> Cluster:
+        """The GPUs that it is for."""
+        return self.between.cluster
 
     @property
     def is_card(self) -> bool:
@@ -48,9 +85,14 @@ class Forecast:
         """Plain numbers, memory in GiB."""
         return {
             "gpu": self.gpu.name,
-            "num_gpus": self.num_gpus,
-            "predicted_speedup": round(self.speedup, 3),
-            "added_gib": round(self.added_bytes / GIB, 4),
+            "num_gpus": self.cluster.num_gpus,
+            "num_nodes": self.cluster.num_nodes,
+            "network_gbit": self.cluster.network_gbit if self.cluster.num_nodes > 1 else None,
+            "predicted_speedup": round(self.between.speedup, 3),
+            "added_gib": round(self.between.added_bytes / GIB, 4),
+            "sent_gib": round(self.between.sent_bytes / GIB, 4),
+            "peers_gib": round(self.between.peer_bytes / GIB, 3),
+            "predicted_step_seconds": self.step_seconds and round(self.step_seconds, 4),
             "budget_gib": round(self.budget / GIB, 3),
             "fits": self.fits,
             "predicted_peak_gib": round(self.plan.peak_bytes / GIB, 3),
@@ -112,17 +154,16 @@ def min_length(longest: int, mean_length: int) -> int:
     return max(2, 2 * mean_length - longest)
 
 
-def forecast(
-    config: Config, gpu: Gpu, rows: LengthStatistics, num_steps: float | None = None, num_gpus: int = 1
-) -> Forecast:
-    """What a run of `num_steps` steps over these rows would need on the GPU, or on each of several.
+def forecast(config: Config, gpu: Gpu, rows: LengthStatistics, num_steps: float | None, cluster: Cluster) -> Forecast:
+    """What a run of `num_steps` steps over these rows would need on each GPU.
 
     Raises ExitWith(BAD_INPUT) where the fused engine cannot run it.
     """
     budget = gpu.usable_bytes
     if config.memory.budget:
         budget = min(budget, parse_bytes(config.memory.budget))
-    outlook = Outlook.on_gpu(config, gpu, rows, budget).on(num_gpus)
+    outlook = Outlook.on_gpu(config, gpu, rows, budget)
+    outlook = outlook.on(cluster.num_processes, cluster.num_gpus, shares_host=cluster.num_gpus > 1)
     if outlook.planner is None:
         reason = (
             f"only the fused engine's memory is predicted, and this run uses the reference engine: {outlook.reason}. "
@@ -130,95 +171,29 @@ def forecast(
         )
         raise ExitWith(ExitCode.BAD_INPUT, reason)
     plan = outlook.planner.best(budget)
-    seconds = plan.seconds + reduction(outlook.planner.job, num_gpus)
+    between = Between.of(outlook.planner.job, plan, cluster)
+    seconds = plan.seconds + between.seconds
     fits = plan.peak_bytes <= budget
+    num_groups = cluster.num_processes // config.batch.context_parallel
     has_rates = fits and any(gpu.name == known.name for known in KNOWN_GPUS)
     return Forecast(
         gpu=gpu,
         budget=budget,
         plan=plan,
-        tokens_per_second=num_gpus // config.batch.context_parallel * outlook.num_tokens / seconds
-        if has_rates
-        else None,
+        tokens_per_second=num_groups * outlook.num_tokens / seconds if has_rates else None,
         paged_bytes=outlook.planner.job.sizes.paged_bytes,
         fits=fits,
         advice="" if fits else outlook.remedies(plan),
-        num_gpus=num_gpus,
-        added_bytes=outlook.planner.job.sizes.gradient_bytes if num_gpus > 1 else 0,
-        speedup=num_gpus * plan.seconds / seconds,
+        between=between,
+        step_seconds=seconds if has_rates else None,
         seconds=num_steps * seconds if has_rates and num_steps is not None else None,
     )
 
 
 def forecast_known_gpus(
-    config: Config, rows: LengthStatistics, num_steps: float | None = None, num_gpus: int = 1
+    config: Config, rows: LengthStatistics, num_steps: float | None, cluster: Cluster
 ) -> list[Forecast]:
     """For every known GPU that has the type asked for; raises ExitWith(BAD_INPUT) as `forecast`."""
     wants_bf16 = config.model.dtype == "bf16"
     fitting = [gpu for gpu in KNOWN_GPUS if not wants_bf16 or gpu.capability >= BF16]
-    return [forecast(config, gpu, rows, num_steps, num_gpus) for gpu in fitting]
-
-
-def print_forecast(found: Forecast, console: Console) -> None:
-    """Memory by component, the plan, and its speed or what would fit."""
-    table = Table(title=f"{found.gpu.name}: {found.budget / GIB:.2f} GiB may be used", title_justify="left")
-    table.add_column("on the GPU")
-    table.add_column("GiB", justify="right")
-    for name, num_bytes in found.plan.parts:
-        if num_bytes:
-            table.add_row(name, f"{num_bytes / GIB:.3f}")
-    table.add_row("predicted peak", f"{found.plan.peak_bytes / GIB:.3f}", style="bold")
-    console.print(table)
-    plan = found.plan
-    graph = ", as a CUDA graph" if plan.uses_graphs else ""
-    paged = f"; {found.paged_bytes / GIB:.2f} GiB of optimizer state may be paged" if found.paged_bytes else ""
-    lines = [
-        f"plan      {plan}",
-        f"batch     at most {plan.micro_batch_tokens:,} tokens in a micro-batch{graph}",
-        f"host      {plan.host_bytes / GIB:.2f} GiB pinned, beside about {PROCESS_BYTES / GIB:.1f} GiB of the process"
-        + paged,
-    ]
-    if plan.streamed:
-        traffic = plan.traffic_bytes / GIB
-        lines.append(f"traffic   {traffic:.2f} GiB of weights to the GPU a micro-batch, forward and backward")
-    if found.num_gpus > 1:
-        lines.append(
-            f"GPUs      {found.num_gpus}, {found.speedup:.2f} times as fast as one with the same work for each; "
-            f"{found.added_bytes / GIB:.2f} GiB of gradients are added a step, at {found.gpu.link / 1e9:,.0f} GB/s"
-        )
-    if not found.fits:
-        lines.append(f"does not fit: {found.advice}")
-    elif found.tokens_per_second is None:
-        names = ", ".join(gpu.name for gpu in gpus_of_size(found.gpu.memory_bytes))
-        cards = f"; cards of this size are {names}" if names and not found.is_card else ""
-        lines.append(f"speed     unknown: its rates are not known; name a card with --gpu, or --probe it here{cards}")
-    else:
-        basis = "predicted; linear attention was never measured" if plan.num_linear else "predicted"
-        lines.append(f"speed     about {found.tokens_per_second:,.0f} tokens/s ({basis})")
-    if found.seconds is not None:
-        cards = f"{found.num_gpus if found.num_gpus > 1 else 'one'} {found.gpu.name}"
-        lines.append(f"time      about {time_of(found.seconds)} on {cards}, without validation and saving")
-    for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
-
-
-def time_of(seconds: float) -> str:
-    """A predicted time in its largest unit: no more than two figures of it are known."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def print_known_gpus(found: Sequence[Forecast], console: Console) -> None:
-    """A line for each known GPU."""
-    table = Table(title="known GPUs, predicted", title_justify="left")
-    has_times = any(each.seconds is not None for each in found)
-    for heading in ("GPU", "GiB", "peak GiB", "blocks kept", "streamed", "tokens/s", *(["time"] if has_times else [])):
-        table.add_column(heading, justify="left" if heading == "GPU" else "right")
-    for each in found:
-        cells = ("", "", "does not fit")
-        if each.tokens_per_second is not None:
-            cells = (str(each.plan.num_kept), str(len(each.plan.streamed)), f"{each.tokens_per_second:,.0f}")
-            cells += (time_of(each.seconds),) if each.seconds is not None else ()
-        table.add_row(each.gpu.name, f"{each.budget / GIB:.1f}", f"{each.plan.peak_bytes / GIB:.2f}", *cells)
-    console.print(table)
+    return [forecast(config, gpu, rows, num_steps, cluster) for gpu in fitting]

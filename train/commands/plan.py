@@ -10,6 +10,7 @@ from train.config import Config
 from train.run.exits import ExitCode, ExitWith
 
 DEFAULT_STEPS = 5
+DEFAULT_LINK = 25  # Gbit/s, as clouds give to machines with GPUs
 
 
 def main(words: list[str]) -> int:
@@ -24,7 +25,7 @@ def main(words: list[str]) -> int:
     from train.models.tokenizer import check_length
 
     check_length(config)
-    config = replace(config, batch=arranged(config.batch, num_processes=options.gpus))
+    config = replace(config, batch=arranged(config.batch, num_processes=options.gpus * options.nodes))
     for note in note_on(config.model):
         print(f"base      {note}", file=sys.stderr if options.json else sys.stdout)
     if options.probe:
@@ -40,7 +41,11 @@ def _options() -> Options:
     )
     own.add_argument("--gpu", metavar="GPU", help="a GPU, such as A100-40, or a size, such as 4GiB")
     own.add_argument(
-        "--gpus", type=positive_number, default=1, metavar="N", help="so many of them in one machine (default 1)"
+        "--gpus", type=positive_number, default=1, metavar="N", help="so many of them in a machine (default 1)"
+    )
+    own.add_argument("--nodes", type=positive_number, default=1, metavar="M", help="so many machines (default 1)")
+    own.add_argument(
+        "--link", type=positive_number, metavar="GBIT", help=f"Gbit/s between machines (default {DEFAULT_LINK})"
     )
     own.add_argument(
         "--mean-length",
@@ -63,8 +68,10 @@ def _check(options: argparse.Namespace, config: Config) -> None:
         problem = f"--mean-length {options.mean_length}: rows hold at most data.max_length = {config.data.max_length}"
     elif options.probe and options.gpu is not None:
         problem = f"--gpu {options.gpu}: a probe runs on the GPU that is here; leave it out"
-    elif options.probe and options.gpus > 1:
-        problem = f"--gpus {options.gpus}: a probe runs on one GPU; leave it out"
+    elif options.probe and max(options.gpus, options.nodes) > 1:
+        problem = f"--gpus {options.gpus} --nodes {options.nodes}: a probe runs on one GPU; leave them out"
+    elif options.link and options.nodes == 1:
+        problem = f"--link {options.link}: what is between machines, and there is one; give --nodes M, or leave it out"
     elif options.steps and not options.probe:
         problem = f"--steps {options.steps}: only --probe runs steps; write both or neither"
     if problem:
@@ -87,15 +94,17 @@ def _probe(options: argparse.Namespace, config: Config, mean_length: int) -> int
 def _forecast(options: argparse.Namespace, config: Config) -> int:
     from rich.console import Console
 
-    from train.commands import forecast
+    from train.commands import forecast, forecast_text
     from train.commands.planned_rows import planned_rows
+    from train.memory.cluster import Cluster
 
+    cluster = Cluster(options.gpus, options.nodes, float(options.link or DEFAULT_LINK))
     gpu = forecast.default_gpu(config) if options.gpu is None else forecast.parse_gpu(options.gpu)
-    rows = planned_rows(config, options.mean_length, options.gpus)
+    rows = planned_rows(config, options.mean_length, cluster)
     num_steps = rows.counted.full_steps if rows.counted else None
-    found = forecast.forecast(config, gpu, rows.lengths, num_steps, options.gpus) if gpu else None
+    found = forecast.forecast(config, gpu, rows.lengths, num_steps, cluster) if gpu else None
     is_asked_for_all = options.json or options.gpu is None
-    known = forecast.forecast_known_gpus(config, rows.lengths, num_steps, options.gpus) if is_asked_for_all else []
+    known = forecast.forecast_known_gpus(config, rows.lengths, num_steps, cluster) if is_asked_for_all else []
     if options.json:
         others = {"data": rows.as_json(), "gpus": [each.as_json() for each in known]}
         print_document((found.as_json() if found else {}) | others)
@@ -103,8 +112,8 @@ def _forecast(options: argparse.Namespace, config: Config) -> int:
         for line in rows.said:
             Console().print(line, highlight=False, soft_wrap=True, markup=False)
         if found:
-            forecast.print_forecast(found, Console())
+            forecast_text.print_forecast(found, Console())
         if known:
-            forecast.print_known_gpus(known, Console())
+            forecast_text.print_known_gpus(known, Console())
     fits = found.fits if found else any(each.fits for each in known)
     return 0 if fits else int(ExitCode.BAD_INPUT)

@@ -17,6 +17,7 @@ from train.commands.forecast import assumed_lengths
 from train.config import Config
 from train.data import Splits, TrainingData, prepare_settings, read_data, run_date
 from train.layout import BatchLayout
+from train.memory.cluster import Cluster
 from train.models.tokenizer import load_tokenizer
 from train.profiles import GLOSSARY, HELD_OUT
 from train.run.exits import ExitWith
@@ -73,59 +74,55 @@ class PlannedRows:
         return {**counts, "assumed_mean_length": assumed, "said": " ".join(self.said)}
 
 
-def planned_rows(config: Config, mean_length: int | None, num_gpus: int = 1) -> PlannedRows:
-    """The rows of data.path for one of so many GPUs, unless their mean is given, or they cannot be counted here.
+def planned_rows(config: Config, mean_length: int | None, cluster: Cluster) -> PlannedRows:
+    """The rows of data.path for one of these GPUs, unless their mean is given, or they cannot be counted here.
 
     Nothing is fetched for it, and at most MAX_BYTES are tokenised; they are then in the cache for the run itself.
     """
     why_not = f"as --mean-length {mean_length} says" if mean_length else _why_not(config)
     if why_not:
-        return _assumed(config, mean_length, why_not, num_gpus)
+        return _assumed(config, mean_length, why_not, cluster)
     try:
         tokenizer = load_tokenizer(config).backend
         today = run_date(config, date.today())
         if too_large := _too_large(config, tokenizer, today):
-            return _assumed(config, None, too_large, num_gpus)
-        found = _counted(config, read_data(config, tokenizer, today), tokenizer.pad_token_id, num_gpus)
+            return _assumed(config, None, too_large, cluster)
+        found = _counted(config, read_data(config, tokenizer, today), tokenizer.pad_token_id, cluster)
         is_plain = tokenizer.chat_template == PLAIN_TEMPLATE
         return replace(found, said=(*found.said, f"warning   {NO_TEMPLATE}")) if is_plain else found
     except (ExitWith, DataError) as error:  # which the run would say in full
-        return _assumed(config, None, f"since the data cannot be counted here: {_in_short(error)}", num_gpus)
+        return _assumed(config, None, f"since the data cannot be counted here: {_in_short(error)}", cluster)
 
 
-def _counted(config: Config, splits: Splits, pad_token_id: int, num_gpus: int) -> PlannedRows:
-    layout = BatchLayout.of_first(config.batch, num_gpus)
+def _counted(config: Config, splits: Splits, pad_token_id: int, cluster: Cluster) -> PlannedRows:
+    layout = BatchLayout.of_first(config.batch, cluster.num_processes)
     data = TrainingData(splits.training.samples, config, layout, pad_token_id)
     validated = max(splits.validation.samples["num_tokens"][:]) if splits.validation else 0
     found = Counted.of(config, splits, data)
     epochs = f"{config.train.epochs} epochs" if config.train.epochs > 1 else "1 epoch"
     stop = f", of which train.max_steps lets {config.train.max_steps:,} be made" if config.train.max_steps else ""
-    is_several = config.profile == "multi_gpu" and not config.batch.samples and num_gpus == 1
+    is_several = config.profile == "multi_gpu" and not config.batch.samples and cluster.num_processes == 1
     several = "; with N GPUs a step has N times the samples" if is_several else ""
     said = (
         f"data      {_named(config.data.path)}: {found.num_records:,} rows, {found.num_samples:,} samples of "
         f"{found.mean_length:,.0f} tokens on average, {found.longest:,} at most; {found.tokens_per_epoch:,} tokens an "
         f"epoch, {found.supervised_tokens_per_epoch:,} of them trained",
-        f"steps     {found.steps_per_epoch:,} an epoch on {_gpus(num_gpus)}, "
+        f"steps     {found.steps_per_epoch:,} an epoch on {cluster}, "
         f"{found.total_steps:,} in all ({epochs}{stop}){several}",
     )
     return PlannedRows(replace(data.length_statistics(), longest_validation=validated), found, said)
 
 
-def _assumed(config: Config, mean_length: int | None, why: str, num_gpus: int) -> PlannedRows:
+def _assumed(config: Config, mean_length: int | None, why: str, cluster: Cluster) -> PlannedRows:
     mean = mean_length or config.data.max_length
     kind = f"rows of {mean:,} tokens on average" if mean_length else f"rows of {mean:,} tokens (data.max_length)"
     remedy = "" if mean_length else " --mean-length N gives the mean of yours"
     said = (
         f"data      {kind} are assumed, {why}.{remedy}",
         "steps     unknown without the data: rows x epochs / "
-        f"{BatchLayout.of_first(config.batch, num_gpus).samples_per_step} samples in a step on {_gpus(num_gpus)}",
+        f"{BatchLayout.of_first(config.batch, cluster.num_processes).samples_per_step} samples in a step on {cluster}",
     )
     return PlannedRows(assumed_lengths(config, mean), None, said)
-
-
-def _gpus(count: int) -> str:
-    return f"{count} GPUs" if count > 1 else "one GPU"
 
 
 def _why_not(config: Config) -> str:

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,11 +43,12 @@ def publish_model(
     tokenizer: PreTrainedTokenizerBase,
     end_token_ids: Sequence[int],
     base: Mapping[str, object],
+    settings: Mapping[str, object],
 ) -> None:
     """Writes a model that was trained whole, in the type that its base's config.json names, and what belongs to it.
 
-    config.json is the base's: nothing in it has changed; of a multimodal base that of its text part, which alone is
-    written. AutoModelForCausalLM loads the folder.
+    config.json is the base's, which `settings` holds as it was trained; of a multimodal base that of its text part,
+    which alone is written. AutoModelForCausalLM loads the folder.
     """
     base_folder, whole = model.about.place.folder, model.adapted.get_base_model()
     shape: Any = AutoConfig.from_pretrained(str(base_folder), trust_remote_code=False)
@@ -61,11 +61,11 @@ def publish_model(
         except SafetensorError as error:  # as of a full disk
             raise OSError(str(error)) from error
         if not model.about.names.served_as:
-            shutil.copy(base_folder / CONFIG_NAME, temporary / CONFIG_NAME)
+            (temporary / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         else:
-            settings: Any = copy.deepcopy(whole.config)
-            settings.dtype, settings.use_cache = dtype, shape.get_text_config(decoder=True).use_cache
-            settings.save_pretrained(temporary)
+            text: Any = copy.deepcopy(whole.config)
+            text.dtype, text.use_cache = dtype, shape.get_text_config(decoder=True).use_cache
+            text.save_pretrained(temporary)
         _write_beside(temporary, tokenizer, end_token_ids, base)
 
 

@@ -28,12 +28,13 @@ from train.deliver.adapter_delta import Trained
 from train.deliver.final import BASE
 from train.deliver.finished import FinishedRun, check_base
 from train.engine.host_stream import HostBlocks
+from train.engine.machine_memory import OwnMemory
 from train.models.base import dequantized, load_base, read_stored, skeleton
 from train.models.completeness import tied_embedding
 from train.models.experts import StoredExperts
 from train.models.hub import fetch_weights, locate
 from train.models.parameters import as_parameter, computed_values
-from train.models.shape import cannot_read, model_shape, stored_quantization
+from train.models.shape import cannot_read, model_shape, stored_quantization, trained_settings
 from train.models.stored import StoredWeights
 from train.models.text_part import text_part
 from train.run.devices import compute_type
@@ -181,10 +182,10 @@ class Merge:
         config, cpu = self.run.config.model, torch.device("cpu")
         if self.onto == "original":
             base, _ = load_base(
-                replace(config, quantization="none"), self.dtype, cpu, HostBlocks([], pin=False), 0, False
+                replace(config, quantization="none"), self.dtype, cpu, HostBlocks([], OwnMemory(pin=False)), 0, False
             )
         else:
-            base, _ = load_base(config, self.dtype, cpu, HostBlocks([], pin=False), 0, False)
+            base, _ = load_base(config, self.dtype, cpu, HostBlocks([], OwnMemory(pin=False)), 0, False)
             base.dequantize()
         if self.trained.vocabulary:  # resize_token_embeddings(n) with the size that there is changes nothing
             base.resize_token_embeddings(self.trained.vocabulary, mean_resizing=False)
@@ -235,7 +236,7 @@ class Merge:
     def _write_companions(self, target: Path) -> None:
         """config.json, tokenizer, chat template, generation settings, licence."""
         place, final = locate(self.run.config.model), self.run.folder.final
-        settings = json.loads((place.folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        settings = trained_settings(self.run.config.model)
         for part in (settings, *(value for value in settings.values() if isinstance(value, dict))):
             part.pop("quantization_config", None)
             for key in {"dtype", "torch_dtype"} & part.keys():
@@ -256,7 +257,7 @@ class Merge:
 def load_merged(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model in a folder that a merge wrote, as those who serve it load it; raises ExitWith(BAD_INPUT)."""
     config = ModelConfig(name_or_path=str(folder), quantization="none")
-    base, _ = load_base(config, dtype, device, HostBlocks([], pin=False), 0, False)
+    base, _ = load_base(config, dtype, device, HostBlocks([], OwnMemory(pin=False)), 0, False)
     base.generation_config = GenerationConfig()  # what generates says itself how
     return base.eval()
 

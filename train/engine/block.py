@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 
 from train.engine.context import ForwardContext
+from train.engine.fp8 import GROUPS
 from train.engine.layers import DecoderLayer, DeltaHeads
 from train.engine.linear_attention import LinearAttention
 from train.engine.lora_linear import LoraGroup, Matrices
@@ -57,20 +58,22 @@ class Activations:
     mlp_branch: Branch | None = None  # where a norm is behind the MLP; `finish` makes it
 
 
-def attention_of(layer: DecoderLayer, number: int) -> Attention:
-    """The kind that the layer has."""
+def attention_of(layer: DecoderLayer, number: int, group: type[LoraGroup]) -> Attention:
+    """The kind that the layer has, with its projections in such groups."""
     if isinstance(layer.heads, DeltaHeads):
-        return LinearAttention(layer, layer.heads, number)
-    return SelfAttention(layer, layer.heads, number)
+        return LinearAttention(layer, layer.heads, number, group)
+    return SelfAttention(layer, layer.heads, number, group)
 
 
 class Block:
     """A decoder layer of transformers with PEFT's adapters, read once; its parameters stay where they are."""
 
-    def __init__(self, layer: DecoderLayer, number: int) -> None:
+    def __init__(self, layer: DecoderLayer, number: int, products: str = "bf16") -> None:
+        """`products` as in engine.products."""
         self.number = number
-        self.attention = attention_of(layer, number)
-        self.mlp: Any = Mlp(layer, number) if layer.router is None else Mixture(layer, layer.router)
+        self.attention = attention_of(layer, number, GROUPS[products])
+        group = GROUPS[products]
+        self.mlp: Any = Mlp(layer, number, group) if layer.router is None else Mixture(layer, layer.router)
         self.groups = [*self.attention.groups, *self.mlp.groups]
         # of each group: blocks that have the same can take turns in one matrix
         self.places = tuple((number, group.layout) for number, group in enumerate(self.groups))

@@ -36,7 +36,7 @@ class FusedDecoder:
         family = family_of(causal_lm)
         self.decoder = causal_lm.base_model
         self.layers, norm = family.decoder_layers(causal_lm), family.norm_of(self.decoder.norm)
-        blocks = [Block(layer, number) for number, layer in enumerate(self.layers)]
+        blocks = [Block(layer, number, plan.products) for number, layer in enumerate(self.layers)]
         copies = partial(copies_for, norm.weight.device)
         self.source = packed_source(self.layers, away, norm.weight.device, copies)
         store = WeightStore(blocks, plan.num_cached, norm.weight, self.source)

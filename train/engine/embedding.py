@@ -5,8 +5,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from train.engine.copies import pinned
 from train.engine.layers import CausalLM, Vocabulary
+from train.engine.machine_memory import HostMemory
 from train.engine.operations import gather_rows
 
 
@@ -16,12 +16,15 @@ class HostEmbedding(torch.nn.Module):
     8,192 rows of 8 KB take about 1.5 ms over PCIe 5, without a host sync. Without Triton the host copies the rows.
     """
 
-    def __init__(self, weight: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+    def __init__(self, weight: torch.Tensor, memory: HostMemory, scale: torch.Tensor | None = None) -> None:
         """`scale`: what rows are multiplied by (Gemma)."""
         super().__init__()
         # transformers takes a model's type and device from its first parameter, which this is
         self.kind = torch.nn.Parameter(weight.new_zeros(1), requires_grad=False)
-        self.weight = pinned(weight.shape, weight.dtype).copy_(weight.detach())
+        (room,) = memory.buffers([weight.nbytes])
+        self.weight = room.view(weight.dtype).view(weight.shape)
+        if memory.writes(0):
+            self.weight.copy_(weight.detach())
         self.scale = scale
 
     @property
@@ -57,10 +60,10 @@ class RowsInPlace:
         return torch.where((places >= 0)[:, None], trained, frozen)
 
 
-def offload_embedding(causal_lm: CausalLM) -> None:
-    """Moves the input embedding to host memory, unless the head shares it or it is not on a GPU."""
+def offload_embedding(causal_lm: CausalLM, memory: HostMemory) -> None:
+    """Moves the input embedding to this host memory, unless the head shares it or it is not on a GPU."""
     embedding = causal_lm.get_input_embeddings()
     is_tied = embedding.weight is causal_lm.get_output_embeddings().weight
     if embedding.weight.is_cuda and not is_tied:
         scale: Any = getattr(embedding, "embed_scale", None)
-        causal_lm.set_input_embeddings(HostEmbedding(embedding.weight, scale))
+        causal_lm.set_input_embeddings(HostEmbedding(embedding.weight, memory, scale))

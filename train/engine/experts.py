@@ -10,12 +10,12 @@ import torch
 
 from train.engine.grouped import grouped_outer, grouped_product
 from train.engine.linears import ExpertLinear, Projection
-from train.engine.lora_linear import PADDING, dequantize
+from train.engine.lora_linear import PADDING, OneMatrix, dequantize
 
 Rows = tuple[torch.Tensor, torch.Tensor | None]  # x [S, W], or x [T, W] and the rows [S] of it that are meant
 
 
-class ExpertGroup:
+class ExpertGroup(OneMatrix):
     """One linear layer [N, K] of each of E experts, perhaps with adapters; weights are given to it as M [E, ...]."""
 
     def __init__(self, projection: Projection) -> None:

@@ -10,8 +10,9 @@ from typing import Protocol
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from train.engine.copies import Copies, Event, host_buffers
+from train.engine.copies import Copies, Event
 from train.engine.layers import DecoderLayer
+from train.engine.machine_memory import HostMemory
 from train.engine.packed_weights import PackedLayout, put
 from train.engine.plan import NUM_SLOTS
 
@@ -26,18 +27,23 @@ class BlockHolder(Protocol):
         """The blocks that it takes."""
         ...
 
+    @property
+    def memory(self) -> HostMemory:
+        """Where it keeps what is in host memory."""
+        ...
+
     def offload(self, number: int, layers: Sequence[DecoderLayer]) -> None:
         """Takes those of layer `number` of all decoder layers, if they are wanted and not here yet."""
         ...
 
 
 class HostBlocks:
-    """The packed weights of some blocks in host memory, pinned where a GPU copies from it."""
+    """The packed weights of some blocks in host memory, of this process or of its machine."""
 
-    def __init__(self, wanted: Sequence[int], pin: bool) -> None:
+    def __init__(self, wanted: Sequence[int], memory: HostMemory) -> None:
         """For the blocks `wanted`; their memory is allocated when the first of them is offloaded."""
         self.wanted = list(wanted)
-        self.pin = pin
+        self.memory = memory
         self.layouts: dict[Kind, PackedLayout] = {}
         self.kinds: dict[int, Kind] = {}  # of the blocks that are here
         self.buffers: dict[int, torch.Tensor] = {}
@@ -49,17 +55,26 @@ class HostBlocks:
         return sorted(self.weights)
 
     def offload(self, number: int, layers: Sequence[DecoderLayer]) -> None:
-        """Moves the weights of layer `number` of all decoder layers here, if they are wanted and not here yet."""
+        """Moves the weights of layer `number` of all decoder layers here, if they are wanted and not here yet.
+
+        In memory of the machine another process may write them: they are there once all have settled.
+        """
         if number not in self.wanted or number in self.weights:
             return
         linears, kind, layout = layers[number].linears, _kind(layers[number]), self._layout_of(number, layers)
         if number not in self.buffers:
             missing = [each for each in self.wanted if each not in self.buffers and _kind(layers[each]) == kind]
-            buffers = host_buffers([layout.num_bytes] * len(missing), self.pin)
+            buffers = self.memory.buffers([layout.num_bytes] * len(missing))
             self.buffers |= dict(zip(missing, buffers, strict=True))
-        layout.write(linears, self.buffers[number])
+        layout.check(linears)
+        if self.writes(number):
+            layout.write(linears, self.buffers[number])
         self.weights[number] = layout.views(self.buffers[number])
         put(linears, self.weights[number])
+
+    def writes(self, number: int) -> bool:
+        """Whether this process writes a block that is wanted."""
+        return self.memory.writes(self.wanted.index(number))
 
     def _layout_of(self, number: int, layers: Sequence[DecoderLayer]) -> PackedLayout:
         """That of the block's kind, made of the first block of it."""

@@ -27,11 +27,11 @@ class LinearActivations:
 class LinearAttention:
     """The gated delta rule of a decoder layer (Qwen3.5)."""
 
-    def __init__(self, layer: DecoderLayer, heads: DeltaHeads, number: int) -> None:
+    def __init__(self, layer: DecoderLayer, heads: DeltaHeads, number: int, group: type[LoraGroup]) -> None:
         self.number = number
         self.heads = heads
-        self.projections = LoraGroup(layer.qkv)
-        self.o = LoraGroup([layer.o])
+        self.projections = group(layer.qkv)
+        self.o = group([layer.o])
         self.groups = [self.projections, self.o]
         self.num_read_columns = self.projections.padded_rank
         self.num_gradient_columns = self.o.padded_rank

@@ -10,7 +10,9 @@ Both products take their operand from the one matrix M = [[W, s B], [A, 0]] of [
 columns of a product instead of another pass over its output. A frozen bias is one more such column.
 """
 
+import math
 from collections.abc import Sequence
+from enum import Enum, auto
 from typing import Any
 
 import bitsandbytes as bnb
@@ -21,10 +23,40 @@ from train.engine.operations import Dropout, dropout, kernels_for
 
 FROZEN_LINEARS = (torch.nn.Linear, bnb.nn.Linear4bit)
 PADDING = 64  # adapters' columns fill a multiple: rows stay aligned to 128 bytes, products are 1 to 4 % faster
-Matrices = list[torch.Tensor]  # M of each group, in the order of a block's, or of a half's, groups
+Matrices = list[Any]  # M of each group, or what it has in its place, in the order of a block's, or of a half's, groups
 
 
-class LoraGroup:
+class Pass(Enum):
+    """What a block's matrices are asked for."""
+
+    FORWARD = auto()
+    BACKWARD = auto()  # of a block that kept its activations
+    RECOMPUTED = auto()  # forward again, then backward
+    CHECKED = auto()  # forward, to be compared with transformers
+
+
+class OneMatrix:
+    """A group whose weights are one tensor M, which serves every pass."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of M."""
+        raise NotImplementedError
+
+    def new_matrix(self, like: torch.Tensor) -> Any:
+        """M without weights, of the type and on the device of `like`."""
+        return like.new_zeros(self.shape)
+
+    def begin(self, matrix: Any, run: Pass) -> bool:
+        """The pass for which M is read next; returns whether the base that has been filled in serves it."""
+        return True
+
+    def matrix_bytes(self, element_bytes: int) -> int:
+        """Of M, where an element of the compute type has so many."""
+        return element_bytes * math.prod(self.shape)
+
+
+class LoraGroup(OneMatrix):
     """Linear layers that read the same input, some or all with adapters; weights are given to it as M."""
 
     def __init__(self, projections: Sequence[Projection]) -> None:
@@ -63,27 +95,36 @@ class LoraGroup:
         adapters = [(columns.start, columns.stop) if columns else None for columns in self.columns]
         return self.shape, tuple(base.out_features for base in self.bases), tuple(adapters), self.bias_column
 
-    def fill_base(self, matrix: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
+    def up(self, matrix: Any) -> torch.Tensor:
+        """s B [N, R], and the bias, where they are in M."""
+        return matrix[: self.num_outputs, self.num_inputs :]
+
+    def down(self, matrix: Any) -> torch.Tensor:
+        """A [R, K], where it is in M."""
+        return matrix[self.num_outputs :, : self.num_inputs]
+
+    def fill_base(self, matrix: Any, weights: Sequence[torch.Tensor]) -> None:
         """Dequantises the layers' frozen weights, wherever they are, into M."""
         for weight, rows in zip(weights, self.rows, strict=True):
             dequantize(weight, matrix[rows, : self.num_inputs])
-        if self.bias is not None and self.bias_column is not None:
-            matrix[: self.num_outputs, self.num_inputs + self.bias_column].copy_(self.bias)
+        self._fill_bias(matrix)
 
-    def adapter_places(self, matrix: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+    def _fill_bias(self, matrix: Any) -> None:
+        if self.bias is not None and self.bias_column is not None:
+            self.up(matrix)[:, self.bias_column].copy_(self.bias)
+
+    def adapter_places(self, matrix: Any) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
         """(place in M, parameter, factor) of each adapter's A and B."""
         adapters, places = iter(self.parameters), []
         for rows, columns, scale in zip(self.rows, self.columns, self.scales, strict=True):
             if columns is not None:
                 a, b = next(adapters), next(adapters)
-                start = self.num_outputs + columns.start
-                places.append((matrix[start : start + a.shape[0], : self.num_inputs], a, 1.0))
-                place = matrix[rows, self.num_inputs + columns.start : self.num_inputs + columns.stop]
-                places.append((place, b, scale))
+                places.append((self.down(matrix)[columns], a, 1.0))
+                places.append((self.up(matrix)[rows, columns], b, scale))
         return places
 
     def forward(
-        self, matrix: torch.Tensor, x: torch.Tensor, low_rank: torch.Tensor, out: torch.Tensor, drop: Dropout | None
+        self, matrix: Any, x: torch.Tensor, low_rank: torch.Tensor, out: torch.Tensor, drop: Dropout | None
     ) -> None:
         """out [T, N] = Y for x [T, K]; low_rank [T, R] becomes X A^T.
 
@@ -105,8 +146,8 @@ class LoraGroup:
         else:
             torch.addmm(self.bias, x, weight, out=out)
 
-    def _project(self, matrix: torch.Tensor, x: torch.Tensor, low_rank: torch.Tensor, drop: Dropout | None) -> None:
-        down = matrix[self.num_outputs :, : self.num_inputs]  # A
+    def _project(self, matrix: Any, x: torch.Tensor, low_rank: torch.Tensor, drop: Dropout | None) -> None:
+        down = self.down(matrix)
         if drop is None:
             _leave_no_gap(low_rank)
             torch.mm(x, down.T, out=low_rank)
@@ -124,23 +165,28 @@ class LoraGroup:
                 torch.mm(dropped, down[columns].T, out=low_rank[:, columns])
 
     def input_gradient(
-        self, matrix: torch.Tensor, grad_out: torch.Tensor, drop: Dropout | None, grad_x: torch.Tensor | None
+        self, matrix: Any, grad_out: torch.Tensor, drop: Dropout | None, grad_x: torch.Tensor | None
     ) -> None:
         """grad_x [T, K] = dX, unless it is None; grad_out [T, N + R] holds dY and is given dY s B behind it."""
-        grad_y, grad_low_rank = grad_out[:, : self.num_outputs], grad_out[:, self.num_outputs :]
-        if self.padded_rank:
-            _leave_no_gap(grad_low_rank)
-            torch.mm(grad_y, matrix[: self.num_outputs, self.num_inputs :], out=grad_low_rank)
+        self._project_gradient(matrix, grad_out)
         if grad_x is None:
             return
-        up = matrix[:, : self.num_inputs]  # [W; A]
         if drop is None:
-            torch.mm(grad_out, up, out=grad_x)
-            return
-        torch.mm(grad_y, up[: self.num_outputs], out=grad_x)
+            torch.mm(grad_out, matrix[:, : self.num_inputs], out=grad_x)  # [W; A]
+        else:
+            torch.mm(grad_out[:, : self.num_outputs], matrix[: self.num_outputs, : self.num_inputs], out=grad_x)
+            self._add_dropped(matrix, grad_out, drop, grad_x)
+
+    def _project_gradient(self, matrix: Any, grad_out: torch.Tensor) -> None:
+        if self.padded_rank:
+            grad_low_rank = grad_out[:, self.num_outputs :]
+            _leave_no_gap(grad_low_rank)
+            torch.mm(grad_out[:, : self.num_outputs], self.up(matrix), out=grad_low_rank)
+
+    def _add_dropped(self, matrix: Any, grad_out: torch.Tensor, drop: Dropout, grad_x: torch.Tensor) -> None:
         for number, columns in enumerate(self.columns):
             if columns is not None:
-                spread = grad_low_rank[:, columns] @ up[self.num_outputs :][columns]
+                spread = grad_out[:, self.num_outputs :][:, columns] @ self.down(matrix)[columns]
                 dropout(spread, grad_x, drop, number, add=True)
 
     def adapter_gradients(

@@ -21,10 +21,10 @@ class MlpActivations:
 class Mlp:
     """down(act(gate(x)) up(x)), or down(act(up(x)))."""
 
-    def __init__(self, layer: DecoderLayer, number: int) -> None:
+    def __init__(self, layer: DecoderLayer, number: int, group: type[LoraGroup]) -> None:
         self.number = number
-        self.gate_up = LoraGroup(layer.gate_up)
-        self.down = LoraGroup([layer.down])
+        self.gate_up = group(layer.gate_up)
+        self.down = group([layer.down])
         self.groups = [self.gate_up, self.down]
         self.num_read_columns = self.gate_up.padded_rank  # behind what it reads
         self.num_gradient_columns = self.down.padded_rank  # behind the gradient of its output

@@ -52,15 +52,18 @@ class PackedLayout:
             self.fields.append(fields)
             self.states.append(_without_tensors(getattr(linear.weight, "quant_state", None)))
 
-    def write(self, linears: Sequence[Linear], buffer: torch.Tensor) -> None:
-        """Copies the layers' weights into the buffer; raises UnlikeBlocksError if they do not have this layout."""
+    def check(self, linears: Sequence[Linear]) -> None:
+        """Raises UnlikeBlocksError unless the layers' weights have this layout."""
         for linear, fields, state in zip(linears, self.fields, self.states, strict=True):
-            tensors = _tensors(linear.weight)
-            found = [(tensor.shape, tensor.dtype) for tensor in tensors]
+            found = [(tensor.shape, tensor.dtype) for tensor in _tensors(linear.weight)]
             own = _without_tensors(getattr(linear.weight, "quant_state", None))
             if found != [(field.shape, field.dtype) for field in fields] or not _equal(own, state):
                 raise UnlikeBlocksError("its blocks are not all stored in the same way, and only such can be streamed")
-            for tensor, field in zip(tensors, fields, strict=True):
+
+    def write(self, linears: Sequence[Linear], buffer: torch.Tensor) -> None:
+        """Copies the layers' weights, which have this layout, into the buffer."""
+        for linear, fields in zip(linears, self.fields, strict=True):
+            for tensor, field in zip(_tensors(linear.weight), fields, strict=True):
                 field.of(buffer).copy_(tensor)
 
     def views(self, buffer: torch.Tensor) -> list[torch.nn.Parameter]:

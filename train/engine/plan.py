@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 from train.batching import MicroBatchShape
 from train.config import MemoryConfig
@@ -23,10 +24,12 @@ class Plan:
     micro_batch_tokens: int  # the largest micro-batch that memory is counted for; 0: as configured, padded
     num_blocks: int  # decoder blocks of the model
     num_kept: int  # the last so many blocks keep their activations, the others recompute them
+    products: Literal["bf16", "fp8"] = "bf16"  # in which those of frozen weights run; bf16: the compute type
     num_cached: int = 0  # the first so many blocks keep their dequantised weights
     streamed: tuple[int, ...] = ()  # numbers of the blocks whose packed weights are streamed from pinned host memory
     num_parts: int = 1  # processes that compute a part of each micro-batch's tokens; its numbers here are of the whole
     num_shards: int = 1  # processes that each hold a part of every block that is not streamed
+    num_sharing: int = 1  # processes of a machine that have one copy of what is streamed, in its host memory
     needs_host: bool = True  # nothing that leaves host memory alone fits
     offloads_inputs: bool = False  # the inputs of recomputed blocks wait in pinned host memory
     uses_graphs: bool = False  # training passes are captured as CUDA graphs and replayed
@@ -39,7 +42,7 @@ class Plan:
     eager_bytes: int = 0  # reserved for what runs eagerly beside graphs: the head, a validation
     validation_tokens: int = 0  # tokens of a validation micro-batch beside graphs, at most
     parts: tuple[tuple[str, int], ...] = ()  # predicted bytes on the GPU at the peak, by component; empty: no budget
-    host_bytes: int = 0  # pinned host memory
+    host_bytes: int = 0  # pinned host memory, of all processes of a machine
     seconds: float = 0.0  # predicted, of an optimizer step
     traffic_bytes: int = 0  # weights copied to the GPU for one micro-batch, forward and backward
 
@@ -57,9 +60,11 @@ class Plan:
         num_recomputed = self.num_blocks - self.num_kept
         text = f"{self.num_kept} of {self.num_blocks} blocks keep their activations"
         text += f", {num_recomputed} recompute them" if num_recomputed else ""
+        text += "; products of frozen weights in fp8" if self.products == "fp8" else ""
         text += f"; {self.num_cached} keep dequantised weights" if self.num_cached else ""
         if self.streamed:
             text += f"; {len(self.streamed)} blocks' weights are streamed from host memory"
+            text += f" (one copy for {self.num_sharing} processes)" if self.num_sharing > 1 else ""
             text += "" if self.needs_host else ", which is predicted to be faster (it would fit without)"
         elif self.parts and self.num_shards == 1:
             text += "; all weights are on the GPU, nothing is streamed"

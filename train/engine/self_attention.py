@@ -28,10 +28,10 @@ class AttentionActivations:
 class SelfAttention:
     """Softmax attention of a decoder layer."""
 
-    def __init__(self, layer: DecoderLayer, heads: Heads, number: int) -> None:
+    def __init__(self, layer: DecoderLayer, heads: Heads, number: int, group: type[LoraGroup]) -> None:
         self.number = number
-        self.qkv = LoraGroup(layer.qkv)
-        self.o = LoraGroup([layer.o])
+        self.qkv = group(layer.qkv)
+        self.o = group([layer.o])
         self.groups = [self.qkv, self.o]
         self.num_read_columns = self.qkv.padded_rank  # behind what it reads
         self.num_gradient_columns = self.o.padded_rank  # behind the gradient of its output

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from train.engine.host_stream import HostBlocks
 from train.engine.layers import DecoderLayer
+from train.engine.machine_memory import HostMemory, MachineMemory, OwnMemory
 from train.engine.packed_weights import ALIGNMENT, UnlikeBlocksError, packed_bytes, put
 from train.engine.peer_memory import arenas, settle
 from train.engine.plan import Plan
@@ -26,7 +27,7 @@ class ShardedBlocks(HostBlocks):
     """The parts that the processes hold of the packed weights of some blocks; this one's are on its device."""
 
     def __init__(self, wanted: Sequence[int], rank: int, num_processes: int, arenas: Arenas) -> None:
-        super().__init__(wanted, pin=False)
+        super().__init__(wanted, OwnMemory(pin=False))
         self.rank, self.num_processes, self.arenas = rank, num_processes, arenas
         self.shards: Sequence[torch.Tensor] = ()  # of every process: a part of each block, one behind another
         self.part_bytes = 0  # of a block in one process, as much of each as of the largest
@@ -44,6 +45,7 @@ class ShardedBlocks(HostBlocks):
             self._allocate(layers, linears[0].weight.device)
         if layout.num_bytes > len(self.room):
             raise UnlikeBlocksError("its blocks are not all stored in the same way, and only such can be shared out")
+        layout.check(linears)
         layout.write(linears, self.room)
         self._part(self.rank, number).copy_(self.room[self.rank * self.part_bytes :][: self.part_bytes])
         self.weights[number] = layout.views(self.room)
@@ -81,8 +83,10 @@ class AwayBlocks:
 
     @classmethod
     def of(cls, plan: Plan, device: torch.device) -> "AwayBlocks":
-        """Nothing is there yet; where weights are shared out, all processes of the group load them together."""
-        host, shards = HostBlocks(plan.streamed, pin=device.type == "cuda"), None
+        """Nothing is there yet; where processes share weights or host memory, all of them make and load it together."""
+        is_shared = plan.num_sharing > 1
+        memory = MachineMemory(device) if is_shared else OwnMemory(pin=device.type == "cuda")
+        host, shards = HostBlocks(plan.streamed, memory), None
         if plan.num_shards > 1:
             others = [number for number in range(plan.num_blocks) if number not in plan.streamed]
             shards = ShardedBlocks(others, dist.get_rank(), plan.num_shards, partial(arenas, device=device))
@@ -98,22 +102,33 @@ class AwayBlocks:
         """As BlockHolder."""
         return [number for holder in self.holders for number in holder.wanted]
 
+    @property
+    def memory(self) -> HostMemory:
+        """As BlockHolder."""
+        return self.host.memory
+
     def offload(self, number: int, layers: Sequence[DecoderLayer]) -> None:
         """As BlockHolder."""
         for holder in self.holders:
             holder.offload(number, layers)
 
     def stream(self, numbers: Sequence[int], layers: Sequence[DecoderLayer]) -> None:
-        """Moves the weights of these blocks to host memory, wherever they are, if they are not there yet."""
+        """Moves the weights of these blocks to host memory, wherever they are, if they are not there yet.
+
+        Where processes share weights or host memory, all call it together, with the same blocks.
+        """
         self.host.wanted = sorted({*self.host.wanted, *numbers})
-        for number in numbers:
-            if self.shards and number in self.shards.weights and number not in self.host.weights:
+        coming = [number for number in numbers if number not in self.host.weights]
+        for number in coming:
+            if self.shards and number in self.shards.weights and self.host.writes(number):
                 self.shards.fetch(number)
             self.host.offload(number, layers)
+        if coming:
+            self.settle()
 
     def settle(self) -> None:
         """Returns when every process has written its part."""
-        if self.shards:
+        if self.shards or self.memory.is_shared:
             settle(self.device)
 
 

@@ -9,6 +9,7 @@ from train.engine.block import Activations, Block
 from train.engine.context import ForwardContext
 from train.engine.hidden_store import DeviceInputs, HostInputs
 from train.engine.layers import Norm
+from train.engine.lora_linear import Pass
 from train.engine.operations import normalize, normalize_backward
 from train.engine.weight_store import WeightStore
 
@@ -75,7 +76,7 @@ class Stack:
         self.inputs.begin()
         for block in self.blocks:
             is_kept = block.number >= num_recomputed
-            matrices = self.store.matrices(block.number)
+            matrices = self.store.matrices(block.number, Pass.FORWARD)
             if saved is not None and not is_kept:
                 self.inputs.keep(hidden)
             activations = block.forward(matrices, hidden, context)
@@ -105,8 +106,10 @@ class Stack:
         for block in reversed(self.blocks):
             of_block = saved.pop()
             assert isinstance(of_block, SavedBlock)
-            matrices = self.store.matrices(block.number)
             activations = of_block.activations
+            # tiles of an MLP compute gate and up again
+            run = Pass.RECOMPUTED if activations is None or context.tile else Pass.BACKWARD
+            matrices = self.store.matrices(block.number, run)
             if activations is None:
                 activations = block.forward(matrices, self.inputs.take(), context)
                 if block.around_mlp.after is not None:  # whose backward reads what down_proj made

@@ -9,6 +9,7 @@ import torch
 from train.engine.block import Block
 from train.engine.delta_net import KIND
 from train.engine.families import ACTIVATIONS, FAMILIES, Family, decoder_layers
+from train.engine.fp8 import MULTIPLE
 from train.engine.layers import CausalLM, DecoderLayer, Heads
 
 KINDS_OF_LAYERS = {"full_attention", "sliding_attention"}
@@ -41,6 +42,20 @@ def undivided_reason(causal_lm: CausalLM, count: int) -> str:
         query, key = layer.heads.num_query, layer.heads.num_key_value
         if query % count or (key % count and count % key):
             return f"{count} processes cannot have equal shares of its {query} query and {key} key heads"
+    return ""
+
+
+def not_in_fp8(causal_lm: CausalLM) -> str:
+    """Why the products of a model that the engine runs are not offered in fp8; empty where they are."""
+    for layer in decoder_layers(causal_lm):
+        if layer.router is not None:
+            return "products of experts are grouped, and those are not offered in fp8"
+        for linear in layer.linears:
+            widths = linear.out_features, linear.in_features
+            if not isinstance(linear.weight, bnb.nn.Params4bit):
+                return "a layer of its blocks is not in NF4"
+            if any(width % MULTIPLE for width in widths):
+                return f"fp8 products need widths that are multiples of {MULTIPLE}, not {widths[0]} x {widths[1]}"
     return ""
 
 

@@ -1,18 +1,19 @@
 """The blocks' weights as their matrix products take them: dequantised, with the adapters, while they are needed."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from train.engine.block import Block
-from train.engine.lora_linear import Matrices
+from train.engine.lora_linear import Matrices, Pass
 from train.engine.packed_source import PackedSource
 
 SHARED = -1  # the place of all blocks that have none of their own
 
 
 class WeightStore:
-    """M of each group of each block (lora_linear.py), made from the packed base and the adapters on demand.
+    """M of each group of each block (lora_linear.py, fp8.py), made from the packed base and the adapters on demand.
 
     The first `num_cached` blocks keep their matrices, in the compute type, from step to step: only the adapters' part
     is filled again. The others share one block's place, which is not filled again while the same block is asked for.
@@ -26,7 +27,7 @@ class WeightStore:
         self.like = like
         self.source = source
         self.places: dict[int, Matrices] = {}  # by cached block
-        self.shared: dict[tuple[int, object], torch.Tensor] = {}  # by a group's number and layout
+        self.shared: dict[tuple[int, object], Any] = {}  # by a group's number and layout
         self.holds: dict[int, int] = {}  # place -> the block whose base is in it
         self.fresh: set[int] = set()  # blocks whose adapters have been filled in since `invalidate_adapters`
 
@@ -49,15 +50,20 @@ class WeightStore:
         self.holds.clear()
         self.fresh.clear()
 
-    def matrices(self, number: int) -> Matrices:
-        """The matrices of block `number`; in the shared place they last until another block's are asked for."""
+    def matrices(self, number: int, run: Pass) -> Matrices:
+        """The matrices of block `number`, with what a pass reads; in the shared place until others are asked for."""
         block, where = self.blocks[number], number if number < self.num_cached else SHARED
         matrices = self._shared(block) if where == SHARED else self._own(block)
-        if self.holds.get(where) == number:
+        # a cached block's serve all passes
+        run = run if where == SHARED or run is Pass.CHECKED else Pass.RECOMPUTED
+        serves = [group.begin(matrix, run) for group, matrix in zip(block.groups, matrices, strict=True)]
+        is_held = self.holds.get(where) == number
+        if is_held and all(serves):
             self.source.skip(number)
         else:
             self._fill_base(block, matrices)
-            self.fresh.discard(number)
+            if not is_held:
+                self.fresh.discard(number)
             self.holds[where] = number
         if number not in self.fresh:
             self._fill_adapters(block, matrices)
@@ -66,13 +72,13 @@ class WeightStore:
 
     def _own(self, block: Block) -> Matrices:
         if block.number not in self.places:
-            self.places[block.number] = [self.like.new_zeros(group.shape) for group in block.groups]
+            self.places[block.number] = [group.new_matrix(self.like) for group in block.groups]
         return self.places[block.number]
 
     def _shared(self, block: Block) -> Matrices:
         for place, group in zip(block.places, block.groups, strict=True):
             if place not in self.shared:
-                self.shared[place] = self.like.new_zeros(group.shape)
+                self.shared[place] = group.new_matrix(self.like)
         return [self.shared[place] for place in block.places]
 
     def before_replay(self, order: Sequence[int]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from train.batching import LengthStatistics
 from train.config import BatchConfig
 from train.engine.plan import padded, part_tokens
-from train.memory.gpus import Gpu
+from train.memory.gpus import HOST_BANDWIDTH, Gpu
 from train.memory.sizes import ModelSizes
 from train.run.devices import FLASH, TRITON
 
@@ -19,7 +19,19 @@ class Job:
     batch: BatchConfig
     gpu: Gpu
     num_shards: int = 1  # processes that each hold a part of every block that is not streamed
+    num_local: int = 1  # processes on a machine, which share its host memory's bandwidth
+    shares_host: bool = False  # they have one copy there of streamed weights and embedding, not one each
     num_shared_out: int = 0  # blocks whose parts are held already, and stay if the block is streamed later
+
+    @property
+    def num_sharing(self) -> int:
+        """Processes that have one copy of what is streamed."""
+        return self.num_local if self.shares_host else 1
+
+    @property
+    def bus(self) -> float:
+        """Bytes/s between host memory and a GPU while all GPUs of the machine read or write it."""
+        return min(self.gpu.bus, HOST_BANDWIDTH / self.num_local)
 
     @property
     def has_flash(self) -> bool:

@@ -108,14 +108,18 @@ def block_backward(job: Job, c: Candidate) -> int:
 
 
 def mlp_backward(job: Job, c: Candidate) -> int:
-    """Gradient of the norm's output [T, H]; of a tile silu(gate) up [t, F], with dropout twice, and gate and up."""
+    """Gradient of the norm's output [T, H]; of a tile silu(gate) up [t, F], with dropout twice, and gate and up.
+
+    In fp8 the output's gradient stands beside them in e4m3 [t, H], then that of gate and up [t, G] in their place.
+    """
     s = job.sizes
     if s.mixture:
         return _mixture_backward(s, s.mixture, c)
-    product = (2 if s.has_dropout else 1) * s.intermediate
-    elements = c.width * s.hidden
-    elements += c.mlp_tile * (gate_up_width(s) + product) if c.is_tiled else c.width * product
-    return s.element_bytes * elements
+    product = (2 if s.has_dropout else 1) * s.intermediate * s.element_bytes
+    if s.in_fp8:
+        product = max(product, s.intermediate * s.element_bytes + s.hidden, s.gate_up)
+    of_tile = c.mlp_tile * (gate_up_width(s) * s.element_bytes + product) if c.is_tiled else c.width * product
+    return c.width * s.hidden * s.element_bytes + of_tile
 
 
 def _mixture_backward(s: ModelSizes, mixture: MixtureSizes, c: Candidate) -> int:
@@ -191,7 +195,8 @@ def validation_per_token(s: ModelSizes) -> int:
     made += 4 * s.padded_rank + mlp_rows(s) * (s.gate_up + s.intermediate)
     if s.mixture:  # the rows that go into an expert, or come out of it
         made += mlp_rows(s) * (s.hidden + 2 * s.padded_rank)
-    softmax = s.element_bytes * (2 * s.hidden + made) + routing_bytes(s)
+    in_fp8 = s.intermediate if s.in_fp8 else 0  # what down_proj reads
+    softmax = s.element_bytes * (2 * s.hidden + made) + routing_bytes(s) + in_fp8
     return max(softmax, s.linear.forward_bytes(s.hidden, s.element_bytes)) if s.linear else softmax
 
 
@@ -266,14 +271,21 @@ def peak(job: Job, c: Candidate) -> int:
 
 
 def host_bytes(job: Job, c: Candidate) -> int:
-    """Pinned host memory: streamed blocks, the embedding, and the inputs of recomputed blocks."""
+    """Pinned host memory of a machine: what is read there, one copy where its processes share it and else one each;
+    and of each process the inputs of recomputed blocks."""
     s = job.sizes
-    num_linear = s.num_linear(spread(c.num_streamed, s.num_blocks))
-    total = pinned_bytes(s.packed_bytes, c.num_streamed - num_linear)
-    total += pinned_bytes(s.linear.packed_bytes, num_linear) if s.linear else 0
-    if s.embedding_on_host:
-        total += pinned_bytes(s.embedding_bytes, 1)
+    inputs = 0
     if c.offloads:
         tokens = padded(part_tokens(c.tokens, c.num_parts))
-        total += pinned_bytes(tokens * s.hidden * s.element_bytes, s.num_blocks - c.num_kept)
-    return total
+        inputs = pinned_bytes(tokens * s.hidden * s.element_bytes, s.num_blocks - c.num_kept)
+    return job.num_local // job.num_sharing * read_bytes(job, c) + job.num_local * inputs
+
+
+def read_bytes(job: Job, c: Candidate) -> int:
+    """A copy of the streamed blocks and the embedding; shared memory is not rounded up to a power of two."""
+    s = job.sizes
+    num_linear = s.num_linear(spread(c.num_streamed, s.num_blocks))
+    parts = [(s.packed_bytes, c.num_streamed - num_linear)]
+    parts += [(s.linear.packed_bytes, num_linear)] if s.linear else []
+    parts += [(s.embedding_bytes, 1)] if s.embedding_on_host else []
+    return sum(size * count if job.num_sharing > 1 else pinned_bytes(size, count) for size, count in parts)

@@ -16,6 +16,9 @@ from train.run import devices
 
 CONTEXT_BYTES = int(0.45 * 2**30)  # bytes of GPU memory that CUDA's context takes: 0.3 to 0.5 GiB
 LINK = 250e9  # bytes/s over NVLink from one GPU to another; the plan needs a hundredth of it
+# Bytes/s that all GPUs of a machine read from its memory together, each over a bus of its own. An estimate: eight
+# channels of DDR4-3200, as a socket has, do 205 by datasheet, of DDR5-4800 307; two sockets more, from either's memory
+HOST_BANDWIDTH = 200e9
 NVLINK = ("H200", "H100", "A100-80", "A100-40")  # of the table's, as machines with several have them
 MEASURED_SHARE = 0.85  # of the best of five short measurements, as what a long run sustains
 
@@ -34,7 +37,7 @@ class Gpu:
     peak_flops: float | None = None  # dense FLOP/s by datasheet, which MFU is a share of; None: unknown
     has_nvlink: bool = False  # to the other GPUs of its machine
     has_graphs: bool = False  # training passes may run as CUDA graphs
-    max_host_bytes: int = 2**62  # host memory that may be pinned
+    max_host_bytes: int = 2**62  # host memory that may be pinned, by all processes of the machine
 
     @property
     def link(self) -> float:
@@ -163,7 +166,7 @@ def detect_gpu(device: torch.device, dtype: torch.dtype) -> Gpu:
     if gpu is None:
         products, bandwidth, bus = _measured_rates(device, dtype)
         gpu = Gpu(properties.name, total, capability, products, products, bandwidth, bus)
-    gpu = replace(gpu, memory_bytes=total, capability=capability, max_host_bytes=free_host_bytes())
+    gpu = replace(gpu, memory_bytes=total, capability=capability, max_host_bytes=machine_host_bytes())
     return gpu.computing(dtype == torch.float32, torch.are_deterministic_algorithms_enabled())
 
 
@@ -173,9 +176,14 @@ def cpu_rates() -> Gpu:
 
 
 def free_host_bytes() -> int:
-    """Host memory that this process may pin: its share of 0.9 of what is free on the machine, or in its container.
+    """Host memory that this process may take: local processes have equal shares of the machine's."""
+    return machine_host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
-    Local processes have equal shares. Unlimited where neither can be read.
+
+def machine_host_bytes() -> int:
+    """Host memory that all processes of this machine may take: 0.9 of what is free on it, or in its container.
+
+    Unlimited where neither can be read.
     """
     free = []
     with suppress(OSError, ValueError):
@@ -184,7 +192,7 @@ def free_host_bytes() -> int:
     with suppress(OSError, ValueError):  # cgroup 2; "max" where there is no limit
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
         free.append(limit - used)
-    return int(0.9 * min(free)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if free else 2**62
+    return int(0.9 * min(free)) if free else 2**62
 
 
 def _measured_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float, float]:

@@ -22,7 +22,7 @@ from train.memory.sizes import ModelSizes, model_sizes
 from train.models.language_model import choose_engine, sketch
 from train.models.whole import trained_weights
 from train.optim import BLOCK, OPTIMIZERS
-from train.run.devices import compute_type, compute_type_at
+from train.run.devices import check_products, compute_type, compute_type_at
 from train.run.exits import ExitCode, ExitWith
 
 GIB = 2**30
@@ -92,32 +92,41 @@ class Outlook:
     @classmethod
     def _by(cls, config: Config, rows: LengthStatistics, gpu: Gpu, sketched: Sketched, budget: int | None) -> "Outlook":
         sizes, planner = sketched.sizes, None
+        if gpu.memory_bytes:  # else it is a CPU
+            check_products(config.engine.products, gpu.capability)
         if sizes is not None:
             planner = Planner(Job(sizes, rows, config.batch, gpu), config.memory)
         reason, num_trained = sketched.reason, sketched.num_trained
         return cls(config, rows, planner, reason, budget, sketched.num_blocks, saved=None, num_trained=num_trained)
 
-    def on(self, num_processes: int) -> "Outlook":
-        """The same where the packed weights are shared out to so many processes, if memory.shard asks for it.
+    def on(self, num_processes: int, num_local: int = 1, shares_host: bool = False) -> "Outlook":
+        """The same for so many processes, `num_local` of them on each machine, where they have one copy of what is
+        streamed if they share host memory; packed weights are shared out to all if memory.shard asks for it.
 
         Raises ExitWith(BAD_INPUT) where they cannot be.
         """
-        if not self.config.memory.shard:
-            return self
+        if self.config.memory.shard:
+            self._check_shards(num_processes, num_local)
         if self.planner is None:
-            raise ExitWith(ExitCode.BAD_INPUT, f"--memory.shard: only the fused engine shards, and {self.reason}")
-        if num_processes == 1:
-            reason = "one process has nobody to share weights with"
-            raise ExitWith(ExitCode.BAD_INPUT, f"--memory.shard: {reason}; start one a GPU (accelerate launch)")
-        job = replace(self.planner.job, num_shards=num_processes)
+            return self
+        num_shards = num_processes if self.config.memory.shard else 1
+        job = replace(self.planner.job, num_shards=num_shards, num_local=num_local, shares_host=shares_host)
         return replace(self, planner=replace(self.planner, job=job))
 
-    def pinning(self, host_bytes: int) -> "Outlook":
-        """The same where so much host memory may be pinned: processes whose plans differed would wait in vain."""
+    def _check_shards(self, num_processes: int, num_local: int) -> None:
+        """Raises ExitWith(BAD_INPUT) where weights cannot be shared out to so many processes."""
+        reason = ""
         if self.planner is None:
-            return self
-        job = replace(self.planner.job, gpu=replace(self.planner.job.gpu, max_host_bytes=host_bytes))
-        return replace(self, planner=replace(self.planner, job=job))
+            reason = f"only the fused engine shards, and {self.reason}"
+        elif num_processes == 1:
+            reason = "one process has nobody to share weights with; start one a GPU (accelerate launch)"
+        elif num_processes != num_local:
+            reason = (
+                f"{num_processes} processes are on several machines, and only those of one share weights; leave it "
+                "out, --memory.offload auto streams"
+            )
+        if reason:
+            raise ExitWith(ExitCode.BAD_INPUT, f"--memory.shard: {reason}")
 
     @property
     def num_tokens(self) -> float:
@@ -164,10 +173,17 @@ class Outlook:
             return
         raise ExitWith(
             ExitCode.BAD_INPUT,
-            f"the smallest plan pins {plan.host_bytes / GIB:.1f} GiB of host memory, and "
+            f"the smallest plan pins {plan.host_bytes / GIB:.1f} GiB of host memory{self._for_all}, and "
             f"{self.planner.job.gpu.max_host_bytes / GIB:.1f} GiB may be pinned: {plan}\n"
             "Free host memory, raise --memory.budget, or take a smaller base",
         )
+
+    @property
+    def _for_all(self) -> str:
+        """For whom host memory is counted."""
+        assert self.planner is not None
+        count = self.planner.job.num_local
+        return f" for {count} processes of a machine" if count > 1 else ""
 
     def smaller_plans(self, plan: Plan) -> Iterator[Plan]:
         """Plans of the fused engine that need less and less memory, for when `plan` ran out of it."""

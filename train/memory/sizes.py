@@ -68,6 +68,7 @@ class ModelSizes:
     gate: int = 0  # the part of `qkv` that is gates of what is attended to (Qwen3.5)
     linear: LinearSizes | None = None  # of a hybrid
     shared_bytes: int = 0  # of a hybrid: what matrices of the other kind add to the place that blocks share
+    in_fp8: bool = False  # products with frozen weights
 
     @property
     def largest_packed(self) -> int:
@@ -92,7 +93,7 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
     Raises KeyError for families that the fused engine does not know.
     """
     layers = decoder_layers(causal_lm)
-    blocks = [Block(layer, number) for number, layer in enumerate(layers)]
+    blocks = [Block(layer, number, config.engine.products) for number, layer in enumerate(layers)]
     block, heads, layer = next(
         (block, layer.heads, layer)
         for block, layer in zip(blocks, layers, strict=True)
@@ -125,7 +126,7 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
         is_parallel=block.is_parallel,
         has_dropout=block.dropout > 0,
         element_bytes=element_bytes,
-        matrix_bytes=element_bytes * max(map(_num_elements, blocks)),
+        matrix_bytes=max(_matrix_bytes(block, element_bytes) for block in blocks),
         packed_bytes=sum(map(packed_bytes, layer.linears)),
         norm_bytes=sum(parameter.numel() * parameter.element_size() for parameter in norms),
         embedding_bytes=0 if is_tied else embedding.numel() * element_bytes,
@@ -141,19 +142,20 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
         num_key_value=heads.num_key_value,
         gate=query if heads.has_gate else 0,
         linear=linear_sizes(layers, element_bytes),
-        shared_bytes=element_bytes * _num_shared_elements(blocks),
+        shared_bytes=_shared_bytes(blocks, element_bytes),
+        in_fp8=config.engine.products == "fp8",
     )
 
 
-def _num_elements(block: Block) -> int:
-    """Of a block's matrices."""
-    return sum(math.prod(group.shape) for group in block.groups)
+def _matrix_bytes(block: Block, element_bytes: int) -> int:
+    return sum(group.matrix_bytes(element_bytes) for group in block.groups)
 
 
-def _num_shared_elements(blocks: Sequence[Block]) -> int:
-    """Of the place that blocks share (weight_store.py), beyond those of the largest block."""
-    places = {key: group.shape for block in blocks for key, group in zip(block.places, block.groups, strict=True)}
-    return sum(map(math.prod, places.values())) - max(map(_num_elements, blocks))
+def _shared_bytes(blocks: Sequence[Block], element_bytes: int) -> int:
+    """Of the place that blocks share (weight_store.py), beyond what the largest block has."""
+    places = {key: group for block in blocks for key, group in zip(block.places, block.groups, strict=True)}
+    all_bytes = sum(group.matrix_bytes(element_bytes) for group in places.values())
+    return all_bytes - max(_matrix_bytes(block, element_bytes) for block in blocks)
 
 
 def _mixture_sizes(block: Block, config: Any) -> MixtureSizes | None:

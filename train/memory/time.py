@@ -24,6 +24,10 @@ LINEAR_FORWARD, LINEAR_BACKWARD = 1.2, 4
 GROUPED_SHARE = 0.58
 ROWS_FORWARD, ROWS_BACKWARD = (3, 1), (9, 3)
 ADAPTERS_FORWARD, ADAPTERS_BACKWARD = 1.5, 6.5
+# fp8 products beside 16-bit ones (1,400 to 16,384 tokens on an H200: 1.7 to 2.1 times). Around them rows are read and
+# written in e4m3, and what the adapters add is a pass over the output, at 0.53 of the bandwidth
+FP8_GAIN = 1.9
+ADDING_SHARE = 0.53
 ADAPTER_PASSES = 3  # of fp32 adapters and their gradients, in a step: norm, clipping, AdamW
 # Seconds in which the host launches the kernels of one block (measured: 272 ms for 32 blocks that all recompute)
 LAUNCH_FORWARD, LAUNCH_BACKWARD = 0.0024, 0.0037
@@ -52,11 +56,6 @@ def step_seconds(job: Job, c: Candidate) -> float:
 def update(job: Job) -> float:
     """The optimizer's part: of adapters on experts; others are too small to count (0.3 ms for an 8B)."""
     return ADAPTER_PASSES * job.sizes.adapter_bytes / job.gpu.bandwidth if job.sizes.mixture else 0.0
-
-
-def reduction(job: Job, num_gpus: int) -> float:
-    """Several GPUs of a machine add their gradients once a step: each sends and receives 2 (N - 1) / N of them."""
-    return 2 * (num_gpus - 1) / num_gpus * job.sizes.gradient_bytes / job.gpu.link
 
 
 def recomputed_share(job: Job, c: Candidate) -> float:
@@ -119,16 +118,32 @@ def experts(job: Job, c: Candidate, rows: tuple[int, int], adapters: float) -> f
     return (c.mean_tokens * s.element_bytes * elements + adapters * s.mixture.gradient_bytes) / job.gpu.bandwidth
 
 
-def dequantisation(job: Job, c: Candidate) -> float:
-    """Packed weights are read and matrices written, of blocks that are not cached."""
+def dequantisation(job: Job, c: Candidate, share: float = 1.0) -> float:
+    """Packed weights are read and matrices written, of blocks that are not cached; in fp8 a `share` of them."""
     s = job.sizes
-    return (s.matrix_bytes + s.packed_bytes) * (1 - c.num_cached / s.num_blocks) / job.gpu.bandwidth
+    written = s.matrix_bytes * (share if s.in_fp8 else 1.0)
+    return (written + s.packed_bytes) * (1 - c.num_cached / s.num_blocks) / job.gpu.bandwidth
+
+
+def frozen_flops(job: Job, weights: float) -> float:
+    """FLOP a token of the product with so many weights, in those of 16 bits that take as long."""
+    return 2 * weights / (FP8_GAIN if job.sizes.in_fp8 else 1)
+
+
+def around_fp8(job: Job, c: Candidate, is_backward: bool) -> float:
+    """What fp8 products read is written in e4m3 (2 bytes read, 1 written), and what they make is read and written."""
+    s = job.sizes
+    if not s.in_fp8:
+        return 0.0
+    widths = 2 * s.hidden + s.query + s.intermediate, 2 * s.hidden + s.qkv + s.gate_up
+    read, made = widths[::-1] if is_backward else widths
+    return c.mean_tokens * (3 * read + 2 * s.element_bytes * made / ADDING_SHARE) / job.gpu.bandwidth
 
 
 def forward(job: Job, c: Candidate) -> float:
     """A block's forward pass on the GPU: 2 FLOP a weight and token."""
-    computing = products(job, c, 2 * num_weights(job) + attention_flops(job))
-    moving = elementwise(job, c, ELEMENTWISE_FORWARD) + dequantisation(job, c)
+    computing = products(job, c, frozen_flops(job, num_weights(job)) + attention_flops(job))
+    moving = elementwise(job, c, ELEMENTWISE_FORWARD) + dequantisation(job, c, 0.5) + around_fp8(job, c, False)
     moving += experts(job, c, ROWS_FORWARD, ADAPTERS_FORWARD) + linear_rule(job, c, LINEAR_FORWARD)
     return computing + moving + exchange(job, c) + SMALL_KERNEL_SECONDS
 
@@ -139,12 +154,13 @@ def backward(job: Job, c: Candidate) -> float:
     A tiled MLP computes gate and up (G weights a hidden element) again, also in kept blocks.
     """
     s = job.sizes
-    computing = products(job, c, 2 * num_weights(job) + 2.5 * attention_flops(job))
-    moving = elementwise(job, c, ELEMENTWISE_BACKWARD) + dequantisation(job, c)
+    computing = products(job, c, frozen_flops(job, num_weights(job)) + 2.5 * attention_flops(job))
+    moving = elementwise(job, c, ELEMENTWISE_BACKWARD) + around_fp8(job, c, True)
+    moving += dequantisation(job, c, 0.5 + 0.5 * recomputed_share(job, c))
     moving += experts(job, c, ROWS_BACKWARD, ADAPTERS_BACKWARD) + linear_rule(job, c, LINEAR_BACKWARD)
     seconds = computing + moving + exchange(job, c) + SMALL_KERNEL_SECONDS
     if c.is_tiled:
-        seconds += c.num_kept / s.num_blocks * products(job, c, 2 * s.hidden * s.gate_up)
+        seconds += c.num_kept / s.num_blocks * products(job, c, frozen_flops(job, s.hidden * s.gate_up))
     return seconds
 
 
@@ -154,9 +170,9 @@ def recomputation(job: Job, c: Candidate) -> float:
     skipped = 0 if s.norms_behind else s.hidden * s.intermediate
     if s.mixture:
         skipped *= s.mixture.num_chosen / GROUPED_SHARE
-    computing = products(job, c, 2 * (num_weights(job) - skipped) + attention_flops(job))
+    computing = products(job, c, frozen_flops(job, num_weights(job) - skipped) + attention_flops(job))
     moving = elementwise(job, c, ELEMENTWISE_FORWARD) + linear_rule(job, c, LINEAR_FORWARD)
-    return computing + moving + exchange(job, c)
+    return computing + moving + around_fp8(job, c, False) + exchange(job, c)
 
 
 def forward_launches(job: Job, c: Candidate) -> float:
@@ -173,7 +189,7 @@ def backward_launches(job: Job, c: Candidate) -> float:
 
 def weights_bus(job: Job, c: Candidate) -> float:
     """Streamed weights come to the GPU, in either direction of the pass."""
-    return streamed_share(job, c) * job.sizes.largest_packed / job.gpu.bus
+    return streamed_share(job, c) * job.sizes.largest_packed / job.bus
 
 
 def peers(job: Job, c: Candidate) -> float:
@@ -195,7 +211,7 @@ def inputs_bus(job: Job, c: Candidate) -> float:
     if not c.offloads:
         return 0.0
     s = job.sizes
-    return recomputed_share(job, c) * c.mean_tokens * s.element_bytes * s.hidden / job.gpu.bus
+    return recomputed_share(job, c) * c.mean_tokens * s.element_bytes * s.hidden / job.bus
 
 
 def slowdown(job: Job, c: Candidate) -> float:

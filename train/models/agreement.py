@@ -15,6 +15,7 @@ from train.collate import MicroBatch, collate_packed
 from train.engine.block import Block
 from train.engine.context import ForwardContext
 from train.engine.decoder import FusedDecoder
+from train.engine.lora_linear import Pass
 from train.engine.mixture import Mixture
 from train.engine.operations import normalize
 from train.loss import Head
@@ -237,7 +238,7 @@ def _block_difference(
 ) -> float:
     """Norm of the difference beyond the rounding of each sum, as a share of the norm of what the block adds."""
     block, store = engine.stack.blocks[number], engine.stack.store
-    matrices = store.matrices(number)
+    matrices = store.matrices(number, Pass.CHECKED)
     own = x.to(store.like.device)
     ours, _ = block.finish(matrices, block.forward(matrices, own, context), context)
     ours, theirs, x = (each.to("cpu").float() for each in (ours, theirs, x))

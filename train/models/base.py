@@ -18,11 +18,13 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import HfQuantizer
 
 from train.config import ModelConfig
+from train.engine.copies import HostMemoryError
 from train.engine.embedding import offload_embedding
 from train.engine.families import decoder_layers
 from train.engine.host_stream import BlockHolder
 from train.engine.layers import as_causal_lm
 from train.engine.packed_weights import UnlikeBlocksError
+from train.engine.peer_memory import PeerMemoryError
 from train.models.completeness import (
     check_difference,
     check_quantized,
@@ -41,7 +43,16 @@ from train.models.experts import (
 )
 from train.models.hub import fetch_weights, locate, unreadable
 from train.models.parameters import as_parameter, computed_values
-from train.models.shape import BROKEN, auto_class, cannot_read, model_class, plain_attention, quantization, text_shape
+from train.models.shape import (
+    BROKEN,
+    auto_class,
+    cannot_read,
+    model_class,
+    plain_attention,
+    positions_note,
+    quantization,
+    text_shape,
+)
 from train.models.stored import Difference, StoredWeights
 from train.models.text_part import loaded_shape, text_part
 from train.run.exits import ExitCode, ExitWith
@@ -60,7 +71,7 @@ def load_base(
     its files do not hold what its architecture wants.
     """
     part = text_part(config)  # refuses what must not be loaded
-    notes = [str(part)] if part else []
+    notes = [*([str(part)] if part else []), *positions_note(config)]
     if config.random_init:
         generator = torch.Generator(device).manual_seed(derived_seed(seed, "random base"))
         draw = _drawn(text_shape(loaded_shape(config)), dtype, generator)
@@ -93,17 +104,24 @@ def load_base(
             if is_ours or part:
                 with suppress(OSError):  # not every base has one
                     base.generation_config = GenerationConfig.from_pretrained(str(place.folder))
-        except UnlikeBlocksError as error:
-            reason = f"{config.name_or_path}: {error}; --memory.offload none, with a budget for it, trains it"
-            raise ExitWith(ExitCode.BAD_INPUT, f"--memory.offload: {reason}") from None
         except BROKEN as error:
-            raise cannot_read(config, "safetensors weights", error) from None
+            raise _fault(config, error) from None
     check_quantized(config, base)
     if is_quantized:
         _unify_compute_type(base, dtype)
     if embedding_on_host and not is_ours:
-        offload_embedding(as_causal_lm(base))
+        offload_embedding(as_causal_lm(base), host.memory)
     return base, [*notes, *left]
+
+
+def _fault(config: ModelConfig, error: Exception) -> Exception:
+    """What is to be raised where a base was not loaded: as it is, if it is no fault of the files."""
+    if isinstance(error, HostMemoryError | PeerMemoryError | torch.distributed.DistError):
+        return error
+    if isinstance(error, UnlikeBlocksError):
+        reason = f"{config.name_or_path}: {error}; --memory.offload none, with a budget for it, trains it"
+        return ExitWith(ExitCode.BAD_INPUT, f"--memory.offload: {reason}")
+    return cannot_read(config, "safetensors weights", error)
 
 
 def skeleton(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -153,6 +171,8 @@ def _by_transformers(
     if text is not None:  # an Auto class takes no tensors
         kind, folder = model_class(kind, shape), None
         options |= {"config": shape, "state_dict": text.slices()}
+    elif config.max_positions:
+        options |= {"config": shape}
     with _quiet():
         base, info = kind.from_pretrained(
             folder,
@@ -191,7 +211,7 @@ def _filled(
         if module is embedding and is_tied:
             head.weight = embedding.weight
         if module is embedding and embedding_on_host:
-            offload_embedding(causal_lm)
+            offload_embedding(causal_lm, host.memory)
             torch.cuda.empty_cache()  # or small weights would take its memory, the largest piece of all
         if module in ends:
             host.offload(ends[module], layers)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from data_tools.cache import cache_root
@@ -20,7 +21,7 @@ MAX_THREADS = 8  # files that are read at the same time
 
 
 def base_fingerprint(config: Config) -> str:
-    """sha256 that tells one base from another.
+    """sha256 that tells one base from another, whatever model.max_positions makes of it.
 
     Over config.json and, for each weight file that is loaded, its content; for random weights the seed; for a hub model
     the commit, which names its content.
@@ -35,7 +36,7 @@ def content_fingerprint(config: Config) -> str:
 
 
 def _fingerprint(config: Config, commit: str) -> str:
-    shape, place = model_shape(config.model), locate(config.model)
+    shape, place = model_shape(replace(config.model, max_positions=0)), locate(config.model)
     settings = {key: value for key, value in shape.to_diff_dict().items() if key != "transformers_version"}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     if config.model.random_init:

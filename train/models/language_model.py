@@ -20,7 +20,7 @@ from train.engine.linears import ADAPTER
 from train.engine.peer_memory import PeerMemoryError
 from train.engine.plan import Plan
 from train.engine.sharded_blocks import AwayBlocks
-from train.engine.support import undivided_reason, unsupported_reason
+from train.engine.support import not_in_fp8, undivided_reason, unsupported_reason
 from train.loss import Head, summed_cross_entropy
 from train.models.about import BaseFacts, own_dropout
 from train.models.adapters import copy_into, is_adapted_layer, trainable, with_adapters
@@ -168,6 +168,7 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
     except PeerMemoryError as error:
         reason = f"{error}; leave it out, --memory.offload auto streams weights from host memory"
         raise ExitWith(ExitCode.BAD_INPUT, f"--memory.shard: {reason}") from None
+    away.settle()
     keep_one_cpu_kernel(base)
     base.requires_grad_(False)
     base.config.use_cache = False
@@ -188,7 +189,6 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
     if reason:  # what was loaded is not what config.json promised
         raise ExitWith(ExitCode.BAD_INPUT, f"{config.model.name_or_path}: {reason}; --engine.kind reference trains it")
     about = BaseFacts(locate(config.model), held, targets, notes, names)
-    away.settle()
     model = LanguageModel(adapted, away, about, compute)
     for parameter in model.trainable().values():
         parameter.data = parameter.data.to(device)  # PEFT puts them where the layer's weights are
@@ -226,6 +226,12 @@ def choose_engine(sketched: peft.PeftModel | WholeModel, config: Config, device:
         raise ExitWith(ExitCode.BAD_INPUT, f"{refused}; leave it out, or write a number that suits the base")
     if reason and config.engine.kind == "fused":
         raise ExitWith(ExitCode.BAD_INPUT, f"--engine.kind fused: {reason}; use auto or reference")
+    if config.engine.products == "fp8":
+        reason = reason or not_in_fp8(causal_lm)
+        if not reason and config.engine.kind == "auto" and device.type != "cuda":
+            reason = "there is no GPU; --engine.kind fused multiplies the same numbers in fp32 here, slowly"
+        if reason:
+            raise ExitWith(ExitCode.BAD_INPUT, f"--engine.products fp8: {reason}; or leave it out")
     streams = config.memory.offload == "stream"
     if reason and streams:
         raise ExitWith(ExitCode.BAD_INPUT, f"--memory.offload stream: only the fused engine streams, and {reason}")

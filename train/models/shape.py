@@ -1,5 +1,7 @@
 """What config.json says of a base, without its weights."""
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,11 +25,14 @@ BROKEN = (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, 
 BROKEN += (RuntimeError, ImportError, StrictDataclassError, HfHubHTTPError, SafetensorError)
 # what a transformers configuration may hold only for us: it names files or code that would be read instead
 FOREIGN_SETTINGS = ("transformers_weights",)
+POSITIONS = "max_position_embeddings"  # by the name that transformers gives to it, whatever config.json calls it
 MAX_REASON = 400  # characters of a library's error
 
 
 def model_shape(config: ModelConfig) -> PreTrainedConfig:
     """The base's transformers configuration; of a multimodal base it nests the language model's.
+
+    With model.max_positions it is that of a config.json with this number.
 
     Raises ExitWith(BAD_INPUT) where it cannot be read, or must not be trusted.
     """
@@ -48,7 +53,33 @@ def model_shape(config: ModelConfig) -> PreTrainedConfig:
         if getattr(shape, setting, None) is not None:
             reason = f"config.json sets {setting}, which is not read; take it out"
             raise ExitWith(ExitCode.BAD_INPUT, f"{config.name_or_path}: {reason}")
+    if config.max_positions:
+        try:
+            return type(shape).from_dict(_with_positions(config, shape), name_or_path=str(place.folder))
+        except BROKEN as error:
+            raise cannot_read(config, f"config.json with model.max_positions {config.max_positions}", error) from None
     return shape
+
+
+def trained_settings(config: ModelConfig) -> dict[str, Any]:
+    """config.json of the base as it is trained: as it lies there, but for model.max_positions."""
+    if config.max_positions:
+        return _with_positions(config, model_shape(replace(config, max_positions=0)))
+    return _read_settings(config)
+
+
+def _read_settings(config: ModelConfig) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads((locate(config).folder / "config.json").read_text(encoding="utf-8"))
+    return settings
+
+
+def _with_positions(config: ModelConfig, shape: PreTrainedConfig) -> dict[str, Any]:
+    """config.json with the language model's number of positions raised."""
+    settings, text = _read_settings(config), text_shape(shape)
+    nested = [settings[name] for name in shape.sub_configs if getattr(shape, name, None) is text and name in settings]
+    part = nested[0] if nested else settings
+    part[text.attribute_map.get(POSITIONS, POSITIONS)] = config.max_positions
+    return settings
 
 
 def text_shape(shape: PreTrainedConfig) -> Any:
@@ -58,7 +89,15 @@ def text_shape(shape: PreTrainedConfig) -> Any:
 
 def max_positions(config: ModelConfig) -> int:
     """Tokens that the base takes at most; 0 where config.json says no number."""
-    return int(getattr(text_shape(model_shape(config)), "max_position_embeddings", None) or 0)
+    return int(getattr(text_shape(model_shape(config)), POSITIONS, None) or 0)
+
+
+def positions_note(config: ModelConfig) -> list[str]:
+    """That the base takes more positions than it was made for, where model.max_positions says so."""
+    if not config.max_positions:
+        return []
+    own = max_positions(replace(config, max_positions=0))
+    return [f"takes {config.max_positions:,} positions (model.max_positions); beyond {own:,} it has never seen any"]
 
 
 def auto_class(config: ModelConfig, shape: PreTrainedConfig) -> Any:

@@ -28,7 +28,7 @@ from transformers.core_model_loading import WeightConverter
 
 from train.config import ModelConfig
 from train.models.hub import unreadable
-from train.models.shape import BROKEN, cannot_read, model_shape
+from train.models.shape import BROKEN, cannot_read, model_shape, positions_note
 from train.models.stored import StoredWeights, named
 
 PEFT_PREFIX = "base_model.model."  # which PEFT puts before the names of the base's modules
@@ -171,9 +171,9 @@ def loaded_shape(config: ModelConfig) -> PreTrainedConfig:
 
 
 def note_on(config: ModelConfig) -> list[str]:
-    """What a user should know of what is loaded of the base: nothing, or that it is a part."""
+    """What a user should know of what is loaded of the base: that it is a part, or takes more positions."""
     part = text_part(config)
-    return [str(part)] if part else []
+    return [*([str(part)] if part else []), *positions_note(config)]
 
 
 def _part(own: PreTrainedConfig, whole: PreTrainedModel, inner: PreTrainedModel) -> TextPart | None:

@@ -14,6 +14,7 @@ from data_tools.chat_template import PLAIN_TEMPLATE, ChatTemplate, read_template
 from data_tools.encode import CONTROL
 from train.config import Config, parse_argument
 from train.models.hub import locate
+from train.models.positions import check_positions
 from train.models.shape import BROKEN, cannot_read, max_positions, model_shape, text_shape
 from train.run.exits import ExitCode, ExitWith
 
@@ -156,9 +157,12 @@ def check_fits(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def check_length(config: Config) -> None:
     """Raises ExitWith(BAD_INPUT) where samples may be longer than the model was made for, or it cannot be found."""
-    longest = max_positions(config.model)
+    check_positions(config.model)
+    longest, own = max_positions(config.model), replace(config.model, max_positions=0)
     if longest and config.data.max_length > longest:
-        reason = (
-            f"--data.max_length {config.data.max_length}: {config.model.name_or_path} was made for {longest} at most"
-        )
+        way_out = f"--model.max_positions {config.data.max_length} trains it on longer samples all the same"
+        if config.model.max_positions:
+            way_out = f"--model.max_positions {longest} allows no more"
+        made_for = f"{config.model.name_or_path} was made for {max_positions(own)} at most"
+        reason = f"--data.max_length {config.data.max_length}: {made_for}; {way_out}"
         raise ExitWith(ExitCode.BAD_INPUT, reason)

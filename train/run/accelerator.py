@@ -5,7 +5,6 @@ import sys
 from contextlib import suppress
 from datetime import timedelta
 from itertools import permutations
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from train.optim import OPTIMIZERS
 from train.run import devices
 from train.run.environment import CONFIGURATIONS, check_environment
 from train.run.exits import ExitCode, ExitWith
+from train.run.machine import machine_number
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
@@ -105,29 +105,27 @@ def free_gpu_bytes(config: Config, accelerator: Accelerator) -> int | None:
     free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     if config.memory.budget:
         free = min(free, parse_bytes(config.memory.budget) - torch.cuda.memory_allocated())
-    return least(accelerator, free)
-
-
-def least(accelerator: Accelerator, value: int) -> int:
-    """The smallest of all processes' values, for what they must all plan with."""
-    gathered: Any = accelerator.gather(torch.tensor([value], device=accelerator.device))
+    gathered: Any = accelerator.gather(torch.tensor([free], device=accelerator.device))
     return int(to_host(gathered.min())[0])
 
 
-def machines(accelerator: Accelerator) -> torch.Tensor:
-    """A number of the machine of each process, in the order of ranks."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")  # another on each machine
-    gathered: Any = accelerator.gather(torch.tensor([int(boot.replace("-", "")[:12], 16)], device=accelerator.device))
-    return gathered
+def least(accelerator: Accelerator, numbers: list[float]) -> list[float]:
+    """The least of each number over all processes, which are the same in all."""
+    mine = torch.tensor([numbers], dtype=torch.float64, device=accelerator.device)
+    gathered: Any = accelerator.gather(mine)
+    return to_host(*gathered.amin(0))
 
 
 def check_peers(accelerator: Accelerator) -> None:
-    """Raises ExitWith(BAD_INPUT) where processes cannot read each other's memory: of several machines, or of GPUs
-    without a way between them.
+    """Raises ExitWith(BAD_INPUT) where processes cannot read each other's memory: of several machines or containers, or
+    of GPUs without a way between them.
     """
+    mine = torch.tensor([machine_number()], device=accelerator.device)
+    gathered: Any = accelerator.gather(mine)
     reason = ""
-    if len(set(machines(accelerator).tolist())) > 1:
-        reason = f"{accelerator.num_processes} processes are on several machines, and only those of one share weights"
+    if (gathered != mine).any():
+        places = "several machines, or in several containers"
+        reason = f"{accelerator.num_processes} processes are on {places}, and only those of one share weights"
     elif accelerator.device.type == "cuda":
         reason = unreachable(accelerator.num_processes)
     if reason:

@@ -1,6 +1,7 @@
 """What a GPU supports by its compute capability: the compute type, kernel fallbacks, warnings and refusals.
 
-bf16 and flash kernels begin at 8.0, fast int8 at 7.5, Triton at 7.0, bitsandbytes at 6.0 (its README: "SM60+ minimum").
+fp8 products begin at 8.9, bf16 and flash kernels at 8.0, fast int8 at 7.5, Triton at 7.0, bitsandbytes at 6.0 (its
+README: "SM60+ minimum").
 """
 
 import platform
@@ -14,6 +15,7 @@ import torch
 from train.run.exits import ExitCode, ExitWith
 
 DtypeOption = Literal["auto", "bf16", "fp16", "fp32"]
+FP8 = (8, 9)
 BF16 = FLASH = (8, 0)
 FAST_INT8 = (7, 5)
 TRITON = FAST_FP16 = (7, 0)
@@ -68,6 +70,14 @@ def _best_type(compute_capability: tuple[int, int]) -> ComputeType:
     if compute_capability >= FAST_FP16 or compute_capability in ALSO_FAST_FP16:
         return ComputeType("fp16", f"{number} has no bf16")
     return ComputeType("fp32", f"{number} has no bf16 and no fast fp16")  # 6.1: 1/64 of fp32's rate
+
+
+def check_products(products: str, compute_capability: tuple[int, int]) -> None:
+    """Raises ExitWith(BAD_INPUT) if a GPU of this compute capability has no products of this kind (engine.products)."""
+    if products == "fp8" and compute_capability < FP8:
+        number = "compute capability {}.{}".format(*compute_capability)
+        reason = f"{number} has no fp8 products (8.9 has: L4, L40S, RTX 40, H100 and newer); leave the option out"
+        raise ExitWith(ExitCode.BAD_INPUT, f"--engine.products fp8: {reason}")
 
 
 def kernel_fallbacks(device: torch.device) -> list[str]:

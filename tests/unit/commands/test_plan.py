@@ -207,12 +207,43 @@ def test_several_gpus(capsys: pytest.CaptureFixture, llama31_8b: Path) -> None:
     assert (one["added_gib"], four["added_gib"]) == (0, pytest.approx(0.078, rel=0.01))  # 21 million in fp32
 
 
+def test_several_machines(capsys: pytest.CaptureFixture, llama31_8b: Path) -> None:
+    """Two of eight GPUs: twice the samples, and a step longer by what the network takes; each holds the same."""
+
+    def planned(*words: str) -> dict[str, Any]:
+        options = ["--gpu", "H100", "--gpus", "8", "--model.name_or_path", str(llama31_8b), "--json", *words]
+        assert main(["plan", "--profile", "multi_gpu", *options]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    one, two, fast = planned(), planned("--nodes", "2"), planned("--nodes", "2", "--link", "400")
+    assert (one["network_gbit"], two["network_gbit"], fast["network_gbit"]) == (None, 25, 400)
+    assert one["parts_gib"] == two["parts_gib"]
+    assert one["host_gib"] == two["host_gib"] == pytest.approx(0.979, rel=0.01)  # the embedding, once
+    waited = two["sent_gib"] * 2**30 / (0.8 * 25e9 / 8)
+    computing = one["plan"]["seconds"]
+    assert two["predicted_step_seconds"] == pytest.approx(computing + waited, rel=0.01)
+    assert two["predicted_speedup"] == pytest.approx(16 * computing / (computing + waited), rel=0.01)
+    assert two["predicted_speedup"] < 15 < fast["predicted_speedup"] < 16
+    assert main(["plan", "--profile", "multi_gpu", "--gpu", "H100", "--gpus", "8", "--nodes", "2", *BASE[2:]]) == 0
+    said = capsys.readouterr().out
+    assert "16 GPUs (8 on each of 2 machines)" in said
+    assert re.search(
+        r"by what is between machines: 10 Gbit/s [\d.]+, 25 Gbit/s [\d.]+, 100 .*, 400 .*never measured", said
+    )
+
+
 def test_several_gpus_are_refused_where_there_is_one(capsys: pytest.CaptureFixture, llama31_8b: Path) -> None:
     """A probe runs on one, and one has nobody to share weights with."""
     base = ("plan", "--profile", "multi_gpu", "--model.name_or_path", str(llama31_8b))
     for words, reason in (
         (("--probe", "--gpus", "2"), "a probe runs on one GPU"),
+        (("--probe", "--nodes", "2"), "a probe runs on one GPU"),
         (("--gpu", "H100", "--memory.shard", "true"), "one process has nobody to share weights with"),
+        (
+            ("--gpu", "H100", "--gpus", "4", "--nodes", "2", "--memory.shard", "true"),
+            "8 processes are on several machines",
+        ),
+        (("--gpu", "H100", "--link", "100"), "--link 100: what is between machines, and there is one"),
     ):
         assert main([*base, *words]) == 78
         assert reason in capsys.readouterr().err

@@ -13,6 +13,7 @@ from train import main as command
 from train.config import Config
 from train.engine.copies import HostMemoryError, host_buffers, host_bytes, pinned
 from train.engine.embedding import HostEmbedding
+from train.engine.machine_memory import OwnMemory
 from train.run.exits import ExitCode
 
 MIB = 2**20
@@ -54,7 +55,7 @@ def test_memory_that_cannot_be_pinned(
             allocate()
 
     with pytest.raises(HostMemoryError):
-        HostEmbedding(torch.ones(3, 4))
+        HostEmbedding(torch.ones(3, 4), OwnMemory(pin=True))
 
     def assembled(*_: Any) -> None:
         host_buffers([2**30], pin=True)

@@ -3,7 +3,7 @@
 import math
 import weakref
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,15 +15,18 @@ from tests.unit.memory.examples import GIB, H200, LLAMA_8B, LONG, PACKED, SHORT,
 from train import loss
 from train.batching import LengthStatistics, MicroBatchShape
 from train.collate import collate_packed
-from train.config import BatchConfig, MemoryConfig, OptimConfig
-from train.engine import lora_linear, mlp
+from train.config import BatchConfig, EngineConfig, MemoryConfig, OptimConfig
+from train.engine import fp8, lora_linear, mlp
 from train.engine.context import ForwardContext
 from train.engine.decoder import FusedDecoder
 from train.engine.delta_rule import PackedSamples
 from train.engine.host_stream import HostBlocks
+from train.engine.lora_linear import Pass
+from train.engine.machine_memory import OwnMemory
 from train.engine.plan import Plan
 from train.engine.stack import Stack
 from train.memory import cost
+from train.memory.candidate import Candidate
 from train.memory.kept import kept_of
 from train.memory.search import Planner
 from train.memory.sizes import model_sizes
@@ -59,16 +62,24 @@ class Forward:
     kept: list[Any]
 
 
-def forward(family: str, num_tokens: int = 500, tile: int = 0, num_kept: int = 3, dropout: float = 0.0) -> Forward:
+def forward(
+    family: str,
+    num_tokens: int = 500,
+    tile: int = 0,
+    num_kept: int = 3,
+    dropout: float = 0.0,
+    products: Literal["bf16", "fp8"] = "bf16",
+) -> Forward:
     """Of one of the parity tests' families, in fp32, all samples one."""
     shape, targets = FAMILIES[family]
-    config: Any = type("Config", (), {"optim": OptimConfig()})
+    config: Any = type("Config", (), {"optim": OptimConfig(), "engine": EngineConfig(products=products)})
     # with flash kernels attention keeps no more than on this CPU, where no heads are repeated
     shape = type(shape)(**shape.to_dict() | {"num_key_value_heads": 4})
     causal_lm = adapted_model(shape, targets).get_base_model()
     sizes = replace(model_sizes(causal_lm, config, on_gpu=False), element_bytes=4, has_dropout=dropout > 0)
     batch = collate_packed([{"input_ids": [1] * num_tokens, "trained": [True] * num_tokens}])
-    engine = FusedDecoder(causal_lm, Plan(True, True, num_tokens, 3, num_kept), HostBlocks([], pin=False))
+    plan = Plan(True, True, num_tokens, 3, num_kept, products=products)
+    engine = FusedDecoder(causal_lm, plan, HostBlocks([], OwnMemory(pin=False)))
     kept: Any = []
     hidden = causal_lm.base_model.embed_tokens(batch.input_ids[0]).detach()
     positions = engine.position_tables(hidden, batch.position_ids)
@@ -115,6 +126,18 @@ def test_block_inputs_are_what_a_stack_keeps_of_every_block(num_kept: int) -> No
     assert sum(found.values()) == cost.block_inputs(done.planner.job, candidate)
 
 
+def test_dequantised_weights_in_fp8_are_what_is_counted() -> None:
+    """Of a block whose activations are recomputed: both forms in e4m3, the adapters' part, the scales."""
+    done = forward("llama", products="fp8")
+    matrices = done.stack.store.matrices(1, Pass.RECOMPUTED)
+    tensors = [tensor for each in matrices for tensor in (each.up, each.down, each.scales, *each.weights.values())]
+    assert len(tensors) == 4 * 5
+    assert sum(tensor.nbytes for tensor in tensors) == sum(
+        group.matrix_bytes(4) for group in done.stack.blocks[1].groups
+    )
+    assert done.planner.job.sizes.in_fp8
+
+
 class PeakBytes(TorchDispatchMode):
     """The most bytes that tensors made while it is entered have at a time."""
 
@@ -140,22 +163,25 @@ def tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
+@pytest.mark.parametrize("products", ["bf16", "fp8"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("tile", [0, 512])
 def test_the_mlp_s_backward_pass_takes_what_is_counted(
-    tile: int, dropout: float, monkeypatch: pytest.MonkeyPatch
+    tile: int, dropout: float, products: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gradient of the norm's output and the product, of a tile at a time; beside them the adapters' gradients."""
-    done = forward("llama", 4096, tile=tile, dropout=dropout)
+    done = forward("llama", 4096, tile=tile, dropout=dropout, products=products)
     number, job = 1, done.planner.job
     activations, low_rank = done.kept[number].activations, done.kept[number].low_rank
     assert (activations.mlp.gate_up is None) == bool(tile)
-    matrices = done.stack.store.matrices(number)[2:]
+    matrices = done.stack.store.matrices(number, Pass.RECOMPUTED)[2:]
     grad = activations.x.new_zeros(4096, job.sizes.hidden + done.stack.padded_rank)
     # where our kernels run, these take no memory
     for name in ("gate_backward", "gate"):
         monkeypatch.setattr(mlp, name, lambda *_, **__: None)
     monkeypatch.setattr(lora_linear, "dropout", lambda *_, **__: None)
+    monkeypatch.setattr(fp8, "quantize", fp8.Rows.of_shape)
+    monkeypatch.setattr(fp8, "scaled_product", lambda *_: None)
     with torch.no_grad(), PeakBytes() as found:
         grad_read = torch.empty_like(activations.x)
         half = done.stack.blocks[number].mlp
@@ -188,6 +214,19 @@ def test_offloaded_inputs_leave_the_gpu() -> None:
     pinned = cost.host_bytes(planner.job, leave) - cost.host_bytes(planner.job, stay)
     assert 28 * 2048 * 4096 * 2 <= pinned < 1.1 * 28 * 2048 * 4096 * 2
     assert cost.block_inputs(planner.job, replace(leave, num_kept=32)) == cost.block_inputs(planner.job, stay)
+
+
+def test_host_memory_of_a_machine() -> None:
+    """Eight processes: one copy of blocks and embedding where they share it, else eight; block inputs eight times."""
+    job = planner_for(LONG, BatchConfig(1, 4)).job
+    streamed = Candidate(2048, 4.0, 2000.0, num_streamed=32, offloads=False, uses_graphs=False)
+    one, eight = job, replace(job, num_local=8)
+    shared = replace(eight, shares_host=True)
+    assert cost.host_bytes(eight, streamed) == 8 * cost.host_bytes(one, streamed)
+    assert cost.host_bytes(shared, streamed) == 32 * 112_500_000 + 1_050_673_152
+    leaving = replace(streamed, offloads=True)
+    inputs = cost.host_bytes(one, leaving) - cost.host_bytes(one, streamed)
+    assert cost.host_bytes(shared, leaving) - cost.host_bytes(shared, streamed) == 8 * inputs > 0
 
 
 def test_what_graphs_have_beside_them() -> None:

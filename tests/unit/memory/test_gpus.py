@@ -145,7 +145,7 @@ def test_a_device_has_its_own_memory_and_the_row_s_rates(monkeypatch: pytest.Mon
     properties = SimpleNamespace(name="NVIDIA H100 PCIe", total_memory=80 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(gpus, "free_host_bytes", lambda: 7)
+    monkeypatch.setattr(gpus, "machine_host_bytes", lambda: 7)
     device = torch.device("cuda")
     known: Any = known_gpu("H100-PCIe")
     found = detect_gpu(device, torch.bfloat16)

@@ -11,11 +11,13 @@ from tests.unit.memory.examples import GIB, first_candidate, planner_for
 from tests.unit.memory.test_cost import PeakBytes, forward, storages
 from train.batching import LengthStatistics
 from train.collate import collate_packed
-from train.config import BatchConfig, OptimConfig
+from train.config import BatchConfig, EngineConfig, OptimConfig
 from train.engine.copies import ThreadCopies, host_bytes
 from train.engine.delta_rule import CHUNK, PackedSamples, mix
 from train.engine.families import decoder_layers
 from train.engine.host_stream import HostBlocks, HostStream
+from train.engine.lora_linear import Pass
+from train.engine.machine_memory import OwnMemory
 from train.engine.plan import spread
 from train.memory import cost
 from train.memory.linear import RULE_FORWARD, rule_bytes
@@ -61,7 +63,7 @@ def test_a_backward_pass_takes_what_is_counted() -> None:
     activations: Any = done.kept[number].activations.attention
     grad = torch.randn(64 * CHUNK, job.sizes.hidden + done.stack.padded_rank)
     grad_read = torch.empty(64 * CHUNK, job.sizes.hidden)
-    matrices = done.stack.store.matrices(number)[:2]
+    matrices = done.stack.store.matrices(number, Pass.FORWARD)[:2]
     with torch.no_grad(), PeakBytes() as found:
         half = done.stack.blocks[number].attention
         gradients = half.backward(matrices, activations, grad, grad_read, done.context)
@@ -77,7 +79,7 @@ def hybrid() -> tuple[Any, ModelSizes]:
     kinds = [*LINEAR, "linear_attention", "full_attention"]
     shape = T.Qwen3_5TextConfig(**SIZES | {"num_hidden_layers": 5}, **DELTA, layer_types=kinds)
     causal_lm = adapted_model(shape, ALL_OF_BOTH).get_base_model()
-    config: Any = type("Config", (), {"optim": OptimConfig()})
+    config: Any = type("Config", (), {"optim": OptimConfig(), "engine": EngineConfig()})
     return causal_lm, model_sizes(causal_lm, config, on_gpu=True)
 
 
@@ -90,7 +92,7 @@ def test_weights_of_two_kinds() -> None:
     both = 0
     for count in range(6):
         candidate = first_candidate(planner, 500, num_streamed=count)
-        host = HostBlocks(spread(count, 5), pin=False)
+        host = HostBlocks(spread(count, 5), OwnMemory(pin=False))
         resident = 0
         for number, layer in enumerate(layers):
             host.offload(number, layers)

@@ -3,14 +3,18 @@
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.unit.memory.examples import GIB, H200, LONG, SHORT, planner_for
 from train.batching import LengthStatistics, MicroBatchShape
 from train.config import BatchConfig, Config, LoraConfig, MemoryConfig, ModelConfig
+from train.memory import together
 from train.memory.outlook import Outlook
+from train.memory.together import planned_together
 from train.run.exits import ExitWith
 
 
@@ -74,6 +78,48 @@ def test_host_memory_is_planned_too() -> None:
     ahead = Outlook(config, LONG, planner, "", 3 * GIB, 32, None)
     with pytest.raises(ExitWith, match=r"GiB of host memory, and 2\.0 GiB may be pinned"):
         ahead.check_host(ahead.first_plan())
+
+
+def test_host_memory_of_all_processes_is_refused_together() -> None:
+    """Four processes with a copy each exceed a host that has room for one copy, which all of them can read."""
+    gpu: Any = replace(H200, max_host_bytes=6 * GIB)
+    config: Any = SimpleNamespace(memory=MemoryConfig(offload="stream"))
+    planner = planner_for(LONG, BatchConfig(1, 4), config.memory, gpu=gpu)
+    ahead = Outlook(config, LONG, planner, "", 12 * GIB, 32, None)
+    shared = ahead.on(4, 4, shares_host=True)
+    shared.check_host(shared.first_plan())
+    assert "(one copy for 4 processes)" in str(shared.first_plan())
+    each = ahead.on(4, 4)
+    with pytest.raises(ExitWith, match=r"pins 18\.0 GiB of host memory for 4 processes of a machine, and 6\.0 GiB"):
+        each.check_host(each.first_plan())
+
+
+def test_shards_are_of_one_machine() -> None:
+    """Eight processes on two machines are refused, eight on one are not."""
+    config: Any = SimpleNamespace(memory=MemoryConfig(shard=True))
+    ahead = Outlook(config, LONG, planner_for(LONG, BatchConfig(1, 4)), "", 12 * GIB, 32, None)
+    assert ahead.on(8, 8).first_plan().num_shards == 8
+    with pytest.raises(ExitWith, match="8 processes are on several machines"):
+        ahead.on(8, 4)
+
+
+def test_processes_plan_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the least of all rates and of all free memory; and with one copy for a machine, where pages are shared."""
+    other = torch.tensor([[1e13, 9e15, 1e12, 9e12, 3e9, 0.0, 8.0, 0.0]], dtype=torch.float64)
+    accelerator: Any = SimpleNamespace(
+        num_processes=2, device=torch.device("cpu"), gather=lambda mine: torch.cat([mine, other])
+    )
+    config: Any = SimpleNamespace(memory=MemoryConfig())
+    ahead = Outlook(config, LONG, planner_for(LONG, BatchConfig(1, 4)), "", 12 * GIB, 32, None)
+    for places, reason, sharing in (([1, 1], "", 2), ([1, 1], "denied", 1), ([1, 2], "", 1)):
+        monkeypatch.setattr(together, "machines", lambda device, places=places: places)
+        monkeypatch.setattr(together, "cannot_share", lambda device, reason=reason: reason)
+        found, why = planned_together(ahead, accelerator)
+        assert found.planner is not None
+        gpu, job = found.planner.job.gpu, found.planner.job
+        assert (gpu.flops, gpu.fp32_flops, gpu.bandwidth, gpu.bus) == (1e13, H200.fp32_flops, 1e12, H200.bus)
+        assert (gpu.max_host_bytes, gpu.has_graphs, gpu.capability) == (3 * 10**9, False, (8, 0))
+        assert (job.num_local, job.num_sharing, why) == (max(map(places.count, places)), sharing, reason)
 
 
 def test_a_resumed_run_that_runs_out_of_memory_keeps_its_micro_batches_while_it_can(config: Config) -> None:

@@ -95,3 +95,11 @@ def test_tiles_compute_gate_and_up_again_in_kept_blocks() -> None:
     assert time.backward(JOB, tiled) - time.backward(JOB, GRAPHS) == pytest.approx(again)
     half = replace(tiled, num_kept=16)
     assert time.backward(JOB, half) - time.backward(JOB, GRAPHS) == pytest.approx(again / 2)
+
+
+def test_gpus_share_the_bandwidth_of_the_host() -> None:
+    """Each has its own bus, and eight of 54 GB/s want more than the machine's memory gives: 25 of 200 for each."""
+    streamed = replace(EAGER, num_streamed=32)
+    for count, rate in ((1, 54e9), (2, 54e9), (8, 25e9)):
+        job = replace(JOB, num_local=count)
+        assert time.weights_bus(job, streamed) == pytest.approx(112.5e6 / rate)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.parity.models import EXPERTS, SIZES
 from train.config import ModelConfig
 from train.engine.host_stream import HostBlocks
+from train.engine.machine_memory import OwnMemory
 from train.models.base import load_base, skeleton
 from train.models.experts import StoredExperts, packed_experts
 from train.models.held_weights import held_weights
@@ -44,7 +45,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 def loaded(folder: Path, streamed: tuple[int, ...] = ()) -> Any:
     config = ModelConfig(str(folder), quantization="nf4")
-    return load_base(config, torch.float32, CPU, HostBlocks(streamed, pin=False), 0, False)[0]
+    return load_base(config, torch.float32, CPU, HostBlocks(streamed, OwnMemory(pin=False)), 0, False)[0]
 
 
 def rounded(parameter: torch.Tensor) -> torch.Tensor:

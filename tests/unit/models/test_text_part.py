@@ -19,6 +19,7 @@ from train.commands.handloop import main
 from train.config import Config, ModelConfig
 from train.deliver.final import publish_model
 from train.engine.host_stream import HostBlocks
+from train.engine.machine_memory import OwnMemory
 from train.models.base import load_base
 from train.models.language_model import keep_one_cpu_kernel
 from train.models.stored import StoredWeights
@@ -34,7 +35,7 @@ CPU = torch.device("cpu")
 def loaded(folder: Path, quantization: Any = "none") -> tuple[Any, list[str]]:
     """The base in fp32, and notes on it."""
     config = ModelConfig(name_or_path=str(folder), quantization=quantization)
-    return load_base(config, torch.float32, CPU, HostBlocks([], pin=False), 0, False)
+    return load_base(config, torch.float32, CPU, HostBlocks([], OwnMemory(pin=False)), 0, False)
 
 
 def refused(folder: Path, quantization: Any = "none") -> str:
@@ -252,7 +253,7 @@ def test_trained_whole_it_becomes_its_text_class(family: str, config: Config, tm
     config = on(config, write_multimodal(tmp_path / "base", family), "none")
     training = training_of(replace(config, train=replace(config.train, method="full")), Accelerator(cpu=True))
     optimizer_step(training, 0)
-    publish_model(tmp_path / "final", training.model, load_tokenizer(config).backend, [1], {})
+    publish_model(tmp_path / "final", training.model, load_tokenizer(config).backend, [1], {}, {})
     settings = json.loads((tmp_path / "final" / "config.json").read_text())
     assert settings["architectures"] == [FAMILIES[family][1]]
     assert "mrope" not in json.dumps(settings)

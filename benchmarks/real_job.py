@@ -1,0 +1,152 @@
+"""The real job with a clock: started as a user starts it, by torchrun where it has several processes.
+
+A step counts from one row of metrics.jsonl to the next by the first process's clock, so whatever lies between steps is
+in it. What is written by then stays, so a job that is ended after a time has the steps that it has done.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedConfig
+
+from benchmarks.interrupted_run import commit
+from train.cli import parse
+from train.main import run
+from train.run.devices import device_name
+from train.run.folder import RunFolder, read_object
+from train.run.versions import versions
+from train.track.metrics_file import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKENIZER = ROOT / "demo" / "base"
+TIMES = "times.txt"
+WORDS = ("the", "of", "and", "in", "to", "is")
+
+
+def measured(count: int, words: list[str], place: Path, warmup: int, limit: float = math.inf) -> dict[str, Any]:
+    """Figures of a job on `count` processes in the folder `place`, of the steps after the first `warmup`.
+
+    After `limit` seconds the job is killed, and its steps so far are counted. Raises RuntimeError where it fails, or
+    has no step to count.
+    """
+    ended = _started(count, [*words, "--run.dir", str(place)], limit)
+    rows, arrivals = read_metrics(RunFolder(place).metrics), _arrivals(place)
+    seconds = [after - before for before, after in pairwise(arrivals)]
+    timed = zip(rows[1:], seconds, strict=False)  # a killed job may have noted a row whose time it has not
+    counted = [(row["data/tokens"], each) for row, each in timed if row["step"] > warmup]
+    if not counted:
+        raise RuntimeError(f"no step after the first {max(warmup, 1)} was done in {limit:.0f} s, in {place}")
+    num_tokens, total = (sum(column) for column in zip(*counted, strict=True))
+    captures = [row.get("perf/capture_seconds", 0.0) for row in rows]
+    plan = read_object(RunFolder(place).plan)
+    return {
+        "processes": count,
+        "tokens_per_second": round(num_tokens / total, 1),
+        "tokens_per_second_a_gpu": round(num_tokens / total / count, 1),
+        "median_tokens_per_second_a_gpu": round(statistics.median(n / s for n, s in counted) / count, 1),
+        "step_seconds": round(total / len(counted), 4),
+        "longest_step_seconds": round(max(each for _, each in counted), 4),
+        "measured_steps": len(counted),
+        "was_ended_early": not ended,
+        "capture_seconds_before_counting": round(sum(captures[:warmup]), 2),
+        "capture_seconds_while_counting": round(sum(captures[warmup:]), 2),
+        "steps_with_captures": [row["step"] for row in rows if row.get("perf/capture_seconds")],
+        "peak_gib": max(row.get("memory/peak_reserved_gib", 0.0) for row in rows),
+        "peak_allocated_gib": max(row.get("memory/peak_allocated_gib", 0.0) for row in rows),
+        "final_loss": rows[-1]["train/loss"],
+        "uses_graphs": plan["uses_graphs"],
+        "plan": plan["summary"],
+    }
+
+
+def _started(count: int, words: list[str], limit: float) -> bool:
+    """Whether the job ended by itself before `limit` seconds; raises RuntimeError where it failed."""
+    command = [sys.executable, "-m", "benchmarks.real_job", *words]
+    if count > 1:
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "--no-python"]
+        command = [sys.executable, *launch, *command]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}".strip(":")}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes) as job:
+        try:
+            said = "".join(part[-8000:] for part in job.communicate(timeout=None if limit == math.inf else limit))
+        except subprocess.TimeoutExpired:
+            _kill(job.pid)
+            return False
+        except BaseException:  # an interrupt must not leave the GPUs busy
+            _kill(job.pid)
+            raise
+    if job.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {job.returncode}:\n{said}")
+    return True
+
+
+def _kill(leader: int) -> None:
+    """Ends a job with all its processes: torchrun gives each of its own a session, so they are looked up first."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(") ")[2].split()[1])
+    family = [leader]
+    for process in family:  # which grows
+        family += [child for child, parent in parents.items() if parent == process]
+    for process in family:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def _arrivals(place: Path) -> list[float]:
+    with suppress(FileNotFoundError):
+        return [float(line) for line in (place / TIMES).read_text(encoding="ascii").splitlines(keepends=False) if line]
+    return []
+
+
+def work(words: list[str]) -> None:
+    """The job itself, in each process; the first one notes when each row of metrics.jsonl comes."""
+    config = parse(words)
+
+    def watch(row: Mapping[str, Any]) -> None:
+        with (Path(config.run.dir) / TIMES).open("a", encoding="ascii") as file:
+            file.write(f"{time.perf_counter()!r}\n")
+
+    run(config, watch)
+
+
+def shape_folder(shape: PreTrainedConfig, folder: Path) -> Path:
+    """A model's config.json with the bundled tokenizer, in a new folder."""
+    shutil.copytree(TOKENIZER, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    shape.save_pretrained(folder)
+    return folder
+
+
+def single_words(shape: Path) -> list[str]:
+    """English words that are one token each, with the space before them."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(shape, trust_remote_code=False)
+    texts = {word: f" {word}" * 50 for word in WORDS}
+    return [word for word, text in texts.items() if len(tokenizer(text, add_special_tokens=False)["input_ids"]) == 50]
+
+
+def record(out: Path, workload: str, rows: list[dict[str, Any]], more: Mapping[str, Any]) -> None:
+    """Replaces the workload's rows in the file, with the device and `more` beside them."""
+    known = json.loads(out.read_text()) if out.exists() else {}
+    device = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    known[workload] = {"device": device, "commit": commit(), "versions": versions(), **more, "rows": rows}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    work(sys.argv[1:])

@@ -1,0 +1,108 @@
+"""fp8 products on a GPU that has them: kernels are their torch lines, products those of the rounded numbers, a run's
+gradients those of bf16 within fp8's noise, eager or captured."""
+
+from dataclasses import replace
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from accelerate import Accelerator
+
+from tests.conftest import training_of, with_batch
+from tests.gpu.kernel_calls import GPU, random
+from tests.gpu.test_engine_cuda import gradient
+from train.config import Config, EngineConfig, MemoryConfig
+from train.engine import fp8
+from train.engine.fp8 import E4M3
+from train.run import devices
+
+HAS_FP8 = torch.cuda.is_available() and devices.capability(GPU) >= devices.FP8
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not HAS_FP8, reason="needs a GPU with fp8 products; the CPU suite covers the same code"),
+]
+
+
+@pytest.mark.parametrize("width", [576, 4096, 14336, 28672])
+def test_quantised_rows_are_torch_s(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, beside adapters' columns, with rows of zeros, infinity and NaN."""
+    x = random(77, width + 64)
+    x[0], x[1, 3], x[2, 5], x[3] = 0, torch.inf, torch.nan, x[3] * 1e-8
+    ours = fp8.quantize(x[:, :width])
+    monkeypatch.setattr(fp8, "kernels_for", lambda _: None)
+    wanted = fp8.quantize(x[:, :width])
+    finite = torch.ones(77, dtype=torch.bool, device=GPU)
+    finite[1:3] = False
+    assert torch.equal(ours.scales[finite], wanted.scales[finite])
+    assert torch.equal(ours.values[finite].view(torch.uint8), wanted.values[finite].view(torch.uint8))
+    products = [(each.values.float() * each.scales)[~finite] for each in (ours, wanted)]
+    assert all(not row.isfinite().all() for product in products for row in product)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("shape", [(1024, 4096), (208, 576), (4096, 14336)])
+def test_weights_go_to_e4m3_in_one_launch(compress: bool, shape: tuple[int, int]) -> None:
+    """Both forms are what bitsandbytes dequantises to in fp32, divided by the scale and rounded once."""
+    kind: Any = bnb.nn.Params4bit
+    options = {"requires_grad": False, "compress_statistics": compress, "quant_type": "nf4"}
+    weight = kind(torch.randn(shape) * 0.02, **options).to(GPU)
+    scale = fp8._scale_of([weight])
+    weight.quant_state.dtype = torch.float32
+    exact = bnb.functional.dequantize_4bit(weight.data, weight.quant_state) / scale
+    assert 112 < exact.abs().max() <= 448  # a bound of two scales of scales may be loose by a power of two
+    for with_along, with_across in ((True, True), (True, False), (False, True)):
+        along = torch.zeros(shape[0], shape[1], dtype=E4M3, device=GPU)
+        across = torch.zeros(shape[1], shape[0] + 64, dtype=E4M3, device=GPU)
+        fp8.dequantize_e4m3(
+            weight, scale, along if with_along else None, across[:, : shape[0]] if with_across else None
+        )
+        for is_wanted, found in ((with_along, along), (with_across, across[:, : shape[0]].T)):
+            # products of scale and level may round otherwise in the last bit of fp32
+            other = found.float() != exact.to(E4M3).float() if is_wanted else found.float() != 0
+            assert other.float().mean() < 1e-4
+        assert not across[:, shape[0] :].float().any()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 77, 1408])
+@pytest.mark.parametrize("widths", [(4096, 6144), (576, 960)])
+def test_products_are_those_of_the_rounded_numbers(num_tokens: int, widths: tuple[int, int]) -> None:
+    """Into a range of wider rows, whose other columns stay, within bf16's last bit and what the tensor core adds."""
+    x, weight = fp8.quantize(random(num_tokens, widths[0])), random(widths[1], widths[0]).to(E4M3)
+    scales = torch.full((1, max(widths)), 0.25, device=GPU)
+    out = torch.zeros(num_tokens, widths[1] + 64, dtype=torch.bfloat16, device=GPU)
+    fp8.scaled_product(x, weight.T, scales, out[:, : widths[1]])
+    wanted = (x.values.float() @ weight.float().T) * x.scales * 0.25
+    assert (out[:, : widths[1]].float() - wanted).norm() <= 5e-3 * wanted.norm()
+    assert not out[:, widths[1] :].any()
+
+
+def build(config: Config, products: Any, **changes: Any) -> Any:
+    config = replace(config, run=replace(config.run, device="cuda"), engine=EngineConfig(products=products), **changes)
+    return training_of(config, Accelerator())
+
+
+def test_gradients_point_where_those_of_bf16_do(config: Config) -> None:
+    """On an NF4 base, dropout off: loss within 2 %, gradients within fp8's noise."""
+    ours, bf16 = (build(config, products) for products in ("fp8", "bf16"))
+    assert ours.plan.products == "fp8"
+    for step in range(3):
+        one, two = gradient(ours, step), gradient(bf16, step)
+        assert not torch.equal(one, two)
+        assert torch.cosine_similarity(one, two, dim=0) > 0.95
+        assert one.norm().item() == pytest.approx(two.norm().item(), rel=0.1)
+
+
+def test_recomputed_streamed_and_captured_passes_agree(config: Config) -> None:
+    """All blocks recomputed, with weights from the host, by CUDA graphs or eagerly: the gradients of kept blocks."""
+    config = with_batch(config, 2, 4)
+    kept = build(config, "fp8")
+    others = [
+        build(config, "fp8", memory=MemoryConfig(checkpointing="full")),
+        build(config, "fp8", memory=MemoryConfig(checkpointing="full", offload="stream")),
+    ]
+    for step in range(4):  # the first is eager, later ones are replayed
+        wanted = gradient(kept, step)
+        for other in others:
+            found = gradient(other, step)
+            assert torch.cosine_similarity(found, wanted, dim=0) > 0.99

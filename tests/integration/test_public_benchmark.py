@@ -1,0 +1,95 @@
+"""benchmarks.public runs the real job on published shapes and writes what it measured; tried on a tiny shape."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import public
+from benchmarks.public import NOTE, OF_MLPERF, WORKLOADS, Workload, main, reason_of
+from benchmarks.real_job import _kill, measured
+
+TINY = "--lora.r 4 --lora.target_modules all-linear --batch.per_device 1 --model.max_positions 640"
+ON_CPU = ["--", "--run.device", "cpu", "--engine.kind", "fused"]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, shape: Path, tmp_path: Path) -> Any:
+    """A call of the script: what it wrote."""
+    monkeypatch.setitem(WORKLOADS, "tiny", Workload("Llama-2-70B", 640, 2, TINY, OF_MLPERF, "tiny"))
+    sharded = Workload("Llama-2-70B", 640, 2, f"{TINY} --memory.shard true", OF_MLPERF, is_sharded=True)
+    monkeypatch.setitem(WORKLOADS, "sharded", sharded)
+
+    def call(*words: str) -> dict[str, Any]:
+        own = ["public", *words, "--shape", str(shape), "--out", str(tmp_path / "out.json"), *ON_CPU]
+        monkeypatch.setattr(sys, "argv", own)
+        main()
+        return json.loads((tmp_path / "out.json").read_text())
+
+    return call
+
+
+def test_a_row_for_each_number_of_processes(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows longer than the base's positions, in full, on one process and shared out to two; another call adds rows."""
+    run("tiny", "--processes", "1", "--warmup", "1", "--steps", "2")
+    found = run("sharded", "--processes", "1", "2", "--warmup", "1", "--steps", "1", "--rows", "4")
+    (one,), (two,) = found["tiny"]["rows"], found["sharded"]["rows"]
+    assert found["tiny"]["note"] == f"{NOTE}; tiny"
+    assert (one["processes"], one["measured_steps"], one["rows_a_step"]) == (1, 2, 2)
+    assert (two["processes"], two["measured_steps"], two["rows_a_step"]) == (2, 1, 4)
+    assert one["tokens_per_second"] * one["step_seconds"] == pytest.approx(2 * 640, rel=0.01)
+    assert two["tokens_per_second"] * two["step_seconds"] == pytest.approx(4 * 640, rel=0.01)
+    assert one["seconds_for_384_sequences"] == pytest.approx(384 / 2 * one["step_seconds"], rel=0.01)
+    assert one["times_published"].keys() == {each.what for each in OF_MLPERF}
+    assert "27.03 min to the target" in capsys.readouterr().out
+
+
+def test_what_fails_is_a_row_with_its_reason(run: Any) -> None:
+    """A job that ends by itself with an error does not end the script, and leaves the other rows."""
+    public.WORKLOADS["tiny"] = Workload("Llama-2-70B", 640, 2, TINY.replace("640", "512"), (), "")
+    (row,) = run("tiny", "--processes", "1", "--warmup", "0", "--steps", "1")["tiny"]["rows"]
+    assert row["failed"].endswith("takes 512 already; leave it out (--data.max_length limits samples)")
+
+
+def test_the_first_error_is_told() -> None:
+    """Not torchrun's own report of it, which comes last."""
+    said = "[rank1]: Traceback\n[rank1]: ValueError: this\nE1127 failed\ntorch.distributed.ChildFailedError: \n====\n"
+    assert reason_of(said) == "[rank1]: ValueError: this"
+    assert reason_of("killed\n") == "killed"
+
+
+def test_an_ended_job_leaves_no_process(tmp_path: Path) -> None:
+    """Children with sessions of their own, as torchrun's, are ended with it."""
+    child = f"import os, time; os.setsid(); open(r'{tmp_path}/' + str(os.getpid()), 'w'); time.sleep(60)"
+    parent = f"import subprocess, sys; [subprocess.Popen([sys.executable, '-c', {child!r}]) for _ in 'ab'][1].wait()"
+    with subprocess.Popen([sys.executable, "-c", parent]) as job:
+        while len([*tmp_path.iterdir()]) < 2:
+            time.sleep(0.02)
+        _kill(job.pid)
+        assert job.wait(10) == -signal.SIGKILL
+    for name in (path.name for path in tmp_path.iterdir()):
+        stat = Path("/proc", name, "stat")
+        assert not stat.exists() or stat.read_text().rpartition(") ")[2][0] == "Z"
+
+
+def test_steps_of_an_ended_job_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A job that was ended after its third row, before its time was noted, has one step after the warmup."""
+    rows = [{"step": step, "data/tokens": 100, "train/loss": 1.0} for step in (1, 2, 3, 4)]
+
+    def started(*_: Any) -> bool:
+        (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        (tmp_path / "plan.json").write_text(json.dumps({"uses_graphs": False}))
+        (tmp_path / "times.txt").write_text("0.0\n4.0\n6.0\n")
+        return False
+
+    monkeypatch.setattr("benchmarks.real_job._started", started)
+    found = measured(2, [], tmp_path, 2, 10.0)
+    assert (found["measured_steps"], found["was_ended_early"]) == (1, True)
+    assert found["tokens_per_second"] == 50.0
+    with pytest.raises(RuntimeError, match="no step after the first 3 was done in 10 s"):
+        measured(2, [], tmp_path, 3, 10.0)

@@ -1,0 +1,50 @@
+"""Triton kernels of fp8.py: NF4 to e4m3, and rows to e4m3 with a scale each. They need compute capability 8.9."""
+
+import triton
+import triton.language as tl
+
+DEQUANTIZED_ROWS = 64  # of a program: a column of so many NF4 blocks
+
+
+@triton.jit
+def dequantize_kernel(
+    packed, absmax, nested_code, nested_absmax, offset, code, scale, along, across, N, stride_along, stride_across,
+    K: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, ALONG: tl.constexpr, ACROSS: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """NF4 / scale -> along[N, K], across[K, N] or both, ROWS blocks below one another a program."""
+    column = tl.program_id(0)
+    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    inside = row < N
+    block = row * (K // BLOCKSIZE) + column
+    factor = tl.load(absmax + block, mask=inside, other=0)
+    if NESTED:
+        nested = tl.load(nested_absmax + block // NESTED, mask=inside, other=0.0)
+        factor = tl.load(nested_code + factor.to(tl.int32), mask=inside, other=0.0) * nested + tl.load(offset)
+    factor = factor / tl.load(scale)
+    pair = tl.arange(0, BLOCKSIZE // 2)
+    place = packed + block[:, None] * (BLOCKSIZE // 2) + pair[None, :]
+    values = tl.load(place, mask=inside[:, None], other=0).to(tl.int32)
+    first = tl.load(code + (values >> 4)) * factor[:, None]
+    second = tl.load(code + (values & 15)) * factor[:, None]
+    both = tl.interleave(first, second)
+    inner = column * BLOCKSIZE + tl.arange(0, BLOCKSIZE)
+    if ALONG:
+        place = along + row[:, None] * stride_along + inner[None, :]
+        tl.store(place, both.to(tl.float8e4nv), mask=inside[:, None])
+    if ACROSS:
+        place = across + inner.to(tl.int64)[:, None] * stride_across + row[None, :]
+        # transposed before it is rounded: 8-bit tiles come out of tl.trans wrong on Hopper (Triton 3.6)
+        tl.store(place, tl.trans(both).to(tl.float8e4nv), mask=inside[None, :])
+
+
+@triton.jit
+def quantize_kernel(x, stride, out, stride_out, scales, W, BLOCK: tl.constexpr):
+    """One row: out = e4m3(x / scale), scale = max |x| / 448."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < W
+    values = tl.load(x + row * stride + column, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(values)), 1e-12) / 448.0
+    tl.store(scales + row, scale)
+    tl.store(out + row * stride_out + column, (values / scale).to(tl.float8e4nv), mask=inside)

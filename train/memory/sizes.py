@@ -64,6 +64,7 @@ class ModelSizes:
     gradient_bytes: int = 0  # fp32 gradients of all that is trained
     mixture: MixtureSizes | None = None
     whole_bytes: int = 0  # for moments, where head or embedding are trained whole: copy, product and gradient
+    num_key_value: int = 1  # heads of keys, and of values
     gate: int = 0  # the part of `qkv` that is gates of what is attended to (Qwen3.5)
     linear: LinearSizes | None = None  # of a hybrid
     shared_bytes: int = 0  # of a hybrid: what matrices of the other kind add to the place that blocks share
@@ -138,6 +139,7 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
         gradient_bytes=4 * sum(parameter.numel() for parameter in trained),
         mixture=_mixture_sizes(block, causal_lm.config),
         whole_bytes=_whole_bytes(words_in, words_out, element_bytes),
+        num_key_value=heads.num_key_value,
         gate=query if heads.has_gate else 0,
         linear=linear_sizes(layers, element_bytes),
         shared_bytes=_shared_bytes(blocks, element_bytes),

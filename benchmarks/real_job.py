@@ -68,6 +68,7 @@ def measured(count: int, words: list[str], place: Path, warmup: int, limit: floa
         "peak_allocated_gib": max(row.get("memory/peak_allocated_gib", 0.0) for row in rows),
         "final_loss": rows[-1]["train/loss"],
         "uses_graphs": plan["uses_graphs"],
+        "plan": plan["summary"],
     }
 
 

@@ -86,4 +86,4 @@ class InValidation:
     def __call__(self) -> None:
         import train.validation.measure
 
-        at_call(train.validation.measure, "collate", self.micro_batch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        at_call(train.validation.measure, "collated", self.micro_batch, lambda: os.kill(os.getpid(), signal.SIGTERM))

@@ -8,8 +8,9 @@ import torch
 from accelerate import Accelerator
 
 from train.batching import MicroBatchShape
-from train.collate import MicroBatch, collate, collate_packed, packed_tokens, with_empty_samples
+from train.collate import MicroBatch, collate, collate_packed, packed_tokens, part_of, with_empty_samples
 from train.config import Config
+from train.context_group import start_group
 from train.data import TrainingData
 from train.engine import delta_rule
 from train.engine.graphs import is_out_of_memory
@@ -47,7 +48,7 @@ def assemble(
     `saved` is the shape in the checkpoint, kept if it fits; `longest_validation` is in tokens. Raises
     ExitWith(BAD_INPUT) where no plan fits.
     """
-    device = accelerator.device
+    device, data.part = accelerator.device, start_group(config, accelerator)
     budget = free_gpu_bytes(config, accelerator)
     rows = replace(data.length_statistics(), longest_validation=longest_validation)
     outlook, why_copies = planned_together(Outlook.of(config, device, rows, budget, saved), accelerator)
@@ -57,8 +58,7 @@ def assemble(
     outlook.check_host(plan)
     model = load_model(config, device, plan)
     start_from(model, config)
-    longest = max(range(len(data.num_tokens)), key=data.num_tokens.__getitem__)
-    ids = data.samples[longest]["input_ids"]
+    ids = data.samples[max(range(len(data.num_tokens)), key=data.num_tokens.__getitem__)]["input_ids"]
     check_agreement(model, config.model.name_or_path, ids)
     if not plan.is_fused:
         plan = _reference_plan(model, config, outlook, ids)
@@ -279,14 +279,14 @@ def longest_micro_batch(training: Training, plan: Plan) -> MicroBatch:
     rest = total - packed_tokens(lengths)
     if rest > 0 and packed_tokens([*lengths, rest]) <= total:
         lengths.append(rest)
-    batch = collate_packed([_sample(length) for length in lengths])
+    batch = part_of(collate_packed([_sample(length) for length in lengths]), data.part.alone())
     return with_empty_samples(batch, plan.num_samples) if plan.uses_graphs else batch
 
 
 def _longest_validation(training: Training, plan: Plan, longest: int) -> MicroBatch:
     """A validation micro-batch of its longest sample, which is longer than any trained on."""
     if training.data.is_packed(plan):
-        return collate_packed([_sample(longest)])
+        return part_of(collate_packed([_sample(longest)]), training.data.part.alone())
     return _padded_rows(training, plan, longest)
 
 

@@ -1,6 +1,6 @@
 """Samples -> one padded or packed micro-batch, with the rows and values of its targets; pure, on the CPU."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -11,6 +11,35 @@ import torch.nn.functional as F
 MIN_UNIFORM_LENGTH = 512  # tokens; attention has faster kernels for samples of one length from here on
 LENGTH_MULTIPLE = 128  # tokens
 MAX_PADDING = 0.03  # of the tokens, to bring packed samples to one length
+
+
+def _nobody(chunks: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("a process that computes whole micro-batches exchanges nothing")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which of `count` equal parts of a micro-batch's tokens this process computes (context parallelism).
+
+    A group of `count` processes takes the same micro-batches; one alone is a group with a single part, the whole.
+    """
+
+    number: int = 0
+    count: int = 1
+    swap: Callable[[torch.Tensor], torch.Tensor] = _nobody  # [count, ...]: chunk n goes to part n; those of all come
+    any_of: Callable[[bool], bool] = bool  # whether it is true in any process of the group
+
+    def rows(self, num_tokens: int) -> slice:
+        """Its tokens, of a number that `count` divides."""
+        width = num_tokens // self.count
+        return slice(self.number * width, (self.number + 1) * width)
+
+    def alone(self) -> "Part":
+        """The same for a trial without the others, whom a process that runs out of memory would leave waiting."""
+        return replace(self, swap=torch.clone)
+
+
+WHOLE = Part()
 
 
 @dataclass(frozen=True)
@@ -30,6 +59,7 @@ class MicroBatch:
     max_length: int = 0  # packed rows only: tokens of the longest sample
     uniform_length: int = 0  # packed rows only: tokens of every sample; 0 where they differ
     lengths: tuple[int, ...] = ()  # tokens of each sample, in order; in packed rows with its padding
+    part: Part = WHOLE  # input_ids, target_rows and targets are of these tokens alone, all else of the whole
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on `device`; to a GPU from pinned memory, without waiting for the copy."""
@@ -68,6 +98,29 @@ def with_empty_samples(batch: MicroBatch, num_samples: int) -> MicroBatch:
     assert cu_seqlens is not None
     missing = max(0, num_samples + 1 - len(cu_seqlens))
     return replace(batch, cu_seqlens=F.pad(cu_seqlens, (0, missing), value=batch.input_ids.numel()), uniform_length=0)
+
+
+def part_of(batch: MicroBatch, part: Part) -> MicroBatch:
+    """The part of a whole packed micro-batch, padded to equal parts by a sample of its own behind the others.
+
+    Targets were shifted before, so the last token of a part predicts the first of the next.
+    """
+    if part.count == 1:
+        return batch
+    missing = -batch.input_ids.shape[1] % part.count
+    if missing:
+        ids, positions = (F.pad(each, (0, missing)) for each in (batch.input_ids, batch.position_ids))
+        batch = replace(batch, input_ids=ids, position_ids=positions, max_length=max(batch.max_length, missing))
+        batch = with_empty_samples(batch, len(batch.lengths) + 1)
+    rows = part.rows(batch.input_ids.shape[1])
+    is_here = (batch.target_rows >= rows.start) & (batch.target_rows < rows.stop)
+    return replace(
+        batch,
+        input_ids=batch.input_ids[:, rows],
+        target_rows=batch.target_rows[is_here] - rows.start,
+        targets=batch.targets[is_here],
+        part=part,
+    )
 
 
 def packed_tokens(lengths: Sequence[int]) -> int:
@@ -110,3 +163,8 @@ def collate_packed(rows: Sequence[Mapping[str, Any]]) -> MicroBatch:
         uniform_length=uniform_length,
         lengths=tuple(widths),
     )
+
+
+def collated(rows: Sequence[Mapping[str, Any]], is_packed: bool, pad_token_id: int, part: Part) -> MicroBatch:
+    """A micro-batch of these samples, packed or padded; packed this process's part of it."""
+    return part_of(collate_packed(rows), part) if is_packed else collate(rows, pad_token_id)

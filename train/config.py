@@ -137,6 +137,9 @@ class BatchConfig:
     samples: int = 0
     """Samples in one optimizer step, on any number of processes: batch.accumulation follows, and what does not divide
     evenly is dealt unevenly; 0: per_device x accumulation x processes."""
+    context_parallel: int = 1
+    """GPUs of a machine that share each micro-batch's tokens, for rows longer than one has memory for; such a group
+    counts as one process. It divides attention's query heads. The fused engine only."""
     merge: Literal["auto", "off"] = "auto"
     """auto: a step's samples run as fewer, larger micro-batches without padding where memory allows and none sees
     another; off: literally per_device x accumulation, padded on the reference engine."""
@@ -361,6 +364,9 @@ class Config:
             elif self.memory.checkpointing and self.engine.kind == "reference":
                 remedy = "engine.kind reference recomputes all blocks or none; write full or none"
                 yield "memory.checkpointing", self.memory.checkpointing, remedy
+        if self.batch.context_parallel > 1 and self.engine.kind == "reference":
+            remedy = "only the fused engine splits rows; use --engine.kind auto"
+            yield "batch.context_parallel", self.batch.context_parallel, remedy
         yield from self._products_checks()
         if self.memory.offload == "stream" and self.engine.kind == "reference":
             yield "memory.offload", "stream", "only the fused engine streams; use --engine.kind auto"
@@ -406,8 +412,10 @@ class Config:
         if self.model.quantization != "none":
             reason = "full trains weights that are not quantised; add --model.quantization none"
             yield "train.method full with --model.quantization", self.model.quantization, reason
-        for option, value in (("engine.kind", self.engine.kind), ("memory.offload", self.memory.offload)):
-            if value in ("fused", "stream"):
+        split = self.batch.context_parallel if self.batch.context_parallel > 1 else ""
+        of_engine = {"engine.kind": self.engine.kind, "memory.offload": self.memory.offload}
+        for option, value in (of_engine | {"batch.context_parallel": split}).items():
+            if value in ("fused", "stream", split) and value:
                 yield option, value, "the fused engine trains adapters alone; leave it out with --train.method full"
         of_adapters = {
             "lora.init_from": self.lora.init_from,
@@ -513,6 +521,7 @@ class Config:
             ("batch.per_device", self.batch.per_device, 1),
             ("batch.accumulation", self.batch.accumulation, 0 if self.batch.samples else 1),
             ("batch.samples", self.batch.samples, 0),
+            ("batch.context_parallel", self.batch.context_parallel, 1),
             ("optim.weight_decay", self.optim.weight_decay, 0),
             ("optim.lora_plus_ratio", self.optim.lora_plus_ratio, 1),
             ("train.epochs", self.train.epochs, 1),

@@ -20,7 +20,7 @@ from data_tools.render import RenderSettings
 from data_tools.report import DataError
 from data_tools.similarity import first_equal
 from train.batching import LengthStatistics, StepPlan, regroup
-from train.collate import MicroBatch, collate, collate_packed, packed_tokens
+from train.collate import WHOLE, MicroBatch, collated, packed_tokens
 from train.config import Config, TrainConfig, parse_argument
 from train.dealing import Limits, deal
 from train.layout import BatchLayout
@@ -49,6 +49,7 @@ class TrainingData:
         self.seed = config.train.seed
         self.layout = layout
         self.pad_token_id = pad_token_id
+        self.part = WHOLE  # of each micro-batch; assemble knows a group's
         self.packed = config.data.packing
         self.group_by_length = config.data.group_by_length
         self.num_tokens: list[int] = samples["num_tokens"][:]
@@ -123,7 +124,7 @@ class TrainingData:
             if not rows:
                 first = self.rows[row_ids[0]][0]
                 rows = [{**self.samples[first], "trained": [False] * self.num_tokens[first]}]
-            micro_batches.append(collate_packed(rows) if is_packed else collate(rows, self.pad_token_id))
+            micro_batches.append(collated(rows, is_packed, self.pad_token_id, self.part))
         ids = [i for row in row_ids for i in self.rows[row]]
         return StepBatch(
             micro_batches,

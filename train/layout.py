@@ -15,21 +15,23 @@ class BatchLayout:
 
     per_device: int
     accumulation: int
-    num_processes: int
+    num_processes: int  # a group of batch.context_parallel ones counts as one
     rank: int
     samples: int = 0  # in a step; 0: per_device x accumulation x num_processes
     asked: str = ""  # asked_for(the options), which a checkpoint keeps
+    context_parallel: int = 1  # processes in a group
 
     @classmethod
     def of(cls, batch: BatchConfig, accelerator: Accelerator, asked: str = "") -> "BatchLayout":
         """Of this process's part of a run, whose batch is `arranged`."""
-        num_processes, rank = accelerator.num_processes, accelerator.process_index
-        return cls(batch.per_device, batch.accumulation, num_processes, rank, batch.samples, asked)
+        rank = accelerator.process_index // batch.context_parallel
+        return replace(cls.of_first(batch, accelerator.num_processes), rank=rank, asked=asked)
 
     @classmethod
     def of_first(cls, batch: BatchConfig, num_processes: int = 1) -> "BatchLayout":
         """Of the first of so many processes, which need not be there; the batch is `arranged` for them."""
-        return cls(batch.per_device, batch.accumulation, num_processes, 0, batch.samples)
+        num_groups, count = groups(batch, num_processes), batch.context_parallel
+        return cls(batch.per_device, batch.accumulation, num_groups, 0, batch.samples, context_parallel=count)
 
     @property
     def samples_per_step(self) -> int:
@@ -38,11 +40,28 @@ class BatchLayout:
 
     def arithmetic(self, unit: str = "samples") -> str:
         """The batch arithmetic, as it is told."""
-        factors = f"{self.per_device} per device x {self.accumulation} accumulated x {self.num_processes} process"
-        factors += "es" if self.num_processes > 1 else ""
+        factors = f"{self.per_device} per device x {self.accumulation} accumulated x "
+        factors += _processes(self.num_processes, self.context_parallel)
         if self.per_device * self.accumulation * self.num_processes == self.samples_per_step:
             return f"{factors} = {self.samples_per_step} {unit} per step"
         return f"{self.samples_per_step} {unit} per step in uneven shares, of at most {factors}"
+
+
+def _processes(num_groups: int, context_parallel: int) -> str:
+    """So many processes, alone or in groups."""
+    count = num_groups * context_parallel
+    told = f"{count} process{'es' if count > 1 else ''}"
+    return told + (f" in groups of {context_parallel}" if context_parallel > 1 else "")
+
+
+def groups(batch: BatchConfig, num_processes: int) -> int:
+    """Groups that batch.context_parallel makes of the processes; raises ExitWith(BAD_INPUT) where some are left."""
+    count = batch.context_parallel
+    if num_processes % count:
+        reason = f"{num_processes} process{'es make' if num_processes > 1 else ' makes'} no groups of {count}"
+        remedy = f"start a multiple of {count}, one a GPU (accelerate launch), or leave it out"
+        raise ExitWith(ExitCode.BAD_INPUT, f"--batch.context_parallel {count}: {reason}; {remedy}")
+    return num_processes // count
 
 
 def arranged(batch: BatchConfig, num_processes: int) -> BatchConfig:
@@ -51,7 +70,7 @@ def arranged(batch: BatchConfig, num_processes: int) -> BatchConfig:
     A number that they do not divide is dealt unevenly. A batch that is arranged stays as it is. Raises
     ExitWith(BAD_INPUT), with what would work, where options contradict each other or a process would have no sample.
     """
-    samples, given = batch.samples, batch.accumulation
+    samples, given, num_processes = batch.samples, batch.accumulation, groups(batch, num_processes)
     if not samples:
         return batch
     if samples < num_processes:
@@ -79,7 +98,7 @@ def _contradiction(batch: BatchConfig, num_processes: int) -> str:
     ways = [f"leave out --batch.accumulation, which is then {fits}", f"give --batch.samples {product}"]
     if samples % (accumulation * num_processes) == 0:
         ways.insert(1, f"give --batch.per_device {samples // (accumulation * num_processes)}")
-    processes = f"{num_processes} process{'es' if num_processes > 1 else ''}"
+    processes = _processes(num_processes, batch.context_parallel)
     return (
         f"--batch.samples {samples}, and {per_device} per device x {accumulation} accumulated x {processes} are "
         f"{product}: {', or '.join(ways)}"

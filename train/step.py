@@ -136,7 +136,7 @@ def step_gradient(training: Training, batch: StepBatch, completed: int, watch: W
     sums = torch.tensor([0.0, 0.0, 1.0], device=accelerator.device)  # of losses, of processes asked to stop, of all
     pace = Pace(accelerator.device)
     for number, micro_batch in enumerate(batch.micro_batches):
-        if watch.is_asked():
+        if training.data.part.any_of(watch.is_asked()):  # those that share a micro-batch leave it together
             sums[1] = 1
             break
         on_device = micro_batch.to(accelerator.device)
@@ -156,5 +156,5 @@ def step_gradient(training: Training, batch: StepBatch, completed: int, watch: W
     watch.arrive()
     totals = accelerator.reduce(sums, reduction="sum")
     loss, num_asked, num_present, norm, loss_scale = to_host(*totals, grad_norm, scale)
-    check_present(accelerator, num_present)
+    check_present(accelerator.num_processes, num_present)
     return GradientStats(loss, num_asked, norm, loss_scale)

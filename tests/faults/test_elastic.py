@@ -11,7 +11,7 @@ from tests.compare_runs import at, change_states, reference, result_of, start_pr
 from tests.conftest import Outcome, arguments, run_command, with_batch
 from tests.injections import Fault
 from train.checkpoints.contents import ADAPTER
-from train.config import BatchConfig, CheckpointConfig, Config, ModelConfig, OptimConfig
+from train.config import BatchConfig, CheckpointConfig, Config, EngineConfig, ModelConfig, OptimConfig
 from train.run.folder import RunFolder, read_object
 from train.track.metrics_file import read_metrics
 
@@ -73,6 +73,23 @@ def test_the_same_command_goes_on_with_other_processes(config: Config, tmp_path:
         loss, adapters = apart(path, tmp_path / "alone")
         assert loss < 1e-6, path
         assert adapters < 1e-5, path
+
+
+@pytest.mark.fault("T14")
+def test_a_group_that_shares_rows_goes_on_as_one_process(config: Config, tmp_path: Path) -> None:
+    """Begun on two that share each micro-batch, killed, then alone, and two groups of two: the run of one process."""
+    config, run_dir = replace(with_batch(config, 2, 4), engine=EngineConfig(kind="fused")), tmp_path / "run"
+    assert on(1, config, tmp_path / "alone")[0].returncode == 0
+    group = replace(config, batch=replace(config.batch, context_parallel=2))
+    assert on(2, group, run_dir, Fault("save", 2, "after"))[0].returncode == -9
+    assert on(1, config, run_dir, Fault("save", 1, "after"))[0].returncode == -9
+    last = on(4, group, run_dir)
+    assert [each.returncode for each in last] == [0] * 4, last[0].stderr
+    assert "x 4 processes in groups of 2 = 8 samples per step, as the run began" in last[0].stdout
+    assert samples_of(run_dir) == samples_of(tmp_path / "alone")
+    loss, adapters = apart(run_dir, tmp_path / "alone")
+    assert loss < 1e-6
+    assert adapters < 1e-5
 
 
 @pytest.mark.fault("T14")

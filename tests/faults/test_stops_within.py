@@ -1,6 +1,7 @@
 """Stop signals within a step and within a validation: what is unfinished is dropped, and computed again to the bit."""
 
 import re
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from tests.conftest import Outcome, arguments, run_command, thorough, with_batch
 from tests.injections import Both, NotANumber, OtherScale
 from tests.interruptions import AtMicroBatch, InValidation
 from train.checkpoints.store import CheckpointStore
-from train.config import CheckpointConfig, Config
+from train.config import CheckpointConfig, Config, EngineConfig
 from train.run.attempts import read_attempts
 from train.run.folder import RunFolder, read_object
 from train.track.metrics_file import read_metrics
@@ -114,6 +115,24 @@ def test_one_of_two_processes_is_asked(rank: int, dropout: Config, tmp_path: Pat
     assert [o.returncode for o in both] == [75, 75], both[0].stderr + both[1].stderr
     assert steps_saved(tmp_path / "run") == [1]
     assert ("s after the signal" in str(exit_record(tmp_path / "run")["reason"])) == (rank == 0)
+    assert [o.returncode for o in together(config, tmp_path / "run", [None, None])] == [0, 0]
+    assert result_of(tmp_path / "run") == result_of(tmp_path / "whole")
+
+
+@pytest.mark.fault("T27")
+def test_one_of_a_group_is_asked(dropout: Config, tmp_path: Path) -> None:
+    """Both processes share each micro-batch, and leave a step, then a validation, at the same one; where one is killed
+    the other ends with 81. The same bits."""
+    config = replace(with_batch(dropout, 1, 4), engine=EngineConfig(kind="fused"))
+    config = replace(config, batch=replace(config.batch, context_parallel=2))
+    config = replace(config, data=replace(config.data, validation_path=config.data.path, gate="warn"))
+    assert [o.returncode for o in together(config, tmp_path / "whole", [None, None])] == [0, 0]
+    for fault in (AtMicroBatch(1, 1), InValidation(4)):
+        both = together(config, tmp_path / "run", [None, fault])
+        assert [o.returncode for o in both] == [75, 75], both[0].stderr + both[1].stderr
+    assert steps_saved(tmp_path / "run") == [1, 5]
+    both = together(config, tmp_path / "run", [None, AtMicroBatch(6, 1, kind=signal.SIGKILL)])
+    assert [o.returncode for o in both] == [81, -9], both[0].stderr
     assert [o.returncode for o in together(config, tmp_path / "run", [None, None])] == [0, 0]
     assert result_of(tmp_path / "run") == result_of(tmp_path / "whole")
 

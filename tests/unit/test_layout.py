@@ -1,5 +1,6 @@
 """The batch arithmetic: what batch.samples makes of per_device and accumulation, and what is refused with a way out."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -80,3 +81,24 @@ def test_the_arithmetic_is_told_where_shares_differ() -> None:
         batch = {"per_device": 2, "accumulation": 6, "samples": samples}
         record: Any = SimpleNamespace(config={"batch": batch}, start={"num_processes": 3}, plan={})
         assert told in batch_line(record)
+
+
+def test_a_group_counts_as_one_process() -> None:
+    """Eight processes in groups of four take the samples of two, and tell so; what makes no groups is refused."""
+    batch = BatchConfig(2, 0, samples=32, context_parallel=4)
+    assert arranged(batch, 8) == replace(arranged(replace(batch, context_parallel=1), 2), context_parallel=4)
+    layout = BatchLayout.of_first(arranged(batch, 8), 8)
+    assert (layout.num_processes, layout.samples_per_step) == (2, 32)
+    assert layout.arithmetic().endswith("x 8 processes in groups of 4 = 32 samples per step")
+    accelerator: Any = SimpleNamespace(num_processes=8, process_index=6)
+    assert (BatchLayout.of(arranged(batch, 8), accelerator).rank, layout.rank) == (1, 0)
+    record: Any = SimpleNamespace(
+        config={"batch": {"per_device": 2, "accumulation": 8, "context_parallel": 4}},
+        start={"num_processes": 8},
+        plan={},
+    )
+    assert "x 8 processes in groups of 4 = 32 samples a step" in batch_line(record)
+    for count in (1, 6):
+        with pytest.raises(ExitWith, match="no groups of 4; start a multiple of 4") as refused:
+            arranged(batch, count)
+        assert refused.value.code == ExitCode.BAD_INPUT

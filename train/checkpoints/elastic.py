@@ -5,7 +5,7 @@ from accelerate import Accelerator
 from train.checkpoints.contents import Checkpoint
 from train.checkpoints.identity import SAMPLES
 from train.config import BatchConfig
-from train.layout import BatchLayout, arranged, asked_for, keeping
+from train.layout import BatchLayout, arranged, asked_for, groups, keeping
 from train.run.exits import ExitCode, ExitWith
 from train.run.processes import say
 
@@ -17,8 +17,8 @@ def kept_batch(checkpoint: Checkpoint | None, asked: BatchConfig, accelerator: A
     Options that the run was not begun with are left as they are: its identity refuses them where a step would have
     other samples. Raises ExitWith(BAD_INPUT) as `arranged`, and where the step has too few samples.
     """
-    num_processes = accelerator.num_processes
-    batch = arranged(asked, num_processes)
+    num_processes = groups(asked, accelerator.num_processes)
+    batch = arranged(asked, accelerator.num_processes)
     if checkpoint is None or asked.samples:
         return batch
     samples, layout = checkpoint.state.identity.get(SAMPLES), checkpoint.state.layout
@@ -32,7 +32,7 @@ def kept_batch(checkpoint: Checkpoint | None, asked: BatchConfig, accelerator: A
             f"{checkpoint.path}: the run has {samples} samples in a step, which {num_processes} processes cannot "
             f"share; start at most {samples}",
         )
-    kept = arranged(keeping(asked, samples), num_processes)
+    kept = arranged(keeping(asked, samples), accelerator.num_processes)
     told = BatchLayout.of(kept, accelerator).arithmetic()
     say(accelerator, f"batch     {told}, as the run began; {begun} on {num_processes} would be {product}")
     return kept

@@ -31,8 +31,9 @@ def main(words: list[str]) -> int:
     today = run_date(config, date.today())
     splits = read_data(config, tokenizer, today)
     abilities = abilities_of(tokenizer, prepare_settings(config, config.data.path, today).render)
-    # one process, because only accelerate launch knows their number
-    layout = BatchLayout.of_first(arranged(config.batch, num_processes=1))
+    # one process, or group of them, because only accelerate launch knows their number
+    count = config.batch.context_parallel
+    layout = BatchLayout.of_first(arranged(config.batch, count), count)
     found = run_audit(config, tokenizer, TrainingData(splits.training.samples, config, layout, 0), splits)
     reasons = failures(found)
     if options.json:

@@ -174,12 +174,13 @@ def forecast(config: Config, gpu: Gpu, rows: LengthStatistics, num_steps: float 
     between = Between.of(outlook.planner.job, plan, cluster)
     seconds = plan.seconds + between.seconds
     fits = plan.peak_bytes <= budget
+    num_groups = cluster.num_processes // config.batch.context_parallel
     has_rates = fits and any(gpu.name == known.name for known in KNOWN_GPUS)
     return Forecast(
         gpu=gpu,
         budget=budget,
         plan=plan,
-        tokens_per_second=cluster.num_processes * outlook.num_tokens / seconds if has_rates else None,
+        tokens_per_second=num_groups * outlook.num_tokens / seconds if has_rates else None,
         paged_bytes=outlook.planner.job.sizes.paged_bytes,
         fits=fits,
         advice="" if fits else outlook.remedies(plan),

@@ -72,6 +72,11 @@ def _check(options: argparse.Namespace, config: Config) -> None:
         problem = f"--gpus {options.gpus} --nodes {options.nodes}: a probe runs on one GPU; leave them out"
     elif options.link and options.nodes == 1:
         problem = f"--link {options.link}: what is between machines, and there is one; give --nodes M, or leave it out"
+    elif options.nodes > 1 and options.gpus % config.batch.context_parallel:
+        problem = (
+            f"--gpus {options.gpus} with --batch.context_parallel {config.batch.context_parallel}: the GPUs that share "
+            "a row are in one machine; write a divisor of --gpus"
+        )
     elif options.steps and not options.probe:
         problem = f"--steps {options.steps}: only --probe runs steps; write both or neither"
     if problem:

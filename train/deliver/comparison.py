@@ -201,7 +201,7 @@ def _layout(run: FinishedRun) -> BatchLayout:
     """How the run's steps were divided; a resumed one's may differ, but not the samples of a step."""
     processes = last_start(run.folder).get("num_processes")
     batch, num_processes = run.config.batch, processes if isinstance(processes, int) else 1
-    return BatchLayout(batch.per_device, batch.accumulation, num_processes, 0, batch.samples)
+    return BatchLayout.of_first(batch, num_processes)
 
 
 def _plain_settings(run: FinishedRun, today: date) -> PrepareSettings:

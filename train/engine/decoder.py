@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,8 @@ from train.engine.host_stream import HostBlocks
 from train.engine.layers import CausalLM, Heads, Vocabulary
 from train.engine.operations import mixed
 from train.engine.packed_source import packed_source
-from train.engine.plan import Plan, padded
+from train.engine.plan import Plan, padded, part_tokens
+from train.engine.split_attention import SplitAttention
 from train.engine.stack import Stack
 from train.engine.weight_store import WeightStore
 
@@ -41,7 +43,7 @@ class FusedDecoder:
         store = WeightStore(blocks, plan.num_cached, norm.weight, self.source)
         inputs = DeviceInputs()
         if plan.offloads_inputs:
-            num_tokens = padded(plan.micro_batch_tokens)
+            num_tokens = padded(part_tokens(plan.micro_batch_tokens, plan.num_parts))
             inputs = HostInputs(plan.num_blocks - plan.num_kept, num_tokens, norm.weight, copies(), copies())
         embedding = Vocabulary.of(causal_lm.get_input_embeddings())
         self.embed_tokens = RowsInPlace(embedding) if embedding.rows else self.decoder.embed_tokens
@@ -90,13 +92,17 @@ class FusedDecoder:
     def context(self, batch: MicroBatch) -> ForwardContext:
         """What all blocks share in a forward pass over a packed micro-batch."""
         like = self.stack.store.like
-        positions = self.position_tables(like, batch.position_ids)
+        positions, attend = self.position_tables(like, batch.position_ids), self.attend_for(batch)
+        if batch.part.count > 1:  # tables are of the whole: some depend on a sample's length
+            values = positions.values[batch.part.rows(batch.position_ids.shape[1])].clone()
+            positions = replace(positions, values=values)
+            attend = {window: SplitAttention(each, batch.part) for window, each in attend.items()}
         dropout = self.dropout if self.decoder.training else 0.0
         # the seed of this forward pass, which seeds.seed_forward has set
         seed = torch.full((), mixed(torch.initial_seed()), device=like.device)
         samples = PackedSamples(batch) if self.has_linear else None
         per_layer = self.inputs_per_layer(batch.input_ids[0])
-        return ForwardContext(positions, self.attend_for(batch), dropout, seed, self.mlp_tile, samples, per_layer)
+        return ForwardContext(positions, attend, dropout, seed, self.mlp_tile, samples, per_layer)
 
     def release(self) -> None:
         """Frees graphs and dequantised weights; they are made again when they are needed."""

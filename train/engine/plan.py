@@ -27,6 +27,7 @@ class Plan:
     products: Literal["bf16", "fp8"] = "bf16"  # in which those of frozen weights run; bf16: the compute type
     num_cached: int = 0  # the first so many blocks keep their dequantised weights
     streamed: tuple[int, ...] = ()  # numbers of the blocks whose packed weights are streamed from pinned host memory
+    num_parts: int = 1  # processes that compute a part of each micro-batch's tokens; its numbers here are of the whole
     num_shards: int = 1  # processes that each hold a part of every block that is not streamed
     num_sharing: int = 1  # processes of a machine that have one copy of what is streamed, in its host memory
     needs_host: bool = True  # nothing that leaves host memory alone fits
@@ -70,6 +71,7 @@ class Plan:
         if self.num_shards > 1 and len(self.streamed) < self.num_blocks:
             rest = "the other blocks" if self.streamed else "all blocks"
             text += f"; each of {self.num_shards} GPUs holds a part of the weights of {rest}"
+        text += f"; a micro-batch's tokens are split over {self.num_parts} GPUs" if self.num_parts > 1 else ""
         text += f"; {self.num_linear} have linear attention, so there are no CUDA graphs" if self.num_linear else ""
         text += "; block inputs are offloaded to host memory" if self.offloads_inputs else ""
         text += f"; MLPs run in tiles of {self.mlp_tile:,} tokens" if self.mlp_tile else ""
@@ -80,6 +82,11 @@ class Plan:
 def padded(tokens: int) -> int:
     """Tokens of a micro-batch of `tokens` when it runs as a CUDA graph."""
     return -(-tokens // GRAPH_STEP) * GRAPH_STEP
+
+
+def part_tokens(num_tokens: int, num_parts: int) -> int:
+    """Tokens of a part of a micro-batch that so many processes share."""
+    return -(-num_tokens // num_parts)
 
 
 def reference_plan(num_blocks: int, memory: MemoryConfig) -> Plan:

@@ -34,6 +34,17 @@ def unsupported_reason(causal_lm: CausalLM) -> str:
     return _unlike_blocks(layers)
 
 
+def undivided_reason(causal_lm: CausalLM, count: int) -> str:
+    """Why `count` processes cannot share a micro-batch's tokens (split_attention.py); empty where they can."""
+    for layer in decoder_layers(causal_lm):
+        if not isinstance(layer.heads, Heads):
+            return "its linear attention carries a state from token to token"
+        query, key = layer.heads.num_query, layer.heads.num_key_value
+        if query % count or (key % count and count % key):
+            return f"{count} processes cannot have equal shares of its {query} query and {key} key heads"
+    return ""
+
+
 def not_in_fp8(causal_lm: CausalLM) -> str:
     """Why the products of a model that the engine runs are not offered in fp8; empty where they are."""
     for layer in decoder_layers(causal_lm):

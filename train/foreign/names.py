@@ -109,6 +109,8 @@ ROWS = (
     Row("batch.accumulation", "gradient_accumulation_steps", "gradient_accumulation_steps",
         "gradient_accumulation_steps", "gradient_accumulation_steps",
         "gradient_accumulation grad_accum accumulate_grad_batches accumulation_steps", values.whole),
+    Row("batch.context_parallel", axolotl="context_parallel_size sequence_parallel_degree", spell=values.whole,
+        note="such a group of GPUs counts as one process"),
     Row("optim.name", "optim", "optimizer", "optim", "optim", "", values.one_of(OPTIMIZERS)),
     Row("optim.lr", "learning_rate", "learning_rate", "learning_rate", "learning_rate", "lr"),
     Row("optim.schedule", "lr_scheduler_type", "lr_scheduler", "lr_scheduler_type", "lr_scheduler_type",

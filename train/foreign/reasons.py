@@ -98,7 +98,8 @@ ANYWAY: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
 )  # fmt: skip
 MISSING = (
     (r"fsdp.*|deepspeed.*|.*parallel.*|sequence_parallel.*|context_parallel.*|tensor_parallel.*|ring_attn.*|zero_.+",
-     "several GPUs hold one replica each (DDP); a model that is too large is streamed: --memory.budget"),
+     "several GPUs hold one replica each (DDP); --memory.budget streams a model that is too large, and "
+     "--batch.context_parallel N shares rows that are too long"),
     (r"push_to_hub|push_.+|hub_.+", "after training: handloop export RUN --format adapter --push OWNER/NAME"),
     (r"(hf_|hub_|ms_|om_)?(hub_)?token|.*api_key", "secrets are not options: set HF_TOKEN or WANDB_API_KEY"),
     (r"trust_remote_code|custom_.+", "no code from the hub is run"),

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from train.batching import LengthStatistics
 from train.config import BatchConfig
-from train.engine.plan import padded
+from train.engine.plan import padded, part_tokens
 from train.memory.gpus import HOST_BANDWIDTH, Gpu
 from train.memory.sizes import ModelSizes
 from train.run.devices import FLASH, TRITON
@@ -52,15 +52,16 @@ class Job:
 class Candidate:
     """What is chosen: one way to execute the job, whose memory (cost.py) and time (time.py) are predicted."""
 
-    tokens: int  # the largest micro-batch
+    tokens: int  # the largest micro-batch, of all that share it
     num_micro_batches: float  # expected, of a step
-    mean_tokens: float  # of a micro-batch
+    mean_tokens: float  # of a micro-batch, in this process
     num_streamed: int  # blocks whose packed weights come from pinned host memory
     offloads: bool  # inputs of recomputed blocks wait in pinned host memory
     uses_graphs: bool
     mlp_tile: int = 0  # tokens that go through an MLP at once; 0: all
     num_kept: int = 1  # blocks that keep their activations, the last ones
     num_cached: int = 0  # blocks that keep their dequantised weights, the first ones
+    num_parts: int = 1  # processes that share each micro-batch's tokens
 
     @property
     def uses_host(self) -> bool:
@@ -69,10 +70,10 @@ class Candidate:
 
     @property
     def width(self) -> int:
-        """Tokens of the largest micro-batch as it runs: graphs pad it."""
-        return padded(self.tokens) if self.uses_graphs else self.tokens
+        """Tokens of the largest micro-batch as it runs here: graphs pad it, and others have their parts of it."""
+        return padded(self.tokens) if self.uses_graphs else part_tokens(self.tokens, self.num_parts)
 
     @property
     def is_tiled(self) -> bool:
         """Whether the largest micro-batch goes through an MLP in more than one tile."""
-        return 0 < self.mlp_tile < self.tokens
+        return 0 < self.mlp_tile < self.width

@@ -8,10 +8,10 @@ everything that is kept for the backward pass is there; or a validation sample m
 
 from train.engine.copies import host_bytes as pinned_bytes
 from train.engine.delta_rule import CHUNK
-from train.engine.plan import NUM_SLOTS, padded, spread
+from train.engine.plan import NUM_SLOTS, padded, part_tokens, spread
 from train.engine.sharded_blocks import part_bytes
 from train.memory.candidate import Candidate, Job
-from train.memory.kept import gate_up_kept, gate_up_width, kept_of, mlp_rank, mlp_rows, routing_bytes
+from train.memory.kept import exchanged_width, gate_up_kept, gate_up_width, kept_of, mlp_rank, mlp_rows, routing_bytes
 from train.memory.linear import FP32_BYTES
 from train.memory.sizes import MixtureSizes, ModelSizes
 
@@ -88,7 +88,7 @@ def working_memory(job: Job, c: Candidate) -> int:
     if c.uses_graphs:  # nothing else can use a graph's memory
         return eager_bytes(job, c) + block_backward(job, c) + fixed
     # a validation runs when everything that training keeps is gone
-    validation = validation_bytes(job, job.rows.longest_validation, c.mlp_tile)
+    validation = validation_bytes(job, part_tokens(job.rows.longest_validation, c.num_parts), c)
     validation -= block_inputs(job, c) + kept_activations(job, c)
     return max(head_bytes(job, c.width), block_backward(job, c), validation) + fixed
 
@@ -137,15 +137,17 @@ def _mixture_backward(s: ModelSizes, mixture: MixtureSizes, c: Candidate) -> int
 def attention_backward(job: Job, c: Candidate) -> int:
     """Gradients of attention's output [T, Q], of q, k, v [T, N], of repeated k and v [T, 2 Q], and fp32 dQ.
 
-    Heads beyond flash kernels: fp32 dK and dV, too. Less what the MLP had kept and has freed: `post_attention` [T, H],
-    its norm's output [T, H + R], `gate_up`.
+    Where processes split the tokens, the output's gradient is also there for some heads of all of them. Heads beyond
+    flash kernels: fp32 dK and dV, too. Less what the MLP had kept and has freed: `post_attention` [T, H], its norm's
+    output [T, H + R], `gate_up`.
     """
     s = job.sizes
     freed = s.hidden + s.hidden + mlp_rank(s) + gate_up_kept(job, c)
     freed -= s.hidden if s.is_parallel else 0  # the gradient of what both read
-    num_samples = job.num_samples(c.width) + (EMPTY_SAMPLES if c.uses_graphs else 0)
+    num_samples = job.num_samples(c.width * c.num_parts) + (EMPTY_SAMPLES if c.uses_graphs else 0)
     dq = (c.width + DQ_ROWS * num_samples) * s.query * FP32_BYTES * (3 if s.is_wide else 1)
-    return c.width * s.element_bytes * (3 * s.query + s.states - freed) + dq
+    width = 3 * s.query + exchanged_width(s, c.num_parts) + (s.query if c.num_parts > 1 else 0)
+    return c.width * s.element_bytes * (width - freed) + dq
 
 
 def linear_backward(job: Job, c: Candidate) -> int:
@@ -175,13 +177,15 @@ def without_triton(job: Job) -> int:
     return s.element_bytes * largest + (4 * s.chunk_bytes if s.element_bytes == 2 else 0)
 
 
-def validation_bytes(job: Job, tokens: int, mlp_tile: int) -> int:
+def validation_bytes(job: Job, tokens: int, c: Candidate) -> int:
     """A validation micro-batch of `tokens`: its head, or a block's forward pass of which nothing is kept."""
     if not tokens:
         return 0
     s = job.sizes
-    tiled_tokens = max(0, tokens - mlp_tile) if mlp_tile else 0
-    block = tokens * validation_per_token(s) - tiled_tokens * (s.gate_up + s.intermediate) * s.element_bytes
+    tiled_tokens = max(0, tokens - c.mlp_tile) if c.mlp_tile else 0
+    exchanged = 2 * exchanged_width(s, c.num_parts) if c.num_parts > 1 else 0  # as sent, and as it comes
+    block = tokens * (validation_per_token(s) + s.element_bytes * exchanged)
+    block -= tiled_tokens * (s.gate_up + s.intermediate) * s.element_bytes
     return max(head_bytes(job, tokens), block)
 
 
@@ -213,7 +217,7 @@ def eager_bytes(job: Job, c: Candidate) -> int:
     """What runs eagerly beside graphs, whose memory it cannot use: the head, and a block at a time of a validation."""
     if not c.uses_graphs:
         return 0
-    return max(head_bytes(job, c.width), validation_bytes(job, validation_tokens(job, c), c.mlp_tile))
+    return max(head_bytes(job, c.width), validation_bytes(job, validation_tokens(job, c), c))
 
 
 def validation_tokens(job: Job, c: Candidate) -> int:
@@ -280,7 +284,8 @@ def host_bytes(job: Job, c: Candidate) -> int:
     s = job.sizes
     inputs = 0
     if c.offloads:
-        inputs = pinned_bytes(padded(c.tokens) * s.hidden * s.element_bytes, s.num_blocks - c.num_kept)
+        tokens = padded(part_tokens(c.tokens, c.num_parts))
+        inputs = pinned_bytes(tokens * s.hidden * s.element_bytes, s.num_blocks - c.num_kept)
     return job.num_local // job.num_sharing * read_bytes(job, c) + job.num_local * inputs
 
 

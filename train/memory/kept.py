@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from train.engine.split_attention import num_repeats
 from train.memory.candidate import Candidate, Job
 from train.memory.linear import FP32_BYTES
 from train.memory.sizes import ModelSizes
@@ -31,11 +32,19 @@ def _kept_per_token(job: Job, c: Candidate) -> int:
     width += s.norms_behind * s.hidden  # `attention_branch`, `mlp_branch`, that of own inputs
     width += s.hidden + 3 * s.per_layer + 2 * s.padded_rank if s.per_layer else 0  # `read`, `gate_up`, `product`
     width += gate_up_kept(job, c)
+    if c.num_parts > 1:  # what came of other processes for attention, and its output in both orders
+        width += exchanged_width(s, c.num_parts) + s.query
     if not job.has_flash or s.is_wide:
         width += 3 * s.query  # keys and values repeated for all heads, and the outputs of single samples
     # fp32: attention's log-sum-exp a head, the norms' rstd a head (Qwen3) and two a token, and of norms behind
     scales = FP32_BYTES * (s.query + s.normed_qk) // MIN_HEAD_SIZE + (2 + s.norms_behind) * FP32_BYTES
     return s.element_bytes * width + scales + routing_bytes(s)
+
+
+def exchanged_width(s: ModelSizes, num_parts: int) -> int:
+    """Queries, keys and values of a token that attention reads, here or in another process; too few heads are
+    repeated."""
+    return s.query + num_repeats(s.num_key_value, num_parts) * (s.states - s.query)
 
 
 def mlp_rank(s: ModelSizes) -> int:

@@ -11,7 +11,7 @@ from itertools import product
 
 from train.batching import LengthStatistics, MicroBatchShape
 from train.config import MemoryConfig
-from train.engine.plan import GRAPH_STEP, NUM_SLOTS, Plan, padded, spread
+from train.engine.plan import GRAPH_STEP, NUM_SLOTS, Plan, padded, part_tokens, spread
 from train.memory import cost
 from train.memory.candidate import Candidate, Job
 from train.memory.time import step_seconds
@@ -84,11 +84,12 @@ class Planner:
             counts = list(range(min_streamed, blocks + 1))
         can_offload = (False, True) if has_limit and offload != "none" else (False,)
         rows, accumulation, merges = self.job.rows, self.job.batch.accumulation, self.job.batch.merge == "auto"
+        num_parts = self.job.batch.context_parallel
         for tokens, uses_graphs in self._micro_batches(saved_tokens):
             number = rows.num_micro_batches(accumulation, tokens) if merges else float(accumulation)
-            mean = accumulation * rows.mean_micro_batch / number
+            mean = accumulation * rows.mean_micro_batch / number / num_parts
             for count, offloads in product(counts, can_offload):
-                yield Candidate(tokens, number, mean, count, offloads, uses_graphs)
+                yield Candidate(tokens, number, mean, count, offloads, uses_graphs, num_parts=num_parts)
 
     def _micro_batches(self, saved_tokens: int) -> Iterator[tuple[int, bool]]:
         """(tokens, whether it runs as a CUDA graph) of a micro-batch: as configured, merged, or split into fewer rows.
@@ -100,10 +101,12 @@ class Planner:
         sizes = {saved_tokens or rows.merged_tokens(1)}
         if not is_given:
             merged = (rows.merged_tokens(count) for count in range(2, self.job.batch.accumulation + 1))
-            sizes |= {*rows.longest, *(tokens for tokens in merged if tokens <= MAX_MERGED_TOKENS)}
+            most = MAX_MERGED_TOKENS * self.job.batch.context_parallel
+            sizes |= {*rows.longest, *(tokens for tokens in merged if tokens <= most)}
         yield from ((tokens, False) for tokens in sorted(sizes))
-        # the work of linear attention and of wide heads depends on each sample's length
-        if self.job.gpu.has_graphs and not self.job.sizes.linear and not self.job.sizes.is_wide:
+        # the work of linear attention and of wide heads depends on each sample's length; an exchange is not captured
+        is_fixed = not self.job.sizes.linear and not self.job.sizes.is_wide and self.job.batch.context_parallel == 1
+        if self.job.gpu.has_graphs and is_fixed:
             if not is_given:
                 wide = {padded(tokens) - less for tokens in sizes for less in (0, GRAPH_STEP)}
                 sizes = {tokens for tokens in wide if tokens >= rows.longest[0]}
@@ -145,7 +148,7 @@ def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
 
 def plan_of(job: Job, candidate: Candidate, has_limit: bool, needs_host: bool) -> Plan:
     """The plan that executes the candidate, with what is predicted of it; no memory without a limit."""
-    s, longest = job.sizes, max(candidate.tokens, job.rows.longest_validation)
+    s, longest = job.sizes, max(candidate.width, part_tokens(job.rows.longest_validation, candidate.num_parts))
     streamed = spread(candidate.num_streamed, s.num_blocks)
     return Plan(
         is_fused=True,
@@ -156,6 +159,7 @@ def plan_of(job: Job, candidate: Candidate, has_limit: bool, needs_host: bool) -
         num_cached=candidate.num_cached,
         products="fp8" if s.in_fp8 else "bf16",
         streamed=streamed,
+        num_parts=candidate.num_parts,
         num_shards=job.num_shards,
         num_sharing=job.num_sharing,
         needs_host=needs_host,

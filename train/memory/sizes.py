@@ -65,6 +65,7 @@ class ModelSizes:
     gradient_bytes: int = 0  # fp32 gradients of all that is trained
     mixture: MixtureSizes | None = None
     whole_bytes: int = 0  # for moments, where head or embedding are trained whole: copy, product and gradient
+    num_key_value: int = 1  # heads of keys, and of values
     gate: int = 0  # the part of `qkv` that is gates of what is attended to (Qwen3.5)
     linear: LinearSizes | None = None  # of a hybrid
     shared_bytes: int = 0  # of a hybrid: what matrices of the other kind add to the place that blocks share
@@ -131,6 +132,7 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
     block, widths = softmax[0], {each.number: _widths(each, layers[each.number]) for each in softmax}
     rooms = [block.around_attention, block.around_mlp, *([block.per_layer.around] if block.per_layer else [])]
     largest: dict[str, Any] = {name: max(each[name] for each in widths.values()) for name in widths[block.number]}
+    largest["num_key_value"] = min(each["num_key_value"] for each in widths.values())  # the fewest are repeated most
     words_in, words_out = map(Vocabulary.of, (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()))
     embedding, head = words_in.layer.weight, words_out.layer.weight
     trained = [parameter for parameter in causal_lm.parameters() if parameter.requires_grad]
@@ -190,6 +192,7 @@ def _widths(block: Block, layer: DecoderLayer) -> dict[str, int]:
         "reused": value if heads.values_are_keys else 0,
         "borrowed": key + value if heads.borrows else 0,
         "head_size": heads.size,
+        "num_key_value": heads.num_key_value,
     }
 
 

@@ -7,6 +7,7 @@ that launches its kernels, or the bus that brings weights and block inputs. Rate
 from dataclasses import replace
 
 from train.memory.candidate import Candidate, Job
+from train.memory.kept import exchanged_width
 
 # Tokens. Short products are less efficient: n tokens take as long as n + 155 at the full rate (fitted to six steps)
 LATENCY_TOKENS = 155
@@ -152,7 +153,7 @@ def forward(job: Job, c: Candidate) -> float:
     computing = products(job, c, frozen_flops(job, num_weights(job)) + attention_flops(job))
     moving = elementwise(job, c, ELEMENTWISE_FORWARD) + dequantisation(job, c, 0.5) + around_fp8(job, c, False)
     moving += experts(job, c, ROWS_FORWARD, ADAPTERS_FORWARD) + linear_rule(job, c, LINEAR_FORWARD)
-    return computing + moving + SMALL_KERNEL_SECONDS
+    return computing + moving + exchange(job, c) + SMALL_KERNEL_SECONDS
 
 
 def backward(job: Job, c: Candidate) -> float:
@@ -165,7 +166,7 @@ def backward(job: Job, c: Candidate) -> float:
     moving = elementwise(job, c, ELEMENTWISE_BACKWARD) + around_fp8(job, c, True)
     moving += dequantisation(job, c, 0.5 + 0.5 * recomputed_share(job, c))
     moving += experts(job, c, ROWS_BACKWARD, ADAPTERS_BACKWARD) + linear_rule(job, c, LINEAR_BACKWARD)
-    seconds = computing + moving + SMALL_KERNEL_SECONDS
+    seconds = computing + moving + exchange(job, c) + SMALL_KERNEL_SECONDS
     if c.is_tiled:
         seconds += c.num_kept / s.num_blocks * products(job, c, frozen_flops(job, s.hidden * s.gate_up))
     return seconds
@@ -179,7 +180,7 @@ def recomputation(job: Job, c: Candidate) -> float:
         skipped *= s.mixture.num_chosen / GROUPED_SHARE
     computing = products(job, c, frozen_flops(job, num_weights(job) - skipped) + attention_flops(job))
     moving = elementwise(job, c, ELEMENTWISE_FORWARD) + linear_rule(job, c, LINEAR_FORWARD)
-    return computing + moving + around_fp8(job, c, False)
+    return computing + moving + around_fp8(job, c, False) + exchange(job, c)
 
 
 def forward_launches(job: Job, c: Candidate) -> float:
@@ -203,6 +204,14 @@ def peers(job: Job, c: Candidate) -> float:
     """Parts of a block that other GPUs hold are read from them."""
     share = (1 - streamed_share(job, c)) * (job.num_shards - 1) / job.num_shards
     return share * job.sizes.largest_packed / job.gpu.link
+
+
+def exchange(job: Job, c: Candidate) -> float:
+    """Processes that split the tokens send all but their own share of queries, keys, values and attention's output."""
+    if c.num_parts == 1:
+        return 0.0
+    width = (exchanged_width(job.sizes, c.num_parts) + job.sizes.query) * (c.num_parts - 1) / c.num_parts
+    return c.mean_tokens * job.sizes.element_bytes * width / job.gpu.link
 
 
 def inputs_bus(job: Job, c: Candidate) -> float:

@@ -20,7 +20,7 @@ from train.engine.linears import ADAPTER
 from train.engine.peer_memory import PeerMemoryError
 from train.engine.plan import Plan
 from train.engine.sharded_blocks import AwayBlocks
-from train.engine.support import not_in_fp8, unsupported_reason
+from train.engine.support import not_in_fp8, undivided_reason, unsupported_reason
 from train.loss import Head, summed_cross_entropy
 from train.models.about import BaseFacts, own_dropout
 from train.models.adapters import copy_into, is_adapted_layer, trainable, with_adapters
@@ -219,19 +219,23 @@ def choose_engine(sketched: peft.PeftModel | WholeModel, config: Config, device:
     """
     if config.engine.kind == "reference" or isinstance(sketched, WholeModel):
         return False, WHOLE if isinstance(sketched, WholeModel) else "engine.kind reference"
-    reason = unsupported_reason(as_causal_lm(sketched.get_base_model()))
+    causal_lm, count = as_causal_lm(sketched.get_base_model()), config.batch.context_parallel
+    reason = unsupported_reason(causal_lm)
+    if count > 1 and (unsplit := reason or undivided_reason(causal_lm, count)):
+        refused = f"--batch.context_parallel {count}: only the fused engine splits rows, and {unsplit}"
+        raise ExitWith(ExitCode.BAD_INPUT, f"{refused}; leave it out, or write a number that suits the base")
     if reason and config.engine.kind == "fused":
         raise ExitWith(ExitCode.BAD_INPUT, f"--engine.kind fused: {reason}; use auto or reference")
     if config.engine.products == "fp8":
-        reason = reason or not_in_fp8(as_causal_lm(sketched.get_base_model()))
+        reason = reason or not_in_fp8(causal_lm)
         if not reason and config.engine.kind == "auto" and device.type != "cuda":
             reason = "there is no GPU; --engine.kind fused multiplies the same numbers in fp32 here, slowly"
         if reason:
             raise ExitWith(ExitCode.BAD_INPUT, f"--engine.products fp8: {reason}; or leave it out")
-    wants_it = config.memory.offload == "stream"
-    if reason and wants_it:
+    streams = config.memory.offload == "stream"
+    if reason and streams:
         raise ExitWith(ExitCode.BAD_INPUT, f"--memory.offload stream: only the fused engine streams, and {reason}")
-    if not reason and config.engine.kind == "auto" and device.type != "cuda" and not wants_it:
+    if not reason and config.engine.kind == "auto" and device.type != "cuda" and not streams and count == 1:
         reason = "no GPU; --engine.kind fused runs it here as well"
     return not reason, reason
 

@@ -29,11 +29,12 @@ def batch_line(run: RunRecord) -> str:
     """The batch arithmetic, as the banner says it; empty where the options are not known."""
     sizes = [whole(at(run.config, "batch", name)) for name in ("per_device", "accumulation")]
     num_processes = whole(run.start.get("num_processes"))
+    group = whole(at(run.config, "batch", "context_parallel")) or 1
     per_device, accumulation = sizes
     if per_device is None or accumulation is None or num_processes is None:
         return ""
-    processes = f"process{'es' if num_processes > 1 else ''}"
-    product = per_device * accumulation * num_processes
+    processes = f"process{'es' if num_processes > 1 else ''}" + (f" in groups of {group}" if group > 1 else "")
+    product = per_device * accumulation * num_processes // group
     samples = whole(at(run.config, "batch", "samples")) or product
     factors = f"{per_device} per device x {accumulation} accumulated x {num_processes} {processes}"
     text = f"{factors} = {samples} samples a step"

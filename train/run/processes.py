@@ -25,18 +25,18 @@ def any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
         return list(flags)
     counts = torch.tensor([*(float(flag) for flag in flags), 1.0], device=accelerator.device)
     *found, num_present = to_host(*accelerator.reduce(counts, reduction="sum"))
-    check_present(accelerator, num_present)
+    check_present(accelerator.num_processes, num_present)
     return [value > 0 for value in found]
 
 
-def check_present(accelerator: Accelerator, num_present: float) -> None:
+def check_present(num_processes: int, num_present: float) -> None:
     """Raises RuntimeError unless every process has added its 1 to a sum.
 
     Where another one is silent, NCCL gives up after the timeout, and what then comes back is this process's own part:
     it went on with it, and saved, for up to a minute until it was aborted (seen on two GPUs).
     """
-    if num_present != accelerator.num_processes:
-        reason = f"{num_present:g} of {accelerator.num_processes} processes are in a sum"
+    if num_present != num_processes:
+        reason = f"{num_present:g} of {num_processes} processes are in a sum"
         raise RuntimeError(f"a collective of NCCL or gloo was given up: {reason}")
 
 
@@ -142,7 +142,7 @@ def on_first_process(accelerator: Accelerator, action: Callable[[], int]) -> int
             value = -int(error.code)
     sums = accelerator.reduce(torch.tensor([float(value), 1.0], device=accelerator.device), reduction="sum")
     total, num_present = to_host(*sums)
-    check_present(accelerator, num_present)
+    check_present(accelerator.num_processes, num_present)
     result = int(total)  # minus the exit code if the first process failed
     if result < 0:
         raise error or ExitWith(ExitCode(-result), "ended by the first process")

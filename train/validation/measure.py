@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 
 from train.batching import regroup
-from train.collate import collate, collate_packed
+from train.collate import collated
 from train.metrics import Pace, to_host
 from train.run.processes import UNWATCHED, Watch, check_present
 from train.step import Dropped, Training
@@ -38,7 +38,7 @@ def validate(training: Training, material: Material, watch: Watch = UNWATCHED) -
     training.model.train()
     watch.arrive()
     *sums, num_asked, num_present = to_host(*accelerator.reduce(totals, reduction="sum"))
-    check_present(accelerator, num_present)
+    check_present(accelerator.num_processes, num_present)
     if num_asked:
         raise Dropped
     of_text = list(zip(sums[::2], sums[1::2], strict=True))
@@ -51,15 +51,15 @@ def validate(training: Training, material: Material, watch: Watch = UNWATCHED) -
 
 def _add(training: Training, samples: Dataset, sums: torch.Tensor, watch: Watch, pace: Pace) -> bool:
     """Adds this process's share of the samples to (loss, tokens); False if it was asked to stop."""
-    cut, is_packed = training.data.layout, training.data.is_packed(training.plan)
+    data, plan = training.data, training.plan
+    cut, is_packed = data.layout, data.is_packed(plan)
     mine = range(cut.rank, len(samples), cut.num_processes)
     configured = [list(mine[start : start + cut.per_device]) for start in range(0, len(mine), cut.per_device)]
-    lengths, max_tokens = samples["num_tokens"][:], training.plan.validation_tokens or training.plan.micro_batch_tokens
+    lengths, max_tokens = samples["num_tokens"][:], plan.validation_tokens or plan.micro_batch_tokens
     for members in regroup(configured, lengths, not is_packed, max_tokens):
-        if watch.is_asked():
+        if data.part.any_of(watch.is_asked()):
             return False
-        rows = [samples[i] for i in members]
-        micro_batch = collate_packed(rows) if is_packed else collate(rows, training.data.pad_token_id)
+        micro_batch = collated([samples[i] for i in members], is_packed, data.pad_token_id, data.part)
         batch = micro_batch.to(training.accelerator.device)
         sums[0] += training.model(batch)
         sums[1] += len(batch.targets)

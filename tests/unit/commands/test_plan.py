@@ -244,6 +244,10 @@ def test_several_gpus_are_refused_where_there_is_one(capsys: pytest.CaptureFixtu
             "8 processes are on several machines",
         ),
         (("--gpu", "H100", "--link", "100"), "--link 100: what is between machines, and there is one"),
+        (
+            ("--gpu", "H100", "--gpus", "2", "--nodes", "2", "--batch.context_parallel", "4"),
+            "--gpus 2 with --batch.context_parallel 4: the GPUs that share a row are in one machine",
+        ),
     ):
         assert main([*base, *words]) == 78
         assert reason in capsys.readouterr().err

@@ -41,7 +41,7 @@ def chosen(case: dict[str, Any]) -> dict[str, Any]:
     plan = planner.best(budget, saved, case["min_streamed"])
     found = asdict(plan) | {"streamed": list(plan.streamed), "parts": [num_bytes for _, num_bytes in plan.parts]}
     found |= {"longest_row": planner.longest_row(budget)} if "longest_row" in case["plan"] else {}
-    not_chosen = ("is_fused", "num_blocks", "num_linear", "num_sharing", "pair_cost")
+    not_chosen = ("is_fused", "num_blocks", "num_linear", "num_parts", "num_sharing", "pair_cost", "products")
     return {name: value for name, value in found.items() if name not in not_chosen}
 
 

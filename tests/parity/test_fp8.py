@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from tests.conftest import splits_of, training_of
 from tests.parity.models import FAMILIES, NOTHING, adapted_model, close, gradients_of, packed, plan
 from train.checkpoints.identity import differences, identity
-from train.config import Config, EngineConfig
+from train.config import Config, EngineConfig, MemoryConfig
+from train.deliver.finished import inference_plan
 from train.engine import fp8
 from train.engine.decoder import FusedDecoder
 from train.engine.fp8 import E4M3, FORMS, Form, Fp8Group
@@ -269,3 +270,13 @@ def test_a_run_keeps_its_products(products: Any, config: Config) -> None:
     assert differences(saved, now) == wanted
     del saved["engine.products"]
     assert differences(saved, now) == wanted
+
+
+def test_a_model_trained_in_fp8_answers_without_a_gpu(config: Config) -> None:
+    """Whoever talks to it, compares or merges it may have another machine: only training needs the products."""
+    trained = replace(config, engine=EngineConfig(products="fp8"), batch=replace(config.batch, context_parallel=8))
+    wanted = inference_plan(config, torch.device("cpu"))
+    assert inference_plan(trained, torch.device("cpu")) == wanted
+    away = replace(trained, memory=MemoryConfig(offload="stream"))
+    streamed = inference_plan(away, torch.device("cpu"))
+    assert streamed.streamed and (streamed.products, streamed.num_parts) == ("bf16", 1)

@@ -38,6 +38,17 @@ FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 LINEAR = ["linear_attention", "full_attention", "linear_attention"]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ALL_OF_BOTH = [*ALL, "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"]
+ALL_AND_PER_LAYER = [*ALL, "per_layer_input_gate", "per_layer_projection"]
+# heads and tables of two sizes, one key head in full layers; the last block is always a full one
+GEMMA4: Any = {
+    "initializer_range": 0.3,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 1,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "sliding_window": 4,
+    "vocab_size_per_layer_input": 2048,  # enough for the bundled tokenizer
+}
 DELTA: dict[str, Any] = {
     "head_dim": 16,
     "linear_num_key_heads": 2,
@@ -94,6 +105,20 @@ FAMILIES: dict[str, tuple[PretrainedConfig, list[str]]] = {
         ),
         ALL,
     ),
+    "gemma4 with values of keys": (
+        T.Gemma4TextConfig(**SIZES, **GEMMA4, hidden_size_per_layer_input=0, attention_k_eq_v=True),
+        ALL,
+    ),
+    "gemma4": (
+        T.Gemma4TextConfig(
+            **SIZES | {"num_hidden_layers": 6},
+            **GEMMA4 | {"layer_types": [*MIXED[:2], *MIXED[:2], *MIXED[:2]]},
+            hidden_size_per_layer_input=8,
+            num_kv_shared_layers=3,
+            use_double_wide_mlp=True,
+        ),
+        ALL_AND_PER_LAYER,
+    ),
     "qwen3-moe": (T.Qwen3MoeConfig(**SIZES, **EXPERTS, norm_topk_prob=True), ALL),
     "mixtral": (T.MixtralConfig(**SIZES, num_local_experts=4, sliding_window=4), [*ALL[:4], "w1", "w2", "w3"]),
     "experts without adapters": (T.Qwen3MoeConfig(**SIZES, **EXPERTS), ALL[:4]),
@@ -145,6 +170,9 @@ def adapted_model(shape: PretrainedConfig, targets: list[str], dropout: float = 
     for name, parameter in base.named_parameters():
         if parameter.dim() == 1:
             parameter.data.normal_(float("norm" in name), 0.2)
+    for name, buffer in base.named_buffers():
+        if "layer_scalar" in name:
+            buffer.uniform_(0.5, 1.5)
     lora = peft.LoraConfig(r=3, lora_alpha=7, lora_dropout=dropout, target_modules=targets)
     adapted: Any = peft.get_peft_model(base, lora)
     for name, parameter in adapted.named_parameters():

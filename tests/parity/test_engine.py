@@ -149,17 +149,17 @@ def test_what_an_mlp_has_kept_is_gone_before_attention(monkeypatch: pytest.Monke
 def test_dropout_differs_by_adapter_and_is_off_in_evaluation() -> None:
     """No two adapters of a model draw the same mask in a pass; a model in evaluation mode draws none."""
     seed = torch.tensor(operations.mixed(3))
-    context = ForwardContext(Positions(torch.empty(0), [], False), {}, 0.5, seed)
+    context = ForwardContext(Positions(torch.empty(0), {}, False), {}, 0.5, seed)
     masks = []
     for block in range(3):
-        for group in range(4):
+        for group in range(6):
             drop = context.drop(block, group)
             assert drop is not None
-            for number in range(3):
+            for number in range(4):
                 mask = torch.empty(8, 8)
                 operations.dropout(torch.ones(8, 8), mask, drop, number)
                 masks.append(tuple(mask.flatten().tolist()))
-    assert len(set(masks)) == 36
+    assert len(set(masks)) == 72
     adapted, batch = adapted_model(LlamaConfig(**SIZES), ALL, dropout=0.5), packed()
     engine = FusedDecoder(adapted.get_base_model(), plan(3, 0), NOTHING)
     with torch.no_grad():

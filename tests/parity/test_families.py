@@ -28,7 +28,11 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     folder = tmp_path / type(shape).model_type
     shutil.copytree(BUNDLED_BASE, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(type(shape)(**settings)).save_pretrained(folder)
+    base = AutoModelForCausalLM.from_config(type(shape)(**settings))
+    for name, buffer in base.named_buffers():  # Gemma 4's factor of a block's output
+        if name in base.state_dict():
+            buffer.fill_(0.9)
+    base.save_pretrained(folder)
     return folder
 
 
@@ -43,16 +47,20 @@ def test_twenty_steps(base: Path, config: Config) -> None:
     is_hybrid = base.name == "qwen3_5_text"  # whose samples transformers' torch code cannot isolate in packed rows
     packing = replace(config.data, packing=not is_hybrid)
     config = replace(config, data=packing, batch=replace(config.batch, accumulation=1))
+    if base.name == "gemma4_text":  # whose scores are not scaled: at 1e-2 rounding grows tenfold a step
+        config = replace(config, optim=replace(config.optim, lr=2e-3))
     fused = replace(config, engine=EngineConfig(kind="fused"))
     streamed = replace(fused, memory=MemoryConfig(offload="stream", checkpointing="full"))
     runs = [training_of(each, Accelerator(cpu=True)) for each in (config, fused, streamed)]
     causal_lm, engine = runs[1].model.causal_lm, runs[1].model.engine
     assert engine is not None
     assert [run.model.engine_name for run in runs] == ["reference", "fused", "fused"]
-    assert len(runs[2].plan.streamed) == 3
+    assert len(runs[2].plan.streamed) == runs[2].plan.num_blocks
     assert type(causal_lm).__name__ in families.FAMILIES
-    assert all(layer.parameters for block in engine.stack.blocks for layer in block.groups)
+    halves = [half for block in engine.stack.blocks for half in (block.attention, block.mlp)]
+    assert all(group.parameters for half in halves for group in half.groups)
     curves = [[optimizer_step(run, step).loss for step in range(20)] for run in runs]
+    print(curves)
     assert curves[0][-1] < curves[0][0] - 0.15
     assert curves[1] == pytest.approx(curves[0], rel=5e-3)
     assert curves[2] == pytest.approx(curves[1], rel=1e-5)

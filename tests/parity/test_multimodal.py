@@ -85,7 +85,7 @@ def test_rows_and_whole_layers(family: str, lora: dict[str, Any], config: Config
     torch.testing.assert_close(logits_of(served(tmp_path / "merged"), IDS), wanted, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "llama4", "qwen3_5"])
+@pytest.mark.parametrize("family", ["gemma3", "gemma4", "llama4", "qwen3_5"])
 def test_what_is_saved_goes_on(family: str, config: Config, tmp_path: Path) -> None:
     """A checkpoint's adapter is the served class's, and resumes; a run starts from another's; both to the bit."""
     config = on(config, write_multimodal(tmp_path / "base", family), "none")
@@ -125,7 +125,7 @@ def test_a_run_that_is_resumed(config: Config, tmp_path: Path) -> None:
     assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0] | finals[1])
 
 
-@pytest.mark.parametrize("family", ["gemma3", "llama4", "mistral3", "qwen2_5_vl", "qwen3_5"])
+@pytest.mark.parametrize("family", ["gemma3", "gemma4", "llama4", "mistral3", "qwen2_5_vl", "qwen3_5"])
 def test_a_merged_model_is_the_whole_one(family: str, config: Config, tmp_path: Path) -> None:
     """Merged, it is a checkpoint of the multimodal class with the tuned logits, and the vision weights to the byte."""
     folder = write_multimodal(tmp_path / "base", family, max_shard_size="200KB")

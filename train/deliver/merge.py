@@ -33,7 +33,7 @@ from train.models.base import dequantized, load_base, read_stored, skeleton
 from train.models.completeness import tied_embedding
 from train.models.experts import StoredExperts
 from train.models.hub import fetch_weights, locate
-from train.models.parameters import as_parameter, computed_values
+from train.models.parameters import as_parameter, computed_values, stored_buffers
 from train.models.shape import cannot_read, model_shape, stored_quantization, trained_settings
 from train.models.stored import StoredWeights
 from train.models.text_part import text_part
@@ -93,7 +93,8 @@ class Merge:
         changed = {*self.trained.rows, *self.trained.whole}
         more = {name: self.trained.vocabulary - base.get_parameter(name).shape[0] for name in changed}
         added = sum(max(0, count) * base.get_parameter(name).shape[1] for name, count in more.items())
-        num_weights = sum(parameter.numel() for parameter in base.parameters()) + added
+        buffers = dict(stored_buffers(base)).values()
+        num_weights = sum(tensor.numel() for tensor in (*base.parameters(), *buffers)) + added
         return num_weights * self.dtype.itemsize + self._bytes_beside
 
     @cached_property

@@ -24,6 +24,8 @@ from train.run import devices
 # torch 2.11 takes fewer key/value than query heads by itself, later versions want to be told
 GROUPED: dict[str, bool] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
+MAX_FLASH_SIZE = 256  # elements of a head, at most, that flash kernels take
+
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Query [T, heads, D], key and value [T, kv_heads, D] -> [T, heads, D]; autograd knows the gradient."""
 
@@ -116,7 +118,7 @@ class PackedAttention:
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """As Attend."""
-        if not has_flash(query.dtype, query.device):
+        if not has_flash(query.dtype, query.device) or query.shape[2] > MAX_FLASH_SIZE:
             return self._sample_by_sample(query, key, value)
         if self.uses_cudnn:
             return self._uniform(query, key, value)
@@ -145,7 +147,7 @@ class PackedAttention:
         return out.transpose(1, 2).flatten(0, 1)
 
     def _sample_by_sample(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """By an SDPA call for each sample.
+        """By an SDPA call for each sample, where flash has no kernel: for the type, the GPU or the size of heads.
 
         The kernels of GPUs older than Ampere take no grouped heads, and without a kernel SDPA keeps all heads' scores:
         so keys and values are repeated first.

@@ -12,6 +12,7 @@ from train.engine.linear_attention import LinearAttention
 from train.engine.lora_linear import LoraGroup, Matrices
 from train.engine.mixture import Mixture, MixtureActivations
 from train.engine.mlp import Mlp, MlpActivations
+from train.engine.per_layer import PerLayer, PerLayerActivations
 from train.engine.residual import Branch, Residual
 from train.engine.self_attention import SelfAttention
 
@@ -56,6 +57,7 @@ class Activations:
     mlp_rstd: torch.Tensor | None  # [T]; None where no norm is before the MLP
     mlp: MlpActivations | MixtureActivations
     mlp_branch: Branch | None = None  # where a norm is behind the MLP; `finish` makes it
+    per_layer: PerLayerActivations | None = None  # of its own inputs, where it has such; `finish` makes it
 
 
 def attention_of(layer: DecoderLayer, number: int, group: type[LoraGroup]) -> Attention:
@@ -71,10 +73,14 @@ class Block:
     def __init__(self, layer: DecoderLayer, number: int, products: str = "bf16") -> None:
         """`products` as in engine.products."""
         self.number = number
-        self.attention = attention_of(layer, number, GROUPS[products])
         group = GROUPS[products]
+        self.attention = attention_of(layer, number, group)
         self.mlp: Any = Mlp(layer, number, group) if layer.router is None else Mixture(layer, layer.router)
-        self.groups = [*self.attention.groups, *self.mlp.groups]
+        self.per_layer = PerLayer(layer.per_layer, layer.activation, number) if layer.per_layer else None
+        self.output_scale = layer.output_scale
+        parts = [self.attention, self.mlp, *([self.per_layer] if self.per_layer else [])]
+        self.groups = [group for part in parts for group in part.groups]
+        self.num_gradient_columns = max(part.num_gradient_columns for part in parts)
         # of each group: blocks that have the same can take turns in one matrix
         self.places = tuple((number, group.layout) for number, group in enumerate(self.groups))
         self.is_parallel = layer.is_parallel
@@ -89,14 +95,15 @@ class Block:
         """The adapters, in the order in which backward returns their gradients."""
         return [parameter for group in self.groups for parameter in group.parameters]
 
-    def _halves(self, matrices: Matrices) -> tuple[Matrices, Matrices]:
-        """Those of attention and of the MLP."""
-        count = len(self.attention.groups)
-        return matrices[:count], matrices[count:]
+    def _halves(self, matrices: Matrices) -> tuple[Matrices, Matrices, Matrices]:
+        """Those of attention, of the MLP, and of what is behind it."""
+        first = len(self.attention.groups)
+        second = first + len(self.mlp.groups)
+        return matrices[:first], matrices[first:second], matrices[second:]
 
     def forward(self, matrices: Matrices, x: torch.Tensor, context: ForwardContext) -> Activations:
         """Everything up to the MLP's product, and gate and up unless the MLP is tiled; `finish` makes the output."""
-        (num_tokens, width), (of_attention, of_mlp) = x.shape, self._halves(matrices)
+        (num_tokens, width), (of_attention, of_mlp, _) = x.shape, self._halves(matrices)
         read = x.new_empty(num_tokens, width + self.attention.num_read_columns)
         rstd = self.around_attention.read(x, read[:, :width])
         output, attention = self.attention.forward(of_attention, read, context)
@@ -110,8 +117,13 @@ class Block:
         self, matrices: Matrices, saved: Activations, context: ForwardContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The block's output [T, H], post_attention plus what the MLP adds; and down_proj's input times A^T [T, R]."""
-        out, low_rank = self.mlp.finish(self._halves(matrices)[1], saved.mlp, context)
+        _, of_mlp, of_per_layer = self._halves(matrices)
+        out, low_rank = self.mlp.finish(of_mlp, saved.mlp, context)
         out, saved.mlp_branch = self.around_mlp.add(out, saved.post_attention)
+        if self.per_layer is not None:
+            out, saved.per_layer = self.per_layer.forward(of_per_layer, out, context)
+        if self.output_scale is not None:
+            out *= self.output_scale
         return out, low_rank
 
     def backward(
@@ -127,7 +139,14 @@ class Block:
         `low_rank` is that of `finish`. Consumes `saved`: its buffers become gradients or are freed. The input's
         gradient is made where `gives_input_gradient`.
         """
-        width, (of_attention, of_mlp) = saved.x.shape[1], self._halves(matrices)
+        width, (of_attention, of_mlp, of_per_layer) = saved.x.shape[1], self._halves(matrices)
+        if self.output_scale is not None:
+            grad[:, :width] *= self.output_scale
+        behind: list[torch.Tensor] = []
+        if self.per_layer is not None:
+            assert saved.per_layer is not None
+            behind = self.per_layer.backward(of_per_layer, saved.per_layer, grad, context)
+            saved.per_layer = None
         columns = self.mlp.num_gradient_columns
         grad_out = self.around_mlp.output_gradient(grad, saved.mlp_branch, width, columns)
         grad_mlp_read = grad.new_empty(grad.shape[0], width)
@@ -149,4 +168,4 @@ class Block:
             if shared is not None:
                 grad_read += shared
             self.around_attention.read_backward(grad_read, saved.x, saved.rstd, grad[:, :width])
-        return gradients + mlp_gradients
+        return gradients + mlp_gradients + behind

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -78,6 +79,16 @@ class FusedDecoder:
         embedded = self.embed_tokens(input_ids)
         return embedded if self.embedding_scale == 1.0 else embedded * self.embedding_scale
 
+    @torch.no_grad()
+    def inputs_per_layer(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Ids [T] -> what each block has of its own to read of a token [T, blocks P], by transformers' functions."""
+        if self.stack.blocks[0].per_layer is None:
+            return self.stack.store.like.new_empty(len(input_ids), 0)
+        decoder: Any = self.decoder
+        embedded = self.embed(input_ids)
+        of_tokens = decoder.get_per_layer_inputs(input_ids, embedded)
+        return decoder.project_per_layer_inputs(embedded, of_tokens).flatten(1)
+
     def context(self, batch: MicroBatch) -> ForwardContext:
         """What all blocks share in a forward pass over a packed micro-batch."""
         like = self.stack.store.like
@@ -90,7 +101,8 @@ class FusedDecoder:
         # the seed of this forward pass, which seeds.seed_forward has set
         seed = torch.full((), mixed(torch.initial_seed()), device=like.device)
         samples = PackedSamples(batch) if self.has_linear else None
-        return ForwardContext(positions, attend, dropout, seed, self.mlp_tile, samples)
+        per_layer = self.inputs_per_layer(batch.input_ids[0])
+        return ForwardContext(positions, attend, dropout, seed, self.mlp_tile, samples, per_layer)
 
     def release(self) -> None:
         """Frees graphs and dequantised weights; they are made again when they are needed."""

@@ -1,7 +1,7 @@
 """The families of models that the engine executes, one row each, and why it executes no other."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from transformers.activations import ACT2FN
 
 from train.engine.delta_net import DeltaNet
-from train.engine.layers import BlockNorms, CausalLM, DecoderLayer, Heads, Norm
+from train.engine.layers import BlockNorms, CausalLM, DecoderLayer, Heads, Norm, PerLayerInput
 from train.engine.linears import Projection, innermost
 from train.engine.operations import TANH_GELU
 from train.engine.positions import PositionTables
@@ -70,7 +70,7 @@ class Family:
     architecture: str
     window: Asked = _no  # of a layer's attention: tokens that a token sees, its own among them; None: all before it
     norm: NormKind = NormKind.ROUNDED
-    qk_norms: tuple[str, ...] = ()  # of the attention: norms of queries and keys, over each head or over all
+    qk_norms: tuple[str, ...] = ()  # of the attention: norms of queries, keys and values, over each head or over all
     has_rotary: Asked = _always  # whether a layer's attention turns queries and keys
     is_interleaved: bool = False  # rotary pairs are neighbours
     doubles_pairs: bool = False  # the rotary tables hold each frequency twice in a row
@@ -146,21 +146,43 @@ class Family:
             is_parallel=self.before[0] == self.before[1] != "",
             residual_scale=float(getattr(module, "residual_multiplier", 1.0)),
             router=router,
+            per_layer=self._per_layer(module),
+            output_scale=getattr(module, "layer_scalar", None),
         )
 
+    def _head_norms(self, attention: Any) -> list[Norm]:
+        """Those that a layer has; one without a weight (Gemma 4's, of values) is as the one before it, by ones."""
+        norms: list[Norm] = []
+        for module in (getattr(attention, name) for name in self.qk_norms if hasattr(attention, name)):
+            is_weighted = hasattr(module, "weight")
+            like = self.norm_of(module) if is_weighted else norms[-1]
+            norms.append(like if is_weighted else replace(like, weight=torch.ones_like(like.weight)))
+        return norms
+
+    def _per_layer(self, module: Any) -> PerLayerInput | None:
+        if not hasattr(module, "per_layer_input_gate"):
+            return None
+        gate, projection = map(Projection.of, (module.per_layer_input_gate, module.per_layer_projection))
+        return PerLayerInput(gate, projection, self.norm_of(module.post_per_layer_input_norm))
+
     def _softmax(self, attention: Any, config: Any, kind: str) -> tuple[list[Projection], Projection, Heads]:
+        is_shared = bool(getattr(config, "num_kv_shared_layers", 0))
         heads = Heads(
             num_query=config.num_attention_heads,
-            num_key_value=config.num_key_value_heads,
+            num_key_value=config.num_attention_heads // attention.num_key_value_groups,
             size=attention.head_dim,
             scaling=attention.scaling,
             window=self.window(attention, config),
             rotary=kind if self.has_rotary(attention, config) else None,
             is_interleaved=self.is_interleaved,
-            norms=[self.norm_of(getattr(attention, name)) for name in self.qk_norms],
+            norms=self._head_norms(attention),
             has_gate=self.has_attention_gate,
+            values_are_keys=getattr(attention, "v_proj", attention) is None,
+            lends=kind if is_shared and attention.store_full_length_kv else "",
+            borrows=kind if is_shared and attention.is_kv_shared_layer else "",
         )
-        qkv = [Projection.of(getattr(attention, name)) for name in self.qkv]
+        projections = [getattr(attention, name, None) for name in self.qkv]  # shared keys have none
+        qkv = [Projection.of(each) for each in projections if each is not None]
         return qkv, Projection.of(getattr(attention, self.o)), heads
 
 
@@ -193,6 +215,14 @@ FAMILIES = {
             _window_of_attention,
             NormKind.OFFSET,
             qk_norms=("q_norm", "k_norm"),
+            before=("input_layernorm", "pre_feedforward_layernorm"),
+            after=BEHIND,
+        ),
+        Family(
+            "Gemma4ForCausalLM",
+            _window_of_attention,
+            NormKind.PLAIN,
+            qk_norms=("q_norm", "k_norm", "v_norm"),
             before=("input_layernorm", "pre_feedforward_layernorm"),
             after=BEHIND,
         ),

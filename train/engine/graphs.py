@@ -35,6 +35,7 @@ class StaticBuffers:
     positions: torch.Tensor  # [T, C]: Positions.values
     out: torch.Tensor  # [T, H]
     grad_out: torch.Tensor  # [T, H]
+    per_layer: torch.Tensor  # [T, blocks P]: ForwardContext.per_layer
 
     def first(self, num_tokens: int) -> "StaticBuffers":
         """Those of a micro-batch with fewer tokens."""
@@ -123,8 +124,8 @@ class Graphs:
         if graph is None:
             return self.stack(hidden, context)
         static = graph.static.first(num_tokens)
-        pairs = ((static.hidden, hidden), (static.positions, context.positions.values), (graph.seed, context.seed))
-        for buffer, value in pairs:
+        pairs = [(static.hidden, hidden), (static.positions, context.positions.values), (graph.seed, context.seed)]
+        for buffer, value in [*pairs, (static.per_layer, context.per_layer)]:
             buffer.copy_(value)
         graph.cu_seqlens.fill_(graph.static.hidden.shape[0])
         # the last entry stays: a larger graph's surplus tokens belong to the sample that `pad` has added
@@ -133,7 +134,7 @@ class Graphs:
 
     def _allocate(self, hidden: torch.Tensor, context: ForwardContext) -> None:
         self.pool = torch.cuda.graph_pool_handle()
-        like = (hidden, context.positions.values, hidden, hidden)
+        like = (hidden, context.positions.values, hidden, hidden, context.per_layer)
         self.max_tokens = max(self.max_tokens, hidden.shape[0])
         self.static = StaticBuffers(*(part.new_zeros(self.max_tokens, part.shape[1]) for part in like))
         self.state = State.OPEN
@@ -200,7 +201,7 @@ class Graphs:
         cu_seqlens[0] = 0
         attend = self.attend_for(replace(batch, cu_seqlens=cu_seqlens, max_length=num_tokens))
         positions = replace(context.positions, values=static.positions)
-        own = replace(context, positions=positions, seed=seed, attend=attend)
+        own = replace(context, positions=positions, seed=seed, attend=attend, per_layer=static.per_layer)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         saved: Saved = []
 

@@ -173,6 +173,10 @@ class Heads:
         False  # behind each head's query its gate is made: what is attended to is multiplied by its sigmoid
     )
 
+    values_are_keys: bool = False  # values are what k_proj makes, too, under a norm of their own
+    lends: str = ""  # the name under which later blocks find its keys and values
+    borrows: str = ""  # that of an earlier block, whose keys and values it attends to
+
     @property
     def widths(self) -> tuple[int, int, int]:
         """Elements a token of query, key and value."""
@@ -213,6 +217,15 @@ class BlockNorms:
 
 
 @dataclass(frozen=True)
+class PerLayerInput:
+    """What a layer adds behind its MLP: norm(projection(act(gate(x)) times its own part of each token's inputs))."""
+
+    gate: Projection  # [P, H]
+    projection: Projection  # [H, P]
+    norm: Norm
+
+
+@dataclass(frozen=True)
 class DecoderLayer:
     """The parts of one decoder layer, found by its family's row (families.py)."""
 
@@ -228,8 +241,16 @@ class DecoderLayer:
     is_parallel: bool  # attention and MLP read the same normed input
     residual_scale: float  # of what each half adds
     router: Router | None  # of a mixture of experts, whose linear layers are ExpertLinear
+    per_layer: PerLayerInput | None = None
+    output_scale: torch.Tensor | None = None  # [1]: of all that it hands on
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What it has in common with the other blocks that share memory: the shapes of its linear layers."""
+        return type(self.heads), *((linear.in_features, linear.out_features) for linear in self.linears)
 
     @property
     def linears(self) -> list[Linear]:
         """The frozen layers, in the order of a block's groups."""
-        return [projection.base for projection in (*self.qkv, self.o, *self.gate_up, self.down)]
+        last = (self.per_layer.gate, self.per_layer.projection) if self.per_layer else ()
+        return [projection.base for projection in (*self.qkv, self.o, *self.gate_up, self.down, *last)]

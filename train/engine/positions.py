@@ -1,6 +1,6 @@
 """What depends on a token's position: rotary tables for each kind of layer, and a family's factor of queries."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ class Positions:
     """Of one micro-batch, one tensor for all tables, so that a CUDA graph has one buffer for them."""
 
     values: torch.Tensor  # [T, C]: cos and sin of each kind of layer, then the factor of queries
-    kinds: Sequence[str]  # of layers, in the order of their tables
+    num_pairs: Mapping[str, int]  # P of each kind of layer's table, in the order of the tables
     has_query_factor: bool
 
     @property
@@ -27,9 +27,10 @@ class Positions:
 
     def rotation(self, kind: str, size: int, is_interleaved: bool) -> Rotation:
         """Of heads of `size` elements in layers of this kind."""
-        num_pairs = (self.values.shape[1] - self.has_query_factor) // (2 * len(self.kinds))
-        start = 2 * num_pairs * self.kinds.index(kind)
-        cos, sin = self.values[:, start : start + num_pairs], self.values[:, start + num_pairs : start + 2 * num_pairs]
+        kinds, widths = list(self.num_pairs), [2 * num_pairs for num_pairs in self.num_pairs.values()]
+        number = kinds.index(kind)
+        start = sum(widths[:number])
+        cos, sin = self.values[:, start : start + widths[number]].chunk(2, 1)
         return Rotation(cos, sin, size, is_interleaved)
 
 
@@ -56,11 +57,13 @@ class PositionTables:
     def __call__(self, like: torch.Tensor, position_ids: torch.Tensor) -> Positions:
         """For position_ids [1, T]; transformers' tables read type and device of `like`."""
         columns: list[Any] = []
+        num_pairs = {}
         places = position_ids[None] if self.has_sections else position_ids
         for kind in self.kinds:
             for table in self.rotary_emb(like[None], places, *([kind] if kind else [])):  # [1, T, 2 P]
                 columns.append(table[0, :, ::2] if self.doubles_pairs else table[0, :, : table.shape[2] // 2])
+                num_pairs[kind] = table.shape[2] // 2
         if self.query_factor is not None:
             columns.append(self.query_factor(position_ids[0])[:, None].to(columns[0].dtype if columns else like.dtype))
         values = torch.cat(columns, 1) if columns else like.new_empty(position_ids.shape[1], 0)
-        return Positions(values, self.kinds, self.query_factor is not None)
+        return Positions(values, num_pairs, self.query_factor is not None)

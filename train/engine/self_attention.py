@@ -16,10 +16,10 @@ class AttentionActivations:
     """What the backward pass of attention reads."""
 
     read: torch.Tensor  # [T, H + R]: what it reads, and behind it its product with the adapters' A^T
-    projected: torch.Tensor  # [T, N + R]: what the projections make; `qkv` itself, unless queries have gates
-    qkv: torch.Tensor  # query, key and value of all heads, rotated
-    raw_qk: torch.Tensor  # query and key before their norms (Qwen3), or empty
-    raw_rstds: list[torch.Tensor]  # [T, heads], or [T, 1], of query and key
+    projected: torch.Tensor  # [T, N + R]: what the projections make; `qkv` itself, unless that has other columns
+    qkv: torch.Tensor  # query, key and value of all heads, rotated; where keys are borrowed, query alone
+    raw: torch.Tensor  # query and key before their norms (Qwen3), value too (Gemma 4), or empty
+    raw_rstds: list[torch.Tensor]  # [T, heads], or [T, 1], of each of them
     attended: torch.Tensor  # [T, heads, D], with the autograd graph of attention
     inputs: list[torch.Tensor]  # query, key and value, of that graph
     low_rank: torch.Tensor  # [T, R]: o_proj's input times A^T
@@ -37,7 +37,9 @@ class SelfAttention:
         self.num_gradient_columns = self.o.padded_rank  # behind the gradient of its output
         self.heads = heads
         query, key, value = heads.widths
-        self.parts = slice(0, query), slice(query, query + key), slice(query + key, query + key + value)
+        parts = [slice(0, query), slice(query, query + key), slice(query + key, query + key + value)]
+        self.parts = parts[:1] if heads.borrows else parts  # of `qkv`
+        self.num_placed = query if heads.borrows else query + key  # columns that positions turn
 
     def forward(
         self, matrices: Matrices, read: torch.Tensor, context: ForwardContext
@@ -47,10 +49,14 @@ class SelfAttention:
         projected = read.new_empty(num_tokens, self.qkv.num_outputs + self.qkv.padded_rank)
         out, drop = projected[:, : self.qkv.num_outputs], context.drop(self.number, 0)
         self.qkv.forward(matrices[0], read[:, :width], read[:, width:], out, drop)
-        qkv = self._without_gates(projected)
-        raw_qk, raw_rstds = self._norm_qk(qkv)
+        qkv = self._as_heads(projected)
+        raw, raw_rstds = self._norm(qkv)
         self._place(qkv, context.positions)
         split = [qkv[:, part].unflatten(1, (-1, self.heads.size)) for part in self.parts]
+        if self.heads.lends:
+            context.lent.lend(self.heads.lends, split[1:])
+        elif self.heads.borrows:
+            split += context.lent.states[self.heads.borrows]
         inputs = [part.detach().requires_grad_() for part in split]
         with torch.enable_grad():
             attended = context.attend[self.heads.window](*inputs)
@@ -58,7 +64,7 @@ class SelfAttention:
         low_rank, output = read.new_empty(num_tokens, self.o.padded_rank), read.new_empty(num_tokens, width)
         gated, drop = self._gated(attended, projected), context.drop(self.number, 1)
         self.o.forward(matrices[1], gated, low_rank, output, drop)
-        return output, AttentionActivations(read, projected, qkv, raw_qk, raw_rstds, attended, inputs, low_rank)
+        return output, AttentionActivations(read, projected, qkv, raw, raw_rstds, attended, inputs, low_rank)
 
     def backward(
         self,
@@ -89,8 +95,13 @@ class SelfAttention:
     ) -> None:
         """saved.qkv becomes the gradient of queries, keys and values as they were projected."""
         gradients = torch.autograd.grad(saved.attended, saved.inputs, grad_attended)
+        if self.heads.lends:
+            for gradient, total in zip(gradients[1:], context.lent.collect(self.heads.lends), strict=True):
+                gradient += total
+        elif self.heads.borrows:
+            context.lent.give_back(self.heads.borrows, gradients[1:])
         rotation, factor = self._rotation(context.positions), context.positions.query_factor
-        for number, (part, gradient) in enumerate(zip(self.parts, gradients, strict=True)):
+        for number, (part, gradient) in enumerate(zip(self.parts, gradients, strict=False)):
             place = saved.qkv[:, part]
             if number == 2 or rotation is None:
                 place.copy_(gradient.flatten(1))
@@ -99,7 +110,7 @@ class SelfAttention:
             if number == 0 and factor is not None:
                 place *= factor
         for part, norm, rstd in zip(self.parts, self.heads.norms, saved.raw_rstds, strict=False):
-            normalize_heads_backward(saved.qkv[:, part], saved.raw_qk[:, part], norm, rstd)
+            normalize_heads_backward(saved.qkv[:, part], saved.raw[:, part], norm, rstd)
 
     def _pairs(self, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of what the projections make, where queries have gates: queries and gates [T, heads, D], keys and values."""
@@ -107,8 +118,10 @@ class SelfAttention:
         queries, gates = projected[:, :width].unflatten(1, (-1, 2, self.heads.size)).unbind(2)
         return queries, gates, projected[:, width : self.qkv.num_outputs]
 
-    def _without_gates(self, projected: torch.Tensor) -> torch.Tensor:
-        """Query, key and value one behind another."""
+    def _as_heads(self, projected: torch.Tensor) -> torch.Tensor:
+        """Query, key and value one behind another; what is projected itself where it is that."""
+        if self.heads.values_are_keys:
+            return torch.cat([projected[:, : self.num_placed], projected[:, self.parts[1]]], 1)
         if not self.heads.has_gate:
             return projected
         queries, _, keys_values = self._pairs(projected)
@@ -116,7 +129,10 @@ class SelfAttention:
 
     def _put_back(self, saved: AttentionActivations) -> None:
         """The gradient of query, key and value to where they were projected."""
-        if self.heads.has_gate:
+        if self.heads.values_are_keys:
+            saved.projected[:, : self.num_placed] = saved.qkv[:, : self.num_placed]
+            saved.projected[:, self.parts[1]] += saved.qkv[:, self.parts[2]]
+        elif self.heads.has_gate:
             queries, _, keys_values = self._pairs(saved.projected)
             queries.copy_(saved.qkv[:, self.parts[0]].unflatten(1, (-1, self.heads.size)))
             keys_values.copy_(saved.qkv[:, self.parts[0].stop :])
@@ -133,17 +149,18 @@ class SelfAttention:
         gates.copy_(grad * saved.attended.detach() * (opened * (1 - opened)))
         grad *= opened
 
-    def _norm_qk(self, qkv: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The norms of query and key, over each head or all together, in place; returns what their backward needs."""
+    def _norm(self, qkv: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The norms of query, key and value, of each head or all together, in place; returns what their backward
+        needs."""
         if not self.heads.norms:
             return qkv[:0], []
-        raw = qkv.new_empty(qkv.shape[0], self.parts[1].stop)
+        raw = qkv.new_empty(qkv.shape[0], self.parts[len(self.heads.norms) - 1].stop)
         parts = zip(self.parts, self.heads.norms, strict=False)
         return raw, [normalize_heads(qkv[:, part], norm, raw[:, part]) for part, norm in parts]
 
     def _place(self, qkv: torch.Tensor, positions: Positions) -> None:
         """Turns queries and keys by their positions, in place, and scales queries where the family does."""
-        both, rotation = qkv[:, : self.parts[1].stop], self._rotation(positions)
+        both, rotation = qkv[:, : self.num_placed], self._rotation(positions)
         if rotation is not None:
             rotate(both, both, rotation)
         if positions.query_factor is not None:

@@ -60,7 +60,7 @@ class Stack:
         self.backward_order = self.forward_order[::-1]
         self.inputs = inputs
         self.anchor = next(parameter for block in blocks for parameter in block.parameters)
-        self.padded_rank = max(half.num_gradient_columns for block in blocks for half in (block.attention, block.mlp))
+        self.padded_rank = max(block.num_gradient_columns for block in blocks)
 
     def __call__(self, hidden: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """Embedded tokens [T, H] -> what the head reads [T, H]."""

@@ -10,7 +10,7 @@ from train.engine.block import Block
 from train.engine.delta_net import KIND
 from train.engine.families import ACTIVATIONS, FAMILIES, Family, decoder_layers
 from train.engine.fp8 import MULTIPLE
-from train.engine.layers import CausalLM, DecoderLayer, Heads
+from train.engine.layers import CausalLM, DecoderLayer, Heads, Vocabulary
 
 KINDS_OF_LAYERS = {"full_attention", "sliding_attention"}
 # what configurations call the dropouts of their own that act in a decoder
@@ -50,6 +50,8 @@ def not_in_fp8(causal_lm: CausalLM) -> str:
     for layer in decoder_layers(causal_lm):
         if layer.router is not None:
             return "products of experts are grouped, and those are not offered in fp8"
+        if layer.output_scale is not None:
+            return "blocks whose outputs have a factor (Gemma 4) were not tried in fp8"
         for linear in layer.linears:
             widths = linear.out_features, linear.in_features
             if not isinstance(linear.weight, bnb.nn.Params4bit):
@@ -61,15 +63,14 @@ def not_in_fp8(causal_lm: CausalLM) -> str:
 
 def _unlike_blocks(layers: Sequence[DecoderLayer]) -> str:
     """Why blocks cannot share what they share; empty where they can."""
-    heads = {(layer.heads.size, layer.heads.scaling) for layer in layers if isinstance(layer.heads, Heads)}
-    if not heads:
+    scalings = {layer.heads.scaling for layer in layers if isinstance(layer.heads, Heads)}
+    if not scalings:
         return "none of its blocks has softmax attention"
-    if len(heads) > 1:
-        return "its blocks do not all have the same heads"
-    blocks = [Block(layer, number) for number, layer in enumerate(layers)]
-    kinds: dict[type, set[Any]] = {}  # blocks of a kind share memory for weights
-    for block in blocks:
-        kinds.setdefault(type(block.attention), set()).add(block.places)
+    if len(scalings) > 1:
+        return "its blocks do not all scale attention's scores alike"
+    kinds: dict[Any, set[Any]] = {}  # blocks of a kind share memory for weights
+    for number, layer in enumerate(layers):
+        kinds.setdefault(layer.kind, set()).add(Block(layer, number).places)
     return "its blocks do not all have the same adapters" if any(len(each) > 1 for each in kinds.values()) else ""
 
 
@@ -83,6 +84,8 @@ def _unknown_adapter(causal_lm: CausalLM, layers: Sequence[DecoderLayer]) -> str
             return "int8 layers round their inputs, which only bitsandbytes does"
     if len({layer.router is None for layer in layers}) > 1:
         return "some of its layers are dense and some a mixture of experts"
+    if layers[0].per_layer and Vocabulary.of(causal_lm.get_input_embeddings()).is_trained:
+        return "its embedding is trained, of which each block's own inputs are made"
     if any(hasattr(layer.router, "lora_A") for layer in layers):
         return "its routers have adapters"
     return ""
@@ -99,8 +102,10 @@ def _unknown_setting(config: Any, family: Family) -> str:
         return f"it has layers of {', '.join(sorted(unknown))}"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "its attention caps its scores, for which the flash kernels have no place"
-    if getattr(config, "use_bidirectional_attention", None):
+    if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):  # text sees no later token
         return "its tokens see later ones"
+    if getattr(config, "enable_moe_block", False):
+        return "its MLPs stand beside a mixture of experts in one block (enable_moe_block)"
     return ""
 
 

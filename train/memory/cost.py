@@ -64,12 +64,16 @@ def adapters(job: Job, c: Candidate) -> int:
 
 
 def block_inputs(job: Job, c: Candidate) -> int:
-    """x [T, H] of every block, or of kept blocks and those in flight; and down_proj's X A^T [T, R] of every block."""
+    """x [T, H] of every block, or of kept blocks and those in flight; and down_proj's X A^T [T, R] of every block.
+
+    Keys and values that blocks lend, with gradients in fp32, and what each block has of its own to read [T, P].
+    """
     s = job.sizes
     num_inputs = s.num_blocks
     if c.offloads:
         num_inputs = c.num_kept + min(INPUTS_IN_FLIGHT, s.num_blocks - c.num_kept)
-    return c.width * s.element_bytes * (num_inputs * s.hidden + s.num_blocks * mlp_rank(s))
+    width = num_inputs * s.hidden + s.num_blocks * (mlp_rank(s) + s.per_layer) + s.lent
+    return c.width * (s.element_bytes * width + FP32_BYTES * s.lent)
 
 
 def kept_activations(job: Job, c: Candidate) -> int:
@@ -133,14 +137,15 @@ def _mixture_backward(s: ModelSizes, mixture: MixtureSizes, c: Candidate) -> int
 def attention_backward(job: Job, c: Candidate) -> int:
     """Gradients of attention's output [T, Q], of q, k, v [T, N], of repeated k and v [T, 2 Q], and fp32 dQ.
 
-    Where processes split the tokens, the output's gradient is also there for some heads of all of them.
-    Less what the MLP had kept and has freed: `post_attention` [T, H], its norm's output [T, H + R], `gate_up`.
+    Where processes split the tokens, the output's gradient is also there for some heads of all of them. Heads beyond
+    flash kernels: fp32 dK and dV, too. Less what the MLP had kept and has freed: `post_attention` [T, H], its norm's
+    output [T, H + R], `gate_up`.
     """
     s = job.sizes
     freed = s.hidden + s.hidden + mlp_rank(s) + gate_up_kept(job, c)
     freed -= s.hidden if s.is_parallel else 0  # the gradient of what both read
     num_samples = job.num_samples(c.width * c.num_parts) + (EMPTY_SAMPLES if c.uses_graphs else 0)
-    dq = (c.width + DQ_ROWS * num_samples) * s.query * FP32_BYTES
+    dq = (c.width + DQ_ROWS * num_samples) * s.query * FP32_BYTES * (3 if s.is_wide else 1)
     width = 3 * s.query + exchanged_width(s, c.num_parts) + (s.query if c.num_parts > 1 else 0)
     return c.width * s.element_bytes * (width - freed) + dq
 
@@ -191,7 +196,7 @@ def validation_per_token(s: ModelSizes) -> int:
     twice [2 Q]; gate, up and their product [G + F]; the adapters' X A^T of four groups [4 R]; before norms behind [H].
     """
     made = (4 + s.norms_behind) * s.hidden + s.qkv + s.normed_qk + 2 * s.query
-    made += s.qkv - s.gate if s.gate else 0
+    made += s.copied + 3 * s.per_layer + (2 * s.query if s.is_wide else 0)
     made += 4 * s.padded_rank + mlp_rows(s) * (s.gate_up + s.intermediate)
     if s.mixture:  # the rows that go into an expert, or come out of it
         made += mlp_rows(s) * (s.hidden + 2 * s.padded_rank)
@@ -201,8 +206,11 @@ def validation_per_token(s: ModelSizes) -> int:
 
 
 def static_buffers(job: Job, c: Candidate) -> int:
-    """What graphs read and write: hidden, output and its gradient [T, H]; cos and sin, together one more at most."""
-    return 4 * c.width * job.sizes.hidden * job.sizes.element_bytes if c.uses_graphs else 0
+    """What graphs read and write: hidden, output and its gradient [T, H]; cos and sin, together one more at most;
+    blocks' own inputs."""
+    s = job.sizes
+    width = 4 * s.hidden + s.num_blocks * s.per_layer
+    return width * c.width * s.element_bytes if c.uses_graphs else 0
 
 
 def eager_bytes(job: Job, c: Candidate) -> int:
@@ -284,8 +292,8 @@ def host_bytes(job: Job, c: Candidate) -> int:
 def read_bytes(job: Job, c: Candidate) -> int:
     """A copy of the streamed blocks and the embedding; shared memory is not rounded up to a power of two."""
     s = job.sizes
-    num_linear = s.num_linear(spread(c.num_streamed, s.num_blocks))
-    parts = [(s.packed_bytes, c.num_streamed - num_linear)]
-    parts += [(s.linear.packed_bytes, num_linear)] if s.linear else []
+    streamed = spread(c.num_streamed, s.num_blocks)
+    parts = [(sizes.packed_bytes, count) for count, sizes in s.by_kind(streamed)]
+    parts += [(s.linear.packed_bytes, s.num_linear(streamed))] if s.linear else []
     parts += [(s.embedding_bytes, 1)] if s.embedding_on_host else []
     return sum(size * count if job.num_sharing > 1 else pinned_bytes(size, count) for size, count in parts)

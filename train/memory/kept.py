@@ -1,6 +1,7 @@
 """What a block keeps of a token for its backward pass; letters as in cost.py."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from train.engine.split_attention import num_repeats
 from train.memory.candidate import Candidate, Job
@@ -13,7 +14,7 @@ MIN_HEAD_SIZE = 64  # elements of an attention head, at least
 def kept_of(job: Job, c: Candidate, numbers: Sequence[int]) -> int:
     """What these blocks keep."""
     s, num_linear = job.sizes, job.sizes.num_linear(numbers)
-    bytes_per_token = (len(numbers) - num_linear) * _kept_per_token(job, c)
+    bytes_per_token = sum(count * _kept_per_token(replace(job, sizes=kind), c) for count, kind in s.by_kind(numbers))
     if s.linear:  # two norms' rstd in fp32
         width = s.linear.kept(s.hidden, s.padded_rank) + gate_up_kept(job, c)
         bytes_per_token += num_linear * (s.element_bytes * width + 2 * FP32_BYTES)
@@ -24,15 +25,16 @@ def _kept_per_token(job: Job, c: Candidate) -> int:
     s = job.sizes
     width = s.hidden + s.padded_rank  # `normed`
     width += s.qkv + s.padded_rank + s.normed_qk  # `qkv`, `raw_qk`
-    width += s.qkv - s.gate if s.gate else 0  # `projected` beside `qkv`
+    width += s.copied  # `projected` beside `qkv`
     width += s.query + s.padded_rank  # `attended`, `low_rank`
     width += s.hidden  # `post_attention`
     width += s.hidden + mlp_rank(s)  # what the MLP reads
-    width += s.norms_behind * s.hidden  # `attention_branch`, `mlp_branch`
+    width += s.norms_behind * s.hidden  # `attention_branch`, `mlp_branch`, that of own inputs
+    width += s.hidden + 3 * s.per_layer + 2 * s.padded_rank if s.per_layer else 0  # `read`, `gate_up`, `product`
     width += gate_up_kept(job, c)
     if c.num_parts > 1:  # what came of other processes for attention, and its output in both orders
         width += exchanged_width(s, c.num_parts) + s.query
-    if not job.has_flash:
+    if not job.has_flash or s.is_wide:
         width += 3 * s.query  # keys and values repeated for all heads, and the outputs of single samples
     # fp32: attention's log-sum-exp a head, the norms' rstd a head (Qwen3) and two a token, and of norms behind
     scales = FP32_BYTES * (s.query + s.normed_qk) // MIN_HEAD_SIZE + (2 + s.norms_behind) * FP32_BYTES
@@ -42,8 +44,7 @@ def _kept_per_token(job: Job, c: Candidate) -> int:
 def exchanged_width(s: ModelSizes, num_parts: int) -> int:
     """Queries, keys and values of a token that attention reads, here or in another process; too few heads are
     repeated."""
-    key_value = s.qkv - s.gate - s.query
-    return s.query + num_repeats(s.num_key_value, num_parts) * key_value
+    return s.query + num_repeats(s.num_key_value, num_parts) * (s.states - s.query)
 
 
 def mlp_rank(s: ModelSizes) -> int:

@@ -104,8 +104,9 @@ class Planner:
             most = MAX_MERGED_TOKENS * self.job.batch.context_parallel
             sizes |= {*rows.longest, *(tokens for tokens in merged if tokens <= most)}
         yield from ((tokens, False) for tokens in sorted(sizes))
-        # linear attention's work depends on each sample's length, and an exchange is not captured
-        if self.job.gpu.has_graphs and not self.job.sizes.linear and self.job.batch.context_parallel == 1:
+        # the work of linear attention and of wide heads depends on each sample's length; an exchange is not captured
+        is_fixed = not self.job.sizes.linear and not self.job.sizes.is_wide and self.job.batch.context_parallel == 1
+        if self.job.gpu.has_graphs and is_fixed:
             if not is_given:
                 wide = {padded(tokens) - less for tokens in sizes for less in (0, GRAPH_STEP)}
                 sizes = {tokens for tokens in wide if tokens >= rows.longest[0]}

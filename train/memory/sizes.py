@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from train.config import Config
+from train.engine.attention import MAX_FLASH_SIZE
 from train.engine.block import Block
 from train.engine.families import decoder_layers
-from train.engine.layers import Heads, Vocabulary
+from train.engine.layers import DecoderLayer, Heads, Vocabulary
 from train.engine.mixture import Mixture
 from train.engine.packed_weights import packed_bytes
 from train.loss import CHUNK_BYTES
@@ -35,7 +36,7 @@ class MixtureSizes:
 class ModelSizes:
     """Widths of one decoder block in elements, and bytes of what is kept on the device or the host for a whole run.
 
-    Of a hybrid, the widths are those of a block with softmax attention.
+    Of a hybrid, the widths are those of a block with softmax attention; where such blocks differ, the largest of each.
     """
 
     num_blocks: int
@@ -45,8 +46,8 @@ class ModelSizes:
     intermediate: int  # width of the MLP: inputs of down_proj
     gate_up: int  # outputs of gate_proj and up_proj together
     padded_rank: int  # columns that adapters add to a product: the largest of a block's four groups
-    normed_qk: int  # the part of `qkv` that is also kept before its norms (Qwen3's queries and keys); 0 elsewhere
-    norms_behind: int  # of a block: norms of what attention and MLP make, before it is added (Gemma 3: 2)
+    normed_qk: int  # of query, key and value what is also kept before its norms (Qwen3: the first two); 0 elsewhere
+    norms_behind: int  # of a block: norms of what its parts make, before it is added (Gemma 3: 2)
     copies_gradient: bool  # the gradient of what they make is another than that of the sum
     is_parallel: bool  # attention and MLP read the same, whose gradients are summed
     has_dropout: bool
@@ -68,7 +69,34 @@ class ModelSizes:
     gate: int = 0  # the part of `qkv` that is gates of what is attended to (Qwen3.5)
     linear: LinearSizes | None = None  # of a hybrid
     shared_bytes: int = 0  # of a hybrid: what matrices of the other kind add to the place that blocks share
+    reused: int = 0  # values that are not projected but made of keys (Gemma 4)
+    borrowed: int = 0  # keys and values that another block has projected
+    lent: int = 0  # the same of all blocks that lend theirs
+    per_layer: int = 0  # inputs that each block has of its own
+    head_size: int = 0  # elements of a head
     in_fp8: bool = False  # products with frozen weights
+    kinds: tuple["BlockKind", ...] = ()  # where blocks with softmax attention are not all alike
+
+    @property
+    def states(self) -> int:
+        """Query, key and value, as attention reads them."""
+        return self.qkv - self.gate + self.reused + self.borrowed
+
+    @property
+    def copied(self) -> int:
+        """The same, where what is projected has other columns and is kept beside it."""
+        return self.states if self.gate or self.reused else 0
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether flash kernels do not take its heads."""
+        return self.head_size > MAX_FLASH_SIZE
+
+    def by_kind(self, numbers: Collection[int]) -> list[tuple[int, "ModelSizes"]]:
+        """How many of these blocks have softmax attention, and sizes with their widths, for each kind of them."""
+        if not self.kinds:
+            return [(len(numbers) - self.num_linear(numbers), self)]
+        return [(len(kind.numbers.intersection(numbers)), kind.sizes) for kind in self.kinds]
 
     @property
     def largest_packed(self) -> int:
@@ -81,10 +109,16 @@ class ModelSizes:
 
     def packed(self, numbers: Collection[int]) -> int:
         """Bytes of the packed weights of these blocks."""
-        if self.linear is None:
-            return len(numbers) * self.packed_bytes
-        count = self.num_linear(numbers)
-        return count * self.linear.packed_bytes + (len(numbers) - count) * self.packed_bytes
+        of_linear = self.num_linear(numbers) * self.linear.packed_bytes if self.linear else 0
+        return of_linear + sum(count * sizes.packed_bytes for count, sizes in self.by_kind(numbers))
+
+
+@dataclass(frozen=True)
+class BlockKind:
+    """Blocks with softmax attention whose linear layers have the same shapes."""
+
+    numbers: frozenset[int]
+    sizes: ModelSizes  # the model's, with the widths of these blocks
 
 
 def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
@@ -94,14 +128,11 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
     """
     layers = decoder_layers(causal_lm)
     blocks = [Block(layer, number, config.engine.products) for number, layer in enumerate(layers)]
-    block, heads, layer = next(
-        (block, layer.heads, layer)
-        for block, layer in zip(blocks, layers, strict=True)
-        if isinstance(layer.heads, Heads)
-    )
-    query, key, _ = heads.widths
-    qkv, o = block.attention.groups
-    halves = (block.around_attention, block.around_mlp)
+    softmax = [block for block, layer in zip(blocks, layers, strict=True) if isinstance(layer.heads, Heads)]
+    block, widths = softmax[0], {each.number: _widths(each, layers[each.number]) for each in softmax}
+    rooms = [block.around_attention, block.around_mlp, *([block.per_layer.around] if block.per_layer else [])]
+    largest: dict[str, Any] = {name: max(each[name] for each in widths.values()) for name in widths[block.number]}
+    largest["num_key_value"] = min(each["num_key_value"] for each in widths.values())  # the fewest are repeated most
     words_in, words_out = map(Vocabulary.of, (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()))
     embedding, head = words_in.layer.weight, words_out.layer.weight
     trained = [parameter for parameter in causal_lm.parameters() if parameter.requires_grad]
@@ -112,22 +143,16 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
     is_tied = head is embedding
     state = state_bytes(trained, config.optim)
     is_paged = OPTIMIZERS[config.optim.name].is_paged
-    return ModelSizes(
+    sizes = ModelSizes(
         num_blocks=len(layers),
-        hidden=qkv.num_inputs,
-        qkv=qkv.num_outputs,
-        query=o.num_inputs,
-        intermediate=block.mlp.down.num_inputs,
-        gate_up=block.mlp.gate_up.num_outputs,
+        hidden=block.attention.groups[0].num_inputs,
         padded_rank=max(group.padded_rank for each in blocks for group in each.groups),
-        normed_qk=query + key if heads.norms else 0,
-        norms_behind=sum(half.after is not None for half in halves),
-        copies_gradient=any(half.after is not None or half.scale != 1.0 for half in halves),
+        norms_behind=sum(half.after is not None for half in rooms),
+        copies_gradient=any(half.after is not None or half.scale != 1.0 for half in rooms),
         is_parallel=block.is_parallel,
         has_dropout=block.dropout > 0,
         element_bytes=element_bytes,
         matrix_bytes=max(_matrix_bytes(block, element_bytes) for block in blocks),
-        packed_bytes=sum(map(packed_bytes, layer.linears)),
         norm_bytes=sum(parameter.numel() * parameter.element_size() for parameter in norms),
         embedding_bytes=0 if is_tied else embedding.numel() * element_bytes,
         embedding_on_host=on_gpu and not is_tied and not words_in.is_trained,
@@ -139,11 +164,57 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
         gradient_bytes=4 * sum(parameter.numel() for parameter in trained),
         mixture=_mixture_sizes(block, causal_lm.config),
         whole_bytes=_whole_bytes(words_in, words_out, element_bytes),
-        num_key_value=heads.num_key_value,
-        gate=query if heads.has_gate else 0,
         linear=linear_sizes(layers, element_bytes),
         shared_bytes=_shared_bytes(blocks, element_bytes),
         in_fp8=config.engine.products == "fp8",
+        lent=sum(
+            sum(layer.heads.widths[1:]) for layer in layers if isinstance(layer.heads, Heads) and layer.heads.lends
+        ),
+        per_layer=block.per_layer.size if block.per_layer else 0,
+        **largest,
+    )
+    return replace(sizes, kinds=_kinds(sizes, softmax, layers, widths))
+
+
+def _widths(block: Block, layer: DecoderLayer) -> dict[str, int]:
+    """What differs between blocks with softmax attention."""
+    assert isinstance(layer.heads, Heads)
+    heads, (qkv, o) = layer.heads, block.attention.groups
+    query, key, value = heads.widths
+    return {
+        "qkv": qkv.num_outputs,
+        "query": o.num_inputs,
+        "intermediate": block.mlp.down.num_inputs,
+        "gate_up": block.mlp.gate_up.num_outputs,
+        "normed_qk": sum(heads.widths[: len(heads.norms)]),
+        "packed_bytes": sum(map(packed_bytes, layer.linears)),
+        "gate": query if heads.has_gate else 0,
+        "reused": value if heads.values_are_keys else 0,
+        "borrowed": key + value if heads.borrows else 0,
+        "head_size": heads.size,
+        "num_key_value": heads.num_key_value,
+    }
+
+
+def _kinds(
+    sizes: ModelSizes, blocks: Sequence[Block], layers: Sequence[DecoderLayer], widths: dict[int, dict[str, int]]
+) -> tuple[BlockKind, ...]:
+    """Of these blocks, if there are several."""
+    found: dict[tuple[object, ...], list[Block]] = {}
+    for block in blocks:
+        found.setdefault(layers[block.number].kind, []).append(block)
+    if len(found) == 1:
+        return ()
+    return tuple(
+        BlockKind(
+            frozenset(block.number for block in alike),
+            replace(
+                sizes,
+                matrix_bytes=_matrix_bytes(alike[0], sizes.element_bytes),
+                **widths[alike[0].number],  # type: ignore[arg-type]
+            ),
+        )
+        for alike in found.values()
     )
 
 

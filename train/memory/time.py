@@ -4,6 +4,8 @@ Of one block and a micro-batch of mean length, in each direction, the slowest de
 that launches its kernels, or the bus that brings weights and block inputs. Rates are the GPU's sustained ones.
 """
 
+from dataclasses import replace
+
 from train.memory.candidate import Candidate, Job
 from train.memory.kept import exchanged_width
 
@@ -38,6 +40,13 @@ STREAMING_SLOWDOWN, OFFLOADING_SLOWDOWN = 0.02, 0.01
 
 def step_seconds(job: Job, c: Candidate) -> float:
     """All micro-batches of a step: every block forward and backward, and the head."""
+    kinds = [(len(kind.numbers), kind.sizes) for kind in job.sizes.kinds] or [(job.sizes.num_blocks, job.sizes)]
+    blocks = sum(count * block_seconds(replace(job, sizes=sizes), c) for count, sizes in kinds)
+    return c.num_micro_batches * (blocks * slowdown(job, c) + head(job, c)) + update(job)
+
+
+def block_seconds(job: Job, c: Candidate) -> float:
+    """A block forward and backward."""
     forward_seconds = max(
         forward(job, c), forward_launches(job, c), weights_bus(job, c), inputs_bus(job, c), peers(job, c)
     )
@@ -49,8 +58,7 @@ def step_seconds(job: Job, c: Candidate) -> float:
         weights_bus(job, c) + inputs_bus(job, c),
         peers(job, c),
     )
-    blocks = job.sizes.num_blocks * (forward_seconds + backward_seconds) * slowdown(job, c)
-    return c.num_micro_batches * (blocks + head(job, c)) + update(job)
+    return forward_seconds + backward_seconds
 
 
 def update(job: Job) -> float:

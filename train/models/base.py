@@ -42,7 +42,7 @@ from train.models.experts import (
     with_block_names,
 )
 from train.models.hub import fetch_weights, locate, unreadable
-from train.models.parameters import as_parameter, computed_values
+from train.models.parameters import as_parameter, computed_values, stored_buffers
 from train.models.shape import (
     BROKEN,
     auto_class,
@@ -244,7 +244,12 @@ def _drawn(shape: Any, dtype: torch.dtype, generator: torch.Generator) -> Read:
 def read_stored(
     base: PreTrainedModel, stored: StoredWeights, is_quantized: bool, dtype: torch.dtype, device: torch.device
 ) -> Read:
-    """Values from the files; a weight that is stored in 4 bits, as all are if `is_quantized`, comes with its scales."""
+    """Values from the files; a weight that is stored in 4 bits, as all are if `is_quantized`, comes with its scales.
+
+    Buffers that lie there are filled at once.
+    """
+    for name, buffer in stored_buffers(base):
+        buffer.copy_(stored.values(stored.place_of(name)))
     tied, parts_of = tied_embedding(base), expert_parts(base)
     params4bit: Any = bnb.nn.Params4bit
 

@@ -1,6 +1,7 @@
 """Whether the files of a base hold what its architecture wants: both loaders end the run where they do not."""
 
 import math
+import re
 from itertools import chain
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from train.config import ModelConfig
 from train.models.experts import expert_parts, part_shape
 from train.models.hub import unreadable
+from train.models.parameters import stored_buffers
 from train.models.stored import Difference, StoredWeights, described_leftovers, left_in_the_model, named
 
 
@@ -29,10 +31,10 @@ def check_difference(config: ModelConfig, base: PreTrainedModel, difference: Dif
 
 
 def difference_of(base: PreTrainedModel, stored: StoredWeights) -> Difference:
-    """What the files lack and hold beside the skeleton's parameters, by the names that StoredWeights.place_of finds."""
+    """What the files lack and hold beside the skeleton's tensors, by the names that StoredWeights.place_of finds."""
     missing, mismatched, read = [], [], set()
     tied, parts_of = tied_embedding(base), expert_parts(base)
-    for name, parameter in base.named_parameters():
+    for name, parameter in chain(base.named_parameters(), stored_buffers(base)):
         place = stored.place_of(name, name == tied)
         if not place and name in parts_of:
             parts, shape = parts_of[name], part_shape(parts_of[name], parameter.shape)
@@ -52,7 +54,9 @@ def difference_of(base: PreTrainedModel, stored: StoredWeights) -> Difference:
             mismatched.append((name, stored.tensors[place].shape, tuple(parameter.shape)))
     if tied:
         read.add("lm_head.weight")
+    unread = getattr(base, "_keys_to_ignore_on_load_unexpected", None) or []  # what transformers knows to lie beside
     left = [name for name in stored.tensors if name not in read and not _belongs_to(name, read)]
+    left = [name for name in left if not any(re.search(each, name) for each in unread)]
     return Difference(missing, mismatched, left)
 
 

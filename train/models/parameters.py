@@ -1,5 +1,6 @@
 """A base's parameters made of values, quantised where they are to be, and the values that they stand for."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import bitsandbytes as bnb
@@ -17,6 +18,14 @@ def as_parameter(parameter: torch.nn.Parameter, values: torch.Tensor, device: to
     if isinstance(parameter, bnb.nn.Int8Params):
         return int8_params(values.cpu(), requires_grad=False).to(device)
     return torch.nn.Parameter(values, requires_grad=False)
+
+
+def stored_buffers(base: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The buffers that lie in a model's files beside its parameters, such as Gemma 4's factor of a block's output."""
+    for prefix, module in base.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}", buffer
 
 
 def computed_values(parameter: torch.nn.Parameter) -> torch.Tensor:

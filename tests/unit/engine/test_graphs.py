@@ -60,7 +60,8 @@ def test_the_first_micro_batch_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> 
     stack: Any = lambda hidden, context: eager.append(hidden) or hidden  # noqa: E731
     stack.anchor = None
     book.stack = stack
-    context = ForwardContext(Positions(torch.rand(256, 4), [""], False), {None: stack}, 0.0, torch.tensor(7))
+    context = ForwardContext(Positions(torch.rand(256, 4), {"": 2}, False), {None: stack}, 0.0, torch.tensor(7))
+    context.per_layer = torch.rand(256, 6)
     hidden = torch.rand(256, 4)
     batch: Any = SimpleNamespace(cu_seqlens=torch.tensor([0, 100, 200, 256], dtype=torch.int32))
     assert book(hidden, context, batch) is hidden
@@ -173,7 +174,7 @@ def test_a_loss_does_not_keep_its_graph(monkeypatch: pytest.MonkeyPatch) -> None
     """A graph that was released is freed although the last micro-batch's loss is still there, and so is the stack."""
     monkeypatch.setattr(graphs, "_replay", lambda *_, **__: None)
     anchor = torch.nn.Parameter(torch.zeros(1))
-    static = StaticBuffers(*(torch.zeros(8, 4) for _ in range(4)))
+    static = StaticBuffers(*(torch.zeros(8, 4) for _ in range(5)))
     nothing: Any = None
     graph = CapturedGraph(static, nothing, nothing, nothing, nothing)
     stack = type("Stack", (), {"store": object(), "forward_order": (), "backward_order": ()})()

@@ -1,16 +1,14 @@
 """The predicted bytes are those of the tensors that the engine makes, term by term, and of measured peaks."""
 
 import math
-import weakref
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from tests.parity.models import ALL, ALL_OF_BOTH, FAMILIES, adapted_model
+from tests.parity.models import ALL, ALL_AND_PER_LAYER, ALL_OF_BOTH, FAMILIES, adapted_model
+from tests.tensor_bytes import PeakBytes, storages
 from tests.unit.memory.examples import GIB, H200, LLAMA_8B, LONG, PACKED, SHORT, first_candidate, planned, planner_for
 from train import loss
 from train.batching import LengthStatistics, MicroBatchShape
@@ -38,20 +36,6 @@ def test_against_measured_peaks() -> None:
     assert plan.peak_bytes == pytest.approx(34.32 * GIB, rel=0.05)  # docs/LOG.md
 
 
-def storages(thing: Any, found: dict[int, int]) -> dict[int, int]:
-    """Bytes of every storage that tensors in a dataclass or list stand on, by address."""
-    if isinstance(thing, torch.Tensor):
-        storage = thing.untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes()
-    elif isinstance(thing, list):
-        for each in thing:
-            storages(each, found)
-    elif hasattr(thing, "__dataclass_fields__"):
-        for each in vars(thing).values():
-            storages(each, found)
-    return found
-
-
 @dataclass
 class Forward:
     """A forward pass of a small model, and the planner of a job with its sizes."""
@@ -74,7 +58,7 @@ def forward(
     shape, targets = FAMILIES[family]
     config: Any = type("Config", (), {"optim": OptimConfig(), "engine": EngineConfig(products=products)})
     # with flash kernels attention keeps no more than on this CPU, where no heads are repeated
-    shape = type(shape)(**shape.to_dict() | {"num_key_value_heads": 4})
+    shape = type(shape)(**shape.to_dict() | {"num_key_value_heads": 4, "num_global_key_value_heads": 4})
     causal_lm = adapted_model(shape, targets).get_base_model()
     sizes = replace(model_sizes(causal_lm, config, on_gpu=False), element_bytes=4, has_dropout=dropout > 0)
     batch = collate_packed([{"input_ids": [1] * num_tokens, "trained": [True] * num_tokens}])
@@ -84,7 +68,8 @@ def forward(
     hidden = causal_lm.base_model.embed_tokens(batch.input_ids[0]).detach()
     positions = engine.position_tables(hidden, batch.position_ids)
     samples = PackedSamples(batch)
-    context = ForwardContext(positions, engine.attend_for(batch), dropout, torch.tensor(0), tile, samples)
+    per_layer = engine.inputs_per_layer(batch.input_ids[0])
+    context = ForwardContext(positions, engine.attend_for(batch), dropout, torch.tensor(0), tile, samples, per_layer)
     with torch.no_grad():
         engine.stack.forward(hidden, context, kept)
     rows = LengthStatistics((num_tokens,), num_tokens, 0, num_tokens)
@@ -95,21 +80,24 @@ def forward(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kept_activations_are_what_a_block_keeps(family: str, tile: int) -> None:
     """Of each family of models, within 5 %: the tensors that the backward pass of a block reads."""
-    done = forward(family, tile=tile)
-    job = done.planner.job
-    for number in (1, 2):  # the kinds of a hybrid's blocks
+    done = forward(family, tile=tile, num_kept=6)
+    job, numbers = done.planner.job, range(len(done.kept) - 1)
+    for number in numbers[1:]:  # the kinds of blocks
         activations = done.kept[number].activations
         found = storages(activations, {})
         found.pop(activations.x.untyped_storage().data_ptr())  # counted among the inputs
+        for lent in storages([each for pair in done.context.lent.states.values() for each in pair], {}):
+            found.pop(lent, None)  # likewise
         predicted = kept_of(job, first_candidate(done.planner, 500, mlp_tile=tile), [number])
         if not job.sizes.num_linear([number]):
-            predicted -= 500 * 4 * 3 * job.sizes.query  # what is added for fp32 on a GPU, which has no flash kernels
-        if FAMILIES[family][1] in (ALL, ALL_OF_BOTH):
+            query = next(sizes.query for count, sizes in job.sizes.by_kind([number]) if count)
+            predicted -= 500 * 4 * 3 * query  # what is added for fp32 on a GPU, which has no flash kernels
+        if FAMILIES[family][1] in (ALL, ALL_OF_BOTH, ALL_AND_PER_LAYER):
             assert sum(found.values()) == pytest.approx(predicted, rel=0.05)
         else:  # adapters of all layers are counted
             assert sum(found.values()) <= predicted
-    assert cost.kept_activations(job, first_candidate(done.planner, 500, num_kept=3)) == kept_of(
-        job, first_candidate(done.planner, 500), [0, 1, 2]
+    assert cost.kept_activations(job, first_candidate(done.planner, 500, num_kept=len(numbers))) == kept_of(
+        job, first_candidate(done.planner, 500), numbers
     )
 
 
@@ -136,31 +124,6 @@ def test_dequantised_weights_in_fp8_are_what_is_counted() -> None:
         group.matrix_bytes(4) for group in done.stack.blocks[1].groups
     )
     assert done.planner.job.sizes.in_fp8
-
-
-class PeakBytes(TorchDispatchMode):
-    """The most bytes that tensors made while it is entered have at a time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, int] = {}  # by address
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {tensor.untyped_storage().data_ptr() for tensor in tensors((args, kwargs))}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tensors(out):
-            storage = tensor.untyped_storage()
-            address = storage.data_ptr()
-            if address not in given and address not in self.live:
-                self.live[address] = storage.nbytes()
-                weakref.finalize(storage, self.live.pop, address)
-        self.peak = max(self.peak, sum(self.live.values()))
-        return out
-
-
-def tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 @pytest.mark.parametrize("products", ["bf16", "fp8"])

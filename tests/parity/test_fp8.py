@@ -282,4 +282,5 @@ def test_a_model_trained_in_fp8_answers_without_a_gpu(config: Config) -> None:
     assert inference_plan(trained, torch.device("cpu")) == wanted
     away = replace(trained, memory=MemoryConfig(offload="stream"))
     streamed = inference_plan(away, torch.device("cpu"))
-    assert streamed.streamed and (streamed.products, streamed.num_parts) == ("bf16", 1)
+    assert streamed.streamed
+    assert (streamed.products, streamed.num_parts) == ("bf16", 1)

@@ -162,7 +162,8 @@ def job(config: Config, observed: Observed) -> str:
     layout = BatchLayout.of(config.batch, accelerator, asked)
     data = TrainingData(splits.training.samples, config, layout, tokenizer.backend.pad_token_id)
     run_identity = identity(config, prepared, data, accelerator.device)
-    check_same_everywhere(run_identity, accelerator)
+    exchanging = config.engine.kind, config.batch.context_parallel, config.memory.shard, config.memory.offload
+    check_same_everywhere(run_identity | {"exchanging": exchanging}, accelerator)
     schedule = schedule_of(checkpoint, config, data, run_identity, accelerator)
     if checkpoint is not None and (early := was_finished(config, checkpoint, data, accelerator)) is not None:
         return early

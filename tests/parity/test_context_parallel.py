@@ -124,7 +124,7 @@ def streams() -> None:
     from train import main
 
     parse = main.parse
-    main.parse = lambda words: parse([*words, "--memory.offload", "stream"])
+    main.parse = lambda argv: parse([*argv, "--memory.offload", "stream"])
 
 
 def test_processes_that_would_exchange_otherwise_are_refused(config: Config, tmp_path: Path) -> None:

@@ -123,8 +123,9 @@ def streams() -> None:
     """A process that was given another option than the others."""
     from train import main
 
-    parse = main.parse
-    main.parse = lambda argv: parse([*argv, "--memory.offload", "stream"])
+    changed: Any = main
+    parse = changed.parse
+    changed.parse = lambda argv: parse([*argv, "--memory.offload", "stream"])
 
 
 def test_processes_that_would_exchange_otherwise_are_refused(config: Config, tmp_path: Path) -> None:

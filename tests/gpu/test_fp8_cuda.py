@@ -66,8 +66,15 @@ def test_weights_go_to_e4m3_in_one_launch(compress: bool, shape: tuple[int, int]
 
 @pytest.mark.parametrize("num_tokens", [1, 77, 1408])
 @pytest.mark.parametrize("widths", [(4096, 6144), (576, 960)])
-def test_products_are_those_of_the_rounded_numbers(num_tokens: int, widths: tuple[int, int]) -> None:
-    """Into a range of wider rows, whose other columns stay, within bf16's last bit and what the tensor core adds."""
+@pytest.mark.parametrize("at_once", [True, False])
+def test_products_are_those_of_the_rounded_numbers(
+    num_tokens: int, widths: tuple[int, int], at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into a range of wider rows, whose other columns stay, within bf16's last bit and what the tensor core adds;
+    at once, where the card's kernel heeds the range, and through dense rows."""
+    if not at_once:
+        monkeypatch.setattr(fp8, "writes_ranges", lambda _: False)
+        monkeypatch.setattr(fp8, "CHUNK_BYTES", 500 * 2 * widths[1])
     x, weight = fp8.quantize(random(num_tokens, widths[0])), random(widths[1], widths[0]).to(E4M3)
     scales = torch.full((1, max(widths)), 0.25, device=GPU)
     out = torch.zeros(num_tokens, widths[1] + 64, dtype=torch.bfloat16, device=GPU)

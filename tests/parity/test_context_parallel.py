@@ -119,6 +119,25 @@ def test_runs_of_groups(count: int, split: int, shard: bool, config: Config, tmp
         assert (saved[1][name] - tensor).norm() <= 1e-3 * tensor.norm(), name
 
 
+def streams() -> None:
+    """A process that was given another option than the others."""
+    from train import main
+
+    changed: Any = main
+    parse = changed.parse
+    changed.parse = lambda argv: parse([*argv, "--memory.offload", "stream"])
+
+
+def test_processes_that_would_exchange_otherwise_are_refused(config: Config, tmp_path: Path) -> None:
+    """All end before the first exchange that not all make, with 78."""
+    words = arguments(at(replace(config, memory=MemoryConfig()), tmp_path / "run"))
+    place = words.index("--memory.offload")
+    del words[place : place + 2]
+    ends = [run.wait() for run in start_processes(words, [None, streams])]
+    assert [end.returncode for end in ends] == [78, 78], ends[0].stderr[-500:]
+    assert "the processes have not read the same base, data or options" in ends[0].stderr
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 @pytest.mark.parametrize("count", [2, 4])
 def test_a_step_s_loss_and_gradient(count: int, quantization: Any, config: Config) -> None:

@@ -195,7 +195,12 @@ ALLOWED_MODULES = {
     "train.engine.layers": {"train.engine.linears"},
     "train.engine.lora_linear": {"train.engine.linears", "train.engine.operations"},
     "train.engine.fp8_kernels": set(),
-    "train.engine.fp8": {"train.engine.fp8_kernels", "train.engine.lora_linear", "train.engine.operations"},
+    "train.engine.fp8": {
+        "train.engine.fp8_kernels",
+        "train.engine.lora_linear",
+        "train.engine.operations",
+        "train.run.devices",
+    },
     "train.engine.attention": {"train.collate", "train.run.devices"},
     "train.engine.split_attention": {"train.collate", "train.engine.attention"},
     "train.engine.delta_rule": {"train.collate", "train.engine.layers"},

@@ -13,7 +13,7 @@ from train.memory.candidate import Job
 from train.memory.cluster import NETWORK_GBITS, Cluster, peer_bytes, reduction_seconds, ring_rate, sent_bytes
 from train.memory.gpus import CONTEXT_BYTES, KNOWN_GPUS, Gpu, detect_gpu, gpus_like, gpus_of_size, named_gpu
 from train.memory.outlook import GIB, Outlook
-from train.run.devices import BF16, compute_type
+from train.run.devices import BF16, FP8, compute_type
 from train.run.exits import ExitCode, ExitWith
 
 PROCESS_BYTES = int(2.5 * GIB)  # host memory of a process that has imported torch, transformers and CUDA
@@ -132,7 +132,7 @@ def default_gpu(config: Config) -> Gpu | None:
 
 
 def _of_size(text: str) -> Gpu:
-    return Gpu(text, parse_bytes(text), (8, 0), **SMALL_GPU_RATES)
+    return Gpu(text, parse_bytes(text), FP8, **SMALL_GPU_RATES)  # one of a size has what options ask for
 
 
 def assumed_lengths(config: Config, mean_length: int) -> LengthStatistics:
@@ -193,7 +193,7 @@ def forecast(config: Config, gpu: Gpu, rows: LengthStatistics, num_steps: float 
 def forecast_known_gpus(
     config: Config, rows: LengthStatistics, num_steps: float | None, cluster: Cluster
 ) -> list[Forecast]:
-    """For every known GPU that has the type asked for; raises ExitWith(BAD_INPUT) as `forecast`."""
-    wants_bf16 = config.model.dtype == "bf16"
-    fitting = [gpu for gpu in KNOWN_GPUS if not wants_bf16 or gpu.capability >= BF16]
+    """For every known GPU that has the type and the products asked for; raises ExitWith(BAD_INPUT) as `forecast`."""
+    wanted = FP8 if config.engine.products == "fp8" else BF16 if config.model.dtype == "bf16" else (0, 0)
+    fitting = [gpu for gpu in KNOWN_GPUS if gpu.capability >= wanted]
     return [forecast(config, gpu, rows, num_steps, cluster) for gpu in fitting]

@@ -201,7 +201,13 @@ def check_base_is_there(run: FinishedRun) -> None:
 
 
 def inference_plan(config: Config, device: torch.device) -> Plan:
-    """All blocks on the device where they fit beside RESERVE; otherwise as many are streamed as memory needs."""
+    """All blocks on the device where they fit beside RESERVE; otherwise as many are streamed as memory needs.
+
+    transformers answers, in the compute type, by one process: how training multiplied and split rows refuses nothing.
+    """
+    config = replace(
+        config, engine=replace(config.engine, products="bf16"), batch=replace(config.batch, context_parallel=1)
+    )
     sketched = sketched_sizes(config, device, compute_type(config.model.dtype, device).dtype)
     resident, sizes = reference_plan(sketched.num_blocks, config.memory), sketched.sizes
     streams_all = config.memory.offload == "stream"

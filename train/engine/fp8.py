@@ -16,10 +16,12 @@ import torch
 
 from train.engine.lora_linear import LoraGroup, Pass, dequantize
 from train.engine.operations import Dropout, kernels_for
+from train.run import devices
 
 E4M3, LARGEST = torch.float8_e4m3fn, 448.0  # the type, and its largest number
 TINY = 1e-12  # in place of the largest magnitude of a row of zeros; the same in fp8_kernels.py
 MULTIPLE = 16  # of both widths, which the product asks for
+CHUNK_BYTES = 2**27  # of a product that is not written where it belongs: 2,340 rows of an 8B's gate and up
 FAST_ACCUMULATION: bool = True  # Hopper adds within the tensor core, with some 14 bits, instead of in fp32 registers
 
 
@@ -219,9 +221,36 @@ def quantize(x: torch.Tensor) -> Rows:
 def scaled_product(a: Rows, b: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
     """out [T, N] = a b scaled, for b [W, N], the transpose of rows in memory, in e4m3; scales [1, N or more].
 
-    On a CPU the same numbers are multiplied in fp32.
+    On a CPU the same numbers are multiplied in fp32. Where `out` is a range of wider rows that the product cannot
+    write, it goes through dense ones, CHUNK_BYTES at a time.
     """
     scales = scales[:, : b.shape[1]]
+    if out.is_contiguous() or writes_ranges(out.device):
+        _multiply(a, b, scales, out)
+        return
+    rows_per_chunk = max(16, CHUNK_BYTES // (out.shape[1] * out.element_size()))
+    for start in range(0, out.shape[0], rows_per_chunk):
+        part = out[start : start + rows_per_chunk]
+        rows = slice(start, start + part.shape[0])
+        dense = torch.empty(part.shape, dtype=part.dtype, device=part.device)
+        _multiply(Rows(a.values[rows], a.scales[rows]), b, scales, dense)
+        part.copy_(dense)
+
+
+def writes_ranges(device: torch.device) -> bool:
+    """Whether torch's product heeds the stride of its output's rows.
+
+    cuBLAS does, which torch takes on Hopper in builds for CUDA 12.9 or newer. Of the kernels that it takes elsewhere
+    (RowwiseScaledMM.cu) those of 8.9, and on 9.0 and 10.x those of transposed problems, write dense rows into any
+    output, without an error.
+    """
+    if device.type != "cuda":
+        return True
+    version = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
+    return devices.capability(device)[0] == 9 and version >= (12, 9)
+
+
+def _multiply(a: Rows, b: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
     if not out.is_cuda:
         out.copy_((a.values.float() @ b.float()) * a.scales * scales)
         return

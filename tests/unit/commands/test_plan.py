@@ -186,6 +186,21 @@ def test_a_size_names_the_cards_that_have_it(capsys: pytest.CaptureFixture[str])
     assert planned(capsys)["cards_of_this_size"] == []
 
 
+def test_fp8_products_are_planned_for_gpus_that_have_them(capsys: pytest.CaptureFixture, llama31_8b: Path) -> None:
+    """A table or JSON leaves the others out; a size has what is asked for."""
+    base = ("plan", "--profile", "a100", "--engine.products", "fp8", "--model.name_or_path", str(llama31_8b))
+    for gpu in ("H100", "24GiB"):
+        assert main([*base, "--gpu", gpu, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["gpu"], found["plan"]["products"]) == (gpu, "fp8")
+        names = {each["gpu"] for each in found["gpus"]}
+        assert {"H200", "H100", "L40S", "L4", "RTX-4090"} <= names
+        assert not names & {"A100-80", "A10", "RTX-3090", "T4"}
+    assert main([*base]) == 0
+    assert "H100" in (said := capsys.readouterr().out)
+    assert "A100" not in said
+
+
 def test_several_gpus(capsys: pytest.CaptureFixture, llama31_8b: Path) -> None:
     """Each of four needs a quarter of the packed weights, and two blocks' slots; together they are almost four times as
     fast; without sharding each has them all."""

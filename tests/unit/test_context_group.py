@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.tensor_bytes import PeakBytes
 from tests.unit.memory.examples import GIB, H200, LLAMA_8B, LONG, first_candidate, planner_for
-from tests.unit.memory.test_cost import PeakBytes
 from train.batching import LengthStatistics
 from train.collate import Part
 from train.config import BatchConfig, MemoryConfig

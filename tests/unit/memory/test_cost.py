@@ -1,16 +1,14 @@
 """The predicted bytes are those of the tensors that the engine makes, term by term, and of measured peaks."""
 
 import math
-import weakref
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tests.parity.models import ALL, ALL_AND_PER_LAYER, ALL_OF_BOTH, FAMILIES, adapted_model
+from tests.tensor_bytes import PeakBytes, storages
 from tests.unit.memory.examples import GIB, H200, LLAMA_8B, LONG, PACKED, SHORT, first_candidate, planned, planner_for
 from train import loss
 from train.batching import LengthStatistics, MicroBatchShape
@@ -36,20 +34,6 @@ def test_against_measured_peaks() -> None:
     """Within 5 % of what an H200 needed: 8,192 tokens, nothing recomputed, in 37 GiB, three blocks cached."""
     plan = planned(PACKED, BatchConfig(4, 4), 37, MemoryConfig(checkpointing="none"))
     assert plan.peak_bytes == pytest.approx(34.32 * GIB, rel=0.05)  # docs/LOG.md
-
-
-def storages(thing: Any, found: dict[int, int]) -> dict[int, int]:
-    """Bytes of every storage that tensors in a dataclass or list stand on, by address."""
-    if isinstance(thing, torch.Tensor):
-        storage = thing.untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes()
-    elif isinstance(thing, list):
-        for each in thing:
-            storages(each, found)
-    elif hasattr(thing, "__dataclass_fields__"):
-        for each in vars(thing).values():
-            storages(each, found)
-    return found
 
 
 @dataclass
@@ -140,31 +124,6 @@ def test_dequantised_weights_in_fp8_are_what_is_counted() -> None:
         group.matrix_bytes(4) for group in done.stack.blocks[1].groups
     )
     assert done.planner.job.sizes.in_fp8
-
-
-class PeakBytes(TorchDispatchMode):
-    """The most bytes that tensors made while it is entered have at a time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, int] = {}  # by address
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {tensor.untyped_storage().data_ptr() for tensor in tensors((args, kwargs))}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tensors(out):
-            storage = tensor.untyped_storage()
-            address = storage.data_ptr()
-            if address not in given and address not in self.live:
-                self.live[address] = storage.nbytes()
-                weakref.finalize(storage, self.live.pop, address)
-        self.peak = max(self.peak, sum(self.live.values()))
-        return out
-
-
-def tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 @pytest.mark.parametrize("products", ["bf16", "fp8"])

@@ -7,8 +7,9 @@ import torch
 import transformers as T
 
 from tests.parity.models import ALL_OF_BOTH, DELTA, LINEAR, SIZES, adapted_model
+from tests.tensor_bytes import PeakBytes, storages
 from tests.unit.memory.examples import GIB, first_candidate, planner_for
-from tests.unit.memory.test_cost import PeakBytes, forward, storages
+from tests.unit.memory.test_cost import forward
 from train.batching import LengthStatistics
 from train.collate import collate_packed
 from train.config import BatchConfig, EngineConfig, OptimConfig

@@ -137,3 +137,24 @@ def test_a_merged_model_is_what_was_trained(onto: Any, config: Config, tmp_path:
     wanted = adapted_logits(base, run / "final", **(NF4 if onto == "dequantized" else {}))
     torch.testing.assert_close(merged_logits(merged), wanted, rtol=0, atol=2e-3)
     assert load_file(merged / "model.safetensors")["model.layers.3.layer_scalar"] == pytest.approx(0.9, rel=1e-2)
+
+
+def test_gradients_with_dropout_are_those_of_the_masks_drawn() -> None:
+    """A step along the gradient of the layers that read own inputs changes what is made as much as it says."""
+    adapted, batch = adapted_model(SHAPE, ALL_AND_PER_LAYER, dropout=0.3), packed()
+    upstream, engine = torch.randn(15, 64), FusedDecoder(adapted.get_base_model(), plan(1, 0), NOTHING)
+
+    def made() -> torch.Tensor:
+        torch.manual_seed(5)
+        return engine(batch)
+
+    made().backward(upstream)
+    gradients = {name: each for name, each in gradients_of(adapted).items() if "per_layer" in name}
+    norm = torch.cat([each.flatten() for each in gradients.values()]).norm()
+    parameters, ends = dict(adapted.named_parameters()), []
+    for step in (1e-3, -2e-3):
+        for name, gradient in gradients.items():
+            parameters[name].data += step * gradient / norm
+        with torch.no_grad():
+            ends.append((made().double() * upstream).sum().item())
+    assert (ends[0] - ends[1]) / 2e-3 == pytest.approx(norm.item(), rel=0.01)

@@ -60,6 +60,8 @@ def main() -> None:
     options = parser.parse_args()
     words = [*RECIPE.split(), "--model.name_or_path", options.base, "--train.epochs", str(options.epochs)]
     words += ["--data.path", *options.data, "--data.validation_path", options.held_out]
+    device = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    about = {"device": device, "commit": commit(), "versions": versions(), "words": words[: len(RECIPE.split())]}
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in options.ways}
     with tempfile.TemporaryDirectory() as scratch:
         for seed in options.seeds:
@@ -68,10 +70,8 @@ def main() -> None:
                 own = [*words, *options.words, "--train.seed", str(seed), "--run.dir", str(place)]
                 found[way].append({"seed": seed, **measured(way, own, place)})
                 print(f"{way} seed {seed}: {told(found[way][-1])}", flush=True)
+                options.out.write_text(json.dumps({**about, "runs": found}, indent=1) + "\n", encoding="utf-8")
     report(found)
-    device = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    about = {"device": device, "commit": commit(), "versions": versions(), "words": words[: len(RECIPE.split())]}
-    options.out.write_text(json.dumps({**about, "runs": found}, indent=1) + "\n", encoding="utf-8")
 
 
 def worker(way: str, words: list[str]) -> None:
@@ -92,12 +92,13 @@ def measured(way: str, words: list[str], place: Path) -> dict[str, Any]:
     if done.returncode:
         raise SystemExit(f"{way} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     folder = RunFolder(place)
-    losses = [row["train/loss"] for row in read_metrics(folder.metrics) if "train/loss" in row]
+    losses = [row.get("train/loss") for row in read_metrics(folder.metrics) if row["step"]]  # a skipped step has none
+    known = [loss for loss in losses if loss is not None]
     of_run = read_run(place)
     asked = {kind: json.loads(path.read_text(encoding="utf-8")) for kind, path in folder.asked.items() if path.exists()}
     return {
         "losses": losses,
-        "last_loss": statistics.fmean(losses[-max(1, len(losses) // 10) :]),
+        "last_loss": statistics.fmean(known[-max(1, len(known) // 10) :]),
         "held_out_losses": list(of_run.held_out.values),
         "exact": {kind: [sum(row["exact"] for row in rows), len(rows)] for kind, rows in asked.items()},
         "tokens_per_second": summary_of(of_run).tokens_per_second,
@@ -121,8 +122,8 @@ def report(found: dict[str, list[dict[str, Any]]]) -> None:
         last = [each["last_loss"] for each in runs]
         line = f"{way:9s} loss {_spread(last)}, held-out {_spread(held_out)}"
         for each, exact in zip(runs, found.get("bf16", []), strict=False):
-            pairs = list(zip(each["losses"], exact["losses"], strict=True))
-            apart = [one / other - 1 for one, other in pairs]
+            pairs = zip(each["losses"], exact["losses"], strict=True)
+            apart = [one / other - 1 for one, other in pairs if None not in (one, other)]
             line += f"; seed {each['seed']}: {statistics.fmean(apart):+.3%} +- {statistics.pstdev(apart):.3%} a step"
         print(line)
 

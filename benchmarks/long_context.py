@@ -44,14 +44,16 @@ def main() -> None:
     parser.add_argument("words", nargs="*", help="behind --: further options of train/main.py")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch:
-        folder, rows = Path(scratch), list[dict[str, Any]]()
+        folder = Path(scratch)
+        rows: list[dict[str, Any]] = json.loads(options.out.read_text())["rows"]["rows"] if options.out.exists() else []
         shape = options.shape or default_shape(folder / "shape")
         for count in options.gpus:
             words = words_of(shape, count, options)
             lengths = [[length] for length in options.lengths] + ([tried(words, count)] if options.longest else [])
             for number, candidates in enumerate(lengths):
-                rows.append(first_that_fits(words, candidates, count, options, folder / f"{count}-{number}"))
-                print(line(rows[-1]), flush=True)
+                row = first_that_fits(words, candidates, count, options, folder / f"{count}-{number}")
+                print(line(row), flush=True)
+                rows = [each for each in rows if (each["gpus"], each["tokens"]) != (count, row["tokens"])] + [row]
                 record(options.out, "rows", rows, {})
 
 
@@ -90,8 +92,8 @@ def first_that_fits(
         try:
             found = measured(count, words + further, own, options.warmup)
         except RuntimeError:  # of the launcher, which flattens codes
-            how = read_object(RunFolder(own).exit)
-            if how["code"] != ExitCode.BAD_INPUT:
+            how = read_object(RunFolder(own).exit) if RunFolder(own).exit.exists() else {}
+            if how.get("code") != ExitCode.BAD_INPUT:
                 raise
             ended = {"gpus": count, "tokens": length, "does_not_fit": str(how["reason"]).splitlines()[0]}
         else:

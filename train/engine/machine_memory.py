@@ -79,11 +79,12 @@ class MachineMemory:
         return place % self.num_processes == self.index
 
 
-def machines(device: torch.device) -> list[int]:
-    """A number for the machine of each process, in the order of ranks; all processes call this together."""
+def machines(device: torch.device, are_whole: bool = False) -> list[int]:
+    """A number for the machine of each process, or its container there, in the order of ranks; all processes call this
+    together."""
     number = 0
     with suppress(OSError):  # told where memory is shared
-        number = machine_number()
+        number = machine_number(are_whole)
     return [each for (each,) in gathered([number], device)]
 
 

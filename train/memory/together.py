@@ -24,8 +24,10 @@ def planned_together(outlook: Outlook, accelerator: Accelerator) -> tuple[Outloo
     device, job = accelerator.device, outlook.planner.job
     gpu = _least_of(job.gpu, accelerator)
     outlook = replace(outlook, planner=replace(outlook.planner, job=replace(job, gpu=gpu)))
-    num_local = max(Counter(machines(device)).values())  # machines may have unequally many
+    num_local = max(Counter(machines(device, are_whole=True)).values())  # machines may have unequally many
     reason = cannot_share(device) if num_local > 1 else ""
+    if num_local > 1 and len(set(machines(device))) > len(set(machines(device, are_whole=True))):
+        reason = reason or "they are in several containers of a machine"
     return outlook.on(accelerator.num_processes, num_local, shares_host=num_local > 1 and not reason), reason
 
 

@@ -111,15 +111,23 @@ def test_processes_plan_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     config: Any = SimpleNamespace(memory=MemoryConfig())
     ahead = Outlook(config, LONG, planner_for(LONG, BatchConfig(1, 4)), "", 12 * GIB, 32, None)
-    for places, reason, sharing in (([1, 1], "", 2), ([1, 1], "denied", 1), ([1, 2], "", 1)):
-        monkeypatch.setattr(together, "machines", lambda device, places=places: places)
+    several = "they are in several containers of a machine"
+    one, two = [1, 1], [1, 2]
+    for containers, places, reason, sharing, told in (
+        (one, one, "", 2, ""),
+        (one, one, "denied", 1, "denied"),
+        (two, two, "", 1, ""),
+        (two, one, "", 1, several),
+    ):
+        of = {False: containers, True: places}
+        monkeypatch.setattr(together, "machines", lambda device, are_whole=False, of=of: of[are_whole])
         monkeypatch.setattr(together, "cannot_share", lambda device, reason=reason: reason)
         found, why = planned_together(ahead, accelerator)
         assert found.planner is not None
         gpu, job = found.planner.job.gpu, found.planner.job
         assert (gpu.flops, gpu.fp32_flops, gpu.bandwidth, gpu.bus) == (1e13, H200.fp32_flops, 1e12, H200.bus)
         assert (gpu.max_host_bytes, gpu.has_graphs, gpu.capability) == (3 * 10**9, False, (8, 0))
-        assert (job.num_local, job.num_sharing, why) == (max(map(places.count, places)), sharing, reason)
+        assert (job.num_local, job.num_sharing, why) == (max(map(places.count, places)), sharing, told)
 
 
 def test_a_resumed_run_that_runs_out_of_memory_keeps_its_micro_batches_while_it_can(config: Config) -> None:

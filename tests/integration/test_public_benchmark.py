@@ -90,7 +90,7 @@ def test_steps_of_an_ended_job_count(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
     def started(*_: Any) -> bool:
         (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-        (tmp_path / "plan.json").write_text(json.dumps({"uses_graphs": False}))
+        (tmp_path / "plan.json").write_text(json.dumps({"uses_graphs": False, "summary": ""}))
         (tmp_path / "times.txt").write_text("0.0\n4.0\n6.0\n")
         return False
 

@@ -12,6 +12,8 @@ from train.models.base import skeleton
 from train.models.shape import POSITIONS, max_positions, model_shape, text_shape
 from train.run.exits import ExitCode, ExitWith
 
+EXACT = 2**24  # rotary angles are products of positions in fp32, which has every whole number up to here
+
 
 def check_positions(config: ModelConfig) -> None:
     """Raises ExitWith(BAD_INPUT) where model.max_positions is not more than the base's own, or changes what it
@@ -23,6 +25,8 @@ def check_positions(config: ModelConfig) -> None:
     """
     if not config.max_positions:
         return
+    if config.max_positions > EXACT:
+        raise _refused(config, f"positions are told apart up to {EXACT:,}; take no more")
     plain = replace(config, max_positions=0)
     own, name = max_positions(plain), config.name_or_path
     if not own:

@@ -122,6 +122,8 @@ def test_raised_means_more(config: Config, tmp_path: Path) -> None:
     for positions in (256, 512):
         with pytest.raises(ExitWith, match=rf"--model\.max_positions {positions}: .* takes 512 already; leave it out"):
             check_positions(raised(folder, positions))
+    with pytest.raises(ExitWith, match=r"told apart up to 16,777,216; take no more"):
+        check_positions(raised(folder, 10**20))
     long = replace(config, model=raised(folder, 600), data=replace(config.data, max_length=700))
     with pytest.raises(ExitWith, match=r"max_length 700: .* made for 512 at most; --model\.max_positions 600 allows"):
         check_length(long)

@@ -17,16 +17,17 @@ def planned_together(outlook: Outlook, accelerator: Accelerator) -> tuple[Outloo
     Rates that were measured and free memory, of which each process has found its own, become the least of all. Raises
     ExitWith(BAD_INPUT) where weights cannot be shared out as memory.shard asks.
     """
-    if outlook.config.memory.shard and outlook.planner is not None:
-        check_peers(accelerator)
     if accelerator.num_processes == 1 or outlook.planner is None:
         return outlook.on(accelerator.num_processes), ""
     device, job = accelerator.device, outlook.planner.job
+    containers, whole = machines(device), machines(device, are_whole=True)
+    if outlook.config.memory.shard:
+        check_peers(accelerator, containers)
     gpu = _least_of(job.gpu, accelerator)
     outlook = replace(outlook, planner=replace(outlook.planner, job=replace(job, gpu=gpu)))
-    num_local = max(Counter(machines(device, are_whole=True)).values())  # machines may have unequally many
+    num_local = max(Counter(whole).values())  # machines may have unequally many
     reason = cannot_share(device) if num_local > 1 else ""
-    if num_local > 1 and len(set(machines(device))) > len(set(machines(device, are_whole=True))):
+    if num_local > 1 and len(set(containers)) > len(set(whole)):
         reason = reason or "they are in several containers of a machine"
     return outlook.on(accelerator.num_processes, num_local, shares_host=num_local > 1 and not reason), reason
 

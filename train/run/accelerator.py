@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from itertools import permutations
@@ -17,7 +18,6 @@ from train.optim import OPTIMIZERS
 from train.run import devices
 from train.run.environment import CONFIGURATIONS, check_environment
 from train.run.exits import ExitCode, ExitWith
-from train.run.machine import machine_number
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
@@ -105,8 +105,7 @@ def free_gpu_bytes(config: Config, accelerator: Accelerator) -> int | None:
     free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     if config.memory.budget:
         free = min(free, parse_bytes(config.memory.budget) - torch.cuda.memory_allocated())
-    gathered: Any = accelerator.gather(torch.tensor([free], device=accelerator.device))
-    return int(to_host(gathered.min())[0])
+    return int(least(accelerator, [float(free)])[0])
 
 
 def least(accelerator: Accelerator, numbers: list[float]) -> list[float]:
@@ -116,14 +115,12 @@ def least(accelerator: Accelerator, numbers: list[float]) -> list[float]:
     return to_host(*gathered.amin(0))
 
 
-def check_peers(accelerator: Accelerator) -> None:
-    """Raises ExitWith(BAD_INPUT) where processes cannot read each other's memory: of several machines or containers, or
-    of GPUs without a way between them.
+def check_peers(accelerator: Accelerator, machines: Sequence[int]) -> None:
+    """Raises ExitWith(BAD_INPUT) where processes cannot read each other's memory: of several machines or containers,
+    which `machines` tells apart, or of GPUs without a way between them.
     """
-    mine = torch.tensor([machine_number()], device=accelerator.device)
-    gathered: Any = accelerator.gather(mine)
     reason = ""
-    if (gathered != mine).any():
+    if len(set(machines)) > 1:
         places = "several machines, or in several containers"
         reason = f"{accelerator.num_processes} processes are on {places}, and only those of one share weights"
     elif accelerator.device.type == "cuda":

@@ -55,7 +55,7 @@ def test_processes_plan_with_the_least_memory_of_all(config: Config, monkeypatch
             return torch.cat([own, torch.minimum(own, torch.tensor([5 * 2**30]))])
 
     real = torch.tensor
-    monkeypatch.setattr(torch, "tensor", lambda value, device=None: real(value))
+    monkeypatch.setattr(torch, "tensor", lambda value, dtype=None, device=None: real(value, dtype=dtype))
     accelerator: Any = Two()
     assert free_gpu_bytes(config, accelerator) == 5 * 2**30
     capped = replace(config, memory=replace(config.memory, budget="3GiB"))

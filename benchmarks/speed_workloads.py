@@ -34,11 +34,13 @@ class Workload:
 
 
 NO_MERGE = ("--batch.merge", "off")
+FP8 = ("--engine.products", "fp8")
 WORKLOADS = {
     "short": Workload(
         (*BIG, *FIELDS),
         (
             Run("handloop", 2, 4, False, note="defaults: one unpadded pass, graphs, bf16 copies of weights"),
+            Run("handloop", 2, 4, False, FP8, note="defaults, fp8 products"),
             Run("handloop", 2, 4, False, ("--memory.budget", "16GiB"), note="16 GiB"),
             Run("handloop", 2, 4, False, ("--memory.budget", "6GiB"), note="6 GiB"),
             Run("unsloth", 2, 4, True, note="its defaults"),
@@ -52,9 +54,11 @@ WORKLOADS = {
         (*BIG, "--data.max-length", "2048", "--data.text-overlap", "0"),
         (
             Run("handloop", 4, 4, False, ("--memory.budget", "37GiB"), note="37 GiB"),
+            Run("handloop", 4, 4, False, ("--memory.budget", "37GiB", *FP8), note="37 GiB, fp8 products"),
             Run("unsloth", 4, 4, False),
             Run("trl+liger", 4, 4, False),
             Run("handloop", 4, 4, True, ("--memory.checkpointing", "full", *NO_MERGE)),
+            Run("handloop", 4, 4, True, ("--memory.checkpointing", "full", *NO_MERGE, *FP8), note="fp8 products"),
             Run("handloop", 4, 4, True, ("--memory.budget", "7.5GiB"), note="7.5 GiB"),
             Run("unsloth", 4, 4, True),
         ),

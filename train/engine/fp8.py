@@ -182,18 +182,20 @@ def dequantize_e4m3(
     """along [N, K] and across [K, N], where they are given, = the frozen weight / scale, in e4m3."""
     state: Any = getattr(weight, "quant_state", None)
     kernels = _kernels_for(weight.device)
-    if kernels is None or state is None or state.shape[-1] % state.blocksize:
-        wide = torch.empty(weight.shape if state is None else state.shape, device=weight.device)
+    shape = weight.shape if state is None else state.shape
+    if kernels is None or state is None or shape[1] % state.blocksize or shape[0] % kernels.WORD.value:
+        wide = torch.empty(shape, device=weight.device)
         dequantize(weight, wide)
         values = (wide / scale).to(E4M3)
         for out, part in ((along, values), (across, values.T)):
             if out is not None:
                 out.copy_(part)
         return
-    nested, (num_rows, width) = state.state2, state.shape
+    nested, (num_rows, width) = state.state2, shape
     scales = (nested.code, nested.absmax, state.offset) if nested else (state.absmax, state.absmax, state.absmax)
-    rows, places = kernels.DEQUANTIZED_ROWS, [out if out is not None else scale for out in (along, across)]
-    strides = [0 if out is None else out.stride(0) for out in (along, across)]
+    words = None if across is None else across.view(torch.int32)
+    rows, places = kernels.DEQUANTIZED_ROWS, [out if out is not None else scale for out in (along, words)]
+    strides = [0 if out is None else out.stride(0) for out in (along, words)]
     kernels.dequantize_kernel[(width // state.blocksize, -(-num_rows // rows))](
         weight.data, state.absmax, *scales, state.code, scale, *places, num_rows, *strides, width, state.blocksize,
         nested.blocksize if nested else 0, along is not None, across is not None, rows, enable_fp_fusion=False,
@@ -207,7 +209,7 @@ def quantize(x: torch.Tensor) -> Rows:
     kernels = _kernels_for(x.device)
     if kernels is None:
         wide = x.float()
-        torch.div(wide.abs().amax(1, keepdim=True).clamp(min=TINY), LARGEST, out=rows.scales)
+        torch.mul(wide.abs().amax(1, keepdim=True).clamp(min=TINY), 1 / LARGEST, out=rows.scales)
         rows.values.copy_(wide / rows.scales)
         return rows
     block = 1 << (x.shape[1] - 1).bit_length()

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 DEQUANTIZED_ROWS = 64  # of a program: a column of so many NF4 blocks
+WORD = tl.constexpr(4)  # bytes that go to the transpose together
 
 
 @triton.jit
@@ -12,30 +13,37 @@ def dequantize_kernel(
     K: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, ALONG: tl.constexpr, ACROSS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """NF4 / scale -> along[N, K], across[K, N] or both, ROWS blocks below one another a program."""
+    """NF4 / scale -> along[N, K], across[K, N] or both, ROWS blocks below one another a program.
+
+    `across` is in words of 4 bytes, its stride too: 8-bit tiles are transposed wrongly on Hopper (Triton 3.6).
+    """
     column = tl.program_id(0)
-    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    inside = row < N
-    block = row * (K // BLOCKSIZE) + column
-    factor = tl.load(absmax + block, mask=inside, other=0)
-    if NESTED:
-        nested = tl.load(nested_absmax + block // NESTED, mask=inside, other=0.0)
-        factor = tl.load(nested_code + factor.to(tl.int32), mask=inside, other=0.0) * nested + tl.load(offset)
-    factor = factor / tl.load(scale)
-    pair = tl.arange(0, BLOCKSIZE // 2)
-    place = packed + block[:, None] * (BLOCKSIZE // 2) + pair[None, :]
-    values = tl.load(place, mask=inside[:, None], other=0).to(tl.int32)
-    first = tl.load(code + (values >> 4)) * factor[:, None]
-    second = tl.load(code + (values & 15)) * factor[:, None]
-    both = tl.interleave(first, second)
     inner = column * BLOCKSIZE + tl.arange(0, BLOCKSIZE)
-    if ALONG:
-        place = along + row[:, None] * stride_along + inner[None, :]
-        tl.store(place, both.to(tl.float8e4nv), mask=inside[:, None])
+    pair = tl.arange(0, BLOCKSIZE // 2)
+    word = tl.program_id(1) * (ROWS // WORD) + tl.arange(0, ROWS // WORD).to(tl.int64)
+    words = tl.zeros([ROWS // WORD, BLOCKSIZE], tl.int32)
+    for byte in tl.static_range(WORD):
+        row = word * WORD + byte
+        inside = row < N
+        block = row * (K // BLOCKSIZE) + column
+        factor = tl.load(absmax + block, mask=inside, other=0)
+        if NESTED:
+            nested = tl.load(nested_absmax + block // NESTED, mask=inside, other=0.0)
+            factor = tl.load(nested_code + factor.to(tl.int32), mask=inside, other=0.0) * nested + tl.load(offset)
+        factor = factor / tl.load(scale)
+        place = packed + block[:, None] * (BLOCKSIZE // 2) + pair[None, :]
+        values = tl.load(place, mask=inside[:, None], other=0).to(tl.int32)
+        first = tl.load(code + (values >> 4)) * factor[:, None]
+        second = tl.load(code + (values & 15)) * factor[:, None]
+        both = tl.interleave(first, second).to(tl.float8e4nv)
+        if ALONG:
+            place = along + row[:, None] * stride_along + inner[None, :]
+            tl.store(place, both, mask=inside[:, None])
+        if ACROSS:
+            words |= both.to(tl.uint8, bitcast=True).to(tl.int32) << (8 * byte)
     if ACROSS:
-        place = across + inner.to(tl.int64)[:, None] * stride_across + row[None, :]
-        # transposed before it is rounded: 8-bit tiles come out of tl.trans wrong on Hopper (Triton 3.6)
-        tl.store(place, tl.trans(both).to(tl.float8e4nv), mask=inside[None, :])
+        place = across + inner.to(tl.int64)[:, None] * stride_across + word[None, :]
+        tl.store(place, tl.trans(words), mask=word[None, :] < N // WORD)
 
 
 @triton.jit
@@ -45,6 +53,7 @@ def quantize_kernel(x, stride, out, stride_out, scales, W, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
     inside = column < W
     values = tl.load(x + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(values)), 1e-12) / 448.0
+    scale = tl.maximum(tl.max(tl.abs(values)), 1e-12) * (1 / 448)
     tl.store(scales + row, scale)
-    tl.store(out + row * stride_out + column, (values / scale).to(tl.float8e4nv), mask=inside)
+    # `/` may be two units in the last place off
+    tl.store(out + row * stride_out + column, tl.div_rn(values, scale).to(tl.float8e4nv), mask=inside)

@@ -41,7 +41,7 @@ def test_a_block_that_is_computed_otherwise_is_refused(config: Config, monkeypat
     def wrong_scores(self: Any, *arguments: Any) -> None:
         real(self, *arguments)
         inner = self.attend_for
-        self.attend_for = lambda batch: {None: lambda q, k, v: inner(batch)[None](q * 1.02, k, v)}
+        self.attend_for = lambda batch: {None: lambda q, k, v, _: inner(batch)[None](q * 1.02, k, v)}
 
     def wrong_adapters(self: Any, *arguments: Any) -> None:
         real(self, *arguments)

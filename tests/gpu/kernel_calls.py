@@ -79,8 +79,8 @@ def groups() -> list[torch.Tensor]:
     ]
     summed = random(77, 520)
     grouped.sum_rows(wide[:, :512], torch.randint(437, (77, 4), device=GPU), summed[:, :512])
-    for activation in operations.ACTIVATIONS:
-        gate_up, product, grad = random(437, 3008), random(437, 1600), random(437, 1500)
+    for activation in (*operations.ACTIVATIONS, grouped.CLAMPED):
+        gate_up, product, grad = 5 * random(437, 3008), random(437, 1600), random(437, 1500)
         factors = torch.rand(437, device=GPU)
         grouped.scaled_gate(gate_up, product[:, :1500], activation, factors)
         found += [product, gate_up, grad, grouped.scaled_gate_backward(gate_up, grad, activation, factors)]

@@ -80,3 +80,19 @@ def test_samples_of_one_length_go_to_cudnn(monkeypatch: pytest.MonkeyPatch) -> N
         assert len(called) == len(results) - 1
     for found, wanted in zip(*results, strict=True):
         assert (found.float() - wanted.float()).norm() < 1e-2 * wanted.float().norm()
+
+
+@pytest.mark.parametrize("window", [None, 60])
+def test_flash_with_sinks(window: int | None) -> None:
+    """Output and gradients are those of fp32, where a sink is one more token, within bf16's noise."""
+    rows = [{"input_ids": [1] * length, "trained": [True] * length} for length in (1, 300, 77)]
+    batch, sinks = collate_packed(rows).to(GPU), random(8) + 2
+    attend, upstream = PackedAttention(batch, window, 0.125), random(378, 8, 64)
+    states = [random(378, heads, 64) for heads in (8, 2, 2)]
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = [each.to(dtype).requires_grad_() for each in states]
+        out = attend(inputs[0], inputs[1], inputs[2], sinks.to(dtype))
+        results.append([out, *torch.autograd.grad(out, inputs, upstream.to(dtype))])
+    for found, wanted in zip(*results, strict=True):
+        assert (found.float() - wanted).norm() < 1e-2 * wanted.norm()

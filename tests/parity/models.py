@@ -39,6 +39,16 @@ LINEAR = ["linear_attention", "full_attention", "linear_attention"]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ALL_OF_BOTH = [*ALL, "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"]
 ALL_AND_PER_LAYER = [*ALL, "per_layer_input_gate", "per_layer_projection"]
+PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]  # where PEFT wants whole parameters named
+GPT_OSS: Any = {
+    "head_dim": 16,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "layer_types": MIXED,
+    "sliding_window": 4,
+    "initializer_range": 0.1,
+    "attn_implementation": "eager",
+}
 # heads and tables of two sizes, one key head in full layers; the last block is always a full one
 GEMMA4: Any = {
     "initializer_range": 0.3,
@@ -122,6 +132,8 @@ FAMILIES: dict[str, tuple[PretrainedConfig, list[str]]] = {
     "qwen3-moe": (T.Qwen3MoeConfig(**SIZES, **EXPERTS, norm_topk_prob=True), ALL),
     "mixtral": (T.MixtralConfig(**SIZES, num_local_experts=4, sliding_window=4), [*ALL[:4], "w1", "w2", "w3"]),
     "experts without adapters": (T.Qwen3MoeConfig(**SIZES, **EXPERTS), ALL[:4]),
+    "gpt-oss": (T.GptOssConfig(**SIZES | GPT_OSS), [*ALL[:4], *PARAMETERS]),
+    "gpt-oss, experts without adapters": (T.GptOssConfig(**SIZES | GPT_OSS), ALL[:4]),
     "olmo2": (T.Olmo2Config(**SIZES, initializer_range=0.1), ALL),
     "olmo3": (T.Olmo3Config(**SIZES, initializer_range=0.1, layer_types=MIXED, sliding_window=4), ALL),
     "exaone4": (
@@ -168,12 +180,17 @@ def adapted_model(shape: PretrainedConfig, targets: list[str], dropout: float = 
     """A model of the shape with norms that matter and adapters that do something."""
     base = AutoModelForCausalLM.from_config(shape)
     for name, parameter in base.named_parameters():
-        if parameter.dim() == 1:
+        if parameter.dim() == 1 or name.endswith("proj_bias"):
             parameter.data.normal_(float("norm" in name), 0.2)
     for name, buffer in base.named_buffers():
         if "layer_scalar" in name:
             buffer.uniform_(0.5, 1.5)
-    lora = peft.LoraConfig(r=3, lora_alpha=7, lora_dropout=dropout, target_modules=targets)
+    modules, parameters = (
+        [name for name in targets if ("." in name) == is_parameter] for is_parameter in (False, True)
+    )
+    lora = peft.LoraConfig(
+        r=3, lora_alpha=7, lora_dropout=dropout, target_modules=modules, target_parameters=parameters or None
+    )
     adapted: Any = peft.get_peft_model(base, lora)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:

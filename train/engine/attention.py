@@ -5,11 +5,11 @@ the boundaries (`cu_seqlens`) instead, and takes grouped key/value heads as they
 """
 
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,19 @@ GROUPED: dict[str, bool] = {"enable_gqa": True} if "enable_gqa" in inspect.signa
 
 MAX_FLASH_SIZE = 256  # elements of a head, at most, that flash kernels take
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Query [T, heads, D], key and value [T, kv_heads, D] -> [T, heads, D]; autograd knows the gradient."""
+
+class Attend(Protocol):
+    """Attention over the tokens of a micro-batch; autograd knows the gradient."""
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None = None, /
+    ) -> torch.Tensor:
+        """Query [T, heads, D], key and value [T, kv_heads, D] -> [T, heads, D].
+
+        With frozen `sinks` [heads], the softmax of a head counts its sink as the score of one more token without a
+        value (gpt-oss).
+        """
+        ...
 
 
 def has_flash(dtype: torch.dtype, device: torch.device) -> bool:
@@ -116,10 +127,14 @@ class PackedAttention:
         self.scale = scale
         self.uses_cudnn = self._uses_cudnn()
 
-    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """As Attend."""
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None = None, /
+    ) -> torch.Tensor:
+        """As Attend; with sinks by flash, which returns the softmax's sums, or sample by sample."""
         if not has_flash(query.dtype, query.device) or query.shape[2] > MAX_FLASH_SIZE:
-            return self._sample_by_sample(query, key, value)
+            return self._sample_by_sample(query, key, value, sinks)
+        if sinks is not None:
+            return FlashWithSinks.apply(query, key, value, sinks, self)
         if self.uses_cudnn:
             return self._uniform(query, key, value)
         return _varlen((query, key, value), self.cu_seqlens, self.max_length, self.reach, self.scale)
@@ -146,7 +161,9 @@ class PackedAttention:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
         return out.transpose(1, 2).flatten(0, 1)
 
-    def _sample_by_sample(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _sample_by_sample(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
         """By an SDPA call for each sample, where flash has no kernel: for the type, the GPU or the size of heads.
 
         The kernels of GPUs older than Ampere take no grouped heads, and without a kernel SDPA keeps all heads' scores:
@@ -158,9 +175,12 @@ class PackedAttention:
         for start, stop in self._samples:
             q, k, v = (part[start:stop].transpose(0, 1)[None] for part in (query, key, value))  # [1, H, L, D]
             options: dict[str, Any] = {"is_causal": True}
-            if 0 <= self.reach < stop - start - 1:
+            if sinks is not None or 0 <= self.reach < stop - start - 1:
                 ones = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device)
-                options = {"attn_mask": ones.tril() & ones.triu(-self.reach)}
+                options = {"attn_mask": ones.tril() if self.reach < 0 else ones.tril() & ones.triu(-self.reach)}
+            if sinks is not None:
+                options["attn_mask"] = F.pad(options["attn_mask"], (1, 0), value=True)
+                q, k, v = _beside_sinks(q, k, v, sinks / self.scale)
             out = F.scaled_dot_product_attention(q, k, v, scale=self.scale, **options)
             outs.append(out[0].transpose(0, 1))
         return torch.cat(outs)
@@ -169,3 +189,53 @@ class PackedAttention:
     def _samples(self) -> list[tuple[int, int]]:
         """First and last + 1 token of each sample: a host sync, once for all blocks."""
         return list(pairwise(self.cu_seqlens.tolist()))
+
+
+def _beside_sinks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """States [1, H, L, D] with one token more in front of keys and values: each query has this score [H] with it.
+
+    Queries get an element of 1 for it, so that no mask a head is needed; kernels want multiples of 8.
+    """
+    query, key, value = F.pad(query, (0, 8), value=1.0), F.pad(key, (0, 8, 1, 0)), F.pad(value, (0, 0, 1, 0))
+    key[0, :, 0, -1] = scores
+    return query, key, value
+
+
+class FlashWithSinks(torch.autograd.Function):
+    """varlen_attn whose softmax counts a sink, too: query [T, heads, D], key and value [T, kv_heads, D], sinks [heads].
+
+    With l the log of a softmax's sum and s its sink, the sum with the sink has the log l' = log(e^l + e^s), and all
+    probabilities are e^(l - l') times as large. The backward kernel makes them of scores and l: given l', and the
+    output made smaller, it computes the gradients with the sink.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sinks: torch.Tensor,
+        attention: PackedAttention,
+    ) -> torch.Tensor:
+        ctx.ends = attention.cu_seqlens, attention.cu_seqlens, attention.max_length, attention.max_length
+        reach = attention.reach
+        ctx.options = {"scale": attention.scale, "window_size_left": reach, "window_size_right": 0}
+        ctx.is_causal = reach < 0
+        flash: Any = torch.ops.aten._flash_attention_forward
+        # neither dropout nor the mask of one
+        out, log_sum, state, _, _ = flash(query, key, value, *ctx.ends, 0.0, ctx.is_causal, False, **ctx.options)
+        whole = torch.logaddexp(log_sum, sinks.float()[:, None])  # [heads, T]
+        out *= (log_sum - whole).exp().T[..., None]
+        ctx.save_for_backward(query, key, value, out, whole, state)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        *saved, state = ctx.saved_tensors
+        unused = torch.empty(0, device=state.device)
+        flash: Any = torch.ops.aten._flash_attention_backward
+        gradients = flash(grad_outputs[0], *saved, *ctx.ends, 0.0, ctx.is_causal, state, unused, **ctx.options)
+        return *gradients, None, None

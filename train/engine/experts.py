@@ -1,7 +1,8 @@
 """The same frozen linear layer of all experts of a mixture, with PEFT's adapters on each, as grouped products.
 
 Rows of tokens come sorted by expert: S of them, `ends[e]` behind the last of expert e. As in lora_linear.py each expert
-has one matrix M = [[W, s B], [A, 0]], of [N + R, K + R], and the adapters are R more columns of both products.
+has one matrix M = [[W, s B], [A, 0]], of [N + R, K + R], and the adapters are R more columns of both products. A frozen
+bias is one more.
 """
 
 from collections.abc import Sequence
@@ -21,10 +22,11 @@ class ExpertGroup(OneMatrix):
     def __init__(self, projection: Projection) -> None:
         base, adapter = projection.base, projection.adapter
         assert isinstance(base, ExpertLinear)
+        self.base, self.bias = base, base.bias
         self.bases = [base]
         self.num_experts, self.num_outputs, self.num_inputs = base.shape
         self.rank = adapter.rank // self.num_experts if adapter else 0
-        self.padded_rank = -(-self.rank // PADDING) * PADDING
+        self.padded_rank = -(-(self.rank + (self.bias is not None)) // PADDING) * PADDING
         self.parameters = [adapter.a, adapter.b] if adapter else []
         self.scale = adapter.scale if adapter else 0.0
         self.dropout = 0.0  # PEFT has none on experts
@@ -37,11 +39,15 @@ class ExpertGroup(OneMatrix):
     @property
     def layout(self) -> tuple[object, ...]:
         """As LoraGroup's: what of M is written."""
-        return self.shape, self.rank
+        return self.shape, self.rank, self.bias is not None
 
     def fill_base(self, matrix: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
         """Dequantises the frozen weights, wherever they are, into M."""
-        dequantize(weights[0], matrix[:, : self.num_outputs, : self.num_inputs])
+        place = matrix[:, : self.num_outputs, : self.num_inputs]
+        is_packed = hasattr(weights[0], "quant_state")
+        dequantize(weights[0], place if is_packed else self.base.turned(place))
+        if self.bias is not None:
+            matrix[:, : self.num_outputs, self.num_inputs + self.rank].copy_(self.bias)
 
     def adapter_places(self, matrix: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
         """(place in M, adapter in M's order, factor) of A [E, r, K] and B [E, N, r]."""
@@ -57,34 +63,51 @@ class ExpertGroup(OneMatrix):
         ]
 
     def forward(
-        self, matrix: torch.Tensor, x: torch.Tensor, rows: torch.Tensor | None, ends: torch.Tensor
+        self,
+        matrix: torch.Tensor,
+        x: torch.Tensor,
+        rows: torch.Tensor | None,
+        ends: torch.Tensor,
+        factors: torch.Tensor | float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Y [S, N], and X A^T [S, R] where there are adapters, for x [S, K], or rows [S] of x [T, K]."""
+        """Y [S, N], and X A^T [S, R] where there are adapters or biases, for x [S, K], or rows [S] of x [T, K].
+
+        A row's bias counts as often as `factors` [S] say, by which x is multiplied already.
+        """
         low = self.low_rank(matrix, x, rows, ends)
+        if low is not None and self.bias is not None:
+            low[:, self.rank] = factors
         return grouped_product(x, rows, low, matrix[:, : self.num_outputs].transpose(1, 2), ends), low
 
     def low_rank(
         self, matrix: torch.Tensor, x: torch.Tensor, rows: torch.Tensor | None, ends: torch.Tensor
     ) -> torch.Tensor | None:
-        """X A^T [S, R]; None without adapters."""
+        """X A^T [S, R]; None without adapters and biases."""
         if not self.padded_rank:
             return None
+        if not self.rank:
+            return x.new_zeros(len(x if rows is None else rows), self.padded_rank)
         return grouped_product(x, rows, None, matrix[:, self.num_outputs :, : self.num_inputs].transpose(1, 2), ends)
 
     def input_gradient(
         self, matrix: torch.Tensor, grad: torch.Tensor, rows: torch.Tensor | None, ends: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """dX [S, K], and dY s B [S, R] where there are adapters, for grad = dY [S, N], or rows [S] of it [T, N]."""
+        """dX [S, K], and dY s B [S, R] where there are adapters or biases, for grad = dY [S, N], or rows [S] of it
+        [T, N]."""
         spread = None
         if self.padded_rank:
             spread = grouped_product(grad, rows, None, matrix[:, : self.num_outputs, self.num_inputs :], ends)
         return grouped_product(grad, rows, spread, matrix[:, :, : self.num_inputs], ends), spread
 
+    def bias_gradient(self, spread: torch.Tensor | None) -> torch.Tensor | float:
+        """dY b [S], in fp32: what `factors` have of the biases; of input_gradient's dY s B."""
+        return 0.0 if spread is None or self.bias is None else spread[:, self.rank].float()
+
     def adapter_gradients(
         self, x: Rows, grad: Rows, low: torch.Tensor | None, spread: torch.Tensor | None, ends: torch.Tensor
     ) -> list[torch.Tensor]:
         """dA [r E, K] and dB [N, r E] in fp32, as PEFT has them: of X and dY, X A^T and dY s B."""
-        if low is None or spread is None:
+        if low is None or spread is None or not self.parameters:
             return []
         grad_a = grouped_outer(spread[:, : self.rank], *x, ends)
         grad_b = grouped_outer(low[:, : self.rank], *grad, ends).mul_(self.scale)

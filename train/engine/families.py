@@ -10,10 +10,11 @@ import torch
 from transformers.activations import ACT2FN
 
 from train.engine.delta_net import DeltaNet
+from train.engine.grouped import CLAMPED, CLAMPED_LIMIT, CLAMPED_SLOPE
 from train.engine.layers import BlockNorms, CausalLM, DecoderLayer, Heads, Norm, PerLayerInput
 from train.engine.linears import Projection, innermost
 from train.engine.operations import TANH_GELU
-from train.engine.positions import PositionTables
+from train.engine.positions import PositionTables, TableRow
 
 EXPERTS = ("gate_up_proj", "down_proj")  # transformers' parameters of a mixture's experts
 # transformers' modules that compute what operations.ACTIVATIONS compute
@@ -73,7 +74,7 @@ class Family:
     qk_norms: tuple[str, ...] = ()  # of the attention: norms of queries, keys and values, over each head or over all
     has_rotary: Asked = _always  # whether a layer's attention turns queries and keys
     is_interleaved: bool = False  # rotary pairs are neighbours
-    doubles_pairs: bool = False  # the rotary tables hold each frequency twice in a row
+    table_row: TableRow = TableRow.TWICE  # of the rotary tables
     query_factor: Callable[[Any, torch.Tensor], torch.Tensor] | None = None  # of positions [T], with config.json
     is_gated: bool = True
     has_attention_gate: bool = False  # what is attended to is multiplied by the sigmoid of gates that q_proj makes too
@@ -114,7 +115,7 @@ class Family:
     def position_tables(self, causal_lm: CausalLM, layers: Sequence[DecoderLayer]) -> PositionTables:
         """What the layers read of positions."""
         factor = partial(self.query_factor, causal_lm.config) if self.query_factor else None
-        return PositionTables(causal_lm.base_model, layers, self.doubles_pairs, factor)
+        return PositionTables(causal_lm.base_model, layers, self.table_row, factor)
 
     def embedding_scale(self, causal_lm: CausalLM) -> float:
         """What the decoder multiplies embedded tokens by, beside what its embedding does itself."""
@@ -132,7 +133,6 @@ class Family:
         else:
             both, down = (Projection.of_experts(mlp.experts, name) for name in EXPERTS)
             gate_up, computes = [both], innermost(mlp.experts)
-        act = next(getattr(computes, name) for name in self.activations if hasattr(computes, name))
         return DecoderLayer(
             module=module,
             qkv=qkv,
@@ -141,7 +141,7 @@ class Family:
             down=down,
             heads=heads,
             norms=BlockNorms(norms[0], norms[2], norms[1], norms[3]),
-            activation=ACTIVATIONS.get(type(act), type(act).__name__),
+            activation=self._activation_of(computes),
             is_gated=self.is_gated,
             is_parallel=self.before[0] == self.before[1] != "",
             residual_scale=float(getattr(module, "residual_multiplier", 1.0)),
@@ -149,6 +149,14 @@ class Family:
             per_layer=self._per_layer(module),
             output_scale=getattr(module, "layer_scalar", None),
         )
+
+    def _activation_of(self, module: Any) -> str:
+        """Of a module that computes gate and up; what the engine does not know is described."""
+        if hasattr(module, "limit"):
+            found = module.alpha, module.limit
+            return CLAMPED if found == (CLAMPED_SLOPE, CLAMPED_LIMIT) else f"{CLAMPED} with {found[0]} and {found[1]}"
+        act = next(getattr(module, name) for name in self.activations if hasattr(module, name))
+        return ACTIVATIONS.get(type(act), type(act).__name__)
 
     def _head_norms(self, attention: Any) -> list[Norm]:
         """Those that a layer has; one without a weight (Gemma 4's, of values) is as the one before it, by ones."""
@@ -180,6 +188,7 @@ class Family:
             values_are_keys=getattr(attention, "v_proj", attention) is None,
             lends=kind if is_shared and attention.store_full_length_kv else "",
             borrows=kind if is_shared and attention.is_kv_shared_layer else "",
+            sinks=getattr(attention, "sinks", None),
         )
         projections = [getattr(attention, name, None) for name in self.qkv]  # shared keys have none
         qkv = [Projection.of(each) for each in projections if each is not None]
@@ -197,6 +206,7 @@ FAMILIES = {
         Family("Qwen3ForCausalLM", _window_of_attention, qk_norms=("q_norm", "k_norm")),
         Family("Qwen3MoeForCausalLM", _window_of_attention, qk_norms=("q_norm", "k_norm"), router="gate"),
         Family("MixtralForCausalLM", _window_of_config, router="gate"),
+        Family("GptOssForCausalLM", _window_of_attention, NormKind.PLAIN, table_row=TableRow.ONCE, router="router"),
         Family("SeedOssForCausalLM"),
         Family("GraniteForCausalLM"),
         Family(
@@ -249,7 +259,7 @@ FAMILIES = {
             NormKind.CENTRED,
             has_rotary=lambda attention, config: attention.sliding_window is not None,
             is_interleaved=True,
-            doubles_pairs=True,
+            table_row=TableRow.IN_PAIRS,
             before=("input_layernorm", "input_layernorm"),
         ),
         Family(

@@ -4,12 +4,17 @@ S rows in E groups; `ends` int32 [E] holds the index behind each group's last ro
 """
 
 import importlib
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 
 from train.engine.operations import TANH_GELU, gate, gate_backward, kernels_for
+
+# gate and up of a row in turn, clamped: min(gate, limit) sigmoid(slope min(gate, limit)) (1 + up) (gpt-oss)
+CLAMPED = "clamped_swiglu"
+CLAMPED_SLOPE, CLAMPED_LIMIT = 1.702, 7.0
 
 
 def _kernels_for(device: torch.device) -> Any:
@@ -55,9 +60,14 @@ def sum_rows(x: torch.Tensor, places: torch.Tensor, out: torch.Tensor) -> None:
 
 def scaled_gate(gate_up: torch.Tensor, out: torch.Tensor, activation: str, factors: torch.Tensor) -> None:
     """out [S, F] = act(gate) up factor, of gate_up [S, 2 F] and a factor [S] a row."""
-    kernels = _kernels_for(out.device)
+    kernels, is_clamped = _kernels_for(out.device), activation == CLAMPED
     if kernels is not None:
-        kernels.scaled_gate(gate_up, out, factors, activation == TANH_GELU)
+        run = kernels.clamped_gate if is_clamped else partial(kernels.scaled_gate, is_tanh=activation == TANH_GELU)
+        run(gate_up, out, factors)
+        return
+    if is_clamped:
+        opened, up, sigmoid = _clamped(gate_up)
+        out.copy_(opened * sigmoid * up * factors[:, None])
         return
     gate(gate_up, out, activation, is_gated=True)
     out *= factors[:, None].to(out.dtype)
@@ -68,14 +78,36 @@ def scaled_gate_backward(
 ) -> torch.Tensor:
     """In place: gate_up [S, 2 F] becomes its gradient, grad [S, F] (of the product) the product; returns the factors'
     gradient, fp32 [S]."""
-    kernels = _kernels_for(grad.device)
+    kernels, is_clamped = _kernels_for(grad.device), activation == CLAMPED
     if kernels is not None:
-        return kernels.scaled_gate_backward(gate_up, grad, factors, activation == TANH_GELU)
+        run = kernels.clamped_gate_backward if is_clamped else kernels.scaled_gate_backward
+        return run(gate_up, grad, factors, *([] if is_clamped else [activation == TANH_GELU]))
+    if is_clamped:
+        return _clamped_gate_backward(gate_up, grad, factors)
     upstream, scale = grad.clone(), factors[:, None].to(grad.dtype)
     grad *= scale
     gate_backward(gate_up, grad, activation, is_gated=True)
     of_factors = (upstream.float() * grad.float()).sum(1)
     grad *= scale
+    return of_factors
+
+
+def _clamped(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gate, 1 + up, and the gate's sigmoid, fp32 [S, F] each, of gate_up [S, 2 F]."""
+    opened = gate_up[:, ::2].float().clamp(max=CLAMPED_LIMIT)
+    up = 1 + gate_up[:, 1::2].float().clamp(-CLAMPED_LIMIT, CLAMPED_LIMIT)
+    return opened, up, torch.sigmoid(CLAMPED_SLOPE * opened)
+
+
+def _clamped_gate_backward(gate_up: torch.Tensor, grad: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    opened, up, sigmoid = _clamped(gate_up)
+    product, scale, upstream = opened * sigmoid * up, factors[:, None], grad.float()
+    of_factors = (upstream * product).sum(1)
+    bend = 1 + CLAMPED_SLOPE * opened * (1 - sigmoid)
+    gate_up[:, ::2] = torch.where(gate_up[:, ::2] <= CLAMPED_LIMIT, upstream * scale * up * sigmoid * bend, 0.0)
+    inside = gate_up[:, 1::2].abs() <= CLAMPED_LIMIT
+    gate_up[:, 1::2] = torch.where(inside, upstream * scale * opened * sigmoid, 0.0)
+    grad.copy_(product * scale)
     return of_factors
 
 

@@ -176,6 +176,7 @@ class Heads:
     values_are_keys: bool = False  # values are what k_proj makes, too, under a norm of their own
     lends: str = ""  # the name under which later blocks find its keys and values
     borrows: str = ""  # that of an earlier block, whose keys and values it attends to
+    sinks: torch.Tensor | None = None  # [num_query]: each head's logit of a place without a value, which all tokens see
 
     @property
     def widths(self) -> tuple[int, int, int]:

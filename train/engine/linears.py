@@ -21,14 +21,12 @@ class Linear(Protocol):
 class ExpertLinear:
     """The same linear layer of all E experts of a mixture: one parameter of three dimensions, or its packed bytes."""
 
-    bias = None
-
     def __init__(self, experts: torch.nn.Module, name: str) -> None:
         self.experts, self.name = experts, name
 
     @property
     def weight(self) -> torch.nn.Parameter:
-        """[E, N, K], or bitsandbytes' packed bytes."""
+        """[E, N, K], or [E, K, N] where they are transposed, or bitsandbytes' packed bytes of [E, N, K]."""
         return getattr(self.experts, self.name)
 
     @weight.setter
@@ -39,8 +37,17 @@ class ExpertLinear:
     def shape(self) -> tuple[int, int, int]:
         """E, N and K."""
         state: Any = getattr(self.weight, "quant_state", None)
-        num_experts, num_outputs, num_inputs = self.weight.shape if state is None else state.shape
+        num_experts, num_outputs, num_inputs = self.turned(self.weight).shape if state is None else state.shape
         return num_experts, num_outputs, num_inputs
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """[E, N]."""
+        return getattr(self.experts, f"{self.name}_bias", None)
+
+    def turned(self, values: torch.Tensor) -> torch.Tensor:
+        """Values [E, N, K] as transformers' module computes with them, or its values as [E, N, K]."""
+        return values.transpose(1, 2) if getattr(self.experts, "is_transposed", False) else values
 
     @property
     def in_features(self) -> int:

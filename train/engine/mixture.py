@@ -48,7 +48,7 @@ class MixtureActivations:
 
 
 class Mixture:
-    """The sum over a token's experts e of weight_e down_e(act(gate_e(x)) up_e(x))."""
+    """The sum over a token's experts e of weight_e down_e(act(gate_e(x)) up_e(x)); each layer may have biases."""
 
     num_read_columns = 0  # behind what it reads: the adapters' are behind the sorted rows
     num_gradient_columns = 0
@@ -73,7 +73,7 @@ class Mixture:
         routing, out = saved.routing, torch.empty_like(saved.routing.read)
         product = saved.gate_up.new_empty(saved.gate_up.shape[0], self.down.num_inputs)
         scaled_gate(saved.gate_up, product, self.activation, routing.factors)
-        rows, _ = self.down.forward(matrices[1], product, None, routing.ends)
+        rows, _ = self.down.forward(matrices[1], product, None, routing.ends, routing.factors)
         sum_rows(rows, routing.places, out)
         return out, out.new_empty(out.shape[0], 0)
 
@@ -95,6 +95,7 @@ class Mixture:
         product, spread = self.down.input_gradient(matrices[1], grad_out, tokens, ends)
         # the product, times its factor, replaces its gradient
         grad_factors = scaled_gate_backward(gate_up, product, self.activation, routing.factors)
+        grad_factors += self.down.bias_gradient(spread)
         low = self.down.low_rank(matrices[1], product, None, ends)
         of_down = self.down.adapter_gradients((product, None), (grad_out, tokens), low, spread, ends)
         del product, low

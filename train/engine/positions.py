@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -10,6 +11,14 @@ from train.engine.layers import Decoder, DecoderLayer, Heads
 from train.engine.operations import Rotation
 
 Tables = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+class TableRow(Enum):
+    """How a rotary table's row holds the frequencies of a head's pairs."""
+
+    TWICE = auto()  # all of them, then all again
+    IN_PAIRS = auto()  # each twice in a row
+    ONCE = auto()
 
 
 @dataclass(frozen=True)
@@ -41,17 +50,16 @@ class PositionTables:
         self,
         decoder: Decoder,
         layers: Sequence[DecoderLayer],
-        doubles_pairs: bool,
+        row: TableRow,
         query_factor: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> None:
-        """`doubles_pairs`: the tables hold each frequency twice in a row, not the whole row twice."""
         self.rotary_emb: Tables = decoder.rotary_emb
         self.has_sections = hasattr(
             decoder.rotary_emb, "mrope_section"
         )  # positions in three dimensions, equal for text
         rotary = {layer.heads.rotary for layer in layers if isinstance(layer.heads, Heads)}
         self.kinds = sorted(kind for kind in rotary if kind is not None)
-        self.doubles_pairs = doubles_pairs
+        self.row = row
         self.query_factor = query_factor
 
     def __call__(self, like: torch.Tensor, position_ids: torch.Tensor) -> Positions:
@@ -60,9 +68,10 @@ class PositionTables:
         num_pairs = {}
         places = position_ids[None] if self.has_sections else position_ids
         for kind in self.kinds:
-            for table in self.rotary_emb(like[None], places, *([kind] if kind else [])):  # [1, T, 2 P]
-                columns.append(table[0, :, ::2] if self.doubles_pairs else table[0, :, : table.shape[2] // 2])
-                num_pairs[kind] = table.shape[2] // 2
+            for table in self.rotary_emb(like[None], places, *([kind] if kind else [])):  # [1, T, 2 P], or [1, T, P]
+                num_pairs[kind] = table.shape[2] // (1 if self.row is TableRow.ONCE else 2)
+                is_paired = self.row is TableRow.IN_PAIRS
+                columns.append(table[0, :, ::2] if is_paired else table[0, :, : num_pairs[kind]])
         if self.query_factor is not None:
             columns.append(self.query_factor(position_ids[0])[:, None].to(columns[0].dtype if columns else like.dtype))
         values = torch.cat(columns, 1) if columns else like.new_empty(position_ids.shape[1], 0)

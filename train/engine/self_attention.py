@@ -58,8 +58,9 @@ class SelfAttention:
         elif self.heads.borrows:
             split += context.lent.states[self.heads.borrows]
         inputs = [part.detach().requires_grad_() for part in split]
+        query, key, value = inputs
         with torch.enable_grad():
-            attended = context.attend[self.heads.window](*inputs)
+            attended = context.attend[self.heads.window](query, key, value, self.heads.sinks)
 
         low_rank, output = read.new_empty(num_tokens, self.o.padded_rank), read.new_empty(num_tokens, width)
         gated, drop = self._gated(attended, projected), context.drop(self.number, 1)

@@ -19,7 +19,9 @@ class SplitAttention:
     def __init__(self, attend: Attend, part: Part) -> None:
         self.attend, self.part = attend, part
 
-    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """As Attend, of T / N tokens; two exchanges, of queries, keys and values, and of what is attended to."""
         count = self.part.count
         if (repeats := num_repeats(key.shape[1], count)) > 1:
@@ -30,7 +32,9 @@ class SplitAttention:
         # [N, T / N, heads, D]; what is sent has no name, so that it is freed before attention runs
         come = _Swapped.apply(torch.cat(shares, 2), self.part.swap)
         del shares
-        attended = self.attend(*come.flatten(0, 1).split(sizes, 1))  # [T, heads, D]
+        query, key, value = come.flatten(0, 1).split(sizes, 1)
+        own = None if sinks is None else sinks.chunk(count)[self.part.number]
+        attended = self.attend(query, key, value, own)  # [T, heads, D]
         back = _Swapped.apply(attended.unflatten(0, (count, -1)), self.part.swap)  # [N, T / N, heads, D]
         return back.transpose(0, 1).flatten(1, 2)
 

@@ -45,9 +45,14 @@ class ExpertLinear:
         """[E, N]."""
         return getattr(self.experts, f"{self.name}_bias", None)
 
+    @property
+    def is_transposed(self) -> bool:
+        """Whether transformers' module computes with [E, K, N]."""
+        return bool(getattr(self.experts, "is_transposed", False))
+
     def turned(self, values: torch.Tensor) -> torch.Tensor:
         """Values [E, N, K] as transformers' module computes with them, or its values as [E, N, K]."""
-        return values.transpose(1, 2) if getattr(self.experts, "is_transposed", False) else values
+        return values.transpose(1, 2) if self.is_transposed else values
 
     @property
     def in_features(self) -> int:

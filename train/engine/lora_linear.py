@@ -19,6 +19,7 @@ import bitsandbytes as bnb
 import torch
 
 from train.engine.linears import Linear, Projection
+from train.engine.mxfp4 import MXFP4, dequantize_mxfp4
 from train.engine.operations import Dropout, dropout, kernels_for
 
 FROZEN_LINEARS = (torch.nn.Linear, bnb.nn.Linear4bit)
@@ -242,12 +243,16 @@ def frozen_matrix(base: Linear, dtype: torch.dtype) -> torch.Tensor:
 
 
 def dequantize(weight: torch.Tensor, out: torch.Tensor) -> None:
-    """out [N, K], or [E, N, K], = the frozen weight, bit for bit as bitsandbytes dequantises it (NF4)."""
+    """out [N, K], or [E, N, K], = the frozen weight, bit for bit as bitsandbytes dequantises it (NF4), or as it is in
+    MXFP4."""
     if not isinstance(weight, bnb.nn.Params4bit):
         out.copy_(weight)
         return
     state: Any = weight.quant_state
     kernels = kernels_for(weight.device)
+    if kernels is None and state.quant_type == MXFP4:
+        dequantize_mxfp4(weight.data, state, out)
+        return
     if kernels is None or state.shape[-1] % state.blocksize:
         out.copy_(bnb.functional.dequantize_4bit(weight.data, state))
         return

@@ -20,9 +20,10 @@ from transformers.quantizers.base import HfQuantizer
 from train.config import ModelConfig
 from train.engine.copies import HostMemoryError
 from train.engine.embedding import offload_embedding
-from train.engine.families import decoder_layers
+from train.engine.families import FAMILIES, decoder_layers
 from train.engine.host_stream import BlockHolder
 from train.engine.layers import as_causal_lm
+from train.engine.mxfp4 import is_mxfp4
 from train.engine.packed_weights import UnlikeBlocksError
 from train.engine.peer_memory import PeerMemoryError
 from train.models.completeness import (
@@ -34,6 +35,7 @@ from train.models.completeness import (
     tied_embedding,
 )
 from train.models.experts import (
+    expert_parameter,
     expert_parts,
     lend_to_transformers,
     pack_experts,
@@ -42,11 +44,13 @@ from train.models.experts import (
     with_block_names,
 )
 from train.models.hub import fetch_weights, locate, unreadable
-from train.models.parameters import as_parameter, computed_values, stored_buffers
+from train.models.mxfp4 import hold_as_stored, read_mxfp4
+from train.models.parameters import computed_values, stored_buffers, unify_compute_type
 from train.models.shape import (
     BROKEN,
     auto_class,
     cannot_read,
+    is_in_mxfp4,
     model_class,
     plain_attention,
     positions_note,
@@ -86,7 +90,7 @@ def load_base(
             stored = StoredWeights(paths, files)
             stored = part.of(stored) if part else stored
             stored.check_names()
-            stored.check_types(is_quantized)
+            stored.check_types(is_quantized or is_in_mxfp4(config, loaded_shape(config)))
         except (OSError, ValueError, SafetensorError) as error:
             raise cannot_read(config, "safetensors weights", error) from None
         base = skeleton(config, dtype)
@@ -107,8 +111,8 @@ def load_base(
         except BROKEN as error:
             raise _fault(config, error) from None
     check_quantized(config, base)
-    if is_quantized:
-        _unify_compute_type(base, dtype)
+    if is_quantized or (base._keep_in_fp32_modules and type(base).__name__ in FAMILIES):
+        unify_compute_type(base, dtype)
     if embedding_on_host and not is_ours:
         offload_embedding(as_causal_lm(base), host.memory)
     return base, [*notes, *left]
@@ -138,6 +142,8 @@ def skeleton(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
         except BROKEN as error:
             raise cannot_read(config, "a causal language model", error) from None
     wanted, is_stored = quantization(config, shape, dtype)
+    if is_in_mxfp4(config, shape):
+        hold_as_stored(base)
     if wanted is not None:
         skipped = HfQuantizer.get_modules_to_not_convert(
             base, wanted.llm_int8_skip_modules, list(base._keep_in_fp32_modules or [])
@@ -204,7 +210,7 @@ def _filled(
             setattr(module, name, buffer.to(device))
         for name, parameter in list(module.named_parameters(recurse=False)):
             if not (module is head and name == "weight" and is_tied):
-                setattr(module, name, as_parameter(parameter, read(f"{prefix}.{name}", parameter), device))
+                setattr(module, name, expert_parameter(module, name, read(f"{prefix}.{name}", parameter), device))
         if isinstance(module, bnb.nn.Linear4bit):
             state: Any = module.weight
             module.quant_state = state.quant_state
@@ -255,6 +261,8 @@ def read_stored(
 
     def read(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
         place = stored.place_of(name, name == tied)
+        if is_mxfp4(parameter):
+            return read_mxfp4(stored, name, dtype, device)
         if not place and name in parts_of:
             like = torch.empty(parameter.shape, dtype=dtype, device=device)
             return read_experts(stored, parts_of[name], like)
@@ -272,21 +280,6 @@ def read_stored(
         return values.to(device).to(dtype)
 
     return read
-
-
-def _unify_compute_type(base: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Gives a base that was stored quantised this run's compute type, where transformers leaves it that of its files.
-
-    So packed weights are dequantised to it, too; they themselves are codes, whatever type they are stored in.
-    """
-    for module in base.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            weight: Any = module.weight
-            module.compute_dtype, weight.quant_state.dtype = dtype, dtype
-            module.compute_type_is_set = True
-        for parameter in module.parameters(recurse=False):
-            if parameter.is_floating_point() and not isinstance(parameter, bnb.nn.Params4bit | bnb.nn.Int8Params):
-                parameter.data = parameter.data.to(dtype)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from train.config import ModelConfig
 from train.models.experts import expert_parts, part_shape
 from train.models.hub import unreadable
+from train.models.mxfp4 import stored_parts
 from train.models.parameters import stored_buffers
 from train.models.stored import Difference, StoredWeights, described_leftovers, left_in_the_model, named
 
@@ -33,17 +34,20 @@ def check_difference(config: ModelConfig, base: PreTrainedModel, difference: Dif
 def difference_of(base: PreTrainedModel, stored: StoredWeights) -> Difference:
     """What the files lack and hold beside the skeleton's tensors, by the names that StoredWeights.place_of finds."""
     missing, mismatched, read = [], [], set()
-    tied, parts_of = tied_embedding(base), expert_parts(base)
+    tied, parts_of, in_mxfp4 = tied_embedding(base), expert_parts(base), stored_parts(base)
     for name, parameter in chain(base.named_parameters(), stored_buffers(base)):
         place = stored.place_of(name, name == tied)
+        parts = in_mxfp4.get(name, {})
         if not place and name in parts_of:
-            parts, shape = parts_of[name], part_shape(parts_of[name], parameter.shape)
-            for each in chain(*parts):
-                read.add(each)
-                if each not in stored.tensors:
-                    missing.append(each)
-                elif stored.tensors[each].shape != shape:
-                    mismatched.append((each, stored.tensors[each].shape, shape))
+            parts = dict.fromkeys(chain(*parts_of[name]), part_shape(parts_of[name], parameter.shape))
+        for each, shape in parts.items():
+            found = stored.place_of(each)
+            read.add(found)
+            if not found:
+                missing.append(each)
+            elif stored.tensors[found].shape != shape:
+                mismatched.append((each, stored.tensors[found].shape, shape))
+        if parts:
             continue
         read.add(place)
         if not place:

@@ -24,10 +24,11 @@ Parts = list[list[str]]  # of one parameter: for gate, for up, or for down the t
 
 
 def pack_experts(base: PreTrainedModel, wanted: BitsAndBytesConfig) -> None:
-    """Puts 4-bit parameters in the place of a skeleton's experts, of those that the files of the base are read for."""
+    """Puts 4-bit parameters in the place of a skeleton's experts, of those that the files of the base are read for:
+    as a tensor for each expert, or transposed as a whole. What is packed already stays."""
     known = expert_parts(base)
     for name, linear in expert_linears(base):
-        if name in known:
+        if (name in known or linear.is_transposed) and not isinstance(linear.weight, bnb.nn.Params4bit):
             kind = {"compress_statistics": wanted.bnb_4bit_use_double_quant, "quant_type": wanted.bnb_4bit_quant_type}
             params4bit: Any = bnb.nn.Params4bit
             linear.weight = params4bit(linear.weight.data, requires_grad=False, **kind)
@@ -50,6 +51,18 @@ def packed_experts(base: torch.nn.Module) -> list[ExpertLinear]:
 def adapts_experts(adapted: torch.nn.Module) -> bool:
     """Whether PEFT has adapters on experts' parameters."""
     return any(hasattr(module, "parameter_name") and hasattr(module, "lora_A") for module in adapted.modules())
+
+
+def expert_parameter(
+    module: torch.nn.Module, name: str, values: torch.Tensor, device: torch.device
+) -> torch.nn.Parameter:
+    """A module's parameter of values as transformers' module has them, or quantised already; experts are packed as
+    [E, N, K], in whose rows a scale's weights are of one output."""
+    parameter = getattr(module, name)
+    is_packed = isinstance(parameter, bnb.nn.Params4bit) and not isinstance(values, bnb.nn.Params4bit)
+    if is_packed and not isinstance(module, bnb.nn.Linear4bit):
+        values = ExpertLinear(module, name).turned(values).contiguous()
+    return as_parameter(parameter, values, device)
 
 
 def lend_to_transformers(base: PreTrainedModel) -> None:
@@ -75,7 +88,8 @@ class _Loan:
         """Dequantises them."""
         self.packed = [linear.weight for linear in self.linears]
         for linear, weight in zip(self.linears, self.packed, strict=True):
-            linear.weight = torch.nn.Parameter(computed_values(weight), requires_grad=False)
+            values = linear.turned(computed_values(weight))
+            linear.weight = torch.nn.Parameter(values, requires_grad=False)
 
     def end(self, *_: object) -> None:
         """Puts them back."""
@@ -93,7 +107,7 @@ def as_shapes(base: PreTrainedModel) -> Iterator[None]:
         state = weight.quant_state
         dtype = base.dtype if state is None else state.dtype
         place = torch.zeros((), dtype=dtype, device=weight.device).expand(linear.shape)
-        linear.weight = torch.nn.Parameter(place, requires_grad=False)
+        linear.weight = torch.nn.Parameter(linear.turned(place), requires_grad=False)
     try:
         yield
     finally:
@@ -120,7 +134,7 @@ def expert_parts(base: PreTrainedModel) -> Mapping[str, Parts]:
     found, known = {}, _converters(base)
     for name, linear in expert_linears(base):
         fitting = [each for each in known if _fits(each, name)]
-        if fitting and not getattr(linear.experts, "is_transposed", False):
+        if fitting and not linear.is_transposed:
             end, sources = _ends(fitting[0])
             start = name.removesuffix(end)
             numbers = range(linear.shape[0])

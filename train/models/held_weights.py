@@ -14,7 +14,7 @@ from train.models.targets import decoder_name
 from train.run.exits import ExitCode, ExitWith
 
 MAX_EXPERT_SHARE = 0.05  # of the weights: what may stay unquantised in three-dimensional parameters
-BYTES = {"NF4": 0.516, "FP4": 0.516, "LLM.int8": 1.0}  # a weight, with its share of the scales
+BYTES = {"NF4": 0.516, "FP4": 0.516, "MXFP4": 0.531, "LLM.int8": 1.0}  # a weight, with its share of the scales
 EXPERTS = "experts"
 
 
@@ -85,7 +85,7 @@ def check_experts(config: ModelConfig, held: HeldWeights) -> None:
         return
     kind = {"nf4": "NF4", "int8": "LLM.int8"}[config.quantization]
     whole = BYTES[kind] * held.total / 2**30
-    packs = "--model.quantization nf4 packs those of Qwen3-MoE and Mixtral. " if kind == "LLM.int8" else ""
+    packs = "--model.quantization nf4 packs those of Qwen3-MoE, Mixtral and gpt-oss. " if kind == "LLM.int8" else ""
     raise ExitWith(
         ExitCode.BAD_INPUT,
         f"--model.quantization {config.quantization}: {num_experts / held.total:.1%} of {config.name_or_path} are "

@@ -6,6 +6,9 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 
+from train.engine.lora_linear import dequantize
+from train.engine.mxfp4 import is_mxfp4
+
 
 def as_parameter(parameter: torch.nn.Parameter, values: torch.Tensor, device: torch.device) -> torch.nn.Parameter:
     """The values as a parameter like the skeleton's; bitsandbytes quantises them when they are moved to the device."""
@@ -31,8 +34,29 @@ def stored_buffers(base: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def computed_values(parameter: torch.nn.Parameter) -> torch.Tensor:
     """The values that a layer computes with: of a quantised weight those that its codes stand for."""
     packed: Any = parameter
+    if is_mxfp4(parameter):
+        state = packed.quant_state
+        out = torch.empty(state.shape, dtype=state.dtype, device=packed.device)
+        dequantize(packed, out)
+        return out
     if isinstance(parameter, bnb.nn.Params4bit):
         return bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
     if isinstance(parameter, bnb.nn.Int8Params):
         return bnb.functional.int8_vectorwise_dequant(packed.data, packed.SCB)
     return parameter.data
+
+
+def unify_compute_type(base: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Gives a base this run's compute type where transformers leaves it that of its files, which were quantised, or
+    keeps norms in fp32 beside fp16.
+
+    So packed weights are dequantised to it, too; they themselves are codes, whatever type they are stored in.
+    """
+    for module in base.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            weight: Any = module.weight
+            module.compute_dtype, weight.quant_state.dtype = dtype, dtype
+            module.compute_type_is_set = True
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point() and not isinstance(parameter, bnb.nn.Params4bit | bnb.nn.Int8Params):
+                parameter.data = parameter.data.to(dtype)

@@ -19,6 +19,7 @@ from train.config import ModelConfig
 from train.models.hub import NAME_A_BASE, locate, unreadable
 from train.run.exits import ExitCode, ExitWith
 
+MXFP4_BASES = ("gpt_oss",)  # whose experts alone are stored so
 STORED_AS = {"nf4": "in 4 bits by bitsandbytes", "int8": "in 8 bits by bitsandbytes"}
 # what transformers raises where config.json, or a file, says what cannot be
 BROKEN = (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, AssertionError)
@@ -124,7 +125,7 @@ def plain_attention(kind: Any, shape: PreTrainedConfig) -> str:
 
 
 def stored_quantization(config: ModelConfig, shape: PreTrainedConfig) -> BitsAndBytesConfig | None:
-    """How the base's files are quantised already; None where they are not.
+    """How the base's linear layers are quantised in its files; None where they are not.
 
     Raises ExitWith(BAD_INPUT) where that is not what --model.quantization says, and for formats that are not trained.
     """
@@ -141,6 +142,11 @@ def stored_quantization(config: ModelConfig, shape: PreTrainedConfig) -> BitsAnd
         raise unreadable(config.name_or_path, f"config.json: quantization_config says {reason}, which is not trained")
     if not is_4bit and not is_8bit:
         method = str(getattr(found.get("quant_method"), "value", found.get("quant_method")))
+        if method == "mxfp4" and shape.model_type in MXFP4_BASES:
+            if config.quantization == "int8":
+                reason = f"{config.name_or_path} has experts in MXFP4, which stay as they are; write nf4, or none"
+                raise ExitWith(ExitCode.BAD_INPUT, f"--model.quantization int8: {reason} for its other layers")
+            return None
         reason = f"its files are quantised by {method}, which is not trained here; name the base that is not quantised"
         raise unreadable(config.name_or_path, reason)
     kind = "nf4" if is_4bit else "int8"
@@ -152,6 +158,12 @@ def stored_quantization(config: ModelConfig, shape: PreTrainedConfig) -> BitsAnd
     except BROKEN as error:
         raise cannot_read(config, "the quantization_config of config.json", error) from None
     return read
+
+
+def is_in_mxfp4(config: ModelConfig, shape: PreTrainedConfig) -> bool:
+    """Whether experts are read from the files as MXFP4, beside linear layers in 16 bits."""
+    is_told = getattr(shape, "quantization_config", None) is not None
+    return is_told and not config.random_init and stored_quantization(config, shape) is None
 
 
 def quantization(config: ModelConfig, shape: PreTrainedConfig, dtype: torch.dtype) -> tuple[Any, bool]:

@@ -31,10 +31,10 @@ from train.engine.host_stream import HostBlocks
 from train.engine.machine_memory import OwnMemory
 from train.models.base import dequantized, load_base, read_stored, skeleton
 from train.models.completeness import tied_embedding
-from train.models.experts import StoredExperts
+from train.models.experts import StoredExperts, expert_linears, packed_experts, trained_values
 from train.models.hub import fetch_weights, locate
-from train.models.parameters import as_parameter, computed_values, stored_buffers
-from train.models.shape import cannot_read, model_shape, stored_quantization, trained_settings
+from train.models.parameters import stored_buffers
+from train.models.shape import cannot_read, is_in_mxfp4, model_shape, stored_quantization, trained_settings
 from train.models.stored import StoredWeights
 from train.models.text_part import text_part
 from train.run.devices import compute_type
@@ -89,13 +89,15 @@ class Merge:
     def num_bytes(self) -> int:
         """What the merged model's weights take on the disk."""
         config = self.run.config.model
-        base = skeleton(replace(config, quantization="none", random_init=True), self.dtype)
+        is_copied = is_in_mxfp4(config, model_shape(config))
+        base = skeleton(replace(config, quantization="none", random_init=not is_copied), self.dtype)
         changed = {*self.trained.rows, *self.trained.whole}
         more = {name: self.trained.vocabulary - base.get_parameter(name).shape[0] for name in changed}
         added = sum(max(0, count) * base.get_parameter(name).shape[1] for name, count in more.items())
         buffers = dict(stored_buffers(base)).values()
         num_weights = sum(tensor.numel() for tensor in (*base.parameters(), *buffers)) + added
-        return num_weights * self.dtype.itemsize + self._bytes_beside
+        copied = sum(linear.weight.numel() for linear in packed_experts(base))
+        return (num_weights - copied) * self.dtype.itemsize + copied * 17 // 32 + self._bytes_beside
 
     @cached_property
     def _bytes_beside(self) -> int:
@@ -130,6 +132,9 @@ class Merge:
                 stored, part = StoredWeights(fetch_weights(locate(config)), files), text_part(config)
                 text = part.of(stored) if part else stored
                 names = _names_in_files(base, text)
+                if self.trained.experts and any(linear.is_transposed for _, linear in expert_linears(base)):
+                    reason = "adapters on experts stored transposed, or in MXFP4, are not merged; serve the adapter"
+                    raise refused(f"{config.name_or_path}: {reason}")
                 if self.trained.names <= set(names.values()):
                     self._write_file_by_file(target, base, Files(stored, text, names))
                 elif part or self.trained.experts:
@@ -161,8 +166,7 @@ class Merge:
                     tensors |= _copied(stored, place, self.dtype)
                     continue
                 if name and self.onto == "dequantized":
-                    packed = as_parameter(parameters[name], read(name, parameters[name]), device)
-                    values = computed_values(packed)
+                    values = trained_values(base, name, read(name, parameters[name]), device)
                 elif place in experts.places:
                     tensors[place] = self._merged_expert(experts, place)
                     continue
@@ -239,7 +243,8 @@ class Merge:
         place, final = locate(self.run.config.model), self.run.folder.final
         settings = trained_settings(self.run.config.model)
         for part in (settings, *(value for value in settings.values() if isinstance(value, dict))):
-            part.pop("quantization_config", None)
+            if part.get("quantization_config", {}).get("quant_method") != "mxfp4":  # such experts are copied
+                part.pop("quantization_config", None)
             for key in {"dtype", "torch_dtype"} & part.keys():
                 part[key] = str(self.dtype).removeprefix("torch.")
             part.pop("_name_or_path", None)  # a path of whoever saved the base

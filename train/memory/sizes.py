@@ -75,6 +75,7 @@ class ModelSizes:
     per_layer: int = 0  # inputs that each block has of its own
     head_size: int = 0  # elements of a head
     in_fp8: bool = False  # products with frozen weights
+    has_sinks: bool = False  # of attention
     kinds: tuple["BlockKind", ...] = ()  # where blocks with softmax attention are not all alike
 
     @property
@@ -167,6 +168,7 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
         linear=linear_sizes(layers, element_bytes),
         shared_bytes=_shared_bytes(blocks, element_bytes),
         in_fp8=config.engine.products == "fp8",
+        has_sinks=any(isinstance(layer.heads, Heads) and layer.heads.sinks is not None for layer in layers),
         lent=sum(
             sum(layer.heads.widths[1:]) for layer in layers if isinstance(layer.heads, Heads) and layer.heads.lends
         ),

@@ -65,6 +65,15 @@ def expert_parameter(
     return as_parameter(parameter, values, device)
 
 
+def trained_values(base: torch.nn.Module, name: str, values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """What training computes with where the files hold these values of a parameter, or its packed ones."""
+    start, _, own = name.rpartition(".")
+    module = base.get_submodule(start)
+    found = computed_values(expert_parameter(module, own, values, device))
+    is_of_experts = isinstance(getattr(module, own), bnb.nn.Params4bit) and not isinstance(module, bnb.nn.Linear4bit)
+    return ExpertLinear(module, own).turned(found) if is_of_experts else found
+
+
 def lend_to_transformers(base: PreTrainedModel) -> None:
     """From here on packed experts are dequantised while the module around them runs, and packed again behind it."""
     owned: dict[torch.nn.Module, list[ExpertLinear]] = {}

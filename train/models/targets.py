@@ -33,6 +33,7 @@ class Targets:
     experts: dict[str, str]  # words that stand for a parameter of the experts alone, and its name
     matched: frozenset[str] = frozenset()  # whole names of the linear layers that are meant
     parts: frozenset[str] = frozenset()  # parameters of experts that are meant, if any
+    whole: tuple[str, ...] = ()  # ends of their names, where PEFT has to be told of parameters (gpt-oss)
     note: str = ""  # on what is meant and has no adapter
 
 
@@ -93,8 +94,17 @@ def resolve_targets(base: PreTrainedModel, words: Sequence[str]) -> Targets:
         names = list(words)
     else:
         names = [*sorted(matched), *experts]
+    whole = _whole_parameters(base, parts)
+    names = [name for name in names if not (whole and name in experts)]
     names = [each for name in names for each in (_as_peft_asks(name, spelled) if name in experts else [name])]
-    return Targets(names, counts, len(linear), exist, experts, frozenset(matched), frozenset(parts))
+    return Targets(names, counts, len(linear), exist, experts, frozenset(matched), frozenset(parts), whole)
+
+
+def _whole_parameters(base: PreTrainedModel, parts: Collection[str]) -> tuple[str, ...]:
+    """Ends of names of these parameters of experts, if the base's files hold them as a whole, transposed: such are no
+    layers to PEFT. From the name of the block's part on, as in mlp.experts.down_proj."""
+    names = [name for name, linear in expert_linears(base) if linear.is_transposed and linear.name in parts]
+    return tuple(sorted({".".join(name.rsplit(".", 3)[1:]) for name in names}))
 
 
 def _as_peft_asks(word: str, spelled: Mapping[str, str]) -> list[str]:

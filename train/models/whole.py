@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from train.config import Config
+from train.models.experts import packed_experts
 from train.models.targets import Targets, decoder_name
 from train.run.exits import ExitCode, ExitWith
 
@@ -32,8 +33,12 @@ class WholeModel(torch.nn.Module):
 def train_whole(base: PreTrainedModel, config: Config) -> tuple[WholeModel, Targets]:
     """Makes decoder, embedding and head trainable; what is beside them, such as a vision tower, stays frozen.
 
-    Raises ExitWith(BAD_INPUT) where the head has a bias, for which our loss makes no gradient.
+    Raises ExitWith(BAD_INPUT) where the head has a bias, for which our loss makes no gradient, and where experts are
+    codes.
     """
+    if packed_experts(base):
+        reason = f"{config.model.name_or_path}: its experts are stored in MXFP4, which has no gradient"
+        raise ExitWith(ExitCode.BAD_INPUT, f"--train.method full: {reason}; train adapters")
     head: Any = base.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
         reason = f"{config.model.name_or_path}: its head has a bias, for which the loss makes no gradient"

@@ -15,6 +15,7 @@ from train.engine.attention import PackedAttention
 from train.engine.embedding import HostEmbedding
 from train.engine.lora_linear import dequantize
 from train.engine.machine_memory import OwnMemory
+from train.engine.mxfp4 import dequantize_mxfp4, mxfp4_parameter
 
 pytestmark = [
     pytest.mark.gpu,
@@ -96,3 +97,14 @@ def test_flash_with_sinks(window: int | None) -> None:
         results.append([out, *torch.autograd.grad(out, inputs, upstream.to(dtype))])
     for found, wanted in zip(*results, strict=True):
         assert (found.float() - wanted).norm() < 1e-2 * wanted.norm()
+
+
+def test_one_launch_dequantises_mxfp4() -> None:
+    """To the bit what torch's lines make of codes and powers, in rows wider than it."""
+    blocks = torch.randint(256, (3, 70, 5, 16), dtype=torch.uint8, device=GPU)
+    scales = torch.randint(100, 140, (3, 70, 5), dtype=torch.uint8, device=GPU)
+    weight: Any = mxfp4_parameter(blocks, scales, torch.bfloat16)
+    found, wanted = (torch.zeros(3, 80, 224, dtype=torch.bfloat16, device=GPU) for _ in range(2))
+    dequantize(weight, found[:, :70, :160])
+    dequantize_mxfp4(weight.data, weight.quant_state, wanted[:, :70, :160])
+    assert torch.equal(found, wanted)

@@ -1,4 +1,4 @@
-"""gpt-oss as it is shipped, its experts in MXFP4: read to the bit, trained on every path, merged, or refused by name."""
+"""gpt-oss as it is shipped, experts in MXFP4: read to the bit, trained on every path, merged, or refused by name."""
 
 import json
 import shutil
@@ -12,13 +12,14 @@ import pytest
 import torch
 import transformers as T
 from accelerate import Accelerator
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from tests.conftest import BUNDLED_BASE, training_of
 from tests.finished_runs import finish
 from tests.parity.bases import VOCABULARY, Tensors, on, rewrite, ways
 from tests.parity.models import GPT_OSS, SIZES
-from tests.parity.test_merge import IDS, adapted_logits, merged_logits, written
+from tests.parity.test_merge import IDS, written
 from train.commands.handloop import main
 from train.config import Config, LoraConfig, ModelConfig
 from train.deliver.finished import finished_run, load_tuned
@@ -71,6 +72,24 @@ def told(folder: Path, **settings: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
+def by_transformers(folder: Path) -> Any:
+    """In fp32; transformers 5.17 leaves experts in bf16, which has all values of MXFP4."""
+    return T.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).float().eval()
+
+
+def adapted_logits(folder: Path, run: Path) -> torch.Tensor:
+    """By transformers and PEFT alone."""
+    model = by_transformers(folder)
+    model.resize_token_embeddings(json.loads((run / "final" / "base.json").read_text())["vocabulary"])
+    with torch.no_grad():
+        return PeftModel.from_pretrained(model, str(run / "final")).eval()(input_ids=IDS).logits
+
+
+def merged_logits(folder: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return by_transformers(folder)(input_ids=IDS).logits
+
+
 def loaded(folder: Path, quantization: Any = "none", streamed: tuple[int, ...] = ()) -> Any:
     host = HostBlocks(streamed, OwnMemory(pin=False))
     return load_base(ModelConfig(str(folder), quantization=quantization), torch.float32, CPU, host, 0, False)[0]
@@ -78,7 +97,7 @@ def loaded(folder: Path, quantization: Any = "none", streamed: tuple[int, ...] =
 
 def test_values_are_those_of_the_format(base: Path) -> None:
     """Every code with every power is what transformers makes of it, in fp32 and rounded to bf16, row by row."""
-    theirs: Any = T.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    theirs = by_transformers(base)
     names = [name for name, parameter in theirs.named_parameters() if parameter.dim() == 3]
     assert len(names) == 6
     with ExitStack() as files:
@@ -97,7 +116,7 @@ def test_values_are_those_of_the_format(base: Path) -> None:
 @pytest.mark.parametrize("streamed", [(), (0, 2)])
 def test_a_base_computes_what_transformers_computes(base: Path, streamed: tuple[int, ...]) -> None:
     """Its logits, resident and streamed; experts take 4.25 bits and stay in them between two passes."""
-    theirs: Any = T.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    theirs = by_transformers(base)
     found, ids = loaded(base, streamed=streamed), torch.randint(VOCABULARY, (1, 9))
     with torch.no_grad():
         torch.testing.assert_close(found(ids).logits, theirs(ids).logits, rtol=0, atol=1e-4)
@@ -137,7 +156,7 @@ def test_runs_of_every_path(base: Path, quantization: Any, config: Config) -> No
 def test_adapters_are_loaded_by_peft(base: Path, config: Config, tmp_path: Path) -> None:
     """transformers and PEFT alone, on values that transformers dequantises, compute what training's model does."""
     run = finish(on(config, base, "none"), tmp_path / "run")
-    found = adapted_logits(base, run / "final")
+    found = adapted_logits(base, run)
     tuned = load_tuned(finished_run(run)).model
     with torch.no_grad(), tuned.generating():
         wanted = tuned.adapted(input_ids=IDS).logits
@@ -152,7 +171,7 @@ def test_a_merge_copies_experts(base: Path, quantization: Any, config: Config, t
     lora = LoraConfig(target_modules=ATTENTION, dropout=0.0)
     run = finish(replace(on(config, base, quantization), lora=lora), tmp_path / "run")
     merged = written(run, "original", tmp_path / "merged")
-    torch.testing.assert_close(merged_logits(merged), adapted_logits(base, run / "final"), rtol=0, atol=2e-4)
+    torch.testing.assert_close(merged_logits(merged), adapted_logits(base, run), rtol=0, atol=2e-4)
     before, after = (load_file(folder / "model.safetensors") for folder in (base, merged))
     assert before.keys() == after.keys()
     same = [name for name in before if torch.equal(before[name].to(after[name].dtype), after[name])]

@@ -1,6 +1,7 @@
 """What gpt-oss alone has: clamped gates, attention with sinks, other swiglus refused."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,15 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from tests.parity.models import FAMILIES, close, packed
 from train.collate import Part
+from train.config import ModelConfig
 from train.engine import attention, grouped
 from train.engine.attention import PackedAttention
 from train.engine.families import family_of
+from train.engine.host_stream import HostBlocks
+from train.engine.machine_memory import OwnMemory
 from train.engine.split_attention import SplitAttention
 from train.engine.support import unsupported_reason
+from train.models.base import load_base
 
 
 def test_clamped_gates_and_their_gradients() -> None:
@@ -125,3 +130,13 @@ def test_another_swiglu_is_refused() -> None:
         layer.mlp.experts.limit = 5.0
     assert "clamped_swiglu with 1.702 and 5.0" in unsupported_reason(base)
     assert family_of(base).router == "router"
+
+
+def test_fp16_has_no_norm_in_fp32(tmp_path: Path) -> None:
+    """transformers keeps this family's norms in fp32 beside fp16; the engine's matrices have the norms' type."""
+    T.AutoModelForCausalLM.from_config(FAMILIES["gpt-oss"][0]).save_pretrained(tmp_path)
+    plain: Any = T.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)
+    assert plain.model.norm.weight.dtype == torch.float32
+    host, config = HostBlocks([], OwnMemory(pin=False)), ModelConfig(str(tmp_path), quantization="none")
+    base, _ = load_base(config, torch.float16, torch.device("cpu"), host, 0, False)
+    assert {parameter.dtype for parameter in base.parameters()} == {torch.float16}

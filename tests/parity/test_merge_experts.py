@@ -1,6 +1,7 @@
 """Adapters on a mixture's experts are merged into each expert's tensor, as files have them."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tests.finished_runs import finish
 from tests.parity.bases import VOCABULARY, on
 from tests.parity.models import FAMILIES
 from tests.parity.test_merge import IDS, adapted_logits, merged_logits, written
-from train.config import Config
+from train.config import Config, LoraConfig
 from train.deliver.finished import finished_run, load_tuned
 from train.run.exits import ExitWith
 
@@ -61,3 +62,23 @@ def test_onto_the_experts_as_they_were_trained_with(base: Path, config: Config, 
     found = merged_logits(written(run, "dequantized", tmp_path / "merged"))
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4)
     assert (merged_logits(written(run, "original", tmp_path / "other")) - wanted).abs().max() > 0.1
+
+
+def test_transposed_experts_are_merged_as_they_were_trained_with(config: Config, tmp_path: Path) -> None:
+    """Of gpt-oss in 16 bits, whose parameters the files hold as a whole: rounded to NF4 in the order of training."""
+    folder = tmp_path / "base"
+    shutil.copytree(BUNDLED_BASE, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    shape = FAMILIES["gpt-oss"][0]
+    settings = shape.to_dict() | {"vocab_size": VOCABULARY, "max_position_embeddings": 512}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(type(shape)(**settings)).save_pretrained(folder)
+    lora = LoraConfig(target_modules=("q_proj", "k_proj", "v_proj", "o_proj"), dropout=0.0)
+    run = finish(replace(on(config, folder, "nf4"), lora=lora), tmp_path / "run")
+    tuned = load_tuned(finished_run(run)).model
+    with torch.no_grad(), tuned.generating():
+        wanted = tuned.adapted(input_ids=IDS).logits
+    found = merged_logits(written(run, "dequantized", tmp_path / "merged"))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4)
+    original = merged_logits(written(run, "original", tmp_path / "other"))
+    torch.testing.assert_close(original, adapted_logits(folder, run / "final"), rtol=0, atol=2e-4)
+    assert (original - found).abs().max() > 0.01

@@ -15,11 +15,12 @@ def dequantize_kernel(
 ):  # fmt: skip
     """NF4 / scale -> along[N, K], across[K, N] or both, ROWS blocks below one another a program.
 
-    `across` is in words of 4 bytes, its stride too: 8-bit tiles are transposed wrongly on Hopper (Triton 3.6).
+    `across` is in words of 4 bytes, its stride too. No tl.interleave: on Hopper (Triton 3.6) tl.trans of what comes
+    from it is wrong, always for 8 bits, for 32 where rows are not stored as vectors.
     """
     column = tl.program_id(0)
-    inner = column * BLOCKSIZE + tl.arange(0, BLOCKSIZE)
-    pair = tl.arange(0, BLOCKSIZE // 2)
+    place_in_block = tl.arange(0, BLOCKSIZE)
+    inner = column * BLOCKSIZE + place_in_block
     word = tl.program_id(1) * (ROWS // WORD) + tl.arange(0, ROWS // WORD).to(tl.int64)
     words = tl.zeros([ROWS // WORD, BLOCKSIZE], tl.int32)
     for byte in tl.static_range(WORD):
@@ -31,16 +32,15 @@ def dequantize_kernel(
             nested = tl.load(nested_absmax + block // NESTED, mask=inside, other=0.0)
             factor = tl.load(nested_code + factor.to(tl.int32), mask=inside, other=0.0) * nested + tl.load(offset)
         factor = factor / tl.load(scale)
-        place = packed + block[:, None] * (BLOCKSIZE // 2) + pair[None, :]
-        values = tl.load(place, mask=inside[:, None], other=0).to(tl.int32)
-        first = tl.load(code + (values >> 4)) * factor[:, None]
-        second = tl.load(code + (values & 15)) * factor[:, None]
-        both = tl.interleave(first, second).to(tl.float8e4nv)
+        place = packed + block[:, None] * (BLOCKSIZE // 2) + (place_in_block // 2)[None, :]
+        pair = tl.load(place, mask=inside[:, None], other=0).to(tl.int32)  # the first in the upper half of a byte
+        level = tl.load(code + ((pair >> (4 - 4 * (place_in_block % 2))[None, :]) & 15))
+        values = (level * factor[:, None]).to(tl.float8e4nv)
         if ALONG:
             place = along + row[:, None] * stride_along + inner[None, :]
-            tl.store(place, both, mask=inside[:, None])
+            tl.store(place, values, mask=inside[:, None])
         if ACROSS:
-            words |= both.to(tl.uint8, bitcast=True).to(tl.int32) << (8 * byte)
+            words |= values.to(tl.uint8, bitcast=True).to(tl.int32) << (8 * byte)
     if ACROSS:
         place = across + inner.to(tl.int64)[:, None] * stride_across + word[None, :]
         tl.store(place, tl.trans(words), mask=word[None, :] < N // WORD)

@@ -13,8 +13,8 @@ from tests.conftest import training_of, with_batch
 from tests.gpu.kernel_calls import GPU, random
 from tests.gpu.test_engine_cuda import gradient
 from train.config import Config, EngineConfig, MemoryConfig
-from train.engine import fp8
-from train.engine.fp8 import E4M3
+from train.engine import fp8_operations as fp8
+from train.engine.fp8_operations import E4M3
 from train.run import devices
 
 HAS_FP8 = torch.cuda.is_available() and devices.capability(GPU) >= devices.FP8
@@ -47,7 +47,7 @@ def test_weights_go_to_e4m3_in_one_launch(compress: bool, shape: tuple[int, int]
     kind: Any = bnb.nn.Params4bit
     options = {"requires_grad": False, "compress_statistics": compress, "quant_type": "nf4"}
     weight = kind(torch.randn(shape) * 0.02, **options).to(GPU)
-    scale = fp8._scale_of([weight])
+    scale = fp8.scale_of([weight])
     weight.quant_state.dtype = torch.float32
     exact = bnb.functional.dequantize_4bit(weight.data, weight.quant_state) / scale
     assert 112 < exact.abs().max() <= 448  # a bound of two scales of scales may be loose by a power of two

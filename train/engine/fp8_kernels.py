@@ -1,10 +1,12 @@
-"""Triton kernels of fp8.py: NF4 to e4m3, and rows to e4m3 with a scale each. They need compute capability 8.9."""
+"""Triton kernels of fp8_operations.py, all of which write e4m3. They need compute capability 8.9."""
 
 import triton
 import triton.language as tl
 
 DEQUANTIZED_ROWS = 64  # of a program: a column of so many NF4 blocks
+COLUMN_ROWS = 64  # of a program of columns_kernel
 WORD = tl.constexpr(4)  # bytes that go to the transpose together
+LARGEST, TINY, LEAST = tl.constexpr(448.0), tl.constexpr(1e-12), tl.constexpr(1e-30)  # as in fp8_operations.py
 
 
 @triton.jit
@@ -47,13 +49,56 @@ def dequantize_kernel(
 
 
 @triton.jit
-def quantize_kernel(x, stride, out, stride_out, scales, W, BLOCK: tl.constexpr):
-    """One row: out = e4m3(x / scale), scale = max |x| / 448."""
+def columns_kernel(
+    part, stride, stride_rank, out, stride_out, largest, scale, factors, root, N,
+    OWN: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """part[N, R] f / scale = high + low -> out[N, 3 R] = high, low, high; f, which adapter_factor describes, ->
+    factors[OWN]; RANK is a power of two, not below R."""
+    unit = tl.load(scale)
+    most = LARGEST * unit / tl.maximum(tl.load(largest + OWN), LEAST)
+    wanted = root * tl.maximum(tl.load(largest + 1 - OWN), LEAST)
+    bits = tl.minimum(most, wanted).to(tl.int32, bitcast=True) & 0x7F800000  # the power of two that is not above it
+    factor = bits.to(tl.float32, bitcast=True)
+    if tl.program_id(0) == 0:
+        tl.store(factors + OWN, factor)
+    row, rank = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, RANK)
+    inside = (row < N)[:, None] & (rank < R)[None, :]
+    value = tl.load(part + row[:, None] * stride + rank[None, :] * stride_rank, mask=inside, other=0.0).to(tl.float32)
+    value = value * (factor / unit)
+    high = value.to(tl.float8e4nv)
+    low = (value - high.to(tl.float32)).to(tl.float8e4nv)
+    place = out + row.to(tl.int64)[:, None] * stride_out + rank[None, :]
+    tl.store(place, high, mask=inside)
+    tl.store(place + R, low, mask=inside)
+    tl.store(place + 2 * R, high, mask=inside)
+
+
+@triton.jit
+def quantize_kernel(
+    x, stride, low_rank, stride_low_rank, factor, out, stride_out, scales, W,
+    BLOCK: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """One row: out = e4m3(x / scale), scale = max |x| / 448; behind it R columns low_rank / (factor scale), thrice:
+    rounded, rounded, and what rounding has taken from them."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < W
     values = tl.load(x + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(values)), 1e-12) * (1 / 448)
+    largest, rank, beside = tl.max(tl.abs(values)), tl.arange(0, RANK), tl.zeros([RANK], tl.float32)
+    if R:
+        beside = tl.load(low_rank + row * stride_low_rank + rank, mask=rank < R, other=0.0).to(tl.float32)
+        beside = beside * (1.0 / tl.load(factor))
+        largest = tl.maximum(largest, tl.max(tl.abs(beside)))
+    scale = tl.maximum(largest, TINY) * (1 / LARGEST)
     tl.store(scales + row, scale)
-    # `/` may be two units in the last place off
-    tl.store(out + row * stride_out + column, tl.div_rn(values, scale).to(tl.float8e4nv), mask=inside)
+    inverse = tl.div_rn(1.0, scale)  # `/` may be two units in the last place off
+    place = out + row * stride_out
+    tl.store(place + column, (values * inverse).to(tl.float8e4nv), mask=inside)
+    if R:
+        beside = beside * inverse
+        high = beside.to(tl.float8e4nv)
+        low = (beside - high.to(tl.float32)).to(tl.float8e4nv)
+        tl.store(place + W + rank, high, mask=rank < R)
+        tl.store(place + W + R + rank, high, mask=rank < R)
+        tl.store(place + W + 2 * R + rank, low, mask=rank < R)

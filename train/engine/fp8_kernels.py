@@ -1,4 +1,7 @@
-"""Triton kernels of fp8_operations.py, all of which write e4m3. They need compute capability 8.9."""
+"""Triton kernels of fp8_operations.py, all of which write e4m3. They need compute capability 8.9.
+
+Divisions are tl.div_rn: `/` may be two units in the last place off, which turns a tie, of which 16-bit numbers have many.
+"""
 
 import triton
 import triton.language as tl
@@ -33,7 +36,7 @@ def dequantize_kernel(
         if NESTED:
             nested = tl.load(nested_absmax + block // NESTED, mask=inside, other=0.0)
             factor = tl.load(nested_code + factor.to(tl.int32), mask=inside, other=0.0) * nested + tl.load(offset)
-        factor = factor / tl.load(scale)
+        factor = tl.div_rn(factor, tl.load(scale))
         place = packed + block[:, None] * (BLOCKSIZE // 2) + (place_in_block // 2)[None, :]
         pair = tl.load(place, mask=inside[:, None], other=0).to(tl.int32)  # the first in the upper half of a byte
         level = tl.load(code + ((pair >> (4 - 4 * (place_in_block % 2))[None, :]) & 15))
@@ -56,7 +59,7 @@ def columns_kernel(
     """part[N, R] f / scale = high + low -> out[N, 3 R] = high, low, high; f, which adapter_factor describes, ->
     factors[OWN]; RANK is a power of two, not below R."""
     unit = tl.load(scale)
-    most = LARGEST * unit / tl.maximum(tl.load(largest + OWN), LEAST)
+    most = tl.div_rn(LARGEST * unit, tl.maximum(tl.load(largest + OWN), LEAST))
     wanted = root * tl.maximum(tl.load(largest + 1 - OWN), LEAST)
     bits = tl.minimum(most, wanted).to(tl.int32, bitcast=True) & 0x7F800000  # the power of two that is not above it
     factor = bits.to(tl.float32, bitcast=True)
@@ -65,7 +68,7 @@ def columns_kernel(
     row, rank = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, RANK)
     inside = (row < N)[:, None] & (rank < R)[None, :]
     value = tl.load(part + row[:, None] * stride + rank[None, :] * stride_rank, mask=inside, other=0.0).to(tl.float32)
-    value = value * (factor / unit)
+    value = value * tl.div_rn(factor, unit)
     high = value.to(tl.float8e4nv)
     low = (value - high.to(tl.float32)).to(tl.float8e4nv)
     place = out + row.to(tl.int64)[:, None] * stride_out + rank[None, :]
@@ -88,11 +91,11 @@ def quantize_kernel(
     largest, rank, beside = tl.max(tl.abs(values)), tl.arange(0, RANK), tl.zeros([RANK], tl.float32)
     if R:
         beside = tl.load(low_rank + row * stride_low_rank + rank, mask=rank < R, other=0.0).to(tl.float32)
-        beside = beside * (1.0 / tl.load(factor))
+        beside = tl.div_rn(beside, tl.load(factor))
         largest = tl.maximum(largest, tl.max(tl.abs(beside)))
     scale = tl.maximum(largest, TINY) * (1 / LARGEST)
     tl.store(scales + row, scale)
-    inverse = tl.div_rn(1.0, scale)  # `/` may be two units in the last place off
+    inverse = tl.div_rn(1.0, scale)
     place = out + row * stride_out
     tl.store(place + column, (values * inverse).to(tl.float8e4nv), mask=inside)
     if R:

@@ -120,7 +120,7 @@ def adapter_columns(
     rows = kernels.COLUMN_ROWS
     kernels.columns_kernel[(-(-num_rows // rows),)](
         side, *side.stride(), out, out.stride(0), sizes.largest, scale, sizes.factors, math.sqrt(width), num_rows,
-        own, rank, _power_of_two(rank), rows, num_warps=4,
+        own, rank, _power_of_two(rank), rows, enable_fp_fusion=False, num_warps=4,
     )  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def quantize(x: torch.Tensor, beside: Beside | None = None) -> Rows:
     kernels.quantize_kernel[(num_rows,)](
         x, x.stride(0), low_rank, low_rank.stride(0), beside.factor if beside else x, rows.values,
         rows.values.stride(0), rows.scales, width, block, rank, _power_of_two(max(1, rank)),
-        num_warps=4 if block <= 4096 else 16,
+        enable_fp_fusion=False, num_warps=4 if block <= 4096 else 16,
     )  # fmt: skip
     return rows
 

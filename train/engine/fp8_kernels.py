@@ -1,6 +1,6 @@
 """Triton kernels of fp8_operations.py, all of which write e4m3. They need compute capability 8.9.
 
-Divisions are tl.div_rn: `/` may be two units in the last place off, which turns a tie, of which 16-bit numbers have many.
+Divisions are tl.div_rn: `/` may be two units in the last place off, which turns ties, and 16-bit numbers have many.
 """
 
 import triton

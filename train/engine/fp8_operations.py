@@ -119,8 +119,8 @@ def adapter_columns(
         return
     rows = kernels.COLUMN_ROWS
     kernels.columns_kernel[(-(-num_rows // rows),)](
-        side, *side.stride(), out, out.stride(0), sizes.largest, scale, sizes.factors, math.sqrt(width), num_rows,
-        own, rank, _power_of_two(rank), rows, enable_fp_fusion=False, num_warps=4,
+        side, *side.stride(), out.view(torch.uint8), out.stride(0), sizes.largest, scale, sizes.factors,
+        math.sqrt(width), num_rows, own, rank, _power_of_two(rank), rows, enable_fp_fusion=False, num_warps=4,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from train.config import Config
 from train.engine.attention import MAX_FLASH_SIZE
 from train.engine.block import Block
 from train.engine.families import decoder_layers
+from train.engine.fp8 import Fp8Group
 from train.engine.layers import DecoderLayer, Heads, Vocabulary
 from train.engine.mixture import Mixture
 from train.engine.packed_weights import packed_bytes
@@ -76,6 +77,7 @@ class ModelSizes:
     head_size: int = 0  # elements of a head
     in_fp8: bool = False  # products with frozen weights
     has_sinks: bool = False  # of attention
+    beside: int = 0  # adapters' columns behind rows that such products read
     kinds: tuple["BlockKind", ...] = ()  # where blocks with softmax attention are not all alike
 
     @property
@@ -169,6 +171,9 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
         shared_bytes=_shared_bytes(blocks, element_bytes),
         in_fp8=config.engine.products == "fp8",
         has_sinks=any(isinstance(layer.heads, Heads) and layer.heads.sinks is not None for layer in layers),
+        beside=max(
+            3 * group.num_beside if isinstance(group, Fp8Group) else 0 for each in blocks for group in each.groups
+        ),
         lent=sum(
             sum(layer.heads.widths[1:]) for layer in layers if isinstance(layer.heads, Heads) and layer.heads.lends
         ),

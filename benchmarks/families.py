@@ -80,6 +80,7 @@ SHAPES: dict[str, T.PreTrainedConfig] = {
         **sizes(4608, 18432, 32, 36, 4, 49152), sliding_window=4096, use_bias=True, embedding_dropout=0.0, **NO_DROPOUT
     ),
     "Qwen3-30B-A3B": T.Qwen3MoeConfig(**sizes(2048, 6144, 48, 32, 4, 151936, **EXPERTS), norm_topk_prob=True),
+    "gpt-oss-20b": T.GptOssConfig(num_hidden_layers=24, num_local_experts=32),
     "Mixtral-8x7B": T.MixtralConfig(**sizes(4096, 14336, 32, 32, 8, 32000), num_local_experts=8, num_experts_per_tok=2),
 }
 

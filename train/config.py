@@ -42,7 +42,8 @@ class ModelConfig:
     revision: str = "main"
     """Hub branch, tag or commit; a folder has none."""
     quantization: Literal["nf4", "int8", "none"] = "nf4"
-    """How the frozen linear layers are stored: NF4 with double quantisation, LLM.int8, or not quantised."""
+    """How the frozen linear layers are stored: NF4 with double quantisation, LLM.int8, or not quantised. Experts that
+    the base has in MXFP4 stay so."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Compute type of the base. auto: bf16 on GPUs that have it (compute capability 8.0), fp16 with a loss scale on
     older ones whose fp16 is fast (7.x, 6.0, 5.3), fp32 on others and on a CPU."""

@@ -193,7 +193,8 @@ ALLOWED_MODULES = {
     "train.engine.plan": {"train.batching", "train.config"},
     "train.engine.operations": {"train.engine.kernels", "train.engine.layers", "train.run.devices"},
     "train.engine.layers": {"train.engine.linears"},
-    "train.engine.lora_linear": {"train.engine.linears", "train.engine.operations"},
+    "train.engine.lora_linear": {"train.engine.linears", "train.engine.mxfp4", "train.engine.operations"},
+    "train.engine.mxfp4": {"train.engine.packed_weights"},
     "train.engine.fp8_kernels": set(),
     "train.engine.fp8_operations": {
         "train.engine.fp8_kernels",
@@ -244,7 +245,7 @@ ALLOWED_MODULES = {
         "train.engine.residual",
     },
     "train.engine.grouped": {"train.engine.operations"},
-    "train.engine.grouped_kernels": {"train.engine.kernels", "train.run.devices"},
+    "train.engine.grouped_kernels": {"train.engine.grouped", "train.engine.kernels", "train.run.devices"},
     "train.engine.experts": {"train.engine.grouped", "train.engine.linears", "train.engine.lora_linear"},
     "train.engine.mixture": {
         "train.engine.context",
@@ -328,6 +329,7 @@ ALLOWED_MODULES = {
     "train.engine.residual": {"train.engine.layers", "train.engine.operations"},
     "train.engine.families": {
         "train.engine.delta_net",
+        "train.engine.grouped",
         "train.engine.layers",
         "train.engine.linears",
         "train.engine.operations",

@@ -15,6 +15,7 @@ LIBRARIES_WITH_ONE_OWNER = {
     "peft": {"train.models.adapters", "train.models.language_model"},
     "bitsandbytes": {
         "train.engine.lora_linear",
+        "train.engine.mxfp4",
         "train.engine.packed_weights",
         "train.engine.support",
         "train.models.base",
@@ -22,6 +23,7 @@ LIBRARIES_WITH_ONE_OWNER = {
         "train.models.experts",
         "train.models.held_weights",
         "train.models.language_model",
+        "train.models.mxfp4",
         "train.models.parameters",
         "train.optim",
     },

@@ -19,6 +19,7 @@ from train.engine.positions import PositionTables, TableRow
 EXPERTS = ("gate_up_proj", "down_proj")  # transformers' parameters of a mixture's experts
 # transformers' modules that compute what operations.ACTIVATIONS compute
 ACTIVATIONS = {type(ACT2FN["silu"]): "silu", type(ACT2FN["gelu_pytorch_tanh"]): TANH_GELU}
+COMPUTED = (*ACTIVATIONS.values(), CLAMPED)  # what the engine computes behind gate and up
 
 
 class NormKind(Enum):

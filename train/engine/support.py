@@ -8,9 +8,8 @@ import torch
 
 from train.engine.block import Block
 from train.engine.delta_net import KIND
-from train.engine.families import ACTIVATIONS, FAMILIES, Family, decoder_layers
+from train.engine.families import COMPUTED, FAMILIES, Family, decoder_layers
 from train.engine.fp8 import MULTIPLE
-from train.engine.grouped import CLAMPED
 from train.engine.layers import CausalLM, DecoderLayer, Heads, Vocabulary
 
 KINDS_OF_LAYERS = {"full_attention", "sliding_attention"}
@@ -26,8 +25,8 @@ def unsupported_reason(causal_lm: CausalLM) -> str:
     if reason := _unknown_setting(config, FAMILIES[name]):
         return reason
     layers = decoder_layers(causal_lm)
-    if layers[0].activation not in (*ACTIVATIONS.values(), CLAMPED):
-        return f"its MLP computes {layers[0].activation}, not one of {', '.join((*ACTIVATIONS.values(), CLAMPED))}"
+    if layers[0].activation not in COMPUTED:
+        return f"its MLP computes {layers[0].activation}, not one of {', '.join(COMPUTED)}"
     if reason := _unknown_weight(layers):
         return reason
     if reason := _unknown_adapter(causal_lm, layers):

@@ -185,11 +185,12 @@ def adapted_model(shape: PretrainedConfig, targets: list[str], dropout: float = 
     for name, buffer in base.named_buffers():
         if "layer_scalar" in name:
             buffer.uniform_(0.5, 1.5)
-    modules, parameters = (
-        [name for name in targets if ("." in name) == is_parameter] for is_parameter in (False, True)
-    )
     lora = peft.LoraConfig(
-        r=3, lora_alpha=7, lora_dropout=dropout, target_modules=modules, target_parameters=parameters or None
+        r=3,
+        lora_alpha=7,
+        lora_dropout=dropout,
+        target_modules=[name for name in targets if name not in PARAMETERS],
+        target_parameters=[name for name in targets if name in PARAMETERS] or None,
     )
     adapted: Any = peft.get_peft_model(base, lora)
     for name, parameter in adapted.named_parameters():

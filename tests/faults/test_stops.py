@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.compare_runs import at, exit_record, finish, reference, result_of, wait_for_rows
-from tests.conftest import ROOT, Run, arguments, run_command
+from tests.compare_runs import at, exit_record, finish, known_reference, result_of, wait_for_rows
+from tests.conftest import ROOT, Run, arguments, run_command, thorough
 from tests.injections import DiskError
 from tests.tally import Tally
 from train.config import CheckpointConfig, Config
@@ -26,7 +26,7 @@ def test_stop_signals_at_random_moments(config: Config, tmp_path: Path, tally: T
     """Loading, between micro-batches, while saving, when it has ended: exit 75 and exit.json, then the same bits."""
     longer = replace(config, lora=replace(config.lora, dropout=0.1), train=replace(config.train, epochs=8))
     longer = replace(longer, checkpoint=CheckpointConfig(every=5))
-    expected = reference(longer, tmp_path / "reference")
+    expected = known_reference(longer)
     for number in range(tally.times(2, 60)):
         draw, run_dir = random.Random(number), tmp_path / f"run-{number}"
         words = arguments(at(longer, run_dir))
@@ -82,9 +82,12 @@ COMMANDS = {
 
 
 @pytest.mark.fault("T11")
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [pytest.param("ours", marks=thorough), *list(COMMANDS)[1:]])
 def test_signals_through_launchers(name: str, config: Config, tmp_path: Path, tally: Tally) -> None:
-    """A signal to the launcher alone: the trainer saves, no process is left, and our launcher returns its exit code."""
+    """A signal to the launcher alone: the trainer saves, no process is left, and our launcher returns its exit code.
+
+    Ours with one process is also what tests/integration/test_train_command.py stops.
+    """
     kinds = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     if not tally.full:
         kinds = {"ours": kinds[:1], "ours, two processes": kinds[1:2], "accelerate": kinds[:1]}.get(name, kinds[:1])
@@ -133,6 +136,7 @@ def trainers(run_dir: Path) -> list[int]:
     return found
 
 
+@thorough  # tests/integration: test_demo.py gets the 0, test_bad_input.py the 78
 @pytest.mark.fault("T11")
 def test_the_launcher_returns_every_code(config: Config, tmp_path: Path, tally: Tally) -> None:
     """Our launcher returns 0 for a finished run and 78 for bad input, where accelerate returns 1."""

@@ -12,7 +12,6 @@ from tests.conftest import ROOT, thorough
 from train.track.metrics_file import read_metrics
 
 
-
 def a_part(folder: Path) -> list[str]:
     """The options of a demo on 12 terms of the real demo's 36, with more epochs and fewer validations and saves."""
     trained, held_out = (
@@ -25,7 +24,7 @@ def a_part(folder: Path) -> list[str]:
     for name, rows in (("trained", trained), ("held_out", held_out)):
         (folder / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
     words = ["--data.path", str(folder / "trained.jsonl"), "--data.validation_path", str(folder / "held_out.jsonl")]
-    return [*words, *"--train.epochs 20 --validate.every 50 --checkpoint.every 50".split()]
+    return [*words, *["--train.epochs", "20", "--validate.every", "50", "--checkpoint.every", "50"]]
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ def pid_of(run_dir: Path, rank: int) -> int:
     raise AssertionError(f"no process of rank {rank}")
 
 
+@thorough  # tests/unit/run/test_launcher.py wants the same of a stand-in, and the next test loses real ones
 @pytest.mark.fault("T26")
 def test_the_only_process_is_killed(config: Config, tmp_path: Path) -> None:
     """83 and a sentence, in exit.json and the attempt's end as well; the same command goes on."""

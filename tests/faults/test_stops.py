@@ -79,15 +79,14 @@ COMMANDS = {
     "accelerate": [str(Path(sys.executable).with_name("accelerate")), "launch", "--quiet", "--cpu"],
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
 }
+# of one process; tests/integration/test_train_command.py stops ours as well, and of foreign ones torchrun stays
+MARKS = {"ours": thorough, "accelerate": thorough}
 
 
 @pytest.mark.fault("T11")
-@pytest.mark.parametrize("name", [pytest.param("ours", marks=thorough), *list(COMMANDS)[1:]])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in COMMANDS])
 def test_signals_through_launchers(name: str, config: Config, tmp_path: Path, tally: Tally) -> None:
-    """A signal to the launcher alone: the trainer saves, no process is left, and our launcher returns its exit code.
-
-    Ours with one process is also what tests/integration/test_train_command.py stops.
-    """
+    """A signal to the launcher alone: the trainer saves, no process is left, and our launcher returns its exit code."""
     kinds = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     if not tally.full:
         kinds = {"ours": kinds[:1], "ours, two processes": kinds[1:2], "accelerate": kinds[:1]}.get(name, kinds[:1])

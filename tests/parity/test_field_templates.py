@@ -10,8 +10,8 @@ from tests.field_templates import CONVERSATIONS, judge, real_templates, rendered
 from tests.unit.data_tools.jinja import marked
 
 NUM_PARTS = 12
-# a part in the quick tier, half of all in the whole, and all with --thorough; docs/FORMATS.md tells of all
-MARKS = [[], *[[pytest.mark.slow]] * 5, *[[pytest.mark.slow, thorough]] * 6]
+# a part in the quick tier, a third of all in the whole, and all with --thorough; docs/FORMATS.md tells of all
+MARKS = [[], *[[pytest.mark.slow]] * 3, *[[pytest.mark.slow, thorough]] * 8]
 PARTS = [pytest.param(part, marks=MARKS[part]) for part in range(NUM_PARTS)]
 
 

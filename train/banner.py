@@ -104,12 +104,15 @@ def _parts(training: Training) -> list[str]:
 
 
 def _template_arguments(config: Config) -> list[str]:
-    """The profile's, where they are left out: another base or template was named, or none asked for."""
+    """The profile's, where they are left out: another base or template does not read them, or none was asked for."""
     profile = PROFILES.get(config.profile)
     arguments = profile().data.template_arguments if profile is not None else ()
     if not arguments or config.data.template_arguments:
         return []
-    return [f"template  the profile's {' '.join(arguments)} is left out; --data.template_arguments gives it"]
+    told = " ".join(arguments)
+    return [
+        f"template  the profile's {told} is left out; if the template reads it: --data.template_arguments {told}"
+    ]
 
 
 def _packing(training: Training) -> list[str]:

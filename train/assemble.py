@@ -64,8 +64,8 @@ def assemble(
         plan = _reference_plan(model, config, outlook, ids)
     parameters = model.trainable()
     flat = FlatParameters(parameters, config.optim.lora_plus_ratio)
-    engine = f"fused{_linear_note(model)}" if plan.is_fused else f"reference: {outlook.reason}"
-    say(accelerator, f"engine    {engine}")
+    if plan.is_fused:  # of the reference engine the banner tells, once what it does is chosen
+        say(accelerator, f"engine    fused{_linear_note(model)}")
     training = Training(
         config=config,
         accelerator=accelerator,

@@ -110,9 +110,7 @@ def _template_arguments(config: Config) -> list[str]:
     if not arguments or config.data.template_arguments:
         return []
     told = " ".join(arguments)
-    return [
-        f"template  the profile's {told} is left out; if the template reads it: --data.template_arguments {told}"
-    ]
+    return [f"template  the profile's {told} is left out; if the template reads it: --data.template_arguments {told}"]
 
 
 def _packing(training: Training) -> list[str]:

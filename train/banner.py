@@ -8,7 +8,7 @@ from train.checkpoints.contents import Checkpoint
 from train.config import Config
 from train.data import Splits
 from train.grace import grace_warning
-from train.memory.reference import ReferencePlan
+from train.memory.reference import ReferencePlan, engine_lines
 from train.models.targets import Targets
 from train.models.tokenizer import Tokenizer, trained_tokens, unseen_tokens
 from train.profiles import GLOSSARY, HELD_OUT, PROFILES
@@ -130,9 +130,7 @@ def _choices(training: Training) -> list[str]:
     plan = training.plan
     if not isinstance(plan, ReferencePlan):
         return []
-    why = "transformers and PEFT" + (f" ({training.reference_reason})" if training.reference_reason else "")
-    lines = [why, *plan.choices]
-    return [f"engine    {lines[0]}", *(f"          {line}" for line in lines[1:])]
+    return engine_lines(training.reference_reason, plan.choices)
 
 
 def _executed(training: Training) -> str:

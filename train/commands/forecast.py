@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from train.batching import LengthStatistics
+from train.commands.reference_choices import not_predicted
 from train.config import Config, parse_bytes
 from train.engine.plan import Plan
 from train.memory.candidate import Job
@@ -165,11 +166,7 @@ def forecast(config: Config, gpu: Gpu, rows: LengthStatistics, num_steps: float 
     outlook = Outlook.on_gpu(config, gpu, rows, budget)
     outlook = outlook.on(cluster.num_processes, cluster.num_gpus, shares_host=cluster.num_gpus > 1)
     if outlook.planner is None:
-        reason = (
-            f"only the fused engine's memory is predicted, and this run uses the reference engine: {outlook.reason}. "
-            "--probe measures it on the GPU that is here"
-        )
-        raise ExitWith(ExitCode.BAD_INPUT, reason)
+        raise ExitWith(ExitCode.BAD_INPUT, not_predicted(outlook, gpu))
     plan = outlook.planner.best(budget)
     between = Between.of(outlook.planner.job, plan, cluster)
     seconds = plan.seconds + between.seconds

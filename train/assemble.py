@@ -14,6 +14,7 @@ from train.context_group import start_group
 from train.data import TrainingData
 from train.engine import delta_rule
 from train.engine.graphs import is_out_of_memory
+from train.engine.peer_memory import any_failed
 from train.engine.plan import Plan
 from train.learning_rate import Schedule
 from train.memory.outlook import Outlook
@@ -40,7 +41,7 @@ from train.recording import capture_seconds, record_graphs
 from train.run.accelerator import free_gpu_bytes
 from train.run.devices import compute_type
 from train.run.exits import ExitCode, ExitWith
-from train.run.processes import any_process, say
+from train.run.processes import say
 from train.step import Training
 
 
@@ -153,11 +154,11 @@ def fit_to_memory(training: Training, outlook: Outlook) -> Training:
         return training
     if isinstance(plan, ReferencePlan):
         return replace(training, plan=_fastest_reference_plan(training, plan, outlook))
-    if not any(any_process(accelerator, not _runs(training, plan, longest_validation))):
+    if not any_failed(accelerator.device, not _runs(training, plan, longest_validation)):
         return training
     for plan in outlook.smaller_plans(first):
         say(accelerator, f"memory    the longest micro-batch did not fit; trying: {plan}")
-        if not any(any_process(accelerator, not _fits(training, plan, longest_validation))):
+        if not any_failed(accelerator.device, not _fits(training, plan, longest_validation)):
             return replace(training, plan=plan)
     raise _out_of_memory(outlook, plan)
 
@@ -183,13 +184,13 @@ def _fastest_reference_plan(training: Training, plan: ReferencePlan, outlook: Ou
     sizes = passes.sizes(MOST_TOKENS.get(attention, MOST_TOKENS["sdpa"]))
 
     def runs(tried: ReferencePlan) -> bool:
-        return not any(any_process(accelerator, not _fits(training, tried, longest_validation)))
+        return not any_failed(accelerator.device, not _fits(training, tried, longest_validation))
 
     def leaves_room(tried: ReferencePlan) -> bool:
         if accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         fits = _fits(training, tried, longest_validation) and _peak_bytes(training) <= MARGIN * limit
-        return not any(any_process(accelerator, not fits))
+        return not any_failed(accelerator.device, not fits)
 
     devices = [torch.cuda.current_device()] if accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

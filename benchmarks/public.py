@@ -218,8 +218,9 @@ def known_rows(out: Path, name: str) -> list[dict[str, Any]]:
 def reason_of(said: str) -> str:
     """The line of a failed job's output that tells most: the first error that is not torchrun's own."""
     lines = [each.strip() for each in said.strip().splitlines()]
-    errors = [each for each in lines if re.match(r"(\[rank\d+\]: ?)?[\w.]+(Error|ExitWith): ", each)]
-    return [*errors, lines[-1]][0]
+    pattern = r"(\[rank\d+\]: ?)?([\w.]+Error|handloop): "
+    place = next((number for number, each in enumerate(lines) if re.match(pattern, each)), len(lines) - 1)
+    return " ".join(lines[place : place + 2]) if lines[place].endswith(":") else lines[place]
 
 
 def line(name: str, row: dict[str, Any]) -> str:

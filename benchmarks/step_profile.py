@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from train.cli import parse
-from train.main import run
+from benchmarks.real_job import run_words
 
 KINDS = {  # the first whose pattern is in a kernel's name
     "reduction between GPUs": r"nccl",
@@ -152,7 +151,9 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("there is no GPU to profile")
     window = Window(options.warmup, options.steps)
-    run(parse([*own[place + 1 :], "--train.max_steps", str(options.warmup + options.steps)]), window)
+    words = [*own[place + 1 :], "--train.max_steps", str(options.warmup + options.steps)]
+    if code := run_words(words, lambda _: window):
+        sys.exit(code)
     if not window.rows:  # only the first process is told of steps
         return
     found = summary(window.work(), options.steps, window.rows)

@@ -1,5 +1,11 @@
 """How the benchmark of a step's profile counts: gaps over all streams, kinds by names."""
 
+import sys
+
+import pytest
+import torch
+
+from benchmarks import real_job, step_profile
 from benchmarks.step_profile import Gap, Work, gaps, kind_of, short, summary
 
 GEMM = "void cutlass::gemm::Kernel<Policy<float>>(Params)"
@@ -29,3 +35,18 @@ def test_a_step_is_the_mean_of_several() -> None:
     assert found["kinds_ms"] == {"products": 3.0, "reduction between GPUs": 0.5}
     assert sum(found["kinds_ms"].values()) + found["idle_ms"] == found["step_ms"]
     assert found["gaps_ms"] == {"Kernel -> nccl, 1 times": 0.5}
+
+
+def test_a_refused_command_line_ends_as_the_run_s_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One message and 78, of the profile and of the job that other benchmarks start."""
+    refused = ["--profile", "demo", "--train.lr", "1"]
+    assert real_job.run_words(refused, real_job.noting) == 78
+    assert "handloop: the configuration cannot be used:\n  --train.lr" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["step_profile", "--", *refused])
+    with pytest.raises(SystemExit) as ended:
+        step_profile.main()
+    assert ended.value.code == 78
+    assert "handloop: the configuration cannot be used:\n  --train.lr" in capsys.readouterr().err

@@ -118,6 +118,8 @@ def main() -> None:
     options = parser.parse_args(before)
     if unknown := [name for name in options.workloads if name not in WORKLOADS]:
         parser.error(f"no workload {', '.join(unknown)}; there are {', '.join(WORKLOADS)}")
+    if twice := sorted({name for name in options.workloads if options.workloads.count(name) > 1}):
+        parser.error(f"{', '.join(twice)}: named twice; each is measured once for each number of --processes")
     print(NOTE)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch:
         for name in options.workloads or WORKLOADS:

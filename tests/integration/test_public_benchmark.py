@@ -66,6 +66,13 @@ def test_the_first_error_is_told() -> None:
     assert reason_of(refused) == "handloop: the configuration cannot be used: --x: no such option"
 
 
+def test_a_workload_is_named_once(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Named twice it would be measured twice in one folder, which ends in a traceback."""
+    with pytest.raises(SystemExit, match="2"):
+        run("tiny", "sharded", "tiny", "--processes", "1")
+    assert "tiny: named twice" in capsys.readouterr().err
+
+
 def is_alive(process: Path) -> bool:
     """Whether the process with this file's number runs; one that nobody has waited for does not."""
     try:

@@ -32,15 +32,16 @@ class Between:
     rate: float  # bytes/s of the slowest link
     seconds: float  # all wait for it
     peer_bytes: int  # packed weights that each reads from the others
-    speedups: dict[float, float]  # of all GPUs over one with the same work, by Gbit/s between machines
+    num_groups: int  # of GPUs that share rows; without batch.context_parallel each GPU is one
+    speedups: dict[float, float]  # of all groups over one with the same work, by Gbit/s between machines
 
     @classmethod
     def of(cls, job: Job, plan: Plan, cluster: Cluster) -> "Between":
         """Of a plan of the job for each GPU."""
-        speedups = {}
+        speedups, num_groups = {}, cluster.num_processes // job.batch.context_parallel
         for gbit in sorted({*NETWORK_GBITS, cluster.network_gbit}):
             waited = reduction_seconds(job, replace(cluster, network_gbit=gbit))
-            speedups[gbit] = cluster.num_processes * plan.seconds / (plan.seconds + waited)
+            speedups[gbit] = num_groups * plan.seconds / (plan.seconds + waited)
         return cls(
             cluster=cluster,
             added_bytes=job.sizes.gradient_bytes if cluster.num_processes > 1 else 0,
@@ -48,12 +49,13 @@ class Between:
             rate=ring_rate(job, cluster),
             seconds=reduction_seconds(job, cluster),
             peer_bytes=peer_bytes(job, plan),
+            num_groups=num_groups,
             speedups=speedups,
         )
 
     @property
     def speedup(self) -> float:
-        """Of all GPUs over one with the same work."""
+        """Of all groups over one with the same work."""
         return self.speedups[self.cluster.network_gbit]
 
 
@@ -171,13 +173,12 @@ def forecast(config: Config, gpu: Gpu, rows: LengthStatistics, num_steps: float 
     between = Between.of(outlook.planner.job, plan, cluster)
     seconds = plan.seconds + between.seconds
     fits = plan.peak_bytes <= budget
-    num_groups = cluster.num_processes // config.batch.context_parallel
     has_rates = fits and any(gpu.name == known.name for known in KNOWN_GPUS)
     return Forecast(
         gpu=gpu,
         budget=budget,
         plan=plan,
-        tokens_per_second=num_groups * outlook.num_tokens / seconds if has_rates else None,
+        tokens_per_second=between.num_groups * outlook.num_tokens / seconds if has_rates else None,
         paged_bytes=outlook.planner.job.sizes.paged_bytes,
         fits=fits,
         advice="" if fits else outlook.remedies(plan),

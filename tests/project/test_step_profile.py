@@ -1,6 +1,7 @@
 """How the benchmark of a step's profile counts: gaps over all streams, kinds by names."""
 
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -50,3 +51,21 @@ def test_a_refused_command_line_ends_as_the_run_s_own(
         step_profile.main()
     assert ended.value.code == 78
     assert "handloop: the configuration cannot be used:\n  --train.lr" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize("settle", [0, 2])
+def test_steps_under_the_profiler_that_do_not_count(settle: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trace has what runs in the counted steps, and nothing of those in which the profiler was already prepared."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    window = step_profile.Window(warmup=2, settle=settle, num_steps=2)
+    work = [torch.sin, torch.cos, torch.tan, torch.exp, torch.log, torch.sqrt, torch.abs, torch.neg]  # one a step
+    for step, operation in enumerate(work, start=1):
+        operation(torch.ones(1))
+        window({"step": step, "data/tokens": step})
+    counted = [3 + settle, 4 + settle]
+    assert [row["step"] for row in window.rows] == counted
+    events: Any = window.profiler.events()
+    traced = [event.name.removeprefix("aten::") for event in events]
+    names = [operation.__name__ for operation in work]
+    assert [name for name in names if name in traced] == names[2 + settle : 4 + settle]

@@ -195,11 +195,17 @@ ALLOWED_MODULES = {
     "train.engine.layers": {"train.engine.linears"},
     "train.engine.lora_linear": {"train.engine.linears", "train.engine.operations"},
     "train.engine.fp8_kernels": set(),
-    "train.engine.fp8": {
+    "train.engine.fp8_operations": {
         "train.engine.fp8_kernels",
         "train.engine.lora_linear",
         "train.engine.operations",
         "train.run.devices",
+    },
+    "train.engine.fp8": {
+        "train.engine.fp8_operations",
+        "train.engine.linears",
+        "train.engine.lora_linear",
+        "train.engine.operations",
     },
     "train.engine.attention": {"train.collate", "train.run.devices"},
     "train.engine.split_attention": {"train.collate", "train.engine.attention"},
@@ -373,6 +379,7 @@ ALLOWED_MODULES = {
         "train.engine.attention",
         "train.engine.block",
         "train.engine.families",
+        "train.engine.fp8",
         "train.engine.layers",
         "train.engine.mixture",
         "train.engine.packed_weights",

@@ -136,12 +136,14 @@ class Window:
             self.profiler.stop_trace()
 
     def work(self) -> list[Work]:
-        """What ran on the GPU."""
+        """What ran on the GPU; names of code, such as torch gives an optimizer's step, lie over it and are none."""
         events: Any = self.profiler.events()
         return [
             Work(event.name, event.time_range.start, event.time_range.end)
             for event in events
-            if event.device_type == torch.autograd.DeviceType.CUDA and event.time_range.end > event.time_range.start
+            if event.device_type == torch.autograd.DeviceType.CUDA
+            and not event.is_user_annotation
+            and event.time_range.end > event.time_range.start
         ]
 
 

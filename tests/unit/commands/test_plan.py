@@ -185,7 +185,6 @@ def test_large_data_are_counted_once_they_are_prepared(
     assert planned(capsys, "--data.path", str(rows))["data"]["num_samples"] == 40
 
 
-@pytest.mark.usefixtures("one_gpu")
 def test_a_size_names_the_cards_that_have_it(capsys: pytest.CaptureFixture[str]) -> None:
     """24GiB, in any case, has no speed; the cards are named that have one."""
     for size in ("24GiB", "24gib"):
@@ -231,6 +230,27 @@ def test_several_gpus(capsys: pytest.CaptureFixture, llama31_8b: Path) -> None:
     ratio = four["predicted_tokens_per_second"] / one["predicted_tokens_per_second"]
     assert ratio == pytest.approx(four["predicted_speedup"], rel=1e-3)
     assert (one["added_gib"], four["added_gib"]) == (0, pytest.approx(0.078, rel=0.01))  # 21 million in fp32
+
+
+def test_a_group_of_gpus_shares_a_row(capsys: pytest.CaptureFixture[str], llama31_8b: Path) -> None:
+    """Four GPUs with a row between them are no four times one; eight are nearly twice as fast as a group of four."""
+
+    def planned(*words: str) -> str:
+        base = ["--gpu", "H100", "--model.name_or_path", str(llama31_8b), "--batch.per_device", "1", *words]
+        assert main(["plan", "--profile", "multi_gpu", *base]) == 0
+        return capsys.readouterr().out
+
+    def speed(said: str) -> float:
+        return float(re.findall(r"about ([\d,]+) tokens/s", said)[0].replace(",", ""))
+
+    four = planned("--gpus", "4", "--batch.context_parallel", "4")
+    assert "GPUs      4 GPUs that share each row's tokens\n" in four
+    eight = planned("--gpus", "8", "--batch.context_parallel", "4")
+    told = re.search(r"GPUs      8 GPUs in 2 groups, of which each .*; ([\d.]+) times as fast as one group", eight)
+    assert told is not None
+    assert 1.8 < float(told[1]) < 2
+    assert speed(eight) / speed(four) == pytest.approx(float(told[1]), rel=0.05)  # four also wait for their sums
+    assert "times as fast as one with the same work for each" in planned("--gpus", "4")
 
 
 @pytest.mark.usefixtures("one_gpu")

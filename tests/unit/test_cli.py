@@ -7,12 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_command
 from train.cli import PATHS, parse
+from train.commands import handloop
 from train.config import parse_bytes
 from train.profiles import FOR_4_GB, PROFILES
 from train.run.exits import ExitCode, ExitWith
@@ -193,7 +195,9 @@ def test_every_option_that_names_a_file_is_a_path() -> None:
     assert found == set(PATHS) - {"run.resume"}  # which takes words as well
 
 
-def test_a_home_through_the_real_commands(tmp_path: Path, shape: Path, pairs: Path) -> None:
+def test_a_home_through_the_real_commands(
+    tmp_path: Path, shape: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`--run.dir=~/x` makes no folder called ~, and base, template and data are found in the home folder."""
     home, here = tmp_path / "home", tmp_path / "here"
     here.mkdir()
@@ -202,21 +206,12 @@ def test_a_home_through_the_real_commands(tmp_path: Path, shape: Path, pairs: Pa
     words = ["--profile", "demo", "--model.name_or_path=~/base", "--model.random_init", "true", "--run.dir=~/x"]
     words += ["--data.chat_template=~/base/chat_template.jinja", "--data.path=~/pairs.jsonl", "--train.max_steps", "1"]
     words += ["--optim.warmup", "0", "--track.wandb", "off", "--compare.num_questions", "0", "--data.gate", "warn"]
-    environment = {**os.environ, "HOME": str(home), "PYTHONPATH": str(ROOT)}
-
-    def run(*command: str) -> None:
-        done = subprocess.run([sys.executable, *command], cwd=here, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-
-    run(str(ROOT / "train" / "main.py"), *words)
+    done = run_command(words, partial(os.chdir, here), HOME=str(home))
+    assert done.returncode == 0, done.stderr
     assert (home / "x" / "final").is_dir()
-    run(
-        "-c",
-        "import sys; from train.commands.handloop import main; sys.exit(main())",
-        "preview",
-        "--html=~/page.html",
-        *words,
-    )
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(home))
+    assert handloop.main(["preview", "--html=~/page.html", *words]) == 0
     assert (home / "page.html").exists()
     assert list(here.iterdir()) == []
 
@@ -231,10 +226,28 @@ def test_packing_replaces_what_a_profile_sets() -> None:
     assert "--data.group_by_length True: packing leaves no padding to save" in refusal("--profile", "demo", *both)
 
 
-def test_template_arguments_of_a_profile_are_for_its_own_base() -> None:
-    """Another base or template is not given them, unless they are asked for; the profile's base is, however spelled."""
+def test_template_arguments_of_a_profile_are_for_templates_that_read_them(tmp_path: Path) -> None:
+    """A folder or file that reads them is given them, and others where asked; the profile's base always."""
     own = ("enable_thinking=false",)
+    thinks = "{% if enable_thinking is false %}{{ 'no' }}{% endif %}"
+    held = {
+        "jinja/chat_template.jinja": thinks,
+        "config/tokenizer_config.json": json.dumps({"chat_template": thinks}),
+        "several/tokenizer_config.json": json.dumps({"chat_template": [{"name": "tool_use", "template": thinks}]}),
+        "processor/chat_template.json": json.dumps({"chat_template": thinks}),
+        "over/chat_template.jinja": "{{ messages }}",  # in place of the one in tokenizer_config.json
+        "over/tokenizer_config.json": json.dumps({"chat_template": thinks}),
+        "broken/tokenizer_config.json": "[",
+    }
+    for name, text in held.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
     for words, wanted in (
+        *((f"--model.name_or_path {tmp_path / name}", own) for name in ("jinja", "config", "several", "processor")),
+        *((f"--model.name_or_path {tmp_path / name}", ()) for name in ("over", "broken", "absent")),
+        (f"--model.name_or_path x --data.chat_template {tmp_path / 'jinja' / 'chat_template.jinja'}", own),
+        (f"--model.name_or_path {tmp_path / 'jinja'} --data.chat_template {tmp_path / 'over/chat_template.jinja'}", ()),
+        (f"--model.name_or_path {tmp_path / 'jinja'} --data.template_arguments", ()),
         ("", own),
         ("--model.name_or_path Qwen/Qwen3-1.7B --data.path a.jsonl", own),
         ("--model.name_or_path demo/base", ()),

@@ -179,7 +179,7 @@ class Fp8Group(LoraGroup):
             if self.padded_rank and drop is None:
                 grad_x.addmm_(low_rank, matrix.down[: self.num_beside])
         else:
-            low_rank = low_rank if drop is None else low_rank.new_zeros(1, 1).expand(low_rank.shape)
+            low_rank = low_rank if drop is None else low_rank.new_zeros(1, self.num_beside).expand(low_rank.shape)
             beside = Beside(low_rank, matrix.sizes.factors[1]) if self.num_beside else None
             scaled_product(quantize(grad_y, beside), weight.T, matrix.scales, grad_x)
         if drop is not None:

@@ -151,6 +151,7 @@ def quantize(x: torch.Tensor, beside: Beside | None = None) -> Rows:
         rows.values.copy_(torch.cat([wide[:, :width].to(E4M3), high, high, low], 1))
         return rows
     block, low_rank = _power_of_two(width), beside.low_rank if beside else x
+    assert x.stride(1) == low_rank.stride(1) == 1
     kernels.quantize_kernel[(num_rows,)](
         x, x.stride(0), low_rank, low_rank.stride(0), beside.factor if beside else x, rows.values,
         rows.values.stride(0), rows.scales, width, block, rank, _power_of_two(max(1, rank)),

@@ -9,7 +9,7 @@ dropout and clipping. `fp32` is transformers and PEFT in fp32 on the same base, 
 bits: transformers' Trainer behind PEFT's prepare_model_for_kbit_training, which makes such a base fp32, and of an NF4
 base all that is not packed. A peer that is not installed is named and left out; HANDLOOP_PEERS_PATH is a folder of
 packages for them. `layer` in the JSON is one projection, see fidelity_layer.py. `--picture FILE` draws the losses'
-distances from the JSON. Everything behind `--` goes to train/main.py.
+distances from the JSON. Everything behind `--` goes to train/main.py, in the place of `BATCH`.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from train.run.versions import versions
 
 RESULTS = ROOT / "benchmarks" / "results" / "fidelity.json"
 SYSTEMS = (*[name for name in OURS if name != FP32], *PEERS)
+BATCH = ["--batch.per_device", "8", "--batch.accumulation", "1"]  # peers take it as one padded batch
 ASKED_FOR = ("seed",)  # left out by default
 KEYS = ("system", "base", "rate", "seed")
 FAR = 0.02  # of the first loss, which all systems compute of the same numbers
@@ -73,7 +74,7 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--picture", type=Path, help="draw this SVG instead")
-    parser.add_argument("words", nargs="*", help="behind --: further options of train/main.py")
+    parser.add_argument("words", nargs="*", default=BATCH, help="behind --: other options of train/main.py")
     return parser.parse_args()
 
 
@@ -141,9 +142,9 @@ def line(row: dict[str, Any]) -> str:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Medians over seeds, in Markdown."""
     lines = [
-        "| base | learning rate | system | loss, median over steps | update, last step | cosine, first gradient "
-        "| cosine, last gradient at fp32's adapters |",
-        "|---|---|---|---|---|---|---|",
+        "| base | learning rate | system | loss, median over steps | higher on average | update, last step "
+        "| cosine, first gradient | cosine, last gradient at fp32's adapters |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for base, rate in dict.fromkeys((row["base"], row["rate"]) for row in rows):
         for system in SYSTEMS:
@@ -151,9 +152,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             if of:
                 loss = statistics.median(statistics.median(row["loss_distance"]) for row in of)
                 update = statistics.median(row["update_distance"][-1] for row in of)
-                first = statistics.median(row["first_gradient_cosine"] for row in of)
-                last = statistics.median(row["last_gradient_cosine"] for row in of)
-                lines.append(f"| {base} | {rate:g} | {system} | {loss:.2e} | {update:.1%} | {first:.6f} | {last:.6f} |")
+                names = ("loss_excess", "first_gradient_cosine", "last_gradient_cosine")
+                excess, first, last = (statistics.median(row[name] for row in of) for name in names)
+                told = f"| {base} | {rate:g} | {system} | {loss:.2e} | {excess:+.2e} | {update:.1%} "
+                lines.append(f"{told}| {first:.6f} | {last:.6f} |")
     return "\n".join(lines)
 
 

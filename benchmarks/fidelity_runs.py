@@ -7,7 +7,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -75,7 +75,6 @@ def configured(options: argparse.Namespace, setting: Setting, system: str = FP32
     words += ["--model.quantization", setting.base, "--model.dtype", dtype, "--engine.kind", kind]
     words += ["--optim.name", "adamw", "--optim.lr", str(setting.rate), "--optim.max_grad_norm", "inf"]
     words += ["--train.seed", str(setting.seed), "--train.max_steps", str(options.steps)]
-    words += ["--batch.per_device", "8", "--batch.accumulation", "1"]  # what peers take as one padded batch
     return parse([*words, *options.words])
 
 
@@ -165,17 +164,26 @@ def peer_traces(job: Job, system: str, settings: Sequence[Setting], folder: Path
         environment.pop("PYTORCH_ALLOC_CONF", None)  # train sets it; PYTORCH_CUDA_ALLOC_CONF would reach both
         command = [sys.executable, "-m", "benchmarks.fidelity_peers", str(path)]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        said = []
         with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                said.append(line)
-                if line.startswith(WRITTEN):
-                    out = line.removeprefix(WRITTEN).strip()
-                    yield of_base[out], Trace.load(Path(out))
-                    Path(out).unlink()
+            try:
+                said = yield from written(process, of_base)
+            except BaseException:  # also where no more is wanted: the other runs would be waited for
+                process.kill()
+                raise
         if process.returncode:
             raise RuntimeError(f"{system} on base {base} ended with {process.returncode}:\n{''.join(said)[-3000:]}")
+
+
+def written(process: Any, of_base: Mapping[str, Setting]) -> Generator[tuple[Setting, Trace], None, list[str]]:
+    """Each Trace as the process says that it is there; returns all lines that it has said."""
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if line.startswith(WRITTEN):
+            out = line.removeprefix(WRITTEN).strip()
+            yield of_base[out], Trace.load(Path(out))
+            Path(out).unlink()
+    return said
 
 
 def peer_job(job: Job, system: str, of_base: Mapping[str, Setting], folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 MEASURES = {
     "loss_distance": "distance of each step's loss from fp32's, each run along its own way",
+    "loss_excess": "how much higher the loss is than fp32's, mean over steps: rounding alone goes either way",
     "update_distance": "distance of what the adapters have moved after each step from fp32's, over its norm",
     "first_gradient_cosine": "of the first step's gradient and fp32's, at the same adapters",
     "last_gradient_cosine": "the same of the last step's rows, at the adapters that fp32 has before that step",
@@ -84,11 +85,13 @@ def put_into(parameters: Mapping[str, torch.nn.Parameter], tensors: Mapping[str,
 
 def distances(own: Trace, wanted: Trace) -> dict[str, Any]:
     """MEASURES of a run against fp32's: lists by step, and numbers."""
-    apart = (own.losses - wanted.losses).abs().tolist()
+    higher = own.losses - wanted.losses
+    apart = higher.abs().tolist()
     moved, theirs = (trace.adapters[1:] - trace.adapters[0] for trace in (own, wanted))
     (first, last), (wanted_first, wanted_last) = own.gradients, wanted.gradients
     return {
         "loss_distance": rounded(apart[:-1]),
+        "loss_excess": float(higher[:-1].mean()),
         "update_distance": rounded([relative(a, b) for a, b in zip(moved, theirs, strict=True)]),
         "first_gradient_cosine": cosine(first, wanted_first),
         "last_gradient_cosine": cosine(last, wanted_last),

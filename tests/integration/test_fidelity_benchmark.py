@@ -116,6 +116,7 @@ def test_distances_of_known_traces(tmp_path: Path) -> None:
     own.save(tmp_path / "own.safetensors")
     found = distances(Trace.load(tmp_path / "own.safetensors"), wanted)
     assert (found["loss_distance"], found["last_loss_distance"]) == ([0.5, 0.0], 0.25)
+    assert found["loss_excess"] == 0.25
     assert found["update_distance"] == [0.0, 0.5]
     assert found["first_gradient_cosine"] == pytest.approx(0.5**0.5)
     assert (found["last_gradient_cosine"], found["last_gradient_distance"]) == (1.0, 1.0)

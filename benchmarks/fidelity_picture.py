@@ -11,6 +11,7 @@ STYLES = {
     "unsloth": ("Unsloth", "#7b3294", "#d7a8e8", "6 2"),
     "seed": ("Trainer, PEFT's kbit", "#666666", "#aaaaaa", "2 3"),
     "reference": ("Handloop, reference", "#1a9850", "#66d98a", "8 3 2 3"),
+    "fused-fp8": ("Handloop, fused, fp8", "#c51b7d", "#f48fb1", "4 2"),
     "fused": ("Handloop, fused", "#0b5fd0", "#6cb0ff", ""),
     "fused-fp32": ("Handloop, fused in fp32", "#999999", "#777777", "1 3"),
 }

@@ -33,12 +33,13 @@ from train.run.exits import ExitCode, ExitWith
 from train.step import UNWATCHED, Training, optimizer_step, step_gradient
 
 FP32 = "fp32"
-# (engine.kind, model.dtype); the first is what all others are compared with
+# (engine.kind, model.dtype, engine.products); the first is what all others are compared with
 OURS = {
-    FP32: ("reference", "fp32"),
-    "fused-fp32": ("fused", "fp32"),
-    "fused": ("fused", "bf16"),
-    "reference": ("reference", "bf16"),
+    FP32: ("reference", "fp32", "bf16"),
+    "fused-fp32": ("fused", "fp32", "bf16"),
+    "fused": ("fused", "bf16", "bf16"),
+    "fused-fp8": ("fused", "bf16", "fp8"),  # of NF4 alone
+    "reference": ("reference", "bf16", "bf16"),
 }
 PEERS = ("seed", "trl", "unsloth")
 WRITTEN = "trace written: "  # what a peer's process says before the file's path
@@ -70,9 +71,10 @@ class Job:
 
 def configured(options: argparse.Namespace, setting: Setting, system: str = FP32) -> Config:
     """The configuration of our run: that of a user's command."""
-    kind, dtype = OURS[system]
+    kind, dtype, products = OURS[system]
     words = [*BIG, "--run.device", "auto", "--model.name_or_path", options.model, "--data.path", options.data]
     words += ["--model.quantization", setting.base, "--model.dtype", dtype, "--engine.kind", kind]
+    words += ["--engine.products", products]
     words += ["--optim.name", "adamw", "--optim.lr", str(setting.rate), "--optim.max_grad_norm", "inf"]
     words += ["--train.seed", str(setting.seed), "--train.max_steps", str(options.steps)]
     return parse([*words, *options.words])

@@ -38,6 +38,7 @@ def sizes(*numbers: int, **others: Any) -> dict[str, Any]:
 
 NO_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0.0}
 EXPERTS: dict[str, Any] = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "head_dim": 128}
+GEMMA4: dict[str, Any] = {"head_dim": 256, "global_head_dim": 512, "final_logit_softcapping": 30.0}
 SHAPES: dict[str, T.PreTrainedConfig] = {
     "Llama-3.1-8B": T.LlamaConfig(**sizes(4096, 14336, 32, 32, 8, 128256)),
     "Mistral-7B": T.MistralConfig(**sizes(4096, 14336, 32, 32, 8, 32768), sliding_window=None),
@@ -53,6 +54,20 @@ SHAPES: dict[str, T.PreTrainedConfig] = {
     ),
     "Gemma-3-12B": T.Gemma3TextConfig(
         **sizes(3840, 15360, 48, 16, 8, 262208), head_dim=256, sliding_window=1024, layer_types=every(6, 48)
+    ),
+    "Gemma-4-31B": T.Gemma4TextConfig(
+        **sizes(5376, 21504, 60, 32, 16, 262144, **GEMMA4, num_global_key_value_heads=4),
+        hidden_size_per_layer_input=0,
+        sliding_window=1024,
+        layer_types=every(6, 60),
+        attention_k_eq_v=True,
+    ),
+    "Gemma-4-E4B": T.Gemma4TextConfig(
+        **sizes(2560, 10240, 42, 8, 2, 262144, **GEMMA4),
+        hidden_size_per_layer_input=256,
+        sliding_window=512,
+        layer_types=every(6, 42),
+        num_kv_shared_layers=18,
     ),
     "OLMo-2-7B": T.Olmo2Config(**sizes(4096, 11008, 32, 32, 32, 100352)),
     "OLMo-3-7B": T.Olmo3Config(**sizes(4096, 11008, 32, 32, 32, 100278), sliding_window=4096, layer_types=every(4, 32)),

@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.interrupted_run import commit
 from train.cli import parse
-from train.engine import fp8
+from train.engine import fp8, fp8_operations
 from train.engine.fp8 import Form
 from train.engine.lora_linear import Pass
 from train.main import run
@@ -81,7 +81,7 @@ def worker(way: str, words: list[str]) -> None:
     if way == "gradient":
         fp8.FORMS.update({Pass.FORWARD: (Form.WIDE, None), Pass.RECOMPUTED: (Form.WIDE, Form.COLUMNS)})
     if way == "full":
-        fp8.FAST_ACCUMULATION = False
+        fp8_operations.FAST_ACCUMULATION = False
     run(parse([*words, "--engine.products", "bf16" if way == "bf16" else "fp8"]))
 
 

@@ -118,6 +118,8 @@ def main() -> None:
     options = parser.parse_args(before)
     if unknown := [name for name in options.workloads if name not in WORKLOADS]:
         parser.error(f"no workload {', '.join(unknown)}; there are {', '.join(WORKLOADS)}")
+    if twice := sorted({name for name in options.workloads if options.workloads.count(name) > 1}):
+        parser.error(f"{', '.join(twice)}: named twice; each is measured once for each number of --processes")
     print(NOTE)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch:
         for name in options.workloads or WORKLOADS:
@@ -218,8 +220,9 @@ def known_rows(out: Path, name: str) -> list[dict[str, Any]]:
 def reason_of(said: str) -> str:
     """The line of a failed job's output that tells most: the first error that is not torchrun's own."""
     lines = [each.strip() for each in said.strip().splitlines()]
-    errors = [each for each in lines if re.match(r"(\[rank\d+\]: ?)?[\w.]+(Error|ExitWith): ", each)]
-    return [*errors, lines[-1]][0]
+    pattern = r"(\[rank\d+\]: ?)?([\w.]+Error|handloop): "
+    place = next((number for number, each in enumerate(lines) if re.match(pattern, each)), len(lines) - 1)
+    return " ".join(lines[place : place + 2]) if lines[place].endswith(":") else lines[place]
 
 
 def line(name: str, row: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -24,12 +24,16 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from benchmarks.interrupted_run import commit
 from train.cli import parse
+from train.config import Config
 from train.main import run
 from train.run.devices import device_name
+from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder, read_object
+from train.run.last_words import say_end
 from train.run.versions import versions
 from train.track.metrics_file import read_metrics
 
+Watch = Callable[[Mapping[str, Any]], None]
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "demo" / "base"
 TIMES = "times.txt"
@@ -114,15 +118,28 @@ def _arrivals(place: Path) -> list[float]:
     return []
 
 
-def work(words: list[str]) -> None:
-    """The job itself, in each process; the first one notes when each row of metrics.jsonl comes."""
-    config = parse(words)
+def run_words(words: Sequence[str], watcher: Callable[[Config], Watch]) -> ExitCode:
+    """Runs the job of a command line; an end that is not a good one is said as train/main.py says it.
+
+    `watcher` makes of the configuration what is called with each step's row.
+    """
+    try:
+        config = parse(words)
+        run(config, watcher(config))
+    except ExitWith as end:
+        say_end(end)
+        return end.code
+    return ExitCode.FINISHED
+
+
+def noting(config: Config) -> Watch:
+    """Notes in the run folder when each row of metrics.jsonl comes; only the first process is told of rows."""
 
     def watch(row: Mapping[str, Any]) -> None:
         with (Path(config.run.dir) / TIMES).open("a", encoding="ascii") as file:
             file.write(f"{time.perf_counter()!r}\n")
 
-    run(config, watch)
+    return watch
 
 
 def shape_folder(shape: PreTrainedConfig, folder: Path) -> Path:
@@ -149,4 +166,4 @@ def record(out: Path, workload: str, rows: list[dict[str, Any]], more: Mapping[s
 
 
 if __name__ == "__main__":
-    work(sys.argv[1:])
+    sys.exit(run_words(sys.argv[1:], noting))

@@ -1,12 +1,18 @@
 """Where the GPU's time goes in optimizer steps of the real job: kernels by kind, and when it waits for the host.
 
-    python -m benchmarks.step_profile [--warmup 20] [--steps 5] [--out FILE] -- --profile a100 --data.path FILE ...
+    python -m benchmarks.step_profile [--warmup 20] [--settle 30] [--steps 5] [--out FILE] -- --profile a100 ...
     torchrun --nproc_per_node 2 --no-python python -m benchmarks.step_profile ... -- ...
 
 What stands behind `--` is a run's command line; it ends after the profiled steps, and its folder is kept. Times are of
 the first process's GPU, from the end of a step to the end of another, so what lies between steps is in them. A gap is
 time without any kernel or copy; it is told by what was on the GPU before and after it. The profiler costs the host some
 microseconds a kernel, so gaps are upper bounds where no CUDA graph is replayed.
+
+CUPTI instruments each CUDA graph once, before its first replay under the profiler: a gap of about 4 ms. So --settle
+steps run under it before those that count, as the warm-up of torch.profiler's schedules: prepare_trace enables CUPTI's
+activities, and what they record before start_trace is not in the trace. A profile before this one would not do: its end
+disables them, and the next one begins anew (https://github.com/pytorch/kineto/issues/328). A graph that is replayed for
+the first time in a counted step has its gap all the same.
 """
 
 import argparse
@@ -22,8 +28,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from train.cli import parse
-from train.main import run
+from benchmarks.real_job import run_words
 
 KINDS = {  # the first whose pattern is in a kernel's name
     "reduction between GPUs": r"nccl",
@@ -109,32 +114,36 @@ def summary(work: Sequence[Work], num_steps: int, rows: Sequence[Mapping[str, An
 
 
 class Window:
-    """Profiles the steps after the first `warmup`; called with each step's row."""
+    """Profiles steps after `warmup` without the profiler and `settle` under it; called with each step's row."""
 
-    def __init__(self, warmup: int, num_steps: int) -> None:
-        self.warmup, self.last = warmup, warmup + num_steps
+    def __init__(self, warmup: int, settle: int, num_steps: int) -> None:
+        self.prepared, self.first, self.last = warmup, warmup + settle, warmup + settle + num_steps
         self.rows: list[Mapping[str, Any]] = []
         self.profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
 
     def __call__(self, row: Mapping[str, Any]) -> None:
-        """Starts or stops the profiler between two steps."""
-        if self.warmup < row["step"] <= self.last:
+        """Prepares, starts or stops the profiler between two steps."""
+        step = row["step"]
+        if self.first < step <= self.last:
             self.rows.append(row)
-        if row["step"] not in (self.warmup, self.last):
-            return
-        torch.cuda.synchronize()
-        if row["step"] == self.warmup:
-            self.profiler.start()
-        else:
-            self.profiler.stop()
+        if step in (self.prepared, self.first, self.last):
+            torch.cuda.synchronize()
+        if step == self.prepared:
+            self.profiler.prepare_trace()
+        if step == self.first:
+            self.profiler.start_trace()
+        if step == self.last:
+            self.profiler.stop_trace()
 
     def work(self) -> list[Work]:
-        """What ran on the GPU."""
+        """What ran on the GPU; names of code, such as torch gives an optimizer's step, lie over it and are none."""
         events: Any = self.profiler.events()
         return [
             Work(event.name, event.time_range.start, event.time_range.end)
             for event in events
-            if event.device_type == torch.autograd.DeviceType.CUDA and event.time_range.end > event.time_range.start
+            if event.device_type == torch.autograd.DeviceType.CUDA
+            and not event.is_user_annotation
+            and event.time_range.end > event.time_range.start
         ]
 
 
@@ -144,15 +153,18 @@ def main() -> None:
     place = own.index("--") if "--" in own else len(own)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--warmup", type=int, default=20, help="steps that are not profiled, at least one")
+    parser.add_argument("--settle", type=int, default=30, help="steps under the profiler that do not count")
     parser.add_argument("--steps", type=int, default=5, help="steps that are")
     parser.add_argument("--out", type=Path, help="JSON")
     options = parser.parse_args(own[:place])
-    if options.warmup < 1 or options.steps < 1 or place == len(own):
+    if options.warmup < 1 or options.settle < 0 or options.steps < 1 or place == len(own):
         parser.error("a warm-up step, a profiled one and a run's command line behind `--` are needed")
     if not torch.cuda.is_available():
         parser.error("there is no GPU to profile")
-    window = Window(options.warmup, options.steps)
-    run(parse([*own[place + 1 :], "--train.max_steps", str(options.warmup + options.steps)]), window)
+    window = Window(options.warmup, options.settle, options.steps)
+    words = [*own[place + 1 :], "--train.max_steps", str(window.last)]
+    if code := run_words(words, lambda _: window):
+        sys.exit(code)
     if not window.rows:  # only the first process is told of steps
         return
     found = summary(window.work(), options.steps, window.rows)

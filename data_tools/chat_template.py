@@ -16,6 +16,7 @@ from jinja2 import Template, TemplateError
 from transformers.utils import chat_template_utils
 
 from data_tools.messages import REASONING_KEYS, Message
+from data_tools.template_files import has_word
 
 # A chat template may come from a stranger: it runs in transformers' sandbox, within these limits.
 MAX_TEMPLATE_SECONDS = 30.0  # a row of 8 MiB takes less than one
@@ -201,11 +202,6 @@ class ChatTemplate:
 
     def _now(self, spelling: str) -> str:
         return datetime.combine(self.today, time()).strftime(spelling)
-
-
-def has_word(source: str, name: str) -> bool:
-    """Whether a template names something; where it does not, it cannot read it."""
-    return re.search(rf"\b{re.escape(name)}\b", source) is not None
 
 
 def _in_line(error: BaseException) -> str:

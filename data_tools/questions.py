@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from data_tools.chat_template import DIALECTS, ChatTemplate, Dialect, has_word
+from data_tools.chat_template import DIALECTS, ChatTemplate, Dialect
 from data_tools.locate import leaves
 from data_tools.messages import Message
 from data_tools.records import Conversation
+from data_tools.template_files import has_word
 
 # An object as Python prints it, or a part of a content as JSON; a template that was given text writes neither.
 PRINTED = re.compile(r"""'zq\w+key7qz'|['"]type['"]: ?['"](text|thinking)['"]""")

@@ -14,10 +14,19 @@ from train.context_group import start_group
 from train.data import TrainingData
 from train.engine import delta_rule
 from train.engine.graphs import is_out_of_memory
+from train.engine.peer_memory import any_failed
 from train.engine.plan import Plan
 from train.learning_rate import Schedule
 from train.memory.outlook import Outlook
-from train.memory.reference import MOST_TOKENS, Passes, ReferencePlan, configured_plan
+from train.memory.reference import (
+    MOST_TOKENS,
+    Passes,
+    ReferencePlan,
+    configured_plan,
+    passes_told,
+    rows_told,
+    why_padded,
+)
 from train.memory.search import MARGIN
 from train.memory.together import planned_together
 from train.metrics import flops_per_token, num_chosen_experts, num_matmul_weights
@@ -32,7 +41,7 @@ from train.recording import capture_seconds, record_graphs
 from train.run.accelerator import free_gpu_bytes
 from train.run.devices import compute_type
 from train.run.exits import ExitCode, ExitWith
-from train.run.processes import any_process, say
+from train.run.processes import say
 from train.step import Training
 
 
@@ -64,8 +73,8 @@ def assemble(
         plan = _reference_plan(model, config, outlook, ids)
     parameters = model.trainable()
     flat = FlatParameters(parameters, config.optim.lora_plus_ratio)
-    engine = f"fused{_linear_note(model)}" if plan.is_fused else f"reference: {outlook.reason}"
-    say(accelerator, f"engine    {engine}")
+    if plan.is_fused:  # of the reference engine the banner tells, once what it does is chosen
+        say(accelerator, f"engine    fused{_linear_note(model)}")
     training = Training(
         config=config,
         accelerator=accelerator,
@@ -118,21 +127,12 @@ def _reference_plan(model: LanguageModel, config: Config, outlook: Outlook, ids:
     plan, saved = configured_plan(outlook.num_blocks, config.memory), outlook.saved
     is_cpu = model.causal_lm.device.type == "cpu"
     kernels = [] if is_cpu else [use_own_products(model, ids), use_liger(model, config.engine.liger, ids)]
-    padded, name = "", config.model.name_or_path
+    padded = why_padded(config, is_cpu, saved)
     if config.data.packing:
-        check_packing(model, name, ids)
-    elif config.batch.merge == "off":
-        padded = "batch.merge off"
-    elif is_cpu and config.batch.accumulation == 1 and config.data.group_by_length:
-        padded = "a step is one micro-batch of samples of similar length"  # a mask between them costs more
-    elif saved is not None and saved.layout == "padded":
-        padded = "as the run began"
-    elif reason := isolate(model, ids):
+        check_packing(model, config.model.name_or_path, ids)
+    elif not padded and (reason := isolate(model, ids)):
         padded = f"a layer carries its state from one packed sample to the next ({reason})"
-    attention = model.causal_lm.config._attn_implementation
-    rows = (
-        f"padded rows: {padded}" if padded else f"rows without padding; samples are isolated by {attention} attention"
-    )
+    rows = rows_told(padded, model.causal_lm.config._attn_implementation)
     plan = replace(plan, layout="padded" if padded else "unpadded", choices=tuple(filter(None, [rows, *kernels])))
     return _passes(plan, outlook).on_cpu() if is_cpu else plan
 
@@ -154,11 +154,11 @@ def fit_to_memory(training: Training, outlook: Outlook) -> Training:
         return training
     if isinstance(plan, ReferencePlan):
         return replace(training, plan=_fastest_reference_plan(training, plan, outlook))
-    if not any(any_process(accelerator, not _runs(training, plan, longest_validation))):
+    if not any_failed(accelerator.device, not _runs(training, plan, longest_validation)):
         return training
     for plan in outlook.smaller_plans(first):
         say(accelerator, f"memory    the longest micro-batch did not fit; trying: {plan}")
-        if not any(any_process(accelerator, not _fits(training, plan, longest_validation))):
+        if not any_failed(accelerator.device, not _fits(training, plan, longest_validation)):
             return replace(training, plan=plan)
     raise _out_of_memory(outlook, plan)
 
@@ -184,13 +184,13 @@ def _fastest_reference_plan(training: Training, plan: ReferencePlan, outlook: Ou
     sizes = passes.sizes(MOST_TOKENS.get(attention, MOST_TOKENS["sdpa"]))
 
     def runs(tried: ReferencePlan) -> bool:
-        return not any(any_process(accelerator, not _fits(training, tried, longest_validation)))
+        return not any_failed(accelerator.device, not _fits(training, tried, longest_validation))
 
     def leaves_room(tried: ReferencePlan) -> bool:
         if accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         fits = _fits(training, tried, longest_validation) and _peak_bytes(training) <= MARGIN * limit
-        return not any(any_process(accelerator, not fits))
+        return not any_failed(accelerator.device, not fits)
 
     devices = [torch.cuda.current_device()] if accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -204,9 +204,7 @@ def _fastest_reference_plan(training: Training, plan: ReferencePlan, outlook: Ou
         graphs = _graphs(training, found, limit)
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # what was tried and left is no peak of the run
-    tokens = f", of {found.micro_batch_tokens:,} tokens at most" if found.micro_batch_tokens else ""
-    kept = "kept" if found.num_kept else "recomputed"
-    tried = f"activations {kept}, micro-batches{tokens}, by trial"
+    tried = passes_told("kept" if found.num_kept else "recomputed", found.micro_batch_tokens)
     return replace(found, choices=tuple(filter(None, [*found.choices, tried, graphs])))
 
 

@@ -8,7 +8,7 @@ from train.checkpoints.contents import Checkpoint
 from train.config import Config
 from train.data import Splits
 from train.grace import grace_warning
-from train.memory.reference import ReferencePlan
+from train.memory.reference import ReferencePlan, engine_lines
 from train.models.targets import Targets
 from train.models.tokenizer import Tokenizer, trained_tokens, unseen_tokens
 from train.profiles import GLOSSARY, HELD_OUT, PROFILES
@@ -104,12 +104,13 @@ def _parts(training: Training) -> list[str]:
 
 
 def _template_arguments(config: Config) -> list[str]:
-    """The profile's, where they are left out: another base or template was named, or none asked for."""
+    """The profile's, where they are left out: another base or template does not read them, or none was asked for."""
     profile = PROFILES.get(config.profile)
     arguments = profile().data.template_arguments if profile is not None else ()
     if not arguments or config.data.template_arguments:
         return []
-    return [f"template  the profile's {' '.join(arguments)} is left out; --data.template_arguments gives it"]
+    told = " ".join(arguments)
+    return [f"template  the profile's {told} is left out; if the template reads it: --data.template_arguments {told}"]
 
 
 def _packing(training: Training) -> list[str]:
@@ -129,9 +130,7 @@ def _choices(training: Training) -> list[str]:
     plan = training.plan
     if not isinstance(plan, ReferencePlan):
         return []
-    why = "transformers and PEFT" + (f" ({training.reference_reason})" if training.reference_reason else "")
-    lines = [why, *plan.choices]
-    return [f"engine    {lines[0]}", *(f"          {line}" for line in lines[1:])]
+    return engine_lines(training.reference_reason, plan.choices)
 
 
 def _executed(training: Training) -> str:

@@ -7,12 +7,14 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
+from pathlib import Path
 
 import tyro
 
 from data_tools.spelling import nearest
+from data_tools.template_files import has_word, template_texts
 from train import advice
-from train.config import Config
+from train.config import Config, parse_argument
 from train.help_pages import help_page
 from train.profiles import PROFILES, data_alone
 from train.run.exits import ExitCode, ExitWith
@@ -203,14 +205,30 @@ def _without_replaced(config: Config, given: Set[str]) -> Config:
 
 
 def _for_its_base(config: Config, profile: Config, words: list[str]) -> Config:
-    """`config` without the profile's data.template_arguments where another base or template is named.
+    """`config` without the profile's data.template_arguments where it names a base or template that does not read them.
 
-    They are for the template of the profile's own base, and one that does not read them is refused.
+    One that does not is refused with them. A folder's templates and a template's file are looked into; of another base
+    on the hub nothing is known here.
     """
     is_own = config.model.name_or_path == profile.model.name_or_path and not config.data.chat_template
     if is_own or any(typed.replace("-", "_") == "data.template_arguments" for typed, _ in _grouped(words)):
         return config
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, template_arguments=()))
+    texts = _templates(config)
+
+    def is_read(argument: str) -> bool:
+        return any(has_word(text, parse_argument(argument)[0]) for text in texts)
+
+    read = tuple(filter(is_read, config.data.template_arguments))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, template_arguments=read))
+
+
+def _templates(config: Config) -> list[str]:
+    """The chat templates that are used, where they lie on this machine."""
+    if file := config.data.chat_template:
+        with contextlib.suppress(OSError, ValueError):
+            return [Path(os.path.expanduser(file)).read_text(encoding="utf-8-sig")]
+        return []
+    return template_texts(Path(os.path.expanduser(config.model.name_or_path)))
 
 
 def _split(name: str, values: list[str], default: object) -> tuple[list[str], list[str]]:

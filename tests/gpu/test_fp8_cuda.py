@@ -13,8 +13,8 @@ from tests.conftest import training_of, with_batch
 from tests.gpu.kernel_calls import GPU, random
 from tests.gpu.test_engine_cuda import gradient
 from train.config import Config, EngineConfig, MemoryConfig
-from train.engine import fp8
-from train.engine.fp8 import E4M3
+from train.engine import fp8_operations as fp8
+from train.engine.fp8_operations import E4M3
 from train.run import devices
 
 HAS_FP8 = torch.cuda.is_available() and devices.capability(GPU) >= devices.FP8
@@ -24,20 +24,48 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("rank", [0, 16, 48])
 @pytest.mark.parametrize("width", [576, 4096, 14336, 28672])
-def test_quantised_rows_are_torch_s(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the bit, beside adapters' columns, with rows of zeros, infinity and NaN."""
-    x = random(77, width + 64)
+def test_quantised_rows_are_torch_s(width: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, with and without adapters' columns, with rows of zeros, infinity and NaN."""
+    x, factors = random(77, width + 64), torch.tensor([0.5, 0.125], device=GPU)
     x[0], x[1, 3], x[2, 5], x[3] = 0, torch.inf, torch.nan, x[3] * 1e-8
-    ours = fp8.quantize(x[:, :width])
+    beside = fp8.Beside(x[:, width : width + rank], factors[1]) if rank else None
+    if rank == 16:  # as with dropout, whose part of the gradient is added elsewhere
+        beside = fp8.Beside(x.new_zeros(1, rank).expand(77, rank), factors[1])
+    ours = fp8.quantize(x[:, :width], beside)
     monkeypatch.setattr(fp8, "kernels_for", lambda _: None)
-    wanted = fp8.quantize(x[:, :width])
+    wanted = fp8.quantize(x[:, :width], beside)
+    assert ours.values.shape == (77, width + 3 * rank)
     finite = torch.ones(77, dtype=torch.bool, device=GPU)
     finite[1:3] = False
     assert torch.equal(ours.scales[finite], wanted.scales[finite])
     assert torch.equal(ours.values[finite].view(torch.uint8), wanted.values[finite].view(torch.uint8))
     products = [(each.values.float() * each.scales)[~finite] for each in (ours, wanted)]
     assert all(not row.isfinite().all() for product in products for row in product)
+
+
+@pytest.mark.parametrize("own", [0, 1])
+@pytest.mark.parametrize("rank", [16, 48])
+def test_adapters_columns_are_torch_s(own: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, beside what stands before them."""
+    up, down = random(1000, 64) * 3e-3, random(64, 4096) / 64
+    side = (up[:, :rank], down[:rank].T)[own]
+    largest = torch.stack([each.abs().max().float() for each in (up, down)])
+    found = []
+    for _ in range(2):
+        sizes, out = fp8.AdapterSizes(largest, torch.ones(2, device=GPU)), torch.ones(side.shape[0], 640, device=GPU)
+        out = out.to(E4M3)
+        width = (down.T, up)[own].shape[0]
+        fp8.adapter_columns(side, sizes, own, torch.tensor(2.0**-11, device=GPU), width, out[:, 640 - 3 * rank :])
+        assert (out[:, : 640 - 3 * rank].float() == 1).all()
+        found.append((out.float(), sizes.factors))
+        monkeypatch.setattr(fp8, "kernels_for", lambda _: None)
+    assert torch.equal(found[0][1], found[1][1])
+    assert torch.equal(found[0][0], found[1][0])
+    both = found[0][0][:, 640 - 3 * rank :]
+    wanted = side.float() * found[0][1][own] * 2.0**11
+    assert ((both[:, :rank] + both[:, rank : 2 * rank]) - wanted).norm() < 2**-8 * wanted.norm()
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -47,7 +75,7 @@ def test_weights_go_to_e4m3_in_one_launch(compress: bool, shape: tuple[int, int]
     kind: Any = bnb.nn.Params4bit
     options = {"requires_grad": False, "compress_statistics": compress, "quant_type": "nf4"}
     weight = kind(torch.randn(shape) * 0.02, **options).to(GPU)
-    scale = fp8._scale_of([weight])
+    scale = fp8.scale_of([weight])
     weight.quant_state.dtype = torch.float32
     exact = bnb.functional.dequantize_4bit(weight.data, weight.quant_state) / scale
     assert 112 < exact.abs().max() <= 448  # a bound of two scales of scales may be loose by a power of two

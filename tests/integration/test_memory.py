@@ -14,6 +14,7 @@ from train.commands.handloop import main as command
 from train.commands.probe import format_probe
 from train.config import CheckpointConfig, CompareConfig, Config, EngineConfig, LoraConfig
 from train.memory.gpus import KNOWN_GPUS
+from train.memory.reference import engine_lines
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_what_does_not_fit_is_78(config: Config, capsys: pytest.CaptureFixture[s
         (("--steps", "3"), "only --probe runs steps"),
         (("--data.max_length", "513"), "was made for 512 at most"),
         (("--mean-length", "129"), "rows hold at most data.max_length"),
-        (("--model.quantization", "int8"), "this run uses the reference engine: int8 layers round their inputs"),
+        (("--model.quantization", "int8"), "transformers and PEFT (int8 layers round their inputs"),
         (("--memory.offload", "stream", "--engine.kind", "reference"), "only the fused engine streams"),
         (("--engine.products", "fp8", "--gpu", "A100-80"), "compute capability 8.0 has no fp8 products"),
         (("--engine.products", "fp8", "--engine.kind", "reference"), "only the fused engine has them"),
@@ -117,6 +118,7 @@ def test_a_probe_is_told_beside_its_prediction() -> None:
     measured = {
         "gpu": "H",
         "plan": "P",
+        "engine": [],
         "predicted_peak_gib": 3.5,
         "peak_gib": 3.33,
         "reserved_gib": 3.6,
@@ -131,4 +133,6 @@ def test_a_probe_is_told_beside_its_prediction() -> None:
     assert "    0.765     0.753" in told
     assert "10,885" in told
     assert "not predicted" not in told
-    assert "not predicted" in format_probe(measured | {"predicted_peak_gib": 0.0})
+    reference = format_probe(measured | {"predicted_peak_gib": 0.0, "engine": engine_lines("why", ["padded rows"])})
+    assert reference.startswith("engine    transformers and PEFT (why)\n          padded rows\nH: P\n")
+    assert "not predicted" in reference

@@ -62,6 +62,15 @@ def test_the_first_error_is_told() -> None:
     said = "[rank1]: Traceback\n[rank1]: ValueError: this\nE1127 failed\ntorch.distributed.ChildFailedError: \n====\n"
     assert reason_of(said) == "[rank1]: ValueError: this"
     assert reason_of("killed\n") == "killed"
+    refused = "\nhandloop: the configuration cannot be used:\n  --x: no such option\nusage: ...\nE1127 failed\n====\n"
+    assert reason_of(refused) == "handloop: the configuration cannot be used: --x: no such option"
+
+
+def test_a_workload_is_named_once(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Named twice it would be measured twice in one folder, which ends in a traceback."""
+    with pytest.raises(SystemExit, match="2"):
+        run("tiny", "sharded", "tiny", "--processes", "1")
+    assert "tiny: named twice" in capsys.readouterr().err
 
 
 def is_alive(process: Path) -> bool:

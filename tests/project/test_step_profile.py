@@ -1,5 +1,12 @@
 """How the benchmark of a step's profile counts: gaps over all streams, kinds by names."""
 
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import real_job, step_profile
 from benchmarks.step_profile import Gap, Work, gaps, kind_of, short, summary
 
 GEMM = "void cutlass::gemm::Kernel<Policy<float>>(Params)"
@@ -29,3 +36,36 @@ def test_a_step_is_the_mean_of_several() -> None:
     assert found["kinds_ms"] == {"products": 3.0, "reduction between GPUs": 0.5}
     assert sum(found["kinds_ms"].values()) + found["idle_ms"] == found["step_ms"]
     assert found["gaps_ms"] == {"Kernel -> nccl, 1 times": 0.5}
+
+
+def test_a_refused_command_line_ends_as_the_run_s_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One message and 78, of the profile and of the job that other benchmarks start."""
+    refused = ["--profile", "demo", "--train.lr", "1"]
+    assert real_job.run_words(refused, real_job.noting) == 78
+    assert "handloop: the configuration cannot be used:\n  --train.lr" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["step_profile", "--", *refused])
+    with pytest.raises(SystemExit) as ended:
+        step_profile.main()
+    assert ended.value.code == 78
+    assert "handloop: the configuration cannot be used:\n  --train.lr" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize("settle", [0, 2])
+def test_steps_under_the_profiler_that_do_not_count(settle: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trace has what runs in the counted steps, and nothing of those in which the profiler was already prepared."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    window = step_profile.Window(warmup=2, settle=settle, num_steps=2)
+    work = [torch.sin, torch.cos, torch.tan, torch.exp, torch.log, torch.sqrt, torch.abs, torch.neg]  # one a step
+    for step, operation in enumerate(work, start=1):
+        operation(torch.ones(1))
+        window({"step": step, "data/tokens": step})
+    counted = [3 + settle, 4 + settle]
+    assert [row["step"] for row in window.rows] == counted
+    events: Any = window.profiler.events()
+    traced = [event.name.removeprefix("aten::") for event in events]
+    names = [operation.__name__ for operation in work]
+    assert [name for name in names if name in traced] == names[2 + settle : 4 + settle]

@@ -1,5 +1,6 @@
 """The longest micro-batch is tried before the first step, and what runs out of memory is planned smaller."""
 
+import re
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
@@ -74,6 +75,22 @@ def test_a_run_plans_for_the_longest_sample_of_its_validation(config: Config, mo
     held_out = splits_of(config).validation
     assert held_out is not None
     assert [rows.longest_validation for rows in seen] == [max(held_out.samples["num_tokens"]), 0]
+
+
+def test_the_reason_for_the_reference_engine_is_said_once(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the banner, with what is chosen on that engine; nothing that is said while loading repeats it."""
+
+    def stop(*_: Any) -> int:
+        raise ExitWith(ExitCode.INTERRUPTED, "behind the banner")
+
+    monkeypatch.setattr(command, "check_folder", stop)
+    config = replace(config, engine=EngineConfig(kind="reference"))
+    assert command.main(arguments(config)) == ExitCode.INTERRUPTED
+    said = capsys.readouterr().out
+    assert said.count("engine.kind reference") == 1
+    assert re.search(r"^engine    transformers and PEFT \(.*engine.kind reference.*\)\n {10}\w+", said, re.MULTILINE)
 
 
 @pytest.mark.parametrize("kind", ["fused", "reference"])

@@ -231,10 +231,28 @@ def test_packing_replaces_what_a_profile_sets() -> None:
     assert "--data.group_by_length True: packing leaves no padding to save" in refusal("--profile", "demo", *both)
 
 
-def test_template_arguments_of_a_profile_are_for_its_own_base() -> None:
-    """Another base or template is not given them, unless they are asked for; the profile's base is, however spelled."""
+def test_template_arguments_of_a_profile_are_for_templates_that_read_them(tmp_path: Path) -> None:
+    """A folder or file that reads them is given them, and others where asked; the profile's base always."""
     own = ("enable_thinking=false",)
+    thinks = "{% if enable_thinking is false %}{{ 'no' }}{% endif %}"
+    held = {
+        "jinja/chat_template.jinja": thinks,
+        "config/tokenizer_config.json": json.dumps({"chat_template": thinks}),
+        "several/tokenizer_config.json": json.dumps({"chat_template": [{"name": "tool_use", "template": thinks}]}),
+        "processor/chat_template.json": json.dumps({"chat_template": thinks}),
+        "over/chat_template.jinja": "{{ messages }}",  # in place of the one in tokenizer_config.json
+        "over/tokenizer_config.json": json.dumps({"chat_template": thinks}),
+        "broken/tokenizer_config.json": "[",
+    }
+    for name, text in held.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
     for words, wanted in (
+        *((f"--model.name_or_path {tmp_path / name}", own) for name in ("jinja", "config", "several", "processor")),
+        *((f"--model.name_or_path {tmp_path / name}", ()) for name in ("over", "broken", "absent")),
+        (f"--model.name_or_path x --data.chat_template {tmp_path / 'jinja' / 'chat_template.jinja'}", own),
+        (f"--model.name_or_path {tmp_path / 'jinja'} --data.chat_template {tmp_path / 'over/chat_template.jinja'}", ()),
+        (f"--model.name_or_path {tmp_path / 'jinja'} --data.template_arguments", ()),
         ("", own),
         ("--model.name_or_path Qwen/Qwen3-1.7B --data.path a.jsonl", own),
         ("--model.name_or_path demo/base", ()),

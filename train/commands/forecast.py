@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from train.batching import LengthStatistics
+from train.commands.reference_choices import not_predicted
 from train.config import Config, parse_bytes
 from train.engine.plan import Plan
 from train.memory.candidate import Job
@@ -31,15 +32,16 @@ class Between:
     rate: float  # bytes/s of the slowest link
     seconds: float  # all wait for it
     peer_bytes: int  # packed weights that each reads from the others
-    speedups: dict[float, float]  # of all GPUs over one with the same work, by Gbit/s between machines
+    num_groups: int  # of GPUs that share rows; without batch.context_parallel each GPU is one
+    speedups: dict[float, float]  # of all groups over one with the same work, by Gbit/s between machines
 
     @classmethod
     def of(cls, job: Job, plan: Plan, cluster: Cluster) -> "Between":
         """Of a plan of the job for each GPU."""
-        speedups = {}
+        speedups, num_groups = {}, cluster.num_processes // job.batch.context_parallel
         for gbit in sorted({*NETWORK_GBITS, cluster.network_gbit}):
             waited = reduction_seconds(job, replace(cluster, network_gbit=gbit))
-            speedups[gbit] = cluster.num_processes * plan.seconds / (plan.seconds + waited)
+            speedups[gbit] = num_groups * plan.seconds / (plan.seconds + waited)
         return cls(
             cluster=cluster,
             added_bytes=job.sizes.gradient_bytes if cluster.num_processes > 1 else 0,
@@ -47,12 +49,13 @@ class Between:
             rate=ring_rate(job, cluster),
             seconds=reduction_seconds(job, cluster),
             peer_bytes=peer_bytes(job, plan),
+            num_groups=num_groups,
             speedups=speedups,
         )
 
     @property
     def speedup(self) -> float:
-        """Of all GPUs over one with the same work."""
+        """Of all groups over one with the same work."""
         return self.speedups[self.cluster.network_gbit]
 
 
@@ -165,22 +168,17 @@ def forecast(config: Config, gpu: Gpu, rows: LengthStatistics, num_steps: float 
     outlook = Outlook.on_gpu(config, gpu, rows, budget)
     outlook = outlook.on(cluster.num_processes, cluster.num_gpus, shares_host=cluster.num_gpus > 1)
     if outlook.planner is None:
-        reason = (
-            f"only the fused engine's memory is predicted, and this run uses the reference engine: {outlook.reason}. "
-            "--probe measures it on the GPU that is here"
-        )
-        raise ExitWith(ExitCode.BAD_INPUT, reason)
+        raise ExitWith(ExitCode.BAD_INPUT, not_predicted(outlook, gpu))
     plan = outlook.planner.best(budget)
     between = Between.of(outlook.planner.job, plan, cluster)
     seconds = plan.seconds + between.seconds
     fits = plan.peak_bytes <= budget
-    num_groups = cluster.num_processes // config.batch.context_parallel
     has_rates = fits and any(gpu.name == known.name for known in KNOWN_GPUS)
     return Forecast(
         gpu=gpu,
         budget=budget,
         plan=plan,
-        tokens_per_second=num_groups * outlook.num_tokens / seconds if has_rates else None,
+        tokens_per_second=between.num_groups * outlook.num_tokens / seconds if has_rates else None,
         paged_bytes=outlook.planner.job.sizes.paged_bytes,
         fits=fits,
         advice="" if fits else outlook.remedies(plan),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from train.commands.forecast import PROCESS_BYTES, Forecast
+from train.commands.forecast import PROCESS_BYTES, Between, Forecast
 from train.memory.gpus import gpus_of_size
 from train.memory.outlook import GIB
 
@@ -48,7 +48,7 @@ def _between(found: Forecast) -> list[str]:
     """What goes between several GPUs."""
     between, cluster = found.between, found.cluster
     lines = [
-        f"GPUs      {cluster}, {between.speedup:.2f} times as fast as one with the same work for each",
+        f"GPUs      {cluster}{_together(between)}",
         f"added     {between.added_bytes / GIB:.2f} GiB of gradients a step, of which each GPU sends "
         f"{between.sent_bytes / GIB:.2f} GiB at {between.rate / 1e9:,.3g} GB/s: {between.seconds:.2g} s",
     ]
@@ -61,6 +61,17 @@ def _between(found: Forecast) -> list[str]:
         rates = ", ".join(f"{gbit:g} Gbit/s {faster:.2f}" for gbit, faster in between.speedups.items())
         lines.append(f"network   times as fast by what is between machines: {rates} (predicted, never measured)")
     return lines
+
+
+def _together(between: Between) -> str:
+    """How several GPUs work, and how much faster than one that has a process's work alone."""
+    each = between.cluster.num_processes // between.num_groups
+    if each == 1:
+        return f", {between.speedup:.2f} times as fast as one with the same work for each"
+    if between.num_groups == 1:
+        return " that share each row's tokens"
+    shared = f" in {between.num_groups} groups, of which each shares its rows' tokens"
+    return f"{shared}; {between.speedup:.2f} times as fast as one group with the same work for each"
 
 
 def _speed(found: Forecast) -> list[str]:

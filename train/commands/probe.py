@@ -13,6 +13,7 @@ from train.config import Config
 from train.data import TrainingData
 from train.layout import BatchLayout
 from train.memory.outlook import GIB
+from train.memory.reference import ReferencePlan, engine_lines
 from train.run.accelerator import check_machine, start_accelerator
 from train.step import Training, optimizer_step
 
@@ -44,6 +45,7 @@ def probe(config: Config, mean_length: int, num_steps: int) -> dict[str, Any]:
     return {
         "gpu": torch.cuda.get_device_name(),
         "plan": str(plan),
+        "engine": engine_lines(training.reference_reason, plan.choices) if isinstance(plan, ReferencePlan) else [],
         "micro_batch_tokens": plan.micro_batch_tokens,
         "num_streamed": len(plan.streamed),
         "traffic_gib": round(plan.traffic_bytes / GIB, 3),
@@ -92,6 +94,7 @@ def _run_steps(training: Training, num_first: int, num_measured: int) -> _Steps:
 def format_probe(measured: dict[str, Any]) -> str:
     """A probe's table, predicted beside measured."""
     lines = [
+        *measured["engine"],
         f"{measured['gpu']}: {measured['plan']}",
         f"{'':22} predicted  measured",
         f"{'peak, GiB':22} {measured['predicted_peak_gib']:9.2f} {measured['peak_gib']:9.2f}"

@@ -1,10 +1,15 @@
-"""Triton kernels of fp8.py: NF4 to e4m3, and rows to e4m3 with a scale each. They need compute capability 8.9."""
+"""Triton kernels of fp8_operations.py, all of which write e4m3. They need compute capability 8.9.
+
+Divisions are tl.div_rn: `/` may be two units in the last place off, which turns ties, and 16-bit numbers have many.
+"""
 
 import triton
 import triton.language as tl
 
 DEQUANTIZED_ROWS = 64  # of a program: a column of so many NF4 blocks
+COLUMN_ROWS = 64  # of a program of columns_kernel
 WORD = tl.constexpr(4)  # bytes that go to the transpose together
+LARGEST, TINY, LEAST = tl.constexpr(448.0), tl.constexpr(1e-12), tl.constexpr(1e-30)  # as in fp8_operations.py
 
 
 @triton.jit
@@ -15,11 +20,12 @@ def dequantize_kernel(
 ):  # fmt: skip
     """NF4 / scale -> along[N, K], across[K, N] or both, ROWS blocks below one another a program.
 
-    `across` is in words of 4 bytes, its stride too: 8-bit tiles are transposed wrongly on Hopper (Triton 3.6).
+    `across` is in words of 4 bytes, its stride too. No tl.interleave: on Hopper (Triton 3.6) tl.trans of what comes
+    from it is wrong, always for 8 bits, for 32 where rows are not stored as vectors.
     """
     column = tl.program_id(0)
-    inner = column * BLOCKSIZE + tl.arange(0, BLOCKSIZE)
-    pair = tl.arange(0, BLOCKSIZE // 2)
+    place_in_block = tl.arange(0, BLOCKSIZE)
+    inner = column * BLOCKSIZE + place_in_block
     word = tl.program_id(1) * (ROWS // WORD) + tl.arange(0, ROWS // WORD).to(tl.int64)
     words = tl.zeros([ROWS // WORD, BLOCKSIZE], tl.int32)
     for byte in tl.static_range(WORD):
@@ -30,30 +36,90 @@ def dequantize_kernel(
         if NESTED:
             nested = tl.load(nested_absmax + block // NESTED, mask=inside, other=0.0)
             factor = tl.load(nested_code + factor.to(tl.int32), mask=inside, other=0.0) * nested + tl.load(offset)
-        factor = factor / tl.load(scale)
-        place = packed + block[:, None] * (BLOCKSIZE // 2) + pair[None, :]
-        values = tl.load(place, mask=inside[:, None], other=0).to(tl.int32)
-        first = tl.load(code + (values >> 4)) * factor[:, None]
-        second = tl.load(code + (values & 15)) * factor[:, None]
-        both = tl.interleave(first, second).to(tl.float8e4nv)
+        factor = tl.div_rn(factor, tl.load(scale))
+        place = packed + block[:, None] * (BLOCKSIZE // 2) + (place_in_block // 2)[None, :]
+        pair = tl.load(place, mask=inside[:, None], other=0).to(tl.int32)  # the first in the upper half of a byte
+        level = tl.load(code + ((pair >> (4 - 4 * (place_in_block % 2))[None, :]) & 15))
+        values = (level * factor[:, None]).to(tl.float8e4nv)
         if ALONG:
             place = along + row[:, None] * stride_along + inner[None, :]
-            tl.store(place, both, mask=inside[:, None])
+            tl.store(place, values, mask=inside[:, None])
         if ACROSS:
-            words |= both.to(tl.uint8, bitcast=True).to(tl.int32) << (8 * byte)
+            words |= values.to(tl.uint8, bitcast=True).to(tl.int32) << (8 * byte)
     if ACROSS:
         place = across + inner.to(tl.int64)[:, None] * stride_across + word[None, :]
         tl.store(place, tl.trans(words), mask=word[None, :] < N // WORD)
 
 
 @triton.jit
-def quantize_kernel(x, stride, out, stride_out, scales, W, BLOCK: tl.constexpr):
-    """One row: out = e4m3(x / scale), scale = max |x| / 448."""
+def rounded(x):
+    """x, of at most 448, rounded to e4m3: (the number in fp32, its byte); rare enough to do without the instruction.
+
+    What is left of an fp8 number when it is taken from x, rounded in turn, loses every other pair of elements where
+    four lie in a register (ptxas of Triton 3.6, Hopper).
+    """
+    size = tl.abs(x)
+    bits = size.to(tl.int32, bitcast=True)
+    normal = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20  # exponent and three bits of mantissa
+    steps = (size * 512 + 12582912.0) - 12582912.0  # of 2^-9, in which numbers below 2^-6 lie; the sum has no fraction
+    is_small = size < 1 / 64
+    number = tl.where(is_small, steps / 512, (normal << 20).to(tl.float32, bitcast=True))
+    byte = tl.where(is_small, steps.to(tl.int32), normal - 960)  # exponents are 120 less
+    byte = tl.where(x == x, tl.minimum(byte, 126), 127) | tl.where(x < 0, 128, 0)
+    return tl.where(x < 0, -number, number), byte.to(tl.uint8)
+
+
+@triton.jit
+def columns_kernel(
+    part, stride, stride_rank, out, stride_out, largest, scale, factors, root, N,
+    OWN: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """part[N, R] f / scale = high + low -> out[N, 3 R] = high, low, high; f, which adapter_factor describes, ->
+    factors[OWN]; `out` as bytes; RANK is a power of two, not below R."""
+    unit = tl.load(scale)
+    most = tl.div_rn(LARGEST * unit, tl.maximum(tl.load(largest + OWN), LEAST))
+    wanted = root * tl.maximum(tl.load(largest + 1 - OWN), LEAST)
+    bits = tl.minimum(most, wanted).to(tl.int32, bitcast=True) & 0x7F800000  # the power of two that is not above it
+    factor = bits.to(tl.float32, bitcast=True)
+    if tl.program_id(0) == 0:
+        tl.store(factors + OWN, factor)
+    row, rank = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, RANK)
+    inside = (row < N)[:, None] & (rank < R)[None, :]
+    value = tl.load(part + row[:, None] * stride + rank[None, :] * stride_rank, mask=inside, other=0.0).to(tl.float32)
+    value = value * tl.div_rn(factor, unit)
+    number, high = rounded(value)
+    _, low = rounded(value - number)
+    place = out + row.to(tl.int64)[:, None] * stride_out + rank[None, :]
+    tl.store(place, high, mask=inside)
+    tl.store(place + R, low, mask=inside)
+    tl.store(place + 2 * R, high, mask=inside)
+
+
+@triton.jit
+def quantize_kernel(
+    x, stride, low_rank, stride_low_rank, factor, out, stride_out, scales, W,
+    BLOCK: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """One row: out = e4m3(x / scale), scale = max |x| / 448; behind it R columns low_rank / (factor scale), thrice:
+    rounded, rounded, and what rounding has taken from them."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < W
     values = tl.load(x + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(values)), 1e-12) * (1 / 448)
+    largest, rank, beside = tl.max(tl.abs(values)), tl.arange(0, RANK), tl.zeros([RANK], tl.float32)
+    if R:
+        beside = tl.load(low_rank + row * stride_low_rank + rank, mask=rank < R, other=0.0).to(tl.float32)
+        beside = tl.div_rn(beside, tl.load(factor))
+        largest = tl.maximum(largest, tl.max(tl.abs(beside)))
+    scale = tl.maximum(largest, TINY) * (1 / LARGEST)
     tl.store(scales + row, scale)
-    # `/` may be two units in the last place off
-    tl.store(out + row * stride_out + column, tl.div_rn(values, scale).to(tl.float8e4nv), mask=inside)
+    inverse = tl.div_rn(1.0, scale)
+    tl.store(out + row * stride_out + column, (values * inverse).to(tl.float8e4nv), mask=inside)
+    if R:
+        beside = beside * inverse
+        number, high = rounded(beside)
+        _, low = rounded(beside - number)
+        place = (out + row * stride_out + W).to(tl.pointer_type(tl.uint8)) + rank
+        tl.store(place, high, mask=rank < R)
+        tl.store(place + R, high, mask=rank < R)
+        tl.store(place + 2 * R, low, mask=rank < R)

@@ -55,6 +55,19 @@ class OneMatrix:
         """Of M, where an element of the compute type has so many."""
         return element_bytes * math.prod(self.shape)
 
+    def adapter_places(self, matrix: Any) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+        """(place in M, parameter, factor) of each adapter's A and B."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def fill_adapters(self, matrix: Any) -> None:
+        """Puts the adapters, as they are now, into M."""
+        for place, parameter, factor in self.adapter_places(matrix):
+            if factor == 1.0:
+                place.copy_(parameter)
+            else:
+                torch.mul(parameter, factor, out=place)
+
 
 class LoraGroup(OneMatrix):
     """Linear layers that read the same input, some or all with adapters; weights are given to it as M."""
@@ -114,7 +127,7 @@ class LoraGroup(OneMatrix):
             self.up(matrix)[:, self.bias_column].copy_(self.bias)
 
     def adapter_places(self, matrix: Any) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
-        """(place in M, parameter, factor) of each adapter's A and B."""
+        """As OneMatrix."""
         adapters, places = iter(self.parameters), []
         for rows, columns, scale in zip(self.rows, self.columns, self.scales, strict=True):
             if columns is not None:

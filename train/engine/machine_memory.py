@@ -108,7 +108,7 @@ def _pinned_file(num_bytes: int, device: torch.device) -> torch.Tensor:
         problem = _pin(memory, device)
         try:
             agree(problem, device)
-        except PeerMemoryError:
+        except (PeerMemoryError, torch.OutOfMemoryError):
             if not problem:
                 _cudart().cudaHostUnregister(memory.data_ptr())
             raise

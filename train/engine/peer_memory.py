@@ -11,6 +11,7 @@ from torch.distributed import _symmetric_memory as symmetric_memory
 from train.run.machine import machine_number
 
 MAX_PROBLEM = 200  # bytes of what one process tells the others
+PRESENT, SHORT = 1, 2  # what a process begins with in an exchange: it is there, or there without memory for it
 
 _KEPT: list[Any] = []  # what holds the mappings, for as long as the process lives
 
@@ -27,7 +28,7 @@ def arenas(num_bytes: int, device: torch.device) -> Sequence[torch.Tensor]:
     """
     try:
         return _of_gpus(num_bytes, device) if device.type == "cuda" else _of_files(num_bytes, device)
-    except dist.DistError:  # a process is lost
+    except (dist.DistError, torch.OutOfMemoryError):  # a process is lost, or one has no memory
         raise
     except (RuntimeError, OSError) as error:
         reason = str(error).partition("\n")[0]
@@ -97,18 +98,42 @@ def keep(memory: torch.Tensor) -> None:
 def gathered(numbers: list[int], device: torch.device) -> list[list[int]]:
     """The numbers of every process, in the order of ranks; all processes call this together.
 
-    Raises DistError where one is lost, whatever the backend: NCCL returns what it has when it gives up.
+    Raises DistError where one is lost, whatever the backend: NCCL returns what it has when it gives up. Raises
+    OutOfMemoryError in all of them where one has no memory for it.
     """
-    mine = torch.tensor([1, *numbers], device=device if dist.get_backend() == "nccl" else "cpu")
+    try:
+        found = _exchanged([PRESENT, *numbers], device)
+    except torch.OutOfMemoryError:  # what is allocated comes before the exchange, in which the others wait
+        torch.cuda.empty_cache()
+        found = _exchanged([SHORT, *(0 for _ in numbers)], device)
+    states = [state for state, *_ in found]
+    if not all(states):
+        raise dist.DistError("a collective of NCCL or gloo was given up: a process is not in it")
+    if SHORT in states:
+        raise torch.OutOfMemoryError(f"process {states.index(SHORT)} ran out of memory in an exchange with the others")
+    return [told for _, *told in found]
+
+
+def any_failed(device: torch.device, failed: bool) -> bool:
+    """Whether a trial failed in any process, the same in all; one without memory to tell it has failed as well."""
+    if not dist.is_initialized():
+        return failed
+    try:
+        return any(told for (told,) in gathered([int(failed)], device))
+    except torch.OutOfMemoryError:
+        return True
+
+
+def _exchanged(numbers: list[int], device: torch.device) -> list[list[int]]:
+    mine = torch.tensor(numbers, device=device if dist.get_backend() == "nccl" else "cpu")
     every = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
     try:
         dist.all_gather(every, mine)
-        found = [each.tolist() for each in every]
+        return [each.tolist() for each in every]
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise dist.DistError(str(error)) from error
-    if not all(is_present for is_present, *_ in found):
-        raise dist.DistError("a collective of NCCL or gloo was given up: a process is not in it")
-    return [told for _, *told in found]
 
 
 def _file(num_bytes: int) -> int:
@@ -139,4 +164,4 @@ def settle(device: torch.device) -> None:
     """Waits until every process has written what the others will read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    dist.barrier()
+    gathered([], device)

@@ -57,16 +57,15 @@ class WeightStore:
         # a cached block's serve all passes
         run = run if where == SHARED or run is Pass.CHECKED else Pass.RECOMPUTED
         serves = [group.begin(matrix, run) for group, matrix in zip(block.groups, matrices, strict=True)]
-        is_held = self.holds.get(where) == number
-        if is_held and all(serves):
+        if self.holds.get(where) == number and all(serves):
             self.source.skip(number)
         else:
             self._fill_base(block, matrices)
-            if not is_held:
-                self.fresh.discard(number)
+            self.fresh.discard(number)
             self.holds[where] = number
         if number not in self.fresh:
-            self._fill_adapters(block, matrices)
+            for group, matrix in zip(block.groups, matrices, strict=True):
+                group.fill_adapters(matrix)
             self.fresh.add(number)
         return matrices
 
@@ -95,12 +94,3 @@ class WeightStore:
         for group, matrix in zip(block.groups, matrices, strict=True):
             group.fill_base(matrix, [next(weights) for _ in group.bases])
         self.source.give(block.number)
-
-    @torch.no_grad()
-    def _fill_adapters(self, block: Block, matrices: Matrices) -> None:
-        for group, matrix in zip(block.groups, matrices, strict=True):
-            for place, parameter, factor in group.adapter_places(matrix):
-                if factor == 1.0:
-                    place.copy_(parameter)
-                else:
-                    torch.mul(parameter, factor, out=place)

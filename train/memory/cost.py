@@ -121,7 +121,7 @@ def mlp_backward(job: Job, c: Candidate) -> int:
         return _mixture_backward(s, s.mixture, c)
     product = (2 if s.has_dropout else 1) * s.intermediate * s.element_bytes
     if s.in_fp8:
-        product = max(product, s.intermediate * s.element_bytes + s.hidden, s.gate_up)
+        product = max(product, s.intermediate * s.element_bytes + s.hidden + s.beside, s.gate_up + s.beside)
     of_tile = c.mlp_tile * (gate_up_width(s) * s.element_bytes + product) if c.is_tiled else c.width * product
     return c.width * s.hidden * s.element_bytes + of_tile
 
@@ -200,7 +200,7 @@ def validation_per_token(s: ModelSizes) -> int:
     made += 4 * s.padded_rank + mlp_rows(s) * (s.gate_up + s.intermediate)
     if s.mixture:  # the rows that go into an expert, or come out of it
         made += mlp_rows(s) * (s.hidden + 2 * s.padded_rank)
-    in_fp8 = s.intermediate if s.in_fp8 else 0  # what down_proj reads
+    in_fp8 = s.intermediate + s.beside if s.in_fp8 else 0  # what down_proj reads
     softmax = s.element_bytes * (2 * s.hidden + made) + routing_bytes(s) + in_fp8
     return max(softmax, s.linear.forward_bytes(s.hidden, s.element_bytes)) if s.linear else softmax
 

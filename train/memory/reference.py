@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from train.batching import LengthStatistics, MicroBatchShape
-from train.config import BatchConfig, MemoryConfig
+from train.config import BatchConfig, Config, MemoryConfig
 from train.engine.plan import Plan, reference_plan
 from train.memory.search import MAX_MERGED_TOKENS
 
@@ -39,6 +39,36 @@ def configured_plan(num_blocks: int, memory: MemoryConfig) -> ReferencePlan:
     return ReferencePlan(plain.is_fused, plain.merges, plain.micro_batch_tokens, num_blocks, plain.num_kept)
 
 
+def why_padded(config: Config, is_cpu: bool, saved: MicroBatchShape | None) -> str:
+    """Why rows are padded, where the model need not be asked; otherwise they are where it does not isolate samples."""
+    if config.data.packing:
+        return ""
+    if config.batch.merge == "off":
+        return "batch.merge off"
+    if is_cpu and config.batch.accumulation == 1 and config.data.group_by_length:
+        return "a step is one micro-batch of samples of similar length"  # a mask between them costs more
+    return "as the run began" if saved is not None and saved.layout == "padded" else ""
+
+
+def rows_told(padded: str, attention: str) -> str:
+    """How rows are run; `padded` is why they are padded, if they are."""
+    if padded:
+        return f"padded rows: {padded}"
+    return f"rows without padding; samples are isolated by {attention} attention"
+
+
+def passes_told(activations: str, tokens: int) -> str:
+    """What a trial at the start chose, or has to choose from; 0 tokens are micro-batches as configured."""
+    most = f", of {tokens:,} tokens at most" if tokens else ""
+    return f"activations {activations}, micro-batches{most}, by trial"
+
+
+def engine_lines(reason: str, choices: Sequence[str]) -> list[str]:
+    """The engine, why it is not the fused one, and what is chosen on it; for the banner and `handloop plan`."""
+    why = f" ({reason})" if reason else ""
+    return [f"engine    transformers and PEFT{why}", *(f"          {choice}" for choice in choices)]
+
+
 @dataclass(frozen=True)
 class Passes:
     """The passes that the reference engine may take, and which of them are the fastest that fit."""
@@ -48,6 +78,16 @@ class Passes:
     batch: BatchConfig
     memory: MemoryConfig
     saved: MicroBatchShape | None  # the shape that a resumed run was started with, of this layout
+
+    @property
+    def may_keep(self) -> bool:
+        """Whether memory.checkpointing lets activations be kept; transformers keeps those of all blocks or none."""
+        return self.memory.checkpointing in ("auto", "none", 0)
+
+    @property
+    def may_recompute(self) -> bool:
+        """Whether it lets them be recomputed."""
+        return self.memory.checkpointing not in ("none", 0)
 
     def on_cpu(self) -> ReferencePlan:
         """Without a trial: merged up to CPU_TOKENS, kept or recomputed as configured."""
@@ -81,8 +121,7 @@ class Passes:
         Kept activations win where passes keep the GPU busy; small passes are as many launches, so one that recomputes
         wins where it saves more than a third of them. A size that a resumed run has is kept, if recomputed.
         """
-        wanted = self.memory.checkpointing
-        may_keep, may_recompute = wanted in ("auto", "none", 0), wanted not in ("none", 0)
+        may_keep, may_recompute = self.may_keep, self.may_recompute
         all_kept = [replace(plan, num_kept=plan.num_blocks) for plan in sizes] if may_keep else []
         kept = next(filter(fits, all_kept[:1] if self.saved else all_kept), None)
         if kept is not None and (not may_recompute or self._is_enough(kept, sizes[0])):

@@ -9,6 +9,7 @@ from train.config import Config
 from train.engine.attention import MAX_FLASH_SIZE
 from train.engine.block import Block
 from train.engine.families import decoder_layers
+from train.engine.fp8 import Fp8Group
 from train.engine.layers import DecoderLayer, Heads, Vocabulary
 from train.engine.mixture import Mixture
 from train.engine.packed_weights import packed_bytes
@@ -75,6 +76,7 @@ class ModelSizes:
     per_layer: int = 0  # inputs that each block has of its own
     head_size: int = 0  # elements of a head
     in_fp8: bool = False  # products with frozen weights
+    beside: int = 0  # adapters' columns behind rows that such products read
     kinds: tuple["BlockKind", ...] = ()  # where blocks with softmax attention are not all alike
 
     @property
@@ -167,6 +169,9 @@ def model_sizes(causal_lm: Any, config: Config, on_gpu: bool) -> ModelSizes:
         linear=linear_sizes(layers, element_bytes),
         shared_bytes=_shared_bytes(blocks, element_bytes),
         in_fp8=config.engine.products == "fp8",
+        beside=max(
+            3 * group.num_beside if isinstance(group, Fp8Group) else 0 for each in blocks for group in each.groups
+        ),
         lent=sum(
             sum(layer.heads.widths[1:]) for layer in layers if isinstance(layer.heads, Heads) and layer.heads.lends
         ),

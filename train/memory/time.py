@@ -26,10 +26,9 @@ LINEAR_FORWARD, LINEAR_BACKWARD = 1.2, 4
 GROUPED_SHARE = 0.58
 ROWS_FORWARD, ROWS_BACKWARD = (3, 1), (9, 3)
 ADAPTERS_FORWARD, ADAPTERS_BACKWARD = 1.5, 6.5
-# fp8 products beside 16-bit ones (1,400 to 16,384 tokens on an H200: 1.7 to 2.1 times). Around them rows are read and
-# written in e4m3, and what the adapters add is a pass over the output, at 0.53 of the bandwidth
+# fp8 products beside 16-bit ones (1,400 to 16,384 tokens on an H200: 1.7 to 2.1 times); what they read is written in
+# e4m3 before them
 FP8_GAIN = 1.9
-ADDING_SHARE = 0.53
 ADAPTER_PASSES = 3  # of fp32 adapters and their gradients, in a step: norm, clipping, AdamW
 # Seconds in which the host launches the kernels of one block (measured: 272 ms for 32 blocks that all recompute)
 LAUNCH_FORWARD, LAUNCH_BACKWARD = 0.0024, 0.0037
@@ -139,13 +138,12 @@ def frozen_flops(job: Job, weights: float) -> float:
 
 
 def around_fp8(job: Job, c: Candidate, is_backward: bool) -> float:
-    """What fp8 products read is written in e4m3 (2 bytes read, 1 written), and what they make is read and written."""
+    """What fp8 products read is written in e4m3: 2 bytes read, 1 written."""
     s = job.sizes
     if not s.in_fp8:
         return 0.0
-    widths = 2 * s.hidden + s.query + s.intermediate, 2 * s.hidden + s.qkv + s.gate_up
-    read, made = widths[::-1] if is_backward else widths
-    return c.mean_tokens * (3 * read + 2 * s.element_bytes * made / ADDING_SHARE) / job.gpu.bandwidth
+    read = s.qkv + s.gate_up if is_backward else s.query + s.intermediate
+    return c.mean_tokens * 3 * (2 * s.hidden + read) / job.gpu.bandwidth
 
 
 def forward(job: Job, c: Candidate) -> float:

@@ -29,19 +29,11 @@ def use_liger(model: LanguageModel, wanted: str, ids: Sequence[int]) -> str:
     Returns what was done and why, in words; whatever is refused is taken back.
     """
     restore_functions(model)  # what another run in this process has left
-    if wanted == "off":
-        return "transformers' own kernels: engine.liger off"
-    if importlib.util.find_spec("liger_kernel") is None:
-        return "transformers' own kernels: liger-kernel is not installed"
     causal_lm: Any = model.causal_lm
     kind = causal_lm.config.model_type
-    try:
-        patches: Any = importlib.import_module(PATCHES)
-        known = patches.MODEL_TYPE_TO_APPLY_LIGER_FN
-    except BROKEN as error:
-        return f"transformers' own kernels: liger-kernel cannot be used ({told(error)})"
-    if kind not in known:
-        return f"transformers' own kernels: liger-kernel does not know {kind}"
+    if reason := not_tried(kind, wanted):
+        return reason
+    patches: Any = importlib.import_module(PATCHES)
     with random_adapters(model):
         check = SampleCheck(model, ids)
         found = _Before(causal_lm)
@@ -57,6 +49,25 @@ def use_liger(model: LanguageModel, wanted: str, ids: Sequence[int]) -> str:
     if problem:
         found.take_back()
         return f"transformers' own kernels: liger-kernel's were tried and taken back ({problem})"
+    return in_place(kind)
+
+
+def not_tried(kind: str, wanted: str) -> str:
+    """Why the kernels are not tried on a model of this type, in words; empty where they are."""
+    if wanted == "off":
+        return "transformers' own kernels: engine.liger off"
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "transformers' own kernels: liger-kernel is not installed"
+    try:
+        patches: Any = importlib.import_module(PATCHES)
+        known = patches.MODEL_TYPE_TO_APPLY_LIGER_FN
+    except BROKEN as error:
+        return f"transformers' own kernels: liger-kernel cannot be used ({told(error)})"
+    return "" if kind in known else f"transformers' own kernels: liger-kernel does not know {kind}"
+
+
+def in_place(kind: str) -> str:
+    """What the kernels are in a model of this type, in words."""
     return f"liger-kernel {package_version('liger-kernel')}: norms, MLPs and rotary embeddings that it has for {kind}"
 
 

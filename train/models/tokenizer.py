@@ -12,6 +12,7 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from data_tools.chat_template import PLAIN_TEMPLATE, ChatTemplate, read_template
 from data_tools.encode import CONTROL
+from data_tools.template_files import PROCESSOR_FILES
 from train.config import Config, parse_argument
 from train.models.hub import locate
 from train.models.positions import check_positions
@@ -20,8 +21,6 @@ from train.run.exits import ExitCode, ExitWith
 
 # Tokens that models ship for padding: where pad is unset or equals eos, the first one in the vocabulary is used.
 PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<unk>")
-
-PROCESSOR_FILES = ("chat_template.json", "processor_config.json")
 
 
 @dataclass(frozen=True)

@@ -222,6 +222,27 @@ def test_several_gpus(capsys: pytest.CaptureFixture, llama31_8b: Path) -> None:
     assert (one["added_gib"], four["added_gib"]) == (0, pytest.approx(0.078, rel=0.01))  # 21 million in fp32
 
 
+def test_a_group_of_gpus_shares_a_row(capsys: pytest.CaptureFixture[str], llama31_8b: Path) -> None:
+    """Four GPUs with a row between them are no four times one; eight are nearly twice as fast as a group of four."""
+
+    def planned(*words: str) -> str:
+        base = ["--gpu", "H100", "--model.name_or_path", str(llama31_8b), "--batch.per_device", "1", *words]
+        assert main(["plan", "--profile", "multi_gpu", *base]) == 0
+        return capsys.readouterr().out
+
+    def speed(said: str) -> float:
+        return float(re.findall(r"about ([\d,]+) tokens/s", said)[0].replace(",", ""))
+
+    four = planned("--gpus", "4", "--batch.context_parallel", "4")
+    assert "GPUs      4 GPUs that share each row's tokens\n" in four
+    eight = planned("--gpus", "8", "--batch.context_parallel", "4")
+    told = re.search(r"GPUs      8 GPUs in 2 groups, of which each .*; ([\d.]+) times as fast as one group", eight)
+    assert told is not None
+    assert 1.8 < float(told[1]) < 2
+    assert speed(eight) / speed(four) == pytest.approx(float(told[1]), rel=0.05)  # four also wait for their sums
+    assert "times as fast as one with the same work for each" in planned("--gpus", "4")
+
+
 def test_several_machines(capsys: pytest.CaptureFixture, llama31_8b: Path) -> None:
     """Two of eight GPUs: twice the samples, and a step longer by what the network takes; each holds the same."""
 

@@ -14,7 +14,7 @@ from train import loss
 from train.batching import LengthStatistics, MicroBatchShape
 from train.collate import collate_packed
 from train.config import BatchConfig, EngineConfig, MemoryConfig, OptimConfig
-from train.engine import fp8, lora_linear, mlp
+from train.engine import fp8, fp8_operations, lora_linear, mlp
 from train.engine.context import ForwardContext
 from train.engine.decoder import FusedDecoder
 from train.engine.delta_rule import PackedSamples
@@ -143,7 +143,12 @@ def test_the_mlp_s_backward_pass_takes_what_is_counted(
     for name in ("gate_backward", "gate"):
         monkeypatch.setattr(mlp, name, lambda *_, **__: None)
     monkeypatch.setattr(lora_linear, "dropout", lambda *_, **__: None)
-    monkeypatch.setattr(fp8, "quantize", fp8.Rows.of_shape)
+
+    def quantized(x: torch.Tensor, beside: fp8_operations.Beside | None = None) -> fp8_operations.Rows:
+        rank = beside.low_rank.shape[1] if beside else 0
+        return fp8_operations.Rows.of_shape(x.shape[0], x.shape[1] + 3 * rank, x.device)
+
+    monkeypatch.setattr(fp8, "quantize", quantized)
     monkeypatch.setattr(fp8, "scaled_product", lambda *_: None)
     with torch.no_grad(), PeakBytes() as found:
         grad_read = torch.empty_like(activations.x)

@@ -1,0 +1,33 @@
+"""Shapes of benchmarks/families.py that no GPU has measured: their size, and what docs/PERFORMANCE.md says of them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.families import OPTIONS, SHAPES
+from tests.conftest import ROOT
+from train.cli import parse
+from train.commands.forecast import assumed_lengths, forecast, parse_gpu
+from train.memory.cluster import Cluster
+from train.memory.outlook import GIB
+
+WEIGHTS = {"Gemma-4-31B": 30.7e9, "Gemma-4-E4B": 7.5e9}  # the card's 30.7B; 8B without encoders
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_gemma_4_fits_an_h200(name: str, tmp_path: Path) -> None:
+    """As many weights as published; in NF4 nothing is streamed or recomputed, in the memory that the page says."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(SHAPES[name])
+    assert model.num_parameters() == pytest.approx(WEIGHTS[name], rel=0.01)
+    SHAPES[name].save_pretrained(tmp_path)
+    words = ["--profile", "a100", "--model.name_or_path", str(tmp_path), "--engine.kind", "fused", *OPTIONS.split()]
+    config = parse([*words, "--batch.accumulation", "4"])
+    rows = assumed_lengths(config, config.data.max_length)
+    found = forecast(config, parse_gpu("H200"), rows, None, Cluster(1, 1, 25.0))
+    assert found.fits
+    assert (len(found.plan.streamed), found.plan.num_kept) == (0, SHAPES[name].num_hidden_layers)
+    said = f"{name.rpartition('-')[2]} {'takes ' if '31B' in name else ''}{found.plan.peak_bytes / GIB:.1f} GiB"
+    assert said in (ROOT / "docs" / "PERFORMANCE.md").read_text(encoding="utf-8")

@@ -1,0 +1,209 @@
+"""What fp8 products read, and the products: frozen weights, adapters and rows in e4m3 (fp8.py says which and why).
+
+The kernels are in fp8_kernels.py; where there is none, torch's lines here compute the same numbers.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from train.engine.lora_linear import dequantize
+from train.engine.operations import kernels_for
+from train.run import devices
+
+E4M3, LARGEST = torch.float8_e4m3fn, 448.0  # the type, and its largest number
+TINY = 1e-12  # in place of the largest magnitude of a row of zeros; the same in fp8_kernels.py, as are the next two
+LEAST = 1e-30  # in place of the largest magnitude of adapters that are zero
+CHUNK_BYTES = 2**27  # of a product that is not written where it belongs: 2,340 rows of an 8B's gate and up
+FAST_ACCUMULATION: bool = True  # Hopper adds within the tensor core, with some 14 bits, instead of in fp32 registers
+
+
+@dataclass
+class Rows:
+    """[T, W] in e4m3: values times their row's scale."""
+
+    values: torch.Tensor  # e4m3 [T, W]
+    scales: torch.Tensor  # fp32 [T, 1]
+
+    @classmethod
+    def of_shape(cls, num_rows: int, width: int, device: torch.device) -> "Rows":
+        """Room for so many."""
+        values = torch.empty(num_rows, width, dtype=E4M3, device=device)
+        return cls(values, torch.empty(num_rows, 1, dtype=torch.float32, device=device))
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What goes through an adapter, to be columns behind rows."""
+
+    low_rank: torch.Tensor  # [T, R]
+    factor: torch.Tensor  # scalar: it is divided by this, and the adapter multiplied
+
+
+@dataclass
+class AdapterSizes:
+    """What a group's adapters are scaled by, and from what that follows; fp32 [2]: of s B, and of A."""
+
+    largest: torch.Tensor  # the magnitude of its largest element
+    factors: torch.Tensor  # Beside.factor, of the forward product and of the input gradient
+
+
+def scale_of(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A power of two by which no element of the weights is more than 448."""
+    largest = torch.stack([_largest(weight) for weight in weights]).max()
+    return torch.exp2(torch.frexp(largest / LARGEST).exponent.float())
+
+
+def _largest(weight: torch.Tensor) -> torch.Tensor:
+    """No element of the weight is larger: of NF4 the largest scale, or what a quantised one can be at most."""
+    state: Any = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight.abs().max().float()
+    return state.state2.absmax.max() + state.offset if state.nested else state.absmax.max()
+
+
+def dequantize_e4m3(
+    weight: torch.Tensor, scale: torch.Tensor, along: torch.Tensor | None, across: torch.Tensor | None
+) -> None:
+    """along [N, K] and across [K, N], where they are given, = the frozen weight / scale, in e4m3."""
+    state: Any = getattr(weight, "quant_state", None)
+    kernels = _kernels_for(weight.device)
+    shape = weight.shape if state is None else state.shape
+    if kernels is None or state is None or shape[1] % state.blocksize or shape[0] % kernels.WORD.value:
+        wide = torch.empty(shape, device=weight.device)
+        dequantize(weight, wide)
+        values = (wide / scale).to(E4M3)
+        for out, part in ((along, values), (across, values.T)):
+            if out is not None:
+                out.copy_(part)
+        return
+    nested, (num_rows, width) = state.state2, shape
+    scales = (nested.code, nested.absmax, state.offset) if nested else (state.absmax, state.absmax, state.absmax)
+    words = None if across is None else across.view(torch.int32)
+    rows, places = kernels.DEQUANTIZED_ROWS, [out if out is not None else scale for out in (along, words)]
+    strides = [0 if out is None else out.stride(0) for out in (along, words)]
+    kernels.dequantize_kernel[(width // state.blocksize, -(-num_rows // rows))](
+        weight.data, state.absmax, *scales, state.code, scale, *places, num_rows, *strides, width, state.blocksize,
+        nested.blocksize if nested else 0, along is not None, across is not None, rows, enable_fp_fusion=False,
+        num_warps=4,
+    )  # fmt: skip
+
+
+def adapter_factor(largest: torch.Tensor, own: int, scale: torch.Tensor, width: int) -> torch.Tensor:
+    """The power of two that s B (0) or A (1) is multiplied with, and what goes through it divided by.
+
+    As large as makes both operands alike: rows of X that are not parallel to any of A [R, K] have products of sqrt(K)
+    times its elements; but no element of the adapter becomes more than 448 scales.
+    """
+    most = LARGEST * scale / largest[own].clamp(min=LEAST)
+    wanted = math.sqrt(width) * largest[1 - own].clamp(min=LEAST)
+    return torch.exp2(torch.frexp(torch.minimum(most, wanted)).exponent.float() - 1)
+
+
+def adapter_columns(
+    side: torch.Tensor, sizes: AdapterSizes, own: int, scale: torch.Tensor, width: int, out: torch.Tensor
+) -> None:
+    """out [N, 3 R] = high, low, high of s B (own 0) or A^T (1) times its factor, in units of the weights' scale.
+
+    The side is [N, R]; the other one has rows of `width`. The factor, adapter_factor, goes to sizes.factors.
+    """
+    num_rows, rank = side.shape
+    kernels = _kernels_for(side.device)
+    if kernels is None:
+        factor = adapter_factor(sizes.largest, own, scale, width)
+        sizes.factors[own] = factor
+        out.copy_(torch.cat(_split(side.float() * (factor / scale)), 1))
+        return
+    rows = kernels.COLUMN_ROWS
+    kernels.columns_kernel[(-(-num_rows // rows),)](
+        side, *side.stride(), out.view(torch.uint8), out.stride(0), sizes.largest, scale, sizes.factors,
+        math.sqrt(width), num_rows, own, rank, _power_of_two(rank), rows, enable_fp_fusion=False, num_warps=4,
+    )  # fmt: skip
+
+
+def _split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """high, low and high again: e4m3 numbers, the first two of which add up to x."""
+    high = x.to(E4M3)
+    return high, (x - high.float()).to(E4M3), high
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def quantize(x: torch.Tensor, beside: Beside | None = None) -> Rows:
+    """[T, W] in e4m3, or [T, W + 3 R]: behind x high, high and low of what is beside it, with the same scale a row.
+
+    A row with infinity or NaN becomes NaN where it has them.
+    """
+    rank = beside.low_rank.shape[1] if beside else 0
+    num_rows, width = x.shape
+    rows = Rows.of_shape(num_rows, width + 3 * rank, x.device)
+    kernels = _kernels_for(x.device)
+    if kernels is None:
+        wide = x.float() if beside is None else torch.cat([x.float(), beside.low_rank.float() / beside.factor], 1)
+        torch.mul(wide.abs().amax(1, keepdim=True).clamp(min=TINY), 1 / LARGEST, out=rows.scales)
+        wide = wide * (1 / rows.scales)
+        high, low, _ = _split(wide[:, width:])
+        rows.values.copy_(torch.cat([wide[:, :width].to(E4M3), high, high, low], 1))
+        return rows
+    block, low_rank = _power_of_two(width), beside.low_rank if beside else x
+    assert x.stride(1) == low_rank.stride(1) == 1
+    kernels.quantize_kernel[(num_rows,)](
+        x, x.stride(0), low_rank, low_rank.stride(0), beside.factor if beside else x, rows.values,
+        rows.values.stride(0), rows.scales, width, block, rank, _power_of_two(max(1, rank)),
+        enable_fp_fusion=False, num_warps=4 if block <= 4096 else 16,
+    )  # fmt: skip
+    return rows
+
+
+def scaled_product(a: Rows, b: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+    """out [T, N] = a b scaled, for b [W, N], the transpose of rows in memory, in e4m3; scales [1, N or more].
+
+    On a CPU the same numbers are multiplied in fp32. Where `out` is a range of wider rows that the product cannot
+    write, it goes through dense ones, CHUNK_BYTES at a time.
+    """
+    scales = scales[:, : b.shape[1]]
+    if out.is_contiguous() or writes_ranges(out.device):
+        _multiply(a, b, scales, out)
+        return
+    rows_per_chunk = max(16, CHUNK_BYTES // (out.shape[1] * out.element_size()))
+    for start in range(0, out.shape[0], rows_per_chunk):
+        part = out[start : start + rows_per_chunk]
+        rows = slice(start, start + part.shape[0])
+        dense = torch.empty(part.shape, dtype=part.dtype, device=part.device)
+        _multiply(Rows(a.values[rows], a.scales[rows]), b, scales, dense)
+        part.copy_(dense)
+
+
+def writes_ranges(device: torch.device) -> bool:
+    """Whether torch's product heeds the stride of its output's rows.
+
+    cuBLAS does, which torch takes on Hopper in builds for CUDA 12.9 or newer. Of the kernels that it takes elsewhere
+    (RowwiseScaledMM.cu) those of 8.9, and on 9.0 and 10.x those of transposed problems, write dense rows into any
+    output, without an error.
+    """
+    if device.type != "cuda":
+        return True
+    version = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
+    return devices.capability(device)[0] == 9 and version >= (12, 9)
+
+
+def _multiply(a: Rows, b: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+    if not out.is_cuda:
+        out.copy_((a.values.float() @ b.float()) * a.scales * scales)
+        return
+    torch._scaled_mm(
+        a.values, b, a.scales, scales, out_dtype=out.dtype, use_fast_accum=FAST_ACCUMULATION, out=out
+    )  # the public torch.nn.functional.scaled_mm writes no `out`
+
+
+def _kernels_for(device: torch.device) -> Any:
+    if kernels_for(device) is None:
+        return None
+    from train.engine import fp8_kernels
+
+    return fp8_kernels

@@ -4,6 +4,7 @@ import json
 import random
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -39,6 +40,18 @@ def reference(config: Config, run_dir: Path) -> dict[str, bytes]:
     outcome = run_command(arguments(at(config, run_dir)))
     assert outcome.returncode == 0, outcome.stderr
     return result_of(run_dir)
+
+
+_RESULTS: dict[str, dict[str, bytes]] = {}
+
+
+def known_reference(config: Config) -> dict[str, bytes]:
+    """The same for a test that needs no folder of it: run once, in its own, for all tests of this process."""
+    name = repr(at(config, Path()))
+    if name not in _RESULTS:
+        with tempfile.TemporaryDirectory() as folder:
+            _RESULTS[name] = reference(config, Path(folder) / "run")
+    return _RESULTS[name]
 
 
 def killed_at_random(words: list[str], draw: random.Random, seconds: float) -> Outcome:

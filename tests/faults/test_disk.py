@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.compare_runs import at, reference, result_of
+from tests.compare_runs import at, known_reference, result_of
 from tests.conftest import arguments, run_command
 from tests.injections import DiskError, LittleSpace
 from tests.tally import Tally
@@ -30,7 +30,7 @@ def leftovers(run_dir: Path) -> list[str]:
 @pytest.mark.fault("T8")
 def test_no_space_at_any_write(often: Config, tmp_path: Path, tally: Tally) -> None:
     """ENOSPC at any of a save's five files is reported; the older checkpoint stays, and the next save succeeds."""
-    expected = reference(often, tmp_path / "reference")
+    expected = known_reference(often)
     for number in range(tally.times(2, 10)):
         first = 6 + number  # the second save's files and the third's
         run_dir = tmp_path / f"full-{number}"
@@ -46,7 +46,7 @@ def test_no_space_at_any_write(often: Config, tmp_path: Path, tally: Tally) -> N
 @pytest.mark.fault("T8")
 def test_a_disk_that_stays_full_ends_the_run(often: Config, tmp_path: Path, tally: Tally) -> None:
     """Four failures in a row end the run with 76; with space again, it resumes from the checkpoint before them."""
-    expected = reference(often, tmp_path / "reference")
+    expected = known_reference(often)
     words = arguments(at(often, tmp_path / "run"))
     outcome = run_command(words, DiskError(6, 99))
     tally.check(outcome.returncode == 76, outcome.stderr[-300:])
@@ -82,7 +82,7 @@ def can_mount() -> bool:
 @pytest.mark.skipif(not can_mount(), reason="mounting needs root; injected errors stand for it")
 def test_a_real_disk_that_is_too_small(often: Config, tmp_path: Path, tally: Tally) -> None:
     """On a file system of 600 KiB to 2 MiB the run ends with an expected code and leaves no temporary files."""
-    expected = reference(often, tmp_path / "reference")
+    expected = known_reference(often)
     for size in (600, 800, 1200, 2000)[: tally.times(1, 4)]:
         disk = tmp_path / f"disk-{size}"
         disk.mkdir()
@@ -110,7 +110,7 @@ def test_a_real_disk_that_is_too_small(often: Config, tmp_path: Path, tally: Tal
 @pytest.mark.fault("T9")
 def test_other_errors_and_a_slow_disk(often: Config, tmp_path: Path, tally: Tally) -> None:
     """EIO, EACCES and EROFS at writes and syncs, and a slow disk, do not change the result."""
-    expected = reference(often, tmp_path / "reference")
+    expected = known_reference(often)
     cases = [
         DiskError(7, 7, errno.EIO),
         DiskError(4, 4, errno.EIO, function="sync"),

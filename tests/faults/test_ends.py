@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.compare_runs import at, exit_record, result_of
-from tests.conftest import ROOT, arguments, run_command
+from tests.conftest import ROOT, arguments, run_command, thorough
 from tests.interruptions import Defect, NoUser
 from train.config import Config
 from train.run.attempts import read_attempts
@@ -49,6 +49,8 @@ def test_a_defect(doing: str, config: Config, tmp_path: Path) -> None:
     assert TOKEN not in report + outcome.stderr + outcome.stdout
     attempts = read_attempts(folder)
     assert [attempt.end and attempt.end["doing"] for attempt in attempts] == ([doing] if len(attempts) else [])
+    if not doing.startswith("training"):  # what comes after it is the same for all
+        return
     again = replace(at(config, folder.path), run=replace(config.run, dir=str(folder.path), resume="never"))
     assert run_command(arguments(again)).returncode == 0
     assert (folder.path / "previous-1" / "defect.txt").read_text() == report
@@ -102,6 +104,7 @@ def test_libraries_need_no_home(name: str, config: Config, tmp_path: Path) -> No
     assert outcome.returncode == 0, outcome.stderr
 
 
+@thorough  # the next one closes the same pipe, and the one after it wants the same bits
 @pytest.mark.fault("T28")
 def test_a_terminal_that_is_gone(config: Config, tmp_path: Path) -> None:
     """The real script whose reader leaves after the first line, without UTF-8: the same bits, exit 0."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.compare_runs import at, finish, killed_at_random, reference, result_of
+from tests.compare_runs import at, finish, killed_at_random, known_reference, result_of
 from tests.conftest import arguments, run_command, with_batch
 from tests.injections import Fault, KillAtOperation
 from tests.tally import Tally
@@ -29,7 +29,7 @@ def dropped(config: Config) -> Config:
 def test_kills_at_random_moments(dropped: Config, tmp_path: Path, tally: Tally) -> None:
     """SIGKILL at random moments of a run, including loading; two or three per run, which then finishes."""
     longer = replace(dropped, train=replace(dropped.train, epochs=4))
-    expected = reference(longer, tmp_path / "reference")
+    expected = known_reference(longer)
     for number in range(tally.times(2, 60)):
         draw, run_dir = random.Random(number), tmp_path / f"run-{number}"
         words = arguments(at(longer, run_dir))
@@ -46,7 +46,7 @@ def test_a_kill_around_every_operation_of_a_save(dropped: Config, tmp_path: Path
 
     The short count takes one moment of each operation.
     """
-    expected = reference(dropped, tmp_path / "reference")
+    expected = known_reference(dropped)
     log = tmp_path / "moments"
     assert run_command(arguments(at(dropped, tmp_path / "logged")), KillAtOperation(0, str(log))).returncode == 0
     moments = log.read_text().splitlines()
@@ -94,7 +94,7 @@ def test_every_kind_of_run_resumes_to_the_bit(config: Config, tmp_path: Path, ta
             data=replace(case.data, validation_fraction=0.2 if point == "after validation" else 0.0),
             checkpoint=CheckpointConfig(every=1 if point in ("in the epoch", "before the last step") else "epoch"),
         )
-        expected = reference(case, tmp_path / f"{number}-reference")
+        expected = known_reference(case)
         words = arguments(at(case, tmp_path / f"{number}"))
         kill = {"in the epoch": 1, "before the last step": expected["samples"].count(b"(") - 1}.get(point, 1)
         killed = run_command(words, Fault("save", kill, "after"))
@@ -110,7 +110,7 @@ def test_a_chain_of_resumes(dropped: Config, tmp_path: Path, tally: Tally) -> No
     kills = tally.times(3, 10)
     for number in range(tally.times(1, 3)):
         seeded = replace(dropped, train=replace(dropped.train, epochs=tally.times(4, 8), seed=number))
-        expected = reference(seeded, tmp_path / f"reference-{number}")
+        expected = known_reference(seeded)
         words = arguments(at(seeded, tmp_path / f"chain-{number}"))
         for start in range(kills):
             killed = run_command(words, Fault("save", 1, "after"))

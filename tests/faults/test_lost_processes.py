@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,7 @@ def pid_of(run_dir: Path, rank: int) -> int:
     raise AssertionError(f"no process of rank {rank}")
 
 
+@thorough  # tests/unit/run/test_launcher.py wants the same of a stand-in, and the next test loses real ones
 @pytest.mark.fault("T26")
 def test_the_only_process_is_killed(config: Config, tmp_path: Path) -> None:
     """83 and a sentence, in exit.json and the attempt's end as well; the same command goes on."""
@@ -75,14 +77,23 @@ def test_the_only_process_is_killed(config: Config, tmp_path: Path) -> None:
 def test_one_of_two_is_killed_or_stopped(config: Config, tmp_path: Path) -> None:
     """The other is ended, and the lost one named, within run.timeout_minutes and ten seconds; no process is left."""
     config = with_batch(config, 2, 2)
-    for kind, rank in ((signal.SIGSTOP, 1), (signal.SIGKILL, 0)):
+    cases = ((signal.SIGSTOP, 1), (signal.SIGKILL, 0))
+
+    def lost(kind: signal.Signals, rank: int) -> tuple[int, str, float]:
+        """The launcher's code, what it said, and after how many seconds."""
         run_dir = tmp_path / f"{kind.name}-{rank}"
         with launched(config, run_dir, "ours, two processes") as launcher:
             os.kill(pid_of(run_dir, rank), kind)
             began = time.monotonic()
             _, said = launcher.communicate(timeout=120)
-            seconds = time.monotonic() - began
-        assert launcher.returncode == 81, said
+            return launcher.returncode, said, time.monotonic() - began
+
+    with ThreadPoolExecutor() as at_once:  # for most of the time one of them waits
+        runs = [at_once.submit(lost, *case) for case in cases]
+    for (kind, rank), run in zip(cases, runs, strict=True):
+        run_dir = tmp_path / f"{kind.name}-{rank}"
+        code, said, seconds = run.result()
+        assert code == 81, said
         assert seconds < 60 * TIMEOUT_MINUTES + 10
         record = exit_record(run_dir)
         assert record["code"] == 81

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.compare_runs import at, exit_record, reference, result_of, wait_for_rows
+from tests.compare_runs import at, exit_record, known_reference, result_of, wait_for_rows
 from tests.conftest import Outcome, Run, arguments, run_command, with_batch
 from tests.faults.test_secrets import with_option
 from tests.injections import die
@@ -68,9 +68,9 @@ def steps_at(url: str) -> list[int]:
 
 
 @pytest.fixture
-def expected(config: Config, tmp_path: Path) -> dict[str, bytes]:
+def expected(config: Config) -> dict[str, bytes]:
     """The result of the run that was left alone."""
-    return reference(replace(config, checkpoint=CheckpointConfig(every=1)), tmp_path / "reference")
+    return known_reference(replace(config, checkpoint=CheckpointConfig(every=1)))
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_the_best_checkpoint_comes_with_the_newest(config: Config, url: str, tmp
     held_out = replace(config.data, validation_path=config.data.path, gate="warn")
     validate = replace(config.validate, every=1, final="best")
     config = replace(config, optim=worse, data=held_out, validate=validate, train=replace(config.train, max_steps=4))
-    expected = reference(replace(config, checkpoint=CheckpointConfig(every=1)), tmp_path / "reference")
+    expected = known_reference(replace(config, checkpoint=CheckpointConfig(every=1)))
     stopped = run_command(mirrored(config, url, tmp_path / "one"), AtMicroBatch(2, 0))
     assert stopped.returncode == 75, stopped.stderr
     best = steps_at(url)[-1]

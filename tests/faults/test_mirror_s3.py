@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.compare_runs import reference, result_of
+from tests.compare_runs import known_reference, result_of
 from tests.conftest import Run, run_command
 from tests.faults.test_mirror import mirrored
 from tests.interruptions import AtMicroBatch
@@ -18,9 +18,9 @@ from train.track.metrics_file import read_metrics
 
 
 @pytest.fixture
-def expected(config: Config, tmp_path: Path) -> dict[str, bytes]:
+def expected(config: Config) -> dict[str, bytes]:
     """The result of the run that was left alone."""
-    return reference(replace(config, checkpoint=CheckpointConfig(every=1)), tmp_path / "reference")
+    return known_reference(replace(config, checkpoint=CheckpointConfig(every=1)))
 
 
 @needs_s3

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.compare_runs import at, exit_record, finish, reference, result_of, wait_for_rows
-from tests.conftest import ROOT, Run, arguments, run_command
+from tests.compare_runs import at, exit_record, finish, known_reference, result_of, wait_for_rows
+from tests.conftest import ROOT, Run, arguments, run_command, thorough
 from tests.injections import DiskError
 from tests.tally import Tally
 from train.config import CheckpointConfig, Config
@@ -26,7 +26,7 @@ def test_stop_signals_at_random_moments(config: Config, tmp_path: Path, tally: T
     """Loading, between micro-batches, while saving, when it has ended: exit 75 and exit.json, then the same bits."""
     longer = replace(config, lora=replace(config.lora, dropout=0.1), train=replace(config.train, epochs=8))
     longer = replace(longer, checkpoint=CheckpointConfig(every=5))
-    expected = reference(longer, tmp_path / "reference")
+    expected = known_reference(longer)
     for number in range(tally.times(2, 60)):
         draw, run_dir = random.Random(number), tmp_path / f"run-{number}"
         words = arguments(at(longer, run_dir))
@@ -79,10 +79,12 @@ COMMANDS = {
     "accelerate": [str(Path(sys.executable).with_name("accelerate")), "launch", "--quiet", "--cpu"],
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
 }
+# of one process; tests/integration/test_train_command.py stops ours as well, and of foreign ones torchrun stays
+MARKS = {"ours": thorough, "accelerate": thorough}
 
 
 @pytest.mark.fault("T11")
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in COMMANDS])
 def test_signals_through_launchers(name: str, config: Config, tmp_path: Path, tally: Tally) -> None:
     """A signal to the launcher alone: the trainer saves, no process is left, and our launcher returns its exit code."""
     kinds = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -133,6 +135,7 @@ def trainers(run_dir: Path) -> list[int]:
     return found
 
 
+@thorough  # tests/integration: test_demo.py gets the 0, test_bad_input.py the 78
 @pytest.mark.fault("T11")
 def test_the_launcher_returns_every_code(config: Config, tmp_path: Path, tally: Tally) -> None:
     """Our launcher returns 0 for a finished run and 78 for bad input, where accelerate returns 1."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.compare_runs import at, exit_record, finish, reference, result_of, start_processes
+from tests.compare_runs import at, exit_record, finish, known_reference, reference, result_of, start_processes
 from tests.conftest import Outcome, arguments, run_command, thorough, with_batch
 from tests.injections import Both, NotANumber, OtherScale
 from tests.interruptions import AtMicroBatch, InValidation
@@ -59,7 +59,7 @@ PLACES = [(0, 0, 0), (1, 1, 1), (1, 3, 2), (2, 0, 2), (5, 1, 6)]
 )
 def test_a_signal_within_a_step(step: int, number: int, saved: int, dropout: Config, tmp_path: Path) -> None:
     """The unfinished step leaves no trace; in the last micro-batch the step is finished instead. The same bits."""
-    expected = reference(dropout, tmp_path / "reference")
+    expected = known_reference(dropout)
     run_dir, words = tmp_path / "run", arguments(at(dropout, tmp_path / "run"))
     stopped = run_command(words, AtMicroBatch(step, number))
     assert stopped.returncode == 75, stopped.stderr

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import pytest
 
 from tests.compare_runs import wait_for_rows
-from tests.conftest import Run, arguments, losses
+from tests.conftest import Run, arguments, losses, thorough
 from tests.fake_wandb import FakeServer, WatcherFault, blackhole, environment, recorded_rows, records, services_of
 from tests.tally import Tally
 from train.config import CheckpointConfig, Config, TrackConfig
@@ -80,6 +80,8 @@ CASES = {
         Case("file in the way", "stopped recording", block=file_in_the_way),
     ],
 }
+# what refuses is also in tests/unit/track/test_weights_and_biases.py: the error, and an offline record of each step
+MARKS = {"refusing": thorough}
 FULL_ONLY = {"silent": 1, "refusing": 2, "dying": 1, "hanging": 2, "unwritable": 1}  # cases at each list's end
 
 
@@ -107,7 +109,7 @@ def alone(config: Config, folder: Path) -> tuple[list[tuple[int, str, str]], flo
 
 
 @pytest.mark.fault("T19")
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=MARKS.get(kind, ())) for kind in CASES])
 def test_weights_and_biases_cannot_reach_training(kind: str, config: Config, tmp_path: Path, tally: Tally) -> None:
     """Exit 0, the same bits and rows as without it, at most 20 s more, no process left, and one line about it."""
     expected, seconds_alone = alone(config, tmp_path)

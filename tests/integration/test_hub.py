@@ -129,13 +129,12 @@ def test_an_adapter_of_a_hub_model_finds_its_commit(hub: FakeHub, tmp_path: Path
     settings |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
     options = ["--profile", "demo", "--model.name_or_path", "somebody/open", "--model.revision", "v1"]
     options += ["--train.max_steps", "1", "--compare.num_questions", "0", "--track.wandb", "off"]
-    run = [sys.executable, str(ROOT / "train/main.py"), *options, "--run.dir", str(tmp_path / "run")]
+    script = "import os, sys; from train.main import main; from peft import AutoPeftModelForCausalLM as A\n"
+    script += f"assert main(sys.argv[1:]) == 0; os.chdir('/'); A.from_pretrained({str(tmp_path / 'run/final')!r})"
+    run = [sys.executable, "-c", script, *options, "--run.dir", str(tmp_path / "run")]
     done = subprocess.run(run, cwd=tmp_path, env=settings, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "run/final/adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("somebody/open", COMMIT)
     base = json.loads((tmp_path / "run/final/base.json").read_text())
     assert (base["name"], base["commit"], len(base["fingerprint"])) == ("somebody/open", COMMIT, 64)
-    load = f"from peft import AutoPeftModelForCausalLM as A; A.from_pretrained({str(tmp_path / 'run/final')!r})"
-    loaded = subprocess.run([sys.executable, "-c", load], cwd="/", env=settings, capture_output=True, timeout=300)
-    assert loaded.returncode == 0, loaded.stderr

@@ -14,7 +14,8 @@ from train.track.metrics_file import read_metrics
 
 RUN = "sweeprun"
 SUGGESTED: dict[str, Any] = {"optim.lr": 0.003, "lora.r": 4, "lora.rslora": True}  # as the server's controller would
-QUICK = {"train.max_steps": 3, "compare.num_questions": 0, "checkpoint.every": 3}
+QUICK = {"train.max_steps": 3, "compare.num_questions": 0, "checkpoint.every": 3, "validate.tokens": 2000}
+QUICK |= {"validate.num_questions": 0, "validate.at_start": False, "validate.general_text": "off"}
 
 
 def agent(sweep: dict[str, Any]) -> Any:

@@ -1,8 +1,5 @@
 """How a batch is cut into forward passes and processes does not change the mathematics."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from tests.conftest import ROOT, arguments, thorough, training_of, with_batch
+from tests.compare_runs import start_processes
+from tests.conftest import arguments, run_command, thorough, training_of, with_batch
 from train.config import BatchConfig, Config, EngineConfig
 from train.run.processes import any_process
 from train.step import Training, optimizer_step
@@ -161,11 +159,8 @@ def test_two_processes_train_the_same_samples_to_the_same_losses(
     config = replace(config, engine=EngineConfig(kind=kind))
     single = replace(config, run=replace(config.run, dir=str(tmp_path / "single")))
     double = with_batch(replace(config, run=replace(config.run, dir=str(tmp_path / "double"))), 1, 4)
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    main = str(ROOT / "train" / "main.py")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([sys.executable, main, *arguments(single)], check=True, env=environment, timeout=300)
-    subprocess.run([*torchrun, main, *arguments(double)], check=True, env=environment, timeout=300)
+    outcomes = [run_command(arguments(single)), *(run.wait() for run in start_processes(arguments(double), [None] * 2))]
+    assert [outcome.returncode for outcome in outcomes] == [0, 0, 0], outcomes[1].stderr
     first, second = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("single", "double"))
     assert len(first) == len(second) == 6
     for one, two in zip(first, second, strict=True):

@@ -37,8 +37,8 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_twenty_steps(base: Path, config: Config) -> None:
-    """The losses of twenty steps are the reference engine's, and streamed ones are resident ones to the bit.
+def test_ten_steps(base: Path, config: Config) -> None:
+    """The losses of ten steps are the reference engine's, and streamed ones are resident ones to the bit.
 
     The adapters are the default's: on all layers of a block, whatever a family calls them.
     """
@@ -59,8 +59,8 @@ def test_twenty_steps(base: Path, config: Config) -> None:
     assert type(causal_lm).__name__ in families.FAMILIES
     halves = [half for block in engine.stack.blocks for half in (block.attention, block.mlp)]
     assert all(group.parameters for half in halves for group in half.groups)
-    curves = [[optimizer_step(run, step).loss for step in range(20)] for run in runs]
+    curves = [[optimizer_step(run, step).loss for step in range(10)] for run in runs]
     print(curves)
     assert curves[0][-1] < curves[0][0] - 0.15
-    assert curves[1] == pytest.approx(curves[0], rel=5e-3)
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
     assert curves[2] == pytest.approx(curves[1], rel=1e-5)

@@ -5,11 +5,14 @@ from collections import Counter
 import pytest
 
 from data_tools.render import RenderSettings
+from tests.conftest import thorough
 from tests.field_templates import CONVERSATIONS, judge, real_templates, rendered_under
 from tests.unit.data_tools.jinja import marked
 
 NUM_PARTS = 12
-PARTS = [pytest.param(part, marks=[pytest.mark.slow] if part else []) for part in range(NUM_PARTS)]
+# a part in the quick tier, a third of all in the whole, and all with --thorough; docs/FORMATS.md tells of all
+MARKS = [[], *[[pytest.mark.slow]] * 3, *[[pytest.mark.slow, thorough]] * 8]
+PARTS = [pytest.param(part, marks=MARKS[part]) for part in range(NUM_PARTS)]
 
 
 @pytest.mark.parametrize("part", PARTS)

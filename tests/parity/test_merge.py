@@ -18,6 +18,7 @@ from tests.parity.bases import Shape, on, write
 from train.commands import merge as command
 from train.commands.handloop import main
 from train.config import Config, DataConfig
+from train.deliver import receipt
 from train.deliver.finished import finished_run
 from train.deliver.merge import Merge, load_merged
 from train.deliver.proof import limits_of
@@ -142,8 +143,10 @@ def test_a_transposed_layer(config: Config, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def nf4_run(config: Config, tmp_path: Path) -> Path:
-    """A finished run on a base in NF4, with held-out rows."""
+def nf4_run(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A finished run on a base in NF4, with held-out rows; receipts ask two questions and take short answers."""
+    monkeypatch.setattr(receipt, "NUM_QUESTIONS", 2)
+    monkeypatch.setattr(receipt, "MAX_NEW_TOKENS", 16)
     base = write(tmp_path / "base", Shape(dtype=torch.bfloat16))
     config = on(config, base, "nf4")
     return finish(

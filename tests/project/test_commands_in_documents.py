@@ -29,8 +29,8 @@ SERVERS = {f"launch/serve_{name}.sh": name for name in ("vllm", "sglang", "llama
 FOREIGN = {"docker", "mkdir", "pip", "pipx", "pre-commit"}  # other people's commands: looked at by the shell alone
 UNKNOWN = "--no-such.option"
 # in the place of what takes long: a command's option and a small value
-SHORT = {"--num": "2", "--max-new-tokens": "8"}
-SHORT_RUN = {"--run.device": "cpu", "--train.max_steps": "2", "--compare.num_questions": "1", "--track.wandb": "off"}
+SHORT = {"--num": "2", "--max-new-tokens": "8", "--loss-tokens": "300"}
+SHORT_RUN = {"--run.device": "cpu", "--train.max_steps": "1", "--compare.num_questions": "1", "--track.wandb": "off"}
 SHORT_RUN |= {"--compare.max_new_tokens": "8", "--validate.num_questions": "0"}
 SHORT_RUN |= {"--validate.at_start": "false", "--validate.general_text": "off"}
 # models that the documents name; each is the bundled base, in the folder of that name
@@ -128,7 +128,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(words: Sequence[str], folder: Path, run_dir: str = "") -> tuple[int | None, str]:
-    """Exit code and, unless it is 0, what was said, of train/main.py in `folder`: two steps on the CPU."""
+    """Exit code and, unless it is 0, what was said, of train/main.py in `folder`: a step on the CPU."""
     if "--run.dir" in words:
         place = words.index("--run.dir")
         words = [*words[:place], *words[place + 2 :]]
@@ -146,7 +146,7 @@ def shortened(words: Sequence[str]) -> list[str]:
         start = found.index("--quantize")
         end = next((at for at in range(start + 1, len(found)) if found[at].startswith("--")), len(found))
         del found[start:end]
-    wanted = {"compare": ("--num", "--max-new-tokens"), "chat": ("--max-new-tokens",)}.get(found[0], ())
+    wanted = {"compare": tuple(SHORT), "chat": ("--max-new-tokens",)}.get(found[0], ())
     found += [word for name in wanted if name not in found for word in (name, SHORT[name])]
     return found
 

@@ -4,6 +4,7 @@ import ast
 import graphlib
 import re
 import sys
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def module(path: Path) -> str:
 MODULES = {module(path) for path in SOURCES}
 
 
+@cache
 def imports(path: Path) -> set[str]:
     """Modules that a file imports, also inside functions; of `from package import x` the module x, where it is one."""
     found = set()

@@ -54,7 +54,8 @@ def test_a_wheel_trains_from_any_folder(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert (told["code"], told["step"], told["run"]) == (0, 2, str(elsewhere / "runs" / "demo"))
+    assert (told["code"], told["name"], told["reason"]) == (0, "finished", "finished")
+    assert (told["step"], told["run"]) == (2, str(elsewhere / "runs" / "demo"))
     assert told["answers"]["held_out"]["total"] == 2
     config = json.loads((elsewhere / "runs" / "demo" / "config.json").read_text())
     for path in (config["model"]["name_or_path"], *config["data"]["path"], *config["data"]["validation_path"]):

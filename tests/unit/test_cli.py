@@ -7,12 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_command
 from train.cli import PATHS, parse
+from train.commands import handloop
 from train.config import parse_bytes
 from train.profiles import FOR_4_GB, PROFILES
 from train.run.exits import ExitCode, ExitWith
@@ -193,7 +195,9 @@ def test_every_option_that_names_a_file_is_a_path() -> None:
     assert found == set(PATHS) - {"run.resume"}  # which takes words as well
 
 
-def test_a_home_through_the_real_commands(tmp_path: Path, shape: Path, pairs: Path) -> None:
+def test_a_home_through_the_real_commands(
+    tmp_path: Path, shape: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`--run.dir=~/x` makes no folder called ~, and base, template and data are found in the home folder."""
     home, here = tmp_path / "home", tmp_path / "here"
     here.mkdir()
@@ -202,21 +206,12 @@ def test_a_home_through_the_real_commands(tmp_path: Path, shape: Path, pairs: Pa
     words = ["--profile", "demo", "--model.name_or_path=~/base", "--model.random_init", "true", "--run.dir=~/x"]
     words += ["--data.chat_template=~/base/chat_template.jinja", "--data.path=~/pairs.jsonl", "--train.max_steps", "1"]
     words += ["--optim.warmup", "0", "--track.wandb", "off", "--compare.num_questions", "0", "--data.gate", "warn"]
-    environment = {**os.environ, "HOME": str(home), "PYTHONPATH": str(ROOT)}
-
-    def run(*command: str) -> None:
-        done = subprocess.run([sys.executable, *command], cwd=here, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-
-    run(str(ROOT / "train" / "main.py"), *words)
+    done = run_command(words, partial(os.chdir, here), HOME=str(home))
+    assert done.returncode == 0, done.stderr
     assert (home / "x" / "final").is_dir()
-    run(
-        "-c",
-        "import sys; from train.commands.handloop import main; sys.exit(main())",
-        "preview",
-        "--html=~/page.html",
-        *words,
-    )
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(home))
+    assert handloop.main(["preview", "--html=~/page.html", *words]) == 0
     assert (home / "page.html").exists()
     assert list(here.iterdir()) == []
 

@@ -8,9 +8,15 @@ from typing import Any
 import pytest
 from transformers import Qwen3_5TextConfig, Qwen3Config
 
-from train.commands import planned_rows, probe
+from train.commands import forecast, planned_rows, probe
 from train.commands.handloop import main
 from train.profiles import DEMO, GLOSSARY
+
+
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A document of the GPU that is asked for alone: those of all known ones take seconds."""
+    monkeypatch.setattr(forecast, "forecast_known_gpus", lambda *_: [])
 
 
 def test_both_models_fit_into_4_gib(capsys: pytest.CaptureFixture, llama31_8b: Path, tinyllama_1b: Path) -> None:
@@ -57,6 +63,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.usefixtures("one_gpu")
 @pytest.mark.parametrize("gpu", ["4GiB", "GTX-1650", "GTX-1050-Ti", "RTX-3050-4GB"])  # fp16, fp32 and bf16
 @pytest.mark.parametrize("profile", SHAPES)
 def test_the_profiles_of_qwen3_fit_their_cards(
@@ -144,6 +151,7 @@ def test_the_data_are_counted(rows: Path, capsys: pytest.CaptureFixture[str]) ->
     assert re.search(r"tokens/s ┃ +time ┃", capsys.readouterr().out)
 
 
+@pytest.mark.usefixtures("one_gpu")
 def test_what_is_assumed_is_said(rows: Path, tinyllama_1b: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Data that are away, unnamed, bad or of a base without a tokenizer, and a mean that is given: rows and why."""
     bad = rows.with_name("bad.jsonl")
@@ -163,6 +171,7 @@ def test_what_is_assumed_is_said(rows: Path, tinyllama_1b: Path, capsys: pytest.
         assert ("--mean-length N" in told["data"]["said"]) == ("--mean-length" not in words)
 
 
+@pytest.mark.usefixtures("one_gpu")
 def test_large_data_are_counted_once_they_are_prepared(
     rows: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +210,7 @@ def test_fp8_products_are_planned_for_gpus_that_have_them(capsys: pytest.Capture
     assert "A100" not in said
 
 
+@pytest.mark.usefixtures("one_gpu")
 def test_several_gpus(capsys: pytest.CaptureFixture, llama31_8b: Path) -> None:
     """Each of four needs a quarter of the packed weights, and two blocks' slots; together they are almost four times as
     fast; without sharding each has them all."""
@@ -243,6 +253,7 @@ def test_a_group_of_gpus_shares_a_row(capsys: pytest.CaptureFixture[str], llama3
     assert "times as fast as one with the same work for each" in planned("--gpus", "4")
 
 
+@pytest.mark.usefixtures("one_gpu")
 def test_several_machines(capsys: pytest.CaptureFixture, llama31_8b: Path) -> None:
     """Two of eight GPUs: twice the samples, and a step longer by what the network takes; each holds the same."""
 

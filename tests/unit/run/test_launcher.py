@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -52,38 +53,48 @@ LOST = {
 }
 
 
-@pytest.mark.parametrize("name", LOST)
-def test_lost_trainers_are_named(name: str, tmp_path: Path) -> None:
+def test_lost_trainers_are_named(tmp_path: Path) -> None:
     """Within the timeout and ten seconds: code, message, exit.json and the attempt's end; no process is left."""
-    behaviours, code, told = LOST[name]
-    folder = RunFolder(tmp_path / "run")
-    (folder.checkpoints / "step-0000000003").mkdir(parents=True)
-    found, said, seconds = launched(folder.path, *behaviours)
-    assert found == code, said
-    assert f"handloop: {told}" in said
-    record = read_object(folder.exit)
-    assert (record["code"], record["name"], record["doing"]) == (code, ExitCode(code).name.lower(), "loading")
-    assert str(record["reason"]).startswith(told)
-    if "memory" not in behaviours:  # which says itself what to do
-        assert "the newest checkpoint stands: run the same command again" in str(record["reason"])
-    assert seconds < TIMEOUT + 10
-    (attempt,) = read_attempts(folder)
-    assert attempt.end is not None
-    assert attempt.end["code"] == code
-    if len(behaviours) > 1 and code == 81 and "unheard" not in behaviours:
-        assert f"last heard of: {told[:9]}: step 3, " in str(record["reason"])
-    assert folder.defect.exists() == ("crash" in behaviours or "watchdog" in behaviours)
+    folders = {name: RunFolder(tmp_path / f"{number:02}" / "run") for number, name in enumerate(LOST)}
+    for folder in folders.values():
+        (folder.checkpoints / "step-0000000003").mkdir(parents=True)
+    with ThreadPoolExecutor(4) as at_once:  # launchers wait most of the time
+        runs = {name: at_once.submit(launched, folder.path, *LOST[name][0]) for name, folder in folders.items()}
+    for name, folder in folders.items():
+        found, said, seconds = runs[name].result()
+        _, code, told = LOST[name]
+        assert found == code, f"{name}: {said}"
+        assert f"handloop: {told}" in said, name
+        assert seconds < TIMEOUT + 10, name
+        check_records(name, folder)
     everything = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     assert str(tmp_path) not in everything
 
 
-@pytest.mark.parametrize("behaviours", [("killed",), ("wait", "killed")])
-def test_without_a_checkpoint_none_is_said_to_stand(behaviours: tuple[str, ...], tmp_path: Path) -> None:
-    """A run that is lost before its first checkpoint starts from the beginning, and says so."""
-    folder = RunFolder(tmp_path / "run")
-    said = launched(folder.path, *behaviours)[1]
-    assert "no checkpoint had been written, so it starts from the beginning: run the same command again" in said
-    assert "stands" not in said + str(read_object(folder.exit)["reason"])
+def check_records(name: str, folder: RunFolder) -> None:
+    """What the launcher has left in the run folder is what it said."""
+    behaviours, code, told = LOST[name]
+    record = read_object(folder.exit)
+    assert (record["code"], record["name"], record["doing"]) == (code, ExitCode(code).name.lower(), "loading"), name
+    assert str(record["reason"]).startswith(told), name
+    if "memory" not in behaviours:  # which says itself what to do
+        assert "the newest checkpoint stands: run the same command again" in str(record["reason"]), name
+    (attempt,) = read_attempts(folder)
+    assert attempt.end is not None, name
+    assert attempt.end["code"] == code, name
+    if len(behaviours) > 1 and code == 81 and "unheard" not in behaviours:
+        assert f"last heard of: {told[:9]}: step 3, " in str(record["reason"]), name
+    assert folder.defect.exists() == ("crash" in behaviours or "watchdog" in behaviours), name
+
+
+def test_without_a_checkpoint_none_is_said_to_stand(tmp_path: Path) -> None:
+    """A run that is lost before its first checkpoint starts from the beginning, and says so: one process, and two."""
+    with ThreadPoolExecutor() as at_once:
+        runs = [at_once.submit(launched, tmp_path / names[0], *names) for names in (("killed",), ("wait", "killed"))]
+    for run, name in zip(runs, ("killed", "wait"), strict=True):
+        said = run.result()[1]
+        assert "no checkpoint had been written, so it starts from the beginning: run the same command again" in said
+        assert "stands" not in said + str(read_object(RunFolder(tmp_path / name).exit)["reason"])
 
 
 def test_a_beat_is_never_half_written(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests import told
-from tests.conftest import arguments, run_command
+from tests.conftest import arguments, run_command, thorough
 from tests.fake_wandb import FakeServer, blackhole, environment, recorded_rows, records
 from train.config import Config, TrackConfig
 from train.track.weights_and_biases import RECORD_SECONDS, WeightsAndBiases
@@ -185,7 +185,7 @@ def test_a_run_that_is_over_first_waits_for_its_record(config: Config) -> None:
     assert listener.extra_seconds() == 0
 
 
-@pytest.mark.slow
+@thorough  # test_watchers.py has a silent server, the test before the last one the record of each step
 def test_a_short_run_without_an_answer_keeps_its_steps(config: Config) -> None:
     """Two steps, a wrong key, a server that is silent: the run waits, and its offline record has both steps."""
     online = replace(config, track=TrackConfig(wandb="online"))

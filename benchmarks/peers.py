@@ -88,7 +88,7 @@ def weights(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     import transformers
 
-    options: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": {"": 0}}
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": {"": 0 if torch.cuda.is_available() else "cpu"}}
     if job["quantization"] == "nf4":
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
@@ -105,18 +105,18 @@ def build(job: dict[str, Any], rows: Any, collator: Padded, unsloth: Any) -> Any
     import torch
     import transformers
 
-    common = {
+    common: dict[str, Any] = {
         "output_dir": job["scratch"],
         "per_device_train_batch_size": job["per_device"],
         "gradient_accumulation_steps": job["accumulation"],
         "max_steps": job["steps"],
         "learning_rate": job["lr"],
         "lr_scheduler_type": "constant",
-        "optim": "paged_adamw_8bit",
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": [],
         "remove_unused_columns": False,
+        **job["arguments"],
     }
     shape = {
         "r": job["r"],
@@ -142,7 +142,7 @@ def build(job: dict[str, Any], rows: Any, collator: Padded, unsloth: Any) -> Any
     more: dict[str, Any] = {"train_dataset": rows, "data_collator": collator, "processing_class": tokenizer}
     if unsloth is not None:
         loader = unsloth.FastLanguageModel
-        length = {"max_seq_length": 2048, "dtype": torch.bfloat16, "load_in_4bit": True}
+        length = {"max_seq_length": 2048, "dtype": torch.bfloat16, "load_in_4bit": job["quantization"] == "nf4"}
         model, _ = loader.from_pretrained(job["model"], **length, use_safetensors=True, trust_remote_code=False)
         checkpointing = "unsloth" if job["checkpointing"] else False
         model = loader.get_peft_model(model, **shape, use_gradient_checkpointing=checkpointing, bias="none")

@@ -175,6 +175,7 @@ def peer(work: Workload, run: Run, words: list[str], place: Path) -> dict[str, A
         "dropout": config.lora.dropout,
         "modules": "all-linear" if "all-linear" in config.lora.target_modules else list(config.lora.target_modules),
         "quantization": config.model.quantization,
+        "arguments": {"optim": "paged_adamw_8bit"},
         "cap_gib": work.cap_gib,
         "scratch": str(place / "scratch"),
         "out": str(place / "result.json"),

@@ -182,3 +182,22 @@ def test_dequantised_weights_are_bitsandbytes(compress: bool) -> None:
     out = torch.zeros(48, 130)
     dequantize(weight, out[:, :128])
     assert torch.equal(out[:, :128], bnb.functional.dequantize_4bit(weight.data, weight.quant_state))
+
+
+def test_a_small_adapter_is_not_lost_in_rounding() -> None:
+    """In bf16 an adapter's output of a thousandth is there on average, in one buffer with the input or not."""
+    adapted = layers(False, False, False, ("q",))
+    group, num_tokens = LoraGroup([Projection.of(adapted["q"])]), 2048
+    matrix = torch.zeros(group.shape).normal_().bfloat16()
+    matrix[:, 64:] *= 2.0**-13  # the adapter reads numbers of size 8
+    x = torch.randn(num_tokens, 64).bfloat16()
+    wide = torch.zeros(num_tokens, 64 + group.padded_rank, dtype=torch.bfloat16)
+    wide[:, :64] = x
+    for read, low in ((wide[:, :64], wide[:, 64:]), (x, x.new_empty(num_tokens, group.padded_rank))):
+        out = x.new_empty(num_tokens, group.num_outputs)
+        group.forward(matrix, read, low, out, None)
+        weight = matrix[: group.num_outputs].double()
+        wanted = low.double() @ weight[:, 64:].T
+        found = out.double() - x.double() @ weight[:, :64].T
+        assert (found * wanted).sum() / wanted.square().sum() == pytest.approx(1, abs=0.05)
+        assert wanted.norm() < 0.002 * out.double().norm()

@@ -142,7 +142,8 @@ class LoraGroup(OneMatrix):
     ) -> None:
         """out [T, N] = Y for x [T, K]; low_rank [T, R] becomes X A^T.
 
-        One product, where low_rank is the columns directly behind x in memory; otherwise two.
+        One product, where low_rank is the columns directly behind x in memory; otherwise two, the adapters' first: what
+        is less than half a step of a rounded output would be lost, if it were added to that.
         """
         weight = matrix[: self.num_outputs]
         if self.padded_rank:
@@ -150,9 +151,11 @@ class LoraGroup(OneMatrix):
         if x.stride(0) == self.num_inputs + self.padded_rank:
             wide = x.as_strided((x.shape[0], x.stride(0)), x.stride())  # [X, X A^T]
             self._product(wide, weight.T, out)
+        elif self.padded_rank:
+            torch.mm(low_rank, weight[:, self.num_inputs :].T, out=out)
+            out.addmm_(x, weight[:, : self.num_inputs].T)
         else:
-            self._product(x, weight[:, : self.num_inputs].T, out)
-            out.addmm_(low_rank, weight[:, self.num_inputs :].T)
+            self._product(x, weight.T, out)
 
     def _product(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
         if self.bias is None or self.bias_column is not None:

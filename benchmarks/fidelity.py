@@ -13,6 +13,7 @@ distances from the JSON. Everything behind `--` goes to train/main.py, in the pl
 """
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import statistics
@@ -79,15 +80,22 @@ def parsed() -> argparse.Namespace:
 
 
 def started(options: argparse.Namespace, job: Job) -> dict[str, Any]:
-    """What the JSON holds beside rows, and the rows of an earlier run of the same steps on the same device."""
-    about = {"model": Path(options.model).name, "data": Path(options.data).name, "steps": options.steps}
+    """What the JSON holds beside rows, and the rows of an earlier run of the same program, files, steps and device."""
+    about: dict[str, Any] = {"model": Path(options.model).name, "data": Path(options.data).name, "steps": options.steps}
     about |= {"words": options.words, "device": device_name(job.accelerator.device)}
-    found: dict[str, Any] = {**about, "commit": commit(), "measures": MEASURES}
-    found["versions"] = versions() | {name: installed(name) for name in PEERS}
+    about |= {"data_sha256": digest(Path(options.data)), "commit": commit()}
+    about["versions"] = versions() | {name: installed(name) for name in PEERS}
+    found: dict[str, Any] = {**about, "measures": MEASURES}
     known = json.loads(options.out.read_text()) if options.out.exists() else {}
     found["rows"] = known["rows"] if about.items() <= known.items() else []
     options.out.parent.mkdir(parents=True, exist_ok=True)
     return found | {"layer": layer(job.accelerator.device)}
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file, or of the files in a folder; of nothing where the rows are elsewhere."""
+    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    return hashlib.sha256(b"".join(each.read_bytes() for each in files if each.is_file())).hexdigest()
 
 
 def rows_of(job: Job, system: str, settings: Sequence[Setting]) -> Iterator[dict[str, Any]]:

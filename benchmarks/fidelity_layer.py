@@ -13,8 +13,9 @@ def layer(device: torch.device, size: int = 1024, rank: int = 16) -> list[dict[s
     all of it is there on average.
 
     Operands are the same bf16 numbers in all; fp64 is what they are compared with. `rounding` is what rounding the
-    exact result once costs, which none can go below. `one product` is the fused engine's, `addmm` the reference
-    engine's on a GPU, which adds to the rounded product in fp32, and `added in bf16` is PEFT's.
+    exact result once costs, which none can go below. `one product` is the fused engine's, `base added` the reference
+    engine's on a GPU: the base's product is added to the adapter's in fp32. `adapter added` is the other way round, and
+    `added in bf16` PEFT's.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -33,7 +34,8 @@ def layer(device: torch.device, size: int = 1024, rank: int = 16) -> list[dict[s
         found = {
             "rounding": (product + exact).bfloat16(),
             "one product": wide @ both.T,
-            "addmm": (x @ weight.T).addmm_(low_rank, scaled.T),
+            "base added": (low_rank @ scaled.T).addmm_(x, weight.T),
+            "adapter added": (x @ weight.T).addmm_(low_rank, scaled.T),
             "added in bf16": x @ weight.T + low_rank @ scaled.T,
         }
         added = {name: each.double() - product for name, each in found.items()}

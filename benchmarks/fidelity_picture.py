@@ -32,7 +32,10 @@ def picture(found: dict[str, Any]) -> str:
     systems = [name for name in STYLES if any(row["system"] == name for row in rows)]
     panels = {(base, rate): panel_lines(rows, systems, base, rate) for base in bases for rate in rates}
     values = [value for lines in panels.values() for line in lines.values() for _, value in line]
-    span = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    if not values:
+        raise SystemExit("there is no row of a system beside fp32 to draw; run the benchmark first")
+    lowest = math.floor(math.log10(min(values)))
+    span = lowest, max(lowest + 1, math.ceil(math.log10(max(values))))
     columns, num_rows = len(bases), len(rates)
     width = LEFT + columns * (WIDTH + GAP)
     bottom = TOP + num_rows * (HEIGHT + FOOT)

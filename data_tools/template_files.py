@@ -25,7 +25,11 @@ def template_texts(folder: Path) -> list[str]:
         with suppress(ValueError, AttributeError, RecursionError):
             held = json.loads(_text(folder / name)).get("chat_template")
         if isinstance(held, list):
-            held = {each.get("name"): each.get("template") for each in held if isinstance(each, dict)}
+            held = {
+                each.get("name"): each.get("template")
+                for each in held
+                if isinstance(each, dict) and each.get("name") in USED
+            }
         texts = [held.get(name) for name in USED] if isinstance(held, dict) else [held]
         if found := [text for text in texts if isinstance(text, str) and text]:
             return found

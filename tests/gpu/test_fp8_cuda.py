@@ -46,24 +46,24 @@ def test_quantised_rows_are_torch_s(width: int, rank: int, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("own", [0, 1])
-@pytest.mark.parametrize("rank", [16, 48])
+@pytest.mark.parametrize("rank", [16, 48, 768])
 def test_adapters_columns_are_torch_s(own: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the bit, beside what stands before them."""
-    up, down = random(1000, 64) * 3e-3, random(64, 4096) / 64
+    up, down = random(1000, 768) * 3e-3, random(768, 4096) / 64
     side = (up[:, :rank], down[:rank].T)[own]
     largest = torch.stack([each.abs().max().float() for each in (up, down)])
     found = []
     for _ in range(2):
-        sizes, out = fp8.AdapterSizes(largest, torch.ones(2, device=GPU)), torch.ones(side.shape[0], 640, device=GPU)
-        out = out.to(E4M3)
+        sizes = fp8.AdapterSizes(largest, torch.ones(2, device=GPU))
+        out = torch.ones(side.shape[0], 64 + 3 * rank, device=GPU).to(E4M3)
         width = (down.T, up)[own].shape[0]
-        fp8.adapter_columns(side, sizes, own, torch.tensor(2.0**-11, device=GPU), width, out[:, 640 - 3 * rank :])
-        assert (out[:, : 640 - 3 * rank].float() == 1).all()
+        fp8.adapter_columns(side, sizes, own, torch.tensor(2.0**-11, device=GPU), width, out[:, 64:])
+        assert (out[:, :64].float() == 1).all()
         found.append((out.float(), sizes.factors))
         monkeypatch.setattr(fp8, "kernels_for", lambda _: None)
     assert torch.equal(found[0][1], found[1][1])
     assert torch.equal(found[0][0], found[1][0])
-    both = found[0][0][:, 640 - 3 * rank :]
+    both = found[0][0][:, 64:]
     wanted = side.float() * found[0][1][own] * 2.0**11
     assert ((both[:, :rank] + both[:, rank : 2 * rank]) - wanted).norm() < 2**-8 * wanted.norm()
 

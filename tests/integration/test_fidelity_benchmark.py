@@ -133,8 +133,9 @@ def test_one_product_rounds_once() -> None:
         assert row["one product"] == pytest.approx(row["rounding"], rel=0.03)
         assert row["one product, kept"] == pytest.approx(1, abs=0.02)
     for row in rows[1:5]:
-        assert 1.05 * row["one product"] < row["addmm"] <= 1.01 * row["added in bf16"]
-    for way in ("addmm", "added in bf16"):  # what is below half a step of a rounded number is lost
+        assert 1.05 * row["one product"] < row["adapter added"] <= 1.01 * row["added in bf16"]
+    assert all(row["base added, kept"] == pytest.approx(1, abs=0.04) for row in rows[1:])
+    for way in ("adapter added", "added in bf16"):  # what is below half a step of a rounded number is lost
         assert all(row[f"{way}, kept"] > 0.99 for row in rows[:4])
         assert rows[5][f"{way}, kept"] < 0.6
         assert rows[6][f"{way}, kept"] < 0.25

@@ -17,7 +17,8 @@ from train.memory.reference import (
     why_padded,
 )
 from train.models.liger import in_place, not_tried
-from train.models.shape import auto_class, model_shape, plain_attention, text_shape
+from train.models.shape import auto_class, plain_attention, text_shape
+from train.models.text_part import loaded_shape
 from train.run.devices import FLASH, compute_type_at
 
 
@@ -35,7 +36,7 @@ def not_predicted(outlook: Outlook, gpu: Gpu) -> str:
 
 def choices_ahead(outlook: Outlook, gpu: Gpu) -> list[str]:
     """What a run on this GPU begins with on the reference engine, in the words of its banner."""
-    config, shape = outlook.config, model_shape(outlook.config.model)
+    config, shape = outlook.config, loaded_shape(outlook.config.model)
     kind: Any = text_shape(shape).model_type
     own = plain_attention(auto_class(config.model, shape), shape)
     padded = why_padded(config, is_cpu=False, saved=None)

@@ -243,7 +243,7 @@ class Merge:
         place, final = locate(self.run.config.model), self.run.folder.final
         settings = trained_settings(self.run.config.model)
         for part in (settings, *(value for value in settings.values() if isinstance(value, dict))):
-            if part.get("quantization_config", {}).get("quant_method") != "mxfp4":  # such experts are copied
+            if (part.get("quantization_config") or {}).get("quant_method") != "mxfp4":  # such experts are copied
                 part.pop("quantization_config", None)
             for key in {"dtype", "torch_dtype"} & part.keys():
                 part[key] = str(self.dtype).removeprefix("torch.")

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 DEQUANTIZED_ROWS = 64  # of a program: a column of so many NF4 blocks
-COLUMN_ROWS = 64  # of a program of columns_kernel
+COLUMN_ELEMENTS = 4096  # of a program of columns_kernel
 WORD = tl.constexpr(4)  # bytes that go to the transpose together
 LARGEST, TINY, LEAST = tl.constexpr(448.0), tl.constexpr(1e-12), tl.constexpr(1e-30)  # as in fp8_operations.py
 

@@ -117,7 +117,7 @@ def adapter_columns(
         sizes.factors[own] = factor
         out.copy_(torch.cat(_split(side.float() * (factor / scale)), 1))
         return
-    rows = kernels.COLUMN_ROWS
+    rows = max(1, kernels.COLUMN_ELEMENTS // _power_of_two(rank))
     kernels.columns_kernel[(-(-num_rows // rows),)](
         side, *side.stride(), out.view(torch.uint8), out.stride(0), sizes.largest, scale, sizes.factors,
         math.sqrt(width), num_rows, own, rank, _power_of_two(rank), rows, enable_fp_fusion=False, num_warps=4,

@@ -198,12 +198,18 @@ def scaled_gate_backward(gate_up: torch.Tensor, grad: torch.Tensor, factors: tor
 
 
 @triton.jit
+def _at_most(x, limit):
+    """tl.minimum(x, limit) would be the limit where x is NaN."""
+    return tl.where(x > limit, limit, x)
+
+
+@triton.jit
 def _clamped(gate_up, row, stride, column, inside, SLOPE: tl.constexpr, LIMIT: tl.constexpr):
     """Gate and up as they are in a row, in turn, and the sigmoid of what the gate is clamped to."""
     place = gate_up + row * stride + 2 * column
     gate = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(place + 1, mask=inside, other=0.0).to(tl.float32)
-    return gate, up, tl.sigmoid(SLOPE * tl.minimum(gate, LIMIT))
+    return gate, up, tl.sigmoid(SLOPE * _at_most(gate, LIMIT))
 
 
 @triton.jit
@@ -215,7 +221,8 @@ def clamped_gate_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < F
     gate, up, sigmoid = _clamped(gate_up, row, stride, column, inside, SLOPE, LIMIT)
-    value = tl.minimum(gate, LIMIT) * sigmoid * (1 + tl.minimum(tl.maximum(up, -LIMIT), LIMIT)) * tl.load(factors + row)
+    opened, raised = _at_most(gate, LIMIT), 1 + _at_most(-_at_most(-up, LIMIT), LIMIT)
+    value = opened * sigmoid * raised * tl.load(factors + row)
     tl.store(out + row * stride_out + column, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -238,7 +245,7 @@ def clamped_gate_backward_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < F
     gate, up, sigmoid = _clamped(gate_up, row, stride, column, inside, SLOPE, LIMIT)
-    opened, raised = tl.minimum(gate, LIMIT), 1 + tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+    opened, raised = _at_most(gate, LIMIT), 1 + _at_most(-_at_most(-up, LIMIT), LIMIT)
     grad_place, place = grad + row * stride_grad + column, gate_up + row * stride + 2 * column
     upstream = tl.load(grad_place, mask=inside, other=0.0).to(tl.float32)
     value, factor, dtype = opened * sigmoid, tl.load(factors + row), grad.dtype.element_ty

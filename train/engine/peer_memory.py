@@ -59,22 +59,22 @@ def machine_file(num_bytes: int, device: torch.device) -> torch.Tensor:
     cannot map it.
     """
     file, machine, place, problem = -1, 0, [0, -1, 0, 0], ""
-    try:
-        machine, file = machine_number(), _file(num_bytes)
-        place = _place_of(file)
-    except OSError as error:
-        problem = str(error)
-    offers = gathered([machine, num_bytes, *place], device)
-    first = next(offer for offer in offers if offer[0] == machine)  # whose file it is
-    if any(offer[1] != num_bytes for offer in offers):
-        problem = "processes have made different plans"
     memory = torch.empty(0, dtype=torch.uint8)
-    if not problem:
-        try:
-            memory = _mapped(first[2:], num_bytes)
-        except (OSError, RuntimeError) as error:
-            problem = str(error).partition("\n")[0]
     try:
+        try:
+            machine, file = machine_number(), _file(num_bytes)
+            place = _place_of(file)
+        except OSError as error:
+            problem = str(error)
+        offers = gathered([machine, num_bytes, *place], device)
+        first = next(offer for offer in offers if offer[0] == machine)  # whose file it is
+        if any(offer[1] != num_bytes for offer in offers):
+            problem = "processes have made different plans"
+        if not problem:
+            try:
+                memory = _mapped(first[2:], num_bytes)
+            except (OSError, RuntimeError) as error:
+                problem = str(error).partition("\n")[0]
         agree(problem, device)
     finally:
         if file >= 0:  # mappings hold its pages

@@ -8,7 +8,7 @@ outliers, which are a row's largest, lose nothing.
 
 Adapters are columns of the same products, as in lora_linear.py: what is added to an output afterwards costs a pass over
 it. X A^T and s B are each the sum of two e4m3 numbers, high and low, which hold 8 bits of mantissa together, as bf16
-does; of the four products of these the least is left out:
+does, unless an adapter is below some 1e-6 of what it is added to; of the four products of these the least is left out:
 
     [X, high, high, low] [W, high', low', high']^T
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from train.engine.lora_linear import dequantize
-from train.engine.operations import kernels_for
+from train.engine.operations import kernels_for, power_of_two
 from train.run import devices
 
 E4M3, LARGEST = torch.float8_e4m3fn, 448.0  # the type, and its largest number
@@ -115,23 +115,20 @@ def adapter_columns(
     if kernels is None:
         factor = adapter_factor(sizes.largest, own, scale, width)
         sizes.factors[own] = factor
-        out.copy_(torch.cat(_split(side.float() * (factor / scale)), 1))
+        high, low = _split(side.float() * (factor / scale))
+        out.copy_(torch.cat([high, low, high], 1))
         return
-    rows = max(1, kernels.COLUMN_ELEMENTS // _power_of_two(rank))
+    rows = max(1, kernels.COLUMN_ELEMENTS // power_of_two(rank))
     kernels.columns_kernel[(-(-num_rows // rows),)](
         side, *side.stride(), out.view(torch.uint8), out.stride(0), sizes.largest, scale, sizes.factors,
-        math.sqrt(width), num_rows, own, rank, _power_of_two(rank), rows, enable_fp_fusion=False, num_warps=4,
+        math.sqrt(width), num_rows, own, rank, power_of_two(rank), rows, enable_fp_fusion=False, num_warps=4,
     )  # fmt: skip
 
 
-def _split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """high, low and high again: e4m3 numbers, the first two of which add up to x."""
+def _split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """high and low: e4m3 numbers that add up to x."""
     high = x.to(E4M3)
-    return high, (x - high.float()).to(E4M3), high
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
+    return high, (x - high.float()).to(E4M3)
 
 
 def quantize(x: torch.Tensor, beside: Beside | None = None) -> Rows:
@@ -147,14 +144,14 @@ def quantize(x: torch.Tensor, beside: Beside | None = None) -> Rows:
         wide = x.float() if beside is None else torch.cat([x.float(), beside.low_rank.float() / beside.factor], 1)
         torch.mul(wide.abs().amax(1, keepdim=True).clamp(min=TINY), 1 / LARGEST, out=rows.scales)
         wide = wide * (1 / rows.scales)
-        high, low, _ = _split(wide[:, width:])
+        high, low = _split(wide[:, width:])
         rows.values.copy_(torch.cat([wide[:, :width].to(E4M3), high, high, low], 1))
         return rows
-    block, low_rank = _power_of_two(width), beside.low_rank if beside else x
+    block, low_rank = power_of_two(width), beside.low_rank if beside else x
     assert x.stride(1) == low_rank.stride(1) == 1
     kernels.quantize_kernel[(num_rows,)](
         x, x.stride(0), low_rank, low_rank.stride(0), beside.factor if beside else x, rows.values,
-        rows.values.stride(0), rows.scales, width, block, rank, _power_of_two(max(1, rank)),
+        rows.values.stride(0), rows.scales, width, block, rank, power_of_two(max(1, rank)),
         enable_fp_fusion=False, num_warps=4 if block <= 4096 else 16,
     )  # fmt: skip
     return rows

@@ -4,7 +4,6 @@ S rows in E groups; `ends` int32 [E] holds the index behind each group's last ro
 """
 
 import importlib
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -62,8 +61,10 @@ def scaled_gate(gate_up: torch.Tensor, out: torch.Tensor, activation: str, facto
     """out [S, F] = act(gate) up factor, of gate_up [S, 2 F] and a factor [S] a row."""
     kernels, is_clamped = _kernels_for(out.device), activation == CLAMPED
     if kernels is not None:
-        run = kernels.clamped_gate if is_clamped else partial(kernels.scaled_gate, is_tanh=activation == TANH_GELU)
-        run(gate_up, out, factors)
+        if is_clamped:
+            kernels.clamped_gate(gate_up, out, factors)
+        else:
+            kernels.scaled_gate(gate_up, out, factors, activation == TANH_GELU)
         return
     if is_clamped:
         opened, up, sigmoid = _clamped(gate_up)
@@ -80,8 +81,9 @@ def scaled_gate_backward(
     gradient, fp32 [S]."""
     kernels, is_clamped = _kernels_for(grad.device), activation == CLAMPED
     if kernels is not None:
-        run = kernels.clamped_gate_backward if is_clamped else kernels.scaled_gate_backward
-        return run(gate_up, grad, factors, *([] if is_clamped else [activation == TANH_GELU]))
+        if is_clamped:
+            return kernels.clamped_gate_backward(gate_up, grad, factors)
+        return kernels.scaled_gate_backward(gate_up, grad, factors, activation == TANH_GELU)
     if is_clamped:
         return _clamped_gate_backward(gate_up, grad, factors)
     upstream, scale = grad.clone(), factors[:, None].to(grad.dtype)

@@ -35,7 +35,8 @@ def kernels_for(device: torch.device) -> Any:
     return kernels
 
 
-def _power_of_two(size: int) -> int:
+def power_of_two(size: int) -> int:
+    """The smallest one that is not below `size`, which Triton's ranges ask for."""
     return 1 << (size - 1).bit_length()
 
 
@@ -44,7 +45,7 @@ def normalize(x: torch.Tensor, norm: Norm, out: torch.Tensor) -> torch.Tensor:
     kernels = kernels_for(x.device)
     if kernels is not None:
         rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-        block = _power_of_two(x.shape[1])
+        block = power_of_two(x.shape[1])
         bias = norm.weight if norm.bias is None else norm.bias
         kernels.norm_kernel[(x.shape[0],)](
             x, x.stride(0), norm.weight, bias, out, out.stride(0), rstd, norm.eps, x.shape[1],
@@ -72,7 +73,7 @@ def normalize_backward(
     where the norm is centred."""
     kernels = kernels_for(x.device)
     if kernels is not None:
-        block = _power_of_two(x.shape[1])
+        block = power_of_two(x.shape[1])
         kernels.norm_backward_kernel[(x.shape[0],)](
             grad_out, grad_out.stride(0), x, x.stride(0), norm.weight, rstd, grad, grad.stride(0), x.shape[1],
             norm.is_centred, norm.is_offset, add, block, num_warps=8 if block >= 4096 else 4,
@@ -96,7 +97,7 @@ def normalize_heads(x: torch.Tensor, norm: Norm, raw: torch.Tensor) -> torch.Ten
     kernels = kernels_for(x.device)
     if kernels is not None:
         rstd = torch.empty(x.shape[0], num_heads, dtype=torch.float32, device=x.device)
-        width, heads = _power_of_two(size), _power_of_two(num_heads)
+        width, heads = power_of_two(size), power_of_two(num_heads)
         kernels.head_norm_kernel[(x.shape[0],)](
             x, x.stride(0), norm.weight, raw, raw.stride(0), rstd, norm.eps, num_heads,
             size, norm.is_offset, norm.rounds_first, width, heads, num_warps=8 if width * heads >= 4096 else 4,
@@ -115,7 +116,7 @@ def normalize_heads_backward(grad: torch.Tensor, raw: torch.Tensor, norm: Norm, 
     size, num_heads = norm.weight.shape[0], rstd.shape[1]
     kernels = kernels_for(grad.device)
     if kernels is not None:
-        width, heads = _power_of_two(size), _power_of_two(num_heads)
+        width, heads = power_of_two(size), power_of_two(num_heads)
         kernels.head_norm_backward_kernel[(grad.shape[0],)](
             grad, grad.stride(0), raw, raw.stride(0), norm.weight, rstd, num_heads,
             size, norm.is_offset, width, heads, num_warps=8 if width * heads >= 4096 else 4,
@@ -155,7 +156,7 @@ def rotate(source: torch.Tensor, target: torch.Tensor, by: Rotation, sign: int =
     if kernels is not None:
         kernels.rotate_kernel[(num_tokens,)](
             source, source.stride(0), target, target.stride(0), by.cos, by.sin, by.cos.stride(0), num_heads, sign,
-            by.size, num_pairs, by.is_interleaved, _power_of_two(num_pairs), _power_of_two(num_heads), num_warps=4,
+            by.size, num_pairs, by.is_interleaved, power_of_two(num_pairs), power_of_two(num_heads), num_warps=4,
         )  # fmt: skip
         return
     cosine, sine = by.cos[:, None].float(), sign * by.sin[:, None].float()
@@ -271,7 +272,7 @@ def gather_rows(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     if kernels is None:
         return table[rows.cpu()].to(rows.device)
     out = torch.empty(rows.numel(), table.shape[1], dtype=table.dtype, device=rows.device)
-    block = _power_of_two(table.shape[1])
+    block = power_of_two(table.shape[1])
     kernels.gather_kernel[(rows.numel(),)](table, rows, out, table.shape[1], block, num_warps=8)
     return out
 

@@ -189,7 +189,7 @@ def texts(shape: Path, tokens: int, num_rows: int, target: Path) -> Path:
 
 def beside(workload: Workload, row: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
     """What the plan said, and what of the published figures this is."""
-    predicted = sum(num_bytes for _, num_bytes in plan["parts"])
+    predicted = sum(plan["parts"].values())
     found: dict[str, Any] = {
         "predicted_step_seconds": round(plan["seconds"], 4),
         "predicted_peak_gib": round(predicted / 2**30, 3),

@@ -47,7 +47,8 @@ def measured(count: int, words: list[str], place: Path, warmup: int, limit: floa
     has no step to count.
     """
     ended = _started(count, [*words, "--run.dir", str(place)], limit)
-    rows, arrivals = read_metrics(RunFolder(place).metrics), _arrivals(place)
+    metrics = RunFolder(place).metrics
+    rows, arrivals = read_metrics(metrics) if metrics.exists() else [], _arrivals(place)
     seconds = [after - before for before, after in pairwise(arrivals)]
     timed = zip(rows[1:], seconds, strict=False)  # a killed job may have noted a row whose time it has not
     counted = [(row["data/tokens"], each) for row, each in timed if row["step"] > warmup]

@@ -154,6 +154,7 @@ def job(config: Config, observed: Observed) -> str:
     doing.now = "starting the processes"
     closing.callback(close_group, together=False)
     accelerator = start_accelerator(config)
+    heartbeat = Heartbeat(config, accelerator, stop)
     doing.now = "choosing the checkpoint"
     store = CheckpointStore(folder, config.checkpoint.keep, material.fingerprint)
     checkpoint = choose(store, config, accelerator, mirror)
@@ -188,7 +189,6 @@ def job(config: Config, observed: Observed) -> str:
     trackers.tell_about(folder)
     saver = Saver.of(training, store, run_identity, trackers, checkpoint)
     copy_to(mirror, saver, observed)
-    heartbeat = Heartbeat(config, accelerator, stop)
     validator = Validator.of(training, material, saver.record, heartbeat)
     last = training_loop(Boundary(training, heartbeat, trackers, saver, validator, doing))
     doing.now = "publishing final/"

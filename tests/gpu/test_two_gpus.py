@@ -1,38 +1,30 @@
-"""Two GPUs and NCCL: processes that are lost, and what sharded weights train to."""
+"""Two GPUs and NCCL, by the launcher: processes that are lost, and what sharded weights train to."""
 
-import signal
-import time
-from collections.abc import Callable
+import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.compare_runs import at, exit_record, result_of, start_processes
-from tests.conftest import Outcome, arguments, with_batch
-from tests.injections import AtForward, Fault
-from tests.interruptions import Defect, SignalAt
+from tests.compare_runs import at, exit_record, result_of
+from tests.conftest import ROOT, arguments, with_batch
+from tests.faults.test_stops import COMMANDS
+from tests.gpu.faulty_trainer import FAULTS, NOTHING
 from train.config import CheckpointConfig, Config, EngineConfig, MemoryConfig
+from train.run.folder import RunFolder
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs; the CPU suite covers the same with gloo"),
 ]
 TIMEOUT_SECONDS = 30
-REDUCTION = ("train.step", "all_reduce_gradients", 5)
-LOSSES = {  # where a process is killed or stopped, and which it is; only the first one saves
-    "killed in forward": (1, AtForward(5)),
-    "killed in reduction": (0, SignalAt(*REDUCTION)),
-    "killed in a save": (0, Fault("save", 2, "before")),
-    "killed while it loads": (1, SignalAt("train.main", "assemble")),
-    "stopped in reduction": (1, SignalAt(*REDUCTION, signal.SIGSTOP)),
-    "stopped in a save": (0, SignalAt("train.checkpoints.store", "publish", 2, signal.SIGSTOP)),
-}
+PROMISED_SECONDS = TIMEOUT_SECONDS + 10  # RELIABILITY.md
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, dict[str, bytes]]:
+def whole() -> dict[str, bytes]:
     """What the run comes to that is left alone; made by the first test that asks."""
     return {}
 
@@ -46,55 +38,40 @@ def on_two(config: Config) -> Config:
     return replace(config, run=run)
 
 
-def together(config: Config, run_dir: Path, faults: list[Callable[[], None] | None]) -> list[Outcome]:
-    """The outcomes of one start, in order of rank."""
-    return [run.wait() for run in start_processes(arguments(at(config, run_dir)), faults, on_gpus=True)]
+def launched(config: Config, run_dir: Path, case: str = NOTHING) -> subprocess.CompletedProcess:
+    """The run on two GPUs, to its end."""
+    command = [*COMMANDS["ours, two processes"], str(ROOT / "tests" / "gpu" / "faulty_trainer.py"), case]
+    words, setting = arguments(at(config, run_dir)), {**os.environ, "PYTHONPATH": f"{ROOT}:{os.getenv('PYTHONPATH')}"}
+    return subprocess.run([*command, *words], cwd=ROOT, env=setting, capture_output=True, text=True, timeout=200)
 
 
-@pytest.mark.parametrize("case", LOSSES)
-def test_a_lost_process(
-    case: str,
-    on_two: Config,
-    whole: dict[Path, dict[str, bytes]],
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+@pytest.mark.parametrize("case", [name for name in FAULTS if name != NOTHING])
+def test_a_fault_in_one_of_two(
+    case: str, on_two: Config, whole: dict[str, bytes], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """The other ends with 81 in the time that was promised, names the silent one, and the resumed run has the bits of
+    """81 in the time that is promised, the lost process is named; 70 for an exception. The resumed run has the bits of
     one that was left alone."""
     if not whole:
         alone = tmp_path_factory.mktemp("alone")
-        ends = together(on_two, alone, [None, None])
-        assert [end.returncode for end in ends] == [0, 0], ends[0].stderr[-1000:]
-        whole[alone] = result_of(alone)
-    rank, fault = LOSSES[case]
-    faults: list[Callable[[], None] | None] = [None, None]
-    faults[rank] = fault
-    runs = start_processes(arguments(at(on_two, tmp_path)), faults, on_gpus=True)
-    began = time.monotonic()
-    other = runs[1 - rank].wait()
-    print(f"{case}: {time.monotonic() - began:.0f} s from the start to the other's end")
-    if case.startswith("stopped"):
-        runs[rank].signal(signal.SIGKILL)
-    assert runs[rank].wait().returncode == -signal.SIGKILL
-    assert other.returncode == 81, other.stderr[-1000:]
-    assert exit_record(tmp_path)["code"] == 81
-    if "reduction" in case:
-        assert other.stderr.partition("last heard of: ")[2].startswith(f"process {rank}: step "), other.stderr[-1000:]
-    again = together(on_two, tmp_path, [None, None])
-    assert [end.returncode for end in again] == [0, 0], again[0].stderr[-1000:]
-    (wanted,) = whole.values()
-    assert result_of(tmp_path) == wanted
-
-
-def test_an_exception_in_the_first_process(on_two: Config, tmp_path: Path) -> None:
-    """exit.json has the defect, the other process ends with 81, and the same command goes on."""
-    bug = Defect("train.loop", "optimizer_step", ZeroDivisionError("a bug"), call=5)
-    both = together(on_two, tmp_path, [bug, None])
-    assert [end.returncode for end in both] == [70, 81], both[1].stderr[-1000:]
-    assert exit_record(tmp_path)["code"] == 70
-    again = together(on_two, tmp_path, [None, None])
-    assert [end.returncode for end in again] == [0, 0], again[0].stderr[-1000:]
-    assert "continues after step" in again[0].stdout
+        end = launched(on_two, alone)
+        assert end.returncode == 0, end.stderr[-2000:]
+        whole |= result_of(alone)
+    end = launched(on_two, tmp_path, case)
+    code = 70 if case == "an exception" else 81
+    assert end.returncode == code, end.stderr[-2000:]
+    record, rank, folder = exit_record(tmp_path), FAULTS[case][0], RunFolder(tmp_path)
+    assert record["code"] == code
+    if code == 81:
+        beat = folder.heartbeats / str(rank)
+        seconds = folder.exit.stat().st_mtime - beat.stat().st_mtime if beat.exists() else 0.0
+        print(f"{case}: {seconds:.1f} s from its last sign of life; {record['reason']}")
+        assert seconds < PROMISED_SECONDS
+        heard = f"last heard of: process {rank}: step " if beat.exists() else f"process {rank} "
+        assert heard in str(record["reason"])
+        assert ("stopped, as by SIGSTOP" in str(record["reason"])) == case.startswith("stopped")
+    again = launched(on_two, tmp_path)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert result_of(tmp_path) == whole
 
 
 def test_sharded_weights_train_to_the_bits_of_replicas(on_two: Config, tmp_path: Path) -> None:
@@ -102,8 +79,8 @@ def test_sharded_weights_train_to_the_bits_of_replicas(on_two: Config, tmp_path:
     results = []
     for shard in (False, True):
         each = replace(on_two, memory=MemoryConfig(shard=shard), model=replace(on_two.model, quantization="nf4"))
-        ends = together(each, tmp_path / str(shard), [None, None])
-        assert [end.returncode for end in ends] == [0, 0], ends[0].stderr[-1000:]
+        end = launched(each, tmp_path / str(shard))
+        assert end.returncode == 0, end.stderr[-2000:]
         results.append(result_of(tmp_path / str(shard)))
     for name in ("losses", "adapters", "samples"):
         assert results[0][name] == results[1][name], name

@@ -109,3 +109,20 @@ def test_steps_of_an_ended_job_count(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert found["tokens_per_second"] == 50.0
     with pytest.raises(RuntimeError, match="no step after the first 3 was done in 10 s"):
         measured(2, [], tmp_path, 3, 10.0)
+
+
+def test_a_job_that_was_ended_before_its_first_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """There is no metrics.jsonl yet; the reason is that of a job without a step to count."""
+    monkeypatch.setattr("benchmarks.real_job._started", lambda *_: False)
+    with pytest.raises(RuntimeError, match="no step after the first 1 was done in 10 s"):
+        measured(2, [], tmp_path, 0, 10.0)
+
+
+def test_what_a_gpu_s_plan_predicts() -> None:
+    """Its parts are the peak; a CPU's plan has none."""
+    plan = {"parts": {"head": 1 << 30, "adapters": 1 << 29}, "seconds": 2.0, "streamed": [0, 1], "num_kept": 3}
+    row = {"tokens_per_second": 8192.0, "tokens_per_second_a_gpu": 4446.0}
+    found = public.beside(WORKLOADS["mlperf-70b"], row, plan)
+    assert (found["predicted_peak_gib"], found["streamed_blocks"], found["predicted_step_seconds"]) == (1.5, 2, 2.0)
+    assert found["times_published"]["8 x H100, NeMo, fp8 (Supermicro)"] == 2.0
+    assert found["seconds_for_384_sequences"] == 384.0

@@ -248,13 +248,14 @@ def clamped_gate_backward_kernel(
     opened, raised = _at_most(gate, LIMIT), 1 + _at_most(-_at_most(-up, LIMIT), LIMIT)
     grad_place, place = grad + row * stride_grad + column, gate_up + row * stride + 2 * column
     upstream = tl.load(grad_place, mask=inside, other=0.0).to(tl.float32)
-    value, factor, dtype = opened * sigmoid, tl.load(factors + row), grad.dtype.element_ty
+    value, factor = opened * sigmoid, tl.load(factors + row)
     tl.store(of_factors + row * tl.num_programs(1) + tl.program_id(1), tl.sum(upstream * value * raised))
-    tl.store(grad_place, (value * raised * factor).to(dtype), mask=inside)
+    tl.store(grad_place, (value * raised * factor).to(grad.dtype.element_ty), mask=inside)
     upstream *= factor
     of_gate = upstream * raised * sigmoid * (1 + SLOPE * opened * (1 - sigmoid))
-    tl.store(place, tl.where(gate <= LIMIT, of_gate, 0.0).to(dtype), mask=inside)
-    tl.store(place + 1, tl.where(tl.abs(up) <= LIMIT, upstream * value, 0.0).to(dtype), mask=inside)
+    tl.store(place, tl.where(gate <= LIMIT, of_gate, 0.0).to(grad.dtype.element_ty), mask=inside)
+    of_up = tl.where(tl.abs(up) <= LIMIT, upstream * value, 0.0)
+    tl.store(place + 1, of_up.to(grad.dtype.element_ty), mask=inside)
 
 
 def clamped_gate_backward(gate_up: torch.Tensor, grad: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:

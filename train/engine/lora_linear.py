@@ -142,20 +142,18 @@ class LoraGroup(OneMatrix):
     ) -> None:
         """out [T, N] = Y for x [T, K]; low_rank [T, R] becomes X A^T.
 
-        One product, where low_rank is the columns directly behind x in memory; otherwise two, the adapters' first: what
-        is less than half a step of a rounded output would be lost, if it were added to that.
+        One product of [X, X A^T], which is copied together where low_rank is not the columns directly behind x in
+        memory. Two products would be rounded apart, and what is less than half a step of the large one's rounded output
+        is lost: cuBLAS on Hopper rounds a 16-bit product before it adds a matrix to it, as addmm asks for.
         """
-        weight = matrix[: self.num_outputs]
+        weight, wide = matrix[: self.num_outputs], x
         if self.padded_rank:
             self._project(matrix, x, low_rank, drop)
-        if x.stride(0) == self.num_inputs + self.padded_rank:
-            wide = x.as_strided((x.shape[0], x.stride(0)), x.stride())  # [X, X A^T]
-            self._product(wide, weight.T, out)
-        elif self.padded_rank:
-            torch.mm(low_rank, weight[:, self.num_inputs :].T, out=out)
-            out.addmm_(x, weight[:, : self.num_inputs].T)
-        else:
-            self._product(x, weight.T, out)
+            if x.stride(0) == self.num_inputs + self.padded_rank:
+                wide = x.as_strided((x.shape[0], x.stride(0)), x.stride())
+            else:
+                wide = torch.cat([x, low_rank], 1)
+        self._product(wide, weight.T, out)
 
     def _product(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
         if self.bias is None or self.bias_column is not None:

@@ -1,13 +1,14 @@
 """PEFT's adapted linear layers as one function each, for the reference engine on a GPU; taken back where it differs.
 
 PEFT computes adapters in their own type: the input of each layer is copied to fp32, kept in both types and multiplied
-without tensor cores, by some 30 kernels a layer forward and backward. Here 17 do it and, as on the fused engine,
+without tensor cores, by some 30 kernels a layer forward and backward. Here 20 do it and, as on the fused engine,
 products are in the compute type and sums over tokens in fp32:
 
-    y = x W^T + (x A^T)(s B)^T,   dx = dy W + (dy s B) A,   dA = (dy s B)^T x,   dB = s dy^T (x A^T)
+    y = [x, x A^T] [W, s B]^T,   dx = [dy, dy s B] [W; A],   dA = (dy s B)^T x,   dB = s dy^T (x A^T)
 
-The large product is added to the adapter's small one and rounded with it. The other way round, as PEFT does, what is
-less than half a step of a product that is rounded already goes lost: half of an adapter's output of a thousandth.
+The adapter's small product is a part of the large one and is rounded with it. Added to it, as PEFT does, what is less
+than half a step of a product that is rounded already goes lost: half of an adapter's output of a thousandth. addmm_
+does no better: on Hopper cuBLAS rounds the product before it adds, whichever of the two is the product.
 """
 
 from collections.abc import Sequence
@@ -17,12 +18,14 @@ import torch
 import torch.nn.functional as F
 
 from train.engine.linears import ADAPTER
-from train.engine.lora_linear import FROZEN_LINEARS, frozen_matrix, wide_mm
+from train.engine.lora_linear import FROZEN_LINEARS, dequantize, frozen_matrix, wide_mm
 from train.models.adapters import is_adapted_layer
 from train.models.agreement import random_adapters
 from train.models.language_model import LanguageModel
 from train.models.sample_check import SampleCheck
 from train.models.shape import BROKEN, told
+
+ALIGNMENT = 8  # elements, 16 bytes in 16 bits: what tensor cores want rows to begin at
 
 
 def use_own_products(model: LanguageModel, ids: Sequence[int]) -> str:
@@ -105,12 +108,12 @@ class _AdaptedLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])  # [T, K]
         rows = flat if read is x else read.reshape(flat.shape)
-        weight, bias = frozen_matrix(layer.base, x.dtype), layer.base.bias  # [N, K], [N]
         low_rank = rows @ a.to(x.dtype).T  # [T, r]
-        out = low_rank @ _scaled(b, layer.scale, x.dtype).T
-        out.addmm_(flat, weight.T)
+        beside, up, bias = low_rank, _scaled(b, layer.scale, x.dtype), layer.base.bias
         if bias is not None:
-            out += bias.to(x.dtype)
+            beside = torch.cat([low_rank, low_rank.new_ones(len(rows), 1)], 1)
+            up = torch.cat([up, bias.to(x.dtype)[:, None]], 1)
+        out = torch.cat([flat, _aligned(beside)], 1) @ _with_frozen(layer.base, _aligned(up), 1).T
         ctx.save_for_backward(rows, low_rank, a, b)
         ctx.layer, ctx.is_dropped = layer, read is not x
         return out.view(*x.shape[:-1], -1)
@@ -123,8 +126,11 @@ class _AdaptedLinear(torch.autograd.Function):
         grad_low_rank = grad @ _scaled(b, ctx.layer.scale, grad.dtype)  # [T, r]
         grad_x = grad_read = None
         if ctx.needs_input_grad[0]:
-            weight = frozen_matrix(ctx.layer.base, grad.dtype)
-            grad_x = grad @ weight if ctx.is_dropped else (grad_low_rank @ a.to(grad.dtype)).addmm_(grad, weight)
+            if ctx.is_dropped:
+                grad_x = grad @ frozen_matrix(ctx.layer.base, grad.dtype)
+            else:
+                down = _aligned(a.to(grad.dtype).T).T
+                grad_x = torch.cat([grad, _aligned(grad_low_rank)], 1) @ _with_frozen(ctx.layer.base, down, 0)
         if ctx.is_dropped and ctx.needs_input_grad[1]:
             grad_read = grad_low_rank @ a.to(grad.dtype)
         grad_a, grad_b = wide_mm(grad_low_rank.T, rows), wide_mm(grad.T, low_rank).mul_(ctx.layer.scale)
@@ -135,6 +141,21 @@ class _AdaptedLinear(torch.autograd.Function):
 def _compute_type(base: Any) -> torch.dtype:
     """Of its products, whichever type its NF4 was made from."""
     return getattr(base, "compute_dtype", None) or base.weight.dtype
+
+
+def _aligned(columns: torch.Tensor) -> torch.Tensor:
+    """With columns of zeros up to a multiple of ALIGNMENT."""
+    return F.pad(columns, (0, -columns.shape[1] % ALIGNMENT))
+
+
+def _with_frozen(base: Any, adapter: torch.Tensor, dim: int) -> torch.Tensor:
+    """The frozen weight [N, K] with the adapter's columns [N, R] (`dim` 1) or rows [R, K] (0) behind it."""
+    shape = [base.out_features, base.in_features]
+    shape[dim] += adapter.shape[dim]
+    out = adapter.new_empty(shape)
+    dequantize(base.weight, out[: base.out_features, : base.in_features])
+    out.narrow(dim, shape[dim] - adapter.shape[dim], adapter.shape[dim]).copy_(adapter)
+    return out
 
 
 def _scaled(b: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:

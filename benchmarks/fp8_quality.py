@@ -5,14 +5,17 @@
 The base is SmolLM2-135M-Instruct in NF4 (python -m train.models.smollm2 makes it), or --base. Without --data the
 bundled certification rows are trained and asked about in other wordings. Each run is the real job in a process of its
 own. Of each are told: the mean loss of the last tenth of the steps, the held-out loss and the answers that are exact at
-the end; and of each step's loss how far it lies from the same seed's in 16 bits. The spread between seeds is the noise
-that a difference has to exceed. On a CPU fp8 is emulated.
+the end; and of each step's loss how far it lies from the same seed's in 16 bits. The held-out loss is that of the run's
+own products, and that of its adapters with products in 16 bits, as they are used afterwards (a run that starts from
+them measures it before its first step). The spread between seeds is the noise that a difference has to exceed. On a CPU
+fp8 is emulated.
 
 `forward`, `gradient` and `full` are fp8 with only those products rounded, or with sums in fp32 registers.
 """
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -87,10 +90,20 @@ def worker(way: str, words: list[str]) -> None:
 
 def measured(way: str, words: list[str], place: Path) -> dict[str, Any]:
     """One run's figures."""
-    command = [sys.executable, "-m", "benchmarks.fp8_quality", "--worker", way, *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{way} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    worked(way, words)
+    afterwards = place.with_name(f"{place.name}-afterwards")
+    worked(
+        "bf16",
+        [
+            *without(words, "--train.max_steps", "--run.dir"),
+            "--lora.init_from",
+            str(RunFolder(place).final),
+            "--train.max_steps",
+            "1",
+            "--run.dir",
+            str(afterwards),
+        ],
+    )
     folder = RunFolder(place)
     losses = [row.get("train/loss") for row in read_metrics(folder.metrics) if row["step"]]  # a skipped step has none
     known = [loss for loss in losses if loss is not None]
@@ -100,18 +113,35 @@ def measured(way: str, words: list[str], place: Path) -> dict[str, Any]:
         "losses": losses,
         "last_loss": statistics.fmean(known[-max(1, len(known) // 10) :]),
         "held_out_losses": list(of_run.held_out.values),
+        "held_out_loss_in_16_bits": next(iter(read_run(afterwards).values("eval/loss")), None),
         "exact": {kind: [sum(row["exact"] for row in rows), len(rows)] for kind, rows in asked.items()},
         "tokens_per_second": summary_of(of_run).tokens_per_second,
     }
+
+
+def worked(way: str, words: list[str]) -> None:
+    """Runs the job in a process of its own; ends this one where it fails."""
+    command = [sys.executable, "-m", "benchmarks.fp8_quality", "--worker", way, *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{way} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+
+
+def without(words: list[str], *options: str) -> list[str]:
+    """A command line less these options and the value of each."""
+    kept = zip(words, ["", *words], strict=False)
+    return [word for word, before in kept if word not in options and before not in options]
 
 
 def told(figures: dict[str, Any]) -> str:
     """A run in a line."""
     exact = ", ".join(f"{kind} {count} of {total}" for kind, (count, total) in figures["exact"].items())
     held_out = figures["held_out_losses"]
+    afterwards = figures["held_out_loss_in_16_bits"] or math.nan
     return (
         f"{len(figures['losses'])} steps, last tenth's loss {figures['last_loss']:.4f}, held-out "
-        f"{held_out[-1] if held_out else float('nan'):.4f}; exact: {exact}; {figures['tokens_per_second']} tokens/s"
+        f"{held_out[-1] if held_out else math.nan:.4f}, in 16 bits {afterwards:.4f}; exact: {exact}; "
+        f"{figures['tokens_per_second']} tokens/s"
     )
 
 
@@ -120,7 +150,8 @@ def report(found: dict[str, list[dict[str, Any]]]) -> None:
     for way, runs in found.items():
         held_out = [each["held_out_losses"][-1] for each in runs if each["held_out_losses"]]
         last = [each["last_loss"] for each in runs]
-        line = f"{way:9s} loss {_spread(last)}, held-out {_spread(held_out)}"
+        afterwards = [each["held_out_loss_in_16_bits"] for each in runs if each["held_out_losses"]]
+        line = f"{way:9s} loss {_spread(last)}, held-out {_spread(held_out)}, in 16 bits {_spread(afterwards)}"
         for each, exact in zip(runs, found.get("bf16", []), strict=False):
             pairs = zip(each["losses"], exact["losses"], strict=True)
             apart = [one / other - 1 for one, other in pairs if None not in (one, other)]

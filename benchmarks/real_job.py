@@ -12,6 +12,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig
 
@@ -37,16 +39,17 @@ Watch = Callable[[Mapping[str, Any]], None]
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "demo" / "base"
 TIMES = "times.txt"
+LOOK_SECONDS = 1.0  # from one look at the job's memory to the next, at least
 WORDS = ("the", "of", "and", "in", "to", "is")
 
 
 def measured(count: int, words: list[str], place: Path, warmup: int, limit: float = math.inf) -> dict[str, Any]:
     """Figures of a job on `count` processes in the folder `place`, of the steps after the first `warmup`.
 
-    After `limit` seconds the job is killed, and its steps so far are counted. Raises RuntimeError where it fails, or
-    has no step to count.
+    After `limit` seconds the job is killed, and its steps so far are counted. `host_gib` is what the job had of host
+    memory at most. Raises RuntimeError where it fails, or has no step to count.
     """
-    ended = _started(count, [*words, "--run.dir", str(place)], limit)
+    ended, host_bytes = _started(count, [*words, "--run.dir", str(place)], limit)
     metrics = RunFolder(place).metrics
     rows, arrivals = read_metrics(metrics) if metrics.exists() else [], _arrivals(place)
     seconds = [after - before for before, after in pairwise(arrivals)]
@@ -71,14 +74,18 @@ def measured(count: int, words: list[str], place: Path, warmup: int, limit: floa
         "steps_with_captures": [row["step"] for row in rows if row.get("perf/capture_seconds")],
         "peak_gib": max(row.get("memory/peak_reserved_gib", 0.0) for row in rows),
         "peak_allocated_gib": max(row.get("memory/peak_allocated_gib", 0.0) for row in rows),
+        "host_gib": round(host_bytes / 2**30, 3),
         "final_loss": rows[-1]["train/loss"],
         "uses_graphs": plan["uses_graphs"],
         "plan": plan["summary"],
     }
 
 
-def _started(count: int, words: list[str], limit: float) -> bool:
-    """Whether the job ended by itself before `limit` seconds; raises RuntimeError where it failed."""
+def _started(count: int, words: list[str], limit: float) -> tuple[bool, int]:
+    """Whether the job ended by itself before `limit` seconds, and its host memory in bytes.
+
+    Raises RuntimeError where it failed.
+    """
     command = [sys.executable, "-m", "benchmarks.real_job", *words]
     if count > 1:
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "--no-python"]
@@ -86,21 +93,58 @@ def _started(count: int, words: list[str], limit: float) -> bool:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}".strip(":")}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes) as job:
+        memory = HostMemory(job.pid)
         try:
             said = "".join(part[-8000:] for part in job.communicate(timeout=None if limit == math.inf else limit))
         except subprocess.TimeoutExpired:
             _kill(job.pid)
-            return False
+            return False, memory.peak_bytes
         except BaseException:  # an interrupt must not leave the GPUs busy
             _kill(job.pid)
             raise
+        finally:
+            memory.end()
     if job.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {job.returncode}:\n{said}")
-    return True
+    return True, memory.peak_bytes
+
+
+class HostMemory:
+    """What a job's processes have of host memory together, at most: their proportional sets, so that what they share
+    counts once. Looked at in a thread until `end`."""
+
+    def __init__(self, leader: int) -> None:
+        self.peak_bytes = 0
+        self._leader = leader
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Looks no more."""
+        self._is_over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        seconds = 0.0
+        # the kernel walks every page: with tens of GiB that takes a while, and is to cost the job next to nothing
+        while not self._is_over.wait(max(LOOK_SECONDS, 20 * seconds)):
+            start, total = time.perf_counter(), 0
+            for process in _family(self._leader):
+                with suppress(psutil.Error):
+                    total += psutil.Process(process).memory_full_info().pss
+            self.peak_bytes, seconds = max(self.peak_bytes, total), time.perf_counter() - start
 
 
 def _kill(leader: int) -> None:
-    """Ends a job with all its processes: torchrun gives each of its own a session, so they are looked up first."""
+    """Ends a job with all its processes."""
+    for process in _family(leader):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def _family(leader: int) -> list[int]:
+    """A process and all that it has started: torchrun gives each of its own a session, so parents are looked up."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -108,9 +152,7 @@ def _kill(leader: int) -> None:
     family = [leader]
     for process in family:  # which grows
         family += [child for child, parent in parents.items() if parent == process]
-    for process in family:
-        with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
+    return family
 
 
 def _arrivals(place: Path) -> list[float]:

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import public
 from benchmarks.public import NOTE, OF_MLPERF, WORKLOADS, Workload, main, reason_of
-from benchmarks.real_job import _kill, measured
+from benchmarks.real_job import HostMemory, _kill, measured
 from tests.slurm_cluster import wait_for
 
 TINY = "--lora.r 4 --lora.target_modules all-linear --batch.per_device 1 --model.max_positions 640"
@@ -93,27 +93,48 @@ def test_an_ended_job_leaves_no_process(tmp_path: Path) -> None:
     wait_for(lambda: not any(map(is_alive, tmp_path.iterdir())), 10, "the children's end")
 
 
+def test_host_memory_that_processes_share_counts_once(tmp_path: Path) -> None:
+    """Two children with sessions of their own read 64 MiB of one mapping, of which each also has a copy of 16."""
+    child = f"""import mmap, os, time
+os.setsid()
+kept = bytes(range(256)) * (16 << 12)
+with open(r'{tmp_path}/shared', 'rb') as file:
+    shared = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+total = sum(shared[i] for i in range(0, len(shared), 4096))
+open(r'{tmp_path}/' + str(os.getpid()), 'w').close()
+time.sleep(60)"""
+    parent = f"import subprocess, sys; [subprocess.Popen([sys.executable, '-c', {child!r}]) for _ in 'ab'][1].wait()"
+    (tmp_path / "shared").write_bytes(bytes(64 << 20))
+    with subprocess.Popen([sys.executable, "-c", parent]) as job:
+        wait_for(lambda: len([*tmp_path.iterdir()]) == 3, 20, "the children")
+        memory = HostMemory(job.pid)
+        wait_for(lambda: memory.peak_bytes > 0, 10, "a look at them")
+        memory.end()
+        _kill(job.pid)
+    assert 96 << 20 <= memory.peak_bytes < 150 << 20  # three interpreters take some 20 MiB
+
+
 def test_steps_of_an_ended_job_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A job that was ended after its third row, before its time was noted, has one step after the warmup."""
     rows = [{"step": step, "data/tokens": 100, "train/loss": 1.0} for step in (1, 2, 3, 4)]
 
-    def started(*_: Any) -> bool:
+    def started(*_: Any) -> tuple[bool, int]:
         (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
         (tmp_path / "plan.json").write_text(json.dumps({"uses_graphs": False, "summary": ""}))
         (tmp_path / "times.txt").write_text("0.0\n4.0\n6.0\n")
-        return False
+        return False, 3 << 29
 
     monkeypatch.setattr("benchmarks.real_job._started", started)
     found = measured(2, [], tmp_path, 2, 10.0)
     assert (found["measured_steps"], found["was_ended_early"]) == (1, True)
-    assert found["tokens_per_second"] == 50.0
+    assert (found["tokens_per_second"], found["host_gib"]) == (50.0, 1.5)
     with pytest.raises(RuntimeError, match="no step after the first 3 was done in 10 s"):
         measured(2, [], tmp_path, 3, 10.0)
 
 
 def test_a_job_that_was_ended_before_its_first_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """There is no metrics.jsonl yet; the reason is that of a job without a step to count."""
-    monkeypatch.setattr("benchmarks.real_job._started", lambda *_: False)
+    monkeypatch.setattr("benchmarks.real_job._started", lambda *_: (False, 0))
     with pytest.raises(RuntimeError, match="no step after the first 1 was done in 10 s"):
         measured(2, [], tmp_path, 0, 10.0)
 

@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.svg import key, page
+
 # of systems, in the order in which they are drawn: name, colour on light and on dark, dashes
 STYLES = {
     "trl": ("TRL", "#b35806", "#fdae61", ""),
@@ -40,20 +42,15 @@ def picture(found: dict[str, Any]) -> str:
     width = LEFT + columns * (WIDTH + GAP)
     bottom = TOP + num_rows * (HEIGHT + FOOT)
     title = f"{found['model']}: how far the loss in bf16 is from fp32's, by step"
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{bottom + 44}" '
-        f'viewBox="0 0 {width} {bottom + 44}" font-family="sans-serif" font-size="12">',
-        style(systems),
-        f'<rect class="back" width="{width}" height="{bottom + 44}"/>',
-        f'<text x="{LEFT}" y="22" font-size="15">{title}</text>',
-    ]
+    parts = []
     for (base, rate), lines in panels.items():
         x = LEFT + bases.index(base) * (WIDTH + GAP)
         y = TOP + rates.index(rate) * (HEIGHT + FOOT)
         parts.append(f'<text x="{x}" y="{y - 8}">base in {BASES[base]}, learning rate {rate:g}</text>')
         parts += axes(x, y, span, found["steps"], is_first=base == bases[0])
         parts += [f'<polyline class="{name}" points="{path(line, x, y, span)}"/>' for name, line in lines.items()]
-    return "\n".join([*parts, *legend(systems, bottom)]) + "\n</svg>\n"
+    colours = {name: STYLES[name][1:] for name in systems}
+    return page((width, bottom + 44), (LEFT, title), colours, parts + legend(systems, bottom))
 
 
 def panel_lines(rows: Sequence[dict[str, Any]], systems: Sequence[str], base: str, rate: float) -> dict[str, Points]:
@@ -73,17 +70,6 @@ def smooth(runs: Sequence[Sequence[float]]) -> Points:
         near = [value for run in runs for value in run[max(0, step - reach) : min(count, step + reach + 1)]]
         points.append((step + 1, max(LOWEST, statistics.median(near))))
     return points
-
-
-def style(systems: Sequence[str]) -> str:
-    """Colours of both themes."""
-    light = [".back{fill:#fff}text{fill:#222}.grid{stroke:#ddd}polyline,.key{fill:none;stroke-width:2}"]
-    dark = [".back{fill:#0d1117}text{fill:#e6edf3}.grid{stroke:#30363d}"]
-    for name in systems:
-        _, on_light, on_dark, dashes = STYLES[name]
-        light.append(f".{name}{{stroke:{on_light};stroke-dasharray:{dashes or 'none'}}}")
-        dark.append(f".{name}{{stroke:{on_dark}}}")
-    return f"<style>{''.join(light)}@media(prefers-color-scheme:dark){{{''.join(dark)}}}</style>"
 
 
 def axes(x: float, y: float, span: tuple[int, int], steps: int, is_first: bool) -> list[str]:
@@ -115,7 +101,5 @@ def legend(systems: Sequence[str], y: float) -> list[str]:
     """Names beside pieces of their lines, three in a row."""
     parts = []
     for number, name in enumerate(systems):
-        x, line = LEFT + 215 * (number % 3), y + 22 * (number // 3)
-        parts.append(f'<line class="key {name}" x1="{x}" y1="{line - 4}" x2="{x + 34}" y2="{line - 4}"/>')
-        parts.append(f'<text x="{x + 42}" y="{line}">{STYLES[name][0]}</text>')
+        parts += key(name, STYLES[name][0], LEFT + 215 * (number % 3), y + 22 * (number // 3))
     return parts

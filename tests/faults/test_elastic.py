@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 from tests.compare_runs import at, change_states, reference, result_of, start_processes
-from tests.conftest import Outcome, arguments, run_command, with_batch
+from tests.conftest import Outcome, arguments, run_command, thorough, with_batch
 from tests.injections import Fault
 from train.checkpoints.contents import ADAPTER
 from train.config import BatchConfig, CheckpointConfig, Config, EngineConfig, ModelConfig, OptimConfig
@@ -73,6 +73,23 @@ def test_the_same_command_goes_on_with_other_processes(config: Config, tmp_path:
         loss, adapters = apart(path, tmp_path / "alone")
         assert loss < 1e-6, path
         assert adapters < 1e-5, path
+
+
+@thorough  # the test above does it with fewer; these take half a minute a start on two cores
+@pytest.mark.fault("T14")
+def test_eight_processes_four_and_eight_again(config: Config, tmp_path: Path) -> None:
+    """Killed on eight, then on four, finished on eight: the samples, losses and adapters of one process."""
+    alone = replace(config, batch=BatchConfig(2, 0, samples=16), train=replace(config.train, epochs=4))
+    reference(alone, tmp_path / "alone")
+    run_dir = tmp_path / "run"
+    for count, fault in ((8, Fault("save", 2, "after")), (4, Fault("save", 2, "after")), (8, None)):
+        outcomes = on(count, alone, run_dir, fault)
+        assert outcomes[0].returncode == (0 if fault is None else -9), outcomes[0].stderr
+    assert {each.returncode for each in outcomes} == {0}
+    assert samples_of(run_dir) == samples_of(tmp_path / "alone")
+    loss, adapters = apart(run_dir, tmp_path / "alone")
+    assert loss < 1e-6
+    assert adapters < 1e-5
 
 
 @pytest.mark.fault("T14")

@@ -16,7 +16,7 @@ from tests.compare_runs import at, exit_record, start_processes
 from tests.conftest import ROOT, arguments, thorough, with_batch
 from tests.faults.test_stops import COMMANDS, trainers
 from tests.interruptions import Defect
-from train.config import Config
+from train.config import BatchConfig, Config
 from train.run.attempts import read_attempts
 from train.run.folder import RunFolder
 
@@ -24,12 +24,12 @@ TIMEOUT_MINUTES = 0.2
 
 
 @contextmanager
-def launched(config: Config, run_dir: Path, name: str) -> Iterator[subprocess.Popen]:
-    """The launcher of an endless run, once that has made three steps."""
+def launched(config: Config, run_dir: Path, name: str, *words: str) -> Iterator[subprocess.Popen]:
+    """The launcher, given these words too, of an endless run that has made three steps."""
     endless = replace(config, train=replace(config.train, epochs=10_000))
     endless = at(replace(endless, run=replace(config.run, timeout_minutes=TIMEOUT_MINUTES)), run_dir)
     with subprocess.Popen(
-        [*COMMANDS[name], str(ROOT / "train" / "main.py"), *arguments(endless)],
+        [*COMMANDS[name], *words, str(ROOT / "train" / "main.py"), *arguments(endless)],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -74,24 +74,24 @@ def test_the_only_process_is_killed(config: Config, tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("T26")
-def test_one_of_two_is_killed_or_stopped(config: Config, tmp_path: Path) -> None:
-    """The other is ended, and the lost one named, within run.timeout_minutes and ten seconds; no process is left."""
-    config = with_batch(config, 2, 2)
-    cases = ((signal.SIGSTOP, 1), (signal.SIGKILL, 0))
+@pytest.mark.parametrize("count", [2, pytest.param(8, marks=thorough)])
+def test_one_of_several_is_killed_or_stopped(count: int, config: Config, tmp_path: Path) -> None:
+    """The others are ended, and the lost one named, within run.timeout_minutes and ten seconds; no process is left."""
+    config = with_batch(config, 2, 2) if count == 2 else replace(config, batch=BatchConfig(1, 0, samples=8))
+    cases = ((signal.SIGSTOP, count - 1), (signal.SIGKILL, 0 if count == 2 else 5))
 
     def lost(kind: signal.Signals, rank: int) -> tuple[int, str, float]:
         """The launcher's code, what it said, and after how many seconds."""
-        run_dir = tmp_path / f"{kind.name}-{rank}"
-        with launched(config, run_dir, "ours, two processes") as launcher:
-            os.kill(pid_of(run_dir, rank), kind)
+        with launched(config, tmp_path / kind.name, "ours, two processes", "--num_processes", str(count)) as launcher:
+            os.kill(pid_of(tmp_path / kind.name, rank), kind)
             began = time.monotonic()
             _, said = launcher.communicate(timeout=120)
             return launcher.returncode, said, time.monotonic() - began
 
-    with ThreadPoolExecutor() as at_once:  # for most of the time one of them waits
+    with ThreadPoolExecutor(2 if count == 2 else 1) as at_once:  # for most of the time one of them waits
         runs = [at_once.submit(lost, *case) for case in cases]
     for (kind, rank), run in zip(cases, runs, strict=True):
-        run_dir = tmp_path / f"{kind.name}-{rank}"
+        run_dir = tmp_path / kind.name
         code, said, seconds = run.result()
         assert code == 81, said
         assert seconds < 60 * TIMEOUT_MINUTES + 10

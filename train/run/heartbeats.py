@@ -22,6 +22,7 @@ class Beat:
     pid: int
     host: str
     time: float  # seconds since the epoch
+    gave_up: bool = False  # it ended by itself, because of another one
 
     @property
     def place(self) -> tuple[int, int]:
@@ -36,18 +37,22 @@ class Beat:
         """Whether it is stopped, as by SIGSTOP or a debugger; told only of processes on this machine."""
         return self.host == platform.node() and is_stopped(self.pid)
 
+    def is_lost(self) -> bool:
+        """Whether it has ended, and not because of another one; told only of processes on this machine."""
+        return not self.gave_up and self.host == platform.node() and state_of(self.pid) in ("", "Z")
+
     def __str__(self) -> str:
-        stopped = " (stopped, as by SIGSTOP)" if self.is_stopped() else ""
-        return f"process {self.rank}: step {self.step}, {self.age():.0f} s ago{stopped}"
+        state = " (stopped, as by SIGSTOP)" if self.is_stopped() else " (has ended)" if self.is_lost() else ""
+        return f"process {self.rank}: step {self.step}, {self.age():.0f} s ago{state}"
 
 
-def write_beat(folder: Path, rank: int, step: int, arrivals: int) -> None:
-    """Records how far this process is; raises OSError.
+def write_beat(folder: Path, rank: int, step: int, arrivals: int, gave_up: bool = False) -> None:
+    """Records how far this process is, or that it ends because of another one; raises OSError.
 
     In one write over the last beat, because a process that is stopped or killed between the emptying of a file and the
     writing would be the one of which nothing is known.
     """
-    beat = {"step": step, "arrivals": arrivals, "pid": os.getpid(), "host": platform.node()}
+    beat = {"step": step, "arrivals": arrivals, "pid": os.getpid(), "host": platform.node(), "gave_up": gave_up}
     descriptor = os.open(folder / str(rank), os.O_WRONLY | os.O_CREAT, 0o644)
     try:
         os.pwrite(descriptor, json.dumps(beat).ljust(BEAT_BYTES).encode(), 0)
@@ -56,12 +61,13 @@ def write_beat(folder: Path, rank: int, step: int, arrivals: int) -> None:
 
 
 def read_beats(folder: Path) -> list[Beat]:
-    """What was last heard of each process, the most silent first: stopped, behind the others, or heard of earlier."""
+    """What was last heard of each process, the most silent first: stopped or lost, behind the others, or heard of
+    earlier."""
     beats = []
     for path in folder.glob("*"):
         with suppress(OSError, ValueError, TypeError):
             beats.append(Beat(path.name, **json.loads(path.read_text()), time=path.stat().st_mtime))
-    return sorted(beats, key=lambda beat: (not beat.is_stopped(), beat.place, beat.time))
+    return sorted(beats, key=lambda beat: (not (beat.is_stopped() or beat.is_lost()), beat.place, beat.time))
 
 
 def heard_of(beats: Iterable[Beat]) -> str:

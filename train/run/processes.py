@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,8 @@ from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder
 from train.run.heartbeats import heard_of, read_beats, write_beat
 from train.run.signals import StopRequest
+
+SECONDS_TO_DIE = 1.0  # a killed process's connections end before it counts as dead
 
 
 def any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
@@ -108,8 +111,15 @@ def peer_failure(config: Config, error: RuntimeError) -> str:
     is_collective = isinstance(error, torch.distributed.DistError) or re.search("gloo|NCCL|Connection", str(error))
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not is_collective:
         return ""
-    own = os.environ.get("RANK")  # this process is alive
-    others = [beat for beat in read_beats(RunFolder.of(config).heartbeats) if beat.rank != own]
+    folder, own = RunFolder.of(config).heartbeats, os.environ.get("RANK")
+    with suppress(OSError):  # the next one, which hears of this one's end, is to name the first
+        for mine in (beat for beat in read_beats(folder) if beat.rank == own):
+            write_beat(folder, int(mine.rank), mine.step, mine.arrivals, gave_up=True)
+    beats, until = read_beats(folder), time.monotonic() + SECONDS_TO_DIE
+    while not any(beat.is_lost() or beat.is_stopped() for beat in beats) and time.monotonic() < until:
+        time.sleep(0.02)
+        beats = read_beats(folder)
+    others = [beat for beat in beats if beat.rank != own]  # this process is alive
     first_line = str(error).strip().splitlines()[0]
     return f"another process died or hangs ({first_line})\n{heard_of(others)}"
 

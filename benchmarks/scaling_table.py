@@ -113,7 +113,7 @@ def predict(name: str, options: argparse.Namespace) -> None:
     known = json.loads(options.predicted.read_text()) if options.predicted.exists() else {"workloads": {}}
     shape = f"{options.shape}" if options.shape else public.WORKLOADS[name].shape if name in public.WORKLOADS else ""
     told = {"date": f"{date.today()}", "commit": commit(), "shape": shape or "Llama-3.1-8B"}
-    known = {"note": NOTE, "workloads": known["workloads"] | {name: {**told, "words": words, "rows": rows}}}
+    known = {"note": NOTE, "workloads": known["workloads"] | {name: {**told, "words": " ".join(words), "rows": rows}}}
     options.predicted.parent.mkdir(parents=True, exist_ok=True)
     options.predicted.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 

@@ -154,10 +154,10 @@ def job(config: Config, observed: Observed) -> str:
     doing.now = "starting the processes"
     closing.callback(close_group, together=False)
     accelerator = start_accelerator(config)
-    heartbeat = Heartbeat(config, accelerator, stop)
     doing.now = "choosing the checkpoint"
     store = CheckpointStore(folder, config.checkpoint.keep, material.fingerprint)
     checkpoint = choose(store, config, accelerator, mirror)
+    heartbeat = Heartbeat(config, accelerator, stop)  # an earlier run has been set aside now, with its own
     asked = asked_for(config.batch)
     config = replace(config, batch=kept_batch(checkpoint, config.batch, accelerator))
     layout = BatchLayout.of(config.batch, accelerator, asked)

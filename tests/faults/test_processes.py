@@ -13,6 +13,8 @@ from tests.injections import AtForward, Both, DiskError, Fault, GroupAtEnd
 from tests.tally import Tally
 from train.config import CheckpointConfig, Config
 from train.run.exits import ExitCode
+from train.run.folder import RunFolder
+from train.run.heartbeats import read_beats
 from train.track.metrics_file import read_metrics
 
 
@@ -71,6 +73,17 @@ def test_a_process_that_dies(config: Config, tmp_path: Path, tally: Tally) -> No
         again = together(config, run_dir, [None, None])
         tally.check([o.returncode for o in again] == [0, 0], f"{label}: {again[0].stderr[-300:]}")
         tally.check(result_of(run_dir) == expected, f"{label}: another result")
+
+
+@pytest.mark.fault("T16")
+def test_heartbeats_are_this_run_s(config: Config, tmp_path: Path) -> None:
+    """--run.resume never sets an earlier run aside, and only that; both processes are heard of behind it."""
+    config, folder = with_batch(replace(config, run=replace(config.run, resume="never")), 2, 2), RunFolder(tmp_path)
+    for times in range(2):
+        ends = together(config, tmp_path, [None, None])
+        assert [end.returncode for end in ends] == [0, 0], ends[0].stderr
+        assert len(list(tmp_path.glob("previous-*"))) == times
+        assert {beat.rank for beat in read_beats(folder.heartbeats) if beat.step > 0} == {"0", "1"}
 
 
 @pytest.mark.fault("T16")

@@ -11,8 +11,11 @@ from accelerate import Accelerator
 from packaging.version import Version
 
 from tests.conftest import training_of
+from tests.parity.test_adapted_linear import share_of
+from tests.parity.test_operations import kept_of_small_adapters
 from tests.unit.models.test_agreement import SIZES, SPARSE, for_all_linear, write
 from train.config import Config
+from train.models import adapted_linear
 from train.models.adapted_linear import restore_products, use_own_products
 from train.models.agreement import random_adapters
 from train.models.pass_graphs import PassGraphs
@@ -82,3 +85,28 @@ def test_boundaries_reach_layers_that_do_not_hand_them_on(config: Config, tmp_pa
     """StableLM's layers drop what the decoder is called with; its packed samples are isolated by varlen attention."""
     training = build(config, tmp_path, "stablelm")
     assert training.model.causal_lm.config._attn_implementation == "varlen"
+
+
+def test_a_small_adapter_is_not_lost_on_the_fused_engine() -> None:
+    """cuBLAS on Hopper rounds a product before it adds to it: half of an adapter's output of a thousandth was gone."""
+    assert kept_of_small_adapters("cuda") == pytest.approx([1, 1], abs=0.05)
+
+
+@pytest.mark.parametrize("few", [0, 4])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_small_adapter_is_not_lost_on_the_reference_engine(
+    dim: int, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same of its products, forward and backward, with the weight copied and with sums in fp32."""
+    monkeypatch.setattr(adapted_linear, "FEW_TOKENS", few)
+    torch.manual_seed(0)
+    base = torch.nn.Linear(512, 1536, bias=False, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    torch.nn.init.normal_(base.weight)
+    width, rank = base.weight.shape[dim], 12
+    x, low_rank = (torch.randn(2048, size, device="cuda").bfloat16() for size in (width, rank))
+    adapter = torch.randn((1536, rank) if dim else (rank, 512), device="cuda") * 2.0**-10 * (width / rank) ** 0.5
+    adapter = adapter.bfloat16()
+    out = adapted_linear._rounded_once(x, low_rank, base, adapter, dim).double()
+    plain = x.double() @ (base.weight.double().T if dim else base.weight.double())
+    wanted = low_rank.double() @ (adapter.double().T if dim else adapter.double())
+    assert share_of(out - plain, wanted) == pytest.approx(1, abs=0.05)

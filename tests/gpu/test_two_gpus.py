@@ -63,11 +63,10 @@ def test_a_fault_in_one_of_two(
     assert record["code"] == code
     if code == 81:
         beat = folder.heartbeats / str(rank)
-        seconds = folder.exit.stat().st_mtime - beat.stat().st_mtime if beat.exists() else 0.0
+        seconds = folder.exit.stat().st_mtime - beat.stat().st_mtime
         print(f"{case}: {seconds:.1f} s from its last sign of life; {record['reason']}")
         assert seconds < PROMISED_SECONDS
-        heard = f"last heard of: process {rank}: step " if beat.exists() else f"process {rank} "
-        assert heard in str(record["reason"])
+        assert f"last heard of: process {rank}: step " in str(record["reason"])
         assert ("stopped, as by SIGSTOP" in str(record["reason"])) == case.startswith("stopped")
     again = launched(on_two, tmp_path)
     assert again.returncode == 0, again.stderr[-2000:]

@@ -89,9 +89,13 @@ def test_dropout_is_of_the_adapters_input_alone(config: Config, tmp_path: Path) 
         torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("name", ["stablelm", "gpt_neox"])
-def test_a_small_adapter_is_not_lost_in_rounding(name: str, config: Config, tmp_path: Path) -> None:
+def test_a_small_adapter_is_not_lost_in_rounding(
+    name: str, few: bool, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of an output, or an input's gradient, of a thousandth of the base's all is there on average; PEFT loses half."""
+    monkeypatch.setattr(adapted_linear, "FEW_TOKENS", 0 if few else 4)
     model = model_of(config, tmp_path, name, "bf16")
     layers = [each for each in model.adapted.modules() if adapted_linear._is_plain(each, torch.bfloat16)]
     layer: Any = max(layers, key=lambda each: each.in_features)

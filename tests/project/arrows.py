@@ -155,6 +155,7 @@ ALLOWED_MODULES = {
     },
     "train.run.redact": {"data_tools.terminal"},
     "train.run.last_words": {
+        "train.run.durable",
         "train.run.environment",
         "train.run.exits",
         "train.run.redact",

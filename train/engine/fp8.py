@@ -156,9 +156,9 @@ class Fp8Group(LoraGroup):
             self._project(matrix, x, low_rank, drop)
         form, weight = matrix.read(0)
         if form is Form.WIDE:
+            if self.padded_rank:  # as one product, which is rounded once
+                x, weight = torch.cat([x, low_rank], 1), torch.cat([weight, matrix.up], 1)
             torch.mm(x, weight.T, out=out)
-            if self.padded_rank:
-                out.addmm_(low_rank, matrix.up.T)
         else:
             beside = Beside(low_rank[:, : self.num_beside], matrix.sizes.factors[0]) if self.num_beside else None
             scaled_product(quantize(x, beside), weight.T, matrix.scales, out)
@@ -175,9 +175,10 @@ class Fp8Group(LoraGroup):
         grad_y, (form, weight) = grad_out[:, : self.num_outputs], matrix.read(1)
         low_rank = grad_out[:, self.num_outputs :][:, : self.num_beside]
         if form is Form.WIDE:
-            torch.mm(grad_y, weight, out=grad_x)
             if self.padded_rank and drop is None:
-                grad_x.addmm_(low_rank, matrix.down[: self.num_beside])
+                grad_y = torch.cat([grad_y, low_rank], 1)
+                weight = torch.cat([weight, matrix.down[: self.num_beside]], 0)
+            torch.mm(grad_y, weight, out=grad_x)
         else:
             low_rank = low_rank if drop is None else low_rank.new_zeros(1, self.num_beside).expand(low_rank.shape)
             beside = Beside(low_rank, matrix.sizes.factors[1]) if self.num_beside else None

@@ -7,8 +7,9 @@ products are in the compute type and sums over tokens in fp32:
     y = [x, x A^T] [W, s B]^T,   dx = [dy, dy s B] [W; A],   dA = (dy s B)^T x,   dB = s dy^T (x A^T)
 
 The adapter's small product is a part of the large one and is rounded with it. Added to it, as PEFT does, what is less
-than half a step of a product that is rounded already goes lost: half of an adapter's output of a thousandth. addmm_
-does no better: on Hopper cuBLAS rounds the product before it adds, whichever of the two is the product.
+than half a step of a product that is rounded already is lost: half of an adapter's output of a thousandth. addmm_ does
+no better: on Hopper cuBLAS rounds the product before it adds, whichever of the two is the product. With dropout the
+adapter's part of dx is still added to a rounded one.
 """
 
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from train.models.sample_check import SampleCheck
 from train.models.shape import BROKEN, told
 
 ALIGNMENT = 8  # elements, 16 bytes in 16 bits: what tensor cores want rows to begin at
+FEW_TOKENS = 4  # times the tokens are fewer than a weight's rows or columns: fp32 outputs then move less than its copy
 
 
 def use_own_products(model: LanguageModel, ids: Sequence[int]) -> str:
@@ -113,10 +115,10 @@ class _AdaptedLinear(torch.autograd.Function):
         if bias is not None:
             beside = torch.cat([low_rank, low_rank.new_ones(len(rows), 1)], 1)
             up = torch.cat([up, bias.to(x.dtype)[:, None]], 1)
-        out = torch.cat([flat, _aligned(beside)], 1) @ _with_frozen(layer.base, _aligned(up), 1).T
+        out = _rounded_once(flat, beside, layer.base, up, 1)
         ctx.save_for_backward(rows, low_rank, a, b)
         ctx.layer, ctx.is_dropped = layer, read is not x
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -129,8 +131,7 @@ class _AdaptedLinear(torch.autograd.Function):
             if ctx.is_dropped:
                 grad_x = grad @ frozen_matrix(ctx.layer.base, grad.dtype)
             else:
-                down = _aligned(a.to(grad.dtype).T).T
-                grad_x = torch.cat([grad, _aligned(grad_low_rank)], 1) @ _with_frozen(ctx.layer.base, down, 0)
+                grad_x = _rounded_once(grad, grad_low_rank, ctx.layer.base, a.to(grad.dtype), 0)
         if ctx.is_dropped and ctx.needs_input_grad[1]:
             grad_read = grad_low_rank @ a.to(grad.dtype)
         grad_a, grad_b = wide_mm(grad_low_rank.T, rows), wide_mm(grad.T, low_rank).mul_(ctx.layer.scale)
@@ -143,18 +144,29 @@ def _compute_type(base: Any) -> torch.dtype:
     return getattr(base, "compute_dtype", None) or base.weight.dtype
 
 
-def _aligned(columns: torch.Tensor) -> torch.Tensor:
-    """With columns of zeros up to a multiple of ALIGNMENT."""
-    return F.pad(columns, (0, -columns.shape[1] % ALIGNMENT))
+def _rounded_once(x: torch.Tensor, low_rank: torch.Tensor, base: Any, adapter: torch.Tensor, dim: int) -> torch.Tensor:
+    """x W^T + low_rank adapter^T for an adapter [N, R] (`dim` 1), x W + low_rank adapter for [R, K] (0).
+
+    A weight that is not packed is copied for it. Where there are few tokens, as in answers, a sum in fp32 moves less.
+    """
+    if base.weight.shape == (base.out_features, base.in_features) and FEW_TOKENS * len(x) < x.shape[1]:
+        weight, small = (base.weight.T, adapter.T) if dim else (base.weight, adapter)
+        return wide_mm(x, weight).add_(low_rank @ small).to(x.dtype)
+    missing = -low_rank.shape[1] % ALIGNMENT
+    wide = torch.cat([x, low_rank, *([low_rank.new_zeros(len(x), missing)] if missing else [])], 1)
+    matrix = _with_frozen(base, adapter, dim, missing)
+    return wide @ (matrix.T if dim else matrix)
 
 
-def _with_frozen(base: Any, adapter: torch.Tensor, dim: int) -> torch.Tensor:
-    """The frozen weight [N, K] with the adapter's columns [N, R] (`dim` 1) or rows [R, K] (0) behind it."""
-    shape = [base.out_features, base.in_features]
-    shape[dim] += adapter.shape[dim]
+def _with_frozen(base: Any, adapter: torch.Tensor, dim: int, missing: int) -> torch.Tensor:
+    """The frozen weight [N, K], behind it the adapter's columns [N, R] (`dim` 1) or rows [R, K] (0), and zeros."""
+    shape, rank = [base.out_features, base.in_features], adapter.shape[dim]
+    start = shape[dim]
+    shape[dim] += rank + missing
     out = adapter.new_empty(shape)
     dequantize(base.weight, out[: base.out_features, : base.in_features])
-    out.narrow(dim, shape[dim] - adapter.shape[dim], adapter.shape[dim]).copy_(adapter)
+    out.narrow(dim, start, rank).copy_(adapter)
+    out.narrow(dim, start + rank, missing).zero_()
     return out
 
 

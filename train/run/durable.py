@@ -10,20 +10,36 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces the content of `path`: a reader, or a crash, finds the old file or the new one."""
+def write_atomically(path: Path, text: str, replaces: bool = True) -> None:
+    """Replaces the content of `path`: a reader, or a crash, finds the old file or the new one.
+
+    Where it does not replace, a file that is there, or comes meanwhile, stays: FileExistsError.
+    """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if replaces or not _linked(temporary, path):
+            os.replace(temporary, path)
     except OSError:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def _linked(temporary: Path, path: Path) -> bool:
+    """Gives a file its name unless another has it, which raises FileExistsError; False where disks have no links."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        return False
+    temporary.unlink()
+    return True
 
 
 def make_folder(path: Path) -> None:

@@ -131,10 +131,13 @@ class RunFolder:
             return False
 
     def write_exit(self, code: ExitCode, reason: str, **facts: float | str) -> None:
-        """Records how the run ended: launchers flatten exit codes (accelerate and torchrun return 1 for all)."""
+        """Records how the run ended: launchers flatten exit codes (accelerate and torchrun return 1 for all).
+
+        A peer failure, which is only the consequence, replaces no other end. Raises OSError.
+        """
         make_folder(self.path)
         record = {"code": int(code), "name": code.name.lower(), "reason": reason, **facts}
-        write_atomically(self.exit, json.dumps(record, indent=2) + "\n")
+        write_atomically(self.exit, json.dumps(record, indent=2) + "\n", replaces=code != ExitCode.PEER_FAILURE)
 
     def identifier(self, name: str, make: Callable[[], str]) -> str:
         """The id that run.json keeps as `name`; where it is missing or damaged `make` gives one, which is kept.

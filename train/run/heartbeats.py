@@ -20,7 +20,7 @@ class Beat:
     step: int  # completed
     arrivals: int  # collectives after that step at which it has arrived; in all processes they are the same ones
     pid: int
-    host: str
+    host: str  # of `here`, where its pid means something
     time: float  # seconds since the epoch
     gave_up: bool = False  # it ended by itself, because of another one
 
@@ -35,15 +35,22 @@ class Beat:
 
     def is_stopped(self) -> bool:
         """Whether it is stopped, as by SIGSTOP or a debugger; told only of processes on this machine."""
-        return self.host == platform.node() and is_stopped(self.pid)
+        return self.host == here() and is_stopped(self.pid)
 
     def is_lost(self) -> bool:
         """Whether it has ended, and not because of another one; told only of processes on this machine."""
-        return not self.gave_up and self.host == platform.node() and state_of(self.pid) in ("", "Z")
+        return not self.gave_up and "" != self.host == here() and state_of(self.pid) in ("", "Z")
 
     def __str__(self) -> str:
         state = " (stopped, as by SIGSTOP)" if self.is_stopped() else " (has ended)" if self.is_lost() else ""
         return f"process {self.rank}: step {self.step}, {self.age():.0f} s ago{state}"
+
+
+def here() -> str:
+    """This machine and, in it, the namespace of pids, as containers have their own; empty where /proc does not say."""
+    with suppress(OSError):
+        return f"{platform.node()} {os.readlink('/proc/self/ns/pid')}"
+    return ""
 
 
 def write_beat(folder: Path, rank: int, step: int, arrivals: int, gave_up: bool = False) -> None:
@@ -52,7 +59,7 @@ def write_beat(folder: Path, rank: int, step: int, arrivals: int, gave_up: bool 
     In one write over the last beat, because a process that is stopped or killed between the emptying of a file and the
     writing would be the one of which nothing is known.
     """
-    beat = {"step": step, "arrivals": arrivals, "pid": os.getpid(), "host": platform.node(), "gave_up": gave_up}
+    beat = {"step": step, "arrivals": arrivals, "pid": os.getpid(), "host": here(), "gave_up": gave_up}
     descriptor = os.open(folder / str(rank), os.O_WRONLY | os.O_CREAT, 0o644)
     try:
         os.pwrite(descriptor, json.dumps(beat).ljust(BEAT_BYTES).encode(), 0)

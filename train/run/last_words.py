@@ -5,6 +5,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from train.run.durable import write_atomically
 from train.run.environment import is_first_process
 from train.run.exits import ExitCode, ExitWith
 from train.run.redact import redact
@@ -16,25 +17,13 @@ def say_end(end: ExitWith) -> None:
     launcher = os.environ.get("HANDLOOP_LAUNCHER")
     if launcher and is_recorder(end.code, Path(launcher) / "exit"):
         with suppress(OSError):
-            _leave_code(Path(launcher), end.code)
+            # two processes may end at the same moment
+            write_atomically(Path(launcher) / "exit", f"{int(end.code)}\n", replaces=end.code != ExitCode.PEER_FAILURE)
     leave_note(end.code, redact(end.reason))
     is_own_matter = end.code in (ExitCode.PEER_FAILURE, ExitCode.DEFECT)
     if end.code != ExitCode.FINISHED and (is_first_process() or is_own_matter):
         with suppress(OSError):  # a terminal that is gone
             print(f"\nhandloop: {redact(end.reason)}", file=sys.stderr, flush=True)
-
-
-def _leave_code(folder: Path, code: ExitCode) -> None:
-    """In one step, because processes that lose one another end at the same moment; raises OSError."""
-    whole = folder / f".exit-{os.getpid()}"
-    whole.write_text(f"{int(code)}\n")
-    if code != ExitCode.PEER_FAILURE:
-        os.replace(whole, folder / "exit")
-        return
-    try:
-        os.link(whole, folder / "exit")  # which fails where another process has left one meanwhile
-    finally:
-        whole.unlink()
 
 
 def is_recorder(code: ExitCode, record: Path) -> bool:

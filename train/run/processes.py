@@ -16,9 +16,10 @@ from train.config import Config
 from train.metrics import to_host
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RunFolder
-from train.run.heartbeats import heard_of, read_beats, write_beat
+from train.run.heartbeats import Beat, heard_of, here, read_beats, write_beat
 from train.run.signals import StopRequest
 
+STARTED = time.time()  # before any process of this start has a heartbeat
 SECONDS_TO_DIE = 1.0  # a killed process's connections end before it counts as dead
 
 
@@ -113,15 +114,21 @@ def peer_failure(config: Config, error: RuntimeError) -> str:
         return ""
     folder, own = RunFolder.of(config).heartbeats, os.environ.get("RANK")
     with suppress(OSError):  # the next one, which hears of this one's end, is to name the first
-        for mine in (beat for beat in read_beats(folder) if beat.rank == own):
+        for mine in (beat for beat in read_beats(folder) if beat.pid == os.getpid() and beat.host == here()):
             write_beat(folder, int(mine.rank), mine.step, mine.arrivals, gave_up=True)
-    beats, until = read_beats(folder), time.monotonic() + SECONDS_TO_DIE
+    beats, until = _beats_of_this_start(folder), time.monotonic() + SECONDS_TO_DIE
     while not any(beat.is_lost() or beat.is_stopped() for beat in beats) and time.monotonic() < until:
         time.sleep(0.02)
-        beats = read_beats(folder)
+        beats = _beats_of_this_start(folder)
     others = [beat for beat in beats if beat.rank != own]  # this process is alive
     first_line = str(error).strip().splitlines()[0]
     return f"another process died or hangs ({first_line})\n{heard_of(others)}"
+
+
+def _beats_of_this_start(folder: Path) -> list[Beat]:
+    """Without those of processes that an earlier attempt had, which only the first process's machine removes."""
+    count = int(os.environ["WORLD_SIZE"])
+    return [beat for beat in read_beats(folder) if beat.time > STARTED and int(beat.rank) < count]
 
 
 def say(accelerator: Accelerator, text: str) -> None:

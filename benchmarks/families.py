@@ -10,13 +10,13 @@ CUDA_VISIBLE_DEVICES and names apart.
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import transformers as T
+
+from benchmarks.real_job import handloop_plan
 
 RESULTS = Path(__file__).parent / "results" / "families.json"
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -123,10 +123,9 @@ def probed(shape: T.PreTrainedConfig, engine: str, accumulation: int) -> dict[st
     """What a probe measures, or why there is none."""
     with tempfile.TemporaryDirectory() as folder:
         shape.save_pretrained(folder)
-        words = f"plan --probe --json --profile a100 --model.name_or_path {folder} --engine.kind {engine} {OPTIONS}"
+        words = f"--probe --json --profile a100 --model.name_or_path {folder} --engine.kind {engine} {OPTIONS}"
         words += f" --batch.accumulation {accumulation}"
-        code = "import sys; from train.commands.handloop import main; sys.exit(main())"
-        done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, check=False)
+        done = handloop_plan(words.split())
     if done.returncode:
         return {"code": done.returncode, "reason": done.stderr.strip().splitlines()[-1][:300] if done.stderr else ""}
     measured = json.loads(done.stdout)

@@ -92,19 +92,9 @@ def measured(way: str, words: list[str], place: Path) -> dict[str, Any]:
     """One run's figures."""
     worked(way, words)
     afterwards = place.with_name(f"{place.name}-afterwards")
-    worked(
-        "bf16",
-        [
-            *without(words, "--train.max_steps", "--run.dir"),
-            "--lora.init_from",
-            str(RunFolder(place).final),
-            "--train.max_steps",
-            "1",
-            "--run.dir",
-            str(afterwards),
-        ],
-    )
     folder = RunFolder(place)
+    own = ["--lora.init_from", str(folder.final), "--train.max_steps", "1", "--run.dir", str(afterwards)]
+    worked("bf16", [*without(words, *own[::2]), *own])
     losses = [row.get("train/loss") for row in read_metrics(folder.metrics) if row["step"]]  # a skipped step has none
     known = [loss for loss in losses if loss is not None]
     of_run = read_run(place)

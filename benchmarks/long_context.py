@@ -12,13 +12,11 @@ import argparse
 import json
 import random
 import re
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.real_job import ROOT, measured, record, single_words
+from benchmarks.real_job import handloop_plan, measured, record, single_words
 from benchmarks.scaling import default_shape
 from benchmarks.speed_workloads import BIG
 from train.run.exits import ExitCode
@@ -28,7 +26,6 @@ RESULTS = Path(__file__).resolve().parent / "results" / "long_context.json"
 MOST_TOKENS = 2**22  # of a row that is looked for
 SHORTER = 0.95
 STEP = 1024  # tokens
-HANDLOOP = "import sys; from train.commands.handloop import main; sys.exit(main(sys.argv[1:]))"
 
 
 def main() -> None:
@@ -72,8 +69,7 @@ def tried(words: list[str], count: int) -> list[int]:
     back the memory that CUDA takes.
     """
     far = ["--data.max_length", str(MOST_TOKENS), "--mean-length", str(MOST_TOKENS), "--gpus", str(count), "--json"]
-    command = [sys.executable, "-c", HANDLOOP, "plan", *words, *far]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = handloop_plan([*words, *far])
     found = re.search(r"--data.max_length (\d+)", done.stdout)
     if found is None:
         raise SystemExit(f"no length was predicted: {done.stdout[-2000:]}{done.stderr[-2000:]}")

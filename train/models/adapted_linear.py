@@ -152,21 +152,20 @@ def _rounded_once(x: torch.Tensor, low_rank: torch.Tensor, base: Any, adapter: t
     if base.weight.shape == (base.out_features, base.in_features) and FEW_TOKENS * len(x) < x.shape[1]:
         weight, small = (base.weight.T, adapter.T) if dim else (base.weight, adapter)
         return wide_mm(x, weight).add_(low_rank @ small).to(x.dtype)
-    missing = -low_rank.shape[1] % ALIGNMENT
-    wide = torch.cat([x, low_rank, *([low_rank.new_zeros(len(x), missing)] if missing else [])], 1)
-    matrix = _with_frozen(base, adapter, dim, missing)
-    return wide @ (matrix.T if dim else matrix)
+    if missing := -low_rank.shape[1] % ALIGNMENT:
+        low_rank = F.pad(low_rank, (0, missing))
+        adapter = F.pad(adapter, (0, missing) if dim else (0, 0, 0, missing))
+    matrix = _with_frozen(base, adapter, dim)
+    return torch.cat([x, low_rank], 1) @ (matrix.T if dim else matrix)
 
 
-def _with_frozen(base: Any, adapter: torch.Tensor, dim: int, missing: int) -> torch.Tensor:
-    """The frozen weight [N, K], behind it the adapter's columns [N, R] (`dim` 1) or rows [R, K] (0), and zeros."""
-    shape, rank = [base.out_features, base.in_features], adapter.shape[dim]
-    start = shape[dim]
-    shape[dim] += rank + missing
+def _with_frozen(base: Any, adapter: torch.Tensor, dim: int) -> torch.Tensor:
+    """The frozen weight [N, K] with the adapter's columns [N, R] (`dim` 1) or rows [R, K] (0) behind it."""
+    shape = [base.out_features, base.in_features]
+    shape[dim] += adapter.shape[dim]
     out = adapter.new_empty(shape)
     dequantize(base.weight, out[: base.out_features, : base.in_features])
-    out.narrow(dim, start, rank).copy_(adapter)
-    out.narrow(dim, start + rank, missing).zero_()
+    out.narrow(dim, shape[dim] - adapter.shape[dim], adapter.shape[dim]).copy_(adapter)
     return out
 
 

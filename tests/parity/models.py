@@ -123,7 +123,7 @@ FAMILIES: dict[str, tuple[PretrainedConfig, list[str]]] = {
         T.Gemma4TextConfig(
             **SIZES | {"num_hidden_layers": 6},
             **GEMMA4 | {"layer_types": [*MIXED[:2], *MIXED[:2], *MIXED[:2]]},
-            hidden_size_per_layer_input=8,
+            hidden_size_per_layer_input=32,
             num_kv_shared_layers=3,
             use_double_wide_mlp=True,
         ),
@@ -177,11 +177,16 @@ def packed() -> MicroBatch:
 
 
 def adapted_model(shape: PretrainedConfig, targets: list[str], dropout: float = 0.0) -> Any:
-    """A model of the shape with norms that matter and adapters that do something."""
+    """A model of the shape with norms that matter and adapters that do something.
+
+    Gemma 4 does not scale scores: its queries' norm does, without which a softmax of one token has chaotic gradients.
+    """
     base = AutoModelForCausalLM.from_config(shape)
     for name, parameter in base.named_parameters():
         if parameter.dim() == 1 or name.endswith("proj_bias"):
             parameter.data.normal_(float("norm" in name), 0.2)
+            if shape.model_type == "gemma4_text" and "q_norm" in name:
+                parameter.data *= len(parameter) ** -0.5
     for name, buffer in base.named_buffers():
         if "layer_scalar" in name:
             buffer.uniform_(0.5, 1.5)

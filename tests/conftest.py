@@ -157,12 +157,17 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(shape: Path, pairs: Path, tmp_path: Path) -> Config:
+    """`tiny_run` in the test's own folder."""
+    return tiny_run(shape, pairs, tmp_path / "run")
+
+
+def tiny_run(shape: Path, pairs: Path, run_dir: Path) -> Config:
     """A complete configuration of a run that takes a second: random NF4 base, 8-bit AdamW, batch 2 x 4."""
     return Config(
         profile="test",
         model=ModelConfig(name_or_path=str(shape), random_init=True),
         data=DataConfig(path=(str(pairs),), max_length=128),
-        run=RunConfig(dir=str(tmp_path / "run"), device="cpu"),
+        run=RunConfig(dir=str(run_dir), device="cpu"),
         lora=LoraConfig(r=4, alpha=8),
         batch=BatchConfig(per_device=2, accumulation=4),
         optim=OptimConfig(lr=1e-2, warmup=2),

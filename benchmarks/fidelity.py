@@ -13,7 +13,6 @@ distances from the JSON. Everything behind `--` goes to train/main.py, in the pl
 """
 
 import argparse
-import hashlib
 import importlib.util
 import json
 import statistics
@@ -29,7 +28,7 @@ from benchmarks.fidelity_picture import picture
 from benchmarks.fidelity_runs import FP32, OURS, PEERS, Job, Setting, Trace, configured, our_traces, peer_traces
 from benchmarks.fidelity_trace import MEASURES, distances, rounded
 from benchmarks.interrupted_run import commit
-from benchmarks.real_job import ROOT
+from benchmarks.real_job import ROOT, digest
 from benchmarks.speed import installed, needs
 from train.models.smollm2 import name_or_path
 from train.run.accelerator import start_accelerator
@@ -90,12 +89,6 @@ def started(options: argparse.Namespace, job: Job) -> dict[str, Any]:
     found["rows"] = known["rows"] if about.items() <= known.items() else []
     options.out.parent.mkdir(parents=True, exist_ok=True)
     return found | {"layer": layer(job.accelerator.device)}
-
-
-def digest(path: Path) -> str:
-    """sha256 of a file, or of the files in a folder; of nothing where the rows are elsewhere."""
-    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
-    return hashlib.sha256(b"".join(each.read_bytes() for each in files if each.is_file())).hexdigest()
 
 
 def rows_of(job: Job, system: str, settings: Sequence[Setting]) -> Iterator[dict[str, Any]]:

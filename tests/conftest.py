@@ -42,11 +42,7 @@ from train.config import (  # noqa: E402
     TrainConfig,
     ValidateConfig,
 )
-from train.data import (  # noqa: E402
-    Splits,
-    TrainingData,
-    read_data,
-)
+from train.data import Splits, TrainingData, read_data  # noqa: E402
 from train.deliver.questions import Question, questions_of  # noqa: E402
 from train.layout import BatchLayout  # noqa: E402
 from train.models.tokenizer import load_tokenizer  # noqa: E402

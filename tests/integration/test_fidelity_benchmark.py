@@ -137,7 +137,7 @@ def test_a_recorder_keeps_what_parameters_were() -> None:
     parameters["a"].grad = torch.full((2, 1), 7.0).bfloat16()
     record.note_gradient()
     with torch.no_grad():
-        parameters["b"] += 2
+        parameters["b"].add_(2)
     record.note_adapters()
     record.losses += [1.0, 2.0]
     found = record.trace()

@@ -210,12 +210,8 @@ def asked_in(config: Config, count: int) -> list[Question]:
 def training_of(config: Config, accelerator: Accelerator) -> Training:
     """What train/main.py assembles for `config`."""
     tokenizer = load_tokenizer(config).backend
-    data = TrainingData(
-        splits_of(config).training.samples,
-        config,
-        BatchLayout.of(config.batch, accelerator),
-        tokenizer.pad_token_id,
-    )
+    samples, layout = splits_of(config).training.samples, BatchLayout.of(config.batch, accelerator)
+    data = TrainingData(samples, config, layout, tokenizer.pad_token_id)
     return assemble(config, accelerator, data)
 
 

@@ -16,6 +16,7 @@ from train.engine.embedding import HostEmbedding
 from train.engine.lora_linear import dequantize
 from train.engine.machine_memory import OwnMemory
 from train.engine.mxfp4 import dequantize_mxfp4, mxfp4_parameter
+from train.engine.wide_heads import tile_bytes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -95,6 +96,26 @@ def test_flash_with_sinks(window: int | None) -> None:
         inputs = [each.to(dtype).requires_grad_() for each in states]
         out = attend(inputs[0], inputs[1], inputs[2], sinks.to(dtype))
         results.append([out, *torch.autograd.grad(out, inputs, upstream.to(dtype))])
+    for found, wanted in zip(*results, strict=True):
+        assert (found.float() - wanted).norm() < 1e-2 * wanted.norm()
+
+
+def test_attention_of_wide_heads() -> None:
+    """Output and gradients of heads of 512 are those of fp32 within bf16's noise; in the bytes that are planned."""
+    lengths = (2048, 100, 700)
+    rows = [{"input_ids": [1] * length, "trained": [True] * length} for length in lengths]
+    attend = PackedAttention(collate_packed(rows).to(GPU), None, 0.05)
+    states, upstream = [random(sum(lengths), heads, 512) for heads in (8, 2, 2)], random(sum(lengths), 8, 512)
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = [each.to(dtype).requires_grad_() for each in states]
+        out = attend(inputs[0], inputs[1], inputs[2])
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results.append([out, *torch.autograd.grad(out, inputs, upstream.to(dtype))])
+        if dtype == torch.bfloat16:
+            taken = torch.cuda.max_memory_allocated() - before
+            assert taken < tile_bytes(8, 2048) + 6 * upstream.nbytes
     for found, wanted in zip(*results, strict=True):
         assert (found.float() - wanted).norm() < 1e-2 * wanted.norm()
 

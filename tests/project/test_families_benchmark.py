@@ -1,12 +1,14 @@
-"""Shapes of benchmarks/families.py that no GPU has measured: their size, and what docs/PERFORMANCE.md says of them."""
+"""What docs/PERFORMANCE.md says of the shapes of benchmarks/families.py: as measured, and as predicted."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.families import OPTIONS, SHAPES
+from benchmarks.families import OPTIONS, RESULTS, SHAPES
 from tests.conftest import ROOT
 from train.cli import parse
 from train.commands.forecast import assumed_lengths, forecast, parse_gpu
@@ -31,3 +33,16 @@ def test_gemma_4_fits_an_h200(name: str, tmp_path: Path) -> None:
     assert (len(found.plan.streamed), found.plan.num_kept) == (0, SHAPES[name].num_hidden_layers)
     said = f"{name.rpartition('-')[2]} {'takes ' if '31B' in name else ''}{found.plan.peak_bytes / GIB:.1f} GiB"
     assert said in (ROOT / "docs" / "PERFORMANCE.md").read_text(encoding="utf-8")
+
+
+def test_the_table_holds_what_was_measured() -> None:
+    """Each shape of the results is in one row with its GPU, tokens/s and peak."""
+    page = (ROOT / "docs" / "PERFORMANCE.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [^|]+ \| ([\w.-]+) \| (H\d+) \| ([\d,]+) \| ([\d.]+) GiB \|$", page, re.MULTILINE)
+    measured = {name: kinds["fused"] for name, kinds in json.loads(RESULTS.read_text()).items()}
+    wanted = {
+        name: (found["gpu"].split()[1], f"{found['tokens_per_second']:,.0f}", f"{found['peak_gib']:.1f}")
+        for name, found in measured.items()
+    }
+    assert {name: tuple(rest) for name, *rest in rows} == wanted
+    assert len(rows) == len(wanted)

@@ -13,6 +13,7 @@ from train.collate import Part
 from train.config import BatchConfig, MemoryConfig
 from train.engine.split_attention import SplitAttention
 from train.memory import cost, time
+from train.memory.attention import attention_backward
 from train.memory.kept import kept_of
 
 
@@ -49,7 +50,7 @@ def test_an_exchange_takes_what_is_counted(num_key_value: int, count: int) -> No
     assert forward.peak <= attended + more + attended  # attention's output is there twice without it
     with PeakBytes() as backward:
         torch.autograd.grad(out, inputs, torch.zeros(out.shape))
-    more = cost.attention_backward(job, part) - cost.attention_backward(job, alone)
+    more = attention_backward(job, part) - attention_backward(job, alone)
     gradients = 4 * num_tokens * (4 * query + job.sizes.qkv)  # of the output, q, k and v, and of repeated k and v
     assert backward.peak <= gradients + more
     assert cost.peak(job, part) > cost.peak(job, alone)

@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, Protocol, cast
 
 import torch
@@ -19,6 +18,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from train.collate import MIN_UNIFORM_LENGTH, MicroBatch
+from train.engine.wide_heads import MIN_LENGTH, WideHeads
 from train.run import devices
 
 # torch 2.11 takes fewer key/value than query heads by itself, later versions want to be told
@@ -164,31 +164,40 @@ class PackedAttention:
     def _sample_by_sample(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None
     ) -> torch.Tensor:
-        """By an SDPA call for each sample, where flash has no kernel: for the type, the GPU or the size of heads.
+        """By a call for each sample, where flash has no kernel: for the type, the GPU or the size of heads.
 
-        The kernels of GPUs older than Ampere take no grouped heads, and without a kernel SDPA keeps all heads' scores:
-        so keys and values are repeated first.
+        Of SDPA, unless a long sample has wide heads. SDPA's kernels for GPUs older than Ampere take no grouped heads,
+        and without a kernel it keeps all heads' scores: so keys and values are repeated first.
         """
         outs = []
-        repeats = query.shape[1] // key.shape[1]
-        key, value = (part.repeat_interleave(repeats, 1) for part in (key, value))
-        for start, stop in self._samples:
-            q, k, v = (part[start:stop].transpose(0, 1)[None] for part in (query, key, value))  # [1, H, L, D]
-            options: dict[str, Any] = {"is_causal": True}
-            if sinks is not None or 0 <= self.reach < stop - start - 1:
-                ones = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device)
-                options = {"attn_mask": ones.tril() if self.reach < 0 else ones.tril() & ones.triu(-self.reach)}
-            if sinks is not None:
-                options["attn_mask"] = F.pad(options["attn_mask"], (1, 0), value=True)
-                q, k, v = _beside_sinks(q, k, v, sinks / self.scale)
-            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale, **options)
-            outs.append(out[0].transpose(0, 1))
+        for states in zip(*(part.split(self._lengths) for part in (query, key, value)), strict=True):
+            sees_all = self.reach < 0 or self.reach >= len(states[0]) - 1
+            if sinks is None and sees_all and len(states[0]) >= MIN_LENGTH and has_flash(query.dtype, query.device):
+                outs.append(WideHeads.apply(*states, self.scale))
+            else:
+                outs.append(self._one_sample(states, None if sees_all else self.reach, sinks))
         return torch.cat(outs)
 
+    def _one_sample(
+        self, states: Sequence[torch.Tensor], reach: int | None, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
+        query, key, value = states
+        repeats, length = query.shape[1] // key.shape[1], len(query)
+        whole = (query, key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1))
+        q, k, v = (part.transpose(0, 1)[None] for part in whole)  # [1, H, L, D]
+        options: dict[str, Any] = {"is_causal": True}
+        if sinks is not None or reach is not None:
+            ones = torch.ones(length, length, dtype=torch.bool, device=query.device)
+            options = {"attn_mask": ones.tril() if reach is None else ones.tril() & ones.triu(-reach)}
+        if sinks is not None:
+            options["attn_mask"] = F.pad(options["attn_mask"], (1, 0), value=True)
+            q, k, v = _beside_sinks(q, k, v, sinks / self.scale)
+        return F.scaled_dot_product_attention(q, k, v, scale=self.scale, **options)[0].transpose(0, 1)
+
     @cached_property
-    def _samples(self) -> list[tuple[int, int]]:
-        """First and last + 1 token of each sample: a host sync, once for all blocks."""
-        return list(pairwise(self.cu_seqlens.tolist()))
+    def _lengths(self) -> list[int]:
+        """Tokens of each sample: a host sync, once for all blocks."""
+        return self.cu_seqlens.diff().tolist()
 
 
 def _beside_sinks(

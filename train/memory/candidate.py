@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from train.batching import LengthStatistics
 from train.config import BatchConfig
 from train.engine.plan import padded, part_tokens
+from train.engine.wide_heads import MIN_LENGTH
 from train.memory.gpus import HOST_BANDWIDTH, Gpu
 from train.memory.sizes import ModelSizes
 from train.run.devices import FLASH, TRITON
@@ -37,6 +38,11 @@ class Job:
     def has_flash(self) -> bool:
         """Whether attention takes grouped heads as they are and keeps nothing but its output."""
         return self.gpu.capability >= FLASH and self.sizes.element_bytes == 2
+
+    @property
+    def has_wide_tiles(self) -> bool:
+        """Whether heads are too wide for flash kernels, and most samples long enough for a backward pass in tiles."""
+        return self.has_flash and self.sizes.is_wide and self.rows.mean_length >= MIN_LENGTH
 
     @property
     def has_triton(self) -> bool:

@@ -7,18 +7,16 @@ everything that is kept for the backward pass is there; or a validation sample m
 """
 
 from train.engine.copies import host_bytes as pinned_bytes
-from train.engine.delta_rule import CHUNK
 from train.engine.plan import NUM_SLOTS, padded, part_tokens, spread
 from train.engine.sharded_blocks import part_bytes
+from train.memory.attention import attention_backward, linear_backward
 from train.memory.candidate import Candidate, Job
-from train.memory.kept import exchanged_width, gate_up_kept, gate_up_width, kept_of, mlp_rank, mlp_rows, routing_bytes
+from train.memory.kept import exchanged_width, gate_up_width, kept_of, mlp_rank, mlp_rows, routing_bytes
 from train.memory.linear import FP32_BYTES
 from train.memory.sizes import MixtureSizes, ModelSizes
 
 CUBLAS_BYTES = 2**26  # bytes of cuBLAS's workspaces, which torch keeps once a stream has used them
 SMALL_TENSOR_BYTES = 2**20  # up to this size torch's allocator takes a tensor from segments of their own
-DQ_ROWS = 128  # rows of fp32 dQ that the flash backward kernels add for each sample
-EMPTY_SAMPLES = 8  # samples without tokens that a graph may have beside its own, at most (engine.graphs.pad)
 INPUTS_IN_FLIGHT = 3  # block inputs on their way to the host or back, at most; with a fast bus one (hidden_store.py)
 
 
@@ -132,40 +130,6 @@ def _mixture_backward(s: ModelSizes, mixture: MixtureSizes, c: Candidate) -> int
     rows = c.width * mixture.num_chosen
     elements = c.width * s.hidden + rows * (max(s.hidden, s.intermediate) + 2 * s.padded_rank)
     return s.element_bytes * elements + rows * FP32_BYTES + 3 * mixture.gradient_bytes // 2
-
-
-def attention_backward(job: Job, c: Candidate) -> int:
-    """Gradients of attention's output [T, Q], of q, k, v [T, N], of repeated k and v [T, 2 Q], and fp32 dQ.
-
-    Where processes split the tokens, the output's gradient is also there for some heads of all of them. Heads beyond
-    flash kernels: fp32 dK and dV, too. Less what the MLP had kept and has freed: `post_attention` [T, H], its norm's
-    output [T, H + R], `gate_up`.
-    """
-    s = job.sizes
-    freed = s.hidden + s.hidden + mlp_rank(s) + gate_up_kept(job, c)
-    freed -= s.hidden if s.is_parallel else 0  # the gradient of what both read
-    num_samples = job.num_samples(c.width * c.num_parts) + (EMPTY_SAMPLES if c.uses_graphs else 0)
-    dq = (c.width + DQ_ROWS * num_samples) * s.query * FP32_BYTES * (3 if s.is_wide else 1)
-    width = 3 * s.query + exchanged_width(s, c.num_parts) + (s.query if c.num_parts > 1 else 0)
-    return c.width * s.element_bytes * (width - freed) + dq
-
-
-def linear_backward(job: Job, c: Candidate) -> int:
-    """The same of the last block with linear attention: its output's gradient [T, V], and all between its projections.
-
-    Less what the MLP had kept, and what blocks behind it had kept; where it recomputes, with what it keeps itself. Each
-    sample counts as if its last chunk were full.
-    """
-    s, linear = job.sizes, job.sizes.linear
-    if linear is None:
-        return 0
-    last = max(linear.numbers)
-    tokens = c.width + (CHUNK - 1) * job.num_samples(c.width)
-    freed = s.hidden + s.hidden + s.padded_rank + gate_up_kept(job, c)
-    needed = tokens * linear.rule_bytes + c.width * s.element_bytes * (linear.value - freed)
-    if last < s.num_blocks - c.num_kept:
-        needed += kept_of(job, c, [last])
-    return needed - kept_of(job, c, range(max(last + 1, s.num_blocks - c.num_kept), s.num_blocks))
 
 
 def without_triton(job: Job) -> int:

@@ -34,7 +34,8 @@ def _kept_per_token(job: Job, c: Candidate) -> int:
     if c.num_parts > 1:  # what came of other processes for attention, and its output in both orders
         width += exchanged_width(s, c.num_parts) + s.query
     if not job.has_flash or s.is_wide:
-        width += 3 * s.query  # keys and values repeated for all heads, and the outputs of single samples
+        # the outputs of single samples; keys and values repeated for all heads
+        width += s.query if job.has_wide_tiles else 3 * s.query
         width += 2 * s.query if s.has_sinks else 0  # queries with an element more, a half more for kernels' alignment
     # fp32: attention's log-sum-exp a head, the norms' rstd a head (Qwen3) and two a token, and of norms behind
     scales = FP32_BYTES * (s.query + s.normed_qk) // MIN_HEAD_SIZE + (2 + s.norms_behind) * FP32_BYTES

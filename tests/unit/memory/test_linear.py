@@ -21,6 +21,7 @@ from train.engine.lora_linear import Pass
 from train.engine.machine_memory import OwnMemory
 from train.engine.plan import spread
 from train.memory import cost
+from train.memory.attention import linear_backward
 from train.memory.linear import RULE_FORWARD, rule_bytes
 from train.memory.sizes import ModelSizes, model_sizes
 
@@ -71,7 +72,7 @@ def test_a_backward_pass_takes_what_is_counted() -> None:
     adapters = sum(storages(gradients, {}).values())
     candidate = first_candidate(done.planner, 64 * CHUNK, num_kept=3)
     freed = 2 * job.sizes.hidden + job.sizes.padded_rank + job.sizes.gate_up + job.sizes.padded_rank
-    predicted = cost.linear_backward(job, candidate) + 64 * CHUNK * 4 * freed
+    predicted = linear_backward(job, candidate) + 64 * CHUNK * 4 * freed
     assert found.peak == pytest.approx(predicted + adapters, rel=0.05)
 
 

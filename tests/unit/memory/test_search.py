@@ -1,6 +1,7 @@
 """The plan fits the budget, spends what is left, and keeps the micro-batches that a resumed run was started with."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise, product
 from types import SimpleNamespace
@@ -35,6 +36,12 @@ def test_more_memory_is_never_slower() -> None:
     assert any(1 < plan.num_kept < 32 for plan in plans)
 
 
+def with_counts(candidate: Candidate, counts: Sequence[int]) -> Candidate:
+    """So many blocks kept, cached and streamed."""
+    kept, cached, streamed = counts
+    return replace(candidate, num_kept=kept, num_cached=cached, num_streamed=streamed)
+
+
 @pytest.mark.parametrize("num_shards", [1, 4])
 @pytest.mark.parametrize("gib", [6, 8, 12, 16, 20, 28, 40, 60])
 def test_no_choice_nearby_is_faster(gib: int, num_shards: int) -> None:
@@ -49,16 +56,15 @@ def test_no_choice_nearby_is_faster(gib: int, num_shards: int) -> None:
     plan = planner.best(gib * GIB)
     shape = (plan.micro_batch_tokens, plan.uses_graphs)
     near_it = (each for each in planner._candidates(True, 0, 0) if (each.tokens, each.uses_graphs) == shape)
-    names = ("num_kept", "num_cached", "num_streamed")
     of_plan = plan.num_kept, plan.num_cached, len(plan.streamed)
-    chosen = replace(next(near_it), **dict(zip(names, of_plan, strict=True)), offloads=plan.offloads_inputs)
+    chosen = with_counts(replace(next(near_it), offloads=plan.offloads_inputs), of_plan)
     assert step_seconds(planner.job, chosen) == plan.seconds
     steps, num_fitting = (-8, -3, -2, -1, 0, 1, 2, 3, 8), 0
     for kept, cached, streamed, offloads in product(steps, steps, steps, (False, True)):
         counts = [own + step for own, step in zip(of_plan, (kept, cached, streamed), strict=True)]
         if not (min(counts) >= 0 < counts[0] and max(counts) <= 32):
             continue
-        near = replace(chosen, **dict(zip(names, counts, strict=True)), offloads=offloads)
+        near = with_counts(replace(chosen, offloads=offloads), counts)
         if planner._fits(near, gib * GIB):
             num_fitting += 1
             assert told(near) > told(chosen) * 0.999

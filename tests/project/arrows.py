@@ -148,6 +148,7 @@ ALLOWED_MODULES = {
     "train.run.folder": {"train.config", "train.run.durable", "train.run.exits"},
     "train.run.attempts": {
         "train.run.durable",
+        "train.run.environment",
         "train.run.exits",
         "train.run.folder",
         "train.run.json_lines",
@@ -286,6 +287,7 @@ ALLOWED_MODULES = {
         "train.engine.plan",
         "train.engine.stack",
         "train.engine.weight_store",
+        "train.run.devices",
     },
     "train.engine.linears": set(),
     "train.engine.stack": {

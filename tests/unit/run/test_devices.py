@@ -15,6 +15,7 @@ from tests.conftest import ROOT, splits_of, training_of
 from train.banner import banner
 from train.config import Config, EngineConfig
 from train.engine import attention, operations
+from train.engine.graphs import is_out_of_memory
 from train.models.tokenizer import load_tokenizer
 from train.run import devices
 from train.run.accelerator import bitsandbytes_options, check_machine
@@ -41,6 +42,28 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     yield choose
     operations.kernels_for.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("NCCL error in: x\nLast error:\nCuda failure 2 'out of memory'", "Cuda failure 2 'out of memory'"),
+        ("NCCL error in: x\nLast error:\nFailed to CUDA calloc 6291456 bytes", "Failed to CUDA calloc 6291456 bytes"),
+        ("NCCL error\nLast error: \nFailed to CUDA host alloc 64 bytes\n", "Failed to CUDA host alloc 64 bytes"),
+        ("CUDA error: out of memory\nCUDA kernel errors might", "CUDA error: out of memory"),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "CUDA error: CUBLAS_STATUS_AL"),
+        ("NCCL error in: x\nncclRemoteError: A call failed possibly due to a network error", ""),
+        ("NCCL error in: x\nLast error:\nCuda failure 1 'invalid argument'", ""),
+        ("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1", ""),
+        ("", ""),
+    ],
+)
+def test_messages_that_tell_of_memory(message: str, line: str) -> None:
+    """As torch, cuBLAS and NCCL write them, and only such; then a trial takes them for what they are, too."""
+    error = RuntimeError(message)
+    found = devices.out_of_memory_line(error)
+    assert found.startswith(line)
+    assert bool(found) == bool(line) == is_out_of_memory(error)
 
 
 def test_one_function_asks_for_the_capability() -> None:

@@ -7,6 +7,7 @@ from data_tools.terminal import seen_from_here
 from train.checkpoints.contents import Checkpoint
 from train.config import Config
 from train.data import Splits
+from train.engine.plan import unshared
 from train.grace import grace_warning
 from train.memory.reference import ReferencePlan, engine_lines
 from train.models.targets import Targets
@@ -50,6 +51,7 @@ def banner(training: Training, tokenizer: Tokenizer, splits: Splits, checkpoint:
         f"tokens    {sum(data.row_tokens):,} per epoch, {data.supervised_tokens_per_epoch():,} of them trained",
         f"batch     {data.layout.arithmetic()}" + _executed(training),
         f"memory    {training.plan}",
+        *(f"          {line}" for line in [unshared(training.plan, config.memory)] if line),
         *_parts(training),
         *_packing(training),
         f"steps     {data.steps_per_epoch:,} per epoch, {training.total_steps:,} in all{_limit(training)}; {start}",

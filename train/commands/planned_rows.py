@@ -108,8 +108,7 @@ def _counted(config: Config, splits: Splits, pad_token_id: int, cluster: Cluster
         f"data      {_named(config.data.path)}: {found.num_records:,} rows, {found.num_samples:,} samples of "
         f"{found.mean_length:,.0f} tokens on average, {found.longest:,} at most; {found.tokens_per_epoch:,} tokens an "
         f"epoch, {found.supervised_tokens_per_epoch:,} of them trained",
-        f"steps     {found.steps_per_epoch:,} an epoch on {cluster}, "
-        f"{found.total_steps:,} in all ({limit}){several}",
+        f"steps     {found.steps_per_epoch:,} an epoch on {cluster}, {found.total_steps:,} in all ({limit}){several}",
     )
     return PlannedRows(replace(data.length_statistics(), longest_validation=validated), found, said)
 

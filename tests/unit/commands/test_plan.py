@@ -231,6 +231,7 @@ def test_several_gpus(capsys: pytest.CaptureFixture, llama31_8b: Path) -> None:
     assert 3.9 < four["predicted_speedup"] < 4
     ratio = four["predicted_tokens_per_second"] / one["predicted_tokens_per_second"]
     assert ratio == pytest.approx(four["predicted_speedup"], rel=1e-3)
+    assert sharded["notes"] == []
     assert (one["added_gib"], four["added_gib"]) == (0, pytest.approx(0.078, rel=0.01))  # 21 million in fp32
 
 

@@ -23,6 +23,8 @@ ALSO_FAST_FP16 = ((5, 3), (6, 0))
 BITSANDBYTES = (6, 0)
 CUDA_13 = (7, 5)  # lowest that torch's builds for CUDA 12.8 and later support; the build for 12.6 supports CUDA_12
 CUDA_12 = (5, 0)
+NO_GPU = "there is no GPU (--engine.kind fused runs it here as well)"
+NO_GPU_FOR_FP8 = "there is no GPU; --engine.kind fused multiplies the same numbers in fp32 here, slowly"
 # "CUDA error: out of memory", "Cuda failure 2 'out of memory'", "Failed to CUDA calloc async 608 bytes", "Failed to
 # CUDA host alloc 4096 bytes", and cuBLAS's and cuDNN's own
 NO_MEMORY = r"out of memory|Failed to (?:CUDA )?(?:host )?[cm]?alloc|STATUS_ALLOC_FAILED"

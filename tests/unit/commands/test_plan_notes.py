@@ -1,6 +1,7 @@
-"""What `handloop plan` notes: weights that are not shared out, cards that cannot share them, Blackwell."""
+"""What `handloop plan` notes and chooses: weights not shared out, cards that cannot share, Blackwell, a profile."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,29 @@ def test_blackwell_was_never_tried(capsys: pytest.CaptureFixture[str], tinyllama
     )
     assert main(base) == 0
     assert "nothing was ever tried on Blackwell: B200, RTX-5090, RTX-5080\n" in capsys.readouterr().out
+
+
+def test_a_profile_is_chosen_by_the_card(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tinyllama_1b: Path
+) -> None:
+    """Where none is named, and said; it is the plan of that profile. Without a card one has to be named."""
+    monkeypatch.setattr(forecast, "forecast_known_gpus", lambda *_: [])
+    base = ("--model.name_or_path", str(tinyllama_1b))
+    for words, profile in (
+        (("--gpu", "4090"), "a100"),
+        (("--gpu", "GTX-1650"), "4gb"),
+        (("--gpu", "4GiB", "--gpus", "2"), "4gb"),
+        (("--gpu", "H100", "--gpus", "2"), "multi_gpu"),
+    ):
+        assert main(["plan", *base, *words]) == 0
+        first, _, rest = capsys.readouterr().out.partition("\n")
+        assert re.match(rf"profile   {profile}, by the memory of \S+, since none is given", first)
+        assert main(["plan", "--profile", profile, *base, *words]) == 0
+        assert capsys.readouterr().out == rest
+    assert main(["plan", *base, "--gpu", "4090", "--json"]) == 0
+    told = capsys.readouterr()
+    assert (json.loads(told.out)["gpu"], "a100" in told.err) == ("RTX-4090", True)
+    assert main(["plan", *base]) == 78
+    assert "give one profile" in capsys.readouterr().err
+    assert main(["plan", *base, "--gpu", "4090", "--trian.epochs", "3"]) == 78
+    assert "--train.epochs" in capsys.readouterr().err

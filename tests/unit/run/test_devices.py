@@ -18,7 +18,7 @@ from train.engine import attention, operations
 from train.engine.graphs import is_out_of_memory
 from train.models.tokenizer import load_tokenizer
 from train.run import devices
-from train.run.accelerator import bitsandbytes_options, check_machine
+from train.run.accelerator import bitsandbytes_options, check_engine, check_machine
 from train.run.devices import ComputeType
 from train.run.exits import ExitCode, ExitWith
 
@@ -245,3 +245,30 @@ def test_rows_of_the_embedding_without_triton() -> None:
     """Collected on the host where the device has no Triton, whatever the ids' device."""
     table, ids = torch.randn(50, 7), torch.tensor([3, 49, 3, 0])
     assert torch.equal(operations.gather_rows(table, ids), table[ids])
+
+
+def test_what_only_the_engine_does_is_refused_before_data_are_read(
+    card: Choose, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp8 and sharing on a CPU, where --engine.kind fused is the way, and fp8 on a GPU without; the rest passes."""
+    fp8 = replace(config, engine=replace(config.engine, products="fp8"))
+    shard = replace(config, memory=replace(config.memory, shard=True))
+    with pytest.raises(ExitWith, match=r"^--engine\.products fp8: there is no GPU; --engine\.kind fused multiplies"):
+        check_engine(fp8)
+    told = r"only the fused engine shards, and there is no GPU \(--engine\.kind fused runs it here as well\); or leave"
+    with pytest.raises(ExitWith, match=rf"^--memory\.shard: {told}"):
+        check_engine(shard)
+    for asked in (fp8, shard):
+        check_engine(replace(asked, engine=replace(asked.engine, kind="fused")))
+    check_engine(replace(shard, memory=replace(shard.memory, offload="stream")))  # which takes the engine anywhere
+    check_engine(config)
+    reference = replace(shard, engine=replace(shard.engine, kind="reference"))
+    assert any("memory.shard" in problem and "use --engine.kind auto" in problem for problem in reference.problems())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    on_gpu = replace(fp8, run=replace(fp8.run, device="auto"))
+    card((8, 0))
+    with pytest.raises(ExitWith, match=r"8\.0 has no fp8 products"):
+        check_engine(on_gpu)
+    card((8, 9))
+    check_engine(on_gpu)

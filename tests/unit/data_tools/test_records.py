@@ -35,7 +35,7 @@ def settings(*paths: Path, data_format: str = "auto", max_length: int = 64) -> P
 
 
 BAD_ROWS = [
-    ('{"prompt": "a", "response": "b"', "not JSON: .* at column"),
+    ('{"prompt": "a", "response": "b"', "not JSON: .* at column 32"),
     ('["prompt", "response"]', "expected a JSON object, not list"),
     (
         '{"question": "a", "answer": "b"}',

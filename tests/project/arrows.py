@@ -101,7 +101,7 @@ ALLOWED = {
     "train.delivery": {"checkpoints", "data", "deliver", "models", "run", "step", "track", "validation"},
     "train.ending": {"config", "data_tools", "engine", "run"},
     "train.loop": {"checkpoints", "grace", "memory", "metrics", "recording", "run", "step", "track", "validation"},
-    "train.finished_before": {"checkpoints", "config", "data", "deliver", "ending", "run", "track"},
+    "train.finished_before": {"checkpoints", "config", "data", "deliver", "ending", "recipe", "run", "track"},
     "train.attempt_record": {"checkpoints", "data_tools", "run", "step"},
     "train.banner": {
         "checkpoints",
@@ -132,6 +132,7 @@ ALLOWED = {
         "memory",
         "models",
         "profiles",
+        "recipe",
         "report",
         "run",
         "step",

@@ -465,7 +465,7 @@ ALLOWED_MODULES = {
     "data_tools.chat_template": {"data_tools.messages", "data_tools.template_files"},
     "data_tools.template_files": set(),
     "data_tools.data_lines": {"data_tools.prepare", "data_tools.terminal"},
-    "data_tools.data_sets": {"data_tools.places", "data_tools.readers"},
+    "data_tools.data_sets": {"data_tools.places", "data_tools.readers", "data_tools.report"},
     "data_tools.dialogue": {"data_tools.chat_template", "data_tools.encode", "data_tools.messages"},
     "data_tools.documents": {"data_tools.records", "data_tools.samples"},
     "data_tools.encode": set(),
@@ -522,7 +522,7 @@ ALLOWED_MODULES = {
         "data_tools.template_files",
     },
     "data_tools.delimiters": set(),
-    "data_tools.readers": {"data_tools.delimiters", "data_tools.strict_json"},
+    "data_tools.readers": {"data_tools.delimiters", "data_tools.report", "data_tools.strict_json"},
     "data_tools.records": {
         "data_tools.data_sets",
         "data_tools.formats",

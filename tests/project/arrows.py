@@ -108,6 +108,7 @@ ALLOWED = {
         "config",
         "data",
         "data_tools",
+        "engine",
         "grace",
         "memory",
         "models",

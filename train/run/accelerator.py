@@ -41,6 +41,12 @@ def check_machine(config: Config) -> None:
         devices.compute_type(config.model.dtype, gpu)
 
 
+def check_training(config: Config) -> None:
+    """Raises ExitWith(BAD_INPUT) if this machine does not fit the profile, or has not what training is to use."""
+    check_machine(config)
+    check_engine(config)
+
+
 def check_engine(config: Config) -> None:
     """Raises ExitWith(BAD_INPUT) if what is asked of the fused engine is not to be had on this machine's devices.
 

@@ -10,6 +10,7 @@ import pytest
 from tests.conftest import published_llama
 from train.commands import forecast
 from train.commands.handloop import main
+from train.profiles import DEMO, GLOSSARY
 
 
 @pytest.fixture
@@ -106,3 +107,13 @@ def test_a_profile_is_chosen_by_the_card(
     assert "give one profile" in capsys.readouterr().err
     assert main(["plan", *base, "--gpu", "4090", "--trian.epochs", "3"]) == 78
     assert "--train.epochs" in capsys.readouterr().err
+
+
+def test_which_limit_of_the_steps_decides(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Of epochs and train.max_steps the smaller one, in the line of the steps."""
+    data = tmp_path / "rows.jsonl"
+    lines = Path(GLOSSARY).read_text(encoding="utf-8").splitlines(keepends=True)
+    data.write_text("".join(lines[:40]), encoding="utf-8")
+    command = ["plan", "--profile", "a100", "--model.name_or_path", str(DEMO / "base"), "--data.path", str(data)]
+    assert main([*command, "--gpu", "4090", "--train.max_steps", "20"]) == 0
+    assert "15 in all (by --train.epochs 3, which comes before --train.max_steps 20;" in capsys.readouterr().out

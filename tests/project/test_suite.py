@@ -23,7 +23,6 @@ ACROSS_MODULES = {
     "test_loss_scale",
     "test_security",
     "test_chosen_plans",
-    "test_plan_notes",
     "test_refusals",
     "test_scripts",
 }

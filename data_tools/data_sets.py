@@ -10,7 +10,8 @@ import datasets
 import pyarrow
 
 from data_tools.places import not_found
-from data_tools.readers import BATCH_ROWS, Place, ReportProblem, Row, file_digest, first_line
+from data_tools.readers import BATCH_ROWS, Place, ReportProblem, Row, file_digest
+from data_tools.remainder import UNREADABLE, first_line, unread_rows
 from data_tools.report import Unread
 
 # What the datasets library raises; RuntimeError if the data set would have to run a script.
@@ -43,7 +44,7 @@ class HubData:
             hub = f"and the hub data set cannot be loaded: {first_line(error)}{way_out}"
             report(self.name, Unread(f"{not_found(self.name)}, {hub}"))
             return
-        yield from _rows_of(loaded, self.name)
+        yield from _rows_of(loaded, self.name, report)
 
     def digest(self) -> str:
         """The datasets library's fingerprint of the loaded data."""
@@ -71,7 +72,7 @@ class SavedData:
             report(str(self.path), Unread(reason))
             return
         assert isinstance(loaded, datasets.Dataset)
-        yield from _rows_of(loaded, str(self.path))
+        yield from _rows_of(loaded, str(self.path), report)
 
     def digest(self) -> str:
         """sha256 of the bytes of the folder's files."""
@@ -82,10 +83,13 @@ class SavedData:
         return digest.hexdigest()
 
 
-def _rows_of(loaded: datasets.Dataset, name: str) -> Iterator[tuple[Place, Row]]:
+def _rows_of(loaded: datasets.Dataset, name: str, report: ReportProblem) -> Iterator[tuple[Place, Row]]:
     number = 0
     batches: Any = loaded.with_format("arrow")
-    for table in batches.iter(batch_size=BATCH_ROWS):
-        for row in table.to_pylist():
-            number += 1
-            yield f"{name}:{number}", row
+    try:
+        for table in batches.iter(batch_size=BATCH_ROWS):
+            for row in table.to_pylist():
+                number += 1
+                yield f"{name}:{number}", row
+    except UNREADABLE as error:
+        report(f"{name}:{number + 1}", Unread(unread_rows(error, number, len(loaded))))

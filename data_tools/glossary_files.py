@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from data_tools.report import Report
+from data_tools.strict_json import place_of
 
 FIELDS = ("term", "definition", "domain", "examples")
 
@@ -110,7 +111,8 @@ def _json_entries(path: Path, text: str, report: Report) -> Entries:
     try:
         content = json.loads(text, object_pairs_hook=_Object)
     except json.JSONDecodeError as error:
-        report.add(f"{path}:{error.lineno}", f"not JSON: {error.msg} at column {error.colno}")
+        line, column = place_of(error)
+        report.add(f"{path}:{line}", f"not JSON: {error.msg.removesuffix(' at')} at column {column}")
         return
     if not isinstance(content, list):
         report.add(str(path), f"expected a list of terms, or an object of term: definition, not {_kind(content)}")

@@ -1,69 +1,27 @@
 """Files and data sets -> rows, one at a time, each with its place."""
 
-import bz2
 import csv
-import gzip
 import hashlib
 import io
 import json
-import lzma
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 
 import pyarrow
 import pyarrow.parquet
 
+from data_tools.compressed import CHUNK_BYTES, COMPRESSIONS, DAMAGE, kind_of, open_bytes
 from data_tools.delimiters import delimiter_of, misread
+from data_tools.remainder import UNREADABLE, first_line, not_utf8, unread_lines, unread_rows
 from data_tools.report import Unread
 from data_tools.strict_json import json_reason, parse_json, strict_decoder
 
 MAX_ROW_BYTES = 8 * 2**20
-CHUNK_BYTES = 2**16
 BATCH_ROWS = 256
-
-# What the decompressors raise for a damaged or cut file.
-DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException)
-COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
-    ".gz": gzip.open,
-    ".bz2": lambda path: io.BufferedReader(_Streams(path, bz2.BZ2Decompressor)),
-    ".xz": lambda path: io.BufferedReader(_Streams(path, lzma.LZMADecompressor)),
-    ".zst": lambda path: io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd")),
-    ".lz4": lambda path: io.BufferedReader(pyarrow.input_stream(str(path), compression="lz4")),
-}
-
-
-class _Streams(io.RawIOBase):
-    """One or more compressed streams behind one another; Python's own files end in silence at one that is damaged."""
-
-    def __init__(self, path: Path, make: Callable[[], Any]) -> None:
-        self.file, self.make, self.decompressor = path.open("rb"), make, make()
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Up to len(buffer) bytes; raises OSError or LZMAError for what is no stream, EOFError for one that is cut."""
-        while True:
-            packed = b""
-            if self.decompressor.eof:
-                packed = self.decompressor.unused_data.lstrip(b"\0") or self.file.read(CHUNK_BYTES).lstrip(b"\0")
-                if not packed:
-                    return 0
-                self.decompressor = self.make()
-            elif self.decompressor.needs_input and not (packed := self.file.read(CHUNK_BYTES)):
-                raise EOFError("the compressed stream is cut")
-            if found := self.decompressor.decompress(packed, len(buffer)):
-                buffer[: len(found)] = found
-                return len(found)
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
-
+LONG_LINE = f"the line is longer than {MAX_ROW_BYTES} characters"
 
 Place = str  # file:line, file:entry, or file:row
 Row = dict[str, Any]
@@ -72,21 +30,8 @@ ReportProblem = Callable[[Place, str], None]
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
-def kind_of(path: Path) -> str:
-    """The extension that says how a file is read, in lower case: `.jsonl` also of rows.jsonl.gz."""
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    is_compressed = len(suffixes) == 2 and suffixes[1] in COMPRESSIONS and suffixes[0] != ".parquet"
-    return suffixes[0] if is_compressed else path.suffix.lower()
-
-
-def open_bytes(path: Path) -> BinaryIO:
-    """The file's content, decompressed as its name says."""
-    opener = COMPRESSIONS.get(path.suffix.lower())
-    return opener(path) if opener else path.open("rb")
-
-
-def _open_text(path: Path, newline: str | None = None) -> TextIO:
-    return io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline=newline)
+def _open_text(path: Path, newline: str | None = None, errors: str = "strict") -> TextIO:
+    return io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", errors=errors, newline=newline)
 
 
 def file_digest(path: Path) -> str:
@@ -127,7 +72,7 @@ class RowFile:
             if self.path.suffix.lower() not in COMPRESSIONS:
                 raise
             reason = f"cannot be decompressed after {num_seen:,} rows: {first_line(error)}; the rest was not read"
-            report_and_count(str(self.path), Unread(reason))
+            report_and_count(str(self.path), Unread(f"{reason}; make or fetch the file anew"))
         if num_seen == 0:
             report(str(self.path), "the file has no rows")
 
@@ -177,14 +122,16 @@ def _json(path: Path, report: ReportProblem) -> Iterator[tuple[Place, Any]]:
                 window.position += separator == ","
             window.position += 1
             if window.next_character():
-                reason = "something follows the array's end, as where two files were joined; it was not read"
-                report(str(path), Unread(reason))
-        except UnicodeDecodeError as error:
-            report(f"{path}:{number or 1}", Unread(f"not UTF-8 (byte {error.start}); convert the file"))
+                reason = "something follows the array's end, as where two files were joined: write one array"
+                report(str(path), Unread(f"{reason}; {window.unread(number)}"))
+        except UnicodeDecodeError:
+            line, byte = not_utf8(path)
+            reason = f"not UTF-8 (byte {byte} of line {line}); convert the file, which was not read from here on"
+            report(f"{path}:{number + 1}", Unread(reason))
         except (ValueError, RecursionError) as error:
             is_cut = isinstance(error, json.JSONDecodeError) and len(window.text) - window.position >= MAX_ROW_BYTES
-            reason = f"the entry is longer than {MAX_ROW_BYTES} bytes, or not JSON" if is_cut else json_reason(error)
-            report(f"{path}:{number}", Unread(f"{reason}; the rest of the file was not read"))
+            reason = f"the entry is longer than {MAX_ROW_BYTES} bytes, or not JSON" if is_cut else window.reason(error)
+            report(f"{path}:{number}", Unread(f"{reason}; {window.unread(number - 1)}"))
 
 
 class _Window:
@@ -192,45 +139,77 @@ class _Window:
 
     def __init__(self, file: TextIO) -> None:
         self.file, self.text, self.position = file, "", 0
+        self.length, self.lines, self.column = 0, 0, 0  # of what was before the text, and of its last line
 
     def next_character(self) -> str:
         """Moves behind white space and returns what stands there; empty at the end."""
         while True:
             if len(self.text) - self.position < MAX_ROW_BYTES and (more := self.file.read(MAX_ROW_BYTES)):
-                self.text, self.position = self.text[self.position :] + more, 0
+                self._drop()
+                self.text += more
             match = _SPACE.match(self.text, self.position)
             assert match is not None
             self.position = match.end()
             if self.position < len(self.text) or not self.text:
                 return self.text[self.position : self.position + 1]
-            self.text, self.position = "", 0
+            self._drop()
+
+    def _drop(self) -> None:
+        newline = self.text.rfind("\n", 0, self.position)
+        self.column = self.column + self.position if newline < 0 else self.position - newline - 1
+        self.lines += self.text.count("\n", 0, self.position)
+        self.length += self.position
+        self.text, self.position = self.text[self.position :], 0
+
+    def reason(self, error: Exception) -> str:
+        """What is wrong here, with line and column in the file."""
+        return json_reason(error, self.lines, self.column)
+
+    def unread(self, num_entries: int) -> str:
+        """How many entries are behind the position, if they are as long as those before it: the end of a sentence."""
+        done, rest = self.length + self.position, len(self.text) - self.position
+        if not num_entries:
+            return "none of the file's entries was read"
+        try:
+            while piece := self.file.read(MAX_ROW_BYTES):
+                rest += len(piece)
+        except UnicodeDecodeError:
+            return "the rest of the file was not read"
+        count = max(round(rest * num_entries / done), 1)
+        return f"about {count:,} more {'entries were' if count > 1 else 'entry was'} not read"
 
 
 def _csv(path: Path, report: ReportProblem) -> Iterator[tuple[Place, Any]]:
     csv.field_size_limit(MAX_ROW_BYTES)
     delimiter = column_delimiter(path)
+
+    def stop(line: int, reason: str, first: int = 1) -> None:
+        with _open_text(path, newline="", errors="replace") as file:
+            report(f"{path}:{line}", Unread(f"{reason}; {unread_lines(file, first)}"))
+
     with _open_text(path, newline="") as file:
-        reader, last = csv.DictReader(_lines(file), delimiter=delimiter, strict=True), 1
+        reader, last = csv.DictReader(_lines(file), delimiter=delimiter, strict=True), 0
         try:
             names = list(reader.fieldnames or ())
             if reason := misread(names):
-                report(f"{path}:1", Unread(reason))
-                return
+                return stop(1, reason)
             repeated = next((name for name in names if names.count(name) > 1), None)
             if repeated is not None:
-                report(f"{path}:1", Unread(f"the column {repeated!r} appears twice; rename or remove one"))
-                return
+                return stop(1, f"the column {repeated!r} appears twice; rename or remove one")
+            last = reader.line_num
             for row in reader:
                 place, last = f"{path}:{reader.line_num}", reader.line_num
                 if None in row or None in row.values():
                     report(place, f"expected {len(names)} columns, as in the first line")
                 else:
                     yield place, row
-        except UnicodeDecodeError as error:
-            report(f"{path}:{reader.line_num + 1}", Unread(f"not UTF-8 (byte {error.start}); convert the file"))
+        except UnicodeDecodeError:
+            line, byte = not_utf8(path)
+            stop(line, f"not UTF-8 (byte {byte} of the line); convert the file", last + 1)
         except csv.Error as error:
             # where a quote is not closed, the reader has gone to the end
-            report(f"{path}:{last + 1}", Unread(f"not CSV: {error}; from here on the file was not read"))
+            way_out = "split it" if str(error) == LONG_LINE else "close every quote, and double those inside a text"
+            stop(last + 1, f"not CSV: {error}; {way_out}", last + 1)
 
 
 def column_delimiter(path: Path) -> str:
@@ -247,12 +226,12 @@ def column_delimiter(path: Path) -> str:
 def _lines(file: TextIO) -> Iterator[str]:
     while line := file.readline(MAX_ROW_BYTES + 1):
         if len(line) > MAX_ROW_BYTES:
-            raise csv.Error(f"the line is longer than {MAX_ROW_BYTES} characters")
+            raise csv.Error(LONG_LINE)
         yield line
 
 
 def _parquet(path: Path, report: ReportProblem) -> Iterator[tuple[Place, Any]]:
-    number = 0
+    number, file = 0, None
     try:
         file = pyarrow.parquet.ParquetFile(path)
         names = file.schema_arrow.names
@@ -264,11 +243,11 @@ def _parquet(path: Path, report: ReportProblem) -> Iterator[tuple[Place, Any]]:
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}:{number}", row
-    except (OSError, pyarrow.ArrowException) as error:
-        report(str(path), Unread(f"not Parquet: {first_line(error)}"))
-    except (ValueError, OverflowError) as error:  # text that is not UTF-8, dates that Python cannot hold
-        reason = f"unreadable value near here: {first_line(error)}; the rest was not read"
-        report(f"{path}:{number + 1}", Unread(reason))
+    except UNREADABLE as error:
+        if file is None:
+            report(str(path), Unread(f"not Parquet: {first_line(error)}"))
+            return
+        report(f"{path}:{number + 1}", Unread(unread_rows(error, number, file.metadata.num_rows)))
 
 
 READERS: dict[str, Callable[[Path, ReportProblem], Iterator[tuple[Place, Any]]]] = {
@@ -293,7 +272,3 @@ def is_rows_in_disguise(text: str) -> bool:
         if entries and all(isinstance(entry, dict) for entry in entries):
             return True
     return False
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

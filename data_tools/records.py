@@ -6,11 +6,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from data_tools.compressed import DAMAGE
 from data_tools.data_sets import HubData, SavedData
 from data_tools.formats import MAPPED, Format, Row, detect, fields_with_values
 from data_tools.messages import Message
-from data_tools.readers import DAMAGE, RowFile, first_line, is_rows_in_disguise
-from data_tools.report import Report
+from data_tools.readers import RowFile, is_rows_in_disguise
+from data_tools.remainder import first_line
+from data_tools.report import Report, Unread
 from data_tools.sources import Source, TextFile
 
 
@@ -91,7 +93,7 @@ def _document(source: Source, file: TextFile) -> Document | Problem:
         reason = (
             "holds rows of JSON: name it .jsonl (or .json) to train them, or train its text with --data.format text"
         )
-        return Problem(str(file), reason)
+        return Problem(str(file), Unread(reason))
     return Document(str(file), text, source.path_number)
 
 

@@ -73,7 +73,7 @@ class Report:
         """Raises DataError where the rest of a file was not read."""
         if self.unread:
             heading = (
-                "some files were not read to their end, so none of the data was used; no option skips what is behind "
-                "these places, as nobody knows how many rows that is:"
+                "some files were not read to their end, so none of the data was used; no option skips more than "
+                "single rows: mend the files at these places, or take them out of --data.path:"
             )
             raise DataError("\n".join([heading, *self.unread[: self.limit]]))

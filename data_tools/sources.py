@@ -7,10 +7,11 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_tools.compressed import COMPRESSIONS, kind_of, open_bytes
 from data_tools.data_sets import HubData, SavedData
 from data_tools.delimiters import NAMES
 from data_tools.places import not_found
-from data_tools.readers import COMPRESSIONS, READERS, RowFile, column_delimiter, file_digest, kind_of, open_bytes
+from data_tools.readers import READERS, RowFile, column_delimiter, file_digest
 from data_tools.report import Report
 from data_tools.terminal import escaped
 

@@ -7,8 +7,7 @@ from typing import Any
 def parse_json(text: str) -> Any:
     """One JSON value; raises ValueError also for NaN and repeated keys, which json accepts, and for deep nesting."""
     try:
-        # without the end of a line, or one that is cut short has its error in column 1 of the next
-        return json.loads(text.rstrip(), object_pairs_hook=_object, parse_constant=_refuse_constant)
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(json_reason(error)) from None
 
@@ -18,11 +17,24 @@ def strict_decoder() -> json.JSONDecoder:
     return json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant)
 
 
-def json_reason(error: Exception) -> str:
-    """What is wrong with a text that is not JSON, without its place in the buffer."""
+def json_reason(error: Exception, lines_before: int = 0, column_before: int = 0) -> str:
+    """What is wrong with a text that is not JSON, and where; the text may begin in a line of a file."""
     if isinstance(error, json.JSONDecodeError):
-        return f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
+        line, column = place_of(error)
+        column += column_before if line == 1 else 0
+        line += lines_before
+        place = f"column {column}" if line == 1 else f"line {line}, column {column}"
+        return f"not JSON: {error.msg.removesuffix(' at')} at {place}"
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def place_of(error: json.JSONDecodeError) -> tuple[int, int]:
+    """(line, column) of an error, both from 1; of a text that is cut short its end, without the white space behind it.
+
+    json names the end of that white space: column 1 of the line after the last.
+    """
+    position = min(error.pos, len(error.doc.rstrip(" \t\n\r")))
+    return error.doc.count("\n", 0, position) + 1, position - error.doc.rfind("\n", 0, position)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 from transformers import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from data_tools.readers import COMPRESSIONS
+from data_tools.compressed import COMPRESSIONS
 from data_tools.sources import KNOWN_EXTENSIONS
 from tests.unit.test_cli import refusal
 from train.advice import looks_like_data

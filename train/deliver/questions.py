@@ -9,11 +9,12 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from data_tools.compressed import DAMAGE, kind_of, open_bytes
 from data_tools.encode import special_ids
 from data_tools.messages import Message
 from data_tools.prepare import PrepareSettings, prepare
 from data_tools.prompts import PromptRenderer
-from data_tools.readers import first_line, kind_of, open_bytes
+from data_tools.remainder import first_line
 from data_tools.report import DataError
 from data_tools.samples import Sample
 
@@ -71,7 +72,7 @@ def _questions_in_lines(
     try:
         with open_bytes(path) as file:
             lines: Sequence[str] = file.read().decode("utf-8-sig").splitlines()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (*DAMAGE, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {first_line(error)}") from None
     prompts, found = PromptRenderer(tokenizer, settings.render), []
     for number, line in enumerate(lines, start=1):

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from data_tools.strict_json import parse_json
+from data_tools.strict_json import parse_json, place_of
 from train.foreign.names import rows
 from train.run.exits import ExitCode, ExitWith
 
@@ -49,7 +49,7 @@ def read_config(path: Path) -> dict[str, Any]:
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise ExitWith(ExitCode.BAD_INPUT, f"{path}{place}: not YAML: {error.problem or error.context}") from None
     except json.JSONDecodeError as error:
-        place = f"{path}:{error.lineno}:{error.colno}"
+        place = ":".join(map(str, (path, *place_of(error))))
         raise ExitWith(ExitCode.BAD_INPUT, f"{place}: not JSON: {error.msg.removesuffix(' at')}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _refusal(path, str(error).splitlines()[0]) from None

@@ -116,7 +116,8 @@ def test_what_follows_an_array_is_refused(tmp_path: Path) -> None:
     rows, problems = rows_of(tmp_path / "a.json")
     assert len(rows) == 2
     assert problems == [
-        f"{tmp_path / 'a.json'}: something follows the array's end, as where two files were joined; it was not read"
+        f"{tmp_path / 'a.json'}: something follows the array's end, as where two files were joined: write one array; "
+        "about 2 more entries were not read"
     ]
 
 
@@ -125,7 +126,10 @@ def test_a_column_named_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("prompt,response,response\nWhich?,one,another\n")
     assert rows_of(tmp_path / "a.csv") == (
         [],
-        [f"{tmp_path / 'a.csv'}:1: the column 'response' appears twice; rename or remove one"],
+        [
+            f"{tmp_path / 'a.csv'}:1: the column 'response' appears twice; rename or remove one; "
+            "2 of the file's 2 lines were not read, from line 1 on"
+        ],
     )
     table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")

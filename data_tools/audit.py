@@ -59,7 +59,9 @@ RULES = {
         "rows give a different answer to the prompt of an earlier row", WARN_ONLY, "keep the right answer"
     ),
     "role_order_rows": Rule(
-        "rows have turns in an unusual order", WARN_ONLY, "start with system, then alternate user and assistant"
+        "rows have turns in an unusual order",
+        WARN_ONLY,
+        "start with system, then alternate user and assistant, with the result of each tool call behind it",
     ),
     "control_character_rows": Rule("rows contain control characters", MAX_GARBAGE, "remove them from the files"),
     "mojibake_rows": Rule("rows contain wrongly decoded text", MAX_GARBAGE, "convert the originals to UTF-8 again"),

@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from itertools import pairwise, takewhile
 from typing import Any
 
 import pyarrow as pa
@@ -97,11 +97,20 @@ def _note(pattern: re.Pattern[str], texts: Sequence[str]) -> str:
 
 def turn_problem(turns: Sequence[Message]) -> str:
     """What is unusual about the order of a conversation's turns: tool calls that nothing answers, before all else."""
-    for number, (turn, following) in enumerate(pairwise(turns), start=1):
-        if turn.tool_calls and following.role != "tool":
-            call = turn.tool_calls[-1]
-            return f"tool call {call.get('id') or call['function']['name']} of turn {number} has no result"
+    for number, turn in enumerate(turns[:-1], start=1):
+        if left := _unanswered(turn, list(takewhile(lambda each: each.role == "tool", turns[number:]))):
+            is_one = len(left) == 1
+            names = ", ".join(str(call.get("id") or call["function"]["name"]) for call in left)
+            return f"tool call{'' if is_one else 's'} {names} of turn {number} {'has' if is_one else 'have'} no result"
     return role_problem([turn.role for turn in turns])
+
+
+def _unanswered(turn: Message, results: Sequence[Message]) -> list[Mapping[str, Any]]:
+    """The calls of a turn without a result; one that has no id may answer any number of them."""
+    answered = {result.tool_call_id for result in results}
+    if "" in answered:
+        return []
+    return [call for call in turn.tool_calls if not results or str(call.get("id", "")) not in {"", *answered}]
 
 
 def role_problem(roles: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """What is kept of records: what is odd about a text or the order of turns, and which are equal."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,10 @@ def test_a_call_without_a_result_is_named() -> None:
         call = Message("assistant", "", tool_calls=calls)
         assert turn_problem([user, call, answer]) == f"tool call {name} of turn 2 has no result"
         assert turn_problem([user, call, result, answer]) == turn_problem([user, call]) == ""
+    both = Message("assistant", "", tool_calls=tuple(named[0] | {"id": f"call_{number}"} for number in (7, 8)))
+    results = [replace(result, tool_call_id=f"call_{number}") for number in (8, 7)]
+    assert turn_problem([user, both, answer]) == "tool calls call_7, call_8 of turn 2 have no result"
+    for given in (results, [result], [results[0], result]):  # one without an id may hold the results of all
+        assert turn_problem([user, both, *given, answer]) == ""
+    assert turn_problem([user, both, results[0], answer]) == "tool call call_7 of turn 2 has no result"
+    assert turn_problem([user, both, results[0]]) == "tool call call_7 of turn 2 has no result"

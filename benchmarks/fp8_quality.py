@@ -111,6 +111,8 @@ def joined(files: Sequence[Path], wanted: dict[str, Any] | None = None) -> dict[
     found: dict[str, Any] = {**wanted, "rows": []} if wanted else {}
     for file in files:
         known = json.loads(file.read_text(encoding="utf-8"))
+        if "rows" not in known:
+            raise ExitWith(ExitCode.BAD_INPUT, f"{file} is no file of this benchmark's runs; take another --out")
         found = found or {**known, "rows": []}
         if other := [name for name in found if name != "rows" and found[name] != known.get(name)]:
             told = "; ".join(f"{name}: {known.get(name)}, not {found[name]}" for name in other)

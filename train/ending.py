@@ -65,14 +65,14 @@ def _foreseen(error: BaseException, config: Config, doing: Doing) -> ExitWith | 
     if isinstance(error, torch.OutOfMemoryError):
         advice = "lower --batch.per_device (and raise --batch.accumulation), or --data.max_length"
         return _out_of_memory(f"out of memory: {str(error).splitlines()[0]}\n{advice}")
-    if isinstance(error, RuntimeError) and (line := out_of_memory_line(error)):
-        advice = (
-            "lower --batch.per_device (and raise --batch.accumulation), or --memory.budget, which leaves more to NCCL"
-        )
-        return _out_of_memory(f"out of memory: {line}\n{advice}")
-    if isinstance(error, HostMemoryError | MemoryError):
+    if isinstance(error, HostMemoryError | MemoryError):  # whose text may repeat CUDA's own
         advice = "free host memory, raise what the container or WSL may take, or give --engine.kind reference"
         return _out_of_memory(f"{error or 'out of host memory'}\n{advice}")
+    if isinstance(error, RuntimeError) and (line := out_of_memory_line(error)):
+        less = "--memory.budget, which leaves more to what allocates beside torch, as NCCL and cuBLAS do"
+        return _out_of_memory(
+            f"out of memory: {line}\nlower --batch.per_device (and raise --batch.accumulation), or {less}"
+        )
     if isinstance(error, RuntimeError) and (silent := peer_failure(config, error)):
         reason = f"{silent}\n{RunFolder.of(config).standing}: {advice_to_repeat(config)}"
         return ExitWith(ExitCode.PEER_FAILURE, reason)

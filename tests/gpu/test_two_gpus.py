@@ -23,6 +23,7 @@ from tests.conftest import ROOT, arguments, tiny_run, with_batch
 from tests.faults.test_stops import COMMANDS
 from tests.gpu.faulty_trainer import FAULTS, NOTHING
 from train.config import CheckpointConfig, Config, EngineConfig, MemoryConfig
+from train.run.attempts import read_attempts
 from train.run.folder import RunFolder, read_object
 
 pytestmark = [
@@ -40,11 +41,12 @@ SHARDED = {"replicas": False, "sharded": True}
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run came out; `code` is None where it was ended after RUN_SECONDS, `result` is empty unless it is 0."""
+    """How a run came out; `code` is None where it was ended after RUN_SECONDS, the rest is empty unless it is 0."""
 
     code: int | None
     stderr: str
     result: dict[str, bytes]
+    plan: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Fault:
     record: dict[str, Any]  # exit.json
     seconds: float  # from the lost process's last sign of life to exit.json; infinite where one of them is not there
     again: Ended
+    from_step: int  # from which it went on
 
 
 Runs = dict[str, Future[Any]]  # by the fault, NOTHING for a run that is left alone, or by SHARDED
@@ -94,7 +97,8 @@ def on_two(config: Config) -> Config:
 def launched(config: Config, run_dir: Path, case: str = NOTHING) -> Ended:
     """The run on two GPUs, to its end."""
     command = [*COMMANDS["ours, two processes"], str(ROOT / "tests" / "gpu" / "faulty_trainer.py"), case]
-    words, setting = arguments(at(config, run_dir)), {**os.environ, "PYTHONPATH": f"{ROOT}:{os.getenv('PYTHONPATH')}"}
+    words, paths = arguments(at(config, run_dir)), f"{ROOT}:{os.getenv('PYTHONPATH', '')}"
+    setting = {**os.environ, "PYTHONPATH": paths}
     pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([*command, *words], cwd=ROOT, env=setting, **pipes) as launcher:
         try:
@@ -105,8 +109,13 @@ def launched(config: Config, run_dir: Path, case: str = NOTHING) -> Ended:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
             launcher.kill()
-            return Ended(None, f"ended after {RUN_SECONDS} s:\n{launcher.communicate()[1]}", {})
-    return Ended(launcher.returncode, said, {} if launcher.returncode else result_of(run_dir))
+            said = ""
+            with suppress(subprocess.TimeoutExpired):  # a process whose parent has ended may hold the pipe
+                said = launcher.communicate(timeout=10)[1]
+            return Ended(None, f"ended after {RUN_SECONDS} s:\n{said}", {})
+    if launcher.returncode:
+        return Ended(launcher.returncode, said, {})
+    return Ended(0, said, result_of(run_dir), str(read_object(RunFolder(run_dir).plan)["summary"]))
 
 
 def faulted(config: Config, run_dir: Path, case: str) -> Fault:
@@ -116,7 +125,8 @@ def faulted(config: Config, run_dir: Path, case: str) -> Fault:
     is_told = folder.exit.exists() and beat.exists()
     seconds = folder.exit.stat().st_mtime - beat.stat().st_mtime if is_told else math.inf
     record = read_object(folder.exit)
-    return Fault(end, record, seconds, launched(config, run_dir))
+    again = launched(config, run_dir)
+    return Fault(end, record, seconds, again, int(read_attempts(folder)[-1].start["from_step"]))
 
 
 @pytest.mark.parametrize("case", [name for name in FAULTS if name != NOTHING])
@@ -137,13 +147,16 @@ def test_a_fault_in_one_of_two(case: str, runs: Runs) -> None:
     alone: Ended = runs[NOTHING].result()
     assert alone.code == 0, alone.stderr[-2000:]
     assert found.again.result == alone.result
+    assert bool(found.from_step) == (case != "killed while it loads")  # it went on, and did not begin anew
 
 
 def test_sharded_weights_train_to_the_bits_of_replicas(runs: Runs) -> None:
-    """NF4, packed and captured: losses and adapters."""
+    """NF4, packed: losses and adapters; each plan says what is shared out."""
     results = []
-    for end in (runs[name].result() for name in SHARDED):
+    for name, shard in SHARDED.items():
+        end = runs[name].result()
         assert end.code == 0, end.stderr[-2000:]
+        assert ("each of 2 GPUs holds a part" in end.plan) == shard
         results.append(end.result)
     for name in ("losses", "adapters", "samples"):
         assert results[0][name] == results[1][name], name

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,7 +80,7 @@ def _captures(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
     # a kernel reads the boundaries where they are, so that a replay finds those of its micro-batch
-    monkeypatch.setattr(PackedAttention, "_samples", property(lambda self: list(pairwise(self.cu_seqlens.tolist()))))
+    monkeypatch.setattr(PackedAttention, "_lengths", property(lambda self: self.cu_seqlens.diff().tolist()))
 
 
 @pytest.mark.usefixtures("_captures")

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import peft
@@ -43,7 +42,7 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
     # a kernel reads the boundaries where they are, so that a replay finds those of its micro-batch
-    monkeypatch.setattr(PackedAttention, "_samples", property(lambda self: list(pairwise(self.cu_seqlens.tolist()))))
+    monkeypatch.setattr(PackedAttention, "_lengths", property(lambda self: self.cu_seqlens.diff().tolist()))
 
 
 def model_of(**trained: Any) -> Any:

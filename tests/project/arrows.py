@@ -285,6 +285,7 @@ ALLOWED_MODULES = {
         "train.collate",
         "train.engine.attention",
         "train.engine.context",
+        "train.engine.copies",
         "train.engine.graph_shapes",
         "train.engine.plan",
         "train.engine.stack",

@@ -17,6 +17,7 @@ import torch
 from train.collate import MicroBatch
 from train.engine.attention import Attend
 from train.engine.context import ForwardContext
+from train.engine.copies import HostMemoryError
 from train.engine.graph_shapes import Shape, serving
 from train.engine.plan import padded
 from train.engine.stack import Saved, Stack
@@ -273,8 +274,10 @@ def no_collection() -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether it tells of memory or follows such an error: a capture that ran out of memory fails again at its end."""
+    """Whether it tells of GPU memory or follows such an error: a capture that ran out of it fails again at its end."""
     while error is not None:
+        if isinstance(error, HostMemoryError):  # another plan may need more of it
+            return False
         if isinstance(error, RuntimeError) and (isinstance(error, torch.OutOfMemoryError) or out_of_memory_line(error)):
             return True
         error = error.__context__

@@ -8,12 +8,13 @@ import fcntl
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from train.run.durable import write_atomically
 from train.run.environment import is_first_process
@@ -21,6 +22,8 @@ from train.run.exits import ExitCode
 from train.run.folder import RunFolder
 from train.run.json_lines import append_line, last_step, read_lines
 from train.run.redact import redact
+
+LOCK_SECONDS = 2.0  # that an end waits for another process's, which takes milliseconds
 
 
 @dataclass(frozen=True)
@@ -82,10 +85,16 @@ class AttemptLog:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """While entered, no other process of the run ends the attempt; where files cannot be locked, one may."""
+        """While entered, no other process of the run ends the attempt; where files cannot be locked, one may.
+
+        So may one where another holds the lock for seconds, which is stopped then.
+        """
         with ExitStack() as closing:
             with suppress(OSError):
-                fcntl.flock(closing.enter_context(self.folder.attempts.open("rb")), fcntl.LOCK_EX)
+                file = closing.enter_context(self.folder.attempts.open("r+b"))  # NFS locks what is open for writing
+                deadline = time.monotonic() + LOCK_SECONDS
+                while not _is_locked(file) and time.monotonic() < deadline:
+                    time.sleep(0.02)
             yield
 
     def _write(self, path: Path, content: Mapping[str, Any]) -> None:
@@ -142,3 +151,12 @@ def plain(value: Any) -> Any:
 
 def _document(content: Mapping[str, Any]) -> str:
     return json.dumps(plain(content), indent=2, ensure_ascii=False) + "\n"
+
+
+def _is_locked(file: BinaryIO) -> bool:
+    """Locks the file for this process; whether no other has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -27,7 +27,7 @@ NO_GPU = "there is no GPU (--engine.kind fused runs it here as well)"
 NO_GPU_FOR_FP8 = "there is no GPU; --engine.kind fused multiplies the same numbers in fp32 here, slowly"
 # "CUDA error: out of memory", "Cuda failure 2 'out of memory'", "Failed to CUDA calloc async 608 bytes", "Failed to
 # CUDA host alloc 4096 bytes", and cuBLAS's and cuDNN's own
-NO_MEMORY = r"out of memory|Failed to (?:CUDA )?(?:host )?[cm]?alloc|STATUS_ALLOC_FAILED"
+NO_MEMORY = r"error: out of memory|'out of memory'|Failed to (?:CUDA )?(?:host )?[cm]?alloc|STATUS_ALLOC_FAILED"
 
 
 def capability(device: torch.device) -> tuple[int, int]:

@@ -209,3 +209,13 @@ def test_secrets_are_taken_out(folder: RunFolder) -> None:
         text = path.read_text()
         assert "anary" not in text
         assert "[secret]" in text
+
+
+def test_a_lock_that_is_held_for_ever_delays_an_end(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By seconds: its holder may be stopped."""
+    monkeypatch.setattr(attempts_module, "LOCK_SECONDS", 0.1)
+    log = begun(folder, 0)
+    with folder.attempts.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        log.end(ExitCode.DEFECT, "a bug")
+    assert [row["event"] for row in read_lines(folder.attempts)] == ["start", "end"]

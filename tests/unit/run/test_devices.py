@@ -12,13 +12,16 @@ from accelerate import Accelerator
 
 import train.engine
 from tests.conftest import ROOT, splits_of, training_of
+from train import ending
 from train.banner import banner
 from train.config import Config, EngineConfig
 from train.engine import attention, operations
+from train.engine.copies import HostMemoryError
 from train.engine.graphs import is_out_of_memory
 from train.models.tokenizer import load_tokenizer
 from train.run import devices
 from train.run.accelerator import bitsandbytes_options, check_engine, check_machine
+from train.run.defects import Doing
 from train.run.devices import ComputeType
 from train.run.exits import ExitCode, ExitWith
 
@@ -272,3 +275,14 @@ def test_what_only_the_engine_does_is_refused_before_data_are_read(
         check_engine(on_gpu)
     card((8, 9))
     check_engine(on_gpu)
+
+
+def test_host_memory_is_not_the_gpu_s(config: Config) -> None:
+    """What could not be pinned repeats CUDA's words, and other plans may need more of it: told as host memory."""
+    error = HostMemoryError("2.0 GiB of host memory could not be pinned: CUDA error: out of memory")
+    error.__context__ = RuntimeError("CUDA error: out of memory")
+    assert not is_out_of_memory(error)
+    end = ending._foreseen(error, config, Doing())
+    assert end is not None
+    assert end.reason.startswith("2.0 GiB of host memory")
+    assert "free host memory" in end.reason

@@ -216,6 +216,9 @@ def test_one_process_in_place_of_several_is_refused(config: Config, monkeypatch:
         set_all(monkeypatch, made)
         reason = refusal(config)
         assert said in reason if said else reason == ""
+    several = configured(["--cpu", "--num_processes", "2"], False)
+    set_all(monkeypatch, several | {"OMPI_COMM_WORLD_RANK": "1"})  # mpirun has started them
+    assert "starts one" not in refusal(config)
 
 
 def test_every_problem_is_said_at_once(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,28 +117,6 @@ def round_beside(beside, out, rank, R: tl.constexpr):
 
 
 @triton.jit
-def quantize_kernel(
-    x, stride, low_rank, stride_low_rank, factor, out, stride_out, scales, W,
-    BLOCK: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr,
-):  # fmt: skip
-    """One row: out = e4m3(x / scale), scale = max |x| / 448; behind it R columns low_rank / (factor scale), thrice:
-    rounded, rounded, and what rounding has taken from them."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < W
-    values = tl.load(x + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    largest, rank, beside = tl.max(tl.abs(values)), tl.arange(0, RANK), tl.zeros([RANK], tl.float32)
-    if R:
-        beside = tl.load(low_rank + row * stride_low_rank + rank, mask=rank < R, other=0.0).to(tl.float32)
-        beside = tl.div_rn(beside, tl.load(factor))
-        largest = tl.maximum(largest, tl.max(tl.abs(beside)))
-    inverse = row_scale(scales + row, largest)
-    tl.store(out + row * stride_out + column, (values * inverse).to(tl.float8e4nv), mask=inside)
-    if R:
-        round_beside(beside * inverse, out + row * stride_out + W, rank, R)
-
-
-@triton.jit
 def round_row(x, out, inverse, W, BLOCK: tl.constexpr):
     """out[W] = e4m3(x inverse)."""
     for start in range(0, W, BLOCK):
@@ -146,6 +124,28 @@ def round_row(x, out, inverse, W, BLOCK: tl.constexpr):
         inside = column < W
         values = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(out + column, (values * inverse).to(tl.float8e4nv), mask=inside)
+
+
+@triton.jit
+def quantize_kernel(
+    x, stride, low_rank, stride_low_rank, factor, out, stride_out, scales, W,
+    R: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row: out = e4m3(x / scale), scale = max |x| / 448; behind it R columns low_rank / (factor scale), thrice:
+    rounded, rounded, and what rounding has taken from them. The second time x comes from the cache."""
+    row, rank = tl.program_id(0).to(tl.int64), tl.arange(0, RANK)
+    beside, largest = tl.zeros([RANK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    if R:
+        beside = tl.load(low_rank + row * stride_low_rank + rank, mask=rank < R, other=0.0).to(tl.float32)
+        beside = tl.div_rn(beside, tl.load(factor))
+    for start in range(0, W, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        values = tl.load(x + row * stride + column, mask=column < W, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(values))
+    inverse = row_scale(scales + row, tl.maximum(tl.max(largest), tl.max(tl.abs(beside))))
+    round_row(x + row * stride, out + row * stride_out, inverse, W, BLOCK)
+    if R:
+        round_beside(beside * inverse, out + row * stride_out + W, rank, R)
 
 
 @triton.jit

@@ -150,12 +150,12 @@ def quantize(x: torch.Tensor, beside: Beside | None = None, made: Rows | None = 
         high, low = _split(wide[:, width:])
         rows.values.copy_(torch.cat([wide[:, :width].to(E4M3), high, high, low], 1))
         return rows
-    block, low_rank = power_of_two(width), beside.low_rank if beside else x
+    low_rank = beside.low_rank if beside else x
     assert x.stride(1) == low_rank.stride(1) == 1
     kernels.quantize_kernel[(num_rows,)](
         x, x.stride(0), low_rank, low_rank.stride(0), beside.factor if beside else x, rows.values,
-        rows.values.stride(0), rows.scales, width, block, rank, power_of_two(max(1, rank)),
-        enable_fp_fusion=False, num_warps=4 if block <= 4096 else 16,
+        rows.values.stride(0), rows.scales, width, rank, power_of_two(max(1, rank)), ROW_BLOCK,
+        enable_fp_fusion=False, num_warps=4,
     )  # fmt: skip
     return rows
 

@@ -27,10 +27,7 @@ def _add_product(
     depth = tl.arange(0, DEPTH)
     for k in range(0, K, DEPTH):
         inside = depth < K - k
-        if WHOLE_DEPTH:
-            one = tl.load(left)
-        else:
-            one = tl.load(left, mask=inside[None, :], other=0.0)
+        one = tl.load(left) if WHOLE_DEPTH else tl.load(left, mask=inside[None, :], other=0.0)
         if WHOLE_DEPTH and WHOLE_WIDTH:
             other = tl.load(right)
         else:

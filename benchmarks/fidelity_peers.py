@@ -42,10 +42,10 @@ def train(job: dict[str, Any], unsloth: Any) -> None:
     trainer = build(job, rows, Padded(job["pad_token_id"]), unsloth)
     trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows)
     trained = {name: parameter for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
-    record = Recorder({name.replace(".default.", "."): parameter for name, parameter in trained.items()})
+    last, sums = job["steps"] - 1, [torch.zeros(())]
+    record = Recorder({name.replace(".default.", "."): parameter for name, parameter in trained.items()}, last)
     put_into(record.parameters, load_file(job["start"]))
     record.note_adapters()
-    last, sums = job["steps"] - 1, [torch.zeros(())]
 
     class Watch(transformers.TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -129,7 +129,8 @@ def drawn(parameters: Mapping[str, torch.Tensor], seed: int) -> Adapters:
 
 def traced(training: Training, job: Job, setting: Setting) -> Trace:
     """Takes the steps, then the last one's gradient at fp32's adapters; fp32's own Trace is kept in the job."""
-    record, num_steps = Recorder(training.parameters), job.options.steps
+    num_steps = job.options.steps
+    record = Recorder(training.parameters, num_steps)
     put_into(training.parameters, job.starts[setting.seed])
     record.note_adapters()
     for step in range(num_steps):

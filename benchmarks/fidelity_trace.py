@@ -38,33 +38,37 @@ class Trace:
 
 
 class Recorder:
-    """Fills a Trace as a run goes on."""
+    """Fills the Trace of a run of S steps as it goes on; every copy of the adapters is written where it stays."""
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], num_steps: int) -> None:
         self.parameters = {name: parameters[name] for name in sorted(parameters)}
         self.losses: list[float] = []
-        self.adapters: list[torch.Tensor] = []
+        self.adapters = torch.empty(num_steps + 1, sum(each.numel() for each in parameters.values()))
+        self.num_noted = 0
         self.gradients: list[torch.Tensor] = []
 
     def note_adapters(self) -> None:
         """Adds a copy of them."""
-        self.adapters.append(flat(self.parameters))
+        self.adapters[self.num_noted] = flat(self.parameters)
+        self.num_noted += 1
 
     def note_gradient(self) -> None:
         """Adds a copy of it; zeros where a parameter has none."""
         grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.parameters.items()}
-        self.gradients.append(flat(grads))
+        self.gradients.append(flat(grads).cpu())
 
     def trace(self) -> Trace:
         """All that was noted."""
-        return Trace(
-            torch.tensor(self.losses, dtype=torch.float64), torch.stack(self.adapters), torch.stack(self.gradients)
-        )
+        assert self.num_noted == len(self.adapters)
+        return Trace(torch.tensor(self.losses, dtype=torch.float64), self.adapters, torch.stack(self.gradients))
 
 
 def flat(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """All of them as one fp32 vector on the host, in the order of their names."""
-    return torch.cat([tensors[name].detach().float().cpu().flatten() for name in sorted(tensors)])
+    """All of them as one fp32 vector on their device, in the order of their names.
+
+    So that one copy takes it to the host: several hundred small ones would wait for the GPU each.
+    """
+    return torch.cat([tensors[name].detach().float().flatten() for name in sorted(tensors)])
 
 
 def unflattened(vector: torch.Tensor, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -87,12 +91,16 @@ def distances(own: Trace, wanted: Trace) -> dict[str, Any]:
     """MEASURES of a run against fp32's: lists by step, and numbers."""
     higher = own.losses - wanted.losses
     apart = higher.abs().tolist()
-    moved, theirs = (trace.adapters[1:] - trace.adapters[0] for trace in (own, wanted))
+    # step by step: all steps' updates would be as large as both traces
+    updates = (
+        (mine - own.adapters[0], theirs - wanted.adapters[0])
+        for mine, theirs in zip(own.adapters[1:], wanted.adapters[1:], strict=True)
+    )
     (first, last), (wanted_first, wanted_last) = own.gradients, wanted.gradients
     return {
         "loss_distance": rounded(apart[:-1]),
         "loss_excess": float(higher[:-1].mean()),
-        "update_distance": rounded([relative(a, b) for a, b in zip(moved, theirs, strict=True)]),
+        "update_distance": rounded([relative(*each) for each in updates]),
         "first_gradient_cosine": cosine(first, wanted_first),
         "last_gradient_cosine": cosine(last, wanted_last),
         "last_gradient_distance": relative(last, wanted_last),

@@ -4,6 +4,7 @@ A step counts from one row of metrics.jsonl to the next by the first process's c
 in it. What is written by then stays, so a job that is ended after a time has the steps that it has done.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -208,6 +209,12 @@ def record(out: Path, workload: str, rows: list[dict[str, Any]], more: Mapping[s
     known[workload] = {"device": device, "commit": commit(), "versions": versions(), **more, "rows": rows}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file, or of the files in a folder; of nothing where the rows are elsewhere."""
+    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    return hashlib.sha256(b"".join(each.read_bytes() for each in files if each.is_file())).hexdigest()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ Workloads: `short` has 32 samples a step as they are, `packed` 16 rows of 2,048 
 random words as long as GSM8K's in Llama 3's tokens: 167 +- 57. Weights are random, of the shape of Llama-3.1-8B with
 the bundled tokenizer, or of FOLDER's config.json and tokenizer. Each run is the real job, started here (by torchrun
 where it has several processes), with its metrics, checkpoint and result. Imbalance is the most that a process is
-dealt beside the mean: of tokens, and of what they cost with attention.
+dealt beside the mean: of tokens, and of what they cost with attention. In the JSON a workload with further options has
+rows of its own: `packed, sharded` with `-- --memory.shard true`, `packed, OPTIONS` with others.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import math
 import random
 import statistics
 import tempfile
+from collections.abc import Sequence
 from dataclasses import fields
 from datetime import date
 from pathlib import Path
@@ -40,6 +42,7 @@ WORKLOADS = {
     "short": "--batch.samples 32 --batch.per_device 2",
     "packed": "--batch.samples 16 --batch.per_device 4 --data.packing true --data.max_length 2048",
 }
+SHARD = ["--memory.shard", "true"]
 
 
 def main() -> None:
@@ -68,7 +71,13 @@ def main() -> None:
                 rows[-1] |= imbalance(parse(words), plan, count, options.warmup, last)
                 rows[-1]["speedup"] = round(rows[-1]["tokens_per_second"] / rows[0]["tokens_per_second"], 3)
                 print(line(workload, rows[-1]), flush=True)
-                record(options.out, workload, rows, {})
+                record(options.out, key_of(workload, options.words), rows, {})
+
+
+def key_of(workload: str, words: Sequence[str]) -> str:
+    """The name of a workload's rows in the JSON; `words` are the further options of their runs."""
+    further = "sharded" if list(words) == SHARD else " ".join(words)
+    return f"{workload}, {further}" if further else workload
 
 
 def words_of(workload: str, shape: Path, data: Path, options: argparse.Namespace) -> list[str]:

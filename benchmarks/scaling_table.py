@@ -65,8 +65,7 @@ class Asked:
         """The run's command line, its steps with so many samples."""
         if workload := public.WORKLOADS.get(self.name):
             return public.words_of(workload, self.shape, self.data, samples)
-        shard = ["--memory.shard", "true"] if self.name.endswith(SHARDED) else []
-        options = argparse.Namespace(warmup=0, steps=1, words=shard)
+        options = argparse.Namespace(warmup=0, steps=1, words=further_words(self.name))
         words = scaling.words_of(replicas_of(self.name), self.shape, self.data, options)
         words[words.index("--batch.samples") + 1] = str(samples)
         return words
@@ -207,7 +206,12 @@ def beside(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def key_of(name: str) -> str:
     """The workload's in the results of benchmarks.scaling and benchmarks.public."""
-    return "packed, sharded" if name == f"packed{SHARDED}" else name
+    return name if name in public.WORKLOADS else scaling.key_of(replicas_of(name), further_words(name))
+
+
+def further_words(name: str) -> list[str]:
+    """The options of a workload of benchmarks.scaling beside those that are its own."""
+    return scaling.SHARD if name.endswith(SHARDED) else []
 
 
 def is_like(name: str, row: dict[str, Any]) -> bool:

@@ -11,6 +11,7 @@ import pyarrow
 
 from data_tools.places import not_found
 from data_tools.readers import BATCH_ROWS, Place, ReportProblem, Row, file_digest, first_line
+from data_tools.report import Unread
 
 # What the datasets library raises; RuntimeError if the data set would have to run a script.
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, pyarrow.ArrowException)
@@ -40,7 +41,7 @@ class HubData:
         except LOAD_ERRORS as error:
             way_out = "; write owner/name:subset:split" if "onfig name is missing" in str(error) else ""
             hub = f"and the hub data set cannot be loaded: {first_line(error)}{way_out}"
-            report(self.name, f"{not_found(self.name)}, {hub}")
+            report(self.name, Unread(f"{not_found(self.name)}, {hub}"))
             return
         yield from _rows_of(loaded, self.name)
 
@@ -66,7 +67,8 @@ class SavedData:
         try:
             loaded = datasets.load_from_disk(str(self.path))
         except (*LOAD_ERRORS, KeyError, TypeError) as error:  # state.json is read as it is
-            report(str(self.path), f"was saved with save_to_disk, and cannot be loaded: {first_line(error)}")
+            reason = f"was saved with save_to_disk, and cannot be loaded: {first_line(error)}"
+            report(str(self.path), Unread(reason))
             return
         assert isinstance(loaded, datasets.Dataset)
         yield from _rows_of(loaded, str(self.path))

@@ -69,7 +69,7 @@ def facts_of(record: Record) -> dict[str, Any]:
         "spoken": spoken,
         "control_character_rows": _note(CONTROL, texts),
         "mojibake_rows": _note(MOJIBAKE, texts),
-        "role_order_rows": role_problem([turn.role for turn in turns]) if is_conversation else "",
+        "role_order_rows": turn_problem(turns) if is_conversation else "",
     }
 
 
@@ -93,6 +93,15 @@ def _note(pattern: re.Pattern[str], texts: Sequence[str]) -> str:
             spelled = " ".join(f"U+{ord(character):04X}" for character in match[0])
             return f"{spelled} in line {text.count(chr(10), 0, match.start()) + 1}"
     return ""
+
+
+def turn_problem(turns: Sequence[Message]) -> str:
+    """What is unusual about the order of a conversation's turns: tool calls that nothing answers, before all else."""
+    for number, (turn, following) in enumerate(pairwise(turns), start=1):
+        if turn.tool_calls and following.role != "tool":
+            call = turn.tool_calls[-1]
+            return f"tool call {call.get('id') or call['function']['name']} of turn {number} has no result"
+    return role_problem([turn.role for turn in turns])
 
 
 def role_problem(roles: Sequence[str]) -> str:

@@ -276,7 +276,8 @@ def _check(settings: PrepareSettings, report: Report, counts: Counter[str]) -> N
     """Raises DataError for problems that are not to be skipped, and where nothing is left."""
     if settings.on_error == "stop" or not counts["num_samples"]:
         is_partly_good = bool(counts["num_samples"])
-        report.raise_if_any("--data.on_error skip leaves such rows out" if is_partly_good else "")
+        report.raise_if_any("--data.on_error skip leaves such rows out" if is_partly_good and not report.unread else "")
+    report.raise_if_unread()
     if not counts["num_samples"]:
         raise DataError(
             f"all {counts['num_records']} records are longer than data.max_length = {settings.max_length} tokens; "

@@ -18,6 +18,7 @@ import pyarrow
 import pyarrow.parquet
 
 from data_tools.delimiters import delimiter_of, misread
+from data_tools.report import Unread
 from data_tools.strict_json import json_reason, parse_json, strict_decoder
 
 MAX_ROW_BYTES = 8 * 2**20
@@ -126,7 +127,7 @@ class RowFile:
             if self.path.suffix.lower() not in COMPRESSIONS:
                 raise
             reason = f"cannot be decompressed after {num_seen:,} rows: {first_line(error)}; the rest was not read"
-            report_and_count(str(self.path), reason)
+            report_and_count(str(self.path), Unread(reason))
         if num_seen == 0:
             report(str(self.path), "the file has no rows")
 
@@ -162,7 +163,8 @@ def _json(path: Path, report: ReportProblem) -> Iterator[tuple[Place, Any]]:
         window = _Window(file)
         try:
             if window.next_character() != "[":
-                report(str(path), "expected a JSON array of objects; name a file of one object per line .jsonl")
+                reason = "expected a JSON array of objects; name a file of one object per line .jsonl"
+                report(str(path), Unread(reason))
                 return
             window.position += 1
             while window.next_character() != "]":
@@ -175,16 +177,14 @@ def _json(path: Path, report: ReportProblem) -> Iterator[tuple[Place, Any]]:
                 window.position += separator == ","
             window.position += 1
             if window.next_character():
-                report(
-                    str(path),
-                    "something follows the array's end, as where two files were joined; it was not read",
-                )
+                reason = "something follows the array's end, as where two files were joined; it was not read"
+                report(str(path), Unread(reason))
         except UnicodeDecodeError as error:
-            report(f"{path}:{number or 1}", f"not UTF-8 (byte {error.start}); convert the file")
+            report(f"{path}:{number or 1}", Unread(f"not UTF-8 (byte {error.start}); convert the file"))
         except (ValueError, RecursionError) as error:
             is_cut = isinstance(error, json.JSONDecodeError) and len(window.text) - window.position >= MAX_ROW_BYTES
             reason = f"the entry is longer than {MAX_ROW_BYTES} bytes, or not JSON" if is_cut else json_reason(error)
-            report(f"{path}:{number}", f"{reason}; the rest of the file was not read")
+            report(f"{path}:{number}", Unread(f"{reason}; the rest of the file was not read"))
 
 
 class _Window:
@@ -210,26 +210,27 @@ def _csv(path: Path, report: ReportProblem) -> Iterator[tuple[Place, Any]]:
     csv.field_size_limit(MAX_ROW_BYTES)
     delimiter = column_delimiter(path)
     with _open_text(path, newline="") as file:
-        reader = csv.DictReader(_lines(file), delimiter=delimiter, strict=True)
+        reader, last = csv.DictReader(_lines(file), delimiter=delimiter, strict=True), 1
         try:
             names = list(reader.fieldnames or ())
             if reason := misread(names):
-                report(f"{path}:1", reason)
+                report(f"{path}:1", Unread(reason))
                 return
             repeated = next((name for name in names if names.count(name) > 1), None)
             if repeated is not None:
-                report(f"{path}:1", f"the column {repeated!r} appears twice; rename or remove one")
+                report(f"{path}:1", Unread(f"the column {repeated!r} appears twice; rename or remove one"))
                 return
             for row in reader:
-                place = f"{path}:{reader.line_num}"
+                place, last = f"{path}:{reader.line_num}", reader.line_num
                 if None in row or None in row.values():
                     report(place, f"expected {len(names)} columns, as in the first line")
                 else:
                     yield place, row
         except UnicodeDecodeError as error:
-            report(f"{path}:{reader.line_num + 1}", f"not UTF-8 (byte {error.start}); convert the file")
+            report(f"{path}:{reader.line_num + 1}", Unread(f"not UTF-8 (byte {error.start}); convert the file"))
         except csv.Error as error:
-            report(f"{path}:{reader.line_num + 1}", f"not CSV: {error}; the rest of the file was not read")
+            # where a quote is not closed, the reader has gone to the end
+            report(f"{path}:{last + 1}", Unread(f"not CSV: {error}; from here on the file was not read"))
 
 
 def column_delimiter(path: Path) -> str:
@@ -257,19 +258,17 @@ def _parquet(path: Path, report: ReportProblem) -> Iterator[tuple[Place, Any]]:
         names = file.schema_arrow.names
         repeated = next((name for name in names if names.count(name) > 1), None)
         if repeated is not None:
-            report(str(path), f"the column {repeated!r} appears twice; rename or remove one")
+            report(str(path), Unread(f"the column {repeated!r} appears twice; rename or remove one"))
             return
         for batch in file.iter_batches(BATCH_ROWS):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}:{number}", row
     except (OSError, pyarrow.ArrowException) as error:
-        report(str(path), f"not Parquet: {first_line(error)}")
+        report(str(path), Unread(f"not Parquet: {first_line(error)}"))
     except (ValueError, OverflowError) as error:  # text that is not UTF-8, dates that Python cannot hold
-        report(
-            f"{path}:{number + 1}",
-            f"unreadable value near here: {first_line(error)}; the rest was not read",
-        )
+        reason = f"unreadable value near here: {first_line(error)}; the rest was not read"
+        report(f"{path}:{number + 1}", Unread(reason))
 
 
 READERS: dict[str, Callable[[Path, ReportProblem], Iterator[tuple[Place, Any]]]] = {

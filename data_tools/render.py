@@ -1,6 +1,7 @@
 """Conversations -> token ids and which are trained, made together: no marker is searched for in the ids later."""
 
 import json
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -20,10 +21,8 @@ from data_tools.samples import Sample
 from data_tools.turns import History, Rendering, TrainedTurn, renderings_of
 
 MAX_TOOLS = 1024  # sets of definitions that are remembered
-WAYS_OUT = (
-    "choose a --data.chat_template that has it, leave it out with --data.leave_out, or skip such rows with "
-    "--data.on_error skip"
-)
+# what data.leave_out takes away, and how it is named where a template loses it
+LEFT_OUT = {"reasoning": r"its reasoning$", "system": r"the system turn's content$", "tools": r"of tool \d+$"}
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,8 @@ class ConversationRenderer:
         spelled = self._spelled(conversation)
         verdict = self.questions.ask(conversation)
         if verdict.lost:
-            raise ValueError(f"{_listed(verdict.lost)} would be lost: the chat template leaves it out; {WAYS_OUT}")
+            lost = _listed(verdict.lost)
+            raise ValueError(f"{lost} would be lost: the chat template leaves it out; {_ways_out(verdict.lost)}")
         dialogue = Dialogue(
             conversation.messages, conversation.tools, dict(conversation.template_arguments), verdict.dialect
         )
@@ -134,7 +134,8 @@ class ConversationRenderer:
                 is_shown = not message.content.strip() or find_value(text, message.content) >= 0
                 lost = "" if is_shown else f"the {message.role} turn's content"
             if lost:
-                raise ValueError(f"turn {number + 1}: {lost} would be lost or changed by the chat template; {WAYS_OUT}")
+                lost, ways_out = f"turn {number + 1}: {lost}", _ways_out([lost])
+                raise ValueError(f"{lost} would be lost or changed by the chat template; {ways_out}")
 
     def _unread_in_tools(self, tools: Sequence[dict[str, Any]], renderings: Sequence[Rendering]) -> tuple[str, ...]:
         """What the template leaves out of the tools' definitions, which are often the same in all rows."""
@@ -273,3 +274,10 @@ def _hidden(dialogue: Dialogue, spelled: SpelledTokens) -> Dialogue:
 
 def _listed(items: Sequence[str]) -> str:
     return " and ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+
+
+def _ways_out(lost: Sequence[str]) -> str:
+    """What helps where a template loses these parts; data.leave_out only where it takes all of them away."""
+    found = [next((name for name, words in LEFT_OUT.items() if re.search(words, part)), "") for part in lost]
+    left_out = f"leave it out with --data.leave_out {' '.join(dict.fromkeys(found))}, " if all(found) else ""
+    return f"choose a --data.chat_template that has it, {left_out}or skip such rows with --data.on_error skip"

@@ -11,6 +11,12 @@ class DataError(ValueError):
     """Data that cannot be used; the text says where, why, and what to do."""
 
 
+class Unread(str):
+    """A reason for which the rest of a file was not read: how much was lost is not known, so it is never skipped."""
+
+    __slots__ = ()
+
+
 @dataclass
 class Equal:
     """Problems for one reason: how many, and the first places."""
@@ -35,11 +41,14 @@ class Report:
     limit: int = 20
     total: int = 0
     kinds: dict[str, Equal] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)  # where reading ended early, and why
 
     def add(self, where: str, reason: str) -> None:
         """Adds a problem; control characters are escaped, because file names and reasons may come from strangers."""
         self.total += 1
-        reason = escaped(reason)
+        is_unread, reason = isinstance(reason, Unread), escaped(reason)
+        if is_unread:
+            self.unread.append(f"{escaped(where)}: {reason}")
         if reason in self.kinds or len(self.kinds) < self.limit:
             kind = self.kinds.setdefault(reason, Equal(reason))
             kind.count += 1
@@ -59,3 +68,12 @@ class Report:
             problems = f"{self.total} problem{'s' if self.total > 1 else ''} in the data"
             heading = f"{problems}, so none of it was used{f' ({way_out})' if way_out else ''}:"
             raise DataError("\n".join([heading, *self.lines, *more]))
+
+    def raise_if_unread(self) -> None:
+        """Raises DataError where the rest of a file was not read."""
+        if self.unread:
+            heading = (
+                "some files were not read to their end, so none of the data was used; no option skips what is behind "
+                "these places, as nobody knows how many rows that is:"
+            )
+            raise DataError("\n".join([heading, *self.unread[: self.limit]]))

@@ -7,7 +7,8 @@ from typing import Any
 def parse_json(text: str) -> Any:
     """One JSON value; raises ValueError also for NaN and repeated keys, which json accepts, and for deep nesting."""
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+        # without the end of a line, or one that is cut short has its error in column 1 of the next
+        return json.loads(text.rstrip(), object_pairs_hook=_object, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(json_reason(error)) from None
 

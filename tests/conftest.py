@@ -42,11 +42,7 @@ from train.config import (  # noqa: E402
     TrainConfig,
     ValidateConfig,
 )
-from train.data import (  # noqa: E402
-    Splits,
-    TrainingData,
-    read_data,
-)
+from train.data import Splits, TrainingData, read_data  # noqa: E402
 from train.deliver.questions import Question, questions_of  # noqa: E402
 from train.layout import BatchLayout  # noqa: E402
 from train.models.tokenizer import load_tokenizer  # noqa: E402
@@ -157,12 +153,17 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(shape: Path, pairs: Path, tmp_path: Path) -> Config:
+    """`tiny_run` in the test's own folder."""
+    return tiny_run(shape, pairs, tmp_path / "run")
+
+
+def tiny_run(shape: Path, pairs: Path, run_dir: Path) -> Config:
     """A complete configuration of a run that takes a second: random NF4 base, 8-bit AdamW, batch 2 x 4."""
     return Config(
         profile="test",
         model=ModelConfig(name_or_path=str(shape), random_init=True),
         data=DataConfig(path=(str(pairs),), max_length=128),
-        run=RunConfig(dir=str(tmp_path / "run"), device="cpu"),
+        run=RunConfig(dir=str(run_dir), device="cpu"),
         lora=LoraConfig(r=4, alpha=8),
         batch=BatchConfig(per_device=2, accumulation=4),
         optim=OptimConfig(lr=1e-2, warmup=2),
@@ -209,12 +210,8 @@ def asked_in(config: Config, count: int) -> list[Question]:
 def training_of(config: Config, accelerator: Accelerator) -> Training:
     """What train/main.py assembles for `config`."""
     tokenizer = load_tokenizer(config).backend
-    data = TrainingData(
-        splits_of(config).training.samples,
-        config,
-        BatchLayout.of(config.batch, accelerator),
-        tokenizer.pad_token_id,
-    )
+    samples, layout = splits_of(config).training.samples, BatchLayout.of(config.batch, accelerator)
+    data = TrainingData(samples, config, layout, tokenizer.pad_token_id)
     return assemble(config, accelerator, data)
 
 

@@ -7,12 +7,13 @@ from data_tools.terminal import seen_from_here
 from train.checkpoints.contents import Checkpoint
 from train.config import Config
 from train.data import Splits
+from train.engine.plan import unshared
 from train.grace import grace_warning
 from train.memory.reference import ReferencePlan, engine_lines
 from train.models.targets import Targets
 from train.models.tokenizer import Tokenizer, trained_tokens, unseen_tokens
 from train.profiles import GLOSSARY, HELD_OUT, PROFILES
-from train.recipe import recipe_warnings
+from train.recipe import decided, recipe_warnings
 from train.run import devices
 from train.run.devices import device_name
 from train.run.versions import versions
@@ -50,9 +51,10 @@ def banner(training: Training, tokenizer: Tokenizer, splits: Splits, checkpoint:
         f"tokens    {sum(data.row_tokens):,} per epoch, {data.supervised_tokens_per_epoch():,} of them trained",
         f"batch     {data.layout.arithmetic()}" + _executed(training),
         f"memory    {training.plan}",
+        *(f"          {line}" for line in [unshared(training.plan, config.memory)] if line),
         *_parts(training),
         *_packing(training),
-        f"steps     {data.steps_per_epoch:,} per epoch, {training.total_steps:,} in all; {start}",
+        f"steps     {data.steps_per_epoch:,} per epoch, {training.total_steps:,} in all{_limit(training)}; {start}",
         f"optimizer {config.optim.name}, lr {config.optim.lr:g} {config.optim.schedule}, "
         f"warmup {training.schedule.warmup:,} steps"
         + (f", B at {config.optim.lora_plus_ratio:g} times the rate" if config.optim.lora_plus_ratio != 1 else ""),
@@ -86,6 +88,12 @@ def _targets(targets: Targets) -> str:
         return f"all {targets.num_layers} linear layers ({', '.join(targets.counts)})"
     counted = [f"{word} ({count})" for word, count in targets.counts.items()]
     return f"{', '.join(counted)} of {targets.num_layers} linear layers"
+
+
+def _limit(training: Training) -> str:
+    """Which limit decided the number of steps, where two are given."""
+    told = decided(training.config.train, training.data.steps_per_epoch)
+    return f" ({told})" if told else ""
 
 
 def _extensions(training: Training) -> list[str]:

@@ -371,6 +371,8 @@ class Config:
         yield from self._products_checks()
         if self.memory.offload == "stream" and self.engine.kind == "reference":
             yield "memory.offload", "stream", "only the fused engine streams; use --engine.kind auto"
+        if self.memory.shard and self.engine.kind == "reference":
+            yield "memory.shard", "true", "only the fused engine shards; use --engine.kind auto"
         if self.memory.budget:
             try:
                 parse_bytes(self.memory.budget)

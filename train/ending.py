@@ -2,7 +2,6 @@
 
 import errno
 import os
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -13,8 +12,9 @@ from train.config import Config
 from train.engine.copies import HostMemoryError
 from train.run.attempts import AttemptLog
 from train.run.defects import Doing, print_defect, report_defect
+from train.run.devices import out_of_memory_line
 from train.run.environment import is_first_process
-from train.run.exits import ExitCode, ExitWith
+from train.run.exits import ExitCode, ExitWith, OutOfMemory
 from train.run.folder import RunFolder
 from train.run.last_words import is_recorder
 from train.run.processes import advice_to_repeat, peer_failure
@@ -45,8 +45,8 @@ def end_of(run: Callable[[], str], config: Config, doing: Doing, argv: Sequence[
 def record_end(end: ExitWith, doing: Doing, folder: RunFolder, log: AttemptLog) -> None:
     """Writes exit.json and the line of the end in attempts.jsonl, if that is for this process to do."""
     # without a group this is another job's folder, for all that a process knows that is not the first
-    is_known = is_first_process() or end.code != ExitCode.PEER_FAILURE or torch.distributed.is_initialized()
-    if is_known and is_recorder(end.code, folder.exit):
+    is_known = is_first_process() or end.code == ExitCode.DEFECT or torch.distributed.is_initialized()
+    if is_known and is_recorder(end, folder.exit):
         facts = {} if end.code == ExitCode.FINISHED else {"doing": doing.now}
         with suppress(OSError):  # a disk so full that not even this fits
             folder.write_exit(end.code, redact(end.reason), **facts, **end.facts)
@@ -65,9 +65,14 @@ def _foreseen(error: BaseException, config: Config, doing: Doing) -> ExitWith | 
     if isinstance(error, torch.OutOfMemoryError):
         advice = "lower --batch.per_device (and raise --batch.accumulation), or --data.max_length"
         return _out_of_memory(f"out of memory: {str(error).splitlines()[0]}\n{advice}")
-    if isinstance(error, HostMemoryError | MemoryError):
+    if isinstance(error, HostMemoryError | MemoryError):  # whose text may repeat CUDA's own
         advice = "free host memory, raise what the container or WSL may take, or give --engine.kind reference"
         return _out_of_memory(f"{error or 'out of host memory'}\n{advice}")
+    if isinstance(error, RuntimeError) and (line := out_of_memory_line(error)):
+        less = "--memory.budget, which leaves more to what allocates beside torch, as NCCL and cuBLAS do"
+        return _out_of_memory(
+            f"out of memory: {line}\nlower --batch.per_device (and raise --batch.accumulation), or {less}"
+        )
     if isinstance(error, RuntimeError) and (silent := peer_failure(config, error)):
         reason = f"{silent}\n{RunFolder.of(config).standing}: {advice_to_repeat(config)}"
         return ExitWith(ExitCode.PEER_FAILURE, reason)
@@ -82,8 +87,5 @@ def _defect(error: BaseException, config: Config, doing: Doing, argv: Sequence[s
     return ExitWith(ExitCode.DEFECT, f"{known}\nwhat is saved stands: {advice_to_repeat(config)}")
 
 
-def _out_of_memory(reason: str) -> ExitWith:
-    """A process other than the first prints the reason itself, since the first only sees it vanish."""
-    if not is_first_process():
-        print(f"handloop: process {os.environ['RANK']}: {reason}", file=sys.stderr, flush=True)
-    return ExitWith(ExitCode.BAD_INPUT, reason)
+def _out_of_memory(reason: str) -> OutOfMemory:
+    return OutOfMemory(reason if is_first_process() else f"process {os.environ['RANK']}: {reason}")

@@ -14,6 +14,7 @@ from train.config import Config
 from train.data import TrainingData
 from train.deliver.final import BASE
 from train.ending import EARLY
+from train.recipe import longer
 from train.run.attempts import plain, read_attempts
 from train.run.exits import ExitCode
 from train.run.folder import RunFolder, read_object
@@ -84,7 +85,7 @@ def _say(config: Config, data: TrainingData, accelerator: Accelerator) -> None:
     lines += summary(facts, rows, room_of(console)) if rows else []
     extended = "" if config.optim.schedule == "constant" else " --run.extend true"
     more = [
-        (f"--train.epochs {2 * config.train.epochs}{extended}", "trains on"),
+        (f"{longer(config.train, data.steps_per_epoch)}{extended}", "trains on"),
         (f"--lora.init_from {facts.folder.path} --run.dir NEW", "another run from this adapter, on any data"),
         ("--run.resume never", "trains again, and keeps this run aside"),
     ]

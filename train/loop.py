@@ -147,6 +147,8 @@ class Boundary:
         if self.training.config.checkpoint.mirror:
             self.doing.now = "waiting for the mirror"
         copied = self.saver.finish_copies(stop)
+        if self.saver.unlogged:  # its row is not written, so the summary counts a step fewer
+            repeat += f", which repeats the validation of step {step} and then logs that step"
         repeat = f"{copied}; {repeat}" if copied else repeat
         if not stop.received:
             raise ExitWith(ExitCode.INTERRUPTED, f"stopped by {who}; step {step} is saved, {repeat}")

@@ -43,7 +43,7 @@ from train.layout import BatchLayout, asked_for
 from train.learning_rate import Schedule
 from train.loop import Boundary, training_loop
 from train.models.tokenizer import Tokenizer, check_fits, load_tokenizer
-from train.run.accelerator import check_machine, close_group, start_accelerator
+from train.run.accelerator import check_training, close_group, start_accelerator
 from train.run.attempts import AttemptLog
 from train.run.defects import Doing
 from train.run.durable import write_atomically
@@ -142,7 +142,7 @@ class Observed:
 def job(config: Config, observed: Observed) -> str:
     """The job from data files to final/; returns why it ended early, or nothing; raises ExitWith or DataError."""
     stop, doing, closing = observed.stop, observed.doing, observed.closing
-    check_machine(config)
+    check_training(config)
     listeners, folder, mirror = wanted_listeners(config), RunFolder.of(config), mirror_of(config)
     doing.now = "loading the tokenizer"
     tokenizer = load_tokenizer(config)

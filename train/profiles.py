@@ -28,6 +28,7 @@ HELD_OUT = {"demo": str(DEMO / "held_out.jsonl"), "smollm2": str(DEMO / "certifi
 # empty think block is put before answers anyway; but vLLM and GGUF files would ask for a thought that nothing trained.
 WITHOUT_THINKING = ("enable_thinking=false",)
 FOR_4_GB = ("4gb", "qwen3_4b_4gb", "4gb_tinyllama")
+SMALL_CARD = 6 * 2**30  # bytes, below which a card is taken for one of 4 GB
 FORMERLY = {"4gb": "4gb_tinyllama"}  # by profile, the one that has its recipe of earlier versions
 
 
@@ -154,3 +155,10 @@ PROFILES: dict[str, Callable[[], Config]] = {
     "4gb_tinyllama": four_gb_tinyllama,
     "multi_gpu": multi_gpu,
 }
+
+
+def for_card(num_bytes: int, num_gpus: int) -> str:
+    """The profile for GPUs of this memory, where none is named: 4gb's recipe is capped at 4 GiB, a100's at nothing."""
+    if num_bytes < SMALL_CARD:
+        return "4gb"
+    return "multi_gpu" if num_gpus > 1 else "a100"

@@ -2,7 +2,7 @@
 
 import math
 
-from train.config import Config
+from train.config import Config, TrainConfig
 
 MAX_WARMUP = 1 / 3  # of the steps; recipes take 0 to 10 %
 MIN_STEPS = 100  # with fewer, an adapter that starts at zero has hardly left it at the usual rates
@@ -47,7 +47,8 @@ def _of_steps(config: Config, steps_per_epoch: int, total_steps: int) -> str:
         smaller = f"--batch.samples {max(1, batch.samples * fewer // batch.accumulation)}"
         ways.append(f"{smaller if batch.samples else f'--batch.accumulation {fewer}'} takes smaller ones")
     if epochs := _enough_epochs(steps_per_epoch):
-        ways.append(f"--train.epochs {epochs} makes {epochs * steps_per_epoch:,}")
+        steps = epochs * steps_per_epoch
+        ways.append(f"{_without_limit(train.max_steps, steps)}--train.epochs {epochs} makes {steps:,}")
     advice = "; ".join(ways) or "more data, or a base that needs less teaching"
     return f"{total_steps:,} optimizer steps teach little, about {MIN_STEPS} are the least that usually do: {advice}"
 
@@ -58,12 +59,49 @@ def _enough_epochs(steps_per_epoch: float) -> int:
     return epochs if epochs * steps_per_epoch >= MIN_STEPS else 0
 
 
-def taught_little(num_right: int, num_asked: int, num_steps: int, epochs: float) -> str:
-    """What is said at the end of a short run whose answers to its own training data are mostly wrong, or nothing."""
+def _without_limit(max_steps: int, num_steps: float) -> str:
+    """The option that lets a run of `num_steps` steps be; empty where train.max_steps does."""
+    return "--train.max_steps 0 " if 0 < max_steps < num_steps else ""
+
+
+def decided(train: TrainConfig, steps_per_epoch: int) -> str:
+    """Which of two limits ends the run, and how the other is reached; empty where there is no train.max_steps."""
+    steps, most = steps_per_epoch * train.epochs, train.max_steps
+    if not most:
+        return ""
+    if steps == most:
+        return f"as --train.epochs {train.epochs} and --train.max_steps {most} both say"
+    if steps > most:
+        return f"by --train.max_steps {most}, which comes before the {steps:,} of --train.epochs {train.epochs}"
+    enough = math.ceil(most / steps_per_epoch)
+    return (
+        f"by --train.epochs {train.epochs}, which comes before --train.max_steps {most}; --train.epochs {enough} "
+        "reaches it"
+    )
+
+
+def longer(train: TrainConfig, steps_per_epoch: int) -> str:
+    """The option that doubles a run that has made all its steps."""
+    if 0 < train.max_steps < steps_per_epoch * train.epochs:
+        return f"--train.max_steps {2 * train.max_steps}"
+    return f"{_without_limit(train.max_steps, 2 * steps_per_epoch * train.epochs)}--train.epochs {2 * train.epochs}"
+
+
+def taught_little(num_right: int, num_asked: int, num_steps: int, epochs: float, max_steps: int = 0) -> str:
+    """What is said at the end of a short run whose answers to its own training data are mostly wrong, or nothing.
+
+    `max_steps` is train.max_steps, which would cap a longer run as well.
+    """
     if num_steps >= ENOUGH_STEPS or num_right >= MIN_RIGHT * num_asked:
         return ""
-    enough = _enough_epochs(num_steps / epochs)
-    way = f"--train.epochs {enough} --run.resume never trains anew and longer" if enough > epochs else "more data does"
+    steps_per_epoch = num_steps / epochs
+    enough, capped = _enough_epochs(steps_per_epoch), 0 < max_steps <= num_steps
+    if enough > epochs:
+        limit = _without_limit(max_steps, enough * steps_per_epoch)
+        way = f"{limit}--train.epochs {enough} --run.resume never trains anew and longer"
+    else:
+        way = "more data does, without that limit" if capped else "more data does"
+    way = f"--train.max_steps {max_steps} was the limit: {way}" if capped else way
     return f"{num_steps:,} steps taught little: {num_right} of {num_asked} trained questions are answered right; {way}"
 
 

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed import DistBackendError
 
 from tests.compare_runs import at, exit_record, start_processes
 from tests.conftest import ROOT, arguments, thorough, with_batch
@@ -123,6 +125,35 @@ def test_a_defect_in_one_of_two(config: Config, tmp_path: Path) -> None:
         assert "a defect of Handloop, while training, step 3: ZeroDivisionError: a bug" in both[rank].stderr
         ends = [attempt.end and attempt.end["code"] for attempt in read_attempts(RunFolder(run_dir))]
         assert ends == [70]
+
+
+OF_NCCL = """NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, unhandled cuda error, NCCL 2.27
+ncclUnhandledCudaError: Call to CUDA function failed.
+Last error:
+Failed to CUDA calloc async 4194304 bytes"""
+OF_TORCH = "CUDA out of memory. Tried to allocate 2.00 GiB"
+
+
+@pytest.mark.fault("T26")
+@pytest.mark.parametrize(
+    ("rank", "error"),
+    [(0, DistBackendError(OF_NCCL)), (1, DistBackendError(OF_NCCL)), (1, torch.OutOfMemoryError(OF_TORCH))],
+)
+def test_one_of_two_runs_out_of_memory(rank: int, error: RuntimeError, config: Config, tmp_path: Path) -> None:
+    """Also where NCCL does, which is no lost process: exit.json has 78 and why, not the peer failure that follows."""
+    config = with_batch(replace(config, run=replace(config.run, timeout_minutes=1.0)), 2, 2)
+    faults: list = [None, None]
+    faults[rank] = Defect("train.loop", "optimizer_step", error, call=3)
+    both = [run.wait() for run in start_processes(arguments(at(config, tmp_path / "run")), faults)]
+    assert (both[rank].returncode, both[1 - rank].returncode) == (78, 81), both[rank].stderr
+    folder, told = RunFolder(tmp_path / "run"), str(error).splitlines()[-1]
+    record = exit_record(folder.path)
+    assert (record["code"], record["doing"]) == (78, "training, step 3")
+    assert f"{'process 1: ' if rank else ''}out of memory: {told}\nlower --batch.per_device" in str(record["reason"])
+    assert both[rank].stderr.count(told) == 1
+    assert both[rank].stderr.strip().startswith("handloop: ")
+    ends = [attempt.end and attempt.end["code"] for attempt in read_attempts(folder)]
+    assert ends == [78]
 
 
 @thorough

@@ -151,6 +151,7 @@ def test_a_signal_within_a_validation(every: int, dropout: Config, tmp_path: Pat
         assert [row["step"] for row in rows_of(run_dir)] == [1, 2]
         state = state_of(run_dir, 3)
         assert (state["unlogged"]["step"], state["validation_loss"]) == (3, None)
+        assert "repeats the validation of step 3 and then logs that step" in str(exit_record(run_dir)["reason"])
     assert run_command(words, Both(InValidation(10), AtMicroBatch(3, 0))).returncode == 75  # behind the validation
     assert [row["step"] for row in rows_of(run_dir)] == [1, 2, 3]
     assert (state_of(run_dir, 3)["unlogged"], "eval/loss" in rows_of(run_dir)[2]) == ({}, True)

@@ -54,7 +54,7 @@ def folder_that_refuses(run_dir: Path) -> None:
 CASES = {
     "unavailable": [
         Case("not installed", "ModuleNotFoundError", what="absent"),
-        Case("no key", "recorded offline; to upload it: wandb sync "),
+        Case("no key", "recorded offline; to upload it: handloop sync "),
     ],
     "silent": [
         Case("blackhole", NO_ANSWER, blackhole),
@@ -176,7 +176,7 @@ def test_offline_records_of_a_killed_run_hold_each_step_once(config: Config, tmp
         tally.check(path.name == f"run-{identity}.wandb" and ids <= {identity}, f"killed after {stops}: {path}, {ids}")
     to_upload = list((run_dir / "wandb").glob("offline-run-*"))
     assert len(to_upload) == 1, to_upload
-    assert f"wandb sync {to_upload[0]}\n" in outcome.stdout
+    assert f"handloop sync {run_dir}\n" in outcome.stdout
     sent = [(row["step"], row["train/loss"]) for row in recorded_rows(to_upload[0] / f"run-{identity}.wandb")]
     kept = [(row["step"], row["train/loss"]) for row in read_metrics(run_dir / "metrics.jsonl")]
     assert [step for step, _ in kept] == list(range(1, NUM_STEPS + 1))

@@ -77,7 +77,10 @@ def test_a_finished_command_repeated_says_so(config: Config) -> None:
     """It reads no base and writes only how it ended; other questions, or a final/ that is not whole, are work."""
     config = on(config)
     config = replace(config, compare=replace(config.compare, general_questions="bundled"))
-    assert run_command(arguments(config)).returncode == 0
+    first = run_command(arguments(config))
+    assert first.returncode == 0
+    assert "2 in all (by --train.max_steps 2, which comes before the 6 of --train.epochs 2); starts" in first.stdout
+    assert "--train.max_steps 2 was the limit" in first.stdout
     assert [reference for _, reference in asked(config, "answers_general.json")] == ["Paris", "Seven", "Mercury"]
     run_dir, said = Path(config.run.dir), "this run has finished before"
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
@@ -85,7 +88,7 @@ def test_a_finished_command_repeated_says_so(config: Config) -> None:
     assert again.returncode == 0, again.stderr
     assert said in again.stdout
     assert "loading" not in again.stdout
-    for part in ("2 steps", "handloop chat", "--lora.init_from", "--train.epochs", "--run.resume never"):
+    for part in ("2 steps", "handloop chat", "--lora.init_from", "--train.max_steps 4", "--run.resume never"):
         assert part in again.stdout
     after = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
     changed = {path.name for path in before.keys() | after.keys() if before.get(path) != after.get(path)}

@@ -77,6 +77,6 @@ def test_the_tiny_demo_learns_every_answer_and_stops(
     assert {a["question"] for a in held_out}.isdisjoint(a["question"] for a in answers)
     understood = sum(a["exact"] for a in held_out) / len(held_out)
     assert 0.4 < understood < 0.95
-    for part in ("before: 0 of", "wandb sync", "samples per step", "handloop compare"):
+    for part in ("before: 0 of", "handloop sync", "samples per step", "handloop compare"):
         assert part in outcome.stdout
     assert "Traceback" not in outcome.stdout + outcome.stderr

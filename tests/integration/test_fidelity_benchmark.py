@@ -16,7 +16,7 @@ from benchmarks import fidelity
 from benchmarks.fidelity_layer import SHARES, layer
 from benchmarks.fidelity_picture import LOWEST, smooth
 from benchmarks.fidelity_runs import Setting
-from benchmarks.fidelity_trace import Trace, distances, flat, unflattened
+from benchmarks.fidelity_trace import Recorder, Trace, distances, flat, unflattened
 from train.run.exits import ExitCode, ExitWith
 
 Call = Callable[..., dict[str, Any]]
@@ -88,6 +88,66 @@ def test_rows_of_earlier_calls_stay_and_a_failing_peer_ends_nothing(
     assert "trl: not installed (not_a_package), left out" in said
     assert "unsloth on base none ended with 1" in said
     assert "ModuleNotFoundError: No module named 'unsloth'" in said
+
+
+def test_kept_runs_of_fp32_are_taken_where_all_is_the_same(
+    call: Call, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is compared with them has the same numbers; another seed, other steps and other weights are run anew."""
+    ran, original = [], fidelity.our_traces
+
+    def our_traces(job: Any, system: str, settings: Any) -> Any:
+        ran.extend((system, setting.seed) for setting in settings)
+        return original(job, system, settings)
+
+    def same(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+    monkeypatch.setattr(fidelity, "our_traces", our_traces)
+    words = ["--systems", "fused", "--keep", str(tmp_path / "kept"), "--seeds"]
+    first = call(*words, "0")["rows"]
+    (tmp_path / "fidelity.json").unlink()
+    ran.clear()
+    again = call(*words, "0")["rows"]
+    assert ran == [("fused", 0)]
+    assert same(again) == same(first)
+    assert again[0]["seconds"] == first[0]["seconds"]  # fp32's own
+    call(*words, "1", "0")
+    assert ran[1:] == [("fp32", 1), ("fused", 1), ("fused", 0)]
+    ran.clear()
+    assert "made anew" not in capsys.readouterr().out
+    call(*words, "0", "--steps", "1")
+    assert "fp32-none-0.001-0.safetensors was made with another steps: made anew" in capsys.readouterr().out
+    other = tmp_path / "base"
+    shutil.copytree(base, other)
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base), dtype=torch.bfloat16).save_pretrained(other)
+    call(*words, "0", "--steps", "1", "--model", str(other))
+    assert "was made with another base_sha256: made anew" in capsys.readouterr().out
+    assert ran == [("fp32", 0), ("fused", 0)] * 2
+
+
+def test_a_recorder_keeps_what_parameters_were() -> None:
+    """In the order of their names, in fp32, whatever becomes of them; a gradient that is none is zeros."""
+    parameters = {
+        name: torch.nn.Parameter(torch.full((2, 1), value).bfloat16()) for name, value in (("b", 1.0), ("a", 2.0))
+    }
+    record = Recorder(parameters, 1)
+    record.note_adapters()
+    parameters["a"].grad = torch.full((2, 1), 7.0).bfloat16()
+    record.note_gradient()
+    with torch.no_grad():
+        parameters["b"].add_(2)
+    record.note_adapters()
+    record.losses += [1.0, 2.0]
+    found = record.trace()
+    assert found.adapters.tolist() == [[2, 2, 1, 1], [2, 2, 3, 3]]
+    assert found.gradients.tolist() == [[7, 7, 0, 0]]
+    assert (found.adapters.dtype, found.gradients.dtype, found.losses.tolist()) == (
+        torch.float32,
+        torch.float32,
+        [1, 2],
+    )
 
 
 def test_more_steps_than_rows_are_refused(call: Call) -> None:

@@ -88,7 +88,7 @@ def test_what_does_not_fit_is_78(config: Config, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--gpu", "huge"), "write a size such as 4GiB, or one of H200"),
+        (("--gpu", "huge"), "write a size such as 4GiB, or one of B200"),
         (("--gpu", "0GiB"), "CUDA itself takes 0.45 GiB of a GPU"),
         (("--gpu", "T4", "--model.dtype", "bf16"), "compute capability 7.5 has no bf16"),
         (("--gpu", "T4", "--probe"), "a probe runs on the GPU that is here"),

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import public, scaling_table
+from benchmarks import public, scaling, scaling_table
 from benchmarks.public import OF_MLPERF, Workload
 
 Call = Callable[..., str]
@@ -92,6 +92,39 @@ def test_the_picture_has_lines_and_points(call: Call, results: Path) -> None:
     assert "packed, H200: 1.0 on 1, 1.9 on 2" in [each.text for each in root.iter("{http://www.w3.org/2000/svg}text")]
     with pytest.raises(SystemExit, match="--predict packed"):
         scaling_table.picture({})
+
+
+def test_further_options_have_rows_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, shape: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """Sharded weights do not replace the replicas' rows; the table finds both, and all that the project's file has."""
+    speeds = iter((1000.0, 900.0, 800.0, 1100.0))
+    monkeypatch.setattr(scaling, "measured", lambda *_: {"tokens_per_second": next(speeds)})
+    monkeypatch.setattr(scaling, "imbalance", lambda *_: {})
+    monkeypatch.setattr(scaling, "line", lambda *_: "")
+    out = tmp_path / "scaling.json"
+    words = [
+        "--workloads",
+        "packed",
+        "--processes",
+        "1",
+        "--shape",
+        str(shape),
+        "--data",
+        str(pairs),
+        "--out",
+        str(out),
+    ]
+    words += ["--warmup", "0", "--steps", "1"]
+    for further in ([], ["--", *scaling.SHARD], ["--", "--optim.lr", "8"], []):
+        monkeypatch.setattr(sys, "argv", ["scaling", *words, *further])
+        scaling.main()
+    found = {name: each["rows"][0]["tokens_per_second"] for name, each in json.loads(out.read_text()).items()}
+    assert found == {"packed": 1100.0, "packed, sharded": 900.0, "packed, --optim.lr 8": 800.0}
+    assert {"packed", "packed, sharded"} < {scaling_table.key_of(name) for name in scaling_table.NAMES}
+    assert json.loads(scaling.RESULTS.read_text()).keys() <= {
+        scaling_table.key_of(name) for name in scaling_table.NAMES
+    }
 
 
 @pytest.mark.slow

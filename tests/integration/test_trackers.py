@@ -22,7 +22,7 @@ def test_without_a_key_it_records_offline_and_says_how_to_sync(config: Config, t
     keyless = {"WANDB_API_KEY": "", "NETRC": str(tmp_path / "no-netrc"), "HOME": str(tmp_path), "WANDB_MODE": ""}
     outcome = run_command(arguments(watched(config, tmp_path / "with")), **keyless)
     assert outcome.returncode == 0, outcome.stderr
-    assert "wandb sync" in outcome.stdout
+    assert "handloop sync" in outcome.stdout
     records = list((tmp_path / "with" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(records) == 1
     content = records[0].read_bytes()

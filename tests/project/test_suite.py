@@ -19,7 +19,13 @@ def test_the_quick_tier_is_a_part_of_the_whole() -> None:
 
 
 # Tests of what no single module has.
-ACROSS_MODULES = {"test_loss_scale", "test_security", "test_chosen_plans", "test_refusals", "test_scripts"}
+ACROSS_MODULES = {
+    "test_loss_scale",
+    "test_security",
+    "test_chosen_plans",
+    "test_refusals",
+    "test_scripts",
+}
 
 
 def test_unit_tests_mirror_the_tree() -> None:

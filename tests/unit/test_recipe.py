@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from train.config import BatchConfig, Config, TrainConfig, ValidateConfig
 from train.profiles import PROFILES, data_alone
-from train.recipe import forgot, recipe_warnings, taught_little
+from train.recipe import decided, forgot, longer, recipe_warnings, taught_little
 
 
 def recipe(epochs: int = 3, max_steps: int = 0, accumulation: int = 1) -> Config:
@@ -51,6 +51,39 @@ def test_a_short_run_that_taught_little() -> None:
     assert "--train.epochs 16 --run.resume never" in said
     assert "more data" in taught_little(0, 2, 20, 20)
     assert taught_little(12, 24, 39, 3) == taught_little(0, 24, 200, 3) == ""
+
+
+def run_of(words: str, steps_per_epoch: int) -> int:
+    """The steps of the run that the options in a piece of advice make."""
+    (epochs,) = re.findall(r"--train\.epochs (\d+)", words)
+    most = [int(number) for number in re.findall(r"--train\.max_steps (\d+) --", words)]
+    return min(most[-1] if most and most[-1] else 10**9, int(epochs) * steps_per_epoch)
+
+
+def test_advice_where_the_steps_were_limited() -> None:
+    """A limit of steps that would cap the longer run as well is lifted by the advice, at the start and at the end."""
+    for steps, epochs, most in ((4, 4 / 16, 4), (6, 0.375, 6), (48, 3, 60)):
+        said = taught_little(0, 24, steps, epochs, most)
+        assert "--train.max_steps 0 --train.epochs 13 --run.resume never" in said
+        assert run_of(said, 16) == 13 * 16
+        assert (f"--train.max_steps {most} was the limit" in said) == (steps == most)
+    said = taught_little(0, 2, 4, 4, 4)
+    assert "--train.max_steps 4 was the limit: more data does, without that limit" in said
+    assert "max_steps" not in taught_little(0, 24, 48, 3, 500)
+    (said,) = recipe_warnings(recipe(epochs=3, max_steps=60), 600, 16, 48, 0)
+    assert "--train.max_steps 0 --train.epochs 13 makes 208" in said
+    assert longer(recipe(3, 4).train, 16) == "--train.max_steps 8"
+    assert longer(recipe(3, 60).train, 16) == "--train.max_steps 0 --train.epochs 6"
+    assert longer(recipe(3).train, 16) == longer(recipe(3, 96).train, 16) == "--train.epochs 6"
+
+
+def test_which_limit_decided_is_said() -> None:
+    """Of two limits the smaller one, with what lets the other decide; nothing where there is one alone."""
+    assert decided(recipe(3).train, 16) == ""
+    assert decided(recipe(3, 4).train, 16) == "by --train.max_steps 4, which comes before the 48 of --train.epochs 3"
+    said = decided(recipe(3, 60).train, 16)
+    assert said.startswith("by --train.epochs 3, which comes before --train.max_steps 60; --train.epochs 4 ")
+    assert "both" in decided(recipe(3, 48).train, 16)
 
 
 def test_a_base_that_forgot() -> None:

@@ -9,7 +9,7 @@ import torch
 from train.batching import LengthStatistics
 from train.commands.reference_choices import not_predicted
 from train.config import Config, parse_bytes
-from train.engine.plan import Plan
+from train.engine.plan import Plan, unshared
 from train.memory.candidate import Job
 from train.memory.cluster import NETWORK_GBITS, Cluster, peer_bytes, reduction_seconds, ring_rate, sent_bytes
 from train.memory.gpus import CONTEXT_BYTES, KNOWN_GPUS, Gpu, detect_gpu, gpus_like, gpus_of_size, named_gpu
@@ -71,6 +71,7 @@ class Forecast:
     fits: bool
     advice: str  # what would fit; empty where the plan does
     between: Between  # what goes between its GPUs
+    notes: tuple[str, ...] = ()  # what a run there may come upon
     step_seconds: float | None = None  # None: as tokens_per_second
     seconds: float | None = None  # of the whole run's steps; None: they, or the speed, are not known
 
@@ -104,6 +105,7 @@ class Forecast:
             "parts_gib": {name: round(num_bytes / GIB, 4) for name, num_bytes in self.plan.parts},
             "host_gib": round(self.plan.host_bytes / GIB, 3),
             "advice": self.advice,
+            "notes": list(self.notes),
             "cards_of_this_size": [] if self.is_card else [gpu.name for gpu in gpus_of_size(self.gpu.memory_bytes)],
             "plan": {key: value for key, value in asdict(self.plan).items() if key != "parts"},
         }
@@ -183,9 +185,21 @@ def forecast(config: Config, gpu: Gpu, rows: LengthStatistics, num_steps: float 
         fits=fits,
         advice="" if fits else outlook.remedies(plan),
         between=between,
+        notes=_notes(config, gpu, plan),
         step_seconds=seconds if has_rates else None,
         seconds=num_steps * seconds if has_rates and num_steps is not None else None,
     )
+
+
+def _notes(config: Config, gpu: Gpu, plan: Plan) -> tuple[str, ...]:
+    """What of the GPU and the plan a user should know before renting so many."""
+    notes = [unshared(plan, config.memory)]
+    if config.memory.shard and gpu.no_peers:
+        way = "where they cannot, a run with memory.shard is refused (78); without it weights are streamed as needed"
+        notes.append(f"{gpu.no_peers}: {way}")
+    if gpu.is_untried:
+        notes.append(f"{gpu.name} is of the Blackwell generation, on which nothing here was ever tried")
+    return tuple(filter(None, notes))
 
 
 def forecast_known_gpus(

@@ -21,6 +21,7 @@ def print_forecast(found: Forecast, console: Console) -> None:
     table.add_row("predicted peak", f"{found.plan.peak_bytes / GIB:.3f}", style="bold")
     console.print(table)
     lines = [*_needs(found), *(_between(found) if found.cluster.num_processes > 1 else []), *_speed(found)]
+    lines += [f"note      {note}" for note in found.notes]
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -113,3 +114,5 @@ def print_known_gpus(found: Sequence[Forecast], console: Console) -> None:
             cells += (time_of(each.seconds),) if each.seconds is not None else ()
         table.add_row(each.gpu.name, f"{each.budget / GIB:.1f}", f"{each.plan.peak_bytes / GIB:.2f}", *cells)
     console.print(table)
+    if untried := [each.gpu.name for each in found if each.gpu.is_untried]:
+        console.print(f"nothing was ever tried on Blackwell: {', '.join(untried)}", highlight=False, soft_wrap=True)

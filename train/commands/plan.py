@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from train.commands.options import Options, positive_number, print_document
 from train.config import Config
+from train.profiles import for_card
 from train.run.exits import ExitCode, ExitWith
 
 DEFAULT_STEPS = 5
@@ -17,7 +18,7 @@ def main(words: list[str]) -> int:
     """Prints what a run needs and how fast it would be; returns 78 where it does not fit."""
     own = _options()
     options, rest = own.parse_known_args(words)
-    config = own.config(rest)
+    config = own.config([*_chosen_profile(options, rest), *rest])
     _check(options, config)
     # imported here because it takes seconds, for which --help and a misspelt option should not wait
     from train.layout import arranged
@@ -31,6 +32,20 @@ def main(words: list[str]) -> int:
     if options.probe:
         return _probe(options, config, options.mean_length or config.data.max_length)
     return _forecast(options, config)
+
+
+def _chosen_profile(options: argparse.Namespace, rest: list[str]) -> list[str]:
+    """A profile by the memory of the GPU that is named, where none is given; it is said which."""
+    names = {word.lstrip("-").partition("=")[0] for word in rest if word.startswith("-")}
+    if options.gpu is None or {"profile", "h", "help"} & names:
+        return []
+    from train.commands.forecast import parse_gpu
+
+    gpu = parse_gpu(options.gpu)
+    name = for_card(gpu.memory_bytes, options.gpus * options.nodes)
+    said = f"profile   {name}, by the memory of {gpu.name}, since none is given; --profile NAME takes another recipe"
+    print(said, file=sys.stderr if options.json else sys.stdout)
+    return ["--profile", name]
 
 
 def _options() -> Options:

@@ -20,6 +20,7 @@ from train.layout import BatchLayout
 from train.memory.cluster import Cluster
 from train.models.tokenizer import load_tokenizer
 from train.profiles import GLOSSARY, HELD_OUT
+from train.recipe import decided
 from train.run.exits import ExitWith
 
 # Bytes of data that are tokenised for a plan: about a quarter of a minute on two cores. Prepared data may have any size
@@ -100,15 +101,14 @@ def _counted(config: Config, splits: Splits, pad_token_id: int, cluster: Cluster
     validated = max(splits.validation.samples["num_tokens"][:]) if splits.validation else 0
     found = Counted.of(config, splits, data)
     epochs = f"{config.train.epochs} epochs" if config.train.epochs > 1 else "1 epoch"
-    stop = f", of which train.max_steps lets {config.train.max_steps:,} be made" if config.train.max_steps else ""
+    limit = decided(config.train, found.steps_per_epoch) or epochs
     is_several = config.profile == "multi_gpu" and not config.batch.samples and cluster.num_processes == 1
     several = "; with N GPUs a step has N times the samples" if is_several else ""
     said = (
         f"data      {_named(config.data.path)}: {found.num_records:,} rows, {found.num_samples:,} samples of "
         f"{found.mean_length:,.0f} tokens on average, {found.longest:,} at most; {found.tokens_per_epoch:,} tokens an "
         f"epoch, {found.supervised_tokens_per_epoch:,} of them trained",
-        f"steps     {found.steps_per_epoch:,} an epoch on {cluster}, "
-        f"{found.total_steps:,} in all ({epochs}{stop}){several}",
+        f"steps     {found.steps_per_epoch:,} an epoch on {cluster}, {found.total_steps:,} in all ({limit}){several}",
     )
     return PlannedRows(replace(data.length_statistics(), longest_validation=validated), found, said)
 

@@ -14,7 +14,7 @@ from train.data import TrainingData
 from train.layout import BatchLayout
 from train.memory.outlook import GIB
 from train.memory.reference import ReferencePlan, engine_lines
-from train.run.accelerator import check_machine, start_accelerator
+from train.run.accelerator import check_training, start_accelerator
 from train.step import Training, optimizer_step
 
 # Steps before the measured ones: warm-up, and where lengths differ kernels are chosen for each of them
@@ -28,7 +28,7 @@ def probe(config: Config, mean_length: int, num_steps: int) -> dict[str, Any]:
     allocated, or with CUDA graphs what is reserved, since the memory of a captured graph counts as free.
     """
     config = replace(config, model=replace(config.model, random_init=True), run=replace(config.run, device="cuda"))
-    check_machine(config)
+    check_training(config)
     accelerator = start_accelerator(config)
     rows = _random_rows(config, mean_length)
     data = TrainingData(rows, config, BatchLayout.of(config.batch, accelerator), pad_token_id=0)

@@ -17,10 +17,12 @@ import torch
 from train.collate import MicroBatch
 from train.engine.attention import Attend
 from train.engine.context import ForwardContext
+from train.engine.copies import HostMemoryError
 from train.engine.graph_shapes import Shape, serving
 from train.engine.plan import padded
 from train.engine.stack import Saved, Stack
 from train.engine.weight_store import WeightStore
+from train.run.devices import out_of_memory_line
 
 MAX_GRAPHS = 32  # about 10 MB each; later shapes use a larger graph, since a capture costs several steps
 
@@ -272,9 +274,11 @@ def no_collection() -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether it is an OutOfMemoryError or follows one: a capture that ran out of memory fails again at its end."""
+    """Whether it tells of GPU memory or follows such an error: a capture that ran out of it fails again at its end."""
     while error is not None:
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, HostMemoryError):  # another plan may need more of it
+            return False
+        if isinstance(error, RuntimeError) and (isinstance(error, torch.OutOfMemoryError) or out_of_memory_line(error)):
             return True
         error = error.__context__
     return False

@@ -79,6 +79,23 @@ class Plan:
         return text + (f", {self.host_bytes / 2**30:.1f} GiB of host memory" if self.host_bytes else "")
 
 
+def unshared(plan: Plan, memory: MemoryConfig) -> str:
+    """Why memory.shard shares nothing out, and what makes it; empty where it does, or is not asked for."""
+    if plan.num_shards == 1 or len(plan.streamed) < plan.num_blocks:
+        return ""
+    if memory.offload == "stream":
+        return "memory.shard shares nothing out, as --memory.offload stream streams all blocks; leave one of them out"
+    if plan.needs_host:
+        return (
+            "memory.shard shares nothing out: parts of all blocks do not fit on the GPUs, and streaming all is "
+            "predicted to be as fast as sharing some out"
+        )
+    return (
+        "memory.shard shares nothing out: streaming all blocks is predicted to be faster; --memory.offload none shares "
+        "them out all the same"
+    )
+
+
 def padded(tokens: int) -> int:
     """Tokens of a micro-batch of `tokens` when it runs as a CUDA graph."""
     return -(-tokens // GRAPH_STEP) * GRAPH_STEP

@@ -1,6 +1,6 @@
 """What a plan is searched for, and one combination of what can be chosen."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from train.batching import LengthStatistics
 from train.config import BatchConfig
@@ -48,6 +48,10 @@ class Job:
     def has_triton(self) -> bool:
         """Whether our Triton kernels run; true for a CPU too, since no memory is planned for one."""
         return self.gpu.capability >= TRITON or not self.gpu.memory_bytes
+
+    def with_sizes(self, sizes: ModelSizes) -> "Job":
+        """The same of a kind of blocks; the job itself where they are all of one, which is asked a million times."""
+        return self if sizes is self.sizes else replace(self, sizes=sizes)
 
     def num_samples(self, tokens: int) -> int:
         """Samples in a micro-batch of `tokens` that memory is counted for."""

@@ -19,7 +19,10 @@ LINK = 250e9  # bytes/s over NVLink from one GPU to another; the plan needs a hu
 # Bytes/s that all GPUs of a machine read from its memory together, each over a bus of its own. An estimate: eight
 # channels of DDR4-3200, as a socket has, do 205 by datasheet, of DDR5-4800 307; two sockets more, from either's memory
 HOST_BANDWIDTH = 200e9
-NVLINK = ("H200", "H100", "A100-80", "A100-40")  # of the table's, as machines with several have them
+NVLINK = ("B200", "H200", "H100", "A100-80", "A100-40")  # of the table's, as machines with several have them
+BLACKWELL = (10, 0)
+VARIANTS = {"TI", "SUPER", "D"}  # words of cards that compute otherwise than those named without
+BRIDGED = ("RTX-3090",)  # of GeForce cards, those that an NVLink bridge may join
 MEASURED_SHARE = 0.85  # of the best of five short measurements, as what a long run sustains
 
 
@@ -43,6 +46,24 @@ class Gpu:
     def link(self) -> float:
         """Bytes/s that it reads from other GPUs' memory."""
         return LINK if self.has_nvlink else self.bus
+
+    @property
+    def no_peers(self) -> str:
+        """Why GPUs of this name cannot read each other's memory, as far as is known; empty where they may.
+
+        From the RTX 30 on GeForce drivers offer it over NVLink alone (accelerate's check_cuda_p2p_ib_support, NVIDIA's
+        nccl#1127 and #1637); patched drivers and other cards are not judged, cudaDeviceCanAccessPeer knows.
+        """
+        if not re.match(r"RTX-[345]0\d\d", self.name):
+            return ""
+        if self.name in BRIDGED:
+            return f"GeForce drivers let {self.name} cards read each other's memory over an NVLink bridge alone"
+        return f"GeForce drivers give {self.name} cards no access to each other's memory"
+
+    @property
+    def is_untried(self) -> bool:
+        """Whether nothing of this project ever ran on a GPU of its generation."""
+        return self.capability >= BLACKWELL
 
     @property
     def usable_bytes(self) -> int:
@@ -84,9 +105,12 @@ def _gpu(
 # GeForce cards add in fp32 at half the rate of their datasheets' first figure (RTX 3090: 71, not 142), A10 and L40S do
 # not. Sources: NVIDIA's datasheets of H100 (PCIe: 756 TFLOP/s, 51 in fp32, 2,000 GB/s, 350 W; SXM: 989, 67, 3,350),
 # A100 (2,039 and 1,555 GB/s), A10 (600), L4 (300), L40S (864), T4 (320), and the GA102 and AD102 architecture papers
-# (RTX 3090: 936 GB/s, RTX 4090: 165 and 1,008). The bus is PCIe 5, 4 or 3 with 16 lanes (RTX 3050: 8), less a sixth
-# to a quarter. A name that holds another's words comes before it.
+# (RTX 3090: 936 GB/s, RTX 3080: 59.5 and 760, RTX 4090: 165 and 1,008, RTX 4080: 97.5 and 717, RTX 4070 Ti: 80 and
+# 504), RTX A6000 (155 and 768), V100 (of its SXM2 card; 900), Blackwell's (RTX 5090: 209.5 and 1,792, RTX 5080: 112.6
+# and 960; DGX B200: 8 times 2,250, 75 in fp32, 8,000). Nothing ran on Blackwell. The bus is PCIe 5, 4 or 3 with 16
+# lanes (RTX 3050: 8), less a sixth to a quarter. A name that holds another's words comes before it.
 KNOWN_GPUS = [
+    _gpu("B200", 178.0, (10, 0), 2250, (1575, 52, 6800, 54)),
     _gpu("H200", 140.0, (9, 0), 989, (715, 47, 4300, 54)),
     _gpu("H100-PCIe", 79.2, (9, 0), 756, (529, 36, 1700, 54)),
     _gpu("H100", 79.2, (9, 0), 989, (745, 47, 3000, 54)),
@@ -95,10 +119,18 @@ KNOWN_GPUS = [
     _gpu("L40S", 44.4, (8, 9), 362, (250, 64, 730, 24)),
     _gpu("L4", 22.0, (8, 9), 121, (60, 21, 255, 24)),
     _gpu("A10", 22.0, (8, 6), 125, (65, 16, 510, 24)),
+    _gpu("RTX-A6000", 47.4, (8, 6), 155, (108, 27, 653, 24)),
+    _gpu("RTX-5090", 31.4, (12, 0), 209.5, (147, 73, 1523, 54)),
+    _gpu("RTX-5080", 15.5, (12, 0), 112.6, (79, 39, 816, 54)),
     _gpu("RTX-4090", 23.6, (8, 9), 165, (115, 58, 857, 24)),
+    _gpu("RTX-4080", 15.7, (8, 9), 97.5, (68, 34, 609, 24)),
+    _gpu("RTX-4070-Ti", 11.7, (8, 9), 80, (56, 28, 428, 24)),
     _gpu("RTX-3090", 23.6, (8, 6), 71, (50, 25, 795, 24)),
+    _gpu("RTX-3080", 9.7, (8, 6), 59.5, (42, 21, 646, 24)),
     _gpu("RTX-3060", 11.8, (8, 6), 25.5, (18, 9, 306, 24)),
     _gpu("RTX-3050-4GB", 3.8, (8, 6), 17, (12, 4, 163, 12)),  # its peak is estimated from the sustained rate
+    _gpu("V100-32", 31.7, (7, 0), 125, (88, 11, 765, 12)),
+    _gpu("V100-16", 15.7, (7, 0), 125, (88, 11, 765, 12)),
     _gpu("T4", 14.6, (7, 5), 65, (25, 5.7, 272, 12)),
     _gpu("GTX-1650", 3.8, (7, 5), 6, (4, 2, 109, 12)),
     _gpu("GTX-1050-Ti", 3.9, (6, 1), 2.1, (1.5, 1.5, 95, 12)),
@@ -108,14 +140,16 @@ KNOWN_GPUS = [
 def known_gpu(name: str) -> Gpu | None:
     """The GPU of this name, as people write it (`a100-80`) or the driver does (`NVIDIA A100-SXM4-80GB`), or None.
 
-    MIG slices of a GPU and laptop GPUs are not known: they are slower than their names say.
+    MIG slices of a GPU and laptop GPUs are not known: they are slower than their names say. Nor is a card's variant.
     """
     words = name.upper().replace("-", " ").replace("_", " ").split()
     if {"MIG", "LAPTOP", "MAX", "MOBILE"} & set(words):
         return None
     for gpu in KNOWN_GPUS:
         parts = gpu.name.upper().split("-")
-        if all(any(part == word or (part.isdigit() and word == f"{part}GB") for word in words) for part in parts):
+        if VARIANTS & set(words) <= set(parts) and all(
+            any(part == word or (part.isdigit() and word == f"{part}GB") for word in words) for part in parts
+        ):
             return gpu
     return None
 

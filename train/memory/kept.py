@@ -1,7 +1,6 @@
 """What a block keeps of a token for its backward pass; letters as in cost.py."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from train.engine.split_attention import num_repeats
 from train.memory.candidate import Candidate, Job
@@ -14,7 +13,7 @@ MIN_HEAD_SIZE = 64  # elements of an attention head, at least
 def kept_of(job: Job, c: Candidate, numbers: Sequence[int]) -> int:
     """What these blocks keep."""
     s, num_linear = job.sizes, job.sizes.num_linear(numbers)
-    bytes_per_token = sum(count * _kept_per_token(replace(job, sizes=kind), c) for count, kind in s.by_kind(numbers))
+    bytes_per_token = sum(count * _kept_per_token(job.with_sizes(kind), c) for count, kind in s.by_kind(numbers))
     if s.linear:  # two norms' rstd in fp32
         width = s.linear.kept(s.hidden, s.padded_rank) + gate_up_kept(job, c)
         bytes_per_token += num_linear * (s.element_bytes * width + 2 * FP32_BYTES)

@@ -132,7 +132,11 @@ class Planner:
         if wanted == "auto":
             if room is None:
                 return blocks
-            return _largest(1, blocks, lambda count: cost.peak(self.job, replace(candidate, num_kept=count)) <= room)
+
+            def fits(count: int) -> bool:
+                return cost.peak(self.job, replace(candidate, num_kept=count)) <= room
+
+            return _largest(1, blocks, fits) if fits(1) else 1  # most of what is tried does not fit at all
         if wanted == "full":
             return 1
         return blocks if wanted == "none" else max(1, blocks - int(wanted))

@@ -4,8 +4,6 @@ Of one block and a micro-batch of mean length, in each direction, the slowest de
 that launches its kernels, or the bus that brings weights and block inputs. Rates are the GPU's sustained ones.
 """
 
-from dataclasses import replace
-
 from train.memory.candidate import Candidate, Job
 from train.memory.kept import exchanged_width
 
@@ -43,7 +41,7 @@ STREAMING_SLOWDOWN, OFFLOADING_SLOWDOWN = 0.02, 0.01
 def step_seconds(job: Job, c: Candidate) -> float:
     """All micro-batches of a step: every block forward and backward, and the head."""
     kinds = [(len(kind.numbers), kind.sizes) for kind in job.sizes.kinds] or [(job.sizes.num_blocks, job.sizes)]
-    blocks = sum(count * block_seconds(replace(job, sizes=sizes), c) for count, sizes in kinds)
+    blocks = sum(count * block_seconds(job.with_sizes(sizes), c) for count, sizes in kinds)
     return c.num_micro_batches * (blocks * slowdown(job, c) + head(job, c)) + update(job)
 
 

@@ -34,7 +34,7 @@ from train.models.shape import text_shape
 from train.models.text_part import names_of
 from train.models.vocabulary import trains_embedding
 from train.models.whole import WHOLE, WholeModel, train_whole, trained_weights
-from train.run.devices import compute_type
+from train.run.devices import NO_GPU, NO_GPU_FOR_FP8, compute_type
 from train.run.exits import ExitCode, ExitWith
 from train.seeds import derived_seed
 
@@ -229,14 +229,14 @@ def choose_engine(sketched: peft.PeftModel | WholeModel, config: Config, device:
     if config.engine.products == "fp8":
         reason = reason or not_in_fp8(causal_lm)
         if not reason and config.engine.kind == "auto" and device.type != "cuda":
-            reason = "there is no GPU; --engine.kind fused multiplies the same numbers in fp32 here, slowly"
+            reason = NO_GPU_FOR_FP8
         if reason:
             raise ExitWith(ExitCode.BAD_INPUT, f"--engine.products fp8: {reason}; or leave it out")
     streams = config.memory.offload == "stream"
     if reason and streams:
         raise ExitWith(ExitCode.BAD_INPUT, f"--memory.offload stream: only the fused engine streams, and {reason}")
     if not reason and config.engine.kind == "auto" and device.type != "cuda" and not streams and count == 1:
-        reason = "no GPU; --engine.kind fused runs it here as well"
+        reason = NO_GPU
     return not reason, reason
 
 

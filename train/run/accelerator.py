@@ -35,12 +35,41 @@ def check_machine(config: Config) -> None:
             "Check nvidia-smi, and that this torch is a CUDA build. Without a GPU, use --profile demo, "
             "or --run.device cpu with a small --model.name_or_path",
         )
-    if config.run.device != "cpu" and torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
-        # the GPU that accelerate will give to this process
-        gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    if (gpu := _gpu_of(config)) is not None:
         devices.check_build(gpu)
         devices.check_bitsandbytes(bitsandbytes_options(config), gpu)
         devices.compute_type(config.model.dtype, gpu)
+
+
+def check_training(config: Config) -> None:
+    """Raises ExitWith(BAD_INPUT) if this machine does not fit the profile, or has not what training is to use."""
+    check_machine(config)
+    check_engine(config)
+
+
+def check_engine(config: Config) -> None:
+    """Raises ExitWith(BAD_INPUT) if what is asked of the fused engine is not to be had on this machine's devices.
+
+    What depends on the base as well is refused when it is known (language_model.choose_engine).
+    """
+    if (gpu := _gpu_of(config)) is not None:
+        return devices.check_products(config.engine.products, devices.capability(gpu))
+    if config.engine.kind != "auto":
+        return
+    reason, is_fused = "", config.memory.offload == "stream" or config.batch.context_parallel > 1
+    if config.engine.products == "fp8":
+        reason = f"engine.products fp8: {devices.NO_GPU_FOR_FP8}; or leave it out"
+    elif config.memory.shard and not is_fused and config.train.method == "lora":
+        reason = f"memory.shard: only the fused engine shards, and {devices.NO_GPU}; or leave it out"
+    if reason:
+        raise ExitWith(ExitCode.BAD_INPUT, f"--{reason}")
+
+
+def _gpu_of(config: Config) -> torch.device | None:
+    """The GPU that accelerate will give to this process; None: it will run on the CPU."""
+    if config.run.device == "cpu" or not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return None
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def bitsandbytes_options(config: Config) -> list[str]:

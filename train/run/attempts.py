@@ -4,24 +4,26 @@ config.json and plan.json are the last attempt's; attempts.jsonl has a line at e
 which is missing where the attempt was killed. Nothing here can end a run: what a full disk refuses is said once.
 """
 
+import fcntl
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from train.run.durable import write_atomically
+from train.run.environment import is_first_process
 from train.run.exits import ExitCode
 from train.run.folder import RunFolder
 from train.run.json_lines import append_line, last_step, read_lines
 from train.run.redact import redact
 
-# the ends that another process than the first may write down
-ENDED_BY_OTHERS = (ExitCode.PEER_FAILURE, ExitCode.DEFECT)
+LOCK_SECONDS = 2.0  # that an end waits for another process's, which takes milliseconds
 
 
 @dataclass(frozen=True)
@@ -61,16 +63,39 @@ class AttemptLog:
     def end(self, code: ExitCode, reason: str, **facts: float | str) -> None:
         """Writes the line of the end, if this attempt was begun, with the last step in metrics.jsonl.
 
-        A process that is left when the first has died ends the attempt that the first had begun.
+        Another process than the first ends the attempt that the first had begun, by what it alone knows. An attempt has
+        one end, whoever writes it; only a peer failure is followed by its cause, which counts then.
         """
-        if not self.number and code in ENDED_BY_OTHERS:
+        with self._alone():
+            self._end(code, reason, **facts)
+
+    def _end(self, code: ExitCode, reason: str, **facts: float | str) -> None:
+        if not self.number and not is_first_process():
             # one that was begun since this process started; an earlier one was killed long ago
             begun = [each for each in read_attempts(self.folder) if each.start.get("time", "") >= self.created]
-            self.number = max((each.number for each in begun if each.end is None), default=0)
-        if self.number:
+            self.number = max((each.number for each in begun), default=0)
+        if self.number and self._is_open(code):
             step = max(self.from_step, last_step(self.folder.metrics))
             end = {"code": int(code), "name": code.name.lower(), "reason": reason, "last_step": step}
             self._append("end", {**end, **facts})
+
+    def _is_open(self, code: ExitCode) -> bool:
+        end = next((each.end for each in read_attempts(self.folder) if each.number == self.number), None)
+        return end is None or (end.get("code") == ExitCode.PEER_FAILURE != code)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While entered, no other process of the run ends the attempt; where files cannot be locked, one may.
+
+        So may one where another holds the lock for seconds, which is stopped then.
+        """
+        with ExitStack() as closing:
+            with suppress(OSError):
+                file = closing.enter_context(self.folder.attempts.open("r+b"))  # NFS locks what is open for writing
+                deadline = time.monotonic() + LOCK_SECONDS
+                while not _is_locked(file) and time.monotonic() < deadline:
+                    time.sleep(0.02)
+            yield
 
     def _write(self, path: Path, content: Mapping[str, Any]) -> None:
         if self.folder.is_foreign(path):
@@ -126,3 +151,12 @@ def plain(value: Any) -> Any:
 
 def _document(content: Mapping[str, Any]) -> str:
     return json.dumps(plain(content), indent=2, ensure_ascii=False) + "\n"
+
+
+def _is_locked(file: BinaryIO) -> bool:
+    """Locks the file for this process; whether no other has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -23,11 +23,25 @@ ALSO_FAST_FP16 = ((5, 3), (6, 0))
 BITSANDBYTES = (6, 0)
 CUDA_13 = (7, 5)  # lowest that torch's builds for CUDA 12.8 and later support; the build for 12.6 supports CUDA_12
 CUDA_12 = (5, 0)
+NO_GPU = "there is no GPU (--engine.kind fused runs it here as well)"
+NO_GPU_FOR_FP8 = "there is no GPU; --engine.kind fused multiplies the same numbers in fp32 here, slowly"
+# "CUDA error: out of memory", "Cuda failure 2 'out of memory'", "Failed to CUDA calloc async 608 bytes", "Failed to
+# CUDA host alloc 4096 bytes", and cuBLAS's and cuDNN's own
+NO_MEMORY = r"error: out of memory|'out of memory'|Failed to (?:CUDA )?(?:host )?[cm]?alloc|STATUS_ALLOC_FAILED"
 
 
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device; only this function asks torch for it."""
     return torch.cuda.get_device_capability(device)
+
+
+def out_of_memory_line(error: RuntimeError) -> str:
+    """The line of a message that tells of memory which CUDA, one of its libraries or NCCL did not get; else nothing.
+
+    torch raises OutOfMemoryError for what its allocator did not get. NCCL allocates beside it, and torch repeats what
+    it said last under `Last error:` (torch's getNcclErrorDetailStr, NCCL's checks.h and alloc.h).
+    """
+    return next((line.strip() for line in str(error).splitlines() if re.search(NO_MEMORY, line)), "")
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,14 @@ def _device_problem(config: Config) -> str:
 
 
 def _accelerate_problems(config: Config) -> Iterator[str]:
+    # what accelerate sets for several processes, of which it starts one where it was not given MPI's hosts
+    has_launcher = any(name in os.environ for name in ("WORLD_SIZE", *MPI_RANKS))
+    is_met = os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost", "::1")
+    if is_met and not has_launcher and os.environ.get("ACCELERATE_USE_CPU", "").lower() in TRUE:
+        yield (
+            "accelerate launch was asked for several processes on a CPU and starts one; torchrun --nproc_per_node 2 "
+            "train/main.py ... starts two, num_processes: 1 is for one (or unset MASTER_ADDR)"
+        )
     for each in REFUSED:
         value = os.environ.get(each.variable)
         if value is not None and value.lower() not in each.harmless:

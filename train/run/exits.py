@@ -28,3 +28,10 @@ class ExitWith(Exception):
         self.code = code
         self.reason = reason
         self.facts = facts
+
+
+class OutOfMemory(ExitWith):
+    """Ends this process, which alone knows why: the others, which have memory, only find it gone."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(ExitCode.BAD_INPUT, reason)

@@ -239,5 +239,6 @@ def run_facts(config: Config, data: TrainingData, accelerator: Accelerator) -> R
         device=count + device_name(accelerator.device).partition(",")[0],
         total_steps=data.total_steps(config.train),
         steps_per_epoch=data.steps_per_epoch,
+        max_steps=config.train.max_steps,
         is_whole=is_whole,
     )

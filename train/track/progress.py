@@ -27,6 +27,7 @@ class RunFacts:
     steps_per_epoch: int
     planned_gib: float = 0.0  # predicted peak of GPU memory; 0 where none is predicted
     uses_graphs: bool = False  # the prediction is then of reserved memory, else of allocated
+    max_steps: int = 0  # train.max_steps; 0: no such limit
     is_whole: bool = False  # the base itself is trained, without adapters
 
     def peak_gib(self, row: Row) -> float | None:

@@ -156,7 +156,7 @@ def _answers(facts: RunFacts, rows: Sequence[Row]) -> list[str]:
             lines += _by_path(kind.replace("_", "-"), asked)
             step = rows[-1]["step"]
             if kind == "trained" and asked:
-                warnings.append(taught_little(after, len(asked), step, facts.epochs(step)))
+                warnings.append(taught_little(after, len(asked), step, facts.epochs(step), facts.max_steps))
             elif kind == "general":
                 warnings.append(forgot(after, before, len(asked)))
     lines += [_line("warning", warning) for warning in warnings if warning]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -169,12 +170,11 @@ class WeightsAndBiases(Listener):
             self._send_artifact()
         if code == ExitCode.INTERRUPTED:
             self.run.mark_preempting()  # it will go on
-        record = self._record()
         self.run.finish(exit_code=code)
         if self.mode != "offline":
             return f"{self.name}: it took no tables ({self.lost_tables})" if self.lost_tables else ""
         why = f"could not be reached ({self.fallback}) and " if self.fallback else ""
-        return f"{self.name} {why}recorded offline; to upload it: wandb sync {record}"
+        return f"{self.name} {why}recorded offline; to upload it: handloop sync {shlex.quote(str(self.folder.path))}"
 
     def extra_seconds(self) -> float:
         """Those of the artifact, if there is one; and of an offline record, where the server has not answered yet.

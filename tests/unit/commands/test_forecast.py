@@ -52,6 +52,6 @@ def test_a_budget_is_what_cuda_leaves(config: Config, monkeypatch: pytest.Monkey
     assert parse_gpu("4GiB").usable_bytes == 4 * 2**30 - CONTEXT_BYTES
     assert parse_gpu("a100-40").name == "A100-40"
     with pytest.raises(
-        ExitWith, match=r"did you mean A100-80 or A100-40[?] write a size such as 4GiB, or one of H200, H100-PCIe"
+        ExitWith, match=r"did you mean A100-80 or A100-40[?] write a size such as 4GiB, or one of B200, H200, H100-PCIe"
     ):
         parse_gpu("A100")

@@ -102,8 +102,7 @@ def test_a_probe_s_json_is_all_that_is_printed(
         return {"seconds": 1}
 
     monkeypatch.setattr(probe, "probe", measured)
-    words = ["plan", "--profile", "4gb", "--model.name_or_path", str(tinyllama_1b), "--probe", "--json"]
-    assert main(words) == 0
+    assert main(["plan", "--profile", "4gb", "--model.name_or_path", str(tinyllama_1b), "--probe", "--json"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out) == {"seconds": 1}
     assert printed.err == "engine    fused\n"
@@ -116,9 +115,8 @@ BASE = ["--profile", "a100", "--model.name_or_path", str(DEMO / "base"), "--data
 def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file of 40 rows, of which three are held out, and an empty cache."""
     monkeypatch.setenv("HANDLOOP_CACHE", str(tmp_path / "cache"))
-    path = tmp_path / "rows.jsonl"
-    lines = Path(GLOSSARY).read_text(encoding="utf-8").splitlines(keepends=True)
-    path.write_text("".join(lines[:40]), encoding="utf-8")
+    path, text = tmp_path / "rows.jsonl", Path(GLOSSARY).read_text(encoding="utf-8")
+    path.write_text("".join(text.splitlines(keepends=True)[:40]), encoding="utf-8")
     return path
 
 

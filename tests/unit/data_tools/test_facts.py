@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.facts import CONTROL, MOJIBAKE, role_problem
+from data_tools.facts import CONTROL, MOJIBAKE, role_problem, turn_problem
+from data_tools.messages import Message
 from tests.unit.data_tools.rows import write
 from tests.unit.data_tools.test_audit import audit_of, found
 
@@ -65,3 +66,13 @@ def test_rows_with_other_flags_are_no_exact_repeats(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt"):
         (folder / name).write_text("A report.")
     assert audit_of(str(folder)).findings["duplicates"].places == [f"{folder / 'b.txt'} (like {folder / 'a.txt'})"]
+
+
+def test_a_call_without_a_result_is_named() -> None:
+    """By its id, else by its function; at the end of a conversation it is what was to be trained."""
+    named, nameless = (({**kind, "function": {"name": "look_up", "arguments": {}}},) for kind in ({"id": "call_7"}, {}))
+    user, answer, result = Message("user", "a"), Message("assistant", "b"), Message("tool", "c")
+    for calls, name in ((named, "call_7"), (nameless, "look_up")):
+        call = Message("assistant", "", tool_calls=calls)
+        assert turn_problem([user, call, answer]) == f"tool call {name} of turn 2 has no result"
+        assert turn_problem([user, call, result, answer]) == turn_problem([user, call]) == ""

@@ -1,5 +1,6 @@
 """What a template loses of a row is refused by name, and keys that it does not read are counted."""
 
+import re
 from typing import Any
 
 import pytest
@@ -48,12 +49,20 @@ LOST: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", LOST)
 def test_what_a_template_loses_is_refused(name: str) -> None:
-    """The message has the turn, the part and the ways out."""
+    """The message has the turn, the part and the ways out; data.leave_out with what takes it away, if anything does."""
     template, turns, fields, reason = LOST[name]
     with pytest.raises(ValueError, match=reason) as caught:
         rendered(template, *turns, **fields)
-    for way_out in ("--data.chat_template", "--data.leave_out", "--data.on_error skip"):
+    for way_out in ("--data.chat_template", "--data.on_error skip"):
         assert way_out in str(caught.value)
+    named = re.search(r"--data\.leave_out ([a-z ]+),", str(caught.value))
+    parts = ("reasoning", "system", "tools")
+    for value in [(part,) for part in parts] if named is None else [tuple(named[1].split())]:
+        try:
+            rendered(template, *turns, settings=RenderSettings(leave_out=value), **fields)
+            assert named
+        except ValueError:
+            assert named is None
 
 
 def test_content_that_depends_on_the_data_is_looked_at_row_by_row() -> None:

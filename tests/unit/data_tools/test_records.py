@@ -1,7 +1,9 @@
 """All problems in the data are reported together with file and line, and bad data leaves nothing in the cache."""
 
+import gzip
 import json
 import random
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -33,7 +35,7 @@ def settings(*paths: Path, data_format: str = "auto", max_length: int = 64) -> P
 
 
 BAD_ROWS = [
-    ('{"prompt": "a", "response": "b"', "not JSON: .* at column"),
+    ('{"prompt": "a", "response": "b"', "not JSON: .* at column 32"),
     ('["prompt", "response"]', "expected a JSON object, not list"),
     (
         '{"question": "a", "answer": "b"}',
@@ -165,6 +167,32 @@ def test_the_real_glossary_and_reports(tmp_path: Path) -> None:
     paths = [str(SHARED / "glossary" / "training_dataset.jsonl"), str(SHARED / "wildfire")]
     records = list(read_records(survey(paths, "auto").sources, tally))
     assert (len(records), tally.report.total) == (116, 0)
+
+
+UNREAD = {  # a file, its good rows' number aside, that cannot be read on from some place, which is named
+    "a.csv": (b'prompt,response\na,b\nc,"d\ne,f\n', "a.csv:3: not CSV"),
+    "latin.csv": (b"prompt,response\na,b\nc,\xe9\ne,f\n", "latin.csv:1: not UTF-8"),
+    "twice.csv": (b"prompt,response,response\na,b,c\n", "twice.csv:1: the column 'response' appears twice"),
+    "a.json": (b'[{"prompt": "a", "response": "b"}, {"prompt": "c", ', "a.json:2: not JSON"),
+    "joined.json": (b'[{"prompt": "a", "response": "b"}][{}]', "joined.json: something follows the array's end"),
+    "cut.jsonl.gz": (gzip.compress(b'{"prompt": "a", "response": "b"}\n' * 9)[:-9], "cannot be decompressed after"),
+    "a.parquet": (b"PAR1", "a.parquet: not Parquet"),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_the_rest_of_a_file_is_no_bad_record(name: str, tokenizer, tmp_path: Path) -> None:
+    """on_error skip leaves out records: where a file cannot be read on, nobody knows how many those are."""
+    content, said = UNREAD[name]
+    good, other = tmp_path / "good.jsonl", tmp_path / name
+    good.write_text(json.dumps({"prompt": "a", "response": "b"}))
+    other.write_bytes(content)
+    for on_error in ("skip", "stop"):
+        both = replace(settings(good, other), on_error=on_error)
+        with pytest.raises(DataError, match=re.escape(said)) as error:
+            prepare(both, tokenizer)
+        assert ("were not read to their end" in str(error.value)) == (on_error == "skip")
+        assert "on_error skip" not in str(error.value)
 
 
 def test_bad_records_can_be_skipped_and_are_named(tokenizer, tmp_path: Path) -> None:

@@ -25,6 +25,15 @@ NAMES = {
     "NVIDIA L40S": ("L40S", 362),
     "NVIDIA L4": ("L4", 121),
     "NVIDIA A10": ("A10", 125),
+    "NVIDIA B200": ("B200", 2250),
+    "NVIDIA RTX A6000": ("RTX-A6000", 155),
+    "NVIDIA GeForce RTX 5090": ("RTX-5090", 209.5),
+    "NVIDIA GeForce RTX 5080": ("RTX-5080", 112.6),
+    "NVIDIA GeForce RTX 4080": ("RTX-4080", 97.5),
+    "NVIDIA GeForce RTX 4070 Ti": ("RTX-4070-Ti", 80),
+    "NVIDIA GeForce RTX 3080": ("RTX-3080", 59.5),
+    "Tesla V100-SXM2-16GB": ("V100-16", 125),
+    "Tesla V100-PCIE-32GB": ("V100-32", 125),
     "NVIDIA GeForce RTX 4090": ("RTX-4090", 165),
     "NVIDIA GeForce RTX 3090": ("RTX-3090", 71),
     "NVIDIA GeForce RTX 3060": ("RTX-3060", 25.5),
@@ -43,7 +52,12 @@ UNKNOWN = (
     "NVIDIA GeForce GTX 1650 with Max-Q Design",
     "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
     "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
-    "Tesla V100-SXM2-16GB",
+    "Tesla V100",  # of which size is not said
+    "NVIDIA GeForce RTX 3060 Ti",
+    "NVIDIA GeForce RTX 4070 Ti SUPER",
+    "NVIDIA GeForce RTX 4080 SUPER",
+    "NVIDIA GeForce RTX 4090 D",
+    "NVIDIA RTX 6000 Ada Generation",
     "4GiB",
 )
 
@@ -73,6 +87,10 @@ TYPED = {
     "H100 SXM": "H100",
     "1050ti": "GTX-1050-Ti",
     "teslat4": "T4",
+    "4070ti": "RTX-4070-Ti",
+    "a6000": "RTX-A6000",
+    "V100 16GB": "V100-16",
+    "5090": "RTX-5090",
     "l40s": "L40S",
 }
 NEAR = {
@@ -81,8 +99,9 @@ NEAR = {
     "A10G": [],
     "rtx40900": ["RTX-4090"],
     "l40": ["L40S"],
-    "rtx4080": [],
-    "v100": [],
+    "rtx4070": ["RTX-4070-Ti"],
+    "rtx4060": [],
+    "v100": ["V100-32", "V100-16"],
     "": [],
 }
 
@@ -104,7 +123,7 @@ def test_gpus_are_known_by_their_size() -> None:
     """A card of 24 GB has a little less; every card is found by the size that it is sold with."""
     assert [gpu.name for gpu in gpus_of_size(24 * 2**30)] == ["L4", "A10", "RTX-4090", "RTX-3090"]
     assert gpus_of_size(8 * 2**30) == []
-    found = [gpu for size in (4, 12, 16, 24, 40, 48, 80, 141) for gpu in gpus_of_size(size * 2**30)]
+    found = [gpu for size in (4, 10, 12, 16, 24, 32, 40, 48, 80, 141, 180) for gpu in gpus_of_size(size * 2**30)]
     assert sorted(gpu.name for gpu in found) == sorted(gpu.name for gpu in KNOWN_GPUS)
 
 
@@ -116,6 +135,16 @@ def test_rates_follow_the_datasheets() -> None:
     assert slower.flops == pytest.approx(0.7 * 756e12, rel=0.01)
     assert slower.bandwidth == pytest.approx(0.85 * 2000e9)
     assert (slower.flops < faster.flops, slower.bandwidth < faster.bandwidth) == (True, True)
+
+
+def test_geforce_cards_have_no_way_to_one_another() -> None:
+    """From the RTX 30 on, but for what a bridge may join; of other cards nothing is claimed."""
+    told = {gpu.name for gpu in KNOWN_GPUS if gpu.no_peers}
+    assert told == {gpu.name for gpu in KNOWN_GPUS if gpu.name.startswith(("RTX-3", "RTX-4", "RTX-5"))}
+    assert len(told) > 5
+    bridged = {gpu.name for gpu in KNOWN_GPUS if "bridge" in gpu.no_peers}
+    assert bridged == {"RTX-3090"}
+    assert {gpu.name for gpu in KNOWN_GPUS if gpu.is_untried} == {"B200", "RTX-5090", "RTX-5080"}
 
 
 def test_every_row_is_found_by_its_own_name() -> None:

@@ -1,8 +1,9 @@
 """The plan fits the budget, spends what is left, and keeps the micro-batches that a resumed run was started with."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +15,10 @@ from tests.unit.memory.examples import GIB, H200, LLAMA_8B, LONG, PACKED, SHORT,
 from train.batching import LengthStatistics, MicroBatchShape
 from train.checkpoints.resume import checkpoint_layout, saved_shape
 from train.config import BatchConfig, Config, EngineConfig, MemoryConfig
+from train.memory import cost
+from train.memory.candidate import Candidate
 from train.memory.cost import peak
-from train.memory.search import MARGIN, MLP_TILE
+from train.memory.search import MARGIN, MIN_GAIN, MLP_TILE
 from train.memory.time import step_seconds
 
 
@@ -31,6 +34,55 @@ def test_more_memory_is_never_slower() -> None:
     assert plans[-1].num_kept == plans[-1].num_cached == 32
     assert any(0 < plan.num_cached < 32 for plan in plans)
     assert any(1 < plan.num_kept < 32 for plan in plans)
+
+
+def with_counts(candidate: Candidate, counts: Sequence[int]) -> Candidate:
+    """So many blocks kept, cached and streamed."""
+    kept, cached, streamed = counts
+    return replace(candidate, num_kept=kept, num_cached=cached, num_streamed=streamed)
+
+
+@pytest.mark.parametrize("num_shards", [1, 4])
+@pytest.mark.parametrize("gib", [6, 8, 12, 16, 20, 28, 40, 60])
+def test_no_choice_nearby_is_faster(gib: int, num_shards: int) -> None:
+    """Up to eight more or fewer blocks that are kept, cached or streamed, and inputs elsewhere: what fits takes longer
+    by the rule that host memory must gain MIN_GAIN. Room that is left for a matrix or two is worth 0.1 % at most."""
+    planner = planner_for(PACKED, BatchConfig(4, 4))
+    planner = replace(planner, job=replace(planner.job, num_shards=num_shards, num_local=num_shards))
+
+    def told(each: Candidate) -> float:
+        return step_seconds(planner.job, each) * (1 + MIN_GAIN * each.uses_host)
+
+    plan = planner.best(gib * GIB)
+    shape = (plan.micro_batch_tokens, plan.uses_graphs)
+    near_it = (each for each in planner._candidates(True, 0, 0) if (each.tokens, each.uses_graphs) == shape)
+    of_plan = plan.num_kept, plan.num_cached, len(plan.streamed)
+    chosen = with_counts(replace(next(near_it), offloads=plan.offloads_inputs), of_plan)
+    assert step_seconds(planner.job, chosen) == plan.seconds
+    steps, num_fitting = (-8, -3, -2, -1, 0, 1, 2, 3, 8), 0
+    for kept, cached, streamed, offloads in product(steps, steps, steps, (False, True)):
+        counts = [own + step for own, step in zip(of_plan, (kept, cached, streamed), strict=True)]
+        if not (min(counts) >= 0 < counts[0] and max(counts) <= 32):
+            continue
+        near = with_counts(replace(chosen, offloads=offloads), counts)
+        if planner._fits(near, gib * GIB):
+            num_fitting += 1
+            assert told(near) > told(chosen) * 0.999
+    assert num_fitting > 3
+
+
+def test_as_many_blocks_are_kept_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more, and one where not even that fits, of which few predictions are made: most of what is tried is such."""
+    planner, asked = planner_for(PACKED, BatchConfig(4, 4)), []
+    candidates = list(planner._candidates(True, 0, 0))[::7]
+    every = [[peak(planner.job, replace(each, num_kept=count)) for count in range(1, 33)] for each in candidates]
+    monkeypatch.setattr(cost, "peak", lambda job, each: asked.append(each) or peak(job, each))
+    for gib in (2, 4, 8, 16, 32, 64):
+        for each, peaks in zip(candidates, every, strict=True):
+            num_fitting = sum(one <= gib * GIB for one in peaks)
+            asked.clear()
+            assert planner._num_kept(each, gib * GIB) == max(1, num_fitting)
+            assert len(asked) <= (6 if num_fitting else 1)
 
 
 def test_8b_in_four_gib_is_streamed_and_in_three_its_inputs_leave_too() -> None:

@@ -1,6 +1,8 @@
 """What the run folder keeps of each attempt, through kills, full disks and files that are none of ours."""
 
+import fcntl
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -55,18 +57,66 @@ def test_an_attempt_that_was_killed_long_ago_is_not_ended(folder: RunFolder, mon
     monkeypatch.setattr(attempts_module, "_now", lambda: "2020-01-01T00:00:00+00:00")
     begun(folder, 0)
     monkeypatch.undo()
+    as_second(monkeypatch)
     AttemptLog(folder).end(ExitCode.DEFECT, "while loading")
     assert [attempt.end for attempt in read_attempts(folder)] == [None]
 
 
-def test_a_process_that_is_left_ends_the_attempt_of_the_first(folder: RunFolder) -> None:
+def as_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes this the second of two processes."""
+    for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+
+
+def test_a_process_that_is_left_ends_the_attempt_of_the_first(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first process has died: another one writes exit.json, and the end of what the first had begun."""
     begun(folder, 0).end(ExitCode.INTERRUPTED, "stopped")
     other = AttemptLog(folder)
     begun(folder, 2)
+    as_second(monkeypatch)
     other.end(ExitCode.PEER_FAILURE, "another process died")
     codes = [attempt.end and attempt.end["code"] for attempt in read_attempts(folder)]
     assert codes == [75, 81]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "lines"), [(70, 81, [70]), (70, 78, [70]), (78, 78, [78]), (81, 78, [81, 78]), (81, 81, [81])]
+)
+def test_an_attempt_has_one_end(
+    first: int, second: int, lines: list[int], folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two processes, or of one that is ended again; where the consequence was written first, its cause counts."""
+    other = AttemptLog(folder)
+    mine = begun(folder, 0)
+    for log in (mine, mine, other):
+        log.end(ExitCode(first), "one")
+    as_second(monkeypatch)
+    for log in (other, mine, other):
+        log.end(ExitCode(second), "two")
+    found = [row["code"] for row in read_lines(folder.attempts) if row["event"] == "end"]
+    assert found == lines
+    (attempt,) = read_attempts(folder)
+    assert attempt.end is not None
+    assert attempt.end["code"] == lines[-1]
+
+
+def test_two_processes_that_end_at_once_write_one_end(folder: RunFolder) -> None:
+    """Whether there is one is looked up and written while no other process does so."""
+    logs = [begun(folder, 0), AttemptLog(folder)]
+    logs[1].take_over(read_attempts(folder)[0])
+    threads = [threading.Thread(target=log.end, args=(ExitCode.DEFECT, "a bug")) for log in logs]
+    with folder.attempts.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for thread in threads:
+            thread.start()
+        threads[0].join(0.3)
+        assert read_attempts(folder)[0].end is None
+    for thread in threads:
+        thread.join()
+    assert [row["event"] for row in read_lines(folder.attempts)] == ["start", "end"]
 
 
 def test_a_configuration_of_something_else_stays(
@@ -159,3 +209,13 @@ def test_secrets_are_taken_out(folder: RunFolder) -> None:
         text = path.read_text()
         assert "anary" not in text
         assert "[secret]" in text
+
+
+def test_a_lock_that_is_held_for_ever_delays_an_end(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By seconds: its holder may be stopped."""
+    monkeypatch.setattr(attempts_module, "LOCK_SECONDS", 0.1)
+    log = begun(folder, 0)
+    with folder.attempts.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        log.end(ExitCode.DEFECT, "a bug")
+    assert [row["event"] for row in read_lines(folder.attempts)] == ["start", "end"]

@@ -12,12 +12,16 @@ from accelerate import Accelerator
 
 import train.engine
 from tests.conftest import ROOT, splits_of, training_of
+from train import ending
 from train.banner import banner
 from train.config import Config, EngineConfig
 from train.engine import attention, operations
+from train.engine.copies import HostMemoryError
+from train.engine.graphs import is_out_of_memory
 from train.models.tokenizer import load_tokenizer
 from train.run import devices
-from train.run.accelerator import bitsandbytes_options, check_machine
+from train.run.accelerator import bitsandbytes_options, check_engine, check_machine
+from train.run.defects import Doing
 from train.run.devices import ComputeType
 from train.run.exits import ExitCode, ExitWith
 
@@ -41,6 +45,28 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     yield choose
     operations.kernels_for.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("NCCL error in: x\nLast error:\nCuda failure 2 'out of memory'", "Cuda failure 2 'out of memory'"),
+        ("NCCL error in: x\nLast error:\nFailed to CUDA calloc 6291456 bytes", "Failed to CUDA calloc 6291456 bytes"),
+        ("NCCL error\nLast error: \nFailed to CUDA host alloc 64 bytes\n", "Failed to CUDA host alloc 64 bytes"),
+        ("CUDA error: out of memory\nCUDA kernel errors might", "CUDA error: out of memory"),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "CUDA error: CUBLAS_STATUS_AL"),
+        ("NCCL error in: x\nncclRemoteError: A call failed possibly due to a network error", ""),
+        ("NCCL error in: x\nLast error:\nCuda failure 1 'invalid argument'", ""),
+        ("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1", ""),
+        ("", ""),
+    ],
+)
+def test_messages_that_tell_of_memory(message: str, line: str) -> None:
+    """As torch, cuBLAS and NCCL write them, and only such; then a trial takes them for what they are, too."""
+    error = RuntimeError(message)
+    found = devices.out_of_memory_line(error)
+    assert found.startswith(line)
+    assert bool(found) == bool(line) == is_out_of_memory(error)
 
 
 def test_one_function_asks_for_the_capability() -> None:
@@ -222,3 +248,41 @@ def test_rows_of_the_embedding_without_triton() -> None:
     """Collected on the host where the device has no Triton, whatever the ids' device."""
     table, ids = torch.randn(50, 7), torch.tensor([3, 49, 3, 0])
     assert torch.equal(operations.gather_rows(table, ids), table[ids])
+
+
+def test_what_only_the_engine_does_is_refused_before_data_are_read(
+    card: Choose, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp8 and sharing on a CPU, where --engine.kind fused is the way, and fp8 on a GPU without; the rest passes."""
+    fp8 = replace(config, engine=replace(config.engine, products="fp8"))
+    shard = replace(config, memory=replace(config.memory, shard=True))
+    with pytest.raises(ExitWith, match=r"^--engine\.products fp8: there is no GPU; --engine\.kind fused multiplies"):
+        check_engine(fp8)
+    told = r"only the fused engine shards, and there is no GPU \(--engine\.kind fused runs it here as well\); or leave"
+    with pytest.raises(ExitWith, match=rf"^--memory\.shard: {told}"):
+        check_engine(shard)
+    for asked in (fp8, shard):
+        check_engine(replace(asked, engine=replace(asked.engine, kind="fused")))
+    check_engine(replace(shard, memory=replace(shard.memory, offload="stream")))  # which takes the engine anywhere
+    check_engine(config)
+    reference = replace(shard, engine=replace(shard.engine, kind="reference"))
+    assert any("memory.shard" in problem and "use --engine.kind auto" in problem for problem in reference.problems())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    on_gpu = replace(fp8, run=replace(fp8.run, device="auto"))
+    card((8, 0))
+    with pytest.raises(ExitWith, match=r"8\.0 has no fp8 products"):
+        check_engine(on_gpu)
+    card((8, 9))
+    check_engine(on_gpu)
+
+
+def test_host_memory_is_not_the_gpu_s(config: Config) -> None:
+    """What could not be pinned repeats CUDA's words, and other plans may need more of it: told as host memory."""
+    error = HostMemoryError("2.0 GiB of host memory could not be pinned: CUDA error: out of memory")
+    error.__context__ = RuntimeError("CUDA error: out of memory")
+    assert not is_out_of_memory(error)
+    end = ending._foreseen(error, config, Doing())
+    assert end is not None
+    assert end.reason.startswith("2.0 GiB of host memory")
+    assert "free host memory" in end.reason

@@ -176,7 +176,7 @@ def test_what_accelerate_could_do_is_refused(row: Any, config: Config, monkeypat
 def configured(words: list[str], multi_gpu: bool) -> dict[str, str]:
     """The variables that `accelerate launch WORDS` sets."""
     options = launch_command_parser().parse_args(["--num_cpu_threads_per_process", "1", *words, "script.py"])
-    options.num_processes, options.num_machines = 2 if multi_gpu else 1, 1
+    options.num_processes, options.num_machines = options.num_processes or (2 if multi_gpu else 1), 1
     options.use_cpu = False
     options.mixed_precision = options.mixed_precision or "no"
     options.dynamo_backend = options.dynamo_backend or "no"
@@ -206,6 +206,19 @@ def test_what_accelerate_launch_really_sets(
     set_all(monkeypatch, {name: value for name, value in made.items() if not name.startswith("MASTER_")})
     reason = refusal(config)
     assert reason == "" if not said else said in reason
+
+
+def test_one_process_in_place_of_several_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate starts one on a CPU, whatever number it was asked for; one that was asked for is no problem."""
+    for count, said in ((2, "asked for several processes on a CPU and starts one"), (1, "")):
+        made = configured(["--cpu", "--num_processes", str(count)], False)
+        monkeypatch.delenv("MASTER_ADDR", raising=False)
+        set_all(monkeypatch, made)
+        reason = refusal(config)
+        assert said in reason if said else reason == ""
+    several = configured(["--cpu", "--num_processes", "2"], False)
+    set_all(monkeypatch, several | {"OMPI_COMM_WORLD_RANK": "1"})  # mpirun has started them
+    assert "starts one" not in refusal(config)
 
 
 def test_every_problem_is_said_at_once(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

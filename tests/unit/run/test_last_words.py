@@ -11,7 +11,7 @@ from train.run.exits import ExitCode, ExitWith
 def test_a_peer_failure_replaces_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even one that another process has left since this one looked; a defect replaces a peer failure."""
     monkeypatch.setenv("HANDLOOP_LAUNCHER", str(tmp_path))
-    monkeypatch.setattr(last_words, "is_recorder", lambda code, record: True)
+    monkeypatch.setattr(last_words, "is_recorder", lambda end, record: True)
     left = []
     for code in (ExitCode.PEER_FAILURE, ExitCode.DEFECT, ExitCode.PEER_FAILURE):
         last_words.say_end(ExitWith(code, "a reason"))

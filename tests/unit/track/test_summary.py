@@ -65,6 +65,8 @@ def test_right_answers_are_counted(tmp_path: Path) -> None:
     assert "general questions are forgotten: 0 of 5 right, 5 before" in "\n".join(summary(facts, rows, ROOM))
     facts.folder.answers.write_text(json.dumps(answers[2:3]))
     assert "warning     60 steps taught little: 0 of 1 trained" in "\n".join(summary(facts, rows, ROOM))
+    limited = facts_in(tmp_path, max_steps=60)
+    assert "--train.max_steps 60 was the limit" in "\n".join(summary(limited, rows, ROOM))
 
 
 def test_a_resumed_run_is_counted_whole_and_that_is_said(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_an_offline_record_has_everything_once_after_kills(watched: Config) -> N
     assert saved["exit"][0].exit_code == 75
     said = told.attempt(watched, 7, 7, **OFFLINE)
     record = record_of(watched)
-    assert f"wandb sync {record.parent}\n" in said
+    assert f"handloop sync {watched.run.dir}\n" in said
     rows = recorded_rows(record)
     plain = [{name: row[name] for name in row if not name.startswith(("_", "samples/"))} for row in rows]
     assert plain == told.numbers()
@@ -171,7 +171,7 @@ def test_online_that_cannot_start_becomes_an_offline_record(config: Config) -> N
     (line,) = [line for line in said.splitlines() if "Weights & Biases" in line]
     assert "could not be reached (" in line
     assert "401" in line
-    assert line.endswith(f"recorded offline; to upload it: wandb sync {record.parent}")
+    assert line.endswith(f"recorded offline; to upload it: handloop sync {online.run.dir}")
     assert [row["step"] for row in recorded_rows(record)] == list(range(told.LAST + 1))
     identity = json.loads((Path(online.run.dir) / "run.json").read_text())["wandb_id"]
     assert record.name == f"run-{identity}.wandb"
@@ -193,7 +193,7 @@ def test_a_short_run_without_an_answer_keeps_its_steps(config: Config) -> None:
         said = told.attempt(online, 1, 2, **environment(url, key="f" * 40))
     record = record_of(online)
     assert [row["step"] for row in recorded_rows(record)] == [1, 2]
-    assert re.search(r"could not be reached \(.*recorded offline; to upload it: wandb sync", said)
+    assert re.search(r"could not be reached \(.*recorded offline; to upload it: handloop sync", said)
 
 
 @pytest.mark.slow

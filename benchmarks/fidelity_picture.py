@@ -41,7 +41,7 @@ def picture(found: dict[str, Any]) -> str:
     columns, num_rows = len(bases), len(rates)
     width = LEFT + columns * (WIDTH + GAP)
     bottom = TOP + num_rows * (HEIGHT + FOOT)
-    title = f"{found['model']}: how far the loss in bf16 is from fp32's, by step"
+    title = f"{found['model']}: how far a step's loss is from fp32's"
     parts = []
     for (base, rate), lines in panels.items():
         x = LEFT + bases.index(base) * (WIDTH + GAP)
@@ -79,7 +79,7 @@ def axes(x: float, y: float, span: tuple[int, int], steps: int, is_first: bool) 
         height = y + HEIGHT * (span[1] - power) / (span[1] - span[0])
         parts.append(f'<line class="grid" x1="{x}" y1="{height:.1f}" x2="{x + WIDTH}" y2="{height:.1f}"/>')
         if is_first:
-            told = f"{10.0**power:.{max(0, -power)}f}"
+            told = f"{10.0**power:g}"
             parts.append(f'<text x="{x - 8}" y="{height + 4:.1f}" text-anchor="end">{told}</text>')
     for step in sorted({1, *(round(steps * part / 4) for part in range(1, 5))} - {0}):
         place = x + WIDTH * (step - 1) / max(1, steps - 1)

@@ -190,7 +190,7 @@ def measured(way: str, seed: int, words: list[str], scratch: Path) -> Row:
     of_run = read_run(place)
     asked = {kind: json.loads(path.read_text(encoding="utf-8")) for kind, path in folder.asked.items() if path.exists()}
     return {
-        "losses": losses,
+        "losses": [loss if loss is None else round(loss, 5) for loss in losses],
         "last_loss": statistics.fmean(known[-max(1, len(known) // 10) :]),
         "held_out_losses": list(of_run.held_out.values),
         "held_out_loss_in_16_bits": next(iter(read_run(afterwards).values("eval/loss")), None),

@@ -15,6 +15,7 @@ from tests.gpu.test_engine_cuda import gradient
 from train.config import Config, EngineConfig, MemoryConfig
 from train.engine import fp8_operations as fp8
 from train.engine.fp8_operations import E4M3
+from train.engine.operations import ACTIVATIONS, gate, gate_backward
 from train.run import devices
 
 HAS_FP8 = torch.cuda.is_available() and devices.capability(GPU) >= devices.FP8
@@ -43,6 +44,42 @@ def test_quantised_rows_are_torch_s(width: int, rank: int, monkeypatch: pytest.M
     assert torch.equal(ours.values[finite].view(torch.uint8), wanted.values[finite].view(torch.uint8))
     products = [(each.values.float() * each.scales)[~finite] for each in (ours, wanted)]
     assert all(not row.isfinite().all() for product in products for row in product)
+
+
+@pytest.mark.parametrize("rank", [0, 48])
+@pytest.mark.parametrize("width", [576, 3000, 14336])
+@pytest.mark.parametrize("is_gated", [True, False])
+def test_gates_make_rows_of_what_they_store(width: int, rank: int, is_gated: bool) -> None:
+    """To the bit what a gate, or its gradient, and then `quantize` make; also where adapters' columns are largest."""
+    gate_up, grad = random(77, (1 + is_gated) * width + 64), random(77, width)
+    gate_up[0], gate_up[1, 3], grad[2, 5] = 0, torch.inf, torch.nan
+    low_rank = random(77, 64)
+    low_rank[5::7] *= 1000
+    beside = fp8.Beside(low_rank[:, :rank], torch.tensor(0.5, device=GPU)) if rank else None
+    for activation in ACTIVATIONS:
+        product, other = (torch.zeros(77, width + 64, device=GPU).bfloat16() for _ in range(2))
+        rows = fp8.gate_rows(gate_up, product[:, :width], activation, is_gated, rank)
+        gate(gate_up, other[:, :width], activation, is_gated)
+        same(product, other)
+        same_rows(fp8.quantize(product[:, :width], beside, rows), fp8.quantize(other[:, :width], beside))
+        one, two, upstream, again = gate_up.clone(), gate_up.clone(), grad.clone(), grad.clone()
+        rows = fp8.gate_backward_rows(one, upstream, activation, is_gated, rank)
+        gate_backward(two, again, activation, is_gated)
+        same(one, two)
+        same(upstream, again)
+        read = slice((1 + is_gated) * width)
+        same_rows(fp8.quantize(one[:, read], beside, rows), fp8.quantize(two[:, read], beside))
+
+
+def same(one: torch.Tensor, two: torch.Tensor) -> None:
+    """To the bit, but for the payload of NaN."""
+    assert torch.equal(one.isnan(), two.isnan())
+    assert torch.equal(one.nan_to_num(), two.nan_to_num())
+
+
+def same_rows(one: fp8.Rows, two: fp8.Rows) -> None:
+    same(one.scales, two.scales)
+    same(one.values.float(), two.values.float())
 
 
 @pytest.mark.parametrize("own", [0, 1])

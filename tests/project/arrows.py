@@ -199,7 +199,7 @@ ALLOWED_MODULES = {
     "train.engine.layers": {"train.engine.linears"},
     "train.engine.lora_linear": {"train.engine.linears", "train.engine.mxfp4", "train.engine.operations"},
     "train.engine.mxfp4": {"train.engine.packed_weights"},
-    "train.engine.fp8_kernels": set(),
+    "train.engine.fp8_kernels": {"train.engine.kernels"},
     "train.engine.fp8_operations": {
         "train.engine.fp8_kernels",
         "train.engine.lora_linear",
@@ -235,12 +235,7 @@ ALLOWED_MODULES = {
         "train.engine.layers",
         "train.engine.lora_linear",
     },
-    "train.engine.mlp": {
-        "train.engine.context",
-        "train.engine.layers",
-        "train.engine.lora_linear",
-        "train.engine.operations",
-    },
+    "train.engine.mlp": {"train.engine.context", "train.engine.layers", "train.engine.lora_linear"},
     "train.engine.per_layer": {
         "train.engine.context",
         "train.engine.layers",

@@ -25,8 +25,11 @@ from train.engine.fp8_operations import (
     E4M3,
     AdapterSizes,
     Beside,
+    Rows,
     adapter_columns,
     dequantize_e4m3,
+    gate_backward_rows,
+    gate_rows,
     quantize,
     scale_of,
     scaled_product,
@@ -66,12 +69,18 @@ class Fp8Matrix:
     weights: dict[Form, torch.Tensor] = field(default_factory=dict)  # ROWS and COLUMNS with adapters behind them
     filled: set[Form] = field(default_factory=set)
     run: Pass = Pass.FORWARD
+    made: Rows | None = None  # what the next product reads, where it was made in e4m3 with what it is made of
 
     def read(self, place: int) -> tuple[Form, torch.Tensor]:
         """What the pass's forward product (0) or input gradient (1) reads."""
         form = FORMS[self.run][place]
         assert form in self.filled, f"{self.run} reads {form}, which does not hold this block"
         return form, self.weights[form]
+
+    def take(self) -> Rows | None:
+        """What was made, once."""
+        made, self.made = self.made, None
+        return made
 
 
 class Fp8Group(LoraGroup):
@@ -148,6 +157,24 @@ class Fp8Group(LoraGroup):
                 out = matrix.weights[form][:, -3 * self.num_beside :]
                 adapter_columns(sides[own], matrix.sizes, own, self.scale, sides[1 - own].shape[0], out)
 
+    def gate(
+        self, matrix: Fp8Matrix, gate_up: torch.Tensor, out: torch.Tensor, activation: str, is_gated: bool
+    ) -> None:
+        """As LoraGroup; in e4m3 at once, unless the pass's product is one of 16 bits."""
+        if matrix.read(0)[0] is Form.WIDE:
+            super().gate(matrix, gate_up, out, activation, is_gated)
+        else:
+            matrix.made = gate_rows(gate_up, out, activation, is_gated, self.num_beside)
+
+    def gate_backward(
+        self, matrix: Fp8Matrix, gate_up: torch.Tensor, grad: torch.Tensor, activation: str, is_gated: bool
+    ) -> None:
+        """As LoraGroup; likewise."""
+        if matrix.read(1)[0] is Form.WIDE:
+            super().gate_backward(matrix, gate_up, grad, activation, is_gated)
+        else:
+            matrix.made = gate_backward_rows(gate_up, grad, activation, is_gated, self.num_beside)
+
     def forward(
         self, matrix: Fp8Matrix, x: torch.Tensor, low_rank: torch.Tensor, out: torch.Tensor, drop: Dropout | None
     ) -> None:
@@ -161,7 +188,7 @@ class Fp8Group(LoraGroup):
             torch.mm(x, weight.T, out=out)
         else:
             beside = Beside(low_rank[:, : self.num_beside], matrix.sizes.factors[0]) if self.num_beside else None
-            scaled_product(quantize(x, beside), weight.T, matrix.scales, out)
+            scaled_product(quantize(x, beside, matrix.take()), weight.T, matrix.scales, out)
         if self.bias is not None:
             out += self.bias
 
@@ -182,7 +209,7 @@ class Fp8Group(LoraGroup):
         else:
             low_rank = low_rank if drop is None else low_rank.new_zeros(1, self.num_beside).expand(low_rank.shape)
             beside = Beside(low_rank, matrix.sizes.factors[1]) if self.num_beside else None
-            scaled_product(quantize(grad_y, beside), weight.T, matrix.scales, grad_x)
+            scaled_product(quantize(grad_y, beside, matrix.take()), weight.T, matrix.scales, grad_x)
         if drop is not None:
             self._add_dropped(matrix, grad_out, drop, grad_x)
 

@@ -6,6 +6,8 @@ Divisions are tl.div_rn: `/` may be two units in the last place off, which turns
 import triton
 import triton.language as tl
 
+from train.engine.kernels import gated, ungated
+
 DEQUANTIZED_ROWS = 64  # of a program: a column of so many NF4 blocks
 COLUMN_ELEMENTS = 4096  # of a program of columns_kernel
 WORD = tl.constexpr(4)  # bytes that go to the transpose together
@@ -96,30 +98,104 @@ def columns_kernel(
 
 
 @triton.jit
+def row_scale(place, largest):
+    """Stores the scale of a row whose largest magnitude this is; returns its inverse."""
+    scale = tl.maximum(largest, TINY) * (1 / LARGEST)
+    tl.store(place, scale)
+    return tl.div_rn(1.0, scale)
+
+
+@triton.jit
+def round_beside(beside, out, rank, R: tl.constexpr):
+    """out[3 R] = beside rounded, rounded, and what rounding has taken from it."""
+    number, high = rounded(beside)
+    _, low = rounded(beside - number)
+    place = out.to(tl.pointer_type(tl.uint8)) + rank
+    tl.store(place, high, mask=rank < R)
+    tl.store(place + R, high, mask=rank < R)
+    tl.store(place + 2 * R, low, mask=rank < R)
+
+
+@triton.jit
+def round_row(x, out, inverse, W, BLOCK: tl.constexpr):
+    """out[W] = e4m3(x inverse)."""
+    for start in range(0, W, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < W
+        values = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + column, (values * inverse).to(tl.float8e4nv), mask=inside)
+
+
+@triton.jit
 def quantize_kernel(
     x, stride, low_rank, stride_low_rank, factor, out, stride_out, scales, W,
-    BLOCK: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr,
+    R: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row: out = e4m3(x / scale), scale = max |x| / 448; behind it R columns low_rank / (factor scale), thrice:
-    rounded, rounded, and what rounding has taken from them."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < W
-    values = tl.load(x + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    largest, rank, beside = tl.max(tl.abs(values)), tl.arange(0, RANK), tl.zeros([RANK], tl.float32)
+    rounded, rounded, and what rounding has taken from them. The second time x comes from the cache."""
+    row, rank = tl.program_id(0).to(tl.int64), tl.arange(0, RANK)
+    beside, largest = tl.zeros([RANK], tl.float32), tl.zeros([BLOCK], tl.float32)
     if R:
         beside = tl.load(low_rank + row * stride_low_rank + rank, mask=rank < R, other=0.0).to(tl.float32)
         beside = tl.div_rn(beside, tl.load(factor))
-        largest = tl.maximum(largest, tl.max(tl.abs(beside)))
-    scale = tl.maximum(largest, TINY) * (1 / LARGEST)
-    tl.store(scales + row, scale)
-    inverse = tl.div_rn(1.0, scale)
-    tl.store(out + row * stride_out + column, (values * inverse).to(tl.float8e4nv), mask=inside)
+    for start in range(0, W, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        values = tl.load(x + row * stride + column, mask=column < W, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(values))
+    inverse = row_scale(scales + row, tl.maximum(tl.max(largest), tl.max(tl.abs(beside))))
+    round_row(x + row * stride, out + row * stride_out, inverse, W, BLOCK)
     if R:
-        beside = beside * inverse
-        number, high = rounded(beside)
-        _, low = rounded(beside - number)
-        place = (out + row * stride_out + W).to(tl.pointer_type(tl.uint8)) + rank
-        tl.store(place, high, mask=rank < R)
-        tl.store(place + R, high, mask=rank < R)
-        tl.store(place + 2 * R, low, mask=rank < R)
+        round_beside(beside * inverse, out + row * stride_out + W, rank, R)
+
+
+@triton.jit
+def gate_rows_kernel(
+    gate_up, stride, out, stride_out, values, stride_values, scales, F,
+    TANH: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row: out as gate_kernel, and what quantize_kernel makes of it, which then comes from the cache."""
+    row = tl.program_id(0).to(tl.int64)
+    gate, place, largest = gate_up + row * stride, out + row * stride_out, tl.zeros([BLOCK], tl.float32)
+    for start in range(0, F, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        value = gated(gate + column, F, column < F, out.dtype.element_ty, TANH, GATED)
+        tl.store(place + column, value, mask=column < F)
+        largest = tl.maximum(largest, tl.abs(value.to(tl.float32)))
+    inverse = row_scale(scales + row, tl.max(largest))
+    tl.debug_barrier()  # other threads read what these have written
+    round_row(place, values + row * stride_values, inverse, F, BLOCK)
+
+
+@triton.jit
+def gate_backward_rows_kernel(
+    gate_up, stride, grad, stride_grad, values, stride_values, scales, F,
+    TANH: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row: as gate_backward_kernel, and the gradients in e4m3 as gate_rows_kernel."""
+    row = tl.program_id(0).to(tl.int64)
+    gate, largest = gate_up + row * stride, tl.zeros([BLOCK], tl.float32)
+    for start in range(0, F, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        found = ungated(gate + column, grad + row * stride_grad + column, F, column < F, TANH, GATED)
+        largest = tl.maximum(largest, found)
+    inverse = row_scale(scales + row, tl.max(largest))
+    tl.debug_barrier()
+    round_row(gate, values + row * stride_values, inverse, F * (1 + GATED), BLOCK)
+
+
+@triton.jit
+def beside_kernel(
+    x, stride, low_rank, stride_low_rank, factor, out, stride_out, scales, W,
+    R: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row whose W elements are in e4m3: its other columns as by quantize_kernel. Where they are larger than all of
+    x, that is rounded again."""
+    row, rank = tl.program_id(0).to(tl.int64), tl.arange(0, RANK)
+    beside = tl.load(low_rank + row * stride_low_rank + rank, mask=rank < R, other=0.0).to(tl.float32)
+    beside = tl.div_rn(beside, tl.load(factor))
+    scale, wanted = tl.load(scales + row), tl.maximum(tl.max(tl.abs(beside)), TINY) * (1 / LARGEST)
+    if wanted > scale:
+        scale = wanted
+        tl.store(scales + row, scale)
+        round_row(x + row * stride, out + row * stride_out, tl.div_rn(1.0, scale), W, BLOCK)
+    round_beside(beside * tl.div_rn(1.0, scale), out + row * stride_out + W, rank, R)

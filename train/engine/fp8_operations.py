@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from train.engine.lora_linear import dequantize
-from train.engine.operations import kernels_for, power_of_two
+from train.engine.operations import TANH_GELU, gate, gate_backward, kernels_for, power_of_two
 from train.run import devices
 
 E4M3, LARGEST = torch.float8_e4m3fn, 448.0  # the type, and its largest number
 TINY = 1e-12  # in place of the largest magnitude of a row of zeros; the same in fp8_kernels.py, as are the next two
 LEAST = 1e-30  # in place of the largest magnitude of adapters that are zero
+ROW_BLOCK = 2048  # elements of a row that a program takes at once where it goes over the row twice
 CHUNK_BYTES = 2**27  # of a product that is not written where it belongs: 2,340 rows of an 8B's gate and up
 FAST_ACCUMULATION: bool = True  # Hopper adds within the tensor core, with some 14 bits, instead of in fp32 registers
 
@@ -131,11 +132,13 @@ def _split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return high, (x - high.float()).to(E4M3)
 
 
-def quantize(x: torch.Tensor, beside: Beside | None = None) -> Rows:
+def quantize(x: torch.Tensor, beside: Beside | None = None, made: Rows | None = None) -> Rows:
     """[T, W] in e4m3, or [T, W + 3 R]: behind x high, high and low of what is beside it, with the same scale a row.
 
-    A row with infinity or NaN becomes NaN where it has them.
+    A row with infinity or NaN becomes NaN where it has them. `made` has room for it, and x in e4m3 already.
     """
+    if made is not None:
+        return _with_beside(x, beside, made)
     rank = beside.low_rank.shape[1] if beside else 0
     num_rows, width = x.shape
     rows = Rows.of_shape(num_rows, width + 3 * rank, x.device)
@@ -147,12 +150,58 @@ def quantize(x: torch.Tensor, beside: Beside | None = None) -> Rows:
         high, low = _split(wide[:, width:])
         rows.values.copy_(torch.cat([wide[:, :width].to(E4M3), high, high, low], 1))
         return rows
-    block, low_rank = power_of_two(width), beside.low_rank if beside else x
+    low_rank = beside.low_rank if beside else x
     assert x.stride(1) == low_rank.stride(1) == 1
     kernels.quantize_kernel[(num_rows,)](
         x, x.stride(0), low_rank, low_rank.stride(0), beside.factor if beside else x, rows.values,
-        rows.values.stride(0), rows.scales, width, block, rank, power_of_two(max(1, rank)),
-        enable_fp_fusion=False, num_warps=4 if block <= 4096 else 16,
+        rows.values.stride(0), rows.scales, width, rank, power_of_two(max(1, rank)), ROW_BLOCK,
+        enable_fp_fusion=False, num_warps=4,
+    )  # fmt: skip
+    return rows
+
+
+def _with_beside(x: torch.Tensor, beside: Beside | None, rows: Rows) -> Rows:
+    """Rows that hold x [T, W] already get what is beside it."""
+    if beside is not None:
+        low_rank, (num_rows, width) = beside.low_rank, x.shape
+        rank = low_rank.shape[1]
+        assert rows.values.shape == (num_rows, width + 3 * rank)
+        assert x.stride(1) == low_rank.stride(1) == 1
+        _kernels_for(x.device).beside_kernel[(num_rows,)](
+            x, x.stride(0), low_rank, low_rank.stride(0), beside.factor, rows.values, rows.values.stride(0),
+            rows.scales, width, rank, power_of_two(rank), ROW_BLOCK, enable_fp_fusion=False, num_warps=4,
+        )  # fmt: skip
+    return rows
+
+
+def gate_rows(gate_up: torch.Tensor, out: torch.Tensor, activation: str, is_gated: bool, rank: int) -> Rows | None:
+    """As operations.gate; and out in e4m3 [T, F + 3 `rank`], of which it fills F, where there are kernels for that."""
+    kernels = _kernels_for(out.device)
+    if kernels is None:
+        gate(gate_up, out, activation, is_gated)
+        return None
+    num_rows, width = out.shape
+    rows = Rows.of_shape(num_rows, width + 3 * rank, out.device)
+    kernels.gate_rows_kernel[(num_rows,)](
+        gate_up, gate_up.stride(0), out, out.stride(0), rows.values, rows.values.stride(0), rows.scales, width,
+        activation == TANH_GELU, is_gated, ROW_BLOCK, num_warps=8,
+    )  # fmt: skip
+    return rows
+
+
+def gate_backward_rows(
+    gate_up: torch.Tensor, grad: torch.Tensor, activation: str, is_gated: bool, rank: int
+) -> Rows | None:
+    """As operations.gate_backward; and the gradient of gate and up in e4m3, as gate_rows."""
+    kernels = _kernels_for(grad.device)
+    if kernels is None:
+        gate_backward(gate_up, grad, activation, is_gated)
+        return None
+    num_rows, width = grad.shape
+    rows = Rows.of_shape(num_rows, (1 + is_gated) * width + 3 * rank, grad.device)
+    kernels.gate_backward_rows_kernel[(num_rows,)](
+        gate_up, gate_up.stride(0), grad, grad.stride(0), rows.values, rows.values.stride(0), rows.scales, width,
+        activation == TANH_GELU, is_gated, ROW_BLOCK, num_warps=8,
     )  # fmt: skip
     return rows
 

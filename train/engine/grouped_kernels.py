@@ -19,10 +19,30 @@ GATE_BLOCK = 1024  # elements of a row that a program gates
 
 
 @triton.jit
+def _add_product(
+    total, left, right, stride, is_column, K, DEPTH: tl.constexpr, WHOLE_DEPTH: tl.constexpr, WHOLE_WIDTH: tl.constexpr
+):
+    """total + left[ROWS, K] right[K, COLUMNS], from the places of their first DEPTH; masks only where something is not
+    whole, as they take a quarter of the instructions beside the tensor cores'."""
+    depth = tl.arange(0, DEPTH)
+    for k in range(0, K, DEPTH):
+        inside = depth < K - k
+        one = tl.load(left) if WHOLE_DEPTH else tl.load(left, mask=inside[None, :], other=0.0)
+        if WHOLE_DEPTH and WHOLE_WIDTH:
+            other = tl.load(right)
+        else:
+            other = tl.load(right, mask=inside[:, None] & is_column[None, :], other=0.0)
+        total = tl.dot(one, other, total, input_precision="ieee")
+        left += DEPTH
+        right += DEPTH * stride
+    return total
+
+
+@triton.jit
 def product_kernel(
     a, stride_a, rows, low, stride_low, b, stride_be, stride_bk, stride_bn, out, stride_out, ends, K, R, N,
     E: tl.constexpr, GATHERS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    GROUPS: tl.constexpr,
+    GROUPS: tl.constexpr, WHOLE_DEPTH: tl.constexpr, WHOLE_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """A tile of out[S, N] = [a, low] b[e], b [K + R, N]; a group has a whole number of tiles, the last not full."""
     tile = tl.program_id(1)
@@ -39,28 +59,17 @@ def product_kernel(
         row = first + tl.arange(0, ROWS)
         column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         depth = tl.arange(0, DEPTH)
-        is_row, is_column, wide = row < last, column < N, row.to(tl.int64)
-        source = tl.load(rows + row, mask=is_row, other=0) if GATHERS else wide
-        from_a = a + source[:, None] * stride_a + depth[None, :]
-        from_b = b + expert.to(tl.int64) * stride_be + depth[:, None] * stride_bk + column[None, :] * stride_bn
+        is_row, is_column = row < last, column < N
+        row = tl.minimum(row, last - 1).to(tl.int64)  # beyond the group the last row is read again, and not stored
+        source = tl.load(rows + row) if GATHERS else row
+        right = b + expert.to(tl.int64) * stride_be + depth[:, None] * stride_bk + column[None, :] * stride_bn
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for k in range(0, K, DEPTH):
-            inside = depth < K - k
-            left = tl.load(from_a, mask=is_row[:, None] & inside[None, :], other=0.0)
-            right = tl.load(from_b, mask=inside[:, None] & is_column[None, :], other=0.0)
-            total = tl.dot(left, right, total, input_precision="ieee")
-            from_a += DEPTH
-            from_b += DEPTH * stride_bk
-        from_low = low + wide[:, None] * stride_low + depth[None, :]
-        from_b = b + expert.to(tl.int64) * stride_be + (K + depth[:, None]) * stride_bk + column[None, :] * stride_bn
-        for k in range(0, R, DEPTH):
-            inside = depth < R - k
-            left = tl.load(from_low, mask=is_row[:, None] & inside[None, :], other=0.0)
-            right = tl.load(from_b, mask=inside[:, None] & is_column[None, :], other=0.0)
-            total = tl.dot(left, right, total, input_precision="ieee")
-            from_low += DEPTH
-            from_b += DEPTH * stride_bk
-        place = out + wide[:, None] * stride_out + column[None, :]
+        left = a + source[:, None] * stride_a + depth[None, :]
+        total = _add_product(total, left, right, stride_bk, is_column, K, DEPTH, WHOLE_DEPTH, WHOLE_WIDTH)
+        left = low + row[:, None] * stride_low + depth[None, :]
+        right += K * stride_bk
+        total = _add_product(total, left, right, stride_bk, is_column, R, DEPTH, WHOLE_DEPTH, WHOLE_WIDTH)
+        place = out + row[:, None] * stride_out + column[None, :]
         tl.store(place, total.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
 
@@ -75,11 +84,12 @@ def product(
     height, columns, warps, stages = next(tile for least, tile in TILES.items() if has >= least)
     if width <= NARROW:
         columns, warps = NARROW, 4
-    beside = a if low is None else low
+    beside, step, rank = a if low is None else low, DEPTH * 2 // a.element_size(), whole_depth - depth
     product_kernel[(-(-width // columns), -(-num_rows // height) + num_groups)](
         a, a.stride(0), ends if rows is None else rows, beside, beside.stride(0), b, *b.stride(), out, out.stride(0),
-        ends, depth, whole_depth - depth, width, num_groups, rows is not None, height, columns,
-        DEPTH * 2 // a.element_size(), triton.next_power_of_2(num_groups), num_warps=warps, num_stages=stages,
+        ends, depth, rank, width, num_groups, rows is not None, height, columns, step,
+        triton.next_power_of_2(num_groups), depth % step == rank % step == 0, width % columns == 0, num_warps=warps,
+        num_stages=stages,
     )  # fmt: skip
     return out
 

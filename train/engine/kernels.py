@@ -184,17 +184,48 @@ def _bend_of(gate, sigmoid, TANH: tl.constexpr):
 
 
 @triton.jit
+def gated(place, F, inside, dtype: tl.constexpr, TANH: tl.constexpr, GATED: tl.constexpr):
+    """act(gate) up in `dtype`, gate at these places and up F behind them; without a gate act(gate)."""
+    gate = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    value = (gate * _sigmoid_of(gate, TANH)).to(dtype).to(tl.float32)
+    if GATED:
+        value *= tl.load(place + F, mask=inside, other=0.0).to(tl.float32)
+    return value.to(dtype)
+
+
+@triton.jit
 def gate_kernel(gate_up, stride, out, stride_out, F, TANH: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):
     """out = act(gate) up, where gate and up are the halves of a row; without a gate act(row)."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < F
-    gate = tl.load(gate_up + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    dtype = out.dtype.element_ty
-    value = (gate * _sigmoid_of(gate, TANH)).to(dtype).to(tl.float32)
+    value = gated(gate_up + row * stride + column, F, inside, out.dtype.element_ty, TANH, GATED)
+    tl.store(out + row * stride_out + column, value, mask=inside)
+
+
+@triton.jit
+def ungated(gate_place, grad_place, F, inside, TANH: tl.constexpr, GATED: tl.constexpr):
+    """In place: gate and up become their gradients, grad (of the product) the product; returns the gradients' larger
+    magnitude, as they are stored."""
+    gate = tl.load(gate_place, mask=inside, other=0.0).to(tl.float32)
+    upstream = tl.load(grad_place, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = _sigmoid_of(gate, TANH)
+    dtype = grad_place.dtype.element_ty
+    value = (gate * sigmoid).to(dtype).to(tl.float32)
+    bend = _bend_of(gate, sigmoid, TANH)
     if GATED:
-        value *= tl.load(gate_up + row * stride + F + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * stride_out + column, value.to(dtype), mask=inside)
+        up = tl.load(gate_place + F, mask=inside, other=0.0).to(tl.float32)
+        grad_gate = (upstream * up * sigmoid * bend).to(dtype)
+        grad_up = (upstream * value).to(dtype)
+        tl.store(grad_place, (value * up).to(dtype), mask=inside)
+        tl.store(gate_place + F, grad_up, mask=inside)
+        largest = tl.maximum(tl.abs(grad_gate.to(tl.float32)), tl.abs(grad_up.to(tl.float32)))
+    else:
+        grad_gate = (upstream * sigmoid * bend).to(dtype)
+        tl.store(grad_place, value.to(dtype), mask=inside)
+        largest = tl.abs(grad_gate.to(tl.float32))
+    tl.store(gate_place, grad_gate, mask=inside)
+    return largest
 
 
 @triton.jit
@@ -204,23 +235,7 @@ def gate_backward_kernel(
     """In place: gate and up become their gradients, grad (of the product) becomes the product itself."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < F
-    gate_place = gate_up + row * stride + column
-    gate = tl.load(gate_place, mask=inside, other=0.0).to(tl.float32)
-    grad_place = grad + row * stride_grad + column
-    upstream = tl.load(grad_place, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = _sigmoid_of(gate, TANH)
-    dtype = grad.dtype.element_ty
-    value = (gate * sigmoid).to(dtype).to(tl.float32)
-    bend = _bend_of(gate, sigmoid, TANH)
-    if GATED:
-        up = tl.load(gate_place + F, mask=inside, other=0.0).to(tl.float32)
-        tl.store(grad_place, (value * up).to(dtype), mask=inside)
-        tl.store(gate_place + F, (upstream * value).to(dtype), mask=inside)
-        tl.store(gate_place, (upstream * up * sigmoid * bend).to(dtype), mask=inside)
-    else:
-        tl.store(grad_place, value.to(dtype), mask=inside)
-        tl.store(gate_place, (upstream * sigmoid * bend).to(dtype), mask=inside)
+    ungated(gate_up + row * stride + column, grad + row * stride_grad + column, F, column < F, TANH, GATED)
 
 
 @triton.jit(do_not_specialize=["first", "salt", "threshold"])

@@ -20,7 +20,7 @@ import torch
 
 from train.engine.linears import Linear, Projection
 from train.engine.mxfp4 import MXFP4, dequantize_mxfp4
-from train.engine.operations import Dropout, dropout, kernels_for
+from train.engine.operations import Dropout, dropout, gate, gate_backward, kernels_for
 
 FROZEN_LINEARS = (torch.nn.Linear, bnb.nn.Linear4bit)
 PADDING = 64  # adapters' columns fill a multiple: rows stay aligned to 128 bytes, products are 1 to 4 % faster
@@ -136,6 +136,16 @@ class LoraGroup(OneMatrix):
                 places.append((self.down(matrix)[columns], a, 1.0))
                 places.append((self.up(matrix)[rows, columns], b, scale))
         return places
+
+    def gate(self, matrix: Any, gate_up: torch.Tensor, out: torch.Tensor, activation: str, is_gated: bool) -> None:
+        """operations.gate, where `out` is what `forward` reads next."""
+        gate(gate_up, out, activation, is_gated)
+
+    def gate_backward(
+        self, matrix: Any, gate_up: torch.Tensor, grad: torch.Tensor, activation: str, is_gated: bool
+    ) -> None:
+        """operations.gate_backward, where gate_up is what `input_gradient` reads next."""
+        gate_backward(gate_up, grad, activation, is_gated)
 
     def forward(
         self, matrix: Any, x: torch.Tensor, low_rank: torch.Tensor, out: torch.Tensor, drop: Dropout | None

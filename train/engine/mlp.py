@@ -7,7 +7,6 @@ import torch
 from train.engine.context import ForwardContext
 from train.engine.layers import DecoderLayer
 from train.engine.lora_linear import LoraGroup, Matrices
-from train.engine.operations import gate, gate_backward
 
 
 @dataclass
@@ -57,7 +56,7 @@ class Mlp:
         for rows in context.tiles(read.shape[0]):
             product = out.new_empty(out[rows].shape[0], width + self.down.padded_rank)
             gate_up = self._gate_up(matrices, saved, rows, context)
-            gate(gate_up, product[:, :width], self.activation, self.is_gated)
+            self.down.gate(matrices[1], gate_up, product[:, :width], self.activation, self.is_gated)
             drop = context.drop(self.number, 3, rows)
             self.down.forward(matrices[1], product[:, :width], product[:, width:], out[rows], drop)
             low_rank[rows] = product[:, width:]
@@ -84,7 +83,8 @@ class Mlp:
             gate_up, read = self._gate_up(matrices, saved, rows, context), saved.read[rows]
             product = grad_out.new_empty(gate_up.shape[0], self.down.num_inputs)
             self.down.input_gradient(matrices[1], grad_out[rows], down_drop, product)
-            gate_backward(gate_up, product, self.activation, self.is_gated)  # the product replaces its gradient
+            # the product replaces its gradient
+            self.gate_up.gate_backward(matrices[0], gate_up, product, self.activation, self.is_gated)
             of_down = self.down.adapter_gradients(grad_out[rows], product, low_rank[rows], down_drop)
             del product
             self.gate_up.input_gradient(matrices[0], gate_up, gate_up_drop, grad_read[rows])

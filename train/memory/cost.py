@@ -112,14 +112,14 @@ def block_backward(job: Job, c: Candidate) -> int:
 def mlp_backward(job: Job, c: Candidate) -> int:
     """Gradient of the norm's output [T, H]; of a tile silu(gate) up [t, F], with dropout twice, and gate and up.
 
-    In fp8 the output's gradient stands beside them in e4m3 [t, H], then that of gate and up [t, G] in their place.
+    In fp8 the gradient of gate and up stands beside them in e4m3 [t, G], too, with its scales [t].
     """
     s = job.sizes
     if s.mixture:
         return _mixture_backward(s, s.mixture, c)
     product = (2 if s.has_dropout else 1) * s.intermediate * s.element_bytes
     if s.in_fp8:
-        product = max(product, s.intermediate * s.element_bytes + s.hidden + s.beside, s.gate_up + s.beside)
+        product += s.gate_up + s.beside + FP32_BYTES
     of_tile = c.mlp_tile * (gate_up_width(s) * s.element_bytes + product) if c.is_tiled else c.width * product
     return c.width * s.hidden * s.element_bytes + of_tile
 

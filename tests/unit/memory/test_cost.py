@@ -14,7 +14,7 @@ from train import loss
 from train.batching import LengthStatistics, MicroBatchShape
 from train.collate import collate_packed
 from train.config import BatchConfig, EngineConfig, MemoryConfig, OptimConfig
-from train.engine import fp8, fp8_operations, lora_linear, mlp
+from train.engine import fp8, fp8_operations, lora_linear
 from train.engine.context import ForwardContext
 from train.engine.decoder import FusedDecoder
 from train.engine.delta_rule import PackedSamples
@@ -141,14 +141,18 @@ def test_the_mlp_s_backward_pass_takes_what_is_counted(
     grad = activations.x.new_zeros(4096, job.sizes.hidden + done.stack.padded_rank)
     # where our kernels run, these take no memory
     for name in ("gate_backward", "gate"):
-        monkeypatch.setattr(mlp, name, lambda *_, **__: None)
+        monkeypatch.setattr(lora_linear, name, lambda *_, **__: None)
     monkeypatch.setattr(lora_linear, "dropout", lambda *_, **__: None)
 
-    def quantized(x: torch.Tensor, beside: fp8_operations.Beside | None = None) -> fp8_operations.Rows:
-        rank = beside.low_rank.shape[1] if beside else 0
-        return fp8_operations.Rows.of_shape(x.shape[0], x.shape[1] + 3 * rank, x.device)
+    def room(x: torch.Tensor, width: int, rank: int) -> fp8_operations.Rows:
+        return fp8_operations.Rows.of_shape(x.shape[0], width + 3 * rank, x.device)
+
+    def quantized(x: torch.Tensor, beside: Any, made: Any = None) -> fp8_operations.Rows:
+        return made or room(x, x.shape[1], beside.low_rank.shape[1] if beside else 0)
 
     monkeypatch.setattr(fp8, "quantize", quantized)
+    monkeypatch.setattr(fp8, "gate_rows", lambda _, out, __, ___, rank: room(out, out.shape[1], rank))
+    monkeypatch.setattr(fp8, "gate_backward_rows", lambda _, grad, __, ___, rank: room(grad, 2 * grad.shape[1], rank))
     monkeypatch.setattr(fp8, "scaled_product", lambda *_: None)
     with torch.no_grad(), PeakBytes() as found:
         grad_read = torch.empty_like(activations.x)

@@ -104,15 +104,15 @@ def parquet(**columns: object) -> bytes:
 NOT_TEXT = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff\xfe"]).buffers())
 # name -> (extension, content, expected reason)
 TABLES: dict[str, tuple[str, bytes, str]] = {
-    "not UTF-8 at once": (".json", b"\xff[]", ":1: not UTF-8 .byte 0"),
-    "not UTF-8 later": (".json", b'[{"prompt": "a", "response": "\xff"}]', ":1: not UTF-8 .byte 30"),
+    "not UTF-8 at once": (".json", b"\xff[]", ":1: not UTF-8 .byte 1 of line 1"),
+    "not UTF-8 later": (".json", b'[{"prompt": "a", "response": "\xff"}]', ":1: not UTF-8 .byte 31 of line 1"),
     "not an array": (".json", b"{}", ": expected a JSON array of objects"),
     "an array cut off": (".json", b'[{"prompt": "a", "response": "b"}', ":1: not JSON: expected ',' or ']'"),
     "another type in an array": (".json", b"[7]", ":1: expected a JSON object, not int"),
     "nested 10,000 deep": (".json", b"[" * 10_000, ":1: nested too deeply"),
     "a cell too many": (".csv", b"prompt,response\na,b,c\n", ":2: expected 2 columns"),
     "an open quote": (".csv", b'prompt,response\na,"b\n', ":2: not CSV: unexpected end of data"),
-    "a column not UTF-8": (".csv", b"prompt,\xff\na,b\n", ":1: not UTF-8"),
+    "a column not UTF-8": (".csv", b"prompt,\xff\na,b\n", ":1: not UTF-8 .byte 8 of the line"),
     "no Parquet": (".parquet", b"PAR1" * 9, ": not Parquet"),
     "Parquet cut off": (".parquet", parquet()[:-9], ": not Parquet"),
     "text not UTF-8": (".parquet", parquet(note=NOT_TEXT), ":1: unreadable value near here: 'utf-8'"),

@@ -7,7 +7,7 @@ import lzma
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow
 
@@ -60,7 +60,7 @@ def kind_of(path: Path) -> str:
     return suffixes[0] if is_compressed else path.suffix.lower()
 
 
-def open_bytes(path: Path) -> BinaryIO:
+def open_bytes(path: Path) -> io.BufferedReader | gzip.GzipFile:
     """The file's content, decompressed as its name says."""
     opener = COMPRESSIONS.get(path.suffix.lower())
     return opener(path) if opener else path.open("rb")

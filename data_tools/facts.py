@@ -98,6 +98,8 @@ def _note(pattern: re.Pattern[str], texts: Sequence[str]) -> str:
 def turn_problem(turns: Sequence[Message]) -> str:
     """What is unusual about the order of a conversation's turns: tool calls that nothing answers, before all else."""
     for number, turn in enumerate(turns[:-1], start=1):
+        if not turn.tool_calls:
+            continue
         if left := _unanswered(turn, list(takewhile(lambda each: each.role == "tool", turns[number:]))):
             is_one = len(left) == 1
             names = ", ".join(str(call.get("id") or call["function"]["name"]) for call in left)

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from data_tools.remainder import not_utf8
 from data_tools.report import Report
 from data_tools.strict_json import place_of
 
@@ -71,8 +72,9 @@ def _read(path: Path, report: Report, ignored_fields: Counter[str]) -> Iterator[
         return
     try:
         entries = list(reader(path, path.read_bytes().decode("utf-8-sig"), report))
-    except UnicodeDecodeError as error:
-        report.add(str(path), f"not UTF-8 (byte {error.start}); convert it, for example with iconv -t utf-8")
+    except UnicodeDecodeError:
+        line, byte = not_utf8(path)
+        report.add(str(path), f"not UTF-8 (byte {byte} of line {line}); convert it, for example with iconv -t utf-8")
         return
     except RecursionError:
         report.add(str(path), "nested too deeply; expected a list of terms")

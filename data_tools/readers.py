@@ -21,6 +21,7 @@ from data_tools.strict_json import json_reason, parse_json, strict_decoder
 
 MAX_ROW_BYTES = 8 * 2**20
 BATCH_ROWS = 256
+LONGEST_WORD = len("-Infinity")  # of what json takes for a value, strings and numbers aside
 LONG_LINE = f"the line is longer than {MAX_ROW_BYTES} characters"
 
 Place = str  # file:line, file:entry, or file:row
@@ -96,14 +97,15 @@ def _jsonl(path: Path, report: ReportProblem) -> Iterator[tuple[Place, Any]]:
                     # only the first line may begin with a byte order mark
                     yield place, parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 except UnicodeDecodeError as error:
-                    report(place, f"not UTF-8 (byte {error.start} of the line); convert the file")
+                    byte = len(line) - len(error.object) + error.start + 1  # the object is without the mark
+                    report(place, f"not UTF-8 (byte {byte} of the line); convert the file")
                 except ValueError as error:
                     report(place, f"{error}; expected one JSON object per line")
 
 
 def _json(path: Path, report: ReportProblem) -> Iterator[tuple[Place, Any]]:
     """The entries of a JSON array, which is never held as a whole."""
-    decoder, number = strict_decoder(), 0
+    decoder, number, num_read = strict_decoder(), 0, 0
     with _open_text(path) as file:
         window = _Window(file)
         try:
@@ -116,22 +118,22 @@ def _json(path: Path, report: ReportProblem) -> Iterator[tuple[Place, Any]]:
                 number += 1
                 entry, window.position = decoder.raw_decode(window.text, window.position)
                 yield f"{path}:{number}", entry
+                num_read = number
                 separator = window.next_character()
                 if separator not in (",", "]"):
-                    raise ValueError("not JSON: expected ',' or ']' after this entry")
+                    reason = "expected ',' or ']' after this entry"
+                    raise json.JSONDecodeError(reason, window.text, window.position)
                 window.position += separator == ","
             window.position += 1
             if window.next_character():
                 reason = "something follows the array's end, as where two files were joined: write one array"
-                report(str(path), Unread(f"{reason}; {window.unread(number)}"))
+                report(str(path), Unread(f"{reason}; {window.unread(num_read)}"))
         except UnicodeDecodeError:
             line, byte = not_utf8(path)
             reason = f"not UTF-8 (byte {byte} of line {line}); convert the file, which was not read from here on"
             report(f"{path}:{number + 1}", Unread(reason))
         except (ValueError, RecursionError) as error:
-            is_cut = isinstance(error, json.JSONDecodeError) and len(window.text) - window.position >= MAX_ROW_BYTES
-            reason = f"the entry is longer than {MAX_ROW_BYTES} bytes, or not JSON" if is_cut else window.reason(error)
-            report(f"{path}:{number}", Unread(f"{reason}; {window.unread(number - 1)}"))
+            report(f"{path}:{number}", Unread(f"{window.reason(error)}; {window.unread(num_read)}"))
 
 
 class _Window:
@@ -144,15 +146,17 @@ class _Window:
     def next_character(self) -> str:
         """Moves behind white space and returns what stands there; empty at the end."""
         while True:
-            if len(self.text) - self.position < MAX_ROW_BYTES and (more := self.file.read(MAX_ROW_BYTES)):
+            is_short, is_end = len(self.text) - self.position < MAX_ROW_BYTES, False
+            if is_short and (more := self.file.read(MAX_ROW_BYTES)):
                 self._drop()
                 self.text += more
+            elif is_short:
+                is_end = True
             match = _SPACE.match(self.text, self.position)
             assert match is not None
             self.position = match.end()
-            if self.position < len(self.text) or not self.text:
+            if self.position < len(self.text) or is_end:
                 return self.text[self.position : self.position + 1]
-            self._drop()
 
     def _drop(self) -> None:
         newline = self.text.rfind("\n", 0, self.position)
@@ -162,7 +166,11 @@ class _Window:
         self.text, self.position = self.text[self.position :], 0
 
     def reason(self, error: Exception) -> str:
-        """What is wrong here, with line and column in the file."""
+        """What is wrong here, with line and column in the file; of an entry longer than what is held, only that."""
+        is_long = isinstance(error, json.JSONDecodeError) and len(self.text) - self.position >= MAX_ROW_BYTES
+        # where a text ends too early, json names its end, or where its last string or word begins
+        if is_long and (error.msg.startswith("Unterminated string") or error.pos > len(self.text) - LONGEST_WORD):
+            return f"the entry is longer than {MAX_ROW_BYTES} characters, or not JSON"
         return json_reason(error, self.lines, self.column)
 
     def unread(self, num_entries: int) -> str:
@@ -173,8 +181,10 @@ class _Window:
         try:
             while piece := self.file.read(MAX_ROW_BYTES):
                 rest += len(piece)
-        except UnicodeDecodeError:
+        except (*DAMAGE, OSError, UnicodeDecodeError):
             return "the rest of the file was not read"
+        if not rest:
+            return "the file ends there"
         count = max(round(rest * num_entries / done), 1)
         return f"about {count:,} more {'entries were' if count > 1 else 'entry was'} not read"
 

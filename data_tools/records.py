@@ -11,7 +11,7 @@ from data_tools.data_sets import HubData, SavedData
 from data_tools.formats import MAPPED, Format, Row, detect, fields_with_values
 from data_tools.messages import Message
 from data_tools.readers import RowFile, is_rows_in_disguise
-from data_tools.remainder import first_line
+from data_tools.remainder import first_line, not_utf8
 from data_tools.report import Report, Unread
 from data_tools.sources import Source, TextFile
 
@@ -85,8 +85,10 @@ def _document(source: Source, file: TextFile) -> Document | Problem:
         text = file.read().decode("utf-8-sig")
     except (*DAMAGE, OSError) as error:
         return Problem(str(file), f"cannot be read: {first_line(error)}")
-    except UnicodeDecodeError as error:
-        return Problem(str(file), f"not UTF-8 (byte {error.start}); convert it, for example with iconv -t utf-8")
+    except UnicodeDecodeError:
+        line, byte = not_utf8(file.path)
+        reason = f"not UTF-8 (byte {byte} of line {line}); convert it, for example with iconv -t utf-8"
+        return Problem(str(file), reason)
     if not text.strip():
         return Problem(str(file), "the file contains only white space" if text else "the file is empty")
     if source.format == "auto" and is_rows_in_disguise(text):

@@ -1,14 +1,18 @@
 """What of a file was not read, how much of it and why."""
 
 import codecs
+import re
 from pathlib import Path
 from typing import TextIO
 
 import pyarrow
 
-from data_tools.compressed import CHUNK_BYTES, DAMAGE, open_bytes
+from data_tools.compressed import DAMAGE, open_bytes
 
 MAX_PIECE = 2**20  # characters
+# as TextIOWrapper reads, so that damage behind a byte that it refused is not met before that byte
+STEP_BYTES = 8192
+_LINE_END = re.compile(rb"\r\n?|\n")
 # of a table: damage, text that is not UTF-8, dates that Python cannot hold
 UNREADABLE = (OSError, ValueError, OverflowError, pyarrow.ArrowException)
 
@@ -28,7 +32,7 @@ def unread_lines(file: TextIO, first: int) -> str:
     count, piece = 0, "\n"
     try:
         while line := file.readline(MAX_PIECE):
-            count += piece.endswith(("\n", "\r"))
+            count += piece.endswith(("\n", "\r")) and piece[-1] + line != "\r\n"  # which a piece's end may part
             piece = line
     except (*DAMAGE, OSError):
         return f"the file was not read from line {first:,} on"
@@ -38,21 +42,22 @@ def unread_lines(file: TextIO, first: int) -> str:
 def not_utf8(path: Path) -> tuple[int, int]:
     """(line, byte of that line) of the first byte that is not UTF-8, both from 1; of a file that holds one."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    line, byte = 1, 1
+    line, byte, held = 1, 1, b""
     with open_bytes(path) as file:
         while True:
-            chunk = file.read(CHUNK_BYTES)
-            held, _ = decoder.getstate()  # the beginning of a character
-            good = held + chunk
+            chunk, is_found = file.read1(STEP_BYTES), False
+            good = decoder.getstate()[0] + chunk
             try:
                 decoder.decode(chunk, final=not chunk)
-                good = good[: len(good) - len(decoder.getstate()[0])]
+                good = good[: len(good) - len(decoder.getstate()[0])]  # without the beginning of a character
             except UnicodeDecodeError as error:
-                before = good[: error.start]
-                newline = before.rfind(b"\n")
-                start = byte + len(before) if newline < 0 else len(before) - newline
-                return line + before.count(b"\n"), start
+                good, is_found = good[: error.start], True
+            good = held + good
+            held = b"\r" if good.endswith(b"\r") and not is_found else b""  # a newline may follow
+            good = good[: len(good) - len(held)]
+            ends = [match.end() for match in _LINE_END.finditer(good)]
+            line += len(ends)
+            byte = len(good) - ends[-1] + 1 if ends else byte + len(good)
+            if is_found:
+                return line, byte
             assert chunk, f"{path} is UTF-8"
-            newline = good.rfind(b"\n")
-            line += good.count(b"\n")
-            byte = byte + len(good) if newline < 0 else len(good) - newline

@@ -12,7 +12,7 @@ class DataError(ValueError):
 
 
 class Unread(str):
-    """A reason for which the rest of a file was not read: how much was lost is not known, so it is never skipped."""
+    """A reason for which the rest of a file was not read; it is never skipped as if it were one bad record."""
 
     __slots__ = ()
 

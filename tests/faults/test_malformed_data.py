@@ -42,7 +42,7 @@ def turn(role: str, content: object = "text", **more: object) -> dict[str, objec
 
 # name -> (third line of a file with good lines, expected reason; empty if the line is good)
 CASES: dict[str, tuple[bytes, str]] = {
-    "invalid UTF-8": (b'{"prompt": "\xff", "response": "b"}\n', "not UTF-8 .byte 12"),
+    "invalid UTF-8": (b'{"prompt": "\xff", "response": "b"}\n', "not UTF-8 .byte 13 of the line"),
     "byte order mark inside": (b"\xef\xbb\xbf" + GOOD.encode(), "not JSON"),
     "Windows line end": (GOOD.replace("\n", "\r\n").encode(), ""),
     LAST: (GOOD[:30].encode(), "not JSON: .* at column"),

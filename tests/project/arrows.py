@@ -480,7 +480,7 @@ ALLOWED_MODULES = {
         "data_tools.report",
         "data_tools.terminal",
     },
-    "data_tools.glossary_files": {"data_tools.report", "data_tools.strict_json"},
+    "data_tools.glossary_files": {"data_tools.remainder", "data_tools.report", "data_tools.strict_json"},
     "data_tools.locate": {"data_tools.messages"},
     "data_tools.making": {
         "data_tools.documents",

@@ -97,7 +97,7 @@ def test_bad_input_is_named_with_its_place(name: str, text: str, problems: list[
 def test_bytes_that_are_not_utf8_and_a_file_that_is_not_there(tmp_path: Path) -> None:
     """Both errors name the file; the first says what to do."""
     (tmp_path / "a.csv").write_bytes(b"term,definition\nPO,\xff\n")
-    with pytest.raises(DataError, match=r"a\.csv: not UTF-8 \(byte 19\); convert it"):
+    with pytest.raises(DataError, match=r"a\.csv: not UTF-8 \(byte 4 of line 2\); convert it"):
         read_terms(tmp_path / "a.csv")
     with pytest.raises(DataError, match=r"gone\.csv: no such file"):
         read_terms(tmp_path / "gone.csv")

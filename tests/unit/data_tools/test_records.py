@@ -62,8 +62,10 @@ def test_bytes_that_are_not_utf8(tokenizer, tmp_path: Path) -> None:
     """In a row and in a text file, the report has the place and the remedy."""
     rows, text = tmp_path / "rows.jsonl", tmp_path / "text.txt"
     rows.write_bytes(GOOD.encode() + b'{"prompt": "\xff", "response": "b"}\n')
-    text.write_bytes(b"abc \xe9")
-    with pytest.raises(DataError, match=r"rows\.jsonl:2: not UTF-8(.|\n)*text\.txt: not UTF-8 \(byte 4\)"):
+    text.write_bytes(b"abc\r\n \xe9")
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl:2: not UTF-8 \(byte 13 of(.|\n)*text\.txt: not UTF-8 \(byte 2 of line 2\)"
+    ):
         prepare(settings(rows, text), tokenizer)
 
 

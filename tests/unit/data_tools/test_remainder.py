@@ -1,6 +1,7 @@
 """Where a file cannot be read on, the place and how much is behind it are told, and nothing is trained without it."""
 
 import gzip
+import hashlib
 import json
 import re
 from dataclasses import replace
@@ -46,6 +47,15 @@ UNREAD = {  # a file that cannot be read on from some place, which is named, wit
     "a.json": (
         b"[%s]" % b", ".join([*[PAIR] * 9, PAIR.replace(b":", b" ", 1), *[PAIR] * 3]),
         "a.json:10: not JSON: Expecting ':' delimiter at column 319; about 4 more entries were not read",
+    ),
+    "open.json": (
+        b"[%s, %s\n\n" % (PAIR, PAIR),
+        "open.json:2: not JSON: expected ',' or ']' after this entry at column 68; the file ends there",
+    ),
+    "comma.json": (
+        b"[%s,\n%s %s]" % (PAIR, PAIR, PAIR),
+        "comma.json:2: not JSON: expected ',' or ']' after this entry at line 2, column 34; "
+        "about 1 more entry was not read",
     ),
     "begin.json": (b'[{"prompt"; "a"}, {}]', "none of the file's entries was read"),
     "latin.json": (
@@ -108,14 +118,52 @@ def test_an_error_in_an_array_has_line_and_column(begin: str, tmp_path: Path, mo
             assert f"{path}:21: not JSON: Expecting '{sign}' delimiter at {place}; about" in rows_of(path)[1][0]
 
 
+@pytest.mark.parametrize("before", [3, 40])
+def test_an_error_far_from_an_arrays_end(before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has line and column too, where more follows than is held; only what may be cut by that has none."""
+    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 128)
+    path, row = tmp_path / "a.json", json.dumps(ROWS[0])
+    for bad, said in (
+        (row.replace(":", ";", 1), f"Expecting ':' delimiter at line {before + 1}, column {row.index(':') + 1}; about"),
+        (row[:-1] + " " * 300 + "}", "the entry is longer than 128 characters, or not JSON; about"),
+        (row.replace("It", "It" * 300), "the entry is longer than 128 characters, or not JSON; about"),
+    ):
+        path.write_text("[" + ",\n".join([*[row] * before, bad, *[row] * 40]) + "]")
+        rows, problems = rows_of(path)
+        assert len(rows) == before
+        assert problems[0].startswith(f"{path}:{before + 1}: ")
+        assert said in problems[0]
+
+
+@pytest.mark.parametrize("name", ["a.csv.gz", "a.json.gz"])
+def test_damage_does_not_hide_an_error_before_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is cut behind a place where it could not be read on: that place is named."""
+    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 4096)
+    words = [hashlib.sha256(b"%d" % number).hexdigest().encode() for number in range(5000)]
+    lines = [b'{"prompt": "%s"}' % word for word in words]
+    for begin, said in ((b"\xe9", "not UTF-8 (byte 1 of"), (b'"a"a' if "csv" in name else b"{}{", "")):
+        if name == "a.csv.gz":
+            content = b"prompt,response\n%s," % begin + b",b\n".join(words)
+            said = said or "a.csv.gz:2: not CSV: "
+        else:
+            content = b"[\n%s," % begin + b",\n".join(lines)
+            said = said or "not JSON: expected ',' or ']' after this entry at line 2, column 3; the rest of the file"
+        packed = gzip.compress(content)
+        (tmp_path / name).write_bytes(packed[: len(packed) // 10])
+        problems = rows_of(tmp_path / name)[1]
+        assert said in problems[0], problems
+        assert "was not read" in problems[0]
+
+
 def test_the_byte_that_is_not_utf8(tmp_path: Path) -> None:
     """Its line and its place in it, wherever chunks end, also in the middle of a character."""
     path, line = tmp_path / "a.csv", "é" * 40_000
-    for before in ("", "a", f"{line}\n", f"a{line}", f"{line}\n\n{line}\nab", f"a{line}\n{line}"):
+    edges = [f"{'a' * number}{end}{'b' * 9}" for number in range(8189, 8194) for end in ("\n", "\r\n", "\r", "\r\r")]
+    for before in ("", "a", f"{line}\n", f"a{line}", f"{line}\n\n{line}\nab", f"a{line}\n{line}", "a\r", *edges):
         for bad in (b"\xe9", b"\xe9\n", b"\xffabc", b"\xe2\x82"):
             path.write_bytes(before.encode() + bad)
-            last = before.rpartition("\n")[2]
-            assert not_utf8(path) == (before.count("\n") + 1, len(last.encode()) + 1)
+            lines = re.split("\r\n?|\n", before)
+            assert not_utf8(path) == (len(lines), len(lines[-1].encode()) + 1)
 
 
 def test_values_that_python_cannot_hold_end_a_table(tmp_path: Path) -> None:

@@ -82,6 +82,22 @@ def same_rows(one: fp8.Rows, two: fp8.Rows) -> None:
     same(one.values.float(), two.values.float())
 
 
+@pytest.mark.parametrize("rank", [16, 48, 768])
+def test_adapters_sizes_are_torch_s(rank: int) -> None:
+    """Of columns of wider rows, whatever was measured before; NaN is larger than all."""
+    up, down = random(1000, 768), random(768, 4096)
+    up[997, rank - 1], down[rank - 1, 3] = -70.0, 90.0
+    if rank < 768:
+        up[0, rank] = down[rank, 0] = 1000.0  # not theirs
+    sizes = fp8.AdapterSizes(torch.full((2,), 5000.0, device=GPU), torch.ones(2, device=GPU))
+    fp8.measure(sizes, up[:, :rank], down[:rank].T)
+    assert sizes.largest.tolist() == [70.0, 90.0]
+    down[0, 4095] = torch.nan
+    fp8.measure(sizes, up[:, :rank], down[:rank].T)
+    assert sizes.largest[0] == 70.0
+    assert sizes.largest[1].isnan()
+
+
 @pytest.mark.parametrize("own", [0, 1])
 @pytest.mark.parametrize("rank", [16, 48, 768])
 def test_adapters_columns_are_torch_s(own: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:

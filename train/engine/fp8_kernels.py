@@ -151,6 +151,26 @@ def rounded(x):
 
 
 @triton.jit
+def largest_kernel(
+    up, stride_up, stride_up_rank, N, down, stride_down, stride_down_rank, K, largest,
+    R: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """largest[0] = max |up[N, R]|, largest[1] = max |down[K, R]|, from zeros, as bits of fp32: these order like numbers,
+    NaN above all. No program has to be first."""
+    program = tl.program_id(0)
+    own = program >= tl.cdiv(N, ROWS)
+    rank = tl.arange(0, RANK)[None, :]
+    if own:
+        row = ((program - tl.cdiv(N, ROWS)) * ROWS + tl.arange(0, ROWS))[:, None]
+        place, inside = down + row * stride_down + rank * stride_down_rank, (row < K) & (rank < R)
+    else:
+        row = (program * ROWS + tl.arange(0, ROWS))[:, None]
+        place, inside = up + row * stride_up + rank * stride_up_rank, (row < N) & (rank < R)
+    size = tl.abs(tl.load(place, mask=inside, other=0.0).to(tl.float32))
+    tl.atomic_max(largest + own.to(tl.int32), tl.max(size.to(tl.int32, bitcast=True)))
+
+
+@triton.jit
 def columns_kernel(
     part, stride, stride_rank, out, stride_out, largest, scale, factors, root, N,
     OWN: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,

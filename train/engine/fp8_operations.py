@@ -100,6 +100,22 @@ def dequantize_e4m3(
         )  # fmt: skip
 
 
+def measure(sizes: AdapterSizes, up: torch.Tensor, down: torch.Tensor) -> None:
+    """sizes.largest = the largest magnitudes of s B, `up` [N, R], and A, `down` [K, R]; NaN where there is one."""
+    kernels = _kernels_for(up.device)
+    if kernels is None:
+        for largest, side in zip(sizes.largest, (up, down), strict=True):
+            torch.linalg.vector_norm(side, torch.inf, dtype=torch.float32, out=largest)
+        return
+    rank = up.shape[1]
+    rows = max(1, kernels.COLUMN_ELEMENTS // power_of_two(rank))
+    sizes.largest.zero_()
+    kernels.largest_kernel[(sum(-(-len(side) // rows) for side in (up, down)),)](
+        up, *up.stride(), len(up), down, *down.stride(), len(down), sizes.largest.view(torch.int32), rank,
+        power_of_two(rank), rows, num_warps=4,
+    )  # fmt: skip
+
+
 def adapter_factor(largest: torch.Tensor, own: int, scale: torch.Tensor, width: int) -> torch.Tensor:
     """The power of two that s B (0) or A (1) is multiplied with, and what goes through it divided by.
 

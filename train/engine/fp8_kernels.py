@@ -155,8 +155,8 @@ def largest_kernel(
     up, stride_up, stride_up_rank, N, down, stride_down, stride_down_rank, K, largest,
     R: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """largest[0] = max |up[N, R]|, largest[1] = max |down[K, R]|, from zeros, as bits of fp32: these order like numbers,
-    NaN above all. No program has to be first."""
+    """largest[0] = max |up[N, R]|, largest[1] = max |down[K, R]|, from zeros, as bits of fp32: they order like
+    numbers, NaN above all. No program has to be first."""
     program = tl.program_id(0)
     own = program >= tl.cdiv(N, ROWS)
     rank = tl.arange(0, RANK)[None, :]

@@ -82,6 +82,22 @@ def same_rows(one: fp8.Rows, two: fp8.Rows) -> None:
     same(one.values.float(), two.values.float())
 
 
+@pytest.mark.parametrize("rank", [16, 48, 768])
+def test_adapters_sizes_are_torch_s(rank: int) -> None:
+    """Of columns of wider rows, whatever was measured before; NaN is larger than all."""
+    up, down = random(1000, 768), random(768, 4096)
+    up[997, rank - 1], down[rank - 1, 3] = -70.0, 90.0
+    if rank < 768:
+        up[0, rank] = down[rank, 0] = 1000.0  # not theirs
+    sizes = fp8.AdapterSizes(torch.full((2,), 5000.0, device=GPU), torch.ones(2, device=GPU))
+    fp8.measure(sizes, up[:, :rank], down[:rank].T)
+    assert sizes.largest.tolist() == [70.0, 90.0]
+    down[0, 4095] = torch.nan
+    fp8.measure(sizes, up[:, :rank], down[:rank].T)
+    assert sizes.largest[0] == 70.0
+    assert sizes.largest[1].isnan()
+
+
 @pytest.mark.parametrize("own", [0, 1])
 @pytest.mark.parametrize("rank", [16, 48, 768])
 def test_adapters_columns_are_torch_s(own: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,16 +133,16 @@ def test_weights_go_to_e4m3_in_one_launch(compress: bool, shape: tuple[int, int]
     exact = bnb.functional.dequantize_4bit(weight.data, weight.quant_state) / scale
     assert 112 < exact.abs().max() <= 448  # a bound of two scales of scales may be loose by a power of two
     for with_along, with_across in ((True, True), (True, False), (False, True)):
-        along = torch.zeros(shape[0], shape[1], dtype=E4M3, device=GPU)
+        along = torch.zeros(shape[0], shape[1] + 48, dtype=E4M3, device=GPU)
         across = torch.zeros(shape[1], shape[0] + 64, dtype=E4M3, device=GPU)
-        fp8.dequantize_e4m3(
-            weight, scale, along if with_along else None, across[:, : shape[0]] if with_across else None
-        )
-        for is_wanted, found in ((with_along, along), (with_across, across[:, : shape[0]].T)):
+        inner, outer = along[:, : shape[1]], across[:, : shape[0]]
+        fp8.dequantize_e4m3(weight, scale, inner if with_along else None, outer if with_across else None)
+        for is_wanted, found in ((with_along, inner), (with_across, outer.T)):
             # products of scale and level may round otherwise in the last bit of fp32
             other = found.float() != exact.to(E4M3).float() if is_wanted else found.float() != 0
             assert other.float().mean() < 1e-4
         assert not across[:, shape[0] :].float().any()
+        assert not along[:, shape[1] :].float().any()
 
 
 @pytest.mark.parametrize("num_tokens", [1, 77, 1408])

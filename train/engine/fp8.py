@@ -30,6 +30,7 @@ from train.engine.fp8_operations import (
     dequantize_e4m3,
     gate_backward_rows,
     gate_rows,
+    measure,
     quantize,
     scale_of,
     scaled_product,
@@ -150,8 +151,7 @@ class Fp8Group(LoraGroup):
         if not self.num_beside or self.scale is None or not matrix.filled & {Form.ROWS, Form.COLUMNS}:
             return
         sides = matrix.up[:, : self.num_beside], matrix.down[: self.num_beside].T
-        for largest, side in zip(matrix.sizes.largest, sides, strict=True):
-            torch.linalg.vector_norm(side, torch.inf, dtype=torch.float32, out=largest)
+        measure(matrix.sizes, *sides)
         for own, form in enumerate((Form.ROWS, Form.COLUMNS)):
             if form in matrix.filled:
                 out = matrix.weights[form][:, -3 * self.num_beside :]

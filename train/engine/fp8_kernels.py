@@ -8,49 +8,128 @@ import triton.language as tl
 
 from train.engine.kernels import gated, ungated
 
-DEQUANTIZED_ROWS = 64  # of a program: a column of so many NF4 blocks
+BLOCKS_ALONG, WORDS_ACROSS = 128, 64  # of NF4, of four rows each; of a program
 COLUMN_ELEMENTS = 4096  # of a program of columns_kernel
-WORD = tl.constexpr(4)  # bytes that go to the transpose together
+WORD = tl.constexpr(4)  # bytes, of rows below one another
 LARGEST, TINY, LEAST = tl.constexpr(448.0), tl.constexpr(1e-12), tl.constexpr(1e-30)  # as in fp8_operations.py
 
 
 @triton.jit
-def dequantize_kernel(
-    packed, absmax, nested_code, nested_absmax, offset, code, scale, along, across, N, stride_along, stride_across,
-    K: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, ALONG: tl.constexpr, ACROSS: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    """NF4 / scale -> along[N, K], across[K, N] or both, ROWS blocks below one another a program.
+def permute(a, b, selector):
+    """A word of bytes of a (0 to 3) and b (4 to 7): which, its four lowest nibbles say, each below 8."""
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], dtype=tl.uint32, is_pure=True, pack=1
+    )
 
-    `across` is in words of 4 bytes, its stride too. No tl.interleave: on Hopper (Triton 3.6) tl.trans of what comes
-    from it is wrong, always for 8 bits, for 32 where rows are not stored as vectors.
+
+@triton.jit
+def level_word(code, factor, FIRST: tl.constexpr):
+    """Four levels times the factors of blocks, from FIRST on, as a word of e4m3 for each block."""
+    word = tl.zeros(factor.shape, tl.uint32)
+    for byte in tl.static_range(4):
+        value = (tl.load(code + FIRST + byte) * factor).to(tl.float8e4nv)
+        word |= value.to(tl.uint8, bitcast=True).to(tl.uint32) << (8 * byte)
+    return word
+
+
+@triton.jit
+def levels(absmax, nested_code, nested_absmax, offset, code, scale, block, inside, NESTED: tl.constexpr):
+    """The 16 numbers that elements of these blocks are, in e4m3 of / scale: four words for each block."""
+    factor = tl.load(absmax + block, mask=inside, other=0)
+    if NESTED:
+        nested = tl.load(nested_absmax + block // NESTED, mask=inside, other=0.0)
+        factor = tl.load(nested_code + factor.to(tl.int32), mask=inside, other=0.0) * nested + tl.load(offset)
+    factor = tl.div_rn(factor, tl.load(scale))
+    return (
+        level_word(code, factor, 0), level_word(code, factor, 4),
+        level_word(code, factor, 8), level_word(code, factor, 12),
+    )  # fmt: skip
+
+
+@triton.jit
+def four(codes, low, below, above, high):
+    """The numbers of the codes in the four lowest nibbles, from the 16 of their block."""
+    index = codes & 0x7777
+    half = ((codes >> 1) & 0x4444) | 0x3210  # of the table, by a code's fourth bit
+    return permute(permute(low, below, index), permute(above, high, index), half)
+
+
+@triton.jit
+def in_order(pairs):
+    """Codes of 4 bits, eight a word: bnb has the first of two in the upper half of a byte."""
+    return ((pairs << 4) & 0xF0F0F0F0) | ((pairs >> 4) & 0x0F0F0F0F)
+
+
+@triton.jit
+def quarter(pairs, NUMBER: tl.constexpr):
+    """Four codes of 16, in the lowest bits."""
+    return in_order((pairs >> (32 * (NUMBER // 2))).to(tl.uint32)) >> (16 * (NUMBER % 2))
+
+
+@triton.jit
+def dequantize_along_kernel(
+    packed, absmax, nested_code, nested_absmax, offset, code, scale, along, num_blocks, stride,
+    K: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """NF4 / scale -> along[N, K], BLOCKS a program; `packed` in words of 4 bytes, `along` and its stride of 8."""
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = block < num_blocks
+    low, below, above, high = levels(absmax, nested_code, nested_absmax, offset, code, scale, block, inside, NESTED)
+    word = tl.arange(0, BLOCKSIZE // 8)[None, :]
+    pairs = tl.load(packed + block[:, None] * (BLOCKSIZE // 8) + word, mask=inside[:, None], other=0)
+    codes = in_order(pairs.to(tl.uint32, bitcast=True))
+    first = four(codes, low[:, None], below[:, None], above[:, None], high[:, None])
+    second = four(codes >> 16, low[:, None], below[:, None], above[:, None], high[:, None])
+    both = (second.to(tl.uint64) << 32) | first.to(tl.uint64)
+    row = (block // (K // BLOCKSIZE)).to(tl.int64)
+    place = along + (row * stride + block % (K // BLOCKSIZE) * (BLOCKSIZE // 8))[:, None] + word
+    tl.store(place, both.to(tl.int64, bitcast=True), mask=inside[:, None])
+
+
+@triton.jit
+def store_across(place, stride, a, b, c, d, inside):
+    """Words of four rows, as words of their four columns, at place, place + stride ..."""
+    first, other_first = permute(a, b, 0x5140), permute(c, d, 0x5140)
+    last, other_last = permute(a, b, 0x7362), permute(c, d, 0x7362)
+    tl.store(place, permute(first, other_first, 0x5410).to(tl.int32, bitcast=True), mask=inside)
+    tl.store(place + stride, permute(first, other_first, 0x7632).to(tl.int32, bitcast=True), mask=inside)
+    tl.store(place + 2 * stride, permute(last, other_last, 0x5410).to(tl.int32, bitcast=True), mask=inside)
+    tl.store(place + 3 * stride, permute(last, other_last, 0x7632).to(tl.int32, bitcast=True), mask=inside)
+
+
+@triton.jit
+def dequantize_across_kernel(
+    packed, absmax, nested_code, nested_absmax, offset, code, scale, across, N, stride,
+    K: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """NF4 / scale -> across[K, N]: a thread takes a block of four rows, so that neighbours store beside one another.
+
+    `packed` is in words of 8 bytes, `across` and its stride of 4.
     """
-    column = tl.program_id(0)
-    place_in_block = tl.arange(0, BLOCKSIZE)
-    inner = column * BLOCKSIZE + place_in_block
-    word = tl.program_id(1) * (ROWS // WORD) + tl.arange(0, ROWS // WORD).to(tl.int64)
-    words = tl.zeros([ROWS // WORD, BLOCKSIZE], tl.int32)
-    for byte in tl.static_range(WORD):
-        row = word * WORD + byte
-        inside = row < N
-        block = row * (K // BLOCKSIZE) + column
-        factor = tl.load(absmax + block, mask=inside, other=0)
-        if NESTED:
-            nested = tl.load(nested_absmax + block // NESTED, mask=inside, other=0.0)
-            factor = tl.load(nested_code + factor.to(tl.int32), mask=inside, other=0.0) * nested + tl.load(offset)
-        factor = tl.div_rn(factor, tl.load(scale))
-        place = packed + block[:, None] * (BLOCKSIZE // 2) + (place_in_block // 2)[None, :]
-        pair = tl.load(place, mask=inside[:, None], other=0).to(tl.int32)  # the first in the upper half of a byte
-        level = tl.load(code + ((pair >> (4 - 4 * (place_in_block % 2))[None, :]) & 15))
-        values = (level * factor[:, None]).to(tl.float8e4nv)
-        if ALONG:
-            place = along + row[:, None] * stride_along + inner[None, :]
-            tl.store(place, values, mask=inside[:, None])
-        if ACROSS:
-            words |= values.to(tl.uint8, bitcast=True).to(tl.int32) << (8 * byte)
-    if ACROSS:
-        place = across + inner.to(tl.int64)[:, None] * stride_across + word[None, :]
-        tl.store(place, tl.trans(words), mask=word[None, :] < N // WORD)
+    column, word = tl.program_id(0), tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    inside = word < N // 4
+    a = word * 4 * (K // BLOCKSIZE) + column  # blocks of four rows
+    b, c, d = a + K // BLOCKSIZE, a + 2 * (K // BLOCKSIZE), a + 3 * (K // BLOCKSIZE)
+    a0, a1, a2, a3 = levels(absmax, nested_code, nested_absmax, offset, code, scale, a, inside, NESTED)
+    b0, b1, b2, b3 = levels(absmax, nested_code, nested_absmax, offset, code, scale, b, inside, NESTED)
+    c0, c1, c2, c3 = levels(absmax, nested_code, nested_absmax, offset, code, scale, c, inside, NESTED)
+    d0, d1, d2, d3 = levels(absmax, nested_code, nested_absmax, offset, code, scale, d, inside, NESTED)
+    place = across + (column * BLOCKSIZE).to(tl.int64) * stride + word
+    words: tl.constexpr = BLOCKSIZE // 16  # of 8 bytes, four of which, read by one thread, are a sector
+    together: tl.constexpr = min(words, 4)
+    for start in range(0, words, together):
+        for each in tl.static_range(together):
+            codes_a = tl.load(packed + a * words + start + each, mask=inside, other=0)
+            codes_b = tl.load(packed + b * words + start + each, mask=inside, other=0)
+            codes_c = tl.load(packed + c * words + start + each, mask=inside, other=0)
+            codes_d = tl.load(packed + d * words + start + each, mask=inside, other=0)
+            for part in tl.static_range(4):
+                values_a = four(quarter(codes_a, part), a0, a1, a2, a3)
+                values_b = four(quarter(codes_b, part), b0, b1, b2, b3)
+                values_c = four(quarter(codes_c, part), c0, c1, c2, c3)
+                values_d = four(quarter(codes_d, part), d0, d1, d2, d3)
+                store_across(place, stride, values_a, values_b, values_c, values_d, inside)
+                place += 4 * stride
 
 
 @triton.jit
@@ -69,6 +148,26 @@ def rounded(x):
     byte = tl.where(is_small, steps.to(tl.int32), normal - 960)  # exponents are 120 less
     byte = tl.where(x == x, tl.minimum(byte, 126), 127) | tl.where(x < 0, 128, 0)
     return tl.where(x < 0, -number, number), byte.to(tl.uint8)
+
+
+@triton.jit
+def largest_kernel(
+    up, stride_up, stride_up_rank, N, down, stride_down, stride_down_rank, K, largest,
+    R: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """largest[0] = max |up[N, R]|, largest[1] = max |down[K, R]|, from zeros, as bits of fp32: they order like
+    numbers, NaN above all. No program has to be first."""
+    program = tl.program_id(0)
+    own = program >= tl.cdiv(N, ROWS)
+    rank = tl.arange(0, RANK)[None, :]
+    if own:
+        row = ((program - tl.cdiv(N, ROWS)) * ROWS + tl.arange(0, ROWS))[:, None]
+        place, inside = down + row * stride_down + rank * stride_down_rank, (row < K) & (rank < R)
+    else:
+        row = (program * ROWS + tl.arange(0, ROWS))[:, None]
+        place, inside = up + row * stride_up + rank * stride_up_rank, (row < N) & (rank < R)
+    size = tl.abs(tl.load(place, mask=inside, other=0.0).to(tl.float32))
+    tl.atomic_max(largest + own.to(tl.int32), tl.max(size.to(tl.int32, bitcast=True)))
 
 
 @triton.jit

@@ -82,14 +82,37 @@ def dequantize_e4m3(
                 out.copy_(part)
         return
     nested, (num_rows, width) = state.state2, shape
+    num_blocks, blocks, words = num_rows * width // state.blocksize, kernels.BLOCKS_ALONG, kernels.WORDS_ACROSS
     scales = (nested.code, nested.absmax, state.offset) if nested else (state.absmax, state.absmax, state.absmax)
-    words = None if across is None else across.view(torch.int32)
-    rows, places = kernels.DEQUANTIZED_ROWS, [out if out is not None else scale for out in (along, words)]
-    strides = [0 if out is None else out.stride(0) for out in (along, words)]
-    kernels.dequantize_kernel[(width // state.blocksize, -(-num_rows // rows))](
-        weight.data, state.absmax, *scales, state.code, scale, *places, num_rows, *strides, width, state.blocksize,
-        nested.blocksize if nested else 0, along is not None, across is not None, rows, enable_fp_fusion=False,
-        num_warps=4,
+    packed, read = weight.data.flatten(), (state.absmax, *scales, state.code, scale)
+    of_weight = width, state.blocksize, nested.blocksize if nested else 0
+    if along is not None:
+        out = along.view(torch.int64)
+        kernels.dequantize_along_kernel[(-(-num_blocks // blocks),)](
+            packed.view(torch.int32), *read, out, num_blocks, out.stride(0), *of_weight, blocks,
+            enable_fp_fusion=False, num_warps=4,
+        )  # fmt: skip
+    if across is not None:
+        out = across.view(torch.int32)
+        kernels.dequantize_across_kernel[(width // state.blocksize, -(-num_rows // (kernels.WORD.value * words)))](
+            packed.view(torch.int64), *read, out, num_rows, out.stride(0), *of_weight, words,
+            enable_fp_fusion=False, num_warps=2,
+        )  # fmt: skip
+
+
+def measure(sizes: AdapterSizes, up: torch.Tensor, down: torch.Tensor) -> None:
+    """sizes.largest = the largest magnitudes of s B, `up` [N, R], and A, `down` [K, R]; NaN where there is one."""
+    kernels = _kernels_for(up.device)
+    if kernels is None:
+        for largest, side in zip(sizes.largest, (up, down), strict=True):
+            torch.linalg.vector_norm(side, torch.inf, dtype=torch.float32, out=largest)
+        return
+    rank = up.shape[1]
+    rows = max(1, kernels.COLUMN_ELEMENTS // power_of_two(rank))
+    sizes.largest.zero_()
+    kernels.largest_kernel[(sum(-(-len(side) // rows) for side in (up, down)),)](
+        up, *up.stride(), len(up), down, *down.stride(), len(down), sizes.largest.view(torch.int32), rank,
+        power_of_two(rank), rows, num_warps=4,
     )  # fmt: skip
 
 

@@ -197,7 +197,14 @@ ALLOWED_MODULES = {
     "train.engine.plan": {"train.batching", "train.config"},
     "train.engine.operations": {"train.engine.kernels", "train.engine.layers", "train.run.devices"},
     "train.engine.layers": {"train.engine.linears"},
-    "train.engine.lora_linear": {"train.engine.linears", "train.engine.mxfp4", "train.engine.operations"},
+    "train.engine.dropout_kernels": set(),
+    "train.engine.dropout_products": {"train.engine.operations", "train.run.devices"},
+    "train.engine.lora_linear": {
+        "train.engine.dropout_products",
+        "train.engine.linears",
+        "train.engine.mxfp4",
+        "train.engine.operations",
+    },
     "train.engine.mxfp4": {"train.engine.packed_weights"},
     "train.engine.fp8_kernels": {"train.engine.kernels"},
     "train.engine.fp8_operations": {

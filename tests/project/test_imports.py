@@ -28,7 +28,12 @@ LIBRARIES_WITH_ONE_OWNER = {
         "train.models.parameters",
         "train.optim",
     },
-    "triton": {"train.engine.fp8_kernels", "train.engine.grouped_kernels", "train.engine.kernels"},
+    "triton": {
+        "train.engine.dropout_kernels",
+        "train.engine.fp8_kernels",
+        "train.engine.grouped_kernels",
+        "train.engine.kernels",
+    },
     "liger_kernel": {"train.models.liger"},
     "wandb": {"train.track.offline_records", "train.track.weights_and_biases"},
     "mlflow": {"train.track.mlflow_tracker"},

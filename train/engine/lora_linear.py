@@ -18,9 +18,10 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 
+from train.engine.dropout_products import Dropped, add_spread, gradients, project
 from train.engine.linears import Linear, Projection
 from train.engine.mxfp4 import MXFP4, dequantize_mxfp4
-from train.engine.operations import Dropout, dropout, gate, gate_backward, kernels_for
+from train.engine.operations import Dropout, gate, gate_backward, kernels_for, wide_mm
 
 FROZEN_LINEARS = (torch.nn.Linear, bnb.nn.Linear4bit)
 PADDING = 64  # adapters' columns fill a multiple: rows stay aligned to 128 bytes, products are 1 to 4 % faster
@@ -183,11 +184,7 @@ class LoraGroup(OneMatrix):
 
     def _project_dropped(self, down: torch.Tensor, x: torch.Tensor, low_rank: torch.Tensor, drop: Dropout) -> None:
         low_rank.zero_()
-        dropped = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for number, columns in enumerate(self.columns):
-            if columns is not None:
-                dropout(x, dropped, drop, number)
-                torch.mm(dropped, down[columns].T, out=low_rank[:, columns])
+        project(x, down, Dropped(drop, self.columns), low_rank)
 
     def input_gradient(
         self, matrix: Any, grad_out: torch.Tensor, drop: Dropout | None, grad_x: torch.Tensor | None
@@ -209,28 +206,25 @@ class LoraGroup(OneMatrix):
             torch.mm(grad_out[:, : self.num_outputs], self.up(matrix), out=grad_low_rank)
 
     def _add_dropped(self, matrix: Any, grad_out: torch.Tensor, drop: Dropout, grad_x: torch.Tensor) -> None:
-        for number, columns in enumerate(self.columns):
-            if columns is not None:
-                spread = grad_out[:, self.num_outputs :][:, columns] @ self.down(matrix)[columns]
-                dropout(spread, grad_x, drop, number, add=True)
+        add_spread(grad_out[:, self.num_outputs :], self.down(matrix), Dropped(drop, self.columns), grad_x)
 
     def adapter_gradients(
         self, grad_out: torch.Tensor, x: torch.Tensor, low_rank: torch.Tensor, drop: Dropout | None
     ) -> list[torch.Tensor]:
         """dA [r, K] and dB [n, r] of each adapter in the order of `parameters`, fp32, after input_gradient."""
         grad_y, grad_low_rank = grad_out[:, : self.num_outputs], grad_out[:, self.num_outputs :]
-        # without dropout the adapters read the same input: one product, which reads it once
-        together = wide_mm(grad_low_rank.T, x) if drop is None and self.padded_rank else x
-        gradients = []
-        for number, (rows, columns, scale) in enumerate(zip(self.rows, self.columns, self.scales, strict=True)):
+        if not self.parameters:
+            return []
+        # the adapters read the same input, which is read once: by one product, or with the masks that each puts on it
+        if drop is None:
+            of_down = wide_mm(grad_low_rank.T, x)
+        else:
+            of_down = gradients(grad_low_rank, x, Dropped(drop, self.columns))
+        found = []
+        for rows, columns, scale in zip(self.rows, self.columns, self.scales, strict=True):
             if columns is not None:
-                grad_a = together[columns]
-                if drop is not None:
-                    read = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-                    dropout(x, read, drop, number)
-                    grad_a = wide_mm(grad_low_rank[:, columns].T, read)
-                gradients += [grad_a, wide_mm(grad_y[:, rows].T, low_rank[:, columns]).mul_(scale)]
-        return gradients
+                found += [of_down[columns], wide_mm(grad_y[:, rows].T, low_rank[:, columns]).mul_(scale)]
+        return found
 
 
 def _leave_no_gap(columns: torch.Tensor) -> None:
@@ -248,13 +242,6 @@ def _stacked_bias(bases: Sequence[Linear]) -> torch.Tensor | None:
     if like is None:
         return None
     return torch.cat([like.new_zeros(base.out_features) if base.bias is None else base.bias for base in bases])
-
-
-def wide_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b in fp32: a sum over all tokens is not rounded to 16 bits before micro-batches are added."""
-    if a.device.type == "cuda" and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
 
 
 def frozen_matrix(base: Linear, dtype: torch.dtype) -> torch.Tensor:

@@ -20,7 +20,7 @@ TANH_GELU = "gelu_tanh"
 # GELU by tanh (Hendrycks and Gimpel 2016): x (1 + tanh z) / 2 with z = TANH_SCALE (x + TANH_CUBE x^3)
 TANH_SCALE, TANH_CUBE = (2 / math.pi) ** 0.5, 0.044715
 ACTIVATIONS = {"silu": F.silu, TANH_GELU: partial(F.gelu, approximate="tanh")}
-HASH = (0x7FEB352D, 0x846CA68B)  # lowbias32 (Wellons 2018), the same in kernels.py
+HASH = (0x7FEB352D, 0x846CA68B)  # lowbias32 (Wellons 2018), the same in kernels.py and dropout_kernels.py
 
 
 @cache
@@ -221,13 +221,18 @@ class Dropout:
     first: int = 0  # index of the first row, a token, in the micro-batch
 
 
+def threshold_of(p: float) -> int:
+    """An element is dropped where its hash, of 32 bits, is below it."""
+    return int(p * 2**32)
+
+
 def dropout(x: torch.Tensor, out: torch.Tensor, drop: Dropout, number: int = 0, add: bool = False) -> None:
     """out [T, K] = (out +) x / (1 - p) where an element survives, else 0, for adapter `number` of the group.
 
     The mask depends on seed, place and row only: nothing is kept for the backward pass, which applies the same function
     to the gradient.
     """
-    salt, threshold, scale = mixed(drop.place + number), int(drop.p * 2**32), 1 / (1 - drop.p)
+    salt, threshold, scale = mixed(drop.place + number), threshold_of(drop.p), 1 / (1 - drop.p)
     kernels = kernels_for(x.device)
     if kernels is not None:
         grid = (x.shape[0], -(-x.shape[1] // 2048))
@@ -244,6 +249,13 @@ def dropout(x: torch.Tensor, out: torch.Tensor, drop: Dropout, number: int = 0, 
     bits ^= bits >> 16
     values = torch.where(bits >= threshold, x.float() * scale, 0.0)
     out.copy_(values + out.float() if add else values)
+
+
+def wide_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b in fp32: a sum over all tokens is not rounded to 16 bits before micro-batches are added."""
+    if a.device.type == "cuda" and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

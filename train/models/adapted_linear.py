@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from train.engine.linears import ADAPTER
-from train.engine.lora_linear import FROZEN_LINEARS, dequantize, frozen_matrix, wide_mm
+from train.engine.lora_linear import FROZEN_LINEARS, dequantize, frozen_matrix
+from train.engine.operations import wide_mm
 from train.models.adapters import is_adapted_layer
 from train.models.agreement import random_adapters
 from train.models.language_model import LanguageModel

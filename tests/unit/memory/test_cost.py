@@ -14,7 +14,7 @@ from train import loss
 from train.batching import LengthStatistics, MicroBatchShape
 from train.collate import collate_packed
 from train.config import BatchConfig, EngineConfig, MemoryConfig, OptimConfig
-from train.engine import fp8, fp8_operations, lora_linear
+from train.engine import dropout_products, fp8, fp8_operations, lora_linear
 from train.engine.context import ForwardContext
 from train.engine.decoder import FusedDecoder
 from train.engine.delta_rule import PackedSamples
@@ -142,7 +142,7 @@ def test_the_mlp_s_backward_pass_takes_what_is_counted(
     # where our kernels run, these take no memory
     for name in ("gate_backward", "gate"):
         monkeypatch.setattr(lora_linear, name, lambda *_, **__: None)
-    monkeypatch.setattr(lora_linear, "dropout", lambda *_, **__: None)
+    monkeypatch.setattr(dropout_products, "dropout", lambda *_, **__: None)
 
     def room(x: torch.Tensor, width: int, rank: int) -> fp8_operations.Rows:
         return fp8_operations.Rows.of_shape(x.shape[0], width + 3 * rank, x.device)

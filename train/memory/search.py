@@ -25,6 +25,7 @@ MAX_MERGED_TOKENS = 16384  # matrix products are not faster beyond
 # Hosts differ: some take twice as long to launch kernels as the one that was measured, for which steps are predicted.
 # Graphs, whose captures take time, must be faster by a share of a step there, or on such a host and not slower here
 SLOW_HOST, MIN_GRAPH_GAIN = 2, 0.01
+SHORT_GRAPH = 4096  # tokens, up to which attention in a graph may as well be launched for a sample that has them all
 ROW_STEP = 64  # tokens; the longest row that fits is told as a multiple of it
 
 
@@ -184,6 +185,7 @@ def plan_of(job: Job, candidate: Candidate, has_limit: bool, needs_host: bool) -
         num_linear=s.num_linear(range(s.num_blocks)),
         mlp_tile=candidate.mlp_tile if candidate.mlp_tile < longest else 0,
         num_samples=job.num_samples(candidate.tokens),
+        longest_sample=padded(job.rows.longest[0]) if candidate.uses_graphs and candidate.width > SHORT_GRAPH else 0,
         graph_bytes=cost.graph_bytes(job, candidate),
         fragmentation_bytes=cost.fragmentation_bytes(job, candidate),
         eager_bytes=cost.eager_bytes(job, candidate),

@@ -431,6 +431,7 @@ ALLOWED_MODULES = {
     "train.memory.time": {"train.memory.candidate", "train.memory.kept"},
     "train.memory.search": {
         "train.batching",
+        "train.collate",
         "train.config",
         "train.engine.plan",
         "train.memory.candidate",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from train.batching import LengthStatistics, MicroBatchShape
+from train.collate import MAX_PADDING
 from train.config import MemoryConfig
 from train.engine.plan import GRAPH_STEP, NUM_SLOTS, Plan, padded, part_tokens, spread
 from train.memory import cost
@@ -124,7 +125,10 @@ class Planner:
             if not is_given:
                 wide = {padded(tokens) - less for tokens in sizes for less in (0, GRAPH_STEP)}
                 sizes = {tokens for tokens in wide if tokens >= rows.longest[0]}
-            yield from ((tokens, True) for tokens in sorted(sizes) if tokens <= MAX_MERGED_TOKENS)
+            # cuDNN's attention, for samples of one length, is not captured, and faster than what is
+            is_uniform = rows.longest[0] <= (1 + MAX_PADDING) * rows.mean_length and self.job.sizes.mixture is None
+            longest = SHORT_GRAPH if is_uniform else MAX_MERGED_TOKENS
+            yield from ((tokens, True) for tokens in sorted(sizes) if tokens <= longest)
 
     def _filled(self, candidate: Candidate, budget: int | None) -> Candidate:
         """The candidate with as many blocks kept, and then weights cached, as there is room for.

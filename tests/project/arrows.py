@@ -23,7 +23,7 @@ ALLOWED = {
     "train.recording": {"collate", "data", "engine", "models", "optim", "step"},
     "train.loss": {"engine"},
     "train.models": {"collate", "config", "data_tools", "engine", "loss", "run", "seeds"},
-    "train.memory": {"batching", "config", "data_tools", "engine", "loss", "models", "optim", "run"},
+    "train.memory": {"batching", "collate", "config", "data_tools", "engine", "loss", "models", "optim", "run"},
     "train.step": {"config", "data", "engine", "learning_rate", "metrics", "models", "optim", "run", "seeds"},
     "train.early_stop": {"config"},
     "train.validation": {
@@ -438,6 +438,7 @@ ALLOWED_MODULES = {
     "train.memory.time": {"train.memory.candidate", "train.memory.kept"},
     "train.memory.search": {
         "train.batching",
+        "train.collate",
         "train.config",
         "train.engine.plan",
         "train.memory.candidate",

@@ -19,7 +19,7 @@ from train.engine.attention import Attend
 from train.engine.context import ForwardContext
 from train.engine.copies import HostMemoryError
 from train.engine.graph_shapes import Shape, serving
-from train.engine.plan import padded
+from train.engine.plan import GRAPH_STEP, padded
 from train.engine.stack import Saved, Stack
 from train.engine.weight_store import WeightStore
 from train.run.devices import out_of_memory_line
@@ -78,7 +78,8 @@ class Graphs:
     FULL: the smallest graph that a shape fits in serves; only the largest is captured, if it is not there -> EAGER
         where it no longer fits.
     EAGER: nothing is captured, everything runs eagerly.
-    In any state: release(), also by a shape that exceeds the largest and runs eagerly -> COLD.
+    In any state: release(), also by a shape that exceeds the largest, or would be padded by more than the longest
+        sample, and runs eagerly -> COLD.
     """
 
     def __init__(
@@ -86,12 +87,14 @@ class Graphs:
         stack: Stack,
         attend_for: AttendFor,
         max_tokens: int,
+        longest_sample: int,
         graph_bytes: int,
         fragmentation_bytes: int,
         eager_bytes: int,
     ) -> None:
         """For `max_tokens`, whose graph takes `graph_bytes`; all smaller ones take `fragmentation_bytes` more.
 
+        No sample has more tokens than `longest_sample`, which attention is launched for; 0: than all.
         `eager_bytes` are left free for what runs beside the graphs.
         """
         self.stack = stack
@@ -100,6 +103,7 @@ class Graphs:
         self.eager_bytes = eager_bytes
         self.attend_for = attend_for
         self.max_tokens = padded(max_tokens)
+        self.longest_sample = longest_sample
         self.state = State.COLD
         self.graphs: dict[Shape, CapturedGraph] = {}
         self.static: StaticBuffers | None = None
@@ -146,7 +150,7 @@ class Graphs:
 
         Raises OutOfMemoryError where there is no room for the very first.
         """
-        largest = self.largest or (self.max_tokens, shape[1])
+        largest, num_tokens = self.largest or (self.max_tokens, shape[1]), shape[0]
         if shape[0] > largest[0] or shape[1] > largest[1]:
             self.release()  # the eager pass needs what the graphs hold
             return None
@@ -158,7 +162,12 @@ class Graphs:
             self._capture_another(shape, largest, context, batch)
         if self.state is State.EAGER:
             return None
-        return self.graphs[serving(shape, self.graphs) or largest]
+        served = serving(shape, self.graphs) or largest
+        # the sample behind the others has all that is padded, before the shape's last step too
+        if self.longest_sample and served[0] - num_tokens + GRAPH_STEP > self.longest_sample:
+            self.release()
+            return None
+        return self.graphs[served]
 
     def _capture_largest(self, largest: Shape, context: ForwardContext, batch: MicroBatch) -> None:
         if self._room() >= self.graph_bytes + self.eager_bytes:
@@ -201,7 +210,8 @@ class Graphs:
         num_tokens = static.hidden.shape[0]
         cu_seqlens, seed = batch.cu_seqlens.new_full((num_boundaries,), num_tokens), context.seed.clone()
         cu_seqlens[0] = 0
-        attend = self.attend_for(replace(batch, cu_seqlens=cu_seqlens, max_length=num_tokens))
+        max_length = min(num_tokens, self.longest_sample or num_tokens)
+        attend = self.attend_for(replace(batch, cu_seqlens=cu_seqlens, max_length=max_length))
         positions = replace(context.positions, values=static.positions)
         own = replace(context, positions=positions, seed=seed, attend=attend, per_layer=static.per_layer)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()

@@ -37,6 +37,7 @@ class Plan:
     mlp_tile: int = 0  # tokens that go through an MLP at once; 0: all
     num_samples: int = 1  # samples in a micro-batch that memory is counted for
     pair_cost: float = 0.0  # of attention for a pair of tokens, beside a token's; by it samples are dealt to processes
+    longest_sample: int = 0  # tokens that graphs count on no sample exceeding; 0: each may be the whole micro-batch
     graph_bytes: int = 0  # memory pool of the largest graph; this and the next three are 0 without graphs
     fragmentation_bytes: int = 0  # what the graphs of all other lengths add to it; they are captured only where it fits
     eager_bytes: int = 0  # reserved for what runs eagerly beside graphs: the head, a validation

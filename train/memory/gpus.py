@@ -40,6 +40,7 @@ class Gpu:
     peak_flops: float | None = None  # dense FLOP/s by datasheet, which MFU is a share of; None: unknown
     has_nvlink: bool = False  # to the other GPUs of its machine
     has_graphs: bool = False  # training passes may run as CUDA graphs
+    launch_time: float = 1.0  # that its host takes to launch a kernel, in that of the host that was measured
     max_host_bytes: int = 2**62  # host memory that may be pinned, by all processes of the machine
 
     @property

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from train.batching import LengthStatistics, MicroBatchShape
+from train.collate import MAX_PADDING
 from train.config import MemoryConfig
 from train.engine.plan import GRAPH_STEP, NUM_SLOTS, Plan, padded, part_tokens, spread
 from train.memory import cost
@@ -22,8 +23,10 @@ MARGIN = 0.92
 MIN_GAIN = 0.02  # share of a step's time by which using host memory must be faster: predictions are no more exact
 MLP_TILE = 1024  # tokens of a tile, where the MLP's activations of all tokens do not fit at once
 MAX_MERGED_TOKENS = 16384  # matrix products are not faster beyond
-MAX_GRAPH_TOKENS = 4096  # longer micro-batches run eagerly: the GPU computes longer than the host launches
-MAX_MIXTURE_GRAPH_TOKENS = 16384  # with a mixture the host has more to launch, and the GPU less to compute
+# Hosts differ: some take twice as long to launch kernels as the one that was measured, for which steps are predicted.
+# Graphs, whose captures take time, must be faster by a share of a step there, or on such a host and not slower here
+SLOW_HOST, MIN_GRAPH_GAIN = 2, 0.01
+SHORT_GRAPH = 4096  # tokens, up to which attention in a graph may as well be launched for a sample that has them all
 ROW_STEP = 64  # tokens; the longest row that fits is told as a multiple of it
 
 
@@ -54,9 +57,21 @@ class Planner:
         if not fits:
             smallest = min(tried, key=lambda each: cost.peak(self.job, each))
             return plan_of(self.job, smallest, budget is not None, needs_host=True)
-        fastest = min(fits, key=lambda each: step_seconds(self.job, each) * (1 + MIN_GAIN * each.uses_host))
+        fastest = self._fastest(fits)
         needs_host = all(each.uses_host for each in fits) and self.memory.offload == "auto"
         return plan_of(self.job, fastest, budget is not None, needs_host)
+
+    def _fastest(self, fits: list[Candidate]) -> Candidate:
+        """By this host's seconds; a graph in its place that is as fast, if another host would launch too slowly."""
+        slow, limit = replace(self.job, gpu=replace(self.job.gpu, launch_time=SLOW_HOST)), 1 + MIN_GRAPH_GAIN
+
+        def seconds(c: Candidate, job: Job = self.job) -> float:
+            return step_seconds(job, c) * (1 + MIN_GAIN * c.uses_host)
+
+        fastest = min(fits, key=lambda each: seconds(each) * (limit if each.uses_graphs else 1))
+        graphs = [each for each in fits if each.uses_graphs and seconds(each) <= seconds(fastest) * limit]
+        graph = min(graphs, key=seconds, default=fastest)
+        return graph if seconds(graph, slow) * limit < seconds(fastest, slow) else fastest
 
     def longest_row(self, budget: int) -> int:
         """Tokens of the longest single row that can be trained in `budget` bytes, in steps of ROW_STEP; 0: none."""
@@ -110,7 +125,9 @@ class Planner:
             if not is_given:
                 wide = {padded(tokens) - less for tokens in sizes for less in (0, GRAPH_STEP)}
                 sizes = {tokens for tokens in wide if tokens >= rows.longest[0]}
-            longest = MAX_MIXTURE_GRAPH_TOKENS if self.job.sizes.mixture else MAX_GRAPH_TOKENS
+            # cuDNN's attention, for samples of one length, is not captured, and faster than what is
+            is_uniform = rows.longest[0] <= (1 + MAX_PADDING) * rows.mean_length and self.job.sizes.mixture is None
+            longest = SHORT_GRAPH if is_uniform else MAX_MERGED_TOKENS
             yield from ((tokens, True) for tokens in sorted(sizes) if tokens <= longest)
 
     def _filled(self, candidate: Candidate, budget: int | None) -> Candidate:
@@ -172,6 +189,7 @@ def plan_of(job: Job, candidate: Candidate, has_limit: bool, needs_host: bool) -
         num_linear=s.num_linear(range(s.num_blocks)),
         mlp_tile=candidate.mlp_tile if candidate.mlp_tile < longest else 0,
         num_samples=job.num_samples(candidate.tokens),
+        longest_sample=padded(job.rows.longest[0]) if candidate.uses_graphs and candidate.width > SHORT_GRAPH else 0,
         graph_bytes=cost.graph_bytes(job, candidate),
         fragmentation_bytes=cost.fragmentation_bytes(job, candidate),
         eager_bytes=cost.eager_bytes(job, candidate),

@@ -185,7 +185,8 @@ def recomputation(job: Job, c: Candidate) -> float:
 
 def forward_launches(job: Job, c: Candidate) -> float:
     """The host launches a block's kernels, unless a graph replays them."""
-    return 0.0 if c.uses_graphs else LAUNCH_FORWARD * (LAUNCH_MIXTURE if job.sizes.mixture else 1)
+    seconds = job.gpu.launch_time * LAUNCH_FORWARD * (LAUNCH_MIXTURE if job.sizes.mixture else 1)
+    return 0.0 if c.uses_graphs else seconds
 
 
 def backward_launches(job: Job, c: Candidate) -> float:

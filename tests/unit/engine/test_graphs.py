@@ -20,9 +20,9 @@ PLENTY = 10**6
 class Book(Graphs):
     """Graphs whose captures are their shapes, and whose room a function of those says."""
 
-    def __init__(self, room: Callable[[list[Shape]], int]) -> None:
+    def __init__(self, room: Callable[[list[Shape]], int], longest_sample: int = 0) -> None:
         stack: Any = None
-        super().__init__(stack, stack, 1000, GRAPH, FRAGMENTATION, EAGER)
+        super().__init__(stack, stack, 1000, longest_sample, GRAPH, FRAGMENTATION, EAGER)
         self.room, self.asked, self.captured = room, 0, []
 
     def _room(self) -> int:
@@ -205,3 +205,13 @@ def test_planned_shapes_are_captured_in_place_of_others() -> None:
     assert set(book.captured) == {(1024, 24), *book.planned}
     book.release()
     assert book.serve(100) == (384, 24)
+
+
+def test_a_graph_does_not_serve_where_what_is_padded_is_too_long_a_sample() -> None:
+    """Attention reads no more of a sample than it was launched for; 127 tokens may be padding before."""
+    book = Book(lambda _: PLENTY, longest_sample=512)
+    book.planned = [(640, 16)]
+    assert [book.serve(n) for n in (640, 256, 1024, 768)] == [(640, 16), (640, 16), (1024, 16), (1024, 16)]
+    assert book.serve(128) is None
+    assert (book.graphs, book.state) == ({}, State.COLD)  # the eager pass needs their memory
+    assert book.captured == [(1024, 16), (640, 16)]

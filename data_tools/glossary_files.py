@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from data_tools.remainder import not_utf8
 from data_tools.report import Report
 from data_tools.strict_json import place_of
+from data_tools.utf8 import not_utf8
 
 FIELDS = ("term", "definition", "domain", "examples")
 
@@ -73,7 +73,8 @@ def _read(path: Path, report: Report, ignored_fields: Counter[str]) -> Iterator[
     try:
         entries = list(reader(path, path.read_bytes().decode("utf-8-sig"), report))
     except UnicodeDecodeError:
-        line, byte = not_utf8(path)
+        with path.open("rb") as file:
+            line, byte = not_utf8(file)
         report.add(str(path), f"not UTF-8 (byte {byte} of line {line}); convert it, for example with iconv -t utf-8")
         return
     except RecursionError:

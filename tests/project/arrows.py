@@ -488,7 +488,7 @@ ALLOWED_MODULES = {
         "data_tools.report",
         "data_tools.terminal",
     },
-    "data_tools.glossary_files": {"data_tools.remainder", "data_tools.report", "data_tools.strict_json"},
+    "data_tools.glossary_files": {"data_tools.report", "data_tools.strict_json", "data_tools.utf8"},
     "data_tools.locate": {"data_tools.messages"},
     "data_tools.making": {
         "data_tools.documents",
@@ -534,6 +534,7 @@ ALLOWED_MODULES = {
         "data_tools.remainder",
         "data_tools.report",
         "data_tools.strict_json",
+        "data_tools.utf8",
     },
     "data_tools.records": {
         "data_tools.compressed",
@@ -544,6 +545,7 @@ ALLOWED_MODULES = {
         "data_tools.remainder",
         "data_tools.report",
         "data_tools.sources",
+        "data_tools.utf8",
     },
     "data_tools.render": {
         "data_tools.chat_template",
@@ -557,6 +559,7 @@ ALLOWED_MODULES = {
         "data_tools.turns",
     },
     "data_tools.remainder": {"data_tools.compressed"},
+    "data_tools.utf8": set(),
     "data_tools.report": {"data_tools.terminal"},
     "data_tools.samples": {"data_tools.encode"},
     "data_tools.scan": {"data_tools.encode", "data_tools.prepare", "data_tools.similarity"},

@@ -16,7 +16,6 @@ from data_tools import making, readers
 from data_tools.data_sets import SavedData
 from data_tools.prepare import prepare
 from data_tools.readers import RowFile
-from data_tools.remainder import not_utf8
 from data_tools.report import DataError
 from tests.conftest import BUNDLED_BASE, tokenizer_at
 from tests.unit.data_tools.test_readers import ROWS, rows_of
@@ -153,17 +152,6 @@ def test_damage_does_not_hide_an_error_before_it(name: str, tmp_path: Path, monk
         problems = rows_of(tmp_path / name)[1]
         assert said in problems[0], problems
         assert "was not read" in problems[0]
-
-
-def test_the_byte_that_is_not_utf8(tmp_path: Path) -> None:
-    """Its line and its place in it, wherever chunks end, also in the middle of a character."""
-    path, line = tmp_path / "a.csv", "é" * 40_000
-    edges = [f"{'a' * number}{end}{'b' * 9}" for number in range(8189, 8194) for end in ("\n", "\r\n", "\r", "\r\r")]
-    for before in ("", "a", f"{line}\n", f"a{line}", f"{line}\n\n{line}\nab", f"a{line}\n{line}", "a\r", *edges):
-        for bad in (b"\xe9", b"\xe9\n", b"\xffabc", b"\xe2\x82"):
-            path.write_bytes(before.encode() + bad)
-            lines = re.split("\r\n?|\n", before)
-            assert not_utf8(path) == (len(lines), len(lines[-1].encode()) + 1)
 
 
 def test_values_that_python_cannot_hold_end_a_table(tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ class FusedDecoder:
         self.graphs: Graphs | None = None
         if plan.uses_graphs:
             memory = plan.graph_bytes, plan.fragmentation_bytes, plan.eager_bytes
-            self.graphs = Graphs(self.stack, self.attend_for, plan.micro_batch_tokens, plan.longest_sample, *memory)
+            self.graphs = Graphs(self.stack, self.attend_for, plan.micro_batch_tokens, *memory)
+            self.graphs.longest_sample = plan.longest_sample
 
     def __call__(self, batch: MicroBatch) -> torch.Tensor:
         """What the head reads, [T or more, H], of a packed micro-batch; with dropout while the model trains.

@@ -87,14 +87,11 @@ class Graphs:
         stack: Stack,
         attend_for: AttendFor,
         max_tokens: int,
-        longest_sample: int,
         graph_bytes: int,
         fragmentation_bytes: int,
         eager_bytes: int,
     ) -> None:
         """For `max_tokens`, whose graph takes `graph_bytes`; all smaller ones take `fragmentation_bytes` more.
-
-        No sample has more tokens than `longest_sample`, which attention is launched for; 0: than all.
         `eager_bytes` are left free for what runs beside the graphs.
         """
         self.stack = stack
@@ -103,7 +100,7 @@ class Graphs:
         self.eager_bytes = eager_bytes
         self.attend_for = attend_for
         self.max_tokens = padded(max_tokens)
-        self.longest_sample = longest_sample
+        self.longest_sample = 0  # tokens of the longest one, which attention is launched for; 0: it may have all
         self.state = State.COLD
         self.graphs: dict[Shape, CapturedGraph] = {}
         self.static: StaticBuffers | None = None

@@ -22,7 +22,8 @@ class Book(Graphs):
 
     def __init__(self, room: Callable[[list[Shape]], int], longest_sample: int = 0) -> None:
         stack: Any = None
-        super().__init__(stack, stack, 1000, longest_sample, GRAPH, FRAGMENTATION, EAGER)
+        super().__init__(stack, stack, 1000, GRAPH, FRAGMENTATION, EAGER)
+        self.longest_sample = longest_sample
         self.room, self.asked, self.captured = room, 0, []
 
     def _room(self) -> int:

@@ -92,6 +92,7 @@ class Graphs:
         eager_bytes: int,
     ) -> None:
         """For `max_tokens`, whose graph takes `graph_bytes`; all smaller ones take `fragmentation_bytes` more.
+
         `eager_bytes` are left free for what runs beside the graphs.
         """
         self.stack = stack

@@ -15,10 +15,9 @@ import pyarrow.parquet
 
 from data_tools.compressed import CHUNK_BYTES, COMPRESSIONS, DAMAGE, kind_of, open_bytes
 from data_tools.delimiters import delimiter_of, misread
-from data_tools.remainder import UNREADABLE, first_line, unread_lines, unread_rows
+from data_tools.remainder import UNREADABLE, bad_byte, first_line, unread_lines, unread_rows
 from data_tools.report import Unread
 from data_tools.strict_json import json_reason, parse_json, strict_decoder
-from data_tools.utf8 import not_utf8
 
 MAX_ROW_BYTES = 8 * 2**20
 BATCH_ROWS = 256
@@ -130,8 +129,7 @@ def _json(path: Path, report: ReportProblem) -> Iterator[tuple[Place, Any]]:
                 reason = "something follows the array's end, as where two files were joined: write one array"
                 report(str(path), Unread(f"{reason}; {window.unread(num_read)}"))
         except UnicodeDecodeError:
-            with open_bytes(path) as bad:
-                line, byte = not_utf8(bad)
+            line, byte = bad_byte(path)
             reason = f"not UTF-8 (byte {byte} of line {line}); convert the file, which was not read from here on"
             report(f"{path}:{number + 1}", Unread(reason))
         except (ValueError, RecursionError) as error:
@@ -216,8 +214,7 @@ def _csv(path: Path, report: ReportProblem) -> Iterator[tuple[Place, Any]]:
                 else:
                     yield place, row
         except UnicodeDecodeError:
-            with open_bytes(path) as bad:
-                line, byte = not_utf8(bad)
+            line, byte = bad_byte(path)
             stop(line, f"not UTF-8 (byte {byte} of the line); convert the file", last + 1)
         except csv.Error as error:
             # where a quote is not closed, the reader has gone to the end

@@ -6,15 +6,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from data_tools.compressed import DAMAGE, open_bytes
+from data_tools.compressed import DAMAGE
 from data_tools.data_sets import HubData, SavedData
 from data_tools.formats import MAPPED, Format, Row, detect, fields_with_values
 from data_tools.messages import Message
 from data_tools.readers import RowFile, is_rows_in_disguise
-from data_tools.remainder import first_line
+from data_tools.remainder import bad_byte, first_line
 from data_tools.report import Report, Unread
 from data_tools.sources import Source, TextFile
-from data_tools.utf8 import not_utf8
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,7 @@ def _document(source: Source, file: TextFile) -> Document | Problem:
     except (*DAMAGE, OSError) as error:
         return Problem(str(file), f"cannot be read: {first_line(error)}")
     except UnicodeDecodeError:
-        with open_bytes(file.path) as bad:
-            line, byte = not_utf8(bad)
+        line, byte = bad_byte(file.path)
         reason = f"not UTF-8 (byte {byte} of line {line}); convert it, for example with iconv -t utf-8"
         return Problem(str(file), reason)
     if not text.strip():

@@ -1,10 +1,12 @@
 """What of a file was not read, how much of it and why."""
 
+from pathlib import Path
 from typing import TextIO
 
 import pyarrow
 
-from data_tools.compressed import DAMAGE
+from data_tools.compressed import DAMAGE, open_bytes
+from data_tools.utf8 import not_utf8
 
 MAX_PIECE = 2**20  # characters
 # of a table: damage, text that is not UTF-8, dates that Python cannot hold
@@ -31,3 +33,9 @@ def unread_lines(file: TextIO, first: int) -> str:
     except (*DAMAGE, OSError):
         return f"the file was not read from line {first:,} on"
     return f"{count - first + 1:,} of the file's {count:,} lines were not read, from line {first:,} on"
+
+
+def bad_byte(path: Path) -> tuple[int, int]:
+    """(line, byte of that line) of what is not UTF-8 in a file that may be compressed."""
+    with open_bytes(path) as file:
+        return not_utf8(file)

@@ -534,7 +534,6 @@ ALLOWED_MODULES = {
         "data_tools.remainder",
         "data_tools.report",
         "data_tools.strict_json",
-        "data_tools.utf8",
     },
     "data_tools.records": {
         "data_tools.compressed",
@@ -545,7 +544,6 @@ ALLOWED_MODULES = {
         "data_tools.remainder",
         "data_tools.report",
         "data_tools.sources",
-        "data_tools.utf8",
     },
     "data_tools.render": {
         "data_tools.chat_template",
@@ -558,7 +556,7 @@ ALLOWED_MODULES = {
         "data_tools.samples",
         "data_tools.turns",
     },
-    "data_tools.remainder": {"data_tools.compressed"},
+    "data_tools.remainder": {"data_tools.compressed", "data_tools.utf8"},
     "data_tools.utf8": set(),
     "data_tools.report": {"data_tools.terminal"},
     "data_tools.samples": {"data_tools.encode"},

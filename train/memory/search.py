@@ -24,7 +24,7 @@ MIN_GAIN = 0.02  # share of a step's time by which using host memory must be fas
 MLP_TILE = 1024  # tokens of a tile, where the MLP's activations of all tokens do not fit at once
 MAX_MERGED_TOKENS = 16384  # matrix products are not faster beyond
 # Hosts differ: some take twice as long to launch kernels as the one that was measured, for which steps are predicted.
-# Graphs, whose captures take time, must be faster by a share of a step there, or on such a host and not slower here
+# A graph, whose capture takes time, must be faster by a share of a step here, or there and MIN_GAIN slower here at most
 SLOW_HOST, MIN_GRAPH_GAIN = 2, 0.01
 SHORT_GRAPH = 4096  # tokens, up to which attention in a graph may as well be launched for a sample that has them all
 ROW_STEP = 64  # tokens; the longest row that fits is told as a multiple of it
@@ -62,14 +62,14 @@ class Planner:
         return plan_of(self.job, fastest, budget is not None, needs_host)
 
     def _fastest(self, fits: list[Candidate]) -> Candidate:
-        """By this host's seconds; a graph in its place that is as fast, if another host would launch too slowly."""
+        """By this host's seconds; a graph in its place that is about as fast, if others would launch too slowly."""
         slow, limit = replace(self.job, gpu=replace(self.job.gpu, launch_time=SLOW_HOST)), 1 + MIN_GRAPH_GAIN
 
         def seconds(c: Candidate, job: Job = self.job) -> float:
             return step_seconds(job, c) * (1 + MIN_GAIN * c.uses_host)
 
         fastest = min(fits, key=lambda each: seconds(each) * (limit if each.uses_graphs else 1))
-        graphs = [each for each in fits if each.uses_graphs and seconds(each) <= seconds(fastest) * limit]
+        graphs = [each for each in fits if each.uses_graphs and seconds(each) <= seconds(fastest) * (1 + MIN_GAIN)]
         graph = min(graphs, key=seconds, default=fastest)
         return graph if seconds(graph, slow) * limit < seconds(fastest, slow) else fastest
 

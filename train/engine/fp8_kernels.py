@@ -293,8 +293,8 @@ def beside_kernel(
     beside = tl.load(low_rank + row * stride_low_rank + rank, mask=rank < R, other=0.0).to(tl.float32)
     beside = tl.div_rn(beside, tl.load(factor))
     scale, wanted = tl.load(scales + row), tl.maximum(tl.max(tl.abs(beside)), TINY) * (1 / LARGEST)
+    tl.debug_barrier()  # all have read the scale that one of them replaces
     if wanted > scale:
-        scale = wanted
-        tl.store(scales + row, scale)
-        round_row(x + row * stride, out + row * stride_out, tl.div_rn(1.0, scale), W, BLOCK)
-    round_beside(beside * tl.div_rn(1.0, scale), out + row * stride_out + W, rank, R)
+        tl.store(scales + row, wanted)
+        round_row(x + row * stride, out + row * stride_out, tl.div_rn(1.0, wanted), W, BLOCK)
+    round_beside(beside * tl.div_rn(1.0, tl.maximum(scale, wanted)), out + row * stride_out + W, rank, R)

@@ -261,10 +261,16 @@ def dropout_kernel(
 
 @triton.jit
 def cross_entropy_kernel(logits, stride, targets, losses, V, BLOCK: tl.constexpr):
-    """One row: losses = logsumexp(logits) - logits[target]; logits become softmax - onehot(target)."""
+    """One row: losses = logsumexp(logits) - logits[target]; logits become softmax - onehot(target).
+
+    The target's logit is read before the reductions, in which warps wait for one another: behind them, one may have
+    written its gradient already.
+    """
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * stride
     column = tl.arange(0, BLOCK)
+    target = tl.load(targets + row)
+    chosen = tl.load(start + target).to(tl.float32)
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for offset in range(0, V, BLOCK):
@@ -276,8 +282,7 @@ def cross_entropy_kernel(logits, stride, targets, losses, V, BLOCK: tl.constexpr
         highest = higher
     top = tl.max(highest)
     log_total = top + tl.log(tl.sum(total * tl.where(highest == float("-inf"), 0.0, tl.exp(highest - top))))
-    target = tl.load(targets + row)
-    tl.store(losses + row, log_total - tl.load(start + target).to(tl.float32))
+    tl.store(losses + row, log_total - chosen)
     for offset in range(0, V, BLOCK):
         inside = offset + column < V
         values = tl.load(start + offset + column, mask=inside, other=0.0).to(tl.float32)

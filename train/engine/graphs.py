@@ -78,8 +78,8 @@ class Graphs:
     FULL: the smallest graph that a shape fits in serves; only the largest is captured, if it is not there -> EAGER
         where it no longer fits.
     EAGER: nothing is captured, everything runs eagerly.
-    In any state: release(), also by a shape that exceeds the largest, or would be padded by more than the longest
-        sample, and runs eagerly -> COLD.
+    In any state: release(), also by a shape that exceeds the largest, or whose padding is more than the samples that
+        the graph has room for beside its own, and runs eagerly -> COLD.
     """
 
     def __init__(
@@ -131,9 +131,14 @@ class Graphs:
         pairs = [(static.hidden, hidden), (static.positions, context.positions.values), (graph.seed, context.seed)]
         for buffer, value in [*pairs, (static.per_layer, context.per_layer)]:
             buffer.copy_(value)
-        graph.cu_seqlens.fill_(graph.static.hidden.shape[0])
-        # the last entry stays: a larger graph's surplus tokens belong to the sample that `pad` has added
-        graph.cu_seqlens[: len(batch.cu_seqlens) - 1].copy_(batch.cu_seqlens[:-1])
+        # a graph's own backward pass has left its gradient there: 0 times infinity would be NaN
+        graph.static.hidden[num_tokens:].zero_()
+        own, whole = len(batch.lengths) + 1, graph.static.hidden.shape[0]
+        graph.cu_seqlens[:own].copy_(batch.cu_seqlens[:own])
+        # what is padded is as many samples as it takes, none longer than attention is launched for
+        numbers = torch.arange(1, len(graph.cu_seqlens) - own + 1, device=hidden.device)
+        ends = num_tokens - GRAPH_STEP + numbers * (self.longest_sample or whole)
+        graph.cu_seqlens[own:].copy_(ends.clamp(max=whole))
         return _Replay.apply(hidden, graph, self.stack, self.stack.anchor)
 
     def _allocate(self, hidden: torch.Tensor, context: ForwardContext) -> None:
@@ -161,8 +166,9 @@ class Graphs:
         if self.state is State.EAGER:
             return None
         served = serving(shape, self.graphs) or largest
-        # the sample behind the others has all that is padded, before the shape's last step too
-        if self.longest_sample and served[0] - num_tokens + GRAPH_STEP > self.longest_sample:
+        # samples behind the batch's own have what is padded, of which some lies before the shape's last step
+        num_spare = served[1] - len(batch.lengths) - 1
+        if self.longest_sample and served[0] - num_tokens + GRAPH_STEP > num_spare * self.longest_sample:
             self.release()
             return None
         return self.graphs[served]

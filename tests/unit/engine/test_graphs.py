@@ -34,12 +34,13 @@ class Book(Graphs):
         self.captured.append(shape)
         return shape
 
-    def serve(self, num_tokens: int, num_boundaries: int = 16) -> Any:
-        """The graph that a micro-batch gets."""
+    def serve(self, num_tokens: int, num_boundaries: int = 16, num_samples: int = 0) -> Any:
+        """The graph that a micro-batch gets; it has as many samples as its boundaries have room for."""
         nothing: Any = None
+        batch: Any = SimpleNamespace(lengths=(1,) * (num_samples or num_boundaries - 2))
         if self.state is State.COLD:
             self.state = State.OPEN  # as the first, eager micro-batch leaves it
-        return self._graph_for((num_tokens, num_boundaries), nothing, nothing)
+        return self._graph_for((num_tokens, num_boundaries), nothing, batch)
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +65,8 @@ def test_the_first_micro_batch_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> 
     context = ForwardContext(Positions(torch.rand(256, 4), {"": 2}, False), {None: stack}, 0.0, torch.tensor(7))
     context.per_layer = torch.rand(256, 6)
     hidden = torch.rand(256, 4)
-    batch: Any = SimpleNamespace(cu_seqlens=torch.tensor([0, 100, 200, 256], dtype=torch.int32))
+    ends = torch.tensor([0, 100, 200, 256], dtype=torch.int32)
+    batch: Any = SimpleNamespace(cu_seqlens=ends, lengths=(100, 100))
     assert book(hidden, context, batch) is hidden
     assert len(eager) == 1
     assert not book.captured
@@ -86,6 +88,31 @@ def test_the_first_micro_batch_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(static.positions[:256], context.positions.values)
     assert graph.seed == 7
     assert boundaries.tolist() == [0, 100, 200, 512]
+
+
+@pytest.mark.parametrize(
+    ("longest", "expected"),
+    [(0, [0, 100, 170, 512, 512, 512]), (256, [0, 100, 170, 384, 512, 512]), (128, [0, 100, 170, 256, 384, 512])],
+)
+def test_padding_is_samples_without_numbers_of_before(
+    longest: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None is longer than the longest, and nothing is left of the gradient of a longer micro-batch: it may be NaN."""
+    book = Book(lambda _: PLENTY, longest)
+    stack: Any = SimpleNamespace(anchor=None)
+    book.stack, book.state, book.largest = stack, State.FULL, (512, 6)
+    static = StaticBuffers(*(torch.full((1024, 2), torch.nan) for _ in range(5)))
+    nothing: Any = None
+    boundaries = torch.full((6,), -1, dtype=torch.int32)
+    book.graphs[512, 6] = CapturedGraph(static.first(512), torch.tensor(0), boundaries, nothing, nothing)
+    monkeypatch.setattr(graphs._Replay, "apply", lambda *_: None)
+    context = ForwardContext(Positions(torch.rand(256, 2), {"": 1}, False), {None: stack}, 0.0, torch.tensor(7))
+    context.per_layer = torch.rand(256, 2)
+    ends = torch.tensor([0, 100, 170, 256, 256], dtype=torch.int32)
+    batch: Any = SimpleNamespace(cu_seqlens=ends, lengths=(100, 70))
+    book(torch.rand(256, 2), context, batch)
+    assert boundaries.tolist() == expected
+    assert static.hidden[:512].isfinite().all()
 
 
 def test_without_room_the_largest_serves() -> None:
@@ -209,10 +236,14 @@ def test_planned_shapes_are_captured_in_place_of_others() -> None:
 
 
 def test_a_graph_does_not_serve_where_what_is_padded_is_too_long_a_sample() -> None:
-    """Attention reads no more of a sample than it was launched for; 127 tokens may be padding before."""
+    """Attention reads no more of a sample than it was launched for; 127 tokens may be padding before. A graph with room
+    for more samples serves all the same: they share what is padded."""
     book = Book(lambda _: PLENTY, longest_sample=512)
     book.planned = [(640, 16)]
     assert [book.serve(n) for n in (640, 256, 1024, 768)] == [(640, 16), (640, 16), (1024, 16), (1024, 16)]
     assert book.serve(128) is None
     assert (book.graphs, book.state) == ({}, State.COLD)  # the eager pass needs their memory
     assert book.captured == [(1024, 16), (640, 16)]
+    assert book.serve(128, 16) is None
+    assert book.serve(128, 16, num_samples=13) == (640, 16)
+    assert book.state is State.OPEN

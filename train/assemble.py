@@ -249,7 +249,7 @@ def _runs(training: Training, plan: Plan, longest_validation: int) -> bool:
     try:
         for _ in range(2 if plan.uses_graphs else 1):  # with CUDA graphs the first run is eager, the second is captured
             training.model(longest_micro_batch(training, plan).to(training.accelerator.device)).backward()
-        if longest_validation > max(training.data.num_tokens):
+        if longest_validation > max(training.data.num_tokens[i] for i in training.data.trained_samples()):
             with torch.no_grad():
                 training.model(_longest_validation(training, plan, longest_validation).to(training.accelerator.device))
         torch.cuda.synchronize()
@@ -269,7 +269,7 @@ def longest_micro_batch(training: Training, plan: Plan) -> MicroBatch:
     For CUDA graphs it has as many samples as memory was counted for: its graph can replay every other micro-batch.
     """
     data = training.data
-    longest = max(data.num_tokens)
+    longest = max(data.num_tokens[i] for i in data.trained_samples())  # data.weights may leave out longer ones
     if not data.is_packed(plan):
         return _padded_rows(training, plan, longest)
     total = plan.micro_batch_tokens or data.length_statistics().longest[-1]

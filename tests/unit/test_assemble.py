@@ -221,7 +221,7 @@ def test_the_longest_micro_batch_is_the_longest(config: Config) -> None:
     steps = [training.data.batch(step, training.plan) for step in range(training.data.steps_per_epoch)]
     assert longest.input_ids.numel() >= max(each.input_ids.numel() for step in steps for each in step.micro_batches)
     data = training.data
-    data.num_tokens = [1000] * 6
+    data.num_tokens, data.rows = [1000] * 6, [[i] for i in range(6)]
     for total in (6000, 6144, 7000, 1000):
         plan = Plan(True, True, total, num_blocks=2, num_kept=2, uses_graphs=True, num_samples=40)
         longest = assembling.longest_micro_batch(training, plan)
@@ -229,3 +229,6 @@ def test_the_longest_micro_batch_is_the_longest(config: Config) -> None:
         assert longest.cu_seqlens is not None
         assert len(longest.cu_seqlens) == 41
         assert longest.cu_seqlens[-1] == longest.input_ids.numel()
+    data.num_tokens[0], data.rows = 5000, data.rows[1:]  # as data.weights leave out samples
+    longest = assembling.longest_micro_batch(training, replace(plan, micro_batch_tokens=3000))
+    assert max(longest.lengths) == 1000

@@ -3,10 +3,11 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
 import torch.nn.functional as F
 
 from train.collate import MicroBatch, with_empty_samples
-from train.engine.plan import padded
+from train.engine.plan import GRAPH_STEP, padded
 
 BOUNDARIES_STEP = 8  # entries of cu_seqlens come in multiples of it
 
@@ -39,6 +40,23 @@ def pad(batch: MicroBatch, shape: Shape | None = None) -> MicroBatch:
         max_length=width,
     )
     return with_empty_samples(wide, num_boundaries - 1)
+
+
+def num_spare(batch: MicroBatch, shape: Shape) -> int:
+    """Samples that a graph of `shape` has room for beside the micro-batch's own."""
+    return shape[1] - len(batch.lengths) - 1
+
+
+def boundaries(batch: MicroBatch, shape: Shape, longest_sample: int) -> torch.Tensor:
+    """cu_seqlens of a micro-batch that `pad` has padded, in a graph of `shape`; 0: a sample may be of any length.
+
+    What is padded, less than GRAPH_STEP tokens of it by `pad`, is as many samples as it takes.
+    """
+    assert batch.cu_seqlens is not None
+    own = batch.cu_seqlens[: len(batch.lengths) + 1]
+    numbers = torch.arange(1, num_spare(batch, shape) + 1, dtype=own.dtype, device=own.device)
+    ends = batch.input_ids.shape[1] - GRAPH_STEP + numbers * (longest_sample or shape[0])
+    return torch.cat([own, ends.clamp(max=shape[0])])
 
 
 def serving(shape: Shape, shapes: Iterable[Shape]) -> Shape | None:

@@ -18,7 +18,7 @@ from train.collate import MicroBatch
 from train.engine.attention import Attend
 from train.engine.context import ForwardContext
 from train.engine.copies import HostMemoryError
-from train.engine.graph_shapes import Shape, serving
+from train.engine.graph_shapes import Shape, boundaries, num_spare, serving
 from train.engine.plan import GRAPH_STEP, padded
 from train.engine.stack import Saved, Stack
 from train.engine.weight_store import WeightStore
@@ -78,8 +78,8 @@ class Graphs:
     FULL: the smallest graph that a shape fits in serves; only the largest is captured, if it is not there -> EAGER
         where it no longer fits.
     EAGER: nothing is captured, everything runs eagerly.
-    In any state: release(), also by a shape that exceeds the largest, or whose padding is more than the samples that
-        the graph has room for beside its own, and runs eagerly -> COLD.
+    In any state: release(), also by a shape that exceeds the largest, or whose padding exceeds the samples that its
+        graph has room for, and runs eagerly -> COLD.
     """
 
     def __init__(
@@ -133,12 +133,8 @@ class Graphs:
             buffer.copy_(value)
         # a graph's own backward pass has left its gradient there: 0 times infinity would be NaN
         graph.static.hidden[num_tokens:].zero_()
-        own, whole = len(batch.lengths) + 1, graph.static.hidden.shape[0]
-        graph.cu_seqlens[:own].copy_(batch.cu_seqlens[:own])
-        # what is padded is as many samples as it takes, none longer than attention is launched for
-        numbers = torch.arange(1, len(graph.cu_seqlens) - own + 1, device=hidden.device)
-        ends = num_tokens - GRAPH_STEP + numbers * (self.longest_sample or whole)
-        graph.cu_seqlens[own:].copy_(ends.clamp(max=whole))
+        shape = graph.static.hidden.shape[0], len(graph.cu_seqlens)
+        graph.cu_seqlens.copy_(boundaries(batch, shape, self.longest_sample))
         return _Replay.apply(hidden, graph, self.stack, self.stack.anchor)
 
     def _allocate(self, hidden: torch.Tensor, context: ForwardContext) -> None:
@@ -166,9 +162,7 @@ class Graphs:
         if self.state is State.EAGER:
             return None
         served = serving(shape, self.graphs) or largest
-        # samples behind the batch's own have what is padded, of which some lies before the shape's last step
-        num_spare = served[1] - len(batch.lengths) - 1
-        if self.longest_sample and served[0] - num_tokens + GRAPH_STEP > num_spare * self.longest_sample:
+        if self.longest_sample and served[0] - num_tokens + GRAPH_STEP > num_spare(batch, served) * self.longest_sample:
             self.release()
             return None
         return self.graphs[served]

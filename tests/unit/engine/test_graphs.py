@@ -66,7 +66,7 @@ def test_the_first_micro_batch_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> 
     context.per_layer = torch.rand(256, 6)
     hidden = torch.rand(256, 4)
     ends = torch.tensor([0, 100, 200, 256], dtype=torch.int32)
-    batch: Any = SimpleNamespace(cu_seqlens=ends, lengths=(100, 100))
+    batch: Any = SimpleNamespace(cu_seqlens=ends, lengths=(100, 100), input_ids=torch.zeros(1, 256))
     assert book(hidden, context, batch) is hidden
     assert len(eager) == 1
     assert not book.captured
@@ -109,7 +109,7 @@ def test_padding_is_samples_without_numbers_of_before(
     context = ForwardContext(Positions(torch.rand(256, 2), {"": 1}, False), {None: stack}, 0.0, torch.tensor(7))
     context.per_layer = torch.rand(256, 2)
     ends = torch.tensor([0, 100, 170, 256, 256], dtype=torch.int32)
-    batch: Any = SimpleNamespace(cu_seqlens=ends, lengths=(100, 70))
+    batch: Any = SimpleNamespace(cu_seqlens=ends, lengths=(100, 70), input_ids=torch.zeros(1, 256))
     book(torch.rand(256, 2), context, batch)
     assert boundaries.tolist() == expected
     assert static.hidden[:512].isfinite().all()

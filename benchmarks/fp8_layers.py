@@ -58,14 +58,15 @@ Gradients = dict[Place, torch.Tensor]
 class Seen:
     """What a group has rounded, and what came of it, summed over a step's passes."""
 
-    peaks: list[torch.Tensor] = field(default_factory=list)  # [T] each
+    peaks: list[torch.Tensor] = field(default_factory=list)  # of tokens that are not zeros
     wrong: float = 0.0  # squared norm of what products are off
     whole: float = 0.0  # and of what they should be
 
     def note(self, read: torch.Tensor, found: torch.Tensor | None, exact: torch.Tensor) -> None:
         """One product; `found` is None where it was not made."""
-        wide = read.float()
-        self.peaks.append(wide.abs().amax(1) / wide.square().mean(1).sqrt().clamp(min=1e-30))
+        largest = read.float().abs().amax(1, keepdim=True)
+        has_any = largest[:, 0] > 0  # gradients of tokens that nothing depends on are zeros
+        self.peaks.append((read[has_any].float() / largest[has_any]).square().mean(1).rsqrt())
         if found is not None:
             self.wrong += float((found.float() - exact).square().sum())
             self.whole += float(exact.square().sum())

@@ -6,17 +6,28 @@ Weights are random, in NF4, of the shape that the model's config.json has. Each 
 process of its own: rows of 2,048 tokens, packed, 16 a step, adapters of rank 16 on all linear layers, those of
 experts among them. --reference runs the reference engine instead. With several GPUs start it once for each,
 CUDA_VISIBLE_DEVICES and names apart.
+
+Predictions are of a card that multiplies as fast as the plan's table says of its name. Cards differ by a tenth and
+more, so the rate of this one is measured after each probe, and the prediction at that rate stands beside it.
 """
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import transformers as T
 
-from benchmarks.real_job import handloop_plan
+from benchmarks.real_job import ROOT, handloop_plan
+from train.cli import parse
+from train.commands.forecast import assumed_lengths, forecast
+from train.memory.cluster import Cluster
+from train.memory.gpus import known_gpu
 
 RESULTS = Path(__file__).parent / "results" / "families.json"
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -123,13 +134,38 @@ def probed(shape: T.PreTrainedConfig, engine: str, accumulation: int) -> dict[st
     """What a probe measures, or why there is none."""
     with tempfile.TemporaryDirectory() as folder:
         shape.save_pretrained(folder)
-        words = f"--probe --json --profile a100 --model.name_or_path {folder} --engine.kind {engine} {OPTIONS}"
-        words += f" --batch.accumulation {accumulation}"
-        done = handloop_plan(words.split())
-    if done.returncode:
-        return {"code": done.returncode, "reason": done.stderr.strip().splitlines()[-1][:300] if done.stderr else ""}
-    measured = json.loads(done.stdout)
+        words = f"--profile a100 --model.name_or_path {folder} --engine.kind {engine} {OPTIONS}".split()
+        words += ["--batch.accumulation", str(accumulation)]
+        done = handloop_plan(["--probe", "--json", *words])
+        if done.returncode:
+            reason = done.stderr.strip().splitlines()[-1][:300] if done.stderr else ""
+            return {"code": done.returncode, "reason": reason}
+        measured = json.loads(done.stdout)
+        if engine == "fused" and (rate := rate_here()):
+            longer = longer_at(words, measured["gpu"], rate)
+            measured |= {"matmul_tflops": round(rate / 1e12)}
+            measured |= {"predicted_seconds_at_rate": round(measured["predicted_seconds"] * longer, 4)}
     return {key: value for key, value in measured.items() if key not in ("losses", "grad_norms")}
+
+
+def rate_here() -> float:
+    """FLOP/s of speed_limits.matmul_rate, by a process that takes no memory from probes; 0 without a GPU."""
+    code = "import torch; from benchmarks.speed_limits import matmul_rate"
+    code += "; print(matmul_rate() if torch.cuda.is_available() else 0.0)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def longer_at(words: Sequence[str], name: str, rate: float) -> float:
+    """How many times as long the plan's step is on a GPU of this name that multiplies at `rate` FLOP/s."""
+    gpu, config = known_gpu(name), parse(words)
+    if gpu is None:  # its rate was measured before the plan was made
+        return 1.0
+    rows, alone = assumed_lengths(config, config.data.max_length), Cluster(1, 1, 25.0)
+    at_table, at_rate = (
+        forecast(config, each, rows, None, alone).plan.seconds for each in (gpu, replace(gpu, flops=rate))
+    )
+    return at_rate / at_table
 
 
 def line(name: str, engine: str, found: dict[str, Any]) -> str:
@@ -140,6 +176,10 @@ def line(name: str, engine: str, found: dict[str, Any]) -> str:
     predicted = (
         f"{found['predicted_peak_gib'] / peak - 1:+.1%} memory, {found['predicted_seconds'] / seconds - 1:+.1%} time"
     )
+    if "matmul_tflops" in found:
+        predicted += (
+            f", {found['predicted_seconds_at_rate'] / seconds - 1:+.1%} at its {found['matmul_tflops']} TFLOP/s"
+        )
     return f"{name:16} {engine:9} {speed:9,.0f} tokens/s {peak:6.2f} GiB; predicted {predicted}; {found['plan']}"
 
 

@@ -283,9 +283,11 @@ ALLOWED_MODULES = {
         "train.engine.weight_store",
     },
     "train.engine.graph_shapes": {"train.collate", "train.engine.plan"},
+    "train.engine.capture": set(),
     "train.engine.graphs": {
         "train.collate",
         "train.engine.attention",
+        "train.engine.capture",
         "train.engine.context",
         "train.engine.copies",
         "train.engine.graph_shapes",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.families import OPTIONS, RESULTS, SHAPES
+from benchmarks.families import OPTIONS, RESULTS, SHAPES, line, longer_at, rate_here
 from tests.conftest import ROOT
 from train.cli import parse
 from train.commands.forecast import assumed_lengths, forecast, parse_gpu
@@ -46,3 +46,24 @@ def test_the_table_holds_what_was_measured() -> None:
     }
     assert {name: tuple(rest) for name, *rest in rows} == wanted
     assert len(rows) == len(wanted)
+
+
+def test_a_slower_card_is_expected_to_take_longer(tmp_path: Path) -> None:
+    """By less than its products are slower, as other parts of a step are not; of an unknown card nothing is known."""
+    SHAPES["Llama-3.1-8B"].save_pretrained(tmp_path)
+    words = ["--profile", "a100", "--model.name_or_path", str(tmp_path), "--engine.kind", "fused", *OPTIONS.split()]
+    words += ["--batch.accumulation", "4"]
+    assert longer_at(words, "NVIDIA H200", 715e12) == 1.0
+    assert 1.1 < longer_at(words, "NVIDIA H200", 621e12) < 715 / 621
+    assert longer_at(words, "Some Card", 1e12) == 1.0
+
+
+def test_a_line_tells_of_the_rate() -> None:
+    """The prediction by the table, and the one at the card's own rate; without a GPU there is no rate."""
+    found = {"tokens_per_second": 1e4, "peak_gib": 10.0, "predicted_peak_gib": 10.1, "seconds": 2.0, "plan": "all kept"}
+    found |= {"predicted_seconds": 1.8}
+    assert "+1.0% memory, -10.0% time; all kept" in line("A", "fused", found)
+    found |= {"predicted_seconds_at_rate": 2.04, "matmul_tflops": 621}
+    assert "-10.0% time, +2.0% at its 621 TFLOP/s; all kept" in line("A", "fused", found)
+    if not torch.cuda.is_available():
+        assert rate_here() == 0.0

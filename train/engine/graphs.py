@@ -4,10 +4,8 @@ A step of 1,340 tokens of Llama-3.1-8B takes 155 ms eagerly and 84 to 88 ms as a
 one shape, so micro-batches are padded to a multiple of plan.GRAPH_STEP tokens, by a last sample that is not trained on.
 """
 
-import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum, auto
 from typing import Any
@@ -16,6 +14,7 @@ import torch
 
 from train.collate import MicroBatch
 from train.engine.attention import Attend
+from train.engine.capture import capturing, no_collection
 from train.engine.context import ForwardContext
 from train.engine.copies import HostMemoryError
 from train.engine.graph_shapes import Shape, boundaries, num_spare, serving
@@ -233,7 +232,7 @@ class Graphs:
 
     def _record(self, graph: torch.cuda.CUDAGraph, work: Callable[[], None]) -> None:
         """Captures what `work` launches; it is not run."""
-        with torch.cuda.graph(graph, pool=self.pool):
+        with capturing(graph, self.pool):
             work()
 
 
@@ -268,17 +267,6 @@ class _Replay(torch.autograd.Function):
         # a copy, because autograd may use it after the next replay
         grad_hidden = graph.static.hidden[: ctx.num_tokens].clone() if ctx.needs_input_grad[0] else None
         return grad_hidden, None, None, None
-
-
-@contextmanager
-def no_collection() -> Iterator[None]:
-    """No garbage is collected during a capture: freeing what holds CUDA objects would end it."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

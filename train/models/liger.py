@@ -15,7 +15,7 @@ import torch
 
 from train.models.agreement import random_adapters
 from train.models.language_model import LanguageModel
-from train.models.sample_check import SampleCheck
+from train.models.sample_check import SampleCheck, call
 from train.models.shape import BROKEN, told
 from train.run.versions import package_version
 
@@ -41,6 +41,9 @@ def use_liger(model: LanguageModel, wanted: str, ids: Sequence[int]) -> str:
         try:
             patches._apply_liger_kernel_to_instance(model=causal_lm, **options)
             found.confine()
+            # At its first call it imports what it may need and logs the errors of what is missing. A handler that keeps
+            # one keeps the frames behind it and their tensors; a graph of a pass that is alive breaks every capture
+            call(model, check.ids)
             problem = check.problem()
         except torch.OutOfMemoryError:
             raise

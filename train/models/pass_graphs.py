@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from train.collate import MicroBatch
+from train.engine.capture import capturing, no_collection
 from train.engine.graph_shapes import Shape, pad, padded_shape, serving
-from train.engine.graphs import MAX_GRAPHS, no_collection, room
+from train.engine.graphs import MAX_GRAPHS, room
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,10 @@ class PassGraphs:
         self._warm_up(batch)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with no_collection():
-            with torch.cuda.graph(forward, pool=self.pool):
+            with capturing(forward, self.pool):
                 out = self.eager(batch)
             grad_out = torch.zeros_like(out)
-            with torch.cuda.graph(backward, pool=self.pool):
+            with capturing(backward, self.pool):
                 torch.autograd.backward(out, grad_out)
         torch.cuda.set_rng_state(random_state)
         torch.cuda.empty_cache()

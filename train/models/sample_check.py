@@ -42,16 +42,30 @@ class SampleCheck:
 
 def computed(model: LanguageModel, ids: Sequence[int]) -> list[torch.Tensor]:
     """Hidden states of a sample, and all gradients of a fixed function of them, as two vectors."""
-    batch = collate_packed([{"input_ids": list(ids), "trained": [True] * len(ids)}]).to(model.causal_lm.device)
     trained = list(model.trainable().values())
     model.eval()
     try:
-        hidden = model.reference.eager(alone(batch)).float()
+        hidden = _hidden(model, ids)
         weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden.device)
         gradients = torch.autograd.grad((hidden * weights).sum(), trained, allow_unused=True)
     finally:
         model.train()
     return [hidden.detach().flatten(), torch.cat([g.float().flatten() for g in gradients if g is not None])]
+
+
+@torch.no_grad()
+def call(model: LanguageModel, ids: Sequence[int]) -> None:
+    """Computes a sample's hidden states, without gradients, for what a first call does beside."""
+    model.eval()
+    try:
+        _hidden(model, ids)
+    finally:
+        model.train()
+
+
+def _hidden(model: LanguageModel, ids: Sequence[int]) -> torch.Tensor:
+    batch = collate_packed([{"input_ids": list(ids), "trained": [True] * len(ids)}]).to(model.causal_lm.device)
+    return model.reference.eager(alone(batch)).float()
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Liger's kernels are taken where they agree with transformers, and leave nothing behind where they do not."""
 
+import importlib
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -114,6 +116,32 @@ def test_kernels_that_do_not_agree_are_taken_back(
     assert all(torch.equal(a, b) for a, b in zip(wanted, computed(model, IDS), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(values, model.trainable().values(), strict=True))
     assert model.training
+
+
+def test_a_record_that_is_kept_keeps_no_graph(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its first call logs an exception, whose traceback holds the frames of the pass that called."""
+    found: list[Any] = []
+
+    def apply(model: Any, **_: Any) -> None:
+        inner = model.model.layers[1].mlp.forward
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            if not found:
+                try:
+                    importlib.import_module("no_such_kernels")
+                except ImportError as error:
+                    logging.getLogger("liger").warning("not imported: %s", error)
+                found.append(x.grad_fn)
+            return inner(x)
+
+        model.model.layers[1].mlp.__dict__["forward"] = forward
+
+    stand_in(monkeypatch, apply)
+    assert use_liger(model, "auto", IDS).startswith("liger-kernel ")
+    assert caplog.records
+    assert found == [None]
 
 
 def test_it_says_why_there_are_none(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ class LengthStatistics:
     deviation: float  # standard deviation of a micro-batch's tokens
     mean_length: float  # mean tokens of a sample
     length_deviation: float = 0.0  # standard deviation of a sample's tokens; math.inf where grouped by length
+    row_samples: tuple[float, float] = (1.0, 0.0)  # mean and standard deviation of samples in a row
     max_samples: int = 1  # samples in a micro-batch as configured
     num_processes: int = 1  # one that is dealt short samples has more of them than another
     longest_validation: int = 0  # tokens of the longest validation sample; 0 without validation
@@ -51,6 +52,9 @@ class LengthStatistics:
         """Three-sigma bound on the samples in a micro-batch of `tokens` tokens."""
         mean, upper = tokens / self.mean_length, accumulation * self.max_samples * self.num_processes
         bound = mean + 3 * math.sqrt(mean) * self.length_deviation / self.mean_length
+        in_row, deviation = self.row_samples
+        if deviation:  # rows are filled with samples of like lengths: some have many more than others
+            bound = max(bound, mean + 3 * math.sqrt(mean / in_row) * deviation)
         return max(self.max_samples, math.ceil(min(bound, upper)))
 
 

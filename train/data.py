@@ -174,14 +174,15 @@ class TrainingData:
         What several processes are dealt by cost varies less than what each would draw alone.
         """
         count, filled = self.layout.per_device, [packed_tokens([tokens]) for tokens in self.row_tokens]
-        lengths = [self.num_tokens[i] for row in self.rows for i in row]
+        lengths, counts = [self.num_tokens[i] for row in self.rows for i in row], list(map(len, self.rows))
         return LengthStatistics(
             longest=tuple(accumulate(sorted(filled, reverse=True)[:count])),
             mean_micro_batch=count * fmean(filled),
             deviation=math.sqrt(count / self.layout.num_processes) * pstdev(filled),
             mean_length=fmean(lengths),
             length_deviation=math.inf if self.group_by_length else pstdev(lengths),
-            max_samples=sum(sorted(map(len, self.rows), reverse=True)[:count]),
+            row_samples=(fmean(counts), pstdev(counts)),
+            max_samples=sum(sorted(counts, reverse=True)[:count]),
             num_processes=self.layout.num_processes,
         )
 

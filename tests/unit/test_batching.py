@@ -6,10 +6,12 @@ from statistics import fmean, pstdev
 import pytest
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 
 from tests.conftest import training_of
 from train.batching import LengthStatistics, regroup
 from train.config import BatchConfig, Config
+from train.data import TrainingData
 from train.layout import BatchLayout
 
 
@@ -33,6 +35,26 @@ def test_grouped_samples_are_counted_at_their_most(tokens: int, config: Config) 
     most = data.length_statistics().num_samples(32, tokens)
     assert max(seen) == most == 32
     assert replace(data.length_statistics(), length_deviation=pstdev(lengths)).num_samples(32, tokens) < 32
+
+
+def test_samples_of_packed_rows_are_counted(config: Config) -> None:
+    """Rows are filled with samples of like lengths: some micro-batches have many more than lengths alone tell."""
+    lengths = torch.randint(200, 901, (6000,), generator=torch.Generator().manual_seed(0)).tolist()
+    packed = replace(config, data=replace(config.data, packing=True, max_length=2048), batch=BatchConfig(2, 16))
+    training = training_of(config, Accelerator(cpu=True)).data
+    samples = Dataset.from_dict(
+        {"num_tokens": lengths, "num_supervised_tokens": lengths, "path_number": [0] * len(lengths)}
+    )
+    data = TrainingData(samples, packed, BatchLayout(2, 16, 1, 0), training.pad_token_id)
+    rows, tokens = data.length_statistics(), 8064
+    seen = []
+    for step in range(data.steps_per_epoch):
+        of_step = [data.rows[number] for number in data.row_ids(step)]
+        configured = [of_step[n] + of_step[n + 1] for n in range(0, len(of_step), 2)]
+        seen += [len(members) for members in regroup(configured, lengths, False, tokens)]
+    most = rows.num_samples(16, tokens)
+    assert 0.7 * most < max(seen) <= most
+    assert max(seen) > replace(rows, row_samples=(1.0, 0.0)).num_samples(16, tokens)
 
 
 @pytest.mark.parametrize("per_device", [1, 2])

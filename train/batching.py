@@ -20,10 +20,10 @@ class LengthStatistics:
     deviation: float  # standard deviation of a micro-batch's tokens
     mean_length: float  # mean tokens of a sample
     length_deviation: float = 0.0  # standard deviation of a sample's tokens; math.inf where grouped by length
-    row_samples: tuple[float, float] = (1.0, 0.0)  # mean and standard deviation of samples in a row
     max_samples: int = 1  # samples in a micro-batch as configured
     num_processes: int = 1  # one that is dealt short samples has more of them than another
     longest_validation: int = 0  # tokens of the longest validation sample; 0 without validation
+    row_samples: tuple[float, float] = (1.0, 0.0)  # mean and standard deviation of samples in a row
 
     def merged_tokens(self, count: int) -> int:
         """Three-sigma bound on the tokens of `count` merged micro-batches; longer ones stay apart."""

@@ -8,7 +8,7 @@ experts among them. --reference runs the reference engine instead. With several 
 CUDA_VISIBLE_DEVICES and names apart.
 
 Predictions are of a card that multiplies as fast as the plan's table says of its name. Cards differ by a tenth and
-more, so the rate of this one is measured after each probe, and the prediction at that rate stands beside it.
+more, so the rate of this one is measured first, and the prediction at that rate stands beside each.
 """
 
 import argparse
@@ -121,8 +121,9 @@ def main() -> None:
     options = parser.parse_args()
     engine = "reference" if options.reference else "fused"
     key = engine if options.accumulation == 4 else f"{engine}, {options.accumulation * 4} rows a step"
+    rate = 0.0 if options.reference else rate_here()
     for name in options.names or SHAPES:
-        found = probed(SHAPES[name], engine, options.accumulation)
+        found = probed(SHAPES[name], engine, options.accumulation, rate)
         known = json.loads(options.out.read_text()) if options.out.exists() else {}
         known.setdefault(name, {})[key] = found
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -130,8 +131,8 @@ def main() -> None:
         print(line(name, key, found), flush=True)
 
 
-def probed(shape: T.PreTrainedConfig, engine: str, accumulation: int) -> dict[str, Any]:
-    """What a probe measures, or why there is none."""
+def probed(shape: T.PreTrainedConfig, engine: str, accumulation: int, rate: float) -> dict[str, Any]:
+    """What a probe measures, or why there is none; with what is predicted at `rate` FLOP/s, where that is not 0."""
     with tempfile.TemporaryDirectory() as folder:
         shape.save_pretrained(folder)
         words = f"--profile a100 --model.name_or_path {folder} --engine.kind {engine} {OPTIONS}".split()
@@ -141,7 +142,7 @@ def probed(shape: T.PreTrainedConfig, engine: str, accumulation: int) -> dict[st
             reason = done.stderr.strip().splitlines()[-1][:300] if done.stderr else ""
             return {"code": done.returncode, "reason": reason}
         measured = json.loads(done.stdout)
-        if engine == "fused" and (rate := rate_here()):
+        if rate:
             longer = longer_at(words, measured["gpu"], rate)
             measured |= {"matmul_tflops": round(rate / 1e12)}
             measured |= {"predicted_seconds_at_rate": round(measured["predicted_seconds"] * longer, 4)}

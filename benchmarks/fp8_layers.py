@@ -2,9 +2,9 @@
 
     python -m benchmarks.fp8_layers [--model FOLDER] [--data ROWS] [--steps 40] [--out FILE]
 
-A base in NF4 is trained in bf16 for some steps, so that its adapters are not zero. The gradient of one more step's rows
-is then computed at these adapters by the fused engine in fp32, bf16 and fp8. A row of the JSON is a group of layers
-that read one input, in one block; FIGURES says what of it. On a CPU fp8 is emulated. Everything behind `--` goes to
+A base in NF4 is trained in bf16, so that its adapters are not zero. The gradient of the last of --steps is then
+computed at these adapters by the fused engine in fp32, bf16 and fp8. A row of the JSON is a group of layers that read
+one input, in one block; FIGURES says what of it. On a CPU fp8 is emulated. Everything behind `--` goes to
 train/main.py.
 """
 
@@ -12,11 +12,12 @@ import argparse
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
@@ -108,13 +109,13 @@ def parsed() -> argparse.Namespace:
 
 
 def training_of(options: argparse.Namespace, accelerator: Accelerator, system: str) -> Training:
-    """At the beginning of a run; one step more than it takes is in the data."""
+    """At the beginning of a run of all steps."""
     config = configured(options, SETTING, system)
     return begun(assembled(config, accelerator), config)
 
 
 def trained(options: argparse.Namespace, accelerator: Accelerator) -> Adapters:
-    """The adapters that bf16 has after the steps, on the host."""
+    """The adapters that bf16 has before the last step, on the host."""
     training = training_of(options, accelerator, "fused")
     put_into(training.parameters, drawn(training.parameters, SETTING.seed))
     for step in range(options.steps - 1):
@@ -128,7 +129,7 @@ def trained(options: argparse.Namespace, accelerator: Accelerator) -> Adapters:
 def gradient(
     options: argparse.Namespace, accelerator: Accelerator, system: str, start: Adapters
 ) -> tuple[Gradients, float, dict[str, dict[Place, Seen]]]:
-    """Each group's adapters' gradients of the step behind the last one, its loss, and in fp8 what groups have seen."""
+    """Each group's adapters' gradients of the last step, its loss, and in fp8 what groups have seen."""
     training = training_of(options, accelerator, system)
     put_into(training.parameters, start)
     number = options.steps - 1
@@ -175,19 +176,8 @@ def watched(places: Mapping[int, Place]) -> Iterator[dict[str, dict[Place, Seen]
             low_rank = grad_out[:, self.num_outputs :]
             seen["backward"][places[id(self)]].note(given, grad_x, exact_gradient(self, matrix, given, low_rank))
 
-    with replaced(Fp8Group, "forward", forward), replaced(Fp8Group, "input_gradient", input_gradient):
+    with patch.object(Fp8Group, "forward", forward), patch.object(Fp8Group, "input_gradient", input_gradient):
         yield seen
-
-
-@contextmanager
-def replaced(owner: type, name: str, by: Callable[..., Any]) -> Iterator[None]:
-    """While entered, a method is another one."""
-    own = getattr(owner, name)
-    setattr(owner, name, by)
-    try:
-        yield
-    finally:
-        setattr(owner, name, own)
 
 
 def exact_product(group: LoraGroup, matrix: Any, x: torch.Tensor, low_rank: torch.Tensor) -> torch.Tensor:

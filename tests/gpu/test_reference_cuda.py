@@ -18,6 +18,7 @@ from train.config import Config
 from train.models import adapted_linear
 from train.models.adapted_linear import restore_products, use_own_products
 from train.models.agreement import random_adapters
+from train.models.graph_trial import take_graphs
 from train.models.pass_graphs import PassGraphs
 from train.step import Training, optimizer_step
 
@@ -79,6 +80,25 @@ def test_graphs_draw_dropout_anew(config: Config, tmp_path: Path) -> None:
         captured, again, other = (gradient(training, 0, seed) for seed in (5, 5, 6))
     assert (captured - again).norm() < 0.02 * again.norm()
     assert (other - again).norm() > 0.1 * again.norm()
+
+
+def test_a_trial_that_fails_leaves_nothing(config: Config, tmp_path: Path) -> None:
+    """A layer that reads a value on the host ends the capture; dropout draws, memory is given back, graphs work."""
+    training = build(config, tmp_path, "stablelm", dropout=0.5)
+    model, plan = training.model, training.plan
+    batch = training.data.batch(0, plan).micro_batches[0].to(torch.device("cuda"))
+    model.reference.graphs = None
+    wanted = gradient(training, 0, 5)
+    layer: Any = model.causal_lm
+    hook = layer.model.layers[1].mlp.register_forward_hook(lambda _, args, out: out * float(bool(args[0].sum() < 1e9)))
+    assert "not permitted when stream is capturing" in take_graphs(model, batch, 1e12)
+    hook.remove()
+    reserved = torch.cuda.memory_reserved()
+    torch.empty(1 << 30, device="cuda")
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= reserved
+    assert (gradient(training, 0, 5) - wanted).norm() < 0.02 * wanted.norm()
+    assert "not permitted" not in take_graphs(model, batch, 1e12)
 
 
 def test_boundaries_reach_layers_that_do_not_hand_them_on(config: Config, tmp_path: Path) -> None:

@@ -6,22 +6,47 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.cuda.memory import _cuda_endAllocateToPool, _cuda_releasePool
 
 
 @contextmanager
 def capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
     """While entered, what is launched becomes the graph, in memory of the pool, and does not run.
 
-    torch.cuda.graph leaves its own stream current where a capture ends with an error. Later work on that stream would
-    run beside bitsandbytes' kernels that quantise weights and update adapters: those are always launched on the
-    default one, and sharing it is all that orders the two.
+    A failure raises what stopped the work, not the end of the capture that fails after it. The pool serves again only
+    if graphs hold it. torch.cuda.graph leaves its own stream current then: later work on it would run beside
+    bitsandbytes' kernels that quantise weights and update adapters, which are always launched on the default one.
     """
-    stream = torch.cuda.current_stream()
+    stream, cause = torch.cuda.current_stream(), None
     try:
         with torch.cuda.graph(graph, pool=pool):
-            yield
+            try:
+                yield
+            except Exception as error:
+                cause = error
+                raise
+    except Exception as error:
+        torch.cuda.set_stream(stream)
+        _forget_failed(pool)
+        raise cause or error from None
     finally:
         torch.cuda.set_stream(stream)
+
+
+def _forget_failed(pool: Any) -> None:
+    """A capture whose end fails goes on for torch's allocator and its random numbers (2.11): both are told.
+
+    Otherwise the allocator would give nothing back to the device, and the next dropout would raise an error. Drawing
+    is allowed again by the end of any capture.
+    """
+    device = torch.cuda.current_device()
+    try:
+        _cuda_endAllocateToPool(device, pool)
+    except RuntimeError:  # it knows of the end: the capture was whole, and the work raised an error of its own
+        return
+    _cuda_releasePool(device, pool)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device="cuda")
 
 
 @contextmanager

@@ -36,8 +36,14 @@ class WeightStore:
         self.fresh.clear()
 
     def begin(self, order: Sequence[int]) -> None:
-        """All blocks are asked for in this order from here on."""
+        """All blocks are asked for in this order from here on.
+
+        Cached blocks get their memory at once: between the activations of a first pass it would leave gaps when they
+        are freed, up to 20 MB a block, which is the unit in which torch gives memory back.
+        """
         self.source.begin(order)
+        for block in self.blocks[: self.num_cached]:
+            self._own(block)
 
     def forget_shared(self) -> None:
         """What is in the shared place is unknown: a CUDA graph has written it, or will."""

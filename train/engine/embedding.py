@@ -50,11 +50,13 @@ class RowsInPlace:
         # the trained row of each token, or -1
         self.places = torch.full((self.frozen.weight.shape[0],), -1, device=ids.device)
         self.places[ids] = torch.arange(len(ids), device=ids.device)
+        padding = getattr(self.frozen, "padding_idx", None)  # whose row learns nothing by what is embedded
+        self.padding = int(self.places[padding]) if padding in ids.tolist() else None
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
         """`input_ids` [T] -> rows [T, H]."""
         frozen, places = self.frozen(input_ids), self.places[input_ids]
-        trained = F.embedding(places.clamp(min=0), self.values).to(frozen.dtype)
+        trained = F.embedding(places.clamp(min=0), self.values, self.padding).to(frozen.dtype)
         if self.scale is not None:  # which the frozen layer has applied itself
             trained = trained * self.scale.to(frozen.dtype)
         return torch.where((places >= 0)[:, None], trained, frozen)

@@ -17,9 +17,10 @@ from train.engine.operations import TANH_GELU
 from train.engine.positions import PositionTables, TableRow
 
 EXPERTS = ("gate_up_proj", "down_proj")  # transformers' parameters of a mixture's experts
-# transformers' modules that compute what operations.ACTIVATIONS compute
-ACTIVATIONS = {type(ACT2FN["silu"]): "silu", type(ACT2FN["gelu_pytorch_tanh"]): TANH_GELU}
-COMPUTED = (*ACTIVATIONS.values(), CLAMPED)  # what the engine computes behind gate and up
+# transformers' modules that compute what operations.ACTIVATIONS compute: silu and swish are two of them
+NAMES = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": TANH_GELU}  # configurations', and ours
+ACTIVATIONS = {type(ACT2FN[name]): ours for name, ours in NAMES.items()}
+COMPUTED = (*dict.fromkeys(NAMES.values()), CLAMPED)  # what the engine computes behind gate and up
 
 
 class NormKind(Enum):
@@ -53,6 +54,11 @@ def _window_of_attention(attention: Any, config: Any) -> int | None:
 
 def _window_where_sliding(attention: Any, config: Any) -> int | None:
     return attention.sliding_window if attention.is_sliding else None
+
+
+def _window_by_kind(attention: Any, config: Any) -> int | None:
+    """By the kind of layer, as the masks of transformers' SDPA have it, also where use_sliding_window is false."""
+    return config.sliding_window if config.layer_types[attention.layer_idx] == "sliding_attention" else None
 
 
 def _llama4_query_factor(config: Any, positions: torch.Tensor) -> torch.Tensor:
@@ -175,7 +181,8 @@ class Family:
         return PerLayerInput(gate, projection, self.norm_of(module.post_per_layer_input_norm))
 
     def _softmax(self, attention: Any, config: Any, kind: str) -> tuple[list[Projection], Projection, Heads]:
-        is_shared = bool(getattr(config, "num_kv_shared_layers", 0))
+        num_shared = getattr(config, "num_kv_shared_layers", 0)
+        shared = config.layer_types[-num_shared:] if num_shared else []  # transformers stores of other kinds, too
         heads = Heads(
             num_query=config.num_attention_heads,
             num_key_value=config.num_attention_heads // attention.num_key_value_groups,
@@ -187,8 +194,8 @@ class Family:
             norms=self._head_norms(attention),
             has_gate=self.has_attention_gate,
             values_are_keys=getattr(attention, "v_proj", attention) is None,
-            lends=kind if is_shared and attention.store_full_length_kv else "",
-            borrows=kind if is_shared and attention.is_kv_shared_layer else "",
+            lends=kind if kind in shared and attention.store_full_length_kv else "",
+            borrows=kind if shared and attention.is_kv_shared_layer else "",
             sinks=getattr(attention, "sinks", None),
         )
         projections = [getattr(attention, name, None) for name in self.qkv]  # shared keys have none
@@ -210,9 +217,7 @@ FAMILIES = {
         Family("GptOssForCausalLM", _window_of_attention, NormKind.PLAIN, table_row=TableRow.ONCE, router="router"),
         Family("SeedOssForCausalLM"),
         Family("GraniteForCausalLM"),
-        Family(
-            "SmolLM3ForCausalLM", _window_of_attention, has_rotary=lambda attention, config: bool(attention.use_rope)
-        ),
+        Family("SmolLM3ForCausalLM", _window_by_kind, has_rotary=lambda attention, config: bool(attention.use_rope)),
         Family("Phi3ForCausalLM", _window_of_config, qkv=("qkv_proj",), gate_up=("gate_up_proj",)),
         Family(
             "Glm4ForCausalLM",

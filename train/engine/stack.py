@@ -117,7 +117,8 @@ class Stack:
             gradients = block.backward(matrices, activations, of_block.low_rank, grad, context)
             totals = [parameter.grad for parameter in block.parameters if parameter.grad is not None]
             assert len(totals) == len(gradients), "every adapter has a gradient to add to (optim.FlatParameters)"
-            torch._foreach_add_(totals, gradients)
+            if totals:  # a hybrid may have adapters in blocks of one kind alone
+                torch._foreach_add_(totals, gradients)
             del activations, of_block, gradients
         return grad[:, :width] if self.blocks[0].gives_input_gradient else None
 

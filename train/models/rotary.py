@@ -23,27 +23,28 @@ class SampleRotary(torch.nn.Module):
     def forward(
         self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [B, T, D] for position_ids [B, T]."""
+        """cos and sin [B, T, D] for position_ids [B, T]; both may have a dimension more in front, of a place's three
+        coordinates (Qwen3.5, the same for text)."""
         layer = next(iter((*args, *options.values())), None)  # the kind of layer, where frequencies differ by it
         args = () if layer is None else (layer,)
         if not self.lengths:
             return self._of_one(x, position_ids, *args)
-        if position_ids.shape[0] == 1:
+        if position_ids.shape[-2] == 1:
             return self._of_packed(x, position_ids, *args)
         rows = []
         for row, length in enumerate(self.lengths):
             # padding behind a sample is rotated by its frequencies, too; nothing reads it
-            rows.append(self._of_sample(x, position_ids[row : row + 1], length, *args))
-        return torch.cat([cos for cos, _ in rows]), torch.cat([sin for _, sin in rows])
+            rows.append(self._of_sample(x, position_ids[..., row : row + 1, :], length, *args))
+        return torch.cat([cos for cos, _ in rows], -3), torch.cat([sin for _, sin in rows], -3)
 
     def _of_packed(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        parts, start, width = [], 0, position_ids.shape[1]
+        parts, start, width = [], 0, position_ids.shape[-1]
         for length in [*self.lengths, width]:
             stop = min(start + length, width)
             if stop > start:
-                parts.append(self._of_sample(x, position_ids[:, start:stop], stop - start, *args))
+                parts.append(self._of_sample(x, position_ids[..., start:stop], stop - start, *args))
             start = stop
-        return torch.cat([cos for cos, _ in parts], 1), torch.cat([sin for _, sin in parts], 1)
+        return torch.cat([cos for cos, _ in parts], -2), torch.cat([sin for _, sin in parts], -2)
 
     def _of_sample(
         self, x: torch.Tensor, position_ids: torch.Tensor, length: int, *args: Any

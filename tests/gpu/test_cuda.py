@@ -97,12 +97,13 @@ def test_packed_samples_are_isolated_by_the_flash_kernel(on_gpu: Config) -> None
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
-@pytest.mark.parametrize("reach", [None, 5])
-def test_varlen_attention_against_fp32(heads: tuple[int, int], reach: int | None) -> None:
-    """Value and every gradient against a masked softmax in fp32: grouped heads, a sample of one token, a window."""
+@pytest.mark.parametrize(("reach", "width"), [(None, 64), (5, 64), (None, 100)])
+def test_varlen_attention_against_fp32(heads: tuple[int, int], reach: int | None, width: int) -> None:
+    """Value and every gradient against a masked softmax in fp32: grouped heads, a sample of one token, a window, heads
+    that the kernel does not take."""
     torch.manual_seed(0)
     lengths = [1, 17, 64, 3]
-    total, width = sum(lengths), 64
+    total = sum(lengths)
     shapes = ((1, heads[0], total, width), (1, heads[1], total, width), (1, heads[1], total, width))
     exact = [torch.randn(shape, device="cuda", requires_grad=True) for shape in shapes]
     short = [states.detach().bfloat16().requires_grad_() for states in exact]

@@ -25,6 +25,7 @@ from train.run import devices
 GROUPED: dict[str, bool] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 MAX_FLASH_SIZE = 256  # elements of a head, at most, that flash kernels take
+FLASH_MULTIPLE = 8  # of which they want them to be a multiple; torch pads heads for SDPA alone
 
 
 class Attend(Protocol):
@@ -100,10 +101,18 @@ def _varlen(
     reach: int,
     scale: float | None,
 ) -> torch.Tensor:
-    query, key, value = states
+    size = states[0].shape[-1]
+    query, key, value = _padded_heads(states)
+    scale = size**-0.5 if scale is None else scale  # of heads as they are
     options: dict[str, Any] = {"scale": scale, "window_size": (reach, 0), **GROUPED}
     attended = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_length, max_length, **options)
-    return cast(torch.Tensor, attended)  # a tuple only where the softmax's sums are asked for
+    return cast(torch.Tensor, attended)[..., :size]  # a tuple only where the softmax's sums are asked for
+
+
+def _padded_heads(states: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """States [..., D] with zeros behind heads that are no multiple of FLASH_MULTIPLE (100: OpenLLaMA-3B)."""
+    missing = -states[0].shape[-1] % FLASH_MULTIPLE
+    return [F.pad(each, (0, missing)) for each in states] if missing else states
 
 
 # Not registered as a mask function too: transformers then builds no mask and does not look for boundaries itself.
@@ -134,7 +143,8 @@ class PackedAttention:
         if not has_flash(query.dtype, query.device) or query.shape[2] > MAX_FLASH_SIZE:
             return self._sample_by_sample(query, key, value, sinks)
         if sinks is not None:
-            return FlashWithSinks.apply(query, key, value, sinks, self)
+            padded = _padded_heads((query, key, value))
+            return FlashWithSinks.apply(*padded, sinks, self)[..., : query.shape[2]]
         if self.uses_cudnn:
             return self._uniform(query, key, value)
         return _varlen((query, key, value), self.cu_seqlens, self.max_length, self.reach, self.scale)

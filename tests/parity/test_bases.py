@@ -1,5 +1,6 @@
 """Every base that is accepted gives one first loss: resident, streamed, by the reference engine, by transformers."""
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +80,16 @@ def test_the_head_may_be_stored_for_the_embedding(config: Config, tmp_path: Path
     rewrite(folder, lambda tensors: tensors | {"lm_head.weight": tensors[embedding].clone()})
     assert [first_loss(way) for way in ways(config).values()] == [pytest.approx(wanted, rel=1e-6)] * 3
     rewrite(folder, lambda tensors: {n: t for n, t in tensors.items() if n != embedding})
+    assert [first_loss(way) for way in ways(config).values()] == [pytest.approx(wanted, rel=1e-6)] * 3
+
+
+def test_what_a_model_returns_is_not_asked_of_its_files(config: Config, tmp_path: Path) -> None:
+    """return_dict false in config.json changes no loss."""
+    folder = write(tmp_path / "base", Shape())
+    config = on(config, folder, "none")
+    wanted = first_loss(ways(config)["resident"])
+    settings = folder / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"return_dict": False}))
     assert [first_loss(way) for way in ways(config).values()] == [pytest.approx(wanted, rel=1e-6)] * 3
 
 

@@ -175,7 +175,8 @@ def test_dropout_differs_by_adapter_and_is_off_in_evaluation() -> None:
 
 
 def test_what_a_configuration_only_seems_to_say() -> None:
-    """A Llama with sliding_window in its config.json has no window."""
-    adapted, batch = adapted_model(LlamaConfig(**SIZES | {"sliding_window": 4}), ALL), packed()
+    """A Llama with sliding_window in its config.json has no window, and with num_kv_shared_layers shares no keys."""
+    shape = LlamaConfig(**SIZES | {"sliding_window": 4, "num_kv_shared_layers": 1})
+    adapted, batch = adapted_model(shape, ALL), packed()
     causal_lm = adapted.get_base_model()
     close(FusedDecoder(causal_lm, plan(1, 0), NOTHING)(batch).detach(), reference(causal_lm, batch).detach())

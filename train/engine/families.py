@@ -181,8 +181,9 @@ class Family:
         return PerLayerInput(gate, projection, self.norm_of(module.post_per_layer_input_norm))
 
     def _softmax(self, attention: Any, config: Any, kind: str) -> tuple[list[Projection], Projection, Heads]:
-        num_shared = getattr(config, "num_kv_shared_layers", 0)
-        shared = config.layer_types[-num_shared:] if num_shared else []  # transformers stores of other kinds, too
+        # only Gemma 4 reads the number, and stores keys of kinds that no layer shares, too
+        num_shared = config.num_kv_shared_layers if hasattr(attention, "is_kv_shared_layer") else 0
+        shared = config.layer_types[-num_shared:] if num_shared else []
         heads = Heads(
             num_query=config.num_attention_heads,
             num_key_value=config.num_attention_heads // attention.num_key_value_groups,

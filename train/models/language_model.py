@@ -171,7 +171,7 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
     away.settle()
     keep_one_cpu_kernel(base)
     base.requires_grad_(False)
-    base.config.use_cache = False
+    base.config.use_cache, base.config.return_dict = False, True  # whatever config.json says
     isolate_rotary(base)
     held = held_weights(base)
     check_experts(config.model, held)

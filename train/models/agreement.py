@@ -6,6 +6,7 @@ A family's table or a head's formula that is a little wrong trains another model
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -151,14 +152,14 @@ def _first(out: Any) -> torch.Tensor:
 
 def _choose_head(model: LanguageModel, name: str, seen: _Seen) -> None:
     """Takes the formula that gives transformers' logits: that of config.json, or where that sets what its architecture
-    does not read, the plain one. Raises ExitWith(BAD_INPUT) where neither does.
+    does not read, without its cap, its scale or both. Raises ExitWith(BAD_INPUT) where none does.
     """
-    plain = replace(model.head, scale=1.0, cap=0.0)
-    shares = []
-    for head in (model.head, plain):
-        wrong, share = _head_difference(head, seen)
+    head, shares = model.head, []
+    for cap, scale in product(dict.fromkeys((head.cap, 0.0)), dict.fromkeys((head.scale, 1.0))):
+        candidate = replace(head, scale=scale, cap=cap)
+        wrong, share = _head_difference(candidate, seen)
         if not wrong:
-            model.head = head
+            model.head = candidate
             return
         shares.append((wrong, share))
     wrong, share = shares[0]

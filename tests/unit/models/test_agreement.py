@@ -37,6 +37,12 @@ HEADS: dict[str, Callable[[], Any]] = {
     "scale": lambda: T.CohereConfig(**SIZES, logit_scale=0.0625),
     "divisor": lambda: T.GraniteConfig(**SIZES, logits_scaling=8.0, embedding_multiplier=12.0),
     "cap": lambda: T.Gemma2Config(**SIZES, head_dim=16, final_logit_softcapping=5.0),
+    "cap, and a scale that is not read": lambda: T.Gemma2Config(
+        **SIZES, head_dim=16, final_logit_softcapping=5.0, logit_scale=3.0
+    ),
+    "scale, and a cap that is not read": lambda: T.CohereConfig(
+        **SIZES, logit_scale=0.0625, final_logit_softcapping=5.0
+    ),
 }
 
 

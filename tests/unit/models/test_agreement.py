@@ -32,17 +32,16 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 2,
 }
 SPARSE = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
+# each of the two architectures reads one of them
+CAPPED: dict[str, Any] = SIZES | {"final_logit_softcapping": 5.0}
+SCALED: dict[str, Any] = SIZES | {"logit_scale": 0.0625}
 HEADS: dict[str, Callable[[], Any]] = {
     "bias": lambda: T.PhiConfig(**SPARSE),
-    "scale": lambda: T.CohereConfig(**SIZES, logit_scale=0.0625),
+    "scale": lambda: T.CohereConfig(**SCALED),
     "divisor": lambda: T.GraniteConfig(**SIZES, logits_scaling=8.0, embedding_multiplier=12.0),
-    "cap": lambda: T.Gemma2Config(**SIZES, head_dim=16, final_logit_softcapping=5.0),
-    "cap, and a scale that is not read": lambda: T.Gemma2Config(
-        **SIZES, head_dim=16, final_logit_softcapping=5.0, logit_scale=3.0
-    ),
-    "scale, and a cap that is not read": lambda: T.CohereConfig(
-        **SIZES, logit_scale=0.0625, final_logit_softcapping=5.0
-    ),
+    "cap": lambda: T.Gemma2Config(**CAPPED, head_dim=16),
+    "cap, and a scale that is not read": lambda: T.Gemma2Config(**CAPPED | SCALED, head_dim=16),
+    "scale, and a cap that is not read": lambda: T.CohereConfig(**CAPPED | SCALED),
 }
 
 

@@ -24,7 +24,7 @@ from unittest.mock import patch
 import psutil
 import torch
 
-from benchmarks.real_job import ROOT, record, run_words
+from benchmarks.real_job import ROOT, record, run_words, split_words
 from train.config import Config
 
 RESULTS = Path(__file__).parent / "results" / "first_step.json"
@@ -95,9 +95,8 @@ def main() -> None:
     )
     parser.add_argument("name")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    given = sys.argv[1:]
-    place = given.index("--") if "--" in given else len(given)
-    options, words = parser.parse_args(given[:place]), given[place + 1 :]
+    own, words = split_words()
+    options = parser.parse_args(own)
     rows = []
     for run in ("first", "again"):
         rows.append({"run": run, **started(words)})

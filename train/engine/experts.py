@@ -118,6 +118,9 @@ class ExpertGroup(OneMatrix):
         """dA [r E, K] and dB [N, r E] in fp32, as PEFT has them: of X and dY, X A^T and dY s B."""
         if low is None or spread is None or not self.parameters:
             return []
-        grad_a = grouped_outer(spread[:, : self.rank], *x, ends)
-        grad_b = grouped_outer(low[:, : self.rank], *grad, ends).mul_(self.scale)
-        return [grad_a.flatten(0, 1), grad_b.permute(2, 1, 0).reshape(self.num_outputs, -1)]
+        shape = self.num_experts, self.rank
+        grad_a = spread.new_empty(*shape, self.num_inputs, dtype=torch.float32)
+        grad_b = spread.new_empty(self.num_outputs, *shape[::-1], dtype=torch.float32)
+        grouped_outer(spread[:, : self.rank], *x, ends, 1.0, grad_a)
+        grouped_outer(low[:, : self.rank], *grad, ends, self.scale, grad_b.permute(2, 1, 0))
+        return [grad_a.flatten(0, 1), grad_b.flatten(1)]

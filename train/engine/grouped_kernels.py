@@ -101,10 +101,10 @@ def product(
 
 @triton.jit
 def outer_kernel(
-    a, stride_a, b, stride_b, rows, out, ends, P, Q,
+    a, stride_a, b, stride_b, rows, out, stride_oe, stride_op, stride_oq, ends, scale, P, Q,
     GATHERS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out[e] = a^T b over the rows of group e: all of a's columns, COLUMNS of b's."""
+    """out[e] = scale a^T b over the rows of group e: all of a's columns, COLUMNS of b's."""
     group = tl.program_id(1)
     start = tl.load(ends + group - 1, mask=group > 0, other=0)
     end = tl.load(ends + group)
@@ -121,19 +121,20 @@ def outer_kernel(
         place = b + source[:, None] * stride_b + column[None, :]
         right = tl.load(place, mask=is_row[:, None] & (column < Q)[None, :], other=0.0)
         total = tl.dot(left, right, total, input_precision="ieee")
-    place = out + (group.to(tl.int64) * P + own)[:, None] * Q + column[None, :]
-    tl.store(place, total, mask=(own < P)[:, None] & (column < Q)[None, :])
+    wide = column.to(tl.int64)  # with experts innermost, a column's stride is that of all adapters
+    place = out + group.to(tl.int64) * stride_oe + own[:, None] * stride_op + wide[None, :] * stride_oq
+    tl.store(place, total * scale, mask=(own < P)[:, None] & (column < Q)[None, :])
 
 
-def outer(a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor | None, ends: torch.Tensor) -> torch.Tensor:
+def outer(
+    a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor | None, ends: torch.Tensor, scale: float, out: torch.Tensor
+) -> None:
     """As grouped.grouped_outer."""
-    num_groups, width, columns = len(ends), a.shape[1], b.shape[1]
-    out = torch.empty(num_groups, width, columns, dtype=torch.float32, device=a.device)
+    num_groups, width, columns = out.shape
     outer_kernel[(-(-columns // 128), num_groups)](
-        a, a.stride(0), b, b.stride(0), ends if rows is None else rows, out, ends, width, columns, rows is not None,
-        128 // a.element_size(), max(16, triton.next_power_of_2(width)), 128, num_warps=4,
+        a, a.stride(0), b, b.stride(0), ends if rows is None else rows, out, *out.stride(), ends, scale, width, columns,
+        rows is not None, 128 // a.element_size(), max(SHORT, triton.next_power_of_2(width)), 128, num_warps=4,
     )  # fmt: skip
-    return out
 
 
 @triton.jit

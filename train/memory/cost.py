@@ -126,10 +126,10 @@ def mlp_backward(job: Job, c: Candidate) -> int:
 
 def _mixture_backward(s: ModelSizes, mixture: MixtureSizes, c: Candidate) -> int:
     """Gradient of the norm's output [T, H]; of each row that of its product [F], or of what it read [H], with 2 P, and
-    of its factor; its adapters' gradients, once more where PEFT has them in another order."""
+    of its factor; its adapters' gradients."""
     rows = c.width * mixture.num_chosen
     elements = c.width * s.hidden + rows * (max(s.hidden, s.intermediate) + 2 * mixture.columns)
-    return s.element_bytes * elements + rows * FP32_BYTES + 3 * mixture.gradient_bytes // 2
+    return s.element_bytes * elements + rows * FP32_BYTES + mixture.gradient_bytes
 
 
 def without_triton(job: Job) -> int:

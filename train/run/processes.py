@@ -84,7 +84,8 @@ class Heartbeat(Watch):
         self.folder: Path | None = None  # where there are several processes
         if accelerator.num_processes > 1:
             self.folder = RunFolder.of(config).heartbeats
-            self.folder.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError):  # without it the run trains, and a dead peer has no name
+                self.folder.mkdir(parents=True, exist_ok=True)
             self._write()
 
     def is_asked(self) -> bool:

@@ -18,12 +18,10 @@ from train.run.environment import is_first_process
 from train.run.exits import ExitCode, ExitWith, OutOfMemory, OwnEnd
 from train.run.folder import RunFolder, read_object
 from train.run.last_words import is_recorder
-from train.run.processes import STARTED, advice_to_repeat, peer_failure
+from train.run.processes import BY_THE_FIRST, STARTED, advice_to_repeat, peer_failure
 from train.run.redact import redact
 
 SECONDS_TO_SAY = 3.0  # for which a process waits for the first one to end as it does itself
-# ends that every process says by itself, or that all come to together
-SAID_OR_AGREED = (ExitCode.FINISHED, ExitCode.DEFECT, ExitCode.INTERRUPTED, ExitCode.PEER_FAILURE)
 EARLY = "finished early: "  # begins the reason of a run that ended well before its last step
 # what a machine refuses, whoever asks
 REFUSED_BY_THE_MACHINE = (
@@ -52,8 +50,8 @@ def _own(end: ExitWith, config: Config) -> ExitWith:
 
     Data or files that only this process cannot read would else be told by nobody. The first one says what all find.
     """
-    is_told = is_first_process() or isinstance(end, OwnEnd) or end.code in SAID_OR_AGREED
-    if is_told or _is_said_by_first(config):
+    may_be_own = end.code == ExitCode.BAD_INPUT and end.reason != BY_THE_FIRST  # to others all come together
+    if is_first_process() or isinstance(end, OwnEnd) or not may_be_own or _is_said_by_first(config):
         return end
     return OwnEnd(end.code, f"process {os.environ['RANK']}: {end.reason}", **end.facts)
 

@@ -3,10 +3,15 @@
 #   NODES=2 NODE=0 FIRST_NODE=10.0.0.1 bash launch/multi_node.sh --data.path reports/ --checkpoint.mirror s3://BUCKET/run
 # Where one dies, the others start again, and wait for it, or another with its number: docs/DISTRIBUTED.md
 . "$(dirname "$0")/_common.sh"
-if ! [[ ${NODES:-} =~ ^[0-9]+$ && ${NODE:-} =~ ^[0-9]+$ && ${FIRST_NODE:-} ]] || [ "$NODE" -ge "$NODES" ]; then
+is_number() { [[ $1 =~ ^(0|[1-9][0-9]{0,8})$ ]]; } # 08 and 1.5 would end the arithmetic below, and then train alone
+if ! { is_number "${NODES:-}" && is_number "${NODE:-}" && [[ ${FIRST_NODE:-} ]]; } || [ "$NODE" -ge "$NODES" ]; then
     echo "set NODES (how many machines), NODE (this one's number, from 0) and FIRST_NODE (the address of number 0)" >&2
     exit 78
 fi
+for name in PROCESSES SECONDS_TO_MEET PORT; do
+    [ -z "${!name:-}" ] || is_number "${!name}" ||
+        { echo "$name=${!name} is no whole number; unset it, or write one such as $name=8" >&2; exit 78; }
+done
 gpus=${PROCESSES:-$(.venv/bin/python -c "import torch; print(torch.cuda.device_count())")}
 if [ "$gpus" -lt 1 ]; then
     echo "multi_node needs a GPU on each machine, as many on one as on another, and torch finds none" >&2

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -14,12 +15,13 @@ from train.run.attempts import AttemptLog
 from train.run.defects import Doing, print_defect, report_defect
 from train.run.devices import out_of_memory_line
 from train.run.environment import is_first_process
-from train.run.exits import ExitCode, ExitWith, OutOfMemory
-from train.run.folder import RunFolder
+from train.run.exits import ExitCode, ExitWith, OutOfMemory, OwnEnd
+from train.run.folder import RunFolder, read_object
 from train.run.last_words import is_recorder
-from train.run.processes import advice_to_repeat, peer_failure
+from train.run.processes import BY_THE_FIRST, STARTED, advice_to_repeat, peer_failure
 from train.run.redact import redact
 
+SECONDS_TO_SAY = 3.0  # for which a process waits for the first one to end as it does itself
 EARLY = "finished early: "  # begins the reason of a run that ended well before its last step
 # what a machine refuses, whoever asks
 REFUSED_BY_THE_MACHINE = (
@@ -36,10 +38,34 @@ def end_of(run: Callable[[], str], config: Config, doing: Doing, argv: Sequence[
     try:
         early = run()
     except ExitWith as end:
-        return end
+        return _own(end, config)
     except (Exception, SystemExit) as error:  # a library's exit would be one without a reason
-        return _foreseen(error, config, doing) or _defect(error, config, doing, argv)
+        end = _foreseen(error, config, doing)
+        return _own(end, config) if end else _defect(error, config, doing, argv)
     return ExitWith(ExitCode.FINISHED, f"{EARLY}{early}" if early else "finished")
+
+
+def _own(end: ExitWith, config: Config) -> ExitWith:
+    """The end of this process; an OwnEnd where it is not the first, which does not end so as well.
+
+    Data or files that only this process cannot read would else be told by nobody. The first one says what all find.
+    """
+    may_be_own = end.code == ExitCode.BAD_INPUT and end.reason != BY_THE_FIRST  # to others all come together
+    if is_first_process() or isinstance(end, OwnEnd) or not may_be_own or _is_said_by_first(config):
+        return end
+    return OwnEnd(end.code, f"process {os.environ['RANK']}: {end.reason}", **end.facts)
+
+
+def _is_said_by_first(config: Config) -> bool:
+    """Whether the first process has ended for a reason of its own as well, or does so now."""
+    record, until = RunFolder.of(config).exit, time.monotonic() + SECONDS_TO_SAY
+    while time.monotonic() < until:
+        with suppress(OSError):
+            is_of_this_start = record.stat().st_mtime > STARTED
+            if is_of_this_start and read_object(record).get("code") not in (None, ExitCode.PEER_FAILURE):
+                return True
+        time.sleep(0.05)
+    return False
 
 
 def record_end(end: ExitWith, doing: Doing, folder: RunFolder, log: AttemptLog) -> None:
@@ -67,7 +93,7 @@ def _foreseen(error: BaseException, config: Config, doing: Doing) -> ExitWith | 
         return _out_of_memory(f"out of memory: {str(error).splitlines()[0]}\n{advice}")
     if isinstance(error, HostMemoryError | MemoryError):  # whose text may repeat CUDA's own
         advice = "free host memory, raise what the container or WSL may take, or give --engine.kind reference"
-        return _out_of_memory(f"{error or 'out of host memory'}\n{advice}")
+        return _out_of_memory(f"{str(error) or 'out of host memory'}\n{advice}")
     if isinstance(error, RuntimeError) and (line := out_of_memory_line(error)):
         less = "--memory.budget, which leaves more to what allocates beside torch, as NCCL and cuBLAS do"
         return _out_of_memory(

@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from train.run.trainers import KnownRun, Trainer, read_run, read_trainers, waits_in_vain
+from train.run.trainers import LATE_SECONDS, KnownRun, Trainer, read_run, read_trainers, that_wait
 
 PROCESSES = Path("/proc")
 # what takes no longer than the processes may wait for one another; loading, validating and asking may
@@ -35,7 +35,7 @@ def trouble(folder: Path) -> str:
         return f"process {', '.join(stopped)} is stopped (as by SIGSTOP)"
     if run is None:
         return ""
-    if waits_in_vain(living, run):
+    if any(beat.age() > run.timeout_seconds + LATE_SECONDS for beat in that_wait(living, run)):
         return f"processes wait for one that has not answered for {run.timeout_seconds:.0f} s"
     return "; ".join(late for trainer in living if (late := _is_late(folder, trainer, run)))
 

@@ -163,7 +163,7 @@ def job(config: Config, observed: Observed) -> str:
     layout = BatchLayout.of(config.batch, accelerator, asked)
     data = TrainingData(splits.training.samples, config, layout, tokenizer.backend.pad_token_id)
     run_identity = identity(config, prepared, data, accelerator.device)
-    check_same_everywhere(run_identity | exchanging(config), accelerator)
+    check_same_everywhere(run_identity | {"validation data": material.content}, accelerator)
     schedule = schedule_of(checkpoint, config, data, run_identity, accelerator)
     if checkpoint is not None and (early := was_finished(config, checkpoint, data, accelerator)) is not None:
         return early
@@ -199,13 +199,6 @@ def job(config: Config, observed: Observed) -> str:
         doing.now = "asking the questions"
         deliver(training, splits, material, trackers, stop, step)
     return validator.reason_to_end(last)
-
-
-def exchanging(config: Config) -> dict[str, object]:
-    """Which exchanges processes make together follows from these; no part of the run's identity."""
-    return {
-        "exchanging": (config.engine.kind, config.batch.context_parallel, config.memory.shard, config.memory.offload)
-    }
 
 
 def schedule_of(

@@ -75,7 +75,6 @@ ALLOWED = {
         "early_stop",
         "layout",
         "learning_rate",
-        "metrics",
         "models",
         "optim",
         "profiles",

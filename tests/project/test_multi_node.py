@@ -79,6 +79,13 @@ def test_a_machine_that_is_asked_to_stop_does_not_start_again(folder: Path) -> N
         ({"NODE": ""}, "set NODES"),
         ({"NODE": "2"}, "set NODES"),
         ({"NODES": "two"}, "set NODES"),
+        ({"NODES": "08"}, "set NODES"),  # octal to bash
+        ({"NODES": "9" * 20}, "set NODES"),
+        ({"NODE": "01"}, "set NODES"),
+        ({"PROCESSES": "1.5"}, "PROCESSES=1.5 is no whole number"),
+        ({"PROCESSES": "08"}, "PROCESSES=08 is no whole number"),
+        ({"PORT": "http"}, "PORT=http is no whole number"),
+        ({"SECONDS_TO_MEET": "1h"}, "SECONDS_TO_MEET=1h is no whole number"),
         ({"FIRST_NODE": ""}, "set NODES"),
         ({"PROCESSES": "0"}, "needs a GPU on each machine"),
     ],

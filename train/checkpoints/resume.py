@@ -1,7 +1,5 @@
 """From checkpoint to running state and back: what is saved, what must be equal, and which checkpoint is used."""
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,15 +12,17 @@ from train.checkpoints.contents import Checkpoint, TrainerState, adapter_files
 from train.checkpoints.fetch import check_one_folder, fetch_newer, share, withdraw
 from train.checkpoints.identity import DETAILS, differences
 from train.checkpoints.mirror import Mirror
+from train.checkpoints.remote import OPTION
+from train.checkpoints.source import mark_of
 from train.checkpoints.store import CheckpointStore
 from train.config import Config
 from train.data import TrainingData
-from train.metrics import to_host
 from train.models.language_model import adapter_config, load_adapters
 from train.optim import load_optimizer_state, load_scaler_state, optimizer_state
 from train.profiles import FORMERLY, PROFILES
 from train.run.exits import ExitCode, ExitWith
 from train.run.processes import on_first_process, say
+from train.run.same_command import differing
 from train.run.versions import package_version, versions
 from train.step import Training
 
@@ -76,17 +76,19 @@ def _former_profile(config: Config, saved: Mapping[str, Any]) -> str:
 def check_same_everywhere(same_run: dict[str, object], accelerator: Accelerator) -> None:
     """Raises ExitWith(BAD_INPUT) in all processes unless they have the same base, data and recipe.
 
-    Each reads them itself: a hub's branch that moves meanwhile, or an older cache on one machine, would else be trained
+    Each reads them itself: a hub's branch that moves meanwhile, or an older file on one machine, would else be trained
     together with another.
     """
-    decisive = {name: value for name, value in same_run.items() if name != DETAILS}  # which may name other folders
-    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).digest()
-    own = torch.tensor([int.from_bytes(digest[:3])], dtype=torch.float32, device=accelerator.device)  # exact in fp32
-    gathered: Any = accelerator.gather(own)
-    if len(set(to_host(*gathered))) > 1:
+    # details may name other folders; a date is there where the template asks for one
+    decisive = {"data.date": ""} | {name: value for name, value in same_run.items() if name != DETAILS}
+    names = differing(accelerator, dict(sorted(decisive.items())))
+    if "data.date" in names:
+        reason = "templates see another day in some processes, by their clocks or time zones; give --data.date"
+        raise ExitWith(ExitCode.BAD_INPUT, reason)
+    if names:
         raise ExitWith(
             ExitCode.BAD_INPUT,
-            "the processes have not read the same base, data or options; give each machine the same files, and a hub "
+            f"the processes have not read the same: {', '.join(names)}; give each machine the same files, and a hub "
             "model its commit (--model.revision)",
         )
 
@@ -134,11 +136,27 @@ def choose(
     step = on_first_process(accelerator, decide)
     if wanted in ("auto", "must"):
         share(mirror, store, accelerator, step)
-    if accelerator.is_main_process:
-        return found
-    if wanted not in ("auto", "must", "never"):
-        return store.load(Path(wanted))
-    return store.load(store.path_of(step)) if step else None
+    if not step:
+        return None
+    return _in_all(store, found, store.path_of(step) if wanted in ("auto", "must") else Path(wanted), accelerator)
+
+
+def _in_all(store: CheckpointStore, found: Checkpoint | None, path: Path, accelerator: Accelerator) -> Checkpoint:
+    """The checkpoint in `path` in each process, of which the first has `found` it.
+
+    Raises ExitWith(BAD_INPUT) in all where one cannot read it, or has another one there.
+    """
+    mark = ""
+    try:
+        found = found or store.load(path)
+        mark = mark_of(path)
+    except (ExitWith, OSError) as error:
+        print(f"process {accelerator.process_index}: {error}", flush=True)
+    if differing(accelerator, {"checkpoint": mark}) or found is None:
+        reason = f"not all processes find the {path.name} from which the first one goes on"
+        remedy = f"the run folder must be on a disk that all of them see, or give {OPTION}"
+        raise ExitWith(ExitCode.BAD_INPUT, f"{reason}: {remedy}")
+    return found
 
 
 def _newest(store: CheckpointStore, mirror: Mirror | None) -> Checkpoint | None:

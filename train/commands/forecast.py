@@ -10,6 +10,7 @@ from train.batching import LengthStatistics
 from train.commands.reference_choices import not_predicted
 from train.config import Config, parse_bytes
 from train.engine.plan import Plan, unshared
+from train.layout import BatchLayout
 from train.memory.candidate import Job
 from train.memory.cluster import NETWORK_GBITS, Cluster, peer_bytes, reduction_seconds, ring_rate, sent_bytes
 from train.memory.gpus import CONTEXT_BYTES, KNOWN_GPUS, Gpu, detect_gpu, gpus_like, gpus_of_size, named_gpu
@@ -180,7 +181,7 @@ def forecast(config: Config, gpu: Gpu, rows: LengthStatistics, num_steps: float 
         gpu=gpu,
         budget=budget,
         plan=plan,
-        tokens_per_second=between.num_groups * outlook.num_tokens / seconds if has_rates else None,
+        tokens_per_second=_step_tokens(config, rows, cluster) / seconds if has_rates else None,
         paged_bytes=outlook.planner.job.sizes.paged_bytes,
         fits=fits,
         advice="" if fits else outlook.remedies(plan),
@@ -189,6 +190,13 @@ def forecast(config: Config, gpu: Gpu, rows: LengthStatistics, num_steps: float 
         step_seconds=seconds if has_rates else None,
         seconds=num_steps * seconds if has_rates and num_steps is not None else None,
     )
+
+
+def _step_tokens(config: Config, rows: LengthStatistics, cluster: Cluster) -> float:
+    """Mean tokens of all processes in a step; where its samples do not divide evenly, the largest share decides how
+    long it takes, and not how many there are."""
+    layout = BatchLayout.of_first(config.batch, cluster.num_processes)
+    return layout.samples_per_step * rows.mean_micro_batch / layout.per_device
 
 
 def _notes(config: Config, gpu: Gpu, plan: Plan) -> tuple[str, ...]:

@@ -128,11 +128,6 @@ class Outlook:
         if reason:
             raise ExitWith(ExitCode.BAD_INPUT, f"--memory.shard: {reason}")
 
-    @property
-    def num_tokens(self) -> float:
-        """Mean tokens of an optimizer step."""
-        return self.config.batch.accumulation * self.rows.mean_micro_batch
-
     def first_plan(self) -> Plan:
         """The plan to begin with; raises ExitWith(BAD_INPUT) where the smallest exceeds the budget."""
         if self.planner is None:

@@ -18,6 +18,7 @@ from train.optim import OPTIMIZERS
 from train.run import devices
 from train.run.environment import CONFIGURATIONS, check_environment
 from train.run.exits import ExitCode, ExitWith
+from train.run.same_command import check_same_command
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
@@ -83,7 +84,10 @@ def bitsandbytes_options(config: Config) -> list[str]:
 
 
 def start_accelerator(config: Config) -> Accelerator:
-    """Builds the Accelerator and applies run.deterministic and memory.budget; raises ExitWith(BAD_INPUT)."""
+    """Builds the Accelerator and applies run.deterministic and memory.budget; raises ExitWith(BAD_INPUT).
+
+    All processes were given the same command then, or end.
+    """
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -100,6 +104,7 @@ def start_accelerator(config: Config) -> Accelerator:
         reason = f"the processes cannot be started: {error}; see accelerate's configuration and the environment"
         raise ExitWith(ExitCode.BAD_INPUT, reason) from error
     _check_accelerator(config, accelerator)
+    check_same_command(config, accelerator)
     if config.memory.budget and accelerator.device.type == "cuda":
         # the current device, because accelerate's device has no index in a single process and torch needs one here
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory

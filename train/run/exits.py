@@ -30,8 +30,12 @@ class ExitWith(Exception):
         self.facts = facts
 
 
-class OutOfMemory(ExitWith):
-    """Ends this process, which alone knows why: the others, which have memory, only find it gone."""
+class OwnEnd(ExitWith):
+    """Ends this process, which alone knows why: the others only find it gone."""
+
+
+class OutOfMemory(OwnEnd):
+    """The same where memory was not enough."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(ExitCode.BAD_INPUT, reason)

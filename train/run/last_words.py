@@ -7,7 +7,7 @@ from pathlib import Path
 
 from train.run.durable import write_atomically
 from train.run.environment import is_first_process
-from train.run.exits import ExitCode, ExitWith, OutOfMemory
+from train.run.exits import ExitCode, ExitWith, OwnEnd
 from train.run.redact import redact
 from train.run.signals import leave_note
 
@@ -20,7 +20,7 @@ def say_end(end: ExitWith) -> None:
             # two processes may end at the same moment
             write_atomically(Path(launcher) / "exit", f"{int(end.code)}\n", replaces=end.code != ExitCode.PEER_FAILURE)
     leave_note(end.code, redact(end.reason))
-    is_own_matter = end.code in (ExitCode.PEER_FAILURE, ExitCode.DEFECT) or isinstance(end, OutOfMemory)
+    is_own_matter = end.code in (ExitCode.PEER_FAILURE, ExitCode.DEFECT) or isinstance(end, OwnEnd)
     if end.code != ExitCode.FINISHED and (is_first_process() or is_own_matter):
         with suppress(OSError):  # a terminal that is gone
             print(f"\nhandloop: {redact(end.reason)}", file=sys.stderr, flush=True)
@@ -34,4 +34,4 @@ def is_recorder(end: ExitWith, record: Path) -> bool:
     """
     if end.code == ExitCode.PEER_FAILURE:
         return not record.exists()
-    return is_first_process() or end.code == ExitCode.DEFECT or isinstance(end, OutOfMemory)
+    return is_first_process() or end.code == ExitCode.DEFECT or isinstance(end, OwnEnd)

@@ -32,7 +32,7 @@ from train.run.folder import RunFolder, read_object
 from train.run.host_memory import oom_kills
 from train.run.redact import redact
 from train.run.signals import listen, stop_with_parent
-from train.run.trainers import LATE_SECONDS, KnownRun, Trainer, blame, read_run, read_trainers, waits_in_vain
+from train.run.trainers import LATE_SECONDS, KnownRun, Patience, Trainer, blame, read_run, read_trainers
 
 SAVE_SECONDS = 60.0  # for which a trainer process may outlive accelerate, to save
 SECONDS_BEFORE_KILL = 10.0  # between a first Ctrl-C and one that kills
@@ -61,6 +61,7 @@ class Launcher:
         self.deadline = float("inf")  # time.monotonic(): the trainers that still live then are ended
         self.reason = ""  # why they were ended
         self.end = ""  # why the run has ended, after `wait`
+        self.patience = Patience()
         self.stopped_since: dict[int, float] = {}  # pid -> time.monotonic(), of trainers that are stopped
         self.began, self.oom_kills = datetime.now(UTC).isoformat(timespec="seconds"), oom_kills()
         listen(self._forward)
@@ -116,7 +117,7 @@ class Launcher:
         for trainer in trainers:
             if trainer.is_lost or trainer.code:
                 self._limit(SAVE_SECONDS if trainer.code in AGREED else PEER_SECONDS)
-        if run is not None and (waits_in_vain(trainers, run) or self._is_stopped_for_long(living, run)):
+        if run is not None and (self.patience.is_at_an_end(trainers, run) or self._is_stopped_for_long(living, run)):
             self._limit(0.0)
         if time.monotonic() >= self.deadline:
             self.reason = self.reason or blame(trainers, run)  # while it can still be seen who is stopped
@@ -168,7 +169,8 @@ class Launcher:
 
     def _end_of(self, trainers: Sequence[Trainer]) -> ExitWith:
         """The end of a run whose first process could not say it."""
-        failed = [trainer for trainer in trainers if trainer.code]
+        # one that others have lost is what they end with
+        failed = sorted((t for t in trainers if t.code), key=lambda trainer: trainer.code == ExitCode.PEER_FAILURE)
         if self.is_killed_by_hand or any(trainer.code == 128 + signal.SIGINT for trainer in failed):
             return ExitWith(ExitCode.KILLED, f"ended by a second Ctrl-C, without saving; {self._repeat()}")
         if failed:

@@ -20,6 +20,7 @@ from train.run.heartbeats import Beat, heard_of, here, read_beats, write_beat
 from train.run.signals import StopRequest
 
 STARTED = time.time()  # before any process of this start has a heartbeat
+BY_THE_FIRST = "ended by the first process"  # the reason of the others, where it alone has acted
 SECONDS_TO_DIE = 1.0  # a killed process's connections end before it counts as dead
 
 
@@ -84,7 +85,8 @@ class Heartbeat(Watch):
         self.folder: Path | None = None  # where there are several processes
         if accelerator.num_processes > 1:
             self.folder = RunFolder.of(config).heartbeats
-            self.folder.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError):  # without it the run trains, and a dead peer has no name
+                self.folder.mkdir(parents=True, exist_ok=True)
             self._write()
 
     def is_asked(self) -> bool:
@@ -162,5 +164,5 @@ def on_first_process(accelerator: Accelerator, action: Callable[[], int]) -> int
     check_present(accelerator.num_processes, num_present)
     result = int(total)  # minus the exit code if the first process failed
     if result < 0:
-        raise error or ExitWith(ExitCode(-result), "ended by the first process")
+        raise error or ExitWith(ExitCode(-result), BY_THE_FIRST)
     return result

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -96,13 +97,30 @@ def is_alive(pid: int) -> bool:
 UNHEARD = (-1, 0)  # the place of a process that has left no sign of life
 
 
-def waits_in_vain(trainers: Sequence[Trainer], run: KnownRun) -> bool:
-    """Whether a living process has waited for another living one for longer than the timeout."""
+def that_wait(trainers: Sequence[Trainer], run: KnownRun) -> list[Beat]:
+    """What was heard of the living processes that wait for another living one."""
     living = {trainer.rank for trainer in trainers if trainer.is_alive}
     beats = [beat for beat in run.beats() if beat.rank in living]
     last = min((beat.place for beat in beats), default=UNHEARD) if len(beats) == len(living) else UNHEARD
-    late = run.timeout_seconds + LATE_SECONDS
-    return any(beat.arrivals and beat.place > last and beat.age() > late for beat in beats)
+    return [beat for beat in beats if beat.arrivals and beat.place > last]
+
+
+class Patience:
+    """How long processes have waited for one another, by this machine's steady clock.
+
+    A beat's file has the time of its disk's machine, which may be minutes away from this one's, and this one's clock
+    may be set while a run goes on.
+    """
+
+    def __init__(self) -> None:
+        self.since: dict[tuple[str, int, int, int], float] = {}  # rank, pid, place -> time.monotonic() when first seen
+
+    def is_at_an_end(self, trainers: Sequence[Trainer], run: KnownRun) -> bool:
+        """Whether a living process has waited for another living one for longer than the timeout; to be asked often."""
+        now, late = time.monotonic(), run.timeout_seconds + LATE_SECONDS
+        waiting = [(beat.rank, beat.pid, *beat.place) for beat in that_wait(trainers, run)]
+        self.since = {each: self.since.get(each, now) for each in waiting}
+        return any(now - since > late for since in self.since.values())
 
 
 def blame(trainers: Sequence[Trainer], run: KnownRun | None) -> str:

@@ -1,5 +1,6 @@
 """What a run was made with."""
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -23,6 +24,14 @@ def package_version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "none"
+
+
+def source_digest() -> str:
+    """The sha256 of this program's source files."""
+    found = hashlib.sha256()
+    for path in sorted(path for package in ("train", "data_tools") for path in (ROOT / package).rglob("*.py")):
+        found.update(f"{path.relative_to(ROOT)} ".encode() + path.read_bytes())
+    return found.hexdigest()
 
 
 def code_version() -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from data_tools.prepare import prepare
+from data_tools.prepare import Prepared, prepare
 from data_tools.report import DataError
 from train.config import Config
 from train.data import Splits, prepare_settings
@@ -37,6 +37,7 @@ class Material:
     tokenizer: Any = None  # of the questions and their answers
     end_token_ids: tuple[int, ...] = ()
     fingerprint: str = ""  # equal where the validation losses can be compared
+    content: str = ""  # equal where all losses are measured on the same
 
     @property
     def texts(self) -> list[Dataset]:
@@ -51,9 +52,10 @@ class Material:
 
 def material_of(config: Config, tokenizer: Any, splits: Splits, today: date) -> Material:
     """What `config` wants to be measured on; raises DataError where a general text or question cannot be used."""
-    held_out = splits.validation
+    held_out, general = splits.validation, general_text(config, tokenizer, splits, today)
     found = Material(
-        general=general_text(config, tokenizer, splits, today),
+        general=general.dataset if general else None,
+        content=general.fingerprint if general else "",
         general_questions=general_questions(config, tokenizer, today),
         tokenizer=tokenizer,
         end_token_ids=tuple(splits.training.prepared.statistics.end_token_ids),
@@ -68,12 +70,14 @@ def material_of(config: Config, tokenizer: Any, splits: Splits, today: date) -> 
         int(path) + 1: samples.select([chosen[i] for i in np.flatnonzero(paths == path)]) for path in np.unique(paths)
     }
     decisive = (held_out.prepared.fingerprint, config.data.validation_fraction, config.validate.tokens, chosen)
+    fingerprint = hashlib.sha256(repr(decisive).encode()).hexdigest()[:32]
     return replace(
         found,
         parts=parts,
         questions=tuple(_questions(samples, tokenizer, config.validate.num_questions)),
         end_token_ids=tuple(held_out.prepared.statistics.end_token_ids),
-        fingerprint=hashlib.sha256(repr(decisive).encode()).hexdigest()[:32],
+        fingerprint=fingerprint,
+        content=f"{fingerprint} {found.content}",
     )
 
 
@@ -102,7 +106,7 @@ def subset(num_tokens: Sequence[int], path_numbers: Sequence[int], budget: int, 
     return sorted(chosen)
 
 
-def general_text(config: Config, tokenizer: Any, splits: Splits, today: date) -> Dataset | None:
+def general_text(config: Config, tokenizer: Any, splits: Splits, today: date) -> Prepared | None:
     """The text on which forgetting is measured; None where it is off.
 
     In pieces that are as long as the training samples, or GENERAL_TOKENS: longer ones would need more room than
@@ -116,7 +120,7 @@ def general_text(config: Config, tokenizer: Any, splits: Splits, today: date) ->
     longest = max(GENERAL_TOKENS, max(splits.training.samples["num_tokens"][:]))
     settings = replace(prepare_settings(config, (path,), today), max_length=min(longest, config.data.max_length))
     try:
-        return prepare(replace(settings, text_overlap=0, format="text", fields=(), on_error="stop"), tokenizer).dataset
+        return prepare(replace(settings, text_overlap=0, format="text", fields=(), on_error="stop"), tokenizer)
     except DataError as error:
         raise DataError(f"--validate.general_text {wanted}: {error}") from None
 

@@ -2,14 +2,17 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean, pstdev
 
 import pytest
 import torch
 
-from train.commands.forecast import assumed_lengths, default_gpu, min_length, parse_gpu
+from train.commands.forecast import assumed_lengths, default_gpu, forecast, min_length, parse_gpu
 from train.commands.probe import _random_rows
 from train.config import BatchConfig, Config
+from train.layout import arranged
+from train.memory.cluster import Cluster
 from train.memory.gpus import CONTEXT_BYTES
 from train.run.exits import ExitWith
 
@@ -55,3 +58,14 @@ def test_a_budget_is_what_cuda_leaves(config: Config, monkeypatch: pytest.Monkey
         ExitWith, match=r"did you mean A100-80 or A100-40[?] write a size such as 4GiB, or one of B200, H200, H100-PCIe"
     ):
         parse_gpu("A100")
+
+
+def test_uneven_shares_have_no_more_samples(llama31_8b: Path, config: Config) -> None:
+    """Eight samples on three GPUs take as long as the largest share, three; nine of them are not counted."""
+    model = replace(config.model, name_or_path=str(llama31_8b), quantization="nf4")
+    config = replace(config, model=model, data=replace(config.data, max_length=64))
+    config = replace(config, batch=arranged(BatchConfig(3, 0, samples=8), 3))
+    found = forecast(config, parse_gpu("H100"), assumed_lengths(config, 64), None, Cluster(3, 1, 25))
+    assert found.tokens_per_second is not None
+    assert found.step_seconds is not None
+    assert found.tokens_per_second * found.step_seconds == pytest.approx(8 * 64)

@@ -41,6 +41,10 @@ def main() -> None:
     is_waiting = behaviours[rank] in ("wait", "watchdog", "stopped there")
     if behaviours[rank] != "unheard":
         write_beat(folder.heartbeats, rank, 3, int(is_waiting))
+    if behaviours[rank] == "clock":  # the disk's machine has another time
+        beat = folder.heartbeats / str(rank)
+        write_beat(folder.heartbeats, rank, 3, 1)
+        os.utime(beat, (beat.stat().st_mtime - 3600,) * 2)
     time.sleep(1)  # until all have registered
     behave(behaviours[rank], float(timeout))
 
@@ -59,12 +63,15 @@ def behave(behaviour: str, timeout: float) -> None:
     if behaviour == "memory":
         leave_note(ExitCode.BAD_INPUT, "no memory left")
         sys.exit(ExitCode.BAD_INPUT)
+    if behaviour == "lost one":
+        leave_note(ExitCode.PEER_FAILURE, "another process died")
+        sys.exit(ExitCode.PEER_FAILURE)
     if behaviour == "ctrl_c":  # the second one
         leave_note(128 + signal.SIGINT)
         os._exit(128 + signal.SIGINT)
     if behaviour == "exception":
         raise ImportError("no such module")
-    if behaviour == "fine":
+    if behaviour in ("fine", "clock"):
         leave_note(0)
         sys.exit(0)
     time.sleep(60)

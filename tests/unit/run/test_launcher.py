@@ -122,6 +122,10 @@ def test_a_kill_for_want_of_memory(tmp_path: Path) -> None:
 def test_ends_of_their_own_are_passed_on(tmp_path: Path) -> None:
     """A trainer that ends by itself is not taken for one that was killed."""
     assert launched(tmp_path / "run", "fine", "fine")[0] == 0
+    code, said, _ = launched(tmp_path / "clock", "fine", "clock")
+    assert code == 0, said  # its beat is an hour old by a clock that is not this one's
+    code, said, _ = launched(tmp_path / "lost one", "lost one", "memory")
+    assert (code, "process 1: no memory left" in said) == (78, True)
     code, said, _ = launched(tmp_path / "other", "exception")
     assert code != ExitCode.KILLED
     assert "killed" not in said

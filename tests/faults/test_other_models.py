@@ -9,7 +9,7 @@ import transformers as T
 from accelerate import Accelerator
 
 from tests.conftest import training_of
-from tests.unit.models.test_agreement import HEADS, SIZES, for_all_linear, packed, write
+from tests.unit.models.test_agreement import HEADS, SIZES, SPARSE, for_all_linear, packed, write
 from train.config import Config, EngineConfig
 from train.loss import Head
 from train.models import language_model
@@ -84,7 +84,7 @@ def test_layers_that_carry_their_state_are_not_packed(config: Config, tmp_path: 
     for number, shape in enumerate(shapes):
         own = for_all_linear(config, write(tmp_path / f"base-{number}", shape))
         training_of(own, Accelerator(cpu=True))
-        with pytest.raises(ExitWith, match=r"--data\.packing true: a layer of .* carries its state") as caught:
+        with pytest.raises(ExitWith, match=r"--data\.packing true: .* does not compute a packed sample as") as caught:
             training_of(packed(own), Accelerator(cpu=True))
         assert caught.value.code == ExitCode.BAD_INPUT
 
@@ -123,3 +123,26 @@ def test_a_decoder_within_the_decoder_trains(config: Config, tmp_path: Path) -> 
     about = training_of(for_all_linear(config, write(tmp_path / "base", shape)), Accelerator(cpu=True)).model.about
     assert about.targets.counts["all-linear"] == 12
     assert about.held.total > 0
+
+
+@pytest.mark.fault("T30")
+@pytest.mark.parametrize("shape", [T.WhisperConfig(), T.BartConfig(), T.T5Config()], ids=lambda shape: shape.model_type)
+def test_an_encoder_with_a_decoder_is_refused(shape: Any, config: Config, tmp_path: Path) -> None:
+    """By config.json alone: transformers would train Whisper's decoder as a language model, without what it hears."""
+    shape.save_pretrained(tmp_path)
+    with pytest.raises(ExitWith, match=f"it is an encoder and a decoder \\({shape.model_type}\\)") as caught:
+        training_of(for_all_linear(config, tmp_path), Accelerator(cpu=True))
+    assert caught.value.code == ExitCode.BAD_INPUT
+
+
+@pytest.mark.fault("T30")
+def test_adapters_that_nothing_calls_are_told(config: Config, tmp_path: Path) -> None:
+    """A BART decoder by itself never asks its attention on an encoder; a Phi calls all it has."""
+    sizes = {"vocab_size": SIZES["vocab_size"], "d_model": 64, "decoder_ffn_dim": 96, "decoder_layers": 2}
+    shape = T.BartConfig(**sizes, decoder_attention_heads=4, is_encoder_decoder=False, is_decoder=True)
+    about = training_of(for_all_linear(config, write(tmp_path / "bart", shape)), Accelerator(cpu=True)).model.about
+    (note,) = (note for note in about.notes if "never called" in note)
+    assert note.startswith("8 of its layers with adapters are never called, so these learn nothing: model.decoder.lay")
+    assert note.count("encoder_attn") == 4
+    about = training_of(for_all_linear(config, write(tmp_path / "base", T.PhiConfig(**SPARSE))), Accelerator(cpu=True))
+    assert not any("never called" in note for note in about.model.about.notes)

@@ -3,6 +3,7 @@
 A family's table or a head's formula that is a little wrong trains another model, and no loss curve shows it.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,8 +20,10 @@ from train.engine.lora_linear import Pass
 from train.engine.mixture import Mixture
 from train.engine.operations import normalize
 from train.loss import Head
+from train.models.adapters import is_adapted_layer
 from train.models.language_model import LanguageModel
 from train.models.shape import BROKEN, told
+from train.models.stored import named
 from train.run.exits import ExitCode, ExitWith
 
 MAX_TOKENS = 256  # of the sample that is compared: blocks and head cost little then
@@ -47,6 +50,7 @@ class _Seen:
 @torch.no_grad()
 def check_agreement(model: LanguageModel, name: str, ids: Sequence[int]) -> None:
     """Compares the head, and on the fused engine every block, on one sample; adapters get random values meanwhile.
+    Layers whose adapters nothing runs are added to the notes on the base.
 
     Raises ExitWith(BAD_INPUT) where they differ by more than rounding, where transformers cannot run the base, and
     where its tokens see later ones: it would be trained on answers that it reads.
@@ -59,7 +63,7 @@ def check_agreement(model: LanguageModel, name: str, ids: Sequence[int]) -> None
             seen = _by_transformers(model, batch)
             _check_causal(model, name, batch, seen)
             if model.engine is None:  # some bases ask for more in training
-                model.reference.eager(alone(batch))
+                model.about.notes.extend(_idle_adapters(model, batch))
         except torch.OutOfMemoryError:
             raise
         except BROKEN as error:
@@ -94,6 +98,24 @@ def _by_transformers(model: LanguageModel, batch: MicroBatch) -> _Seen:
         for hook in hooks:
             hook.remove()
     return seen
+
+
+def _idle_adapters(model: LanguageModel, batch: MicroBatch) -> list[str]:
+    """A note on adapted layers that nothing calls in training, as a BART decoder's for what an encoder says.
+
+    Of numbered ones, as a mixture's experts, one that is called speaks for all.
+    """
+    layers = [(name, module) for name, module in model.causal_lm.named_modules() if is_adapted_layer(module)]
+    kinds, called = {name: re.sub(r"\.\d+(?=\.)", "", name) for name, _ in layers}, set()
+    hooks = [module.register_forward_pre_hook(lambda *_, name=name: called.add(kinds[name])) for name, module in layers]
+    try:
+        model.reference.eager(alone(batch))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    idle = [kind for kind in kinds.values() if kind not in called]
+    what = f"of its layers with adapters are never called, so these learn nothing: {named(sorted(set(idle)))}"
+    return [f"{len(idle)} {what}"] if idle else []
 
 
 def alone(batch: MicroBatch) -> MicroBatch:

@@ -2,11 +2,13 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from peft import LoraConfig
+from peft.tuners import tuners_utils
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -47,7 +49,7 @@ def as_adapted(targets: Targets, linear: Collection[str], parameters: Counter[st
     for word in targets.counts:
         of_experts = parameters[EXPERT_PARTS.get(word, word)]
         counts[word] = sum(_matches(word, name) for name in linear) + of_experts
-    notes = []
+    notes = [targets.note] if targets.note else []
     if missed := targets.matched - set(linear):
         notes.append(f"{len(missed)} linear layers have no adapter: PEFT takes their names for those of the experts")
     if any(not parameters[part] for part in targets.parts):
@@ -70,8 +72,10 @@ def resolve_targets(base: PreTrainedModel, words: Sequence[str]) -> Targets:
     counts: dict[str, int] = {}
     experts: dict[str, str] = {}
     parts: set[str] = set()
+    refused = _refused_by_peft(base, linear) if ALL_LINEAR in words else set()
     for word in words:
         found = {name for name in linear if _matches(word, name)}
+        found -= refused if word == ALL_LINEAR else set()
         matched |= found
         counts[word] = len(found)
         part = EXPERT_PARTS.get(word, word)
@@ -97,7 +101,8 @@ def resolve_targets(base: PreTrainedModel, words: Sequence[str]) -> Targets:
     whole = _whole_parameters(base, parts)
     names = [name for name in names if not (whole and name in experts)]
     names = [each for name in names for each in (_as_peft_asks(name, spelled) if name in experts else [name])]
-    return Targets(names, counts, len(linear), exist, experts, frozenset(matched), frozenset(parts), whole)
+    note = f"{len(refused)} linear layers have no adapter: PEFT refuses {_ends_of(refused)} here" if refused else ""
+    return Targets(names, counts, len(linear), exist, experts, frozenset(matched), frozenset(parts), whole, note)
 
 
 def _whole_parameters(base: PreTrainedModel, parts: Collection[str]) -> tuple[str, ...]:
@@ -111,6 +116,23 @@ def _as_peft_asks(word: str, spelled: Mapping[str, str]) -> list[str]:
     """The experts' layers that a word stands for, as PEFT knows them: the parts of what transformers has fused."""
     parts = ["gate_proj", "up_proj"] if word == "gate_up_proj" else [word]
     return [spelled.get(part, part) for part in parts]
+
+
+def _refused_by_peft(base: PreTrainedModel, linear: Sequence[str]) -> set[str]:
+    """Layers on which PEFT puts no adapter in models of this type: Mamba's kernels take out_proj's weight itself."""
+    check = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)  # of PEFT 0.17 and later
+    found = set()
+    for name in linear if check else ():
+        try:
+            check(LoraConfig(), base, name.rpartition(".")[2])
+        except ValueError:
+            found.add(name)
+    return found
+
+
+def _ends_of(names: Iterable[str]) -> str:
+    """The last parts of the names, each once."""
+    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
 
 
 def _is_hybrid(base: PreTrainedModel) -> bool:
@@ -137,11 +159,19 @@ def decoder_name(base: PreTrainedModel) -> str:
 
 def _linear_layers(base: PreTrainedModel) -> Iterator[str]:
     start = decoder_name(base)
-    head = base.get_output_embeddings()
+    head, others = base.get_output_embeddings(), _other_models(base)
     for name, module in base.named_modules():
-        inside = not start or name.startswith(f"{start}.")
+        inside = (not start or name.startswith(f"{start}.")) and not name.startswith(others)
         if inside and module is not head and _is_linear(module):
             yield name
+
+
+def _other_models(base: PreTrainedModel) -> tuple[str, ...]:
+    """How names begin in models of another configuration that lie within the decoder, as GIT's image encoder."""
+    whole: Any = base.config
+    own = {type(whole), type(whole.get_text_config(decoder=True))}
+    found = (name for name, module in base.named_modules() if isinstance(module, PreTrainedModel))
+    return tuple(f"{name}." for name in found if type(base.get_submodule(name).config) not in own)
 
 
 def _is_linear(module: torch.nn.Module) -> bool:

@@ -77,6 +77,26 @@ def test_experts_are_packed_and_compute_what_nf4_is(folder: Path, streamed: tupl
     assert all(isinstance(linear.weight, bnb.nn.Params4bit) for linear in packed_experts(base))
 
 
+def test_whole_experts_are_read_by_the_names_in_the_files(tmp_path: Path) -> None:
+    """Aria's experts lie there as fc1 and fc2, transposed: packed, they compute what rounded weights do."""
+    torch.manual_seed(1)
+    shape: Any = T.AriaTextConfig(**SIZES, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1)
+    model: Any = T.AutoModelForCausalLM.from_config(shape)
+    model.save_pretrained(tmp_path)
+    assert "model.layers.0.mlp.experts.fc1.weight" in stored(tmp_path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 3:
+                parameter.copy_(rounded(parameter.transpose(1, 2)).transpose(1, 2))
+            elif "_proj" in name:
+                parameter.copy_(rounded(parameter))
+        ids = torch.randint(100, (1, 9))
+        base = loaded(tmp_path)
+        assert len(packed_experts(base)) == 2 * SIZES["num_hidden_layers"]
+        wanted, found = model(ids).logits, base(ids).logits
+    assert (found - wanted).norm() < 1e-6 * wanted.norm()
+
+
 def test_a_merge_takes_what_was_trained_with(folder: Path) -> None:
     """Each expert's tensor, by its name in the files, is its part of the parameter that was rounded as a whole."""
     config = ModelConfig(str(folder), quantization="nf4")

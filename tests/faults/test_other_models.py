@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers as T
 from accelerate import Accelerator
 
@@ -13,6 +14,8 @@ from tests.unit.models.test_agreement import HEADS, SIZES, SPARSE, for_all_linea
 from train.config import Config, EngineConfig
 from train.loss import Head
 from train.models import language_model
+from train.models.language_model import sketch
+from train.models.tokenizer import check_fits, load_tokenizer
 from train.run.exits import ExitCode, ExitWith
 
 
@@ -136,13 +139,34 @@ def test_an_encoder_with_a_decoder_is_refused(shape: Any, config: Config, tmp_pa
 
 
 @pytest.mark.fault("T30")
-def test_adapters_that_nothing_calls_are_told(config: Config, tmp_path: Path) -> None:
-    """A BART decoder by itself never asks its attention on an encoder; a Phi calls all it has."""
+def test_adapters_without_a_gradient_are_told(config: Config, tmp_path: Path) -> None:
+    """A BART decoder by itself never asks its attention on an encoder; a Phi teaches all it has."""
     sizes = {"vocab_size": SIZES["vocab_size"], "d_model": 64, "decoder_ffn_dim": 96, "decoder_layers": 2}
     shape = T.BartConfig(**sizes, decoder_attention_heads=4, is_encoder_decoder=False, is_decoder=True)
     about = training_of(for_all_linear(config, write(tmp_path / "bart", shape)), Accelerator(cpu=True)).model.about
-    (note,) = (note for note in about.notes if "never called" in note)
-    assert note.startswith("8 of its layers with adapters are never called, so these learn nothing: model.decoder.lay")
+    (note,) = (note for note in about.notes if "get no gradient" in note)
+    assert note.startswith("8 of its layers with adapters get no gradient, so these learn nothing: model.decoder.lay")
     assert note.count("encoder_attn") == 4
     about = training_of(for_all_linear(config, write(tmp_path / "base", T.PhiConfig(**SPARSE))), Accelerator(cpu=True))
-    assert not any("never called" in note for note in about.model.about.notes)
+    assert not any("get no gradient" in note for note in about.model.about.notes)
+
+
+@pytest.mark.fault("T30")
+def test_what_is_no_language_model_is_refused_before_the_data(config: Config, tmp_path: Path) -> None:
+    """By config.json: images alone, a text part without a class, a decoder that cannot be run by itself."""
+    tokenizer = load_tokenizer(config).backend
+
+    def start(own: Config) -> None:
+        check_fits(own, tokenizer)
+        sketch(own, torch.float32)
+
+    shapes = {
+        "knows no language model of the type 'vit'": T.ViTConfig(),
+        "it is multimodal \\(blip\\)": T.BlipConfig(),
+        "has no decoder apart from its head": T.MllamaConfig(),
+    }
+    for number, (reason, shape) in enumerate(shapes.items()):
+        shape.save_pretrained(tmp_path / str(number))
+        with pytest.raises(ExitWith, match=reason) as caught:
+            start(for_all_linear(config, tmp_path / str(number)))
+        assert caught.value.code == ExitCode.BAD_INPUT

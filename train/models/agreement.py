@@ -16,6 +16,7 @@ from train.collate import MicroBatch, collate_packed
 from train.engine.block import Block
 from train.engine.context import ForwardContext
 from train.engine.decoder import FusedDecoder
+from train.engine.linears import ADAPTER
 from train.engine.lora_linear import Pass
 from train.engine.mixture import Mixture
 from train.engine.operations import normalize
@@ -27,6 +28,7 @@ from train.models.stored import named
 from train.run.exits import ExitCode, ExitWith
 
 MAX_TOKENS = 256  # of the sample that is compared: blocks and head cost little then
+FEW_TOKENS = 16  # of a backward pass: 0.6 GB are kept of a 70B
 MAX_HEAD_ROWS = 64  # logits that are compared
 # Share of a block's own contribution by which its output may differ, by type. Measured: docs/LOG.md, 2026-11-26.
 BLOCK_TOLERANCE = {torch.float32: 5e-4, torch.float16: 0.004, torch.bfloat16: 0.02}
@@ -50,7 +52,7 @@ class _Seen:
 @torch.no_grad()
 def check_agreement(model: LanguageModel, name: str, ids: Sequence[int]) -> None:
     """Compares the head, and on the fused engine every block, on one sample; adapters get random values meanwhile.
-    Layers whose adapters nothing runs are added to the notes on the base.
+    Layers whose adapters get no gradient are added to the notes on the base.
 
     Raises ExitWith(BAD_INPUT) where they differ by more than rounding, where transformers cannot run the base, and
     where its tokens see later ones: it would be trained on answers that it reads.
@@ -63,7 +65,7 @@ def check_agreement(model: LanguageModel, name: str, ids: Sequence[int]) -> None
             seen = _by_transformers(model, batch)
             _check_causal(model, name, batch, seen)
             if model.engine is None:  # some bases ask for more in training
-                model.about.notes.extend(_idle_adapters(model, batch))
+                model.about.notes.extend(_idle_adapters(model, ids[:FEW_TOKENS]))
         except torch.OutOfMemoryError:
             raise
         except BROKEN as error:
@@ -100,21 +102,22 @@ def _by_transformers(model: LanguageModel, batch: MicroBatch) -> _Seen:
     return seen
 
 
-def _idle_adapters(model: LanguageModel, batch: MicroBatch) -> list[str]:
-    """A note on adapted layers that nothing calls in training, as a BART decoder's for what an encoder says.
+def _idle_adapters(model: LanguageModel, ids: Sequence[int]) -> list[str]:
+    """A note on adapted layers that get no gradient in training: a BART decoder's for what an encoder says are never
+    called, and what an indexer says only chooses what is attended to.
 
-    Of numbered ones, as a mixture's experts, one that is called speaks for all.
+    Of numbered ones, as a mixture's experts, one that gets some speaks for all. Raises what transformers raises.
     """
-    layers = [(name, module) for name, module in model.causal_lm.named_modules() if is_adapted_layer(module)]
-    kinds, called = {name: re.sub(r"\.\d+(?=\.)", "", name) for name, _ in layers}, set()
-    hooks = [module.register_forward_pre_hook(lambda *_, name=name: called.add(kinds[name])) for name, module in layers]
-    try:
-        model.reference.eager(alone(batch))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    idle = [kind for kind in kinds.values() if kind not in called]
-    what = f"of its layers with adapters are never called, so these learn nothing: {named(sorted(set(idle)))}"
+    layers = {name: module for name, module in model.causal_lm.named_modules() if is_adapted_layer(module)}
+    weights: list[Any] = [module.lora_B[ADAPTER].weight for module in layers.values()]
+    batch = alone(collate_packed([{"input_ids": list(ids), "trained": [True] * len(ids)}]).to(model.head.weight.device))
+    with torch.set_grad_enabled(bool(weights)):
+        hidden = model.reference.eager(batch)
+        found = torch.autograd.grad(hidden.float().sum(), weights, allow_unused=True) if weights else ()
+    kinds = [re.sub(r"\.\d+(?=\.)", "", name) for name in layers]
+    taught = {kind for kind, gradient in zip(kinds, found, strict=True) if gradient is not None}
+    idle = [kind for kind in kinds if kind not in taught]
+    what = f"of its layers with adapters get no gradient, so these learn nothing: {named(sorted(set(idle)))}"
     return [f"{len(idle)} {what}"] if idle else []
 
 

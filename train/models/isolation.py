@@ -19,7 +19,8 @@ def isolate(model: LanguageModel, ids: Sequence[int]) -> str:
     """Gives transformers the fastest attention under which no packed sample sees another; the reason where none does.
 
     Attention over packed rows ends at cu_seqlens where there is a flash kernel. Otherwise transformers makes a block
-    mask of position_ids, of some models none. A recurrent or convolutional layer may carry its state on whatever attention does.
+    mask of position_ids, for some models none. A recurrent or convolutional layer may carry its state on whatever
+    attention does.
     """
     causal_lm = model.causal_lm
     own, reason = causal_lm.config._attn_implementation, ""

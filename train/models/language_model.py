@@ -177,11 +177,7 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
     check_experts(config.model, held)
     torch.manual_seed(derived_seed(config.train.seed, "adapters"))
     names = names_of(config.model)
-    if base.base_model is base and names.decoder:  # Llama 4's text class looks for its decoder under the whole's name
-        base.base_model_prefix = names.decoder
-    if as_causal_lm(base).base_model is base:
-        reason = f"transformers' {type(base).__name__} has no decoder apart from its head"
-        raise ExitWith(ExitCode.BAD_INPUT, f"{config.model.name_or_path}: {reason}; it is not trained")
+    check_decoder(config, base)
     notes += own_dropout(base)
     adapted, targets = train_whole(base, config) if is_whole else with_adapters(base, config)
     notes += [targets.note] if targets.note else []
@@ -196,6 +192,16 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
     return model.train()
 
 
+def check_decoder(config: Config, base: transformers.PreTrainedModel) -> None:
+    """Raises ExitWith(BAD_INPUT) where what lies below the base's head cannot be run by itself."""
+    names = names_of(config.model)
+    if base.base_model is base and names.decoder:  # Llama 4's text class looks for its decoder under the whole's name
+        base.base_model_prefix = names.decoder
+    if base.base_model is base:
+        reason = f"transformers' {type(base).__name__} has no decoder apart from its head"
+        raise ExitWith(ExitCode.BAD_INPUT, f"{config.model.name_or_path}: {reason}; it is not trained")
+
+
 def start_from(model: LanguageModel, config: Config) -> None:
     """Puts the adapter of lora.init_from in the place of the fresh one; raises ExitWith(BAD_INPUT) if they differ."""
     if config.lora.init_from:
@@ -206,6 +212,7 @@ def start_from(model: LanguageModel, config: Config) -> None:
 def sketch(config: Config, dtype: torch.dtype) -> peft.PeftModel | WholeModel:
     """The model as load_model would make it, on torch's meta device, to choose an engine and to plan memory."""
     base = skeleton(config.model, dtype)
+    check_decoder(config, base)
     check_experts(config.model, held_weights(base))
     if config.train.method == "full":
         return train_whole(base, config)[0]

@@ -153,9 +153,11 @@ def text_part(config: ModelConfig) -> TextPart | None:
     try:
         whole = _skeleton(AutoModelForImageTextToText, shape)
         head: Any = whole.get_output_embeddings()
-        own.tie_word_embeddings = head.weight is whole.get_input_embeddings().weight
-        inner = _skeleton(AutoModelForCausalLM, own)
-        part = _part(own, whole, inner)
+        part = None
+        if head is not None:  # Nemotron-H Omni does not tell which it is
+            own.tie_word_embeddings = head.weight is whole.get_input_embeddings().weight
+            inner = _skeleton(AutoModelForCausalLM, own)
+            part = _part(own, whole, inner)
     except BROKEN as error:
         raise cannot_read(config, "a multimodal model", error) from None
     if part is None:

@@ -149,6 +149,8 @@ def test_names_as_others_saved_them(family: str, starts: dict[str, str], tmp_pat
 
 TEXT = "language_model.model.layers.0.self_attn.q_proj.weight"
 Change = Callable[[Tensors], Tensors]
+
+
 @pytest.mark.skipif(not hasattr(T, "Cosmos3OmniConfig"), reason="needs a transformers that knows Cosmos 3")
 def test_names_in_the_files_may_be_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cosmos 3 has to_q in its files for q_proj: by transformers' own renaming its text part computes as the whole."""

@@ -104,7 +104,7 @@ def _by_transformers(model: LanguageModel, batch: MicroBatch) -> _Seen:
 
 def _idle_adapters(model: LanguageModel, ids: Sequence[int]) -> list[str]:
     """A note on adapted layers that get no gradient in training: a BART decoder's for what an encoder says are never
-    called, and what an indexer says only chooses what is attended to.
+    called, what an indexer says only chooses what is attended to, and some layers take longer samples.
 
     Of numbered ones, as a mixture's experts, one that gets some speaks for all. Raises what transformers raises.
     """
@@ -117,7 +117,8 @@ def _idle_adapters(model: LanguageModel, ids: Sequence[int]) -> list[str]:
     kinds = [re.sub(r"\.\d+(?=\.)", "", name) for name in layers]
     taught = {kind for kind, gradient in zip(kinds, found, strict=True) if gradient is not None}
     idle = [kind for kind in kinds if kind not in taught]
-    what = f"of its layers with adapters get no gradient, so these learn nothing: {named(sorted(set(idle)))}"
+    what = f"of its layers with adapters got no gradient from {len(ids)} tokens and may learn nothing: "
+    what += named(sorted(set(idle)))
     return [f"{len(idle)} {what}"] if idle else []
 
 

@@ -231,8 +231,11 @@ def _converters(base: PreTrainedModel) -> list[WeightConverter]:
 
 
 def _ends(converter: WeightConverter) -> tuple[str, Sequence[str]]:
-    """The end of the parameter's name, and of its tensors', with * for the number of the expert."""
-    return converter.target_patterns[0], converter.source_patterns
+    """The end of the parameter's name, and of its tensors', with * for the number of the expert.
+
+    transformers' patterns are regular expressions, some of which mark their dots.
+    """
+    return converter.target_patterns[0], [source.replace(r"\.", ".") for source in converter.source_patterns]
 
 
 def _fits(converter: WeightConverter, name: str) -> bool:

@@ -17,6 +17,7 @@ from train.models.experts import expert_linears, expert_words
 from train.run.exits import ExitCode, ExitWith
 
 ALL_LINEAR = "all-linear"
+NO_LAYERS = "none"
 NAME = re.compile(r"[\w.-]+")
 # projections that some architectures hold fused, as three-dimensional parameters of their experts; PEFT turns the names
 # of the parts into that of the whole (utils/transformers_weight_conversion.py)
@@ -83,7 +84,7 @@ def resolve_targets(base: PreTrainedModel, words: Sequence[str]) -> Targets:
         if not found and parameters[part]:
             counts[word], experts[word] = parameters[part], part
     ends = Counter(name.rpartition(".")[2] for name in linear)
-    exist = ", ".join(f"{end} ({count})" for end, count in sorted(ends.items())) or "none"
+    exist = ", ".join(f"{end} ({count})" for end, count in sorted(ends.items())) or NO_LAYERS
     if spelled:
         exist += f" (and of the experts, which {ALL_LINEAR} leaves alone, {', '.join(spelled)})"
     is_partial = not all(counts.values()) or _is_hybrid(base)
@@ -144,6 +145,9 @@ def refuse_unmatched(reasons: Sequence[str], exist: str) -> None:
     """Raises ExitWith(BAD_INPUT) where there are words that match nothing, with the names that exist."""
     if reasons:
         lines = "\n  ".join(reasons)
+        if exist == NO_LAYERS:
+            reason = f"--lora.target_modules:\n  {lines}\nthe decoder has no linear layers that can be adapted"
+            raise ExitWith(ExitCode.BAD_INPUT, f"{reason}; this base is not trained here")
         raise ExitWith(
             ExitCode.BAD_INPUT,
             f"--lora.target_modules:\n  {lines}\nthe decoder's linear layers are {exist}; all of them: "

@@ -10,13 +10,14 @@ import pytest
 import torch
 import transformers as T
 from safetensors.torch import load_file, save_file
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from tests.parity.models import EXPERTS, SIZES
 from train.config import ModelConfig
 from train.engine.host_stream import HostBlocks
 from train.engine.machine_memory import OwnMemory
 from train.models.base import load_base, skeleton
-from train.models.experts import StoredExperts, packed_experts
+from train.models.experts import StoredExperts, expert_parts, packed_experts
 from train.models.held_weights import held_weights
 from train.models.stored import StoredWeights
 from train.run.exits import ExitWith
@@ -95,6 +96,29 @@ def test_whole_experts_are_read_by_the_names_in_the_files(tmp_path: Path) -> Non
         assert len(packed_experts(base)) == 2 * SIZES["num_hidden_layers"]
         wanted, found = model(ids).logits, base(ids).logits
     assert (found - wanted).norm() < 1e-6 * wanted.norm()
+
+
+def test_names_of_experts_may_be_expressions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    r"""DeepSeek-V4's and Kimi Linear's are written \.experts.*.w1.weight: the same names in the files without it."""
+    T.AutoModelForCausalLM.from_config(SHAPES["mixtral"]).save_pretrained(tmp_path)
+    base = skeleton(ModelConfig(str(tmp_path), quantization="nf4"), torch.float32)
+    ways = {
+        "gate_up_proj": (["w1", "w3"], [MergeModulelist(0), Concatenate(1)]),
+        "down_proj": (["w2"], [MergeModulelist(0)]),
+    }
+    plain, marked = (
+        [
+            WeightConverter([f"{dot}experts.*.{each}.weight" for each in parts], f"{dot}experts.{name}", operations)
+            for name, (parts, operations) in ways.items()
+        ]
+        for dot in (".", r"\.")
+    )
+    found = []
+    for mapping in (plain, marked):
+        monkeypatch.setattr("train.models.experts._mapping", lambda _, mapping=mapping: mapping)
+        found.append(expert_parts(base))
+    assert found[0] == found[1]
+    assert found[0]["model.layers.0.mlp.experts.down_proj"][0][3] == "model.layers.0.mlp.experts.3.w2.weight"
 
 
 def test_a_merge_takes_what_was_trained_with(folder: Path) -> None:

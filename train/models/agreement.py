@@ -71,6 +71,8 @@ def check_agreement(model: LanguageModel, name: str, ids: Sequence[int]) -> None
         except BROKEN as error:
             version, what = transformers.__version__, f"{type(error).__name__}: {told(error)}"
             reason = f"{name}: transformers {version} cannot run this base ({what})"
+            if model.about.held.quantized:  # it may compute with weights that are codes now, as Gemma 3n
+                reason += "; --model.quantization none may train it"
             raise ExitWith(ExitCode.BAD_INPUT, reason) from error
         _check_finite(model, name, seen)
         _choose_head(model, name, seen)

@@ -32,7 +32,7 @@ from train.models.reference_decoder import ReferenceDecoder
 from train.models.rotary import isolate_rotary
 from train.models.shape import text_shape
 from train.models.text_part import names_of
-from train.models.vocabulary import trains_embedding
+from train.models.vocabulary import name_of, trains_embedding
 from train.models.whole import WHOLE, WholeModel, train_whole, trained_weights
 from train.run.devices import NO_GPU, NO_GPU_FOR_FP8, compute_type
 from train.run.exits import ExitCode, ExitWith
@@ -194,9 +194,8 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
 
 def check_decoder(config: Config, base: transformers.PreTrainedModel) -> None:
     """Raises ExitWith(BAD_INPUT) where what lies below the base's head cannot be run by itself."""
-    names = names_of(config.model)
-    if base.base_model is base and names.decoder:  # Llama 4's text class looks for its decoder under the whole's name
-        base.base_model_prefix = names.decoder
+    if base.base_model is base:  # Llama 4's text class looks for its decoder under the whole's name
+        base.base_model_prefix = name_of(base, base.get_input_embeddings()).rpartition(".")[0]
     if base.base_model is base:
         reason = f"transformers' {type(base).__name__} has no decoder apart from its head"
         raise ExitWith(ExitCode.BAD_INPUT, f"{config.model.name_or_path}: {reason}; it is not trained")

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -179,9 +180,23 @@ def _other_models(base: PreTrainedModel) -> tuple[str, ...]:
 
 
 def _is_linear(module: torch.nn.Module) -> bool:
-    """A linear layer, and none of an architecture's own making, such as a router that returns more than its product."""
+    """A linear layer; one of an architecture's own making only where it is no more than a product, as Falcon's, and
+    unlike a router.
+    """
     is_own = type(module).__module__.startswith("transformers.models.")
-    return isinstance(module, torch.nn.Linear | Conv1D) and not is_own
+    return isinstance(module, torch.nn.Linear | Conv1D) and (not is_own or _is_product(type(module)))
+
+
+@cache
+def _is_product(kind: type[torch.nn.Module]) -> bool:
+    """Whether a small layer of the kind computes what torch's linear layer does."""
+    try:
+        layer, x = kind(3, 2), torch.arange(12.0).view(4, 3)
+        with torch.no_grad():
+            found, wanted = layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias)
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-4)
 
 
 def _expert_parameters(base: PreTrainedModel) -> Counter[str]:

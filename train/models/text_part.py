@@ -144,10 +144,9 @@ def text_part(config: ModelConfig) -> TextPart | None:
     text = shape.get_text_config(decoder=True)
     if type(shape) not in AutoModelForImageTextToText._model_mapping or type(text) is type(shape):
         return None
+    # that it has a class for the whole, as for Mllama's, does not help: an adapter of one does not load into the other
     known = type(text) in AutoModelForCausalLM._model_mapping
     if not known and text.model_type not in TWINS:
-        if type(shape) in AutoModelForCausalLM._model_mapping:  # as Mllama, whose class takes the whole's
-            return None
         raise unreadable(config.name_or_path, _no_text_class(shape, text))
     own = copy.deepcopy(text) if known else _twin(text)
     try:

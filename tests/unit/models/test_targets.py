@@ -68,6 +68,18 @@ def test_what_peft_refuses_is_left_out_of_all(words: tuple[str, ...], config: Co
         adapted(config, folder, "out_proj")
 
 
+def test_linear_layers_of_an_architecture_s_own(config: Config, tmp_path: Path) -> None:
+    """Falcon's compute a product, and are adapted; Llama 4's routers return more, and are not."""
+    sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+    names = adapted(config, shape_only(tmp_path / "falcon", T.FalconConfig(**sizes)), *LLAMA_LINEAR_LAYERS)
+    ends = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+    assert names == {f"transformer.h.{i}.{end}" for i in (0, 1) for end in ends}
+    sparse = T.Llama4TextConfig(**SIZES, head_dim=16, num_local_experts=2, moe_layers=[0, 1])
+    names = adapted(config, shape_only(tmp_path / "llama4", sparse), "all-linear")
+    assert names
+    assert not any("router" in name for name in names)
+
+
 def test_an_image_encoder_within_the_decoder_has_no_adapters(config: Config, tmp_path: Path) -> None:
     """GIT's lies there: all of its text layers and the projection of images are adapted, and none of the encoder."""
     sizes = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}

@@ -112,7 +112,7 @@ def _idle_adapters(model: LanguageModel, ids: Sequence[int]) -> list[str]:
     """
     layers = {name: module for name, module in model.causal_lm.named_modules() if is_adapted_layer(module)}
     weights: list[Any] = [module.lora_B[ADAPTER].weight for module in layers.values()]
-    batch = alone(collate_packed([{"input_ids": list(ids), "trained": [True] * len(ids)}]).to(model.head.weight.device))
+    batch = alone(collate_packed([{"input_ids": list(ids), "trained": [True] * len(ids)}]).to(model.causal_lm.device))
     with torch.set_grad_enabled(bool(weights)):
         hidden = model.reference.eager(batch)
         found = torch.autograd.grad(hidden.float().sum(), weights, allow_unused=True) if weights else ()

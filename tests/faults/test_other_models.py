@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import transformers as T
 from accelerate import Accelerator
+from transformers.core_model_loading import WeightRenaming
 
 from tests.conftest import training_of
+from tests.parity.bases import on
 from tests.unit.models.test_agreement import HEADS, SIZES, SPARSE, for_all_linear, packed, write
 from train.config import Config, EngineConfig
 from train.loss import Head
@@ -163,3 +165,41 @@ def test_what_is_no_language_model_is_refused_before_the_data(config: Config, tm
         with pytest.raises(ExitWith, match=reason) as caught:
             check_fits(for_all_linear(config, tmp_path / str(number)), tokenizer)
         assert caught.value.code == ExitCode.BAD_INPUT
+
+
+@pytest.mark.fault("T30")
+def test_a_head_behind_another_layer_is_refused(config: Config, tmp_path: Path) -> None:
+    """RemBERT's reads vectors of another width than the decoder's."""
+    shape = T.RemBertConfig(**SPARSE, is_decoder=True, input_embedding_size=16, output_embedding_size=48)
+    with pytest.raises(ExitWith, match=r"100\.0% of the logits that our head makes differ from transformers'"):
+        training_of(for_all_linear(config, write(tmp_path / "base", shape)), Accelerator(cpu=True))
+
+
+@pytest.mark.fault("T30")
+def test_caps_have_other_names(config: Config, tmp_path: Path) -> None:
+    """RecurrentGemma's cap of its logits is trained with."""
+    shape = T.RecurrentGemmaConfig(**SIZES, lru_width=64, attention_window_size=64, logits_soft_cap=5.0)
+    training = training_of(for_all_linear(config, write(tmp_path / "base", shape)), Accelerator(cpu=True))
+    assert training.model.head.cap == 5.0
+
+
+@pytest.mark.fault("T30")
+def test_noise_of_routers_is_told(config: Config, tmp_path: Path) -> None:
+    """What makes a mixture's losses random."""
+    sparse = {"num_local_experts": 2, "num_experts_per_tok": 1, "router_jitter_noise": 0.01, "input_jitter_noise": 0.0}
+    folder = write(tmp_path / "base", T.PhimoeConfig(**SIZES, **sparse))
+    words = replace(config.lora, target_modules=("q_proj", "v_proj"))
+    about = training_of(replace(on(config, folder, "none"), lora=words), Accelerator(cpu=True)).model.about
+    noise = "its routers have noise of their own, which acts while training: router_jitter_noise 0.01"
+    assert about.notes == [noise]
+
+
+def test_names_that_transformers_changes(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters that PEFT will look for under another name are told, as Laguna's mlp.shared_experts."""
+    where = "train.models.adapters.get_model_conversion_mapping"
+    monkeypatch.setattr(where, lambda *_, **__: [WeightRenaming("mlp.down_projection", "mlp.down_proj")])
+    assert not training_of(config, Accelerator(cpu=True)).model.about.notes
+    monkeypatch.setattr(where, lambda *_, **__: [WeightRenaming("mlp.down_pro.", "mlp.down_projs")])
+    (note,) = training_of(config, Accelerator(cpu=True)).model.about.notes
+    assert note.startswith("PEFT itself, and what serves with it, will not find 2 of the adapters in final/")
+    assert "(model.layers.0.mlp.down_proj)" in note

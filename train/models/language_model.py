@@ -23,7 +23,7 @@ from train.engine.sharded_blocks import AwayBlocks
 from train.engine.support import not_in_fp8, undivided_reason, unsupported_reason
 from train.loss import Head, summed_cross_entropy
 from train.models.about import BaseFacts, own_dropout
-from train.models.adapters import copy_into, is_adapted_layer, trainable, with_adapters
+from train.models.adapters import copy_into, is_adapted_layer, misnamed_note, trainable, with_adapters
 from train.models.base import load_base, skeleton
 from train.models.held_weights import check_experts, held_weights
 from train.models.hub import locate
@@ -37,6 +37,8 @@ from train.models.whole import WHOLE, WholeModel, train_whole, trained_weights
 from train.run.devices import NO_GPU, NO_GPU_FOR_FP8, compute_type
 from train.run.exits import ExitCode, ExitWith
 from train.seeds import derived_seed
+
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma's, RecurrentGemma's, xLSTM's
 
 
 class LanguageModel(torch.nn.Module):
@@ -180,7 +182,7 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
     check_decoder(config, base)
     notes += own_dropout(base)
     adapted, targets = train_whole(base, config) if is_whole else with_adapters(base, config)
-    notes += [targets.note] if targets.note else []
+    notes += [*([targets.note] if targets.note else []), *(misnamed_note(base) if not names.pairs else [])]
     reason = unsupported_reason(as_causal_lm(adapted.get_base_model())) if plan.is_fused else ""
     if reason:  # what was loaded is not what config.json promised
         raise ExitWith(ExitCode.BAD_INPUT, f"{config.model.name_or_path}: {reason}; --engine.kind reference trains it")
@@ -253,7 +255,8 @@ def head_of(causal_lm: CausalLM, compute: torch.dtype) -> Head:
     whole: Any = causal_lm.config
     shape = text_shape(whole)
     scale = (getattr(shape, "logit_scale", None) or 1.0) / (getattr(shape, "logits_scaling", None) or 1.0)
-    cap = getattr(shape, "final_logit_softcapping", None) or 0.0
+    caps = (getattr(shape, name, None) for name in CAPS)
+    cap = next(filter(None, caps), 0.0)
     bias = getattr(layer, "bias", None)
     if layer.weight.requires_grad:  # full fine-tuning: a meta tensor has its shape and no memory
         frozen = torch.empty_like(layer.weight, dtype=compute, device="meta", requires_grad=False)

@@ -93,7 +93,7 @@ def text_shape(shape: PreTrainedConfig) -> Any:
 
 def max_positions(config: ModelConfig) -> int:
     """Tokens that the base takes at most; 0 where config.json says no number."""
-    return int(getattr(text_shape(model_shape(config)), POSITIONS, None) or 0)
+    return max(0, int(getattr(text_shape(model_shape(config)), POSITIONS, None) or 0))  # XLNet's -1 is none either
 
 
 def positions_note(config: ModelConfig) -> list[str]:

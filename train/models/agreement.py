@@ -110,8 +110,8 @@ def _idle_adapters(model: LanguageModel, ids: Sequence[int]) -> list[str]:
 
     Of numbered ones, as a mixture's experts, one that gets some speaks for all. Raises what transformers raises.
     """
-    layers = {name: module for name, module in model.causal_lm.named_modules() if is_adapted_layer(module)}
-    weights: list[Any] = [module.lora_B[ADAPTER].weight for module in layers.values()]
+    layers: dict[str, Any] = {n: each for n, each in model.causal_lm.named_modules() if is_adapted_layer(each)}
+    weights = [module.lora_B[ADAPTER].weight for module in layers.values()]
     batch = alone(collate_packed([{"input_ids": list(ids), "trained": [True] * len(ids)}]).to(model.causal_lm.device))
     with torch.set_grad_enabled(bool(weights)):
         hidden = model.reference.eager(batch)

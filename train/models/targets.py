@@ -122,7 +122,7 @@ def _as_peft_asks(word: str, spelled: Mapping[str, str]) -> list[str]:
 
 def _refused_by_peft(base: PreTrainedModel, linear: Sequence[str]) -> set[str]:
     """Layers on which PEFT puts no adapter in models of this type: Mamba's kernels take out_proj's weight itself."""
-    check = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)  # of PEFT 0.17 and later
+    check: Any = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)  # of PEFT 0.17 and later
     found = set()
     for name in linear if check else ():
         try:
@@ -191,7 +191,8 @@ def _is_linear(module: torch.nn.Module) -> bool:
 def _is_product(kind: type[torch.nn.Module]) -> bool:
     """Whether a small layer of the kind computes what torch's linear layer does."""
     try:
-        layer, x = kind(3, 2), torch.arange(12.0).view(4, 3)
+        layer: Any = kind(3, 2)
+        x = torch.arange(12.0).view(4, 3)
         with torch.no_grad():
             found, wanted = layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias)
     except (TypeError, ValueError, RuntimeError, AttributeError):

@@ -152,11 +152,9 @@ def text_part(config: ModelConfig) -> TextPart | None:
     try:
         whole = _skeleton(AutoModelForImageTextToText, shape)
         head: Any = whole.get_output_embeddings()
-        part = None
-        if head is not None:  # Nemotron-H Omni does not tell which it is
-            own.tie_word_embeddings = head.weight is whole.get_input_embeddings().weight
-            inner = _skeleton(AutoModelForCausalLM, own)
-            part = _part(own, whole, inner)
+        own.tie_word_embeddings = head is not None and head.weight is whole.get_input_embeddings().weight
+        inner = _skeleton(AutoModelForCausalLM, own)
+        part = _part(own, whole, inner) if head is not None else None  # Nemotron-H Omni does not tell which it is
     except BROKEN as error:
         raise cannot_read(config, "a multimodal model", error) from None
     if part is None:

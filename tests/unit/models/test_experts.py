@@ -108,7 +108,9 @@ def test_names_of_experts_may_be_expressions(tmp_path: Path, monkeypatch: pytest
     }
     plain, marked = (
         [
-            WeightConverter([f"{dot}experts.*.{each}.weight" for each in parts], f"{dot}experts.{name}", operations)
+            WeightConverter(
+                [f"{dot}experts.*.{each}.weight" for each in parts], f"{dot}experts.{name}", list[Any](operations)
+            )
             for name, (parts, operations) in ways.items()
         ]
         for dot in (".", r"\.")

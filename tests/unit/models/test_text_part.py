@@ -10,11 +10,10 @@ import pytest
 import torch
 import transformers as T
 from accelerate import Accelerator
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import training_of
-from tests.multimodal import FAMILIES, HEADS, MROPE, QWEN_VISION, logits_of, served, write_multimodal
+from tests.multimodal import FAMILIES, logits_of, served, write_multimodal
 from tests.parity.bases import QUANTIZED, Tensors, first_loss, on, rewrite, ways
 from train.commands.handloop import main
 from train.config import Config, ModelConfig
@@ -149,20 +148,6 @@ def test_names_as_others_saved_them(family: str, starts: dict[str, str], tmp_pat
 
 TEXT = "language_model.model.layers.0.self_attn.q_proj.weight"
 Change = Callable[[Tensors], Tensors]
-
-
-@pytest.mark.skipif(not hasattr(T, "Cosmos3OmniConfig"), reason="needs a transformers that knows Cosmos 3")
-def test_names_in_the_files_may_be_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cosmos 3 has to_q in its files for q_proj: by transformers' own renaming its text part computes as the whole."""
-    vision = QWEN_VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
-    text = {"model_type": "qwen3_vl_text"} | HEADS | MROPE
-    shape = getattr(T, "Cosmos3OmniConfig", None)
-    monkeypatch.setitem(FAMILIES, "cosmos3", (lambda: shape(text_config=text, vision_config=vision), ""))
-    folder = write_multimodal(tmp_path / "base", "cosmos3")
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        assert any(name.endswith("layers.0.self_attn.to_q.weight") for name in file.keys())  # noqa: SIM118
-    base = loaded(folder)[0]
-    torch.testing.assert_close(logits_of(base.eval(), IDS), logits_of(served(folder), IDS), rtol=0, atol=1e-5)
 
 
 UNLIKE: dict[str, tuple[Change, str]] = {

@@ -4,7 +4,8 @@
 
 Weights are random, of the published shape, and rows are random words, each a whole row of one text: speed and memory
 only. The plan's step and peak stand beside what was measured. Sharded workloads have no row for one process. A job that
-is not done after --limit seconds is ended, and its steps so far count. Everything behind `--` goes to train/main.py.
+is not done after --limit seconds is ended, and its steps so far count. Everything behind `--` goes to train/main.py,
+and such rows stand apart in the file.
 """
 
 import argparse
@@ -12,7 +13,6 @@ import json
 import math
 import random
 import re
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from benchmarks.real_job import ROOT, measured, record, shape_folder, single_words
+from benchmarks.real_job import ROOT, measured, record, shape_folder, single_words, split_words
 from benchmarks.speed_workloads import COMMON
 from train.run.folder import RunFolder, read_object
 
@@ -128,7 +128,8 @@ def main() -> None:
 
 def run_workload(name: str, options: argparse.Namespace, words: list[str], folder: Path) -> None:
     """Measures one workload; what failed on a number of processes is a row with the reason."""
-    workload, rows = WORKLOADS[name], known_rows(options.out, name)
+    workload, key = WORKLOADS[name], key_of(name, words)
+    rows = known_rows(options.out, key)
     shape = shape_folder(shape_of(workload.shape, options.shape), folder / "shape")
     size = options.rows or workload.rows
     data = texts(shape, workload.tokens, size * (options.warmup + options.steps), folder / "texts.jsonl")
@@ -144,15 +145,13 @@ def run_workload(name: str, options: argparse.Namespace, words: list[str], folde
             row = {"processes": count, "failed": reason_of(str(error)), "said": str(error)[-4000:]}
         row["words"] = words
         rows = [*(known for known in rows if known["processes"] != count), row]
-        record(options.out, name, sorted(rows, key=lambda row: row["processes"]), facts(workload, options.shape))
+        record(options.out, key, sorted(rows, key=lambda row: row["processes"]), facts(workload, options.shape))
         print(line(name, row), flush=True)
 
 
-def split_words() -> tuple[list[str], list[str]]:
-    """The script's own words, and those behind `--`, which argparse would take for workloads."""
-    own = sys.argv[1:]
-    place = own.index("--") if "--" in own else len(own)
-    return own[:place], own[place + 1 :]
+def key_of(workload: str, words: list[str]) -> str:
+    """The name of a workload's rows in the JSON; those with further options stand apart."""
+    return ", ".join(filter(None, [workload, " ".join(words)]))
 
 
 def shape_of(name: str, other: Path | None) -> PreTrainedConfig:
@@ -212,9 +211,9 @@ def facts(workload: Workload, other: Path | None) -> dict[str, Any]:
     return told | {"words_of_workload": workload.words, "published": [asdict(each) for each in workload.published]}
 
 
-def known_rows(out: Path, name: str) -> list[dict[str, Any]]:
+def known_rows(out: Path, key: str) -> list[dict[str, Any]]:
     """The workload's rows of earlier calls, which other numbers of processes are added to."""
-    return json.loads(out.read_text()).get(name, {}).get("rows", []) if out.exists() else []
+    return json.loads(out.read_text()).get(key, {}).get("rows", []) if out.exists() else []
 
 
 def reason_of(said: str) -> str:

@@ -164,6 +164,13 @@ def handloop_plan(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+def split_words() -> tuple[list[str], list[str]]:
+    """The script's own words, and those behind `--`, which are a run's."""
+    own = sys.argv[1:]
+    place = own.index("--") if "--" in own else len(own)
+    return own[:place], own[place + 1 :]
+
+
 def run_words(words: Sequence[str], watcher: Callable[[Config], Watch]) -> ExitCode:
     """Runs the job of a command line; an end that is not a good one is said as train/main.py says it.
 

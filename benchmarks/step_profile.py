@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.real_job import run_words
+from benchmarks.real_job import run_words, split_words
 
 KINDS = {  # the first whose pattern is in a kernel's name
     "reduction between GPUs": r"nccl",
@@ -149,21 +149,19 @@ class Window:
 
 def main() -> None:
     """Runs the job, prints the table, and writes it where that is asked for."""
-    own = sys.argv[1:]
-    place = own.index("--") if "--" in own else len(own)
+    own, words = split_words()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--warmup", type=int, default=20, help="steps that are not profiled, at least one")
     parser.add_argument("--settle", type=int, default=30, help="steps under the profiler that do not count")
     parser.add_argument("--steps", type=int, default=5, help="steps that are")
     parser.add_argument("--out", type=Path, help="JSON")
-    options = parser.parse_args(own[:place])
-    if options.warmup < 1 or options.settle < 0 or options.steps < 1 or place == len(own):
+    options = parser.parse_args(own)
+    if options.warmup < 1 or options.settle < 0 or options.steps < 1 or not words:
         parser.error("a warm-up step, a profiled one and a run's command line behind `--` are needed")
     if not torch.cuda.is_available():
         parser.error("there is no GPU to profile")
     window = Window(options.warmup, options.settle, options.steps)
-    words = [*own[place + 1 :], "--train.max_steps", str(window.last)]
-    if code := run_words(words, lambda _: window):
+    if code := run_words([*words, "--train.max_steps", str(window.last)], lambda _: window):
         sys.exit(code)
     if not window.rows:  # only the first process is told of steps
         return

@@ -74,9 +74,11 @@ def groups() -> list[torch.Tensor]:
         grouped.grouped_product(x, rows, low, matrices[:, :400].transpose(1, 2), ends),
         grouped.grouped_product(x, rows, None, matrices[:, 400:, :512].transpose(1, 2), ends),
         grouped.grouped_product(random(437, 400), None, low, matrices[:, :, :512], ends),
-        grouped.grouped_outer(random(437, 100)[:, 60:92], wide[:, :500], None, ends),
-        grouped.grouped_outer(random(437, 100)[:, 60:76], x, rows, ends),
     ]
+    outer, turned = (torch.full(shape, torch.nan, device=GPU) for shape in ((5, 32, 500), (512, 16, 5)))
+    grouped.grouped_outer(random(437, 100)[:, 60:92], wide[:, :500], None, ends, 1.0, outer)
+    grouped.grouped_outer(random(437, 100)[:, 60:76], x, rows, ends, 0.25, turned.permute(2, 1, 0))
+    found += [outer, turned]
     summed = random(77, 520)
     grouped.sum_rows(wide[:, :512], torch.randint(437, (77, 4), device=GPU), summed[:, :512])
     for activation in (*operations.ACTIVATIONS, grouped.CLAMPED):

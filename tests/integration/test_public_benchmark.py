@@ -30,7 +30,10 @@ def run(monkeypatch: pytest.MonkeyPatch, shape: Path, tmp_path: Path) -> Any:
         own = ["public", *words, "--shape", str(shape), "--out", str(tmp_path / "out.json"), *ON_CPU]
         monkeypatch.setattr(sys, "argv", own)
         main()
-        return json.loads((tmp_path / "out.json").read_text())
+        found = json.loads((tmp_path / "out.json").read_text())
+        further = ", " + " ".join(ON_CPU[1:])  # these rows stand apart from those without
+        assert all(key.endswith(further) for key in found)
+        return {key.removesuffix(further): rows for key, rows in found.items()}
 
     return call
 

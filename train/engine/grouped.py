@@ -39,13 +39,18 @@ def grouped_product(
     return out
 
 
-def grouped_outer(a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor | None, ends: torch.Tensor) -> torch.Tensor:
-    """fp32 [E, p, q]: a^T b of each group's rows, a [S, p] of few columns, b [S, q], or `rows` of b [T, q]."""
+def grouped_outer(
+    a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor | None, ends: torch.Tensor, scale: float, out: torch.Tensor
+) -> None:
+    """out, fp32 [E, p, q] of any strides, = scale a^T b of each group's rows, a [S, p] of few columns, b [S, q], or
+    `rows` of b [T, q]."""
     kernels = _kernels_for(a.device)
     if kernels is not None:
-        return kernels.outer(a, b, rows, ends)
+        kernels.outer(a, b, rows, ends, scale, out)
+        return
     b = b if rows is None else b[rows]
-    return torch.stack([a[part].float().T @ b[part].float() for part in _slices(ends)])
+    for part, own in zip(_slices(ends), out, strict=True):
+        own.copy_(scale * (a[part].float().T @ b[part].float()))
 
 
 def sum_rows(x: torch.Tensor, places: torch.Tensor, out: torch.Tensor) -> None:

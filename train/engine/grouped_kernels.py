@@ -14,7 +14,8 @@ DEPTH = 64  # elements of 16 bits that a tile of a product sums at a time
 # Rows and columns of a tile, warps, stages, from this compute capability on: what shared memory holds. On an H100 128
 # experts of 1,536 x 2,048 reach 473 TFLOP/s forward and 567 backward, where one product of 8,192 x 8,192 reaches 778
 TILES = {(9, 0): (128, 256, 8, 4), (8, 0): (128, 128, 8, 3), (0, 0): (64, 64, 4, 2)}
-NARROW = 64  # columns of adapters, which fit one tile
+NARROW = 64  # columns of adapters, which fit one tile; SHORT at least, what tensor cores take at once
+SHORT = 16
 GATE_BLOCK = 1024  # elements of a row that a program gates
 
 
@@ -42,9 +43,12 @@ def _add_product(
 def product_kernel(
     a, stride_a, rows, low, stride_low, b, stride_be, stride_bk, stride_bn, out, stride_out, ends, K, R, N,
     E: tl.constexpr, GATHERS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    GROUPS: tl.constexpr, WHOLE_DEPTH: tl.constexpr, WHOLE_WIDTH: tl.constexpr,
+    RANK: tl.constexpr, GROUPS: tl.constexpr, WHOLE_DEPTH: tl.constexpr, WHOLE_RANK: tl.constexpr,
+    WHOLE_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A tile of out[S, N] = [a, low] b[e], b [K + R, N]; a group has a whole number of tiles, the last not full."""
+    """A tile of out[S, N] = [a, low] b[e], b [K + R, N], DEPTH of K and RANK of R at a time.
+
+    A group has a whole number of tiles, the last not full."""
     tile = tl.program_id(1)
     group = tl.arange(0, GROUPS)
     end = tl.load(ends + group, mask=group < E, other=0)
@@ -62,13 +66,13 @@ def product_kernel(
         is_row, is_column = row < last, column < N
         row = tl.minimum(row, last - 1).to(tl.int64)  # beyond the group the last row is read again, and not stored
         source = tl.load(rows + row) if GATHERS else row
-        right = b + expert.to(tl.int64) * stride_be + depth[:, None] * stride_bk + column[None, :] * stride_bn
+        own = b + expert.to(tl.int64) * stride_be + column[None, :] * stride_bn
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
-        left = a + source[:, None] * stride_a + depth[None, :]
+        left, right = a + source[:, None] * stride_a + depth[None, :], own + depth[:, None] * stride_bk
         total = _add_product(total, left, right, stride_bk, is_column, K, DEPTH, WHOLE_DEPTH, WHOLE_WIDTH)
-        left = low + row[:, None] * stride_low + depth[None, :]
-        right += K * stride_bk
-        total = _add_product(total, left, right, stride_bk, is_column, R, DEPTH, WHOLE_DEPTH, WHOLE_WIDTH)
+        depth = tl.arange(0, RANK)
+        left, right = low + row[:, None] * stride_low + depth[None, :], own + (K + depth[:, None]) * stride_bk
+        total = _add_product(total, left, right, stride_bk, is_column, R, RANK, WHOLE_RANK, WHOLE_WIDTH)
         place = out + row[:, None] * stride_out + column[None, :]
         tl.store(place, total.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
@@ -83,23 +87,24 @@ def product(
     has = devices.capability(a.device)
     height, columns, warps, stages = next(tile for least, tile in TILES.items() if has >= least)
     if width <= NARROW:
-        columns, warps = NARROW, 4
+        columns, warps = max(SHORT, triton.next_power_of_2(width)), 4
     beside, step, rank = a if low is None else low, DEPTH * 2 // a.element_size(), whole_depth - depth
+    of_rank = min(step, max(SHORT, rank & -rank))  # the largest power of two in it
     product_kernel[(-(-width // columns), -(-num_rows // height) + num_groups)](
         a, a.stride(0), ends if rows is None else rows, beside, beside.stride(0), b, *b.stride(), out, out.stride(0),
-        ends, depth, rank, width, num_groups, rows is not None, height, columns, step,
-        triton.next_power_of_2(num_groups), depth % step == rank % step == 0, width % columns == 0, num_warps=warps,
-        num_stages=stages,
+        ends, depth, rank, width, num_groups, rows is not None, height, columns, step, of_rank,
+        triton.next_power_of_2(num_groups), depth % step == 0, rank % of_rank == 0, width % columns == 0,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def outer_kernel(
-    a, stride_a, b, stride_b, rows, out, ends, P, Q,
+    a, stride_a, b, stride_b, rows, out, stride_oe, stride_op, stride_oq, ends, scale, P, Q,
     GATHERS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out[e] = a^T b over the rows of group e: all of a's columns, COLUMNS of b's."""
+    """out[e] = scale a^T b over the rows of group e: all of a's columns, COLUMNS of b's."""
     group = tl.program_id(1)
     start = tl.load(ends + group - 1, mask=group > 0, other=0)
     end = tl.load(ends + group)
@@ -116,19 +121,20 @@ def outer_kernel(
         place = b + source[:, None] * stride_b + column[None, :]
         right = tl.load(place, mask=is_row[:, None] & (column < Q)[None, :], other=0.0)
         total = tl.dot(left, right, total, input_precision="ieee")
-    place = out + (group.to(tl.int64) * P + own)[:, None] * Q + column[None, :]
-    tl.store(place, total, mask=(own < P)[:, None] & (column < Q)[None, :])
+    wide = column.to(tl.int64)  # with experts innermost, a column's stride is that of all adapters
+    place = out + group.to(tl.int64) * stride_oe + own[:, None] * stride_op + wide[None, :] * stride_oq
+    tl.store(place, total * scale, mask=(own < P)[:, None] & (column < Q)[None, :])
 
 
-def outer(a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor | None, ends: torch.Tensor) -> torch.Tensor:
+def outer(
+    a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor | None, ends: torch.Tensor, scale: float, out: torch.Tensor
+) -> None:
     """As grouped.grouped_outer."""
-    num_groups, width, columns = len(ends), a.shape[1], b.shape[1]
-    out = torch.empty(num_groups, width, columns, dtype=torch.float32, device=a.device)
+    num_groups, width, columns = out.shape
     outer_kernel[(-(-columns // 128), num_groups)](
-        a, a.stride(0), b, b.stride(0), ends if rows is None else rows, out, ends, width, columns, rows is not None,
-        128 // a.element_size(), max(16, triton.next_power_of_2(width)), 128, num_warps=4,
+        a, a.stride(0), b, b.stride(0), ends if rows is None else rows, out, *out.stride(), ends, scale, width, columns,
+        rows is not None, 128 // a.element_size(), max(SHORT, triton.next_power_of_2(width)), 128, num_warps=4,
     )  # fmt: skip
-    return out
 
 
 @triton.jit

@@ -44,7 +44,7 @@ class MixtureActivations:
 
     routing: Routing
     gate_up: torch.Tensor  # [S, 2 F]
-    low_rank: torch.Tensor | None  # [S, R]: the rows times gate_up's A^T
+    low_rank: torch.Tensor | None  # [S, P]: the rows times gate_up's A^T
 
 
 class Mixture:

@@ -125,11 +125,11 @@ def mlp_backward(job: Job, c: Candidate) -> int:
 
 
 def _mixture_backward(s: ModelSizes, mixture: MixtureSizes, c: Candidate) -> int:
-    """Gradient of the norm's output [T, H]; of each row that of its product [F], or of what it read [H], with 2 R, and
-    of its factor; its adapters' gradients, once more where PEFT has them in another order."""
+    """Gradient of the norm's output [T, H]; of each row that of its product [F], or of what it read [H], with 2 P, and
+    of its factor; its adapters' gradients."""
     rows = c.width * mixture.num_chosen
-    elements = c.width * s.hidden + rows * (max(s.hidden, s.intermediate) + 2 * s.padded_rank)
-    return s.element_bytes * elements + rows * FP32_BYTES + 3 * mixture.gradient_bytes // 2
+    elements = c.width * s.hidden + rows * (max(s.hidden, s.intermediate) + 2 * mixture.columns)
+    return s.element_bytes * elements + rows * FP32_BYTES + mixture.gradient_bytes
 
 
 def without_triton(job: Job) -> int:
@@ -163,7 +163,7 @@ def validation_per_token(s: ModelSizes) -> int:
     made += s.copied + 3 * s.per_layer + (2 * s.query if s.is_wide else 0)
     made += 4 * s.padded_rank + mlp_rows(s) * (s.gate_up + s.intermediate)
     if s.mixture:  # the rows that go into an expert, or come out of it
-        made += mlp_rows(s) * (s.hidden + 2 * s.padded_rank)
+        made += mlp_rows(s) * (s.hidden + 2 * s.mixture.columns)
     in_fp8 = s.intermediate + s.beside if s.in_fp8 else 0  # what down_proj reads
     softmax = s.element_bytes * (2 * s.hidden + made) + routing_bytes(s) + in_fp8
     return max(softmax, s.linear.forward_bytes(s.hidden, s.element_bytes)) if s.linear else softmax

@@ -64,8 +64,8 @@ def routing_bytes(s: ModelSizes) -> int:
 
 
 def gate_up_width(s: ModelSizes) -> int:
-    """`gate_up` [T, G + R], elements a token; of a mixture for each of its rows."""
-    return mlp_rows(s) * (s.gate_up + s.padded_rank)
+    """`gate_up` [T, G + R], elements a token; of a mixture [G + P] for each of its rows."""
+    return mlp_rows(s) * (s.gate_up + (s.mixture.columns if s.mixture else s.padded_rank))
 
 
 def gate_up_kept(job: Job, c: Candidate) -> int:

@@ -25,12 +25,14 @@ class MixtureSizes:
     num_experts: int
     num_chosen: int  # experts that a token goes through
     weights: int  # of all experts of a block, with the adapters' columns
+    multiplied: int  # those of them that products take (experts.py)
     gradient_bytes: int  # fp32, of the adapters of a block's experts
+    columns: int  # that adapters add to a row's products: the larger of both groups
 
     @property
     def active_weights(self) -> float:
         """Those that a token is multiplied with."""
-        return self.weights * self.num_chosen / self.num_experts
+        return self.multiplied * self.num_chosen / self.num_experts
 
 
 @dataclass(frozen=True)
@@ -239,12 +241,18 @@ def _shared_bytes(blocks: Sequence[Block], element_bytes: int) -> int:
 def _mixture_sizes(block: Block, config: Any) -> MixtureSizes | None:
     if not isinstance(block.mlp, Mixture):
         return None
-    num_adapters = sum(parameter.numel() for group in block.mlp.groups for parameter in group.parameters)
+    groups = block.mlp.groups
+    num_adapters = sum(parameter.numel() for group in groups for parameter in group.parameters)
     return MixtureSizes(
         num_experts=block.mlp.gate_up.num_experts,
         num_chosen=config.num_experts_per_tok,
-        weights=sum(math.prod(group.shape) for group in block.mlp.groups),
+        weights=sum(math.prod(group.shape) for group in groups),
+        multiplied=sum(
+            group.num_experts * (group.num_outputs + group.num_columns) * (group.num_inputs + group.num_columns)
+            for group in groups
+        ),
         gradient_bytes=4 * num_adapters,
+        columns=max(group.num_columns for group in groups),
     )
 
 

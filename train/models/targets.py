@@ -122,11 +122,10 @@ def _as_peft_asks(word: str, spelled: Mapping[str, str]) -> list[str]:
 
 def _refused_by_peft(base: PreTrainedModel, linear: Sequence[str]) -> set[str]:
     """Layers on which PEFT puts no adapter in models of this type: Mamba's kernels take out_proj's weight itself."""
-    check: Any = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)  # of PEFT 0.17 and later
     found = set()
-    for name in linear if check else ():
+    for name in linear:
         try:
-            check(LoraConfig(), base, name.rpartition(".")[2])
+            tuners_utils._check_lora_target_modules_mamba(LoraConfig(), base, name.rpartition(".")[2])
         except ValueError:
             found.add(name)
     return found

@@ -131,7 +131,7 @@ def _reference_plan(model: LanguageModel, config: Config, outlook: Outlook, ids:
     if config.data.packing:
         check_packing(model, config.model.name_or_path, ids)
     elif not padded and (reason := isolate(model, ids)):
-        padded = f"a layer carries its state from one packed sample to the next ({reason})"
+        padded = f"the base does not compute packed samples as it does one alone ({reason})"
     rows = rows_told(padded, model.causal_lm.config._attn_implementation)
     plan = replace(plan, layout="padded" if padded else "unpadded", choices=tuple(filter(None, [rows, *kernels])))
     return _passes(plan, outlook).on_cpu() if is_cpu else plan

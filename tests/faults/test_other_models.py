@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 import transformers as T
 from accelerate import Accelerator
+from transformers.core_model_loading import WeightRenaming
 
 from tests.conftest import training_of
-from tests.unit.models.test_agreement import HEADS, SIZES, for_all_linear, packed, write
+from tests.parity.bases import on
+from tests.unit.models.test_agreement import HEADS, SIZES, SPARSE, for_all_linear, packed, write
 from train.config import Config, EngineConfig
 from train.loss import Head
 from train.models import language_model
+from train.models.tokenizer import check_fits, load_tokenizer
 from train.run.exits import ExitCode, ExitWith
 
 
@@ -84,7 +87,7 @@ def test_layers_that_carry_their_state_are_not_packed(config: Config, tmp_path: 
     for number, shape in enumerate(shapes):
         own = for_all_linear(config, write(tmp_path / f"base-{number}", shape))
         training_of(own, Accelerator(cpu=True))
-        with pytest.raises(ExitWith, match=r"--data\.packing true: a layer of .* carries its state") as caught:
+        with pytest.raises(ExitWith, match=r"--data\.packing true: .* does not compute a packed sample as") as caught:
             training_of(packed(own), Accelerator(cpu=True))
         assert caught.value.code == ExitCode.BAD_INPUT
 
@@ -123,3 +126,80 @@ def test_a_decoder_within_the_decoder_trains(config: Config, tmp_path: Path) -> 
     about = training_of(for_all_linear(config, write(tmp_path / "base", shape)), Accelerator(cpu=True)).model.about
     assert about.targets.counts["all-linear"] == 12
     assert about.held.total > 0
+
+
+@pytest.mark.fault("T30")
+@pytest.mark.parametrize("shape", [T.WhisperConfig(), T.BartConfig(), T.T5Config()], ids=lambda shape: shape.model_type)
+def test_an_encoder_with_a_decoder_is_refused(shape: Any, config: Config, tmp_path: Path) -> None:
+    """By config.json alone: transformers would train Whisper's decoder as a language model, without what it hears."""
+    shape.save_pretrained(tmp_path)
+    with pytest.raises(ExitWith, match=f"it is an encoder and a decoder \\({shape.model_type}\\)") as caught:
+        training_of(for_all_linear(config, tmp_path), Accelerator(cpu=True))
+    assert caught.value.code == ExitCode.BAD_INPUT
+
+
+@pytest.mark.fault("T30")
+def test_adapters_without_a_gradient_are_told(config: Config, tmp_path: Path) -> None:
+    """A BART decoder by itself never asks its attention on an encoder; a Phi teaches all it has."""
+    sizes = {"vocab_size": SIZES["vocab_size"], "d_model": 64, "decoder_ffn_dim": 96, "decoder_layers": 2}
+    shape = T.BartConfig(**sizes, decoder_attention_heads=4, is_encoder_decoder=False, is_decoder=True)
+    about = training_of(for_all_linear(config, write(tmp_path / "bart", shape)), Accelerator(cpu=True)).model.about
+    (note,) = (note for note in about.notes if "got no gradient" in note)
+    assert note.startswith("8 of its layers with adapters got no gradient from 16 tokens and may learn nothing: model")
+    assert note.count("encoder_attn") == 4
+    about = training_of(for_all_linear(config, write(tmp_path / "base", T.PhiConfig(**SPARSE))), Accelerator(cpu=True))
+    assert not any("got no gradient" in note for note in about.model.about.notes)
+
+
+@pytest.mark.fault("T30")
+def test_what_is_no_language_model_is_refused_before_the_data(config: Config, tmp_path: Path) -> None:
+    """By config.json: images alone, text parts without a class that serves them."""
+    tokenizer = load_tokenizer(config).backend
+    shapes = {
+        "knows no language model of the type 'vit'": T.ViTConfig(),
+        "it is multimodal \\(blip\\)": T.BlipConfig(),
+        "it is multimodal \\(mllama\\)": T.MllamaConfig(),
+    }
+    for number, (reason, shape) in enumerate(shapes.items()):
+        shape.save_pretrained(tmp_path / str(number))
+        with pytest.raises(ExitWith, match=reason) as caught:
+            check_fits(for_all_linear(config, tmp_path / str(number)), tokenizer)
+        assert caught.value.code == ExitCode.BAD_INPUT
+
+
+@pytest.mark.fault("T30")
+def test_a_head_behind_another_layer_is_refused(config: Config, tmp_path: Path) -> None:
+    """RemBERT's reads vectors of another width than the decoder's."""
+    shape = T.RemBertConfig(**SPARSE, is_decoder=True, input_embedding_size=16, output_embedding_size=48)
+    with pytest.raises(ExitWith, match=r"100\.0% of the logits that our head makes differ from transformers'"):
+        training_of(for_all_linear(config, write(tmp_path / "base", shape)), Accelerator(cpu=True))
+
+
+@pytest.mark.fault("T30")
+def test_caps_have_other_names(config: Config, tmp_path: Path) -> None:
+    """RecurrentGemma's cap of its logits is trained with."""
+    shape = T.RecurrentGemmaConfig(**SIZES, lru_width=64, attention_window_size=64, logits_soft_cap=5.0)
+    training = training_of(for_all_linear(config, write(tmp_path / "base", shape)), Accelerator(cpu=True))
+    assert training.model.head.cap == 5.0
+
+
+@pytest.mark.fault("T30")
+def test_noise_of_routers_is_told(config: Config, tmp_path: Path) -> None:
+    """What makes a mixture's losses random."""
+    sparse = {"num_local_experts": 2, "num_experts_per_tok": 1, "router_jitter_noise": 0.01, "input_jitter_noise": 0.0}
+    folder = write(tmp_path / "base", T.PhimoeConfig(**SIZES, **sparse))
+    words = replace(config.lora, target_modules=("q_proj", "v_proj"))
+    about = training_of(replace(on(config, folder, "none"), lora=words), Accelerator(cpu=True)).model.about
+    noise = "its routers have noise of their own, which acts while training: router_jitter_noise 0.01"
+    assert about.notes == [noise]
+
+
+def test_names_that_transformers_changes(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters that PEFT will look for under another name are told, as Laguna's mlp.shared_experts."""
+    where = "train.models.adapters.get_model_conversion_mapping"
+    monkeypatch.setattr(where, lambda *_, **__: [WeightRenaming("mlp.down_projection", "mlp.down_proj")])
+    assert not training_of(config, Accelerator(cpu=True)).model.about.notes
+    monkeypatch.setattr(where, lambda *_, **__: [WeightRenaming("mlp.down_pro.", "mlp.down_projs")])
+    (note,) = training_of(config, Accelerator(cpu=True)).model.about.notes
+    assert note.startswith("PEFT itself, and what serves with it, will not find 2 of the adapters in final/")
+    assert "(model.layers.0.mlp.down_proj)" in note

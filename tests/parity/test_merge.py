@@ -11,10 +11,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, Qwen3Config, ZambaConfig
 
+from tests.conftest import BUNDLED_BASE
 from tests.finished_runs import finish, settings_of
-from tests.parity.bases import Shape, on, write
+from tests.parity.bases import VOCABULARY, Shape, on, write
 from train.commands import merge as command
 from train.commands.handloop import main
 from train.config import Config, DataConfig
@@ -270,3 +271,15 @@ def test_what_cannot_be_merged_is_refused(nf4_run: Path, config: Config, tmp_pat
     tensors["model.norm.weight"] += 1
     save_file(tensors, weights, metadata={"format": "pt"})
     refused(nf4_run, "dequantized", "not those that the adapters were trained on")
+
+
+def test_a_weight_that_layers_share_is_not_merged(config: Config, tmp_path: Path) -> None:
+    """Zamba's blocks share their attention, and each has adapters of its own on it: one weight cannot hold both."""
+    base = Path(shutil.copytree(BUNDLED_BASE, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors")))
+    blocks: Any = {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"]}
+    sizes: Any = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    shape = ZambaConfig(**sizes, **blocks, num_key_value_heads=4, attention_head_dim=32, mamba_d_state=8)
+    AutoModelForCausalLM.from_config(shape).save_pretrained(base)
+    run = finish(on(config, base, "none"), tmp_path / "run")
+    with pytest.raises(ExitWith, match=r"is one weight of 2 layers with adapters of their own, and is not merged"):
+        written(run, "original", tmp_path / "merged")

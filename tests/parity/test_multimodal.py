@@ -11,11 +11,12 @@ import torch
 import transformers as T
 from accelerate import Accelerator
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load, load_file
 
 from tests.conftest import arguments, run_command, training_of
 from tests.finished_runs import finish, settings_of
-from tests.multimodal import FAMILIES, logits_of, served, write_multimodal
+from tests.multimodal import FAMILIES, HEADS, MROPE, QWEN_VISION, logits_of, served, write_multimodal
 from tests.parity.bases import QUANTIZED, on
 from tests.unit.models.test_text_part import is_vision
 from train.checkpoints.contents import ADAPTER, ADAPTER_CONFIG, adapter_files
@@ -184,3 +185,20 @@ def test_export_of_a_text_part(config: Config, tmp_path: Path, monkeypatch: pyte
     adapter = gguf.GGUFReader(run / "export" / "run-adapter.gguf")
     assert len(adapter.tensors) == len(load_file(run / "final" / ADAPTER))
     assert "import AutoModelForImageTextToText, AutoTokenizer" in (run / "export" / "README.md").read_text()
+
+
+@pytest.mark.skipif(not hasattr(T, "Cosmos3OmniConfig"), reason="needs a transformers that knows Cosmos 3")
+def test_names_in_the_files_may_be_others(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cosmos 3 has to_q in its files for q_proj: by transformers' own renaming its text part computes as the whole."""
+    vision = QWEN_VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    text = {"model_type": "qwen3_vl_text"} | HEADS | MROPE
+    shape: Any = getattr(T, "Cosmos3OmniConfig", None)
+    monkeypatch.setitem(FAMILIES, "cosmos3", (lambda: shape(text_config=text, vision_config=vision), ""))
+    folder = write_multimodal(tmp_path / "base", "cosmos3")
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        assert any(name.endswith("layers.0.self_attn.to_q.weight") for name in file.keys())  # noqa: SIM118
+    wanted = logits_of(served(folder), IDS)
+    training = training_of(on(config, folder, "none"), Accelerator(cpu=True))
+    with training.model.generating():
+        found = logits_of(training.model.causal_lm, IDS)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)

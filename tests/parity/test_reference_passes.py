@@ -51,7 +51,7 @@ def test_merged_passes_compute_what_configured_ones_do(name: str, config: Config
     assert plain.plan.micro_batch_shape.layout == "padded"
     is_isolated = name in ISOLATED
     assert training.plan.layout == ("unpadded" if is_isolated else "padded")
-    assert any("carries its state" in line for line in training.plan.choices) != is_isolated
+    assert any("does not compute packed samples" in line for line in training.plan.choices) != is_isolated
     passes = training.data.batch(0, training.plan).micro_batches
     assert all((each.cu_seqlens is not None) == is_isolated for each in passes)
     counts = [len(each.data.batch(0, each.plan).micro_batches) for each in (plain, training)]

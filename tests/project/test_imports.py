@@ -13,7 +13,7 @@ from tests.project.arrows import ALLOWED, ALLOWED_MODULES
 from tests.project.sources import SOURCES
 
 LIBRARIES_WITH_ONE_OWNER = {
-    "peft": {"train.models.adapters", "train.models.language_model"},
+    "peft": {"train.models.adapters", "train.models.language_model", "train.models.targets"},
     "bitsandbytes": {
         "train.engine.lora_linear",
         "train.engine.mxfp4",

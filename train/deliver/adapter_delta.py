@@ -88,6 +88,14 @@ class Trained:
         """Of all parameters that it changes."""
         return {*self.deltas, *self.rows, *self.whole}
 
+    def shared(self, base: torch.nn.Module) -> str:
+        """Which adapted weight several layers share, as Zamba's do, with adapters of their own; empty for none."""
+        owners: dict[int, list[str]] = {}
+        for name, parameter in base.named_parameters(remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(name)
+        groups = [names for names in owners.values() if len(names) > 1 and not self.deltas.keys().isdisjoint(names)]
+        return f"{groups[0][0]} is one weight of {len(groups[0])} layers with adapters of their own" if groups else ""
+
     def misfits(self, shapes: Mapping[str, Sequence[int]]) -> list[str]:
         """Modules of experts with an adapter that fits none of their parameters, by the shapes of all parameters."""
         fitting: dict[str, set[tuple[int, int]]] = {}

@@ -135,6 +135,8 @@ class Merge:
                 if self.trained.experts and any(linear.is_transposed for _, linear in expert_linears(base)):
                     reason = "adapters on experts stored transposed, or in MXFP4, are not merged; serve the adapter"
                     raise refused(f"{config.name_or_path}: {reason}")
+                if reason := self.trained.shared(base):
+                    raise refused(f"{config.name_or_path}: {reason}, and is not merged; serve the adapter")
                 if self.trained.names <= set(names.values()):
                     self._write_file_by_file(target, base, Files(stored, text, names))
                 elif part or self.trained.experts:

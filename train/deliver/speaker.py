@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -116,9 +117,9 @@ class Speaker:
                     input_ids=input_ids,
                     attention_mask=torch.ones_like(input_ids),
                     generation_config=sampling.settings(sampling.max_new_tokens, self.end_token_ids, pad),
-                    past_key_values=cache,
                     streamer=stream,
                     stopping_criteria=StoppingCriteriaList([_Interrupt(must_stop)]),
+                    **({"past_key_values": cache} if cache is not None else {}),
                 )
             ids = found[0].tolist()
         except KeyboardInterrupt:  # within a token, whose keys and values are half there
@@ -133,20 +134,33 @@ class Speaker:
         seconds = time.perf_counter() - start
         return Spoken(stream.text.strip(), ended, len(stream.ids), seconds, num_kept)
 
-    def _cache_for(self, prompt: Sequence[int], with_adapters: bool) -> tuple[DynamicCache, int]:
-        """The cache of the last turn where the prompt begins with all its tokens, or a new one; and its tokens."""
+    def _cache_for(self, prompt: Sequence[int], with_adapters: bool) -> tuple[DynamicCache | None, int]:
+        """The cache of the last turn where the prompt begins with all its tokens, or a new one; and its tokens.
+
+        None where the model has states of its own in the place of keys and values (Mamba, RWKV): it makes them itself.
+        """
+        if not _takes_keys_and_values(self.model.causal_lm):
+            return None, 0
         cached, same = self.cached, self.cached_with_adapters == with_adapters
         if self.cache is not None and same and len(cached) < len(prompt) and list(prompt[: len(cached)]) == cached:
             return self.cache, len(cached)
         config: Any = self.model.causal_lm.config
         return DynamicCache(config=config.get_text_config(decoder=True)), 0
 
-    def _keep(self, cache: DynamicCache, ids: list[int] | None, with_adapters: bool) -> None:
+    def _keep(self, cache: DynamicCache | None, ids: list[int] | None, with_adapters: bool) -> None:
         """Keeps the cache for the next turn, unless it is of a kind that cannot go on exactly.
 
         Windows and recurrent states are such kinds, and rotary frequencies that depend on the text's length.
         """
         self._forget()
+        if cache is None:
+            return
         is_plain = all(type(layer) is DynamicLayer for layer in cache.layers) and not self.model.reference.rotaries
         if ids is not None and is_plain and cache.get_seq_length() == len(ids) - 1:  # the last token was not read
             self.cache, self.cached, self.cached_with_adapters = cache, ids[:-1], with_adapters
+
+
+def _takes_keys_and_values(model: Any) -> bool:
+    """Whether a cache of keys and values can be given to the model, as `generate` sees it."""
+    is_usual = getattr(model, "_supports_default_dynamic_cache", lambda: True)()
+    return bool(is_usual) and "past_key_values" in signature(model.forward).parameters

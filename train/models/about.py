@@ -30,10 +30,14 @@ class BaseFacts:
 
 
 def own_dropout(base: torch.nn.Module) -> list[str]:
-    """A note on the dropout that the base brings with it, which acts while its adapters are trained."""
+    """Notes on the dropout that the base brings with it, and on routers' noise, which act while it is trained."""
     shape: Any = base.config
     text = shape.get_text_config(decoder=True)
     rates = {f"{module.p}" for module in base.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0}
     if rate := getattr(text, "attention_dropout", None):
         rates.add(f"attention_dropout {rate}")
-    return [f"it has dropout of its own, which acts while training: {', '.join(sorted(rates))}"] if rates else []
+    notes = [f"it has dropout of its own, which acts while training: {', '.join(sorted(rates))}"] if rates else []
+    noises = {name: getattr(text, name, None) for name in ("router_jitter_noise", "input_jitter_noise")}
+    if told := ", ".join(f"{name} {noise}" for name, noise in noises.items() if noise):
+        notes.append(f"its routers have noise of their own, which acts while training: {told}")
+    return notes

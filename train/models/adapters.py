@@ -8,6 +8,8 @@ from typing import Any
 import peft
 import torch
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from train.config import Config
 from train.engine.layers import Vocabulary
@@ -105,6 +107,26 @@ def _keep_in_fp32(layer: torch.nn.Module, compute: torch.dtype) -> None:
 def is_adapted_layer(module: torch.nn.Module) -> bool:
     """Whether this is PEFT's layer around a linear one, and not around a parameter of experts."""
     return hasattr(module, "lora_A") and not hasattr(module, "parameter_name")
+
+
+def misnamed_note(base: PreTrainedModel) -> list[str]:
+    """A note on adapters that PEFT will not find again: it renames them as transformers does a base's weights, and some
+    expressions take the new name for the old one, as mlp.shared_expert. takes mlp.shared_experts.
+    """
+    names = [name for name, module in base.named_modules() if is_adapted_layer(module)]
+    known = get_model_conversion_mapping(base, add_legacy=False)
+    renamings = [each for each in known if isinstance(each, WeightRenaming)]
+    lost = [name for name in names if any(_moves(each, f"{name}.weight") for each in renamings)]
+    if not lost:
+        return []
+    return [
+        f"PEFT itself, and what serves with it, will not find {len(lost)} of the adapters in final/, whose names "
+        f"transformers changes ({lost[0]}): serve what `handloop merge` makes of them"
+    ]
+
+
+def _moves(renaming: WeightRenaming, name: str) -> bool:
+    return bool(renaming.rename_source_key(name)[0] != name)
 
 
 def trainable(adapted: peft.PeftModel) -> dict[str, torch.nn.Parameter]:

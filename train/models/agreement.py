@@ -3,6 +3,7 @@
 A family's table or a head's formula that is a little wrong trains another model, and no loss curve shows it.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,15 +17,19 @@ from train.collate import MicroBatch, collate_packed
 from train.engine.block import Block
 from train.engine.context import ForwardContext
 from train.engine.decoder import FusedDecoder
+from train.engine.linears import ADAPTER
 from train.engine.lora_linear import Pass
 from train.engine.mixture import Mixture
 from train.engine.operations import normalize
 from train.loss import Head
+from train.models.adapters import is_adapted_layer
 from train.models.language_model import LanguageModel
 from train.models.shape import BROKEN, told
+from train.models.stored import named
 from train.run.exits import ExitCode, ExitWith
 
 MAX_TOKENS = 256  # of the sample that is compared: blocks and head cost little then
+FEW_TOKENS = 16  # of a backward pass: 0.6 GB are kept of a 70B
 MAX_HEAD_ROWS = 64  # logits that are compared
 # Share of a block's own contribution by which its output may differ, by type. Measured: docs/LOG.md, 2026-11-26.
 BLOCK_TOLERANCE = {torch.float32: 5e-4, torch.float16: 0.004, torch.bfloat16: 0.02}
@@ -48,6 +53,7 @@ class _Seen:
 @torch.no_grad()
 def check_agreement(model: LanguageModel, name: str, ids: Sequence[int]) -> None:
     """Compares the head, and on the fused engine every block, on one sample; adapters get random values meanwhile.
+    Layers whose adapters get no gradient are added to the notes on the base.
 
     Raises ExitWith(BAD_INPUT) where they differ by more than rounding, where transformers cannot run the base, and
     where its tokens see later ones: it would be trained on answers that it reads.
@@ -60,12 +66,14 @@ def check_agreement(model: LanguageModel, name: str, ids: Sequence[int]) -> None
             seen = _by_transformers(model, batch)
             _check_causal(model, name, batch, seen)
             if model.engine is None:  # some bases ask for more in training
-                model.reference.eager(alone(batch))
+                model.about.notes.extend(_idle_adapters(model, ids[:FEW_TOKENS]))
         except torch.OutOfMemoryError:
             raise
         except BROKEN as error:
             version, what = transformers.__version__, f"{type(error).__name__}: {told(error)}"
             reason = f"{name}: transformers {version} cannot run this base ({what})"
+            if model.about.held.quantized:  # it may compute with weights that are codes now, as Gemma 3n
+                reason += "; --model.quantization none may train it"
             raise ExitWith(ExitCode.BAD_INPUT, reason) from error
         _check_finite(model, name, seen)
         _choose_head(model, name, seen)
@@ -95,6 +103,26 @@ def _by_transformers(model: LanguageModel, batch: MicroBatch) -> _Seen:
         for hook in hooks:
             hook.remove()
     return seen
+
+
+def _idle_adapters(model: LanguageModel, ids: Sequence[int]) -> list[str]:
+    """A note on adapted layers that get no gradient in training: a BART decoder's for what an encoder says are never
+    called, what an indexer says only chooses what is attended to, and some layers take longer samples.
+
+    Of numbered ones, as a mixture's experts, one that gets some speaks for all. Raises what transformers raises.
+    """
+    layers: dict[str, Any] = {n: each for n, each in model.causal_lm.named_modules() if is_adapted_layer(each)}
+    weights = [module.lora_B[ADAPTER].weight for module in layers.values()]
+    batch = alone(collate_packed([{"input_ids": list(ids), "trained": [True] * len(ids)}]).to(model.causal_lm.device))
+    with torch.set_grad_enabled(bool(weights)):
+        hidden = model.reference.eager(batch)
+        found = torch.autograd.grad(hidden.float().sum(), weights, allow_unused=True) if weights else ()
+    kinds = [re.sub(r"\.\d+(?=\.)", "", name) for name in layers]
+    taught = {kind for kind, gradient in zip(kinds, found, strict=True) if gradient is not None}
+    idle = [kind for kind in kinds if kind not in taught]
+    what = f"of its layers with adapters got no gradient from {len(ids)} tokens and may learn nothing: "
+    what += named(sorted(set(idle)))
+    return [f"{len(idle)} {what}"] if idle else []
 
 
 def alone(batch: MicroBatch) -> MicroBatch:
@@ -174,6 +202,8 @@ def _head_difference(head: Head, seen: _Seen) -> tuple[float, float]:
     """(share of the logits that differ by more than rounding, norm of the difference as a share)."""
     assert seen.hidden is not None
     assert seen.logits is not None
+    if seen.hidden.shape[1] != head.weight.shape[1]:  # RemBERT's reads what another layer makes of them
+        return 1.0, 1.0
     ours, theirs = head.logits(seen.hidden[-MAX_HEAD_ROWS:]).float(), seen.logits.float()
     epsilon = max(HEAD_ULPS * torch.finfo(seen.logits.dtype).eps, 1e-5)
     wrong = (ours - theirs).abs() > epsilon * (theirs.abs() + theirs.abs().mean())

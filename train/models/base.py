@@ -252,10 +252,11 @@ def read_stored(
 ) -> Read:
     """Values from the files; a weight that is stored in 4 bits, as all are if `is_quantized`, comes with its scales.
 
-    Buffers that lie there are filled at once.
+    Buffers that lie there are filled at once; which do not, difference_of tells.
     """
     for name, buffer in stored_buffers(base):
-        buffer.copy_(stored.values(stored.place_of(name)))
+        if place := stored.place_of(name):
+            buffer.copy_(stored.values(place))
     tied, parts_of = tied_embedding(base), expert_parts(base)
     params4bit: Any = bnb.nn.Params4bit
 

@@ -125,16 +125,14 @@ def as_shapes(base: PreTrainedModel) -> Iterator[None]:
 
 
 def with_block_names(stored: StoredWeights, base: PreTrainedModel) -> StoredWeights:
-    """The tensors of a mixture by the names that transformers gives its modules (Mixtral's were others once)."""
-    if not expert_parts(base):
+    """The tensors of a mixture by the names that transformers gives its modules: Mixtral's were others once, and
+    Aria's experts lie in its files as fc1 and fc2."""
+    if not expert_parts(base) and not packed_experts(base):
         return stored
     renamings = [each for each in _mapping(base) if isinstance(each, WeightRenaming)]
-    names = {}
-    for name in stored.tensors:
-        names[name] = name
-        for each in renamings:
-            for before, after in zip(each.source_patterns, each.target_patterns, strict=True):
-                names[name] = names[name].replace(before, after)
+    names = {name: name for name in stored.tensors}
+    for each in renamings:
+        names = {name: each.rename_source_key(own)[0] for name, own in names.items()}
     return stored.renamed(names)
 
 
@@ -233,8 +231,11 @@ def _converters(base: PreTrainedModel) -> list[WeightConverter]:
 
 
 def _ends(converter: WeightConverter) -> tuple[str, Sequence[str]]:
-    """The end of the parameter's name, and of its tensors', with * for the number of the expert."""
-    return converter.target_patterns[0], converter.source_patterns
+    """The end of the parameter's name, and of its tensors', with * for the number of the expert.
+
+    transformers' patterns are regular expressions, some of which mark their dots.
+    """
+    return converter.target_patterns[0], [source.replace(r"\.", ".") for source in converter.source_patterns]
 
 
 def _fits(converter: WeightConverter, name: str) -> bool:

@@ -19,7 +19,8 @@ def isolate(model: LanguageModel, ids: Sequence[int]) -> str:
     """Gives transformers the fastest attention under which no packed sample sees another; the reason where none does.
 
     Attention over packed rows ends at cu_seqlens where there is a flash kernel. Otherwise transformers makes a block
-    mask of position_ids. A recurrent or convolutional layer may carry its state on whatever attention does.
+    mask of position_ids, for some models none. A recurrent or convolutional layer may carry its state on whatever
+    attention does.
     """
     causal_lm = model.causal_lm
     own, reason = causal_lm.config._attn_implementation, ""
@@ -37,8 +38,9 @@ def check_packing(model: LanguageModel, name: str, ids: Sequence[int]) -> None:
     if reason := isolate(model, ids):
         raise ExitWith(
             ExitCode.BAD_INPUT,
-            f"--data.packing true: a layer of {name} carries its state from one packed sample to the next ({reason}); "
-            "leave packing off: --data.group_by_length true saves padding",
+            f"--data.packing true: {name} does not compute a packed sample as it computes it alone ({reason}): a layer "
+            "carries its state on, or its attention or positions know no boundaries within a row; leave packing off: "
+            "--data.group_by_length true saves padding",
         )
 
 

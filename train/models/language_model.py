@@ -23,7 +23,7 @@ from train.engine.sharded_blocks import AwayBlocks
 from train.engine.support import not_in_fp8, undivided_reason, unsupported_reason
 from train.loss import Head, summed_cross_entropy
 from train.models.about import BaseFacts, own_dropout
-from train.models.adapters import copy_into, is_adapted_layer, trainable, with_adapters
+from train.models.adapters import copy_into, is_adapted_layer, misnamed_note, trainable, with_adapters
 from train.models.base import load_base, skeleton
 from train.models.held_weights import check_experts, held_weights
 from train.models.hub import locate
@@ -32,11 +32,13 @@ from train.models.reference_decoder import ReferenceDecoder
 from train.models.rotary import isolate_rotary
 from train.models.shape import text_shape
 from train.models.text_part import names_of
-from train.models.vocabulary import trains_embedding
+from train.models.vocabulary import name_of, trains_embedding
 from train.models.whole import WHOLE, WholeModel, train_whole, trained_weights
 from train.run.devices import NO_GPU, NO_GPU_FOR_FP8, compute_type
 from train.run.exits import ExitCode, ExitWith
 from train.seeds import derived_seed
+
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma's, RecurrentGemma's, xLSTM's
 
 
 class LanguageModel(torch.nn.Module):
@@ -177,14 +179,10 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
     check_experts(config.model, held)
     torch.manual_seed(derived_seed(config.train.seed, "adapters"))
     names = names_of(config.model)
-    if base.base_model is base and names.decoder:  # Llama 4's text class looks for its decoder under the whole's name
-        base.base_model_prefix = names.decoder
-    if as_causal_lm(base).base_model is base:
-        reason = f"transformers' {type(base).__name__} has no decoder apart from its head"
-        raise ExitWith(ExitCode.BAD_INPUT, f"{config.model.name_or_path}: {reason}; it is not trained")
+    check_decoder(config, base)
     notes += own_dropout(base)
     adapted, targets = train_whole(base, config) if is_whole else with_adapters(base, config)
-    notes += [targets.note] if targets.note else []
+    notes += [*([targets.note] if targets.note else []), *(misnamed_note(base) if not names.pairs else [])]
     reason = unsupported_reason(as_causal_lm(adapted.get_base_model())) if plan.is_fused else ""
     if reason:  # what was loaded is not what config.json promised
         raise ExitWith(ExitCode.BAD_INPUT, f"{config.model.name_or_path}: {reason}; --engine.kind reference trains it")
@@ -194,6 +192,15 @@ def load_model(config: Config, device: torch.device, plan: Plan) -> LanguageMode
         parameter.data = parameter.data.to(device)  # PEFT puts them where the layer's weights are
     model.execute(plan)
     return model.train()
+
+
+def check_decoder(config: Config, base: transformers.PreTrainedModel) -> None:
+    """Raises ExitWith(BAD_INPUT) where what lies below the base's head cannot be run by itself."""
+    if base.base_model is base:  # Llama 4's text class looks for its decoder under the whole's name
+        base.base_model_prefix = name_of(base, base.get_input_embeddings()).rpartition(".")[0]
+    if base.base_model is base:
+        reason = f"transformers' {type(base).__name__} has no decoder apart from its head"
+        raise ExitWith(ExitCode.BAD_INPUT, f"{config.model.name_or_path}: {reason}; it is not trained")
 
 
 def start_from(model: LanguageModel, config: Config) -> None:
@@ -206,6 +213,7 @@ def start_from(model: LanguageModel, config: Config) -> None:
 def sketch(config: Config, dtype: torch.dtype) -> peft.PeftModel | WholeModel:
     """The model as load_model would make it, on torch's meta device, to choose an engine and to plan memory."""
     base = skeleton(config.model, dtype)
+    check_decoder(config, base)
     check_experts(config.model, held_weights(base))
     if config.train.method == "full":
         return train_whole(base, config)[0]
@@ -247,7 +255,8 @@ def head_of(causal_lm: CausalLM, compute: torch.dtype) -> Head:
     whole: Any = causal_lm.config
     shape = text_shape(whole)
     scale = (getattr(shape, "logit_scale", None) or 1.0) / (getattr(shape, "logits_scaling", None) or 1.0)
-    cap = getattr(shape, "final_logit_softcapping", None) or 0.0
+    caps = (getattr(shape, name, None) for name in CAPS)
+    cap = next(filter(None, caps), 0.0)
     bias = getattr(layer, "bias", None)
     if layer.weight.requires_grad:  # full fine-tuning: a meta tensor has its shape and no memory
         frozen = torch.empty_like(layer.weight, dtype=compute, device="meta", requires_grad=False)

@@ -50,6 +50,9 @@ def model_shape(config: ModelConfig) -> PreTrainedConfig:
     if "/" in str(kernel):  # transformers would fetch a binary from the hub and run it, where `kernels` is installed
         reason = f"config.json names the attention kernel {kernel!r} of the hub; take it out"
         raise ExitWith(ExitCode.BAD_INPUT, f"{config.name_or_path}: {reason}")
+    if getattr(shape, "is_encoder_decoder", False):  # transformers would take its decoder alone, as Whisper's
+        reason = f"it is an encoder and a decoder ({shape.model_type}), and only a decoder by itself is trained here"
+        raise unreadable(config.name_or_path, f"{reason}; name a causal language model")
     for setting in FOREIGN_SETTINGS:
         if getattr(shape, setting, None) is not None:
             reason = f"config.json sets {setting}, which is not read; take it out"
@@ -90,7 +93,7 @@ def text_shape(shape: PreTrainedConfig) -> Any:
 
 def max_positions(config: ModelConfig) -> int:
     """Tokens that the base takes at most; 0 where config.json says no number."""
-    return int(getattr(text_shape(model_shape(config)), POSITIONS, None) or 0)
+    return max(0, int(getattr(text_shape(model_shape(config)), POSITIONS, None) or 0))  # XLNet's -1 is none either
 
 
 def positions_note(config: ModelConfig) -> list[str]:

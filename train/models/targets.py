@@ -2,11 +2,14 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
+from peft import LoraConfig
+from peft.tuners import tuners_utils
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -15,6 +18,7 @@ from train.models.experts import expert_linears, expert_words
 from train.run.exits import ExitCode, ExitWith
 
 ALL_LINEAR = "all-linear"
+NO_LAYERS = "none"
 NAME = re.compile(r"[\w.-]+")
 # projections that some architectures hold fused, as three-dimensional parameters of their experts; PEFT turns the names
 # of the parts into that of the whole (utils/transformers_weight_conversion.py)
@@ -47,7 +51,7 @@ def as_adapted(targets: Targets, linear: Collection[str], parameters: Counter[st
     for word in targets.counts:
         of_experts = parameters[EXPERT_PARTS.get(word, word)]
         counts[word] = sum(_matches(word, name) for name in linear) + of_experts
-    notes = []
+    notes = [targets.note] if targets.note else []
     if missed := targets.matched - set(linear):
         notes.append(f"{len(missed)} linear layers have no adapter: PEFT takes their names for those of the experts")
     if any(not parameters[part] for part in targets.parts):
@@ -70,8 +74,10 @@ def resolve_targets(base: PreTrainedModel, words: Sequence[str]) -> Targets:
     counts: dict[str, int] = {}
     experts: dict[str, str] = {}
     parts: set[str] = set()
+    refused = _refused_by_peft(base, linear) if ALL_LINEAR in words else set()
     for word in words:
         found = {name for name in linear if _matches(word, name)}
+        found -= refused if word == ALL_LINEAR else set()
         matched |= found
         counts[word] = len(found)
         part = EXPERT_PARTS.get(word, word)
@@ -79,7 +85,7 @@ def resolve_targets(base: PreTrainedModel, words: Sequence[str]) -> Targets:
         if not found and parameters[part]:
             counts[word], experts[word] = parameters[part], part
     ends = Counter(name.rpartition(".")[2] for name in linear)
-    exist = ", ".join(f"{end} ({count})" for end, count in sorted(ends.items())) or "none"
+    exist = ", ".join(f"{end} ({count})" for end, count in sorted(ends.items())) or NO_LAYERS
     if spelled:
         exist += f" (and of the experts, which {ALL_LINEAR} leaves alone, {', '.join(spelled)})"
     is_partial = not all(counts.values()) or _is_hybrid(base)
@@ -97,7 +103,8 @@ def resolve_targets(base: PreTrainedModel, words: Sequence[str]) -> Targets:
     whole = _whole_parameters(base, parts)
     names = [name for name in names if not (whole and name in experts)]
     names = [each for name in names for each in (_as_peft_asks(name, spelled) if name in experts else [name])]
-    return Targets(names, counts, len(linear), exist, experts, frozenset(matched), frozenset(parts), whole)
+    note = f"{len(refused)} linear layers have no adapter: PEFT refuses {_ends_of(refused)} here" if refused else ""
+    return Targets(names, counts, len(linear), exist, experts, frozenset(matched), frozenset(parts), whole, note)
 
 
 def _whole_parameters(base: PreTrainedModel, parts: Collection[str]) -> tuple[str, ...]:
@@ -113,6 +120,22 @@ def _as_peft_asks(word: str, spelled: Mapping[str, str]) -> list[str]:
     return [spelled.get(part, part) for part in parts]
 
 
+def _refused_by_peft(base: PreTrainedModel, linear: Sequence[str]) -> set[str]:
+    """Layers on which PEFT puts no adapter in models of this type: Mamba's kernels take out_proj's weight itself."""
+    found = set()
+    for name in linear:
+        try:
+            tuners_utils._check_lora_target_modules_mamba(LoraConfig(), base, name.rpartition(".")[2])
+        except ValueError:
+            found.add(name)
+    return found
+
+
+def _ends_of(names: Iterable[str]) -> str:
+    """The last parts of the names, each once."""
+    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+
+
 def _is_hybrid(base: PreTrainedModel) -> bool:
     """Whether some layers have linear attention, whose projections have names of their own."""
     return "linear_attention" in (getattr(base.config, "layer_types", None) or [])
@@ -122,6 +145,9 @@ def refuse_unmatched(reasons: Sequence[str], exist: str) -> None:
     """Raises ExitWith(BAD_INPUT) where there are words that match nothing, with the names that exist."""
     if reasons:
         lines = "\n  ".join(reasons)
+        if exist == NO_LAYERS:
+            reason = f"--lora.target_modules:\n  {lines}\nthe decoder has no linear layers that can be adapted"
+            raise ExitWith(ExitCode.BAD_INPUT, f"{reason}; this base is not trained here")
         raise ExitWith(
             ExitCode.BAD_INPUT,
             f"--lora.target_modules:\n  {lines}\nthe decoder's linear layers are {exist}; all of them: "
@@ -137,17 +163,40 @@ def decoder_name(base: PreTrainedModel) -> str:
 
 def _linear_layers(base: PreTrainedModel) -> Iterator[str]:
     start = decoder_name(base)
-    head = base.get_output_embeddings()
+    head, others = base.get_output_embeddings(), _other_models(base)
     for name, module in base.named_modules():
-        inside = not start or name.startswith(f"{start}.")
+        inside = (not start or name.startswith(f"{start}.")) and not name.startswith(others)
         if inside and module is not head and _is_linear(module):
             yield name
 
 
+def _other_models(base: PreTrainedModel) -> tuple[str, ...]:
+    """How names begin in models of another configuration that lie within the decoder, as GIT's image encoder."""
+    whole: Any = base.config
+    own = {type(whole), type(whole.get_text_config(decoder=True))}
+    found = (name for name, module in base.named_modules() if isinstance(module, PreTrainedModel))
+    return tuple(f"{name}." for name in found if type(base.get_submodule(name).config) not in own)
+
+
 def _is_linear(module: torch.nn.Module) -> bool:
-    """A linear layer, and none of an architecture's own making, such as a router that returns more than its product."""
+    """A linear layer; one of an architecture's own making only where it is no more than a product, as Falcon's, and
+    unlike a router.
+    """
     is_own = type(module).__module__.startswith("transformers.models.")
-    return isinstance(module, torch.nn.Linear | Conv1D) and not is_own
+    return isinstance(module, torch.nn.Linear | Conv1D) and (not is_own or _is_product(type(module)))
+
+
+@cache
+def _is_product(kind: type[torch.nn.Module]) -> bool:
+    """Whether a small layer of the kind computes what torch's linear layer does; draws nothing from the generator."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+            layer: Any = kind(3, 2)
+            x = torch.arange(12.0).view(4, 3)
+            found, wanted = layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias)
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-4)
 
 
 def _expert_parameters(base: PreTrainedModel) -> Counter[str]:

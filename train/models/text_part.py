@@ -24,7 +24,7 @@ from transformers import (
     __version__,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from train.config import ModelConfig
 from train.models.hub import unreadable
@@ -90,6 +90,7 @@ class TextPart:
     head: str
     beside: frozenset[str]  # parts of names by which weights are known that are not text: vision_tower
     ignored: tuple[str, ...]  # expressions for weights that transformers leaves in the files, such as mtp.*
+    renamings: tuple[WeightRenaming, ...]  # what transformers makes of names in the files for the multimodal class
 
     def __str__(self) -> str:
         return f"text part of {self.names.served_as}; its vision weights are not read"
@@ -99,7 +100,9 @@ class TextPart:
 
         Raises ValueError where there is no text part, or a weight that is neither of it nor known to lie beside.
         """
-        keys = [key for key in stored if not self._is_beside(key)]
+        every = ((key, self._as_read(key)) for key in sorted(stored))
+        read = {key: name for key, name in every if not self._is_beside(name)}
+        keys = list(read.values())
         core = self.embedding.removeprefix(self._decoder)
         starts = [key.removesuffix(core) for key in keys if key == core or key.endswith(f".{core}")]
         heads = [key for key in keys if key == self.head or key.endswith(f".{self.head}")]
@@ -109,11 +112,11 @@ class TextPart:
         pairs = [(key.removesuffix("weight"), self.head.removesuffix("weight")) for key in heads]
         pairs.append((starts[0], self._decoder))
         places = {key: _renamed(key, pairs) for key in keys if any(key.startswith(start) for start, _ in pairs)}
-        unknown = [key for key in keys if key not in places]
+        unknown = [key for key, name in read.items() if name not in places]
         if unknown:
             beside = ", ".join(sorted(self.beside))
             raise ValueError(f"{named(unknown)} is neither of the text part ({starts[0]}*) nor beside it ({beside})")
-        return places
+        return {key: places[name] for key, name in read.items() if name in places}
 
     def of(self, stored: StoredWeights) -> StoredWeights:
         """The text weights of the files, by the names of the text class; raises ValueError as `places`."""
@@ -122,6 +125,11 @@ class TextPart:
     @property
     def _decoder(self) -> str:
         return f"{self.names.decoder}."
+
+    def _as_read(self, key: str) -> str:
+        for renaming in self.renamings:  # one after another, as transformers does
+            key = renaming.rename_source_key(key)[0]
+        return key
 
     def _is_beside(self, key: str) -> bool:
         return not self.beside.isdisjoint(key.split(".")) or any(re.search(each, key) for each in self.ignored)
@@ -136,18 +144,17 @@ def text_part(config: ModelConfig) -> TextPart | None:
     text = shape.get_text_config(decoder=True)
     if type(shape) not in AutoModelForImageTextToText._model_mapping or type(text) is type(shape):
         return None
+    # that it has a class for the whole, as for Mllama's, does not help: an adapter of one does not load into the other
     known = type(text) in AutoModelForCausalLM._model_mapping
     if not known and text.model_type not in TWINS:
-        if type(shape) in AutoModelForCausalLM._model_mapping:  # as Mllama, whose class takes the whole's
-            return None
         raise unreadable(config.name_or_path, _no_text_class(shape, text))
     own = copy.deepcopy(text) if known else _twin(text)
     try:
         whole = _skeleton(AutoModelForImageTextToText, shape)
         head: Any = whole.get_output_embeddings()
-        own.tie_word_embeddings = head.weight is whole.get_input_embeddings().weight
+        own.tie_word_embeddings = head is not None and head.weight is whole.get_input_embeddings().weight
         inner = _skeleton(AutoModelForCausalLM, own)
-        part = _part(own, whole, inner)
+        part = _part(own, whole, inner) if head is not None else None  # Nemotron-H Omni does not tell which it is
     except BROKEN as error:
         raise cannot_read(config, "a multimodal model", error) from None
     if part is None:
@@ -196,7 +203,9 @@ def _part(own: PreTrainedConfig, whole: PreTrainedModel, inner: PreTrainedModel)
     for model in (whole, inner):
         ignored += getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     words = frozenset(start.rpartition(".")[2] for start in beside)
-    return TextPart(own, names, f"{embeddings[0]}.weight", f"{heads[0]}.weight", words, tuple(ignored))
+    known = get_model_conversion_mapping(whole, add_legacy=False)
+    renamings = tuple(each for each in known if isinstance(each, WeightRenaming))
+    return TextPart(own, names, f"{embeddings[0]}.weight", f"{heads[0]}.weight", words, tuple(ignored), renamings)
 
 
 def _computed(model: PreTrainedModel, names: Iterable[str]) -> set[tuple[str, ...]]:

@@ -16,7 +16,8 @@ from data_tools.template_files import PROCESSOR_FILES
 from train.config import Config, parse_argument
 from train.models.hub import locate
 from train.models.positions import check_positions
-from train.models.shape import BROKEN, cannot_read, max_positions, model_shape, text_shape
+from train.models.shape import BROKEN, auto_class, cannot_read, max_positions, model_shape, text_shape
+from train.models.text_part import loaded_shape
 from train.run.exits import ExitCode, ExitWith
 
 # Tokens that models ship for padding: where pad is unset or equals eos, the first one in the vocabulary is used.
@@ -142,7 +143,9 @@ def unseen_tokens(samples: Dataset, tokens: TrainedTokens) -> list[int]:
 
 
 def check_fits(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ExitWith(BAD_INPUT) where samples may be too long for the model, or hold tokens that it does not embed."""
+    """Raises ExitWith(BAD_INPUT) where the base is no language model that is trained, where samples may be too long for
+    it, or hold tokens that it does not embed."""
+    auto_class(config.model, loaded_shape(config.model))
     check_length(config)
     shape, tokens = text_shape(model_shape(config.model)), trained_tokens(config)
     num_known = len(tokenizer) - len(tokens.new)

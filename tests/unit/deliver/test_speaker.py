@@ -9,8 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as T
+from accelerate import Accelerator
 
-from tests.conftest import tokenizer_at
+from tests.conftest import tokenizer_at, training_of
+from tests.parity.bases import on
+from tests.unit.models.test_agreement import SIZES, write
+from train.config import Config
 from train.deliver.finished import Tuned, finished_run, load_tuned
 from train.deliver.generation import Generator
 from train.deliver.sampling import Sampling
@@ -55,6 +60,18 @@ def test_answers_are_the_generator_s(tuned: Tuned) -> None:
             assert spoken.ended == ("stopped" if wanted.is_stopped else "length")
             ends.add(spoken.ended)
     assert ends == {"stopped", "length"}
+
+
+def test_a_model_with_states_of_its_own_answers(config: Config, tmp_path: Path) -> None:
+    """Mamba takes no keys and values: its answers are the generator's all the same, and nothing is kept."""
+    sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "initializer_range")}
+    folder = write(tmp_path / "base", T.MambaConfig(**sizes, state_size=8))
+    model, tokenizer = training_of(on(config, folder, "none"), Accelerator(cpu=True)).model, tokenizer_at()
+    prompt = tokenizer("What is part 1?")["input_ids"]
+    with model.generating():
+        spoken = said_by(Speaker(model, tokenizer, [1]), prompt)
+        (wanted,) = Generator(model, tokenizer, [1], GREEDY.max_new_tokens)([prompt])
+    assert (spoken.text, spoken.num_tokens, spoken.num_kept) == (wanted.text, wanted.num_tokens, 0)
 
 
 def test_kept_keys_and_values_change_nothing(tuned: Tuned) -> None:

@@ -10,13 +10,14 @@ import pytest
 import torch
 import transformers as T
 from safetensors.torch import load_file, save_file
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from tests.parity.models import EXPERTS, SIZES
 from train.config import ModelConfig
 from train.engine.host_stream import HostBlocks
 from train.engine.machine_memory import OwnMemory
 from train.models.base import load_base, skeleton
-from train.models.experts import StoredExperts, packed_experts
+from train.models.experts import StoredExperts, expert_parts, packed_experts
 from train.models.held_weights import held_weights
 from train.models.stored import StoredWeights
 from train.run.exits import ExitWith
@@ -75,6 +76,51 @@ def test_experts_are_packed_and_compute_what_nf4_is(folder: Path, streamed: tupl
     assert torch.equal(found, wanted) or (found - wanted).norm() < 1e-6 * wanted.norm()
     assert len(packed_experts(base)) == 6
     assert all(isinstance(linear.weight, bnb.nn.Params4bit) for linear in packed_experts(base))
+
+
+def test_whole_experts_are_read_by_the_names_in_the_files(tmp_path: Path) -> None:
+    """Aria's experts lie there as fc1 and fc2, transposed: packed, they compute what rounded weights do."""
+    torch.manual_seed(1)
+    shape: Any = T.AriaTextConfig(**SIZES, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1)
+    model: Any = T.AutoModelForCausalLM.from_config(shape)
+    model.save_pretrained(tmp_path)
+    assert "model.layers.0.mlp.experts.fc1.weight" in stored(tmp_path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 3:
+                parameter.copy_(rounded(parameter.transpose(1, 2)).transpose(1, 2))
+            elif "_proj" in name:
+                parameter.copy_(rounded(parameter))
+        ids = torch.randint(100, (1, 9))
+        base = loaded(tmp_path)
+        assert len(packed_experts(base)) == 2 * SIZES["num_hidden_layers"]
+        wanted, found = model(ids).logits, base(ids).logits
+    assert (found - wanted).norm() < 1e-6 * wanted.norm()
+
+
+def test_names_of_experts_may_be_expressions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    r"""DeepSeek-V4's and Kimi Linear's are written \.experts.*.w1.weight: the same names in the files without it."""
+    T.AutoModelForCausalLM.from_config(SHAPES["mixtral"]).save_pretrained(tmp_path)
+    base = skeleton(ModelConfig(str(tmp_path), quantization="nf4"), torch.float32)
+    ways = {
+        "gate_up_proj": (["w1", "w3"], [MergeModulelist(0), Concatenate(1)]),
+        "down_proj": (["w2"], [MergeModulelist(0)]),
+    }
+    plain, marked = (
+        [
+            WeightConverter(
+                [f"{dot}experts.*.{each}.weight" for each in parts], f"{dot}experts.{name}", list[Any](operations)
+            )
+            for name, (parts, operations) in ways.items()
+        ]
+        for dot in (".", r"\.")
+    )
+    found = []
+    for mapping in (plain, marked):
+        monkeypatch.setattr("train.models.experts._mapping", lambda _, mapping=mapping: mapping)
+        found.append(expert_parts(base))
+    assert found[0] == found[1]
+    assert found[0]["model.layers.0.mlp.experts.down_proj"][0][3] == "model.layers.0.mlp.experts.3.w2.weight"
 
 
 def test_a_merge_takes_what_was_trained_with(folder: Path) -> None:

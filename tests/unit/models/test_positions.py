@@ -188,3 +188,9 @@ def test_a_merged_model_takes_what_was_trained(config: Config, tmp_path: Path) -
     assert before == after
     merged: Any = T.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert logits(merged, IDS).isfinite().all()
+
+
+def test_no_number_of_positions_is_no_limit(tmp_path: Path) -> None:
+    """XLNet's configuration says -1, which is no longest sample."""
+    T.XLNetConfig().save_pretrained(tmp_path)
+    assert max_positions(ModelConfig(str(tmp_path))) == 0

@@ -14,11 +14,12 @@ from tests.multimodal import FAMILIES, write_multimodal
 from tests.parity.bases import on
 from tests.parity.models import DELTA, LINEAR
 from tests.unit.models.test_agreement import SIZES
-from train.config import Config, ModelConfig
+from train.config import LLAMA_LINEAR_LAYERS, Config, ModelConfig
 from train.memory.outlook import sketched_sizes
 from train.models.adapters import with_adapters
 from train.models.base import skeleton
 from train.models.language_model import sketch
+from train.models.targets import resolve_targets
 from train.run.exits import ExitCode, ExitWith
 from train.step import optimizer_step
 
@@ -52,6 +53,41 @@ def test_names_expressions_and_all(config: Config, tmp_path: Path) -> None:
         "model.layers.0.self_attn.v_proj",
         "model.layers.1.self_attn.v_proj",
     }
+
+
+@pytest.mark.parametrize("words", [("all-linear",), LLAMA_LINEAR_LAYERS])
+def test_what_peft_refuses_is_left_out_of_all(words: tuple[str, ...], config: Config, tmp_path: Path) -> None:
+    """All of Mamba but out_proj, on which PEFT puts no adapter, is trained, and said; asked for by name, it is told."""
+    sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    folder = shape_only(tmp_path, T.MambaConfig(**sizes, state_size=8))
+    names = adapted(config, folder, *words)
+    assert names == {f"backbone.layers.{i}.mixer.{part}" for i in (0, 1) for part in ("in_proj", "x_proj", "dt_proj")}
+    resolved = resolve_targets(skeleton(ModelConfig(str(folder), quantization="none"), torch.float32), words)
+    assert resolved.note == "2 linear layers have no adapter: PEFT refuses out_proj here"
+    with pytest.raises(ExitWith, match="'out_proj' is incompatible with Mamba-based models"):
+        adapted(config, folder, "out_proj")
+
+
+def test_linear_layers_of_an_architecture_s_own(config: Config, tmp_path: Path) -> None:
+    """Falcon's compute a product, and are adapted; Llama 4's routers return more, and are not."""
+    sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+    names = adapted(config, shape_only(tmp_path / "falcon", T.FalconConfig(**sizes)), *LLAMA_LINEAR_LAYERS)
+    ends = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+    assert names == {f"transformer.h.{i}.{end}" for i in (0, 1) for end in ends}
+    sparse = T.Llama4TextConfig(**SIZES, head_dim=16, num_local_experts=2, moe_layers=[0, 1])
+    names = adapted(config, shape_only(tmp_path / "llama4", sparse), "all-linear")
+    assert names
+    assert not any("router" in name for name in names)
+
+
+def test_an_image_encoder_within_the_decoder_has_no_adapters(config: Config, tmp_path: Path) -> None:
+    """GIT's lies there: all of its text layers and the projection of images are adapted, and none of the encoder."""
+    sizes = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    folder = shape_only(tmp_path, T.GitConfig(vision_config=vision | {"image_size": 32, "patch_size": 16}, **sizes))
+    names = adapted(config, folder, "all-linear")
+    assert {name.split(".")[1] for name in names} == {"encoder", "visual_projection"}
+    assert len(names) == 2 * 6 + 1
 
 
 WRONG: dict[tuple[str, ...], str] = {

@@ -148,6 +148,8 @@ def test_names_as_others_saved_them(family: str, starts: dict[str, str], tmp_pat
 
 TEXT = "language_model.model.layers.0.self_attn.q_proj.weight"
 Change = Callable[[Tensors], Tensors]
+
+
 UNLIKE: dict[str, tuple[Change, str]] = {
     "a weight is missing": (
         lambda tensors: {n: t for n, t in tensors.items() if n != TEXT},
@@ -167,7 +169,7 @@ UNLIKE: dict[str, tuple[Change, str]] = {
     ),
     "an unknown part": (
         lambda tensors: tensors | {"thinker.weight": torch.zeros(3)},
-        "thinker.weight is neither of the text part (language_model.model.*) nor beside it",
+        "thinker.weight is neither of the text part (model.language_model.*) nor beside it",
     ),
     "a text part twice": (
         lambda tensors: (

@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -45,7 +45,8 @@ def _forget_failed(pool: Any) -> None:
     except RuntimeError:  # it knows of the end: the capture was whole, and the work raised an error of its own
         return
     _cuda_releasePool(device, pool)
-    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+    # a device that is broken or full cannot capture this: what was raised first says why
+    with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.zeros(1, device="cuda")
 
 

@@ -20,6 +20,7 @@ class Torch:
         self.current, self.pools, self.released = ["default"], list[Any](), list[Any]()
         self.draws = True  # whether random numbers can be drawn outside a capture
         self.end_fails = False
+        self.is_broken = False  # after an end that failed nothing can be captured
         for name in ("graph", "current_stream", "current_device", "set_stream", "CUDAGraph"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch, "zeros", lambda size, device: None)
@@ -36,7 +37,7 @@ class Torch:
             yield
         finally:
             if self.end_fails:
-                self.end_fails = False
+                self.end_fails = self.is_broken
                 raise RuntimeError("operation failed due to a previous error during capture")
             self.pools.pop()
             self.draws = True
@@ -82,6 +83,14 @@ def test_work_that_fails_leaves_torch_as_it_was(played: Torch, end_fails: bool) 
     assert not played.pools
     assert played.draws
     assert played.released == (["pool"] if end_fails else [])  # a whole capture's graph releases the pool itself
+
+
+def test_a_broken_device_does_not_hide_the_cause(played: Torch) -> None:
+    """Nothing can be captured any more: what the work raised is raised, in the stream of before."""
+    played.end_fails = played.is_broken = True
+    with pytest.raises(ValueError, match="of the work"):
+        capture_of(ValueError("of the work"))
+    assert played.current[-1] == "default"
 
 
 def test_an_end_that_fails_alone_is_raised(played: Torch) -> None:

@@ -3,7 +3,7 @@
 from train.engine.delta_rule import CHUNK
 from train.engine.wide_heads import tile_bytes
 from train.memory.candidate import Candidate, Job
-from train.memory.kept import exchanged_width, gate_up_kept, kept_of, mlp_rank
+from train.memory.kept import exchanged_width, gate_up_kept, head_padding, kept_of, mlp_rank
 from train.memory.linear import FP32_BYTES
 
 DQ_ROWS = 128  # rows of fp32 dQ that the flash backward kernels add for each sample
@@ -14,8 +14,8 @@ def attention_backward(job: Job, c: Candidate) -> int:
     """Gradients of attention's output [T, Q], of q, k, v [T, N], of repeated k and v [T, 2 Q], and fp32 dQ.
 
     Where processes split the tokens, the output's gradient is also there for some heads of all of them. Heads beyond
-    flash kernels: fp32 dK and dV, too. Less what the MLP had kept and has freed: `post_attention` [T, H], its norm's
-    output [T, H + R], `gate_up`.
+    flash kernels: fp32 dK and dV, too. Heads with zeros behind them: all but dQ once more, wider. Less what the MLP had
+    kept and has freed: `post_attention` [T, H], its norm's output [T, H + R], `gate_up`.
     """
     s = job.sizes
     freed = s.hidden + s.hidden + mlp_rank(s) + gate_up_kept(job, c)
@@ -23,6 +23,9 @@ def attention_backward(job: Job, c: Candidate) -> int:
     num_samples = job.num_samples(c.width * c.num_parts) + (EMPTY_SAMPLES if c.uses_graphs else 0)
     dq = (c.width + DQ_ROWS * num_samples) * s.query * FP32_BYTES * (3 if s.is_wide else 1)
     width = 3 * s.query + exchanged_width(s, c.num_parts) + (s.query if c.num_parts > 1 else 0)
+    if padding := head_padding(job):
+        padded = (s.query + exchanged_width(s, c.num_parts)) * (s.head_size + padding) + 2 * s.query * padding
+        width += padded // s.head_size
     if job.has_wide_tiles:
         width, dq = width - 2 * s.query, _tiles_backward(job, c)
     return c.width * s.element_bytes * (width - freed) + dq

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from train.engine.attention import FLASH_MULTIPLE
 from train.engine.split_attention import num_repeats
 from train.memory.candidate import Candidate, Job
 from train.memory.linear import FP32_BYTES
@@ -37,9 +38,17 @@ def _kept_per_token(job: Job, c: Candidate) -> int:
         # the outputs of single samples; keys and values repeated for all heads
         width += s.query if job.has_wide_tiles else 3 * s.query
         width += 2 * s.query if s.has_sinks else 0  # queries with an element more, a half more for kernels' alignment
+    if padding := head_padding(job):  # copies of query, key and value, and a wider output
+        width += (exchanged_width(s, c.num_parts) * (s.head_size + padding) + s.query * padding) // s.head_size
     # fp32: attention's log-sum-exp a head, the norms' rstd a head (Qwen3) and two a token, and of norms behind
     scales = FP32_BYTES * (s.query + s.normed_qk) // MIN_HEAD_SIZE + (2 + s.norms_behind) * FP32_BYTES
     return s.element_bytes * width + scales + routing_bytes(s)
+
+
+def head_padding(job: Job) -> int:
+    """Elements that flash kernels want behind those of a head, which attention.py puts there."""
+    s = job.sizes
+    return -s.head_size % FLASH_MULTIPLE if job.has_flash and not s.is_wide else 0
 
 
 def exchanged_width(s: ModelSizes, num_parts: int) -> int:

@@ -15,6 +15,7 @@ from train.batching import LengthStatistics, MicroBatchShape
 from train.collate import collate_packed
 from train.config import BatchConfig, EngineConfig, MemoryConfig, OptimConfig
 from train.engine import dropout_products, fp8, fp8_operations, lora_linear
+from train.engine.attention import _padded_heads
 from train.engine.context import ForwardContext
 from train.engine.decoder import FusedDecoder
 from train.engine.delta_rule import PackedSamples
@@ -24,6 +25,7 @@ from train.engine.machine_memory import OwnMemory
 from train.engine.plan import Plan
 from train.engine.stack import Stack
 from train.memory import cost
+from train.memory.attention import attention_backward
 from train.memory.candidate import Candidate
 from train.memory.kept import kept_of
 from train.memory.search import Planner
@@ -99,6 +101,22 @@ def test_kept_activations_are_what_a_block_keeps(family: str, tile: int) -> None
     assert cost.kept_activations(job, first_candidate(done.planner, 500, num_kept=len(numbers))) == kept_of(
         job, first_candidate(done.planner, 500), numbers
     )
+
+
+def test_heads_with_zeros_behind_them_are_kept_beside_the_block_s_own() -> None:
+    """Where flash kernels do not take heads as they are, OpenLLaMA-3B's of 100: query, key, value and output."""
+    widths = {"query": 3200, "qkv": 3200 + 2 * 800, "num_key_value": 8}
+    jobs = [
+        planner_for(LONG, BatchConfig(1, 1), sizes=replace(LLAMA_8B, head_size=size, **widths)) for size in (0, 100)
+    ]
+    candidates = [first_candidate(each, 2048, num_kept=1) for each in jobs]
+    kept = [kept_of(each.job, c, [31]) for each, c in zip(jobs, candidates, strict=True)]
+    states = [torch.empty(2048, heads, 100, dtype=torch.bfloat16) for heads in (32, 8, 8)]
+    padded = _padded_heads(states)
+    found = sum(each.nbytes for each in padded) + padded[0].nbytes - states[0].nbytes
+    assert kept[1] - kept[0] == found
+    backward = [attention_backward(each.job, c) for each, c in zip(jobs, candidates, strict=True)]
+    assert backward[1] - backward[0] == found + padded[0].nbytes + padded[0].nbytes - states[0].nbytes
 
 
 @pytest.mark.parametrize("num_kept", [1, 2, 3])

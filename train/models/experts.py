@@ -8,6 +8,7 @@ each forward pass, and does not find them again.)
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import bitsandbytes as bnb
@@ -18,7 +19,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 
 from train.engine.linears import ExpertLinear
 from train.models.parameters import as_parameter, computed_values
-from train.models.stored import StoredWeights
+from train.models.stored import StoredWeights, name_as_read
 
 Parts = list[list[str]]  # of one parameter: for gate, for up, or for down the tensor of each expert
 
@@ -130,10 +131,8 @@ def with_block_names(stored: StoredWeights, base: PreTrainedModel) -> StoredWeig
     if not expert_parts(base) and not packed_experts(base):
         return stored
     renamings = [each for each in _mapping(base) if isinstance(each, WeightRenaming)]
-    names = {name: name for name in stored.tensors}
-    for each in renamings:
-        names = {name: each.rename_source_key(own)[0] for name, own in names.items()}
-    return stored.renamed(names)
+    known = {name for name, _ in chain(base.named_parameters(), base.named_buffers())}
+    return stored.renamed({name: name_as_read(name, renamings, known) for name in stored.tensors})
 
 
 def expert_parts(base: PreTrainedModel) -> Mapping[str, Parts]:

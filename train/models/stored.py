@@ -4,7 +4,7 @@ import copy
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,3 +162,15 @@ def described_leftovers(left: Sequence[str]) -> str:
 def _ancestors(name: str) -> Iterable[str]:
     parts = name.split(".")
     return (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+
+
+def name_as_read(name: str, renamings: Iterable[Any], known: Collection[str]) -> str:
+    """What transformers' renamings, one after another, make of a name in the files.
+
+    One that is a tensor's of the model already stays, as in transformers, unless it becomes another such: some
+    expressions match what they make, as .experts. does in .mlp.experts.
+    """
+    read = name
+    for renaming in renamings:
+        read = renaming.rename_source_key(read)[0]
+    return name if name in known and read not in known else read

@@ -29,7 +29,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 from train.config import ModelConfig
 from train.models.hub import unreadable
 from train.models.shape import BROKEN, cannot_read, model_shape, positions_note
-from train.models.stored import StoredWeights, named
+from train.models.stored import StoredWeights, name_as_read, named
 
 PEFT_PREFIX = "base_model.model."  # which PEFT puts before the names of the base's modules
 # Text parts without a causal language model of their own in transformers, and the one that computes the same of text:
@@ -91,6 +91,7 @@ class TextPart:
     beside: frozenset[str]  # parts of names by which weights are known that are not text: vision_tower
     ignored: tuple[str, ...]  # expressions for weights that transformers leaves in the files, such as mtp.*
     renamings: tuple[WeightRenaming, ...]  # what transformers makes of names in the files for the multimodal class
+    known: frozenset[str]  # names of that class's parameters
 
     def __str__(self) -> str:
         return f"text part of {self.names.served_as}; its vision weights are not read"
@@ -100,7 +101,7 @@ class TextPart:
 
         Raises ValueError where there is no text part, or a weight that is neither of it nor known to lie beside.
         """
-        every = ((key, self._as_read(key)) for key in sorted(stored))
+        every = ((key, name_as_read(key, self.renamings, self.known)) for key in sorted(stored))
         read = {key: name for key, name in every if not self._is_beside(name)}
         keys = list(read.values())
         core = self.embedding.removeprefix(self._decoder)
@@ -125,11 +126,6 @@ class TextPart:
     @property
     def _decoder(self) -> str:
         return f"{self.names.decoder}."
-
-    def _as_read(self, key: str) -> str:
-        for renaming in self.renamings:  # one after another, as transformers does
-            key = renaming.rename_source_key(key)[0]
-        return key
 
     def _is_beside(self, key: str) -> bool:
         return not self.beside.isdisjoint(key.split(".")) or any(re.search(each, key) for each in self.ignored)
@@ -205,7 +201,8 @@ def _part(own: PreTrainedConfig, whole: PreTrainedModel, inner: PreTrainedModel)
     words = frozenset(start.rpartition(".")[2] for start in beside)
     known = get_model_conversion_mapping(whole, add_legacy=False)
     renamings = tuple(each for each in known if isinstance(each, WeightRenaming))
-    return TextPart(own, names, f"{embeddings[0]}.weight", f"{heads[0]}.weight", words, tuple(ignored), renamings)
+    ends = (f"{embeddings[0]}.weight", f"{heads[0]}.weight")
+    return TextPart(own, names, *ends, words, tuple(ignored), renamings, frozenset(every))
 
 
 def _computed(model: PreTrainedModel, names: Iterable[str]) -> set[tuple[str, ...]]:

@@ -10,16 +10,16 @@ import pytest
 import torch
 import transformers as T
 from safetensors.torch import load_file, save_file
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
 from tests.parity.models import EXPERTS, SIZES
 from train.config import ModelConfig
 from train.engine.host_stream import HostBlocks
 from train.engine.machine_memory import OwnMemory
 from train.models.base import load_base, skeleton
-from train.models.experts import StoredExperts, expert_parts, packed_experts
+from train.models.experts import StoredExperts, _mapping, expert_parts, packed_experts, with_block_names
 from train.models.held_weights import held_weights
-from train.models.stored import StoredWeights
+from train.models.stored import StoredWeights, name_as_read
 from train.run.exits import ExitWith
 
 CPU = torch.device("cpu")
@@ -121,6 +121,18 @@ def test_names_of_experts_may_be_expressions(tmp_path: Path, monkeypatch: pytest
         found.append(expert_parts(base))
     assert found[0] == found[1]
     assert found[0]["model.layers.0.mlp.experts.down_proj"][0][3] == "model.layers.0.mlp.experts.3.w2.weight"
+
+
+def test_names_that_the_model_has_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mistral Large 4's expressions match what they make: files that have the new names are read as they are."""
+    T.AutoModelForCausalLM.from_config(SHAPES["qwen3_moe"]).save_pretrained(tmp_path)
+    base = skeleton(ModelConfig(str(tmp_path), quantization="nf4"), torch.float32)
+    mapping = [*_mapping(base), WeightRenaming(r"\.gate\.", r"\.mlp.gate\.")]
+    monkeypatch.setattr("train.models.experts._mapping", lambda _: mapping)
+    with ExitStack() as files:
+        found = with_block_names(StoredWeights([tmp_path / "model.safetensors"], files), base)
+    assert "model.layers.0.mlp.gate.weight" in found.tensors
+    assert name_as_read("layers.0.gate.weight", mapping, found.tensors) == "layers.0.mlp.gate.weight"
 
 
 def test_a_merge_takes_what_was_trained_with(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -10,7 +11,7 @@ from accelerate import Accelerator
 from train.config import Config
 from train.metrics import to_host
 from train.run.exits import ExitCode, ExitWith
-from train.run.processes import say
+from train.run.processes import check_present, say
 from train.run.versions import source_digest, versions
 
 # names of places, of which the content is compared where it is read: a machine may have the same files elsewhere
@@ -22,13 +23,19 @@ OF_THE_FIRST = ("track", "compare")  # sections of which the other processes mak
 
 
 def differing(accelerator: Accelerator, values: Mapping[str, object]) -> list[str]:
-    """The names whose values are not the same in all processes; all give the same names, and get the same answer."""
+    """The names whose values are not the same in all processes; all give the same names, and get the same answer.
+
+    A sum of rows, of which each process fills its own: a gather that NCCL has given up would be taken for an answer.
+    """
     if accelerator.num_processes == 1:
         return []
     digests = [hashlib.sha256(repr(value).encode()).digest()[:3] for value in values.values()]
-    own = torch.tensor([[float(int.from_bytes(each)) for each in digests]], device=accelerator.device)  # exact in fp32
-    gathered = accelerator.gather(own)
-    are_other = to_host(*(gathered != gathered[:1]).any(0).float())
+    rows = torch.zeros(accelerator.num_processes, len(digests) + 1, device=accelerator.device)
+    rows[accelerator.process_index] = torch.tensor([*map(int.from_bytes, digests), 1.0])  # exact in fp32
+    sums: Any = accelerator.reduce(rows, reduction="sum")
+    found, present = sums[:, :-1], sums[:, -1]
+    *are_other, num_present = to_host(*(found != found[:1]).any(0), present.sum())
+    check_present(accelerator.num_processes, num_present)
     return [name for name, is_other in zip(values, are_other, strict=True) if is_other]
 
 
@@ -38,6 +45,8 @@ def check_same_command(config: Config, accelerator: Accelerator) -> None:
     Another option, such as validate.every, would let processes exchange what does not belong together, or take samples
     that another one has as well.
     """
+    if accelerator.num_processes == 1:
+        return
     options = compared(config)
     if differing(accelerator, {"code": (source_digest(), list(options))}):
         reason = "the processes do not run the same code; give each machine the same version of Handloop"
@@ -51,7 +60,7 @@ def check_same_command(config: Config, accelerator: Accelerator) -> None:
 
 
 def compared(config: Config) -> dict[str, object]:
-    """The options that have to be the same in all processes; of a place whether there is one."""
+    """The options that have to be the same in all processes; of a mirror whether there is one."""
     sections = {name: values for name, values in asdict(config).items() if isinstance(values, dict)}
     options = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
     found: dict[str, object] = {

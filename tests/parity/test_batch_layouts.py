@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from tests.compare_runs import start_processes
 from tests.conftest import arguments, run_command, thorough, training_of, with_batch
 from train.config import BatchConfig, Config, EngineConfig
+from train.run.accelerator import least
 from train.run.processes import any_process
 from train.run.same_command import differing
 from train.step import Training, optimizer_step
@@ -137,8 +138,12 @@ def test_a_sum_that_was_given_up_is_not_used(config: Config, monkeypatch: pytest
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
     before = [leaf.detach().clone() for leaf in training.flat.leaves]
     accelerator = training.accelerator
-    asked = (lambda: any_process(accelerator, True), lambda: differing(accelerator, {"code": "ours"}))
-    for ask in (lambda: optimizer_step(training, 0), *asked):
+    exchanges = (
+        lambda: any_process(accelerator, True),
+        lambda: differing(accelerator, {"code": "ours"}),
+        lambda: least(accelerator, [1.0]),
+    )
+    for ask in (lambda: optimizer_step(training, 0), *exchanges):
         with pytest.raises(RuntimeError, match="a collective of NCCL or gloo was given up: 1 of 2"):
             ask()
     assert all(torch.equal(a, b) for a, b in zip(before, training.flat.leaves, strict=True))

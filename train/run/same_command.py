@@ -3,15 +3,12 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from train.config import Config
-from train.metrics import to_host
 from train.run.exits import ExitCode, ExitWith
-from train.run.processes import check_present, say
+from train.run.processes import gathered, say
 from train.run.versions import source_digest, versions
 
 # names of places, of which the content is compared where it is read: a machine may have the same files elsewhere
@@ -23,20 +20,12 @@ OF_THE_FIRST = ("track", "compare")  # sections of which the other processes mak
 
 
 def differing(accelerator: Accelerator, values: Mapping[str, object]) -> list[str]:
-    """The names whose values are not the same in all processes; all give the same names, and get the same answer.
-
-    A sum of rows, of which each process fills its own: a gather that NCCL has given up would be taken for an answer.
-    """
+    """The names whose values are not the same in all processes; all give the same names, and get the same answer."""
     if accelerator.num_processes == 1:
         return []
-    digests = [hashlib.sha256(repr(value).encode()).digest()[:3] for value in values.values()]
-    rows = torch.zeros(accelerator.num_processes, len(digests) + 1, device=accelerator.device)
-    rows[accelerator.process_index] = torch.tensor([*map(int.from_bytes, digests), 1.0])  # exact in fp32
-    sums: Any = accelerator.reduce(rows, reduction="sum")
-    found, present = sums[:, :-1], sums[:, -1]
-    *are_other, num_present = to_host(*(found != found[:1]).any(0), present.sum())
-    check_present(accelerator.num_processes, num_present)
-    return [name for name, is_other in zip(values, are_other, strict=True) if is_other]
+    digests = [hashlib.sha256(repr(value).encode()).digest()[:6] for value in values.values()]
+    found = gathered(accelerator, list(map(int.from_bytes, digests)))  # exact in fp64
+    return [name for name, numbers in zip(values, zip(*found, strict=True), strict=True) if len(set(numbers)) > 1]
 
 
 def check_same_command(config: Config, accelerator: Accelerator) -> None:

@@ -106,6 +106,18 @@ def test_a_disk_of_its_own(config: Config, tmp_path: Path) -> None:
         assert told in other.stdout
 
 
+def test_a_named_checkpoint_that_one_machine_lacks(config: Config, tmp_path: Path) -> None:
+    """--run.resume PATH is refused in all processes, also where another than the first has no such folder."""
+    killed = run_command(arguments(config), Fault("save", 2, "after"))
+    assert killed.returncode == -9, killed.stderr
+    (folder,) = Path(config.run.dir).glob("checkpoints/step-*2")
+    named = replace(config, run=replace(config.run, dir=str(tmp_path / "new"), resume=str(folder)))
+    first, other = beside(named, Given("run.resume", str(tmp_path / "none")))
+    assert (first.returncode, other.returncode) == (78, 78), first.stderr
+    assert "--run.resume must name the same checkpoint on each machine" in first.stderr
+    assert "it is not a folder" in other.stdout
+
+
 def test_what_one_process_cannot_read(config: Config, tmp_path: Path) -> None:
     """It says so itself; once there is a group, exit.json has it, and not the peer failure that follows."""
     config = replace(config, run=replace(config.run, timeout_minutes=0.05))

@@ -12,7 +12,9 @@ from accelerate import Accelerator
 from tests.compare_runs import start_processes
 from tests.conftest import arguments, run_command, thorough, training_of, with_batch
 from train.config import BatchConfig, Config, EngineConfig
+from train.run.accelerator import least
 from train.run.processes import any_process
+from train.run.same_command import differing
 from train.step import Training, optimizer_step
 from train.track.metrics_file import read_metrics
 from train.validation.material import Material
@@ -135,7 +137,13 @@ def test_a_sum_that_was_given_up_is_not_used(config: Config, monkeypatch: pytest
     monkeypatch.setattr(training.accelerator, "reduce", lambda tensor, reduction: tensor)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
     before = [leaf.detach().clone() for leaf in training.flat.leaves]
-    for ask in (lambda: optimizer_step(training, 0), lambda: any_process(training.accelerator, True)):
+    accelerator = training.accelerator
+    exchanges = (
+        lambda: any_process(accelerator, True),
+        lambda: differing(accelerator, {"code": "ours"}),
+        lambda: least(accelerator, [1.0]),
+    )
+    for ask in (lambda: optimizer_step(training, 0), *exchanges):
         with pytest.raises(RuntimeError, match="a collective of NCCL or gloo was given up: 1 of 2"):
             ask()
     assert all(torch.equal(a, b) for a, b in zip(before, training.flat.leaves, strict=True))

@@ -28,6 +28,11 @@ from train.step import Training
 
 # names that earlier versions gave to entries of a checkpoint's layout
 OLD_LAYOUT_NAMES = {"tokens in a pass": "micro_batch_tokens", "tokens in a tile": "mlp_tile_tokens"}
+# what follows from a machine where no option says it
+OF_MACHINES = {
+    "data.date": "templates see another day in some processes, by their clocks or time zones; give --data.date",
+    "model.dtype": "the processes' GPUs would compute in different types (some have no bf16); give --model.dtype fp16",
+}
 
 
 def check_same_run(
@@ -82,8 +87,7 @@ def check_same_everywhere(same_run: dict[str, object], accelerator: Accelerator)
     # details may name other folders; a date is there where the template asks for one
     decisive = {"data.date": ""} | {name: value for name, value in same_run.items() if name != DETAILS}
     names = differing(accelerator, dict(sorted(decisive.items())))
-    if "data.date" in names:
-        reason = "templates see another day in some processes, by their clocks or time zones; give --data.date"
+    if reason := next((OF_MACHINES[name] for name in OF_MACHINES if name in names), ""):
         raise ExitWith(ExitCode.BAD_INPUT, reason)
     if names:
         raise ExitWith(
@@ -111,14 +115,13 @@ def choose(
     Raises ExitWith(NO_VALID_CHECKPOINT) if one is wanted and none is valid.
     """
     wanted = config.run.resume
-    if wanted not in ("auto", "must", "never") and not Path(wanted).is_dir():
-        reason = f"--run.resume {wanted}: write auto, must, never, or the path of a checkpoint folder"
-        raise ExitWith(ExitCode.BAD_INPUT, reason)
-
     found: Checkpoint | None = None
 
     def decide() -> int:
         nonlocal found
+        if wanted not in ("auto", "must", "never") and not Path(wanted).is_dir():
+            reason = f"--run.resume {wanted}: write auto, must, never, or the path of a checkpoint folder"
+            raise ExitWith(ExitCode.BAD_INPUT, reason)
         if mirror is not None:
             mirror.check()
         if wanted == "never":
@@ -138,13 +141,19 @@ def choose(
         share(mirror, store, accelerator, step)
     if not step:
         return None
-    return _in_all(store, found, store.path_of(step) if wanted in ("auto", "must") else Path(wanted), accelerator)
+    if wanted in ("auto", "must"):
+        remedy = f"the run folder must be on a disk that all of them see, or give {OPTION}"
+        return _in_all(store, found, store.path_of(step), remedy, accelerator)
+    remedy = "--run.resume must name the same checkpoint on each machine"
+    return _in_all(store, found, Path(wanted), remedy, accelerator)
 
 
-def _in_all(store: CheckpointStore, found: Checkpoint | None, path: Path, accelerator: Accelerator) -> Checkpoint:
+def _in_all(
+    store: CheckpointStore, found: Checkpoint | None, path: Path, remedy: str, accelerator: Accelerator
+) -> Checkpoint:
     """The checkpoint in `path` in each process, of which the first has `found` it.
 
-    Raises ExitWith(BAD_INPUT) in all where one cannot read it, or has another one there.
+    Raises ExitWith(BAD_INPUT) in all, with the remedy, where one cannot read it, or has another one there.
     """
     mark = ""
     try:
@@ -154,7 +163,6 @@ def _in_all(store: CheckpointStore, found: Checkpoint | None, path: Path, accele
         print(f"process {accelerator.process_index}: {error}", flush=True)
     if differing(accelerator, {"checkpoint": mark}) or found is None:
         reason = f"not all processes find the {path.name} from which the first one goes on"
-        remedy = f"the run folder must be on a disk that all of them see, or give {OPTION}"
         raise ExitWith(ExitCode.BAD_INPUT, f"{reason}: {remedy}")
     return found
 

@@ -13,11 +13,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, parse_flag_from_env
 
 from train.config import Config, parse_bytes
-from train.metrics import to_host
 from train.optim import OPTIMIZERS
 from train.run import devices
 from train.run.environment import CONFIGURATIONS, check_environment
 from train.run.exits import ExitCode, ExitWith
+from train.run.processes import gathered
 from train.run.same_command import check_same_command
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -144,9 +144,7 @@ def free_gpu_bytes(config: Config, accelerator: Accelerator) -> int | None:
 
 def least(accelerator: Accelerator, numbers: list[float]) -> list[float]:
     """The least of each number over all processes, which are the same in all."""
-    mine = torch.tensor([numbers], dtype=torch.float64, device=accelerator.device)
-    gathered: Any = accelerator.gather(mine)
-    return to_host(*gathered.amin(0))
+    return [min(each) for each in zip(*gathered(accelerator, numbers), strict=True)]
 
 
 def check_peers(accelerator: Accelerator, machines: Sequence[int]) -> None:

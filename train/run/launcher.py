@@ -146,6 +146,9 @@ class Launcher:
         with suppress(OSError, ValueError):
             code = int((self.folder / "exit").read_text())
             self.end = next((trainer.reason for trainer in trainers if trainer.code == code), "")
+            # another process has said it before there was a group, and the first was ended while it waited
+            if run is not None and trainers and trainers[0].code is None and not run.folder.exit.exists():
+                self._record(ExitWith(ExitCode(code), self.end), run.folder, trainers)
             return code
         if self.stopped_by and not trainers:
             self.end = f"stopped by {self.stopped_by} before training began"

@@ -4,13 +4,11 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
 
-import torch
 from accelerate import Accelerator
 
 from train.config import Config
-from train.metrics import to_host
 from train.run.exits import ExitCode, ExitWith
-from train.run.processes import say
+from train.run.processes import gathered, say
 from train.run.versions import source_digest, versions
 
 # names of places, of which the content is compared where it is read: a machine may have the same files elsewhere
@@ -25,11 +23,9 @@ def differing(accelerator: Accelerator, values: Mapping[str, object]) -> list[st
     """The names whose values are not the same in all processes; all give the same names, and get the same answer."""
     if accelerator.num_processes == 1:
         return []
-    digests = [hashlib.sha256(repr(value).encode()).digest()[:3] for value in values.values()]
-    own = torch.tensor([[float(int.from_bytes(each)) for each in digests]], device=accelerator.device)  # exact in fp32
-    gathered = accelerator.gather(own)
-    are_other = to_host(*(gathered != gathered[:1]).any(0).float())
-    return [name for name, is_other in zip(values, are_other, strict=True) if is_other]
+    digests = [hashlib.sha256(repr(value).encode()).digest()[:6] for value in values.values()]
+    found = gathered(accelerator, list(map(int.from_bytes, digests)))  # exact in fp64
+    return [name for name, numbers in zip(values, zip(*found, strict=True), strict=True) if len(set(numbers)) > 1]
 
 
 def check_same_command(config: Config, accelerator: Accelerator) -> None:
@@ -38,6 +34,8 @@ def check_same_command(config: Config, accelerator: Accelerator) -> None:
     Another option, such as validate.every, would let processes exchange what does not belong together, or take samples
     that another one has as well.
     """
+    if accelerator.num_processes == 1:
+        return
     options = compared(config)
     if differing(accelerator, {"code": (source_digest(), list(options))}):
         reason = "the processes do not run the same code; give each machine the same version of Handloop"
@@ -51,7 +49,7 @@ def check_same_command(config: Config, accelerator: Accelerator) -> None:
 
 
 def compared(config: Config) -> dict[str, object]:
-    """The options that have to be the same in all processes; of a place whether there is one."""
+    """The options that have to be the same in all processes; of a mirror whether there is one."""
     sections = {name: values for name, values in asdict(config).items() if isinstance(values, dict)}
     options = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
     found: dict[str, object] = {

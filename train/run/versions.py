@@ -27,10 +27,13 @@ def package_version(package: str) -> str:
 
 
 def source_digest() -> str:
-    """The sha256 of this program's source files."""
+    """The sha256 of this program's source files; without hidden ones, such as Emacs's links to nowhere and Jupyter's
+    copies of what is edited."""
     found = hashlib.sha256()
     for path in sorted(path for package in ("train", "data_tools") for path in (ROOT / package).rglob("*.py")):
-        found.update(f"{path.relative_to(ROOT)} ".encode() + path.read_bytes())
+        place = path.relative_to(ROOT)
+        if not any(part.startswith(".") for part in place.parts):
+            found.update(f"{place} ".encode() + path.read_bytes())
     return found.hexdigest()
 
 

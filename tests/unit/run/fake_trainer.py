@@ -12,10 +12,16 @@ import time
 from pathlib import Path
 
 from train.run.attempts import AttemptLog
-from train.run.exits import ExitCode
+from train.run.exits import ExitCode, OwnEnd
 from train.run.folder import RunFolder
 from train.run.heartbeats import write_beat
+from train.run.last_words import say_end
 from train.run.signals import follow_launcher, leave_note, tell_doing, tell_launcher
+
+NOTES = {
+    "memory": (ExitCode.BAD_INPUT, "no memory left"),
+    "lost one": (ExitCode.PEER_FAILURE, "another process died"),
+}
 
 
 def main() -> None:
@@ -60,12 +66,12 @@ def behave(behaviour: str, timeout: float) -> None:
     if behaviour == "watchdog":  # as NCCL's
         time.sleep(timeout)
         os.abort()
-    if behaviour == "memory":
-        leave_note(ExitCode.BAD_INPUT, "no memory left")
+    if behaviour == "alone":  # it cannot read its data, before there is a group
+        say_end(OwnEnd(ExitCode.BAD_INPUT, "process 1: no such file"))
         sys.exit(ExitCode.BAD_INPUT)
-    if behaviour == "lost one":
-        leave_note(ExitCode.PEER_FAILURE, "another process died")
-        sys.exit(ExitCode.PEER_FAILURE)
+    if behaviour in NOTES:
+        leave_note(*NOTES[behaviour])
+        sys.exit(NOTES[behaviour][0])
     if behaviour == "ctrl_c":  # the second one
         leave_note(128 + signal.SIGINT)
         os._exit(128 + signal.SIGINT)

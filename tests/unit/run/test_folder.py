@@ -16,7 +16,7 @@ from train.run import versions as versions_module
 from train.run.attempts import plain
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import OURS, RunFolder, read_object
-from train.run.versions import code_version
+from train.run.versions import code_version, source_digest
 
 # the base's folder has one too; wandb's own settings are in a folder of this name, too
 NAMES_ALSO_ELSEWHERE = {
@@ -149,6 +149,20 @@ def test_values_are_plain_json() -> None:
     expected = {"norm": "inf", "path": "a/b", "words": ["a", 1], "flag": True, "none": None, "x": 0.5}
     assert plain(values) == expected
     assert json.loads(json.dumps(plain(values), allow_nan=False)) == expected
+
+
+def test_the_source_digest_is_of_the_program_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Content and names count; what editors leave, and links to nowhere among it, does not."""
+    monkeypatch.setattr(versions_module, "ROOT", tmp_path)
+    for package in ("train", "data_tools"):
+        (tmp_path / package / ".ipynb_checkpoints").mkdir(parents=True)
+        (tmp_path / package / "a.py").write_text("1")
+    before = source_digest()
+    (tmp_path / "train" / ".ipynb_checkpoints" / "a-checkpoint.py").write_text("0")
+    (tmp_path / "train" / ".#a.py").symlink_to("user@host.1234")  # Emacs's lock
+    assert source_digest() == before
+    (tmp_path / "data_tools" / "a.py").write_text("2")
+    assert source_digest() != before
 
 
 def test_the_code_version_says_when_files_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

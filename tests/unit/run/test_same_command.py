@@ -3,8 +3,11 @@
 from dataclasses import asdict, replace
 
 import pytest
+from accelerate import Accelerator
 
+from train.checkpoints import resume
 from train.config import Config
+from train.run.exits import ExitWith
 from train.run.same_command import OF_THE_FIRST, PLACES, compared
 
 
@@ -29,3 +32,11 @@ def test_a_checkpoint_may_lie_elsewhere(one: str, other: str, are_equal: bool, c
     """What is to be gone on from is the same; the folder's content is compared where it is read."""
     both = [compared(replace(config, run=replace(config.run, resume=word))) for word in (one, other)]
     assert (both[0] == both[1]) == are_equal
+
+
+@pytest.mark.parametrize(("name", "option"), [("data.date", "--data.date"), ("model.dtype", "--model.dtype fp16")])
+def test_what_a_machine_decides_names_its_option(name: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is sent to compare files where a clock or an older GPU is the cause."""
+    monkeypatch.setattr(resume, "differing", lambda *_: ["data", name])
+    with pytest.raises(ExitWith, match=f"give {option}$"):
+        resume.check_same_everywhere({}, Accelerator(cpu=True))

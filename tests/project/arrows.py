@@ -431,6 +431,7 @@ ALLOWED_MODULES = {
         "train.memory.sizes",
     },
     "train.memory.kept": {
+        "train.engine.attention",
         "train.engine.split_attention",
         "train.memory.candidate",
         "train.memory.linear",

@@ -19,7 +19,6 @@ from train.run.exits import ExitCode, ExitWith
 
 ALL_LINEAR = "all-linear"
 NO_LAYERS = "none"
-PEFT_REFUSES = "_check_lora_target_modules_mamba"
 NAME = re.compile(r"[\w.-]+")
 # projections that some architectures hold fused, as three-dimensional parameters of their experts; PEFT turns the names
 # of the parts into that of the whole (utils/transformers_weight_conversion.py)
@@ -123,13 +122,14 @@ def _as_peft_asks(word: str, spelled: Mapping[str, str]) -> list[str]:
 
 def _refused_by_peft(base: PreTrainedModel, linear: Sequence[str]) -> set[str]:
     """Layers on which PEFT puts no adapter in models of this type: Mamba's kernels take out_proj's weight itself."""
-    check: Any = getattr(tuners_utils, PEFT_REFUSES, None)  # its own matter, by a name that may go
     found = set()
-    for name in linear if check else ():
+    for name in linear:
         try:
-            check(LoraConfig(), base, name.rpartition(".")[2])
+            tuners_utils._check_lora_target_modules_mamba(LoraConfig(), base, name.rpartition(".")[2])
         except ValueError:
             found.add(name)
+        except AttributeError:  # a later PEFT's has another name
+            break
     return found
 
 

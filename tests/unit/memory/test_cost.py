@@ -106,13 +106,11 @@ def test_kept_activations_are_what_a_block_keeps(family: str, tile: int) -> None
 def test_heads_with_zeros_behind_them_are_kept_beside_the_block_s_own() -> None:
     """Where flash kernels do not take heads as they are, OpenLLaMA-3B's of 100: query, key, value and output."""
     widths = {"query": 3200, "qkv": 3200 + 2 * 800, "num_key_value": 8}
-    jobs = [
-        planner_for(LONG, BatchConfig(1, 1), sizes=replace(LLAMA_8B, head_size=size, **widths)) for size in (0, 100)
-    ]
+    shapes = [replace(LLAMA_8B, head_size=size, **widths) for size in (0, 100)]
+    jobs = [planner_for(LONG, BatchConfig(1, 1), sizes=each) for each in shapes]
     candidates = [first_candidate(each, 2048, num_kept=1) for each in jobs]
     kept = [kept_of(each.job, c, [31]) for each, c in zip(jobs, candidates, strict=True)]
-    states = [torch.empty(2048, heads, 100, dtype=torch.bfloat16) for heads in (32, 8, 8)]
-    padded = _padded_heads(states)
+    padded = _padded_heads(states := [torch.empty(2048, heads, 100, dtype=torch.bfloat16) for heads in (32, 8, 8)])
     found = sum(each.nbytes for each in padded) + padded[0].nbytes - states[0].nbytes
     assert kept[1] - kept[0] == found
     backward = [attention_backward(each.job, c) for each, c in zip(jobs, candidates, strict=True)]

@@ -105,9 +105,13 @@ def test_shards_are_of_one_machine() -> None:
 
 def test_processes_plan_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the least of all rates and of all free memory; and with one copy for a machine, where pages are shared."""
-    other = torch.tensor([[1e13, 9e15, 1e12, 9e12, 3e9, 0.0, 8.0, 0.0]], dtype=torch.float64)
+    is_there = 1.0
+    other = torch.tensor([1e13, 9e15, 1e12, 9e12, 3e9, 0.0, 8.0, 0.0, is_there], dtype=torch.float64)
     accelerator: Any = SimpleNamespace(
-        num_processes=2, device=torch.device("cpu"), gather=lambda mine: torch.cat([mine, other])
+        num_processes=2,
+        process_index=0,
+        device=torch.device("cpu"),
+        reduce=lambda rows, reduction: rows + torch.stack([torch.zeros_like(other), other]),
     )
     config: Any = SimpleNamespace(memory=MemoryConfig())
     ahead = Outlook(config, LONG, planner_for(LONG, BatchConfig(1, 4)), "", 12 * GIB, 32, None)

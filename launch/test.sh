@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that is checked: style, types, and the whole test suite (about 15 minutes on two cores). Arguments behind the
+# Everything that is checked: style, types, and the whole test suite (about 16 minutes on two cores). Arguments behind the
 # mode go to pytest. Modes, as the first argument:
 #   --quick        style, types, and the unit and parity tests (2.5 minutes)
 #   --thorough     the whole, with further variants of tests that run anyway (about 20 minutes)

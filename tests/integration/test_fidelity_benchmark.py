@@ -17,6 +17,7 @@ from benchmarks.fidelity_layer import SHARES, layer
 from benchmarks.fidelity_picture import LOWEST, smooth
 from benchmarks.fidelity_runs import Setting
 from benchmarks.fidelity_trace import Recorder, Trace, distances, flat, unflattened
+from tests.conftest import thorough
 from train.run.exits import ExitCode, ExitWith
 
 Call = Callable[..., dict[str, Any]]
@@ -90,6 +91,7 @@ def test_rows_of_earlier_calls_stay_and_a_failing_peer_ends_nothing(
     assert "ModuleNotFoundError: No module named 'unsloth'" in said
 
 
+@thorough
 def test_kept_runs_of_fp32_are_taken_where_all_is_the_same(
     call: Call, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 from benchmarks import public
 from benchmarks.public import NOTE, OF_MLPERF, WORKLOADS, Workload, main, reason_of
 from benchmarks.real_job import HostMemory, _kill, measured
+from tests.conftest import thorough
 from tests.slurm_cluster import wait_for
 
 TINY = "--lora.r 4 --lora.target_modules all-linear --batch.per_device 1 --model.max_positions 640"
@@ -38,6 +39,7 @@ def run(monkeypatch: pytest.MonkeyPatch, shape: Path, tmp_path: Path) -> Any:
     return call
 
 
+@thorough
 def test_a_row_for_each_number_of_processes(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows longer than the base's positions, in full, on one process and shared out to two; another call adds rows."""
     run("tiny", "--processes", "1", "--warmup", "1", "--steps", "2")

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import public, scaling, scaling_table
 from benchmarks.public import OF_MLPERF, Workload
+from tests.conftest import thorough
 
 Call = Callable[..., str]
 TINY = Workload("Llama-2-70B", 640, 2, "--lora.r 4 --batch.per_device 1 --model.max_positions 640", OF_MLPERF)
@@ -127,6 +128,7 @@ def test_further_options_have_rows_of_their_own(
     }
 
 
+@thorough
 @pytest.mark.slow
 def test_the_plan_of_one_and_two_gpus(call: Call, shape: Path, tmp_path: Path) -> None:
     """Sharded weights have a row for two GPUs alone, beside replicas on one; two machines are refused."""

@@ -10,11 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
-from train.engine.grouped import grouped_outer, grouped_product
+from train.engine.grouped import TENSOR_CORES, grouped_outer, grouped_product
 from train.engine.linears import ExpertLinear, Projection
 from train.engine.lora_linear import PADDING, OneMatrix, dequantize
-
-TENSOR_CORES = 16  # columns that they multiply at once
 
 Rows = tuple[torch.Tensor, torch.Tensor | None]  # x [S, W], or x [T, W] and the rows [S] of it that are meant
 

@@ -14,6 +14,7 @@ from train.engine.operations import TANH_GELU, gate, gate_backward, kernels_for
 # gate and up of a row in turn, clamped: min(gate, limit) sigmoid(slope min(gate, limit)) (1 + up) (gpt-oss)
 CLAMPED = "clamped_swiglu"
 CLAMPED_SLOPE, CLAMPED_LIMIT = 1.702, 7.0
+TENSOR_CORES = 16  # columns that they multiply at once, at least
 
 
 def _kernels_for(device: torch.device) -> Any:

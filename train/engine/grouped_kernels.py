@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from train.engine.grouped import CLAMPED_LIMIT, CLAMPED_SLOPE
+from train.engine.grouped import CLAMPED_LIMIT, CLAMPED_SLOPE, TENSOR_CORES
 from train.engine.kernels import _bend_of, _sigmoid_of
 from train.run import devices
 
@@ -14,8 +14,7 @@ DEPTH = 64  # elements of 16 bits that a tile of a product sums at a time
 # Rows and columns of a tile, warps, stages, from this compute capability on: what shared memory holds. On an H100 128
 # experts of 1,536 x 2,048 reach 473 TFLOP/s forward and 567 backward, where one product of 8,192 x 8,192 reaches 778
 TILES = {(9, 0): (128, 256, 8, 4), (8, 0): (128, 128, 8, 3), (0, 0): (64, 64, 4, 2)}
-NARROW = 64  # columns of adapters, which fit one tile; SHORT at least, what tensor cores take at once
-SHORT = 16
+NARROW = 64  # columns of adapters, which fit one tile
 GATE_BLOCK = 1024  # elements of a row that a program gates
 
 
@@ -87,9 +86,9 @@ def product(
     has = devices.capability(a.device)
     height, columns, warps, stages = next(tile for least, tile in TILES.items() if has >= least)
     if width <= NARROW:
-        columns, warps = max(SHORT, triton.next_power_of_2(width)), 4
+        columns, warps = max(TENSOR_CORES, triton.next_power_of_2(width)), 4
     beside, step, rank = a if low is None else low, DEPTH * 2 // a.element_size(), whole_depth - depth
-    of_rank = min(step, max(SHORT, rank & -rank))  # the largest power of two in it
+    of_rank = min(step, max(TENSOR_CORES, rank & -rank))  # the largest power of two in it
     product_kernel[(-(-width // columns), -(-num_rows // height) + num_groups)](
         a, a.stride(0), ends if rows is None else rows, beside, beside.stride(0), b, *b.stride(), out, out.stride(0),
         ends, depth, rank, width, num_groups, rows is not None, height, columns, step, of_rank,
@@ -133,7 +132,7 @@ def outer(
     num_groups, width, columns = out.shape
     outer_kernel[(-(-columns // 128), num_groups)](
         a, a.stride(0), b, b.stride(0), ends if rows is None else rows, out, *out.stride(), ends, scale, width, columns,
-        rows is not None, 128 // a.element_size(), max(SHORT, triton.next_power_of_2(width)), 128, num_warps=4,
+        rows is not None, 128 // a.element_size(), max(TENSOR_CORES, triton.next_power_of_2(width)), 128, num_warps=4,
     )  # fmt: skip
 
 

@@ -196,7 +196,7 @@ def test_noise_of_routers_is_told(config: Config, tmp_path: Path) -> None:
 
 def test_names_that_transformers_changes(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Adapters that PEFT will look for under another name are told, as Laguna's mlp.shared_experts."""
-    where = "train.models.adapters.get_model_conversion_mapping"
+    where = "train.models.stored.get_model_conversion_mapping"
     monkeypatch.setattr(where, lambda *_, **__: [WeightRenaming("mlp.down_projection", "mlp.down_proj")])
     assert not training_of(config, Accelerator(cpu=True)).model.about.notes
     monkeypatch.setattr(where, lambda *_, **__: [WeightRenaming("mlp.down_pro.", "mlp.down_projs")])

@@ -8,13 +8,13 @@ from typing import Any
 import peft
 import torch
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from train.config import Config
 from train.engine.layers import Vocabulary
 from train.engine.linears import ADAPTER
 from train.models.experts import as_shapes
+from train.models.stored import renamings_of
 from train.models.targets import EXPERT_PARTS, Targets, as_adapted, refuse_unmatched, resolve_targets
 from train.models.tokenizer import TrainedTokens, trained_tokens
 from train.models.vocabulary import extend_vocabulary, mean_row, name_of, whole_layers
@@ -114,8 +114,7 @@ def misnamed_note(base: PreTrainedModel) -> list[str]:
     expressions take the new name for the old one, as mlp.shared_expert. takes mlp.shared_experts.
     """
     names = [name for name, module in base.named_modules() if is_adapted_layer(module)]
-    known = get_model_conversion_mapping(base, add_legacy=False)
-    renamings = [each for each in known if isinstance(each, WeightRenaming)]
+    renamings = renamings_of(base)
     lost = [name for name in names if any(_moves(each, f"{name}.weight") for each in renamings)]
     if not lost:
         return []

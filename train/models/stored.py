@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # types of values; everything else is a code that needs its scales
 COUNTS = ("I64", "I32", "BOOL")  # types of tables such as position ids and masks
@@ -164,7 +167,13 @@ def _ancestors(name: str) -> Iterable[str]:
     return (".".join(parts[:count]) for count in range(1, len(parts) + 1))
 
 
-def name_as_read(name: str, renamings: Iterable[Any], known: Collection[str]) -> str:
+def renamings_of(model: PreTrainedModel) -> list[WeightRenaming]:
+    """What transformers makes of names in files of the model's kind; without those of files that are years old."""
+    mapping = get_model_conversion_mapping(model, add_legacy=False)
+    return [each for each in mapping if isinstance(each, WeightRenaming)]
+
+
+def name_as_read(name: str, renamings: Iterable[WeightRenaming], known: Collection[str]) -> str:
     """What transformers' renamings, one after another, make of a name in the files.
 
     One that is a tensor's of the model already stays, as in transformers, unless it becomes another such: some

@@ -29,7 +29,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 from train.config import ModelConfig
 from train.models.hub import unreadable
 from train.models.shape import BROKEN, cannot_read, model_shape, positions_note
-from train.models.stored import StoredWeights, name_as_read, named
+from train.models.stored import StoredWeights, name_as_read, named, renamings_of
 
 PEFT_PREFIX = "base_model.model."  # which PEFT puts before the names of the base's modules
 # Text parts without a causal language model of their own in transformers, and the one that computes the same of text:
@@ -199,8 +199,7 @@ def _part(own: PreTrainedConfig, whole: PreTrainedModel, inner: PreTrainedModel)
     for model in (whole, inner):
         ignored += getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     words = frozenset(start.rpartition(".")[2] for start in beside)
-    known = get_model_conversion_mapping(whole, add_legacy=False)
-    renamings = tuple(each for each in known if isinstance(each, WeightRenaming))
+    renamings = tuple(renamings_of(whole))
     ends = (f"{embeddings[0]}.weight", f"{heads[0]}.weight")
     return TextPart(own, names, *ends, words, tuple(ignored), renamings, frozenset(every))
 

@@ -4,6 +4,7 @@ A step counts from one row of metrics.jsonl to the next by the first process's c
 in it. What is written by then stays, so a job that is ended after a time has the steps that it has done.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -22,7 +23,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from benchmarks.interrupted_run import commit
 from train.cli import parse
@@ -196,9 +197,17 @@ def noting(config: Config) -> Watch:
 
 
 def shape_folder(shape: PreTrainedConfig, folder: Path) -> Path:
-    """A model's config.json with the bundled tokenizer, in a new folder."""
+    """A model's config.json with the bundled tokenizer and the ids of its special tokens, in a new folder.
+
+    transformers gives the padding token an embedding of zeros. Were it the token that samples begin with, as id 0 is
+    here, that token would stay zero in all blocks, and its gradient grow a thousand times in each: NaN after a dozen.
+    """
     shutil.copytree(TOKENIZER, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    shape.save_pretrained(folder)
+    of_tokenizer, own = AutoConfig.from_pretrained(TOKENIZER, trust_remote_code=False), copy.deepcopy(shape)
+    for part in (own, own.get_text_config()):
+        part.bos_token_id, part.eos_token_id = of_tokenizer.bos_token_id, of_tokenizer.eos_token_id
+        part.pad_token_id = of_tokenizer.pad_token_id
+    own.save_pretrained(folder)
     return folder
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from benchmarks import public
 from benchmarks.public import NOTE, OF_MLPERF, WORKLOADS, Workload, main, reason_of
-from benchmarks.real_job import HostMemory, _kill, measured
+from benchmarks.real_job import HostMemory, _kill, measured, shape_folder
 from tests.conftest import thorough
 from tests.slurm_cluster import wait_for
 
@@ -152,3 +153,13 @@ def test_what_a_gpu_s_plan_predicts() -> None:
     assert (found["predicted_peak_gib"], found["streamed_blocks"], found["predicted_step_seconds"]) == (1.5, 2, 2.0)
     assert found["times_published"]["8 x H100, NeMo, fp8 (Supermicro)"] == 2.0
     assert found["seconds_for_384_sequences"] == 384.0
+
+
+def test_no_sample_begins_with_an_embedding_of_zeros(tmp_path: Path) -> None:
+    """Of random weights, whatever padding token the shape names: its gradient would overflow, layer by layer."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
+    folder = shape_folder(LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=9, pad_token_id=0), tmp_path / "shape")
+    tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+    weights = AutoModelForCausalLM.from_config(config).get_input_embeddings().weight
+    assert not weights[tokenizer.pad_token_id].any()
+    assert weights[tokenizer.bos_token_id].any()

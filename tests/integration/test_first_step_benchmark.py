@@ -9,10 +9,12 @@ import pytest
 
 from benchmarks import first_step
 from benchmarks.first_step import PARTS, Clock, started, table
+from tests.conftest import thorough
 
 WORDS = ["--profile", "demo", "--run.device", "cpu", "--track.wandb", "off"]
 
 
+@thorough
 def test_parts_of_a_real_start_add_up() -> None:
     """Within the rounding of each; every part that a fresh run has was met, none is negative."""
     row = started(WORDS)

@@ -141,8 +141,9 @@ def test_options_are_left_out_in_both_spellings() -> None:
     assert without(words, "--optim.lr", "--lora") == [*words[:1], *words[3:]]
 
 
+@thorough
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["fp8", pytest.param("bf16", marks=thorough)])
+@pytest.mark.parametrize("way", ["fp8", "bf16"])
 def test_a_run_of_the_real_job(way: str, call: Call, shape: Path) -> None:
     """In 16 bits the adapters' loss is that of the run itself; those of fp8 have another one with its products."""
     words = ["--model.random_init", "true", "--data.gate", "warn", "--data.max_length", "128"]

@@ -20,6 +20,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from benchmarks.interrupted_run import commit
 from benchmarks.real_job import ROOT, measured, record, shape_folder, single_words, split_words
 from benchmarks.speed_workloads import COMMON
 from train.run.folder import RunFolder, read_object
@@ -143,7 +144,7 @@ def run_workload(name: str, options: argparse.Namespace, words: list[str], folde
             row |= beside(workload, row, read_object(RunFolder(place).plan)) | {"rows_a_step": size}
         except RuntimeError as error:
             row = {"processes": count, "failed": reason_of(str(error)), "said": str(error)[-4000:]}
-        row["words"] = words
+        row |= {"words": words, "commit": commit()}
         rows = [*(known for known in rows if known["processes"] != count), row]
         record(options.out, key, sorted(rows, key=lambda row: row["processes"]), facts(workload, options.shape))
         print(line(name, row), flush=True)

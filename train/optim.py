@@ -183,8 +183,11 @@ def load_optimizer_state(
     """Puts `state` back bit for bit, into buffers that the optimizer itself makes, so that paged ones are paged again.
 
     bitsandbytes' own load_state_dict would replace paged buffers by resident ones and take hyperparameters from the
-    checkpoint. Raises ValueError where names or shapes differ from what this optimizer keeps.
+    checkpoint. Raises ValueError where names or shapes differ from what this optimizer keeps. There is none, and the
+    optimizer begins, where every step before was skipped.
     """
+    if not state:
+        return
     for group_index, group in enumerate(optimizer.param_groups):
         for index, leaf in enumerate(group["params"]):
             _make_state(optimizer, leaf, group_index, index)

@@ -98,6 +98,19 @@ def test_the_count_survives_a_kill(config: Config, tmp_path: Path, tally: Tally)
 
 
 @pytest.mark.fault("T18")
+def test_a_checkpoint_before_any_update(config: Config, tmp_path: Path, tally: Tally) -> None:
+    """Killed behind a first step that was skipped, a run ends in the bits of one that was not."""
+    config = replace(config, checkpoint=CheckpointConfig(every=1))
+    alone, words = (arguments(at(config, tmp_path / name)) for name in ("alone", "run"))
+    skipped = run_command(alone, NotANumber((1,)))
+    tally.check(skipped.returncode == 0, f"{skipped.returncode}")
+    killed = run_command(words, Both(NotANumber((1,)), Fault("save", 1, "after")))
+    tally.check(killed.returncode == -signal.SIGKILL, f"{killed.returncode}")
+    finish(words)
+    tally.check(result_of(tmp_path / "run") == result_of(tmp_path / "alone"), "result")
+
+
+@pytest.mark.fault("T18")
 def test_processes_decide_together(config: Config, tmp_path: Path, tally: Tally) -> None:
     """NaN in only the second of two processes: both skip the step, and both end with 79 when it is one too many."""
     config = with_batch(replace(config, checkpoint=CheckpointConfig(every=1)), 2, 2)

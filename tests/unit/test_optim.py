@@ -58,6 +58,17 @@ def test_saved_state_continues_to_the_bit(name: Literal["paged_adamw_8bit", "ada
     assert not all(torch.equal(again[key], state[key]) for key in state)
 
 
+@pytest.mark.parametrize("name", ["paged_adamw_8bit", "adamw_8bit", "adamw"])
+def test_without_a_step_there_is_no_state(name: Literal["paged_adamw_8bit", "adamw_8bit", "adamw"]) -> None:
+    """What is saved then begins an optimizer, which goes on as the one that was saved."""
+    config, one, other = OptimConfig(name=name), FlatParameters(parameters()), FlatParameters(parameters())
+    fresh, resumed = build_optimizer(one, config), build_optimizer(other, config)
+    load_optimizer_state(resumed, other, optimizer_state(fresh, one))
+    advance(fresh, one, 0, 3)
+    advance(resumed, other, 0, 3)
+    assert all(torch.equal(one.named[key], other.named[key]) for key in one.named)
+
+
 def test_state_of_another_model_is_refused() -> None:
     """A missing entry, an unknown one and another shape are errors that name the entry."""
     config, values = OptimConfig(), FlatParameters(parameters())

@@ -11,6 +11,7 @@ from train.deliver.compare import as_rows, compare, show_answers
 from train.deliver.final import publish_final, publish_model
 from train.deliver.generation import Generator
 from train.deliver.questions import questions_of
+from train.early_stop import ValidationRecord
 from train.models.fingerprint import content_fingerprint
 from train.models.language_model import adapter_config, load_adapters
 from train.models.shape import POSITIONS, trained_settings
@@ -24,25 +25,29 @@ from train.track.trackers import Trackers
 from train.validation.material import Material
 
 
-def chosen_for_final(training: Training, store: CheckpointStore, last: int) -> int:
+def chosen_for_final(training: Training, store: CheckpointStore, record: ValidationRecord, last: int) -> int:
     """The step whose weights become final/, by validate.final; where it is not the last, they are loaded.
 
-    Raises ExitWith(NO_VALID_CHECKPOINT) where the best checkpoint is damaged.
+    By `record` the last may be the best though it could not be saved. Raises ExitWith(NO_VALID_CHECKPOINT) where the
+    best checkpoint is damaged.
     """
-    if training.config.validate.final == "last":
+    if training.config.validate.final == "last" or (record.best_loss is not None and record.best_step == last):
         return last
     best = store.best()
     if best is None:
-        print("no checkpoint has a validation loss, so final/ is made of the last step", flush=True)
+        print("no checkpoint has a validation loss on these samples, so final/ is made of the last step", flush=True)
         return last
     folder, loss = best
-    if step_of(folder) == last:
+    lowest = f"with the lowest validation loss ({loss:.4f})"
+    if record.best_loss is not None and record.best_loss < loss:
+        lowest += f" of those saved: step {record.best_step} had {record.best_loss:.4f}, and has no checkpoint"
+    elif step_of(folder) == last:
         return last
     try:
         chosen = store.load(folder)
     except ExitWith as damaged:
         raise ExitWith(damaged.code, f"{damaged.reason}; --validate.final last makes final/ of step {last}") from None
-    print(f"final/ is made of step {step_of(folder)}, with the lowest validation loss ({loss:.4f})", flush=True)
+    print(f"final/ is made of step {step_of(folder)}, {lowest}", flush=True)
     load_adapters(training.model, chosen.adapters)
     return step_of(folder)
 

@@ -59,6 +59,12 @@ class ValidationRecord:
             )
         return ""
 
+    def to_go_on(self, settings: ValidateConfig) -> str:
+        """The options without which a longer run would end at once for `reason_to_end`, with a space before each."""
+        reached = self.last_loss is not None and settings.target_loss and self.last_loss <= settings.target_loss
+        is_patient = not settings.patience or self.num_since_best < settings.patience
+        return (" --validate.target_loss 0" if reached else "") + ("" if is_patient else " --validate.patience 0")
+
     def as_state(self) -> dict[str, Any]:
         """As a checkpoint keeps it."""
         return asdict(self)

@@ -13,6 +13,7 @@ from train.checkpoints.contents import ADAPTER, Checkpoint
 from train.config import Config
 from train.data import TrainingData
 from train.deliver.final import BASE
+from train.early_stop import ValidationRecord
 from train.ending import EARLY
 from train.recipe import longer
 from train.run.attempts import plain, read_attempts
@@ -42,7 +43,7 @@ def was_finished(config: Config, checkpoint: Checkpoint, data: TrainingData, acc
         if config.run.resume not in ("auto", "must") or reason is None or not _final_stands(folder, checkpoint):
             return 0
         early = reason.partition(EARLY)[2]
-        _say(config, data, accelerator)
+        _say(config, data, accelerator, checkpoint)
         return 1
 
     return early if on_first_process(accelerator, look) else None
@@ -78,12 +79,14 @@ def _final_stands(folder: RunFolder, checkpoint: Checkpoint) -> bool:
     return False
 
 
-def _say(config: Config, data: TrainingData, accelerator: Accelerator) -> None:
+def _say(config: Config, data: TrainingData, accelerator: Accelerator, checkpoint: Checkpoint) -> None:
     facts, console = run_facts(config, data, accelerator), Console()
     rows = read_metrics(facts.folder.metrics)
     lines = ["this run has finished before; nothing is left to do", ""]
     lines += summary(facts, rows, room_of(console)) if rows else []
     extended = "" if config.optim.schedule == "constant" else " --run.extend true"
+    saved = checkpoint.state.validation
+    extended += ValidationRecord.resumed(saved, saved.get("measured_on", "")).to_go_on(config.validate)
     more = [
         (f"{longer(config.train, data.steps_per_epoch)}{extended}", "trains on"),
         (f"--lora.init_from {facts.folder.path} --run.dir NEW", "another run from this adapter, on any data"),

@@ -42,6 +42,7 @@ from train.finished_before import was_finished
 from train.layout import BatchLayout, asked_for
 from train.learning_rate import Schedule
 from train.loop import Boundary, training_loop
+from train.models.initial_adapter import check_place
 from train.models.tokenizer import Tokenizer, check_fits, load_tokenizer
 from train.run.accelerator import check_training, close_group, start_accelerator
 from train.run.attempts import AttemptLog
@@ -156,6 +157,7 @@ def job(config: Config, observed: Observed) -> str:
     accelerator = start_accelerator(config)
     doing.now = "choosing the checkpoint"
     store = CheckpointStore(folder, config.checkpoint.keep, material.fingerprint)
+    check_place(config)  # before an earlier run is set aside
     checkpoint = choose(store, config, accelerator, mirror)
     heartbeat = Heartbeat(config, accelerator, stop)  # an earlier run has been set aside now, with its own
     asked = asked_for(config.batch)
@@ -194,7 +196,7 @@ def job(config: Config, observed: Observed) -> str:
     doing.now = "publishing final/"
     close_group(together=True)
     if accelerator.is_main_process:
-        step = chosen_for_final(training, store, last)
+        step = chosen_for_final(training, store, saver.record, last)
         publish(training, tokenizer, splits, step, run_identity["model.base"])
         doing.now = "asking the questions"
         deliver(training, splits, material, trackers, stop, step)

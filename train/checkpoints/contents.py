@@ -108,10 +108,18 @@ def validation_loss_of(folder: Path, measured_on: str = "") -> float | None:
 
     Without one, and in a checkpoint of 0.1.0, any samples will do. Raises OSError or one of UNREADABLE.
     """
+    loss, own = validation_of(folder)
+    return loss if not measured_on or own in ("", measured_on) else None
+
+
+def validation_of(folder: Path) -> tuple[float | None, str]:
+    """The finite loss stored in a checkpoint not verified yet, and the fingerprint of the samples, empty in 0.1.0.
+
+    Raises OSError or one of UNREADABLE.
+    """
     state = json.loads(_json_bytes(folder / STATE))
     loss, own = state["validation_loss"], state.get("validation", {}).get("measured_on", "")
-    is_comparable = not measured_on or own in ("", measured_on)
-    return loss if isinstance(loss, float) and math.isfinite(loss) and is_comparable else None
+    return loss if isinstance(loss, float) and math.isfinite(loss) else None, own
 
 
 def read(folder: Path) -> Checkpoint:

@@ -126,6 +126,7 @@ def choose(
             mirror.check()
         if wanted == "never":
             store.folder.archive()
+            store.run_uid()  # of its own at once: the mirror has the old run's checkpoints, which are not this one's
             return 0
         found = _newest(store, mirror) if wanted in ("auto", "must") else _chosen(store, mirror, Path(wanted))
         if found is None and wanted == "must":

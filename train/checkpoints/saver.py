@@ -53,6 +53,8 @@ class Saver:
             saver.record = ValidationRecord.resumed(state.validation or _best(store), store.measured_on)
             saver.saved, saver.skipped, saver.unlogged = state.step, list(state.skipped_steps), state.unlogged
             saver.is_current = store.holds(checkpoint)
+            if training.accelerator.is_main_process:
+                store.prune()  # a kill may have come between save and retention
         return saver
 
     def is_due(self, step: int, validation_loss: float | None) -> bool:

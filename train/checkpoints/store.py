@@ -5,6 +5,7 @@ The newest checkpoint is the highest step whose manifest verifies; there is no p
 
 import errno
 import json
+import math
 import os
 import shutil
 import uuid
@@ -92,7 +93,7 @@ class CheckpointStore:
         reason = self.defect(target)
         if reason:
             raise ExitWith(ExitCode.SAVE_FAILED, f"{target} does not read back: {reason}; older checkpoints stand")
-        self._prune()
+        self.prune()
         return target
 
     def latest(self) -> Checkpoint | None:
@@ -105,7 +106,6 @@ class CheckpointStore:
         for folder in candidates:
             reason = self.defect(folder)
             if not reason:
-                self._prune()  # a kill may have come between save and retention
                 return contents.read(folder)
             if reason != OTHER_RUN:
                 reason += f"; kept as {_set_aside(folder, 'quarantine').name}"
@@ -167,23 +167,43 @@ class CheckpointStore:
                     measured.append((loss, folder))
         return min(measured)[::-1] if measured else None
 
-    def _prune(self) -> None:
-        """Removes all but the newest `keep` checkpoints and the best one, provided that the newest ones verify."""
-        folders, best = self._folders(), self.best()
+    def prune(self) -> None:
+        """Removes all but the newest `keep` checkpoints and the best ones, provided that the newest ones verify.
+
+        Only for the run that wrote them: another one's `keep` and validation samples are refused before.
+        """
+        folders, best = self._folders(), self._best_of_each()
         if len(folders) <= self.keep:
             return
         if any(self.defect(folder) for folder in folders[: self.keep]):
             return
         for folder in folders[self.keep :]:
-            if best is None or folder != best[0]:
+            if folder not in best:
                 with suppress(OSError):  # one checkpoint too many is no reason to stop training
                     shutil.rmtree(_set_aside(folder, "trash"))
+
+    def _best_of_each(self) -> set[Path]:
+        """For all samples that losses were measured on, the checkpoint with the lowest: a later start may return to
+        them."""
+        lowest: dict[str, tuple[float, Path]] = {}
+        for folder in self._folders():
+            with suppress(OSError, *UNREADABLE):
+                loss, samples = contents.validation_of(folder)
+                if loss is not None:
+                    lowest[samples] = min(lowest.get(samples, (math.inf, folder)), (loss, folder))
+        return {folder for _, folder in lowest.values()}
 
     def _sweep(self) -> None:
         """Removes what a killed process was writing or deleting; the caller must hold the run's lock.
 
-        Nobody else writes among the checkpoints; into the run folder a merge or an export may be writing now.
+        A whole checkpoint whose place is empty comes back: a kill came between it and the one that was to take its
+        place. Nobody else writes among the checkpoints; into the run folder a merge or an export may be writing now.
         """
+        for replaced in self.root.glob(".trash-step-*"):
+            place = self.root / replaced.name.removeprefix(".trash-").rpartition("-")[0]
+            if STEP_FOLDER.fullmatch(place.name) and not place.exists() and not contents.defect(replaced)[0]:
+                os.rename(replaced, place)
+                sync(self.root)
         for leftover in (*self.root.glob(".tmp-*"), *self.root.glob(".trash-*")):
             shutil.rmtree(leftover, ignore_errors=True)
         sweep(self.folder.path)

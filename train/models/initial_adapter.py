@@ -51,9 +51,8 @@ class InitialAdapter:
     @classmethod
     def read(cls, config: Config) -> "InitialAdapter":
         """The adapter of lora.init_from; raises ExitWith(BAD_INPUT) where there is none that is whole."""
+        check_place(config)
         folder = _folder_of(Path(config.lora.init_from))
-        if Path(config.run.dir).resolve() in (folder.resolve(), *folder.resolve().parents):
-            raise refusal(config, "it lies in --run.dir, which this run writes anew; choose another --run.dir")
         try:
             settings = json.loads((folder / SETTINGS).read_bytes())
             content = (folder / ADAPTER).read_bytes()
@@ -69,6 +68,15 @@ class InitialAdapter:
         if broken:
             raise refusal(config, f"{broken[0]} and {len(broken) - 1} more hold values that are not finite")
         return cls(folder, settings, tensors, hashlib.sha256(content).hexdigest())
+
+
+def check_place(config: Config) -> None:
+    """Raises ExitWith(BAD_INPUT) where the adapter to begin with is in the run folder, from where it may be moved."""
+    if not config.lora.init_from:
+        return
+    folder = _folder_of(Path(config.lora.init_from)).resolve()
+    if Path(config.run.dir).resolve() in (folder, *folder.parents):
+        raise refusal(config, "it lies in --run.dir, which this run writes anew; choose another --run.dir")
 
 
 def initial_content(config: Config) -> str:

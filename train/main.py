@@ -42,7 +42,6 @@ from train.finished_before import was_finished
 from train.layout import BatchLayout, asked_for
 from train.learning_rate import Schedule
 from train.loop import Boundary, training_loop
-from train.models.initial_adapter import check_place
 from train.models.tokenizer import Tokenizer, check_fits, load_tokenizer
 from train.run.accelerator import check_training, close_group, start_accelerator
 from train.run.attempts import AttemptLog
@@ -157,7 +156,6 @@ def job(config: Config, observed: Observed) -> str:
     accelerator = start_accelerator(config)
     doing.now = "choosing the checkpoint"
     store = CheckpointStore(folder, config.checkpoint.keep, material.fingerprint)
-    check_place(config)  # before an earlier run is set aside
     checkpoint = choose(store, config, accelerator, mirror)
     heartbeat = Heartbeat(config, accelerator, stop)  # an earlier run has been set aside now, with its own
     asked = asked_for(config.batch)

@@ -17,6 +17,7 @@ from train.checkpoints.source import mark_of
 from train.checkpoints.store import CheckpointStore
 from train.config import Config
 from train.data import TrainingData
+from train.models.initial_adapter import check_place
 from train.models.language_model import adapter_config, load_adapters
 from train.optim import load_optimizer_state, load_scaler_state, optimizer_state
 from train.profiles import FORMERLY, PROFILES
@@ -125,6 +126,7 @@ def choose(
         if mirror is not None:
             mirror.check()
         if wanted == "never":
+            check_place(config)
             store.folder.archive()
             store.run_uid()  # of its own at once: the mirror has the old run's checkpoints, which are not this one's
             return 0

@@ -46,11 +46,11 @@ class ValidationRecord:
 
     def reason_to_end(self, settings: ValidateConfig) -> str:
         """Why the run ends now, by today's settings, or nothing."""
-        if self.last_loss is not None and settings.target_loss and self.last_loss <= settings.target_loss:
+        if self._has_reached(settings):
             return (
                 f"the validation loss {self.last_loss:.4f} has reached --validate.target_loss {settings.target_loss:g}"
             )
-        if settings.patience and self.num_since_best >= settings.patience:
+        if self._is_out_of_patience(settings):
             lowest = f"{self.best_loss:.4f} after step {self.best_step}" if self.best_loss is not None else "none"
             validations = f"{self.num_since_best} validations" if self.num_since_best > 1 else "1 validation"
             return (
@@ -61,9 +61,14 @@ class ValidationRecord:
 
     def to_go_on(self, settings: ValidateConfig) -> str:
         """The options without which a longer run would end at once for `reason_to_end`, with a space before each."""
-        reached = self.last_loss is not None and settings.target_loss and self.last_loss <= settings.target_loss
-        is_patient = not settings.patience or self.num_since_best < settings.patience
-        return (" --validate.target_loss 0" if reached else "") + ("" if is_patient else " --validate.patience 0")
+        target = " --validate.target_loss 0" if self._has_reached(settings) else ""
+        return target + (" --validate.patience 0" if self._is_out_of_patience(settings) else "")
+
+    def _has_reached(self, settings: ValidateConfig) -> bool:
+        return self.last_loss is not None and settings.target_loss > 0 and self.last_loss <= settings.target_loss
+
+    def _is_out_of_patience(self, settings: ValidateConfig) -> bool:
+        return 0 < settings.patience <= self.num_since_best
 
     def as_state(self) -> dict[str, Any]:
         """As a checkpoint keeps it."""

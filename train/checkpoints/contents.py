@@ -103,15 +103,6 @@ def run_uid_of(folder: Path) -> str:
     return manifest["run_uid"] if manifest.pop("manifest_sha256") == _sha256(_canonical(manifest)) else ""
 
 
-def validation_loss_of(folder: Path, measured_on: str = "") -> float | None:
-    """The loss stored in a checkpoint not verified yet, where it is finite and of samples with this fingerprint.
-
-    Without one, and in a checkpoint of 0.1.0, any samples will do. Raises OSError or one of UNREADABLE.
-    """
-    loss, own = validation_of(folder)
-    return loss if not measured_on or own in ("", measured_on) else None
-
-
 def validation_of(folder: Path) -> tuple[float | None, str]:
     """The finite loss stored in a checkpoint not verified yet, and the fingerprint of the samples, empty in 0.1.0.
 

@@ -5,11 +5,10 @@ The newest checkpoint is the highest step whose manifest verifies; there is no p
 
 import errno
 import json
-import math
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -158,14 +157,21 @@ class CheckpointStore:
         return sorted((path for path in self.root.iterdir() if STEP_FOLDER.fullmatch(path.name)), reverse=True)
 
     def best(self) -> tuple[Path, float] | None:
-        """The checkpoint with the lowest validation loss, and that loss; None if no checkpoint has one."""
-        measured = []
+        """The checkpoint with the lowest validation loss on `measured_on`, and that loss; None if none has one.
+
+        Without samples, and of a checkpoint of 0.1.0, which names none, any will do.
+        """
+        known = ("", self.measured_on)
+        comparable = [(loss, folder) for loss, folder, own in self._losses() if not self.measured_on or own in known]
+        return min(comparable)[::-1] if comparable else None
+
+    def _losses(self) -> Iterator[tuple[float, Path, str]]:
+        """The validation loss of each checkpoint that has one, and the fingerprint of its samples."""
         for folder in self._folders():
             with suppress(OSError, *UNREADABLE):
-                loss = contents.validation_loss_of(folder, self.measured_on)
+                loss, samples = contents.validation_of(folder)
                 if loss is not None:
-                    measured.append((loss, folder))
-        return min(measured)[::-1] if measured else None
+                    yield loss, folder, samples
 
     def prune(self) -> None:
         """Removes all but the newest `keep` checkpoints and the best ones, provided that the newest ones verify.
@@ -186,11 +192,8 @@ class CheckpointStore:
         """For all samples that losses were measured on, the checkpoint with the lowest: a later start may return to
         them."""
         lowest: dict[str, tuple[float, Path]] = {}
-        for folder in self._folders():
-            with suppress(OSError, *UNREADABLE):
-                loss, samples = contents.validation_of(folder)
-                if loss is not None:
-                    lowest[samples] = min(lowest.get(samples, (math.inf, folder)), (loss, folder))
+        for loss, folder, samples in self._losses():
+            lowest[samples] = min(lowest.get(samples, (loss, folder)), (loss, folder))
         return {folder for _, folder in lowest.values()}
 
     def _sweep(self) -> None:

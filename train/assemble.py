@@ -14,6 +14,7 @@ from train.context_group import start_group
 from train.data import TrainingData
 from train.engine import delta_rule
 from train.engine.graphs import is_out_of_memory
+from train.engine.operations import kernels_for
 from train.engine.peer_memory import any_failed
 from train.engine.plan import Plan
 from train.learning_rate import Schedule
@@ -81,7 +82,7 @@ def assemble(
         model=model,
         parameters=parameters,
         flat=flat,
-        optimizer=build_optimizer(flat, config.optim),
+        optimizer=build_optimizer(flat, config.optim, kernels_for(device) is not None),
         scaler=build_scaler(compute_type(config.model.dtype, device).name, device),
         plan=plan,
         data=data,
@@ -105,9 +106,9 @@ def assemble(
 
 def _linear_note(model: LanguageModel) -> str:
     """What computes linear attention, where the engine runs a model that has some."""
-    if model.engine is None or not model.engine.has_linear:
+    if model.engine is None or model.engine.linear_heads is None:
         return ""
-    return f"; {delta_rule.told(model.causal_lm.device, model.compute_dtype)}"
+    return f"; {delta_rule.told(model.engine.linear_heads, model.causal_lm.device, model.compute_dtype)}"
 
 
 def _pair_cost(training: Training) -> float:

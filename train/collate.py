@@ -63,10 +63,26 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on `device`; to a GPU from pinned memory, without waiting for the copy."""
+        if self.input_ids.device.type == device.type:
+            return self
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         if device.type == "cuda":
             tensors = {name: value.pin_memory() for name, value in tensors.items()}
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One process's micro-batches of one optimizer step, and the step's counts over all processes."""
+
+    micro_batches: list[MicroBatch]
+    num_supervised_tokens: int  # over the whole step and all processes: the one divisor of the loss
+    num_tokens: int  # likewise
+    sample_ids: list[int]  # likewise
+
+    def to(self, device: torch.device) -> "StepBatch":
+        """The same with its micro-batches on `device`."""
+        return replace(self, micro_batches=[each.to(device) for each in self.micro_batches])
 
 
 def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> MicroBatch:

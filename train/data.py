@@ -20,21 +20,11 @@ from data_tools.render import RenderSettings
 from data_tools.report import DataError
 from data_tools.similarity import first_equal
 from train.batching import LengthStatistics, StepPlan, regroup
-from train.collate import WHOLE, MicroBatch, collated, packed_tokens
+from train.collate import WHOLE, StepBatch, collated, packed_tokens
 from train.config import Config, TrainConfig, parse_argument
 from train.dealing import Limits, deal
 from train.layout import BatchLayout
 from train.seeds import derived_seed
-
-
-@dataclass(frozen=True)
-class StepBatch:
-    """One process's micro-batches of one optimizer step, and the step's counts over all processes."""
-
-    micro_batches: list[MicroBatch]
-    num_supervised_tokens: int  # over the whole step and all processes: the one divisor of the loss
-    num_tokens: int  # likewise
-    sample_ids: list[int]  # likewise
 
 
 class TrainingData:
@@ -152,9 +142,9 @@ class TrainingData:
         """Whether the processes take a step's rows by cost, not by position."""
         return self.layout.num_processes > 1 and plan.merges and plan.micro_batch_tokens > 0
 
-    def prefetch(self, step: int, plan: StepPlan) -> None:
-        """Makes the batch of `step` now, while the device is busy, so that asking for it costs nothing."""
-        self._prefetched = (step, plan, self.batch(step, plan))
+    def prefetch(self, step: int, plan: StepPlan, device: torch.device) -> None:
+        """Makes the batch of `step` now, on the device, while that is busy, so that asking for it costs nothing."""
+        self._prefetched = (step, plan, self.batch(step, plan).to(device))
 
     def is_packed(self, plan: StepPlan) -> bool:
         """Whether a micro-batch's samples stand behind one another in one row, without padding."""

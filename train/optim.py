@@ -1,5 +1,6 @@
 """The optimizer, and its state by parameter name."""
 
+import importlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -8,11 +9,12 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from bitsandbytes.optim.optimizer import Optimizer8bit
+from bitsandbytes.optim.optimizer import Optimizer2State, Optimizer8bit
 
 from train.config import OptimConfig
 
 BLOCK = 256  # elements that share a scale of bitsandbytes' 8-bit state
+LARGEST = 2**31 - BLOCK  # elements of a parameter at most: bitsandbytes counts them in 32 bits
 MIN_8BIT_SIZE = 4096  # elements: bitsandbytes keeps the state of smaller tensors in fp32
 RATE_FACTOR = "rate_factor"  # of a group of parameters: by what its learning rate is multiplied
 
@@ -22,6 +24,7 @@ class OptimizerKind:
     """One value of optim.name."""
 
     build: Callable[..., torch.optim.Optimizer]
+    in_triton: Callable[..., torch.optim.Optimizer]  # where the GPU has it
     is_8bit: bool  # bitsandbytes' blockwise 8-bit state
     is_paged: bool = False  # its state moves to host memory when the GPU is full
 
@@ -30,10 +33,46 @@ def _torch_adamw(groups: list[dict[str, Any]], lr: float, weight_decay: float) -
     return torch.optim.AdamW(groups, fused=groups[0]["params"][0].is_cuda, lr=lr, weight_decay=weight_decay)
 
 
+class _InTriton(Optimizer2State):
+    """bitsandbytes' 8-bit AdamW on a GPU, whose state its own kernel updates at a quarter of what memory allows.
+
+    Nor does it wait for each parameter's update (Optimizer8bit.step does), so whoever reads paged state waits.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Updates every parameter from its gradient."""
+        for group_index, group in enumerate(self.param_groups):
+            for index, parameter in enumerate(group["params"]):
+                if not self.state[parameter]:
+                    self.init_state(group, parameter, group_index, index)
+                self.prefetch_state(parameter)
+                self.update_step(group, parameter, group_index, index)
+
+    @torch.no_grad()
+    def update_step(self, group: dict[str, Any], p: torch.nn.Parameter, gindex: int, pindex: int) -> None:
+        """An update of one parameter; those too small for 8-bit state are left to bitsandbytes."""
+        state = self.state[p]
+        if state["state1"].dtype != torch.uint8:
+            super().update_step(group, p, gindex, pindex)
+            return
+        state["step"] += 1
+        kernels = importlib.import_module("train.optim_kernels")
+        kernels.adamw(p, p.grad, state, group)
+
+
+class AdamW8bit(_InTriton, bnb.optim.AdamW8bit):
+    """Updated in Triton."""
+
+
+class PagedAdamW8bit(_InTriton, bnb.optim.PagedAdamW8bit):
+    """Updated in Triton."""
+
+
 OPTIMIZERS = {
-    "paged_adamw_8bit": OptimizerKind(bnb.optim.PagedAdamW8bit, is_8bit=True, is_paged=True),
-    "adamw_8bit": OptimizerKind(bnb.optim.AdamW8bit, is_8bit=True),
-    "adamw": OptimizerKind(_torch_adamw, is_8bit=False),
+    "paged_adamw_8bit": OptimizerKind(bnb.optim.PagedAdamW8bit, PagedAdamW8bit, is_8bit=True, is_paged=True),
+    "adamw_8bit": OptimizerKind(bnb.optim.AdamW8bit, AdamW8bit, is_8bit=True),
+    "adamw": OptimizerKind(_torch_adamw, _torch_adamw, is_8bit=False),
 }
 NamedParameters = Mapping[str, torch.nn.Parameter]
 
@@ -75,15 +114,18 @@ class FlatParameters:
                 parameter.grad = torch.zeros_like(parameter)
 
     def _add_flat(self, named: NamedParameters, factor: float) -> None:
-        """A leaf with room for those of the parameters that have 8-bit state."""
-        size = 0
+        """Leaves, one unless it is too large, with room for those of the parameters that have 8-bit state."""
+        sizes: list[int] = []
         for name, parameter in named.items():
-            if parameter.numel() >= MIN_8BIT_SIZE:
-                self.places[name] = Place(len(self.leaves), size, size + parameter.numel())
-                size += -(-parameter.numel() // BLOCK) * BLOCK
-        if size:
-            first = next(iter(named.values()))
-            leaf = torch.nn.Parameter(torch.zeros(size, dtype=first.dtype, device=first.device))
+            if MIN_8BIT_SIZE <= parameter.numel() <= LARGEST:
+                if not sizes or sizes[-1] + parameter.numel() > LARGEST:
+                    sizes.append(0)
+                start = sizes[-1]
+                self.places[name] = Place(len(self.leaves) + len(sizes) - 1, start, start + parameter.numel())
+                sizes[-1] += -(-parameter.numel() // BLOCK) * BLOCK
+        like = next(iter(named.values()))
+        for size in sizes:
+            leaf = torch.nn.Parameter(torch.zeros(size, dtype=like.dtype, device=like.device))
             leaf.grad = torch.zeros_like(leaf)
             self.leaves.append(leaf)
             self.rate_factors.append(factor)
@@ -113,15 +155,19 @@ def rate_factor(name: str, parameter: torch.nn.Parameter, lora_plus_ratio: float
     return lora_plus_ratio if "lora_B" in name or parameter.dim() == 1 else 1.0
 
 
-def build_optimizer(flat: FlatParameters, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over the flat parameters, a group for each factor of the learning rate, which is set before every step."""
+def build_optimizer(flat: FlatParameters, config: OptimConfig, has_triton: bool = False) -> torch.optim.Optimizer:
+    """AdamW over the flat parameters, a group for each factor of the learning rate, which is set before every step.
+
+    `has_triton`: whether they are on a GPU that runs Triton's kernels.
+    """
     # without a GPU there is nothing to page from; bitsandbytes says so once for each run
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
     groups: dict[float, list[torch.nn.Parameter]] = {}
     for leaf, factor in zip(flat.leaves, flat.rate_factors, strict=True):
         groups.setdefault(factor, []).append(leaf)
     described = [{"params": leaves, RATE_FACTOR: factor} for factor, leaves in groups.items()]
-    return OPTIMIZERS[config.name].build(described, lr=config.lr, weight_decay=config.weight_decay)
+    kind = OPTIMIZERS[config.name]
+    return (kind.in_triton if has_triton else kind.build)(described, lr=config.lr, weight_decay=config.weight_decay)
 
 
 def build_scaler(dtype: str, device: torch.device) -> torch.amp.GradScaler:
@@ -145,6 +191,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def optimizer_state(optimizer: torch.optim.Optimizer, flat: FlatParameters) -> dict[str, torch.Tensor]:
     """The optimizer's tensors on the CPU, named `parameter/key`, without bitsandbytes' constant quantisation maps."""
     state = {}
+    if any(leaf.is_cuda for leaf in flat.leaves):
+        torch.cuda.synchronize()  # an update may still write paged state, which copies do not wait for
     for name, parameter in flat.named.items():
         for key, value in _parts(optimizer.state[flat.leaf(name)], flat.places[name], parameter.shape).items():
             # step counts are ints in bitsandbytes and tensors in torch; paged memory must be copied, not viewed

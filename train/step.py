@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
+from train.collate import StepBatch
 from train.config import Config
-from train.data import StepBatch, TrainingData
+from train.data import TrainingData
 from train.engine.plan import Plan
 from train.learning_rate import Schedule
 from train.metrics import Pace, to_host
@@ -133,7 +134,8 @@ def step_gradient(training: Training, batch: StepBatch, completed: int, watch: W
     config, accelerator, scaler = training.config, training.accelerator, training.scaler
     training.flat.zero_grad()
     scale = scaler.scale(torch.ones((), device=accelerator.device))
-    sums = torch.tensor([0.0, 0.0, 1.0], device=accelerator.device)  # of losses, of processes asked to stop, of all
+    sums = torch.zeros(3, device=accelerator.device)  # of losses, of processes asked to stop, of all
+    sums[2] = 1  # torch.tensor would wait for the device
     pace = Pace(accelerator.device)
     for number, micro_batch in enumerate(batch.micro_batches):
         if training.data.part.any_of(watch.is_asked()):  # those that share a micro-batch leave it together
@@ -147,7 +149,7 @@ def step_gradient(training: Training, batch: StepBatch, completed: int, watch: W
         del token_loss_sum  # and its autograd graph, before the next forward pass
         pace.mark()
     else:
-        training.data.prefetch(completed + 1, training.plan)  # while the GPU still computes
+        training.data.prefetch(completed + 1, training.plan, accelerator.device)  # while the GPU still computes
 
     watch.arrive()
     all_reduce_gradients(accelerator, training.flat.leaves)

@@ -78,7 +78,9 @@ def groups() -> list[torch.Tensor]:
     outer, turned = (torch.full(shape, torch.nan, device=GPU) for shape in ((5, 32, 500), (512, 16, 5)))
     grouped.grouped_outer(random(437, 100)[:, 60:92], wide[:, :500], None, ends, 1.0, outer)
     grouped.grouped_outer(random(437, 100)[:, 60:76], x, rows, ends, 0.25, turned.permute(2, 1, 0))
-    found += [outer, turned]
+    spread = random(5, 512, 576)
+    grouped.spread_ranks(torch.randn(512, 60, device=GPU), 0.25, spread[:, :, 520:532])
+    found += [outer, turned, spread]
     summed = random(77, 520)
     grouped.sum_rows(wide[:, :512], torch.randint(437, (77, 4), device=GPU), summed[:, :512])
     for activation in (*operations.ACTIVATIONS, grouped.CLAMPED):

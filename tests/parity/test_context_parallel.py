@@ -20,9 +20,8 @@ from tests.compare_runs import at, start_processes
 from tests.conftest import arguments, run_command, training_of
 from tests.parity.models import ALL, FAMILIES, NOTHING, SIZES, adapted_model, close, gradients_of, packed, plan
 from train.assemble import longest_micro_batch
-from train.collate import Part, collate_packed, part_of
+from train.collate import Part, StepBatch, collate_packed, part_of
 from train.config import BatchConfig, Config, EngineConfig, MemoryConfig, OptimConfig
-from train.data import StepBatch
 from train.engine.decoder import FusedDecoder
 from train.engine.support import undivided_reason
 from train.models.agreement import random_adapters

@@ -3,18 +3,15 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers as T
-from transformers.models.qwen3_5 import modeling_qwen3_5
 
-from tests.parity.models import ALL_OF_BOTH, DELTA, LINEAR, NOTHING, SIZES, adapted_model, alone, close, gradients_of
+from tests.parity.hybrids import SHAPE, by_transformers, packed, passed, same, small_hybrid
+from tests.parity.models import ALL_OF_BOTH, DELTA, NOTHING, SIZES, adapted_model, close
 from tests.parity.models import plan as plan_of_three
-from train.collate import MicroBatch, collate_packed
 from train.engine import delta_rule
 from train.engine.decoder import FusedDecoder
 from train.engine.delta_rule import PackedSamples
@@ -25,48 +22,10 @@ from train.engine.machine_memory import OwnMemory
 from train.engine.sharded_blocks import ShardedBlocks
 from train.engine.support import unsupported_reason
 
-SHAPE = T.Qwen3_5TextConfig(**SIZES, **DELTA, initializer_range=0.1, layer_types=LINEAR)
-# of one chunk, of two, of three; two that have as many chunks and other lengths; one token
-LENGTHS = (70, 3, 130, 66, 1, 64, 128)
-
-
-def packed(lengths: tuple[int, ...] = LENGTHS) -> MicroBatch:
-    rows = [{"input_ids": torch.randint(100, (n,)).tolist(), "trained": [True] * n} for n in lengths]
-    return collate_packed(rows)
-
-
-def passed(adapted: Any, batch: MicroBatch, host: HostBlocks = NOTHING, **changes: Any) -> tuple[torch.Tensor, Any]:
-    """Hidden states and gradients of a pass on the engine."""
-    plan = replace(plan_of_three(1, 0), **changes)
-    torch.manual_seed(3)
-    hidden = FusedDecoder(adapted.get_base_model(), plan, host)(batch)
-    hidden.backward(torch.linspace(-1, 1, hidden.numel()).view(hidden.shape).to(hidden.dtype))
-    return hidden.detach(), gradients_of(adapted)
-
-
-def same(found: tuple[torch.Tensor, Any], wanted: tuple[torch.Tensor, Any]) -> None:
-    close(found[0], wanted[0])
-    assert found[1].keys() == wanted[1].keys()
-    for name, gradient in wanted[1].items():
-        assert gradient.norm() > 0
-        close(found[1][name], gradient)
-
-
-def by_transformers(adapted: Any, batch: MicroBatch) -> tuple[torch.Tensor, Any]:
-    hidden = alone(adapted.get_base_model(), batch)
-    hidden.backward(torch.linspace(-1, 1, hidden.numel()).view(hidden.shape).to(hidden.dtype))
-    return hidden.detach(), gradients_of(adapted)
-
 
 @pytest.fixture
 def adapted() -> Any:
-    torch.manual_seed(0)
-    model = adapted_model(SHAPE, ALL_OF_BOTH)
-    # with the initial gates a state is forgotten within a token or two, and a leak would not be seen
-    for layer in model.get_base_model().base_model.layers:
-        if hasattr(layer, "linear_attn"):
-            layer.linear_attn.A_log.data.fill_(-3.0)
-    return model
+    return small_hybrid()
 
 
 def test_a_packed_row_is_its_samples_alone(adapted: Any) -> None:
@@ -205,65 +164,6 @@ def test_bf16_on_a_cpu(adapted: Any) -> None:
 def in_two_rows(found: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states, and all gradients."""
     return found[0].float().flatten(), torch.cat([gradient.flatten() for gradient in found[1].values()])
-
-
-def packages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Stand-ins for the packages, which take what those take, and isolate samples by it; and what was called."""
-    called: list[str] = []
-
-    def rule(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> tuple[torch.Tensor, None]:
-        called.append("rule")
-        assert query.shape[:3] == key.shape[:3] == value.shape[:3] == (1, *options["g"].shape[1:])
-        cuts, outs = options.pop("cu_seqlens").tolist(), []
-        gates = options.pop("g"), options.pop("beta")
-        for start, stop in pairwise(cuts):
-            parts = [part[:, start:stop] for part in (query, key, value, *gates)]
-            own = delta_rule.torch_code(modeling_qwen3_5.torch_chunk_gated_delta_rule)
-            outs.append(own(*parts[:3], g=parts[3], beta=parts[4], **options)[0])
-        return torch.cat(outs, 1), None
-
-    def convolution(x: torch.Tensor, weight: torch.Tensor, bias: Any, seq_idx: torch.Tensor, activation: str) -> Any:
-        called.append("convolution")
-        assert x.stride(1) == 1, "seq_idx needs channels last"
-        assert x.stride(2) % 8 == 0
-        assert seq_idx.dtype == torch.int32
-        outs, width = [], weight.shape[1]
-        for number in range(int(seq_idx.max()) + 1):
-            own = x[:, :, seq_idx[0] == number]
-            outs.append(F.conv1d(F.pad(own, (width - 1, 0)), weight[:, None], bias, groups=len(weight)))
-        return F.silu(torch.cat(outs, 2))
-
-    found = {delta_rule.RULE: rule, delta_rule.CONVOLUTION: convolution}
-    monkeypatch.setattr(delta_rule, "kernel_for", lambda place, device, dtype: found[place])
-    return called
-
-
-def test_what_the_packages_are_told(adapted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where flash-linear-attention and causal-conv1d are installed: one row with its boundaries, the same numbers."""
-    batch = packed()
-    wanted = by_transformers(adapted, batch)
-    called = packages(monkeypatch)
-    same(passed(adapted, batch), wanted)
-    # two blocks forward; the recomputed one and both backward passes again
-    assert called == ["convolution", "rule"] * 5
-    assert delta_rule.told(torch.device("cuda"), torch.bfloat16) == (
-        "linear attention: the gated delta rule by flash-linear-attention, its convolution by causal-conv1d"
-    )
-
-
-def test_on_a_cpu_it_is_always_torch_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the packages are installed, and transformers' functions stand for their kernels."""
-    monkeypatch.setattr(delta_rule, "_imported", lambda *place: pytest.fail("asked for a kernel"))
-    assert delta_rule.kernel_for(delta_rule.RULE, torch.device("cpu"), torch.bfloat16) is None
-    assert delta_rule.kernel_for(delta_rule.RULE, torch.device("cuda"), torch.float32) is None
-    heads: Any = decoder_layers(adapted_model(SHAPE, ALL_OF_BOTH).get_base_model())[0].heads
-    for function in (heads.rule, heads.convolve):
-        assert function.__module__ == modeling_qwen3_5.__name__
-        assert not hasattr(function, "__wrapped__")
-    assert delta_rule.told(torch.device("cpu"), torch.float32) == (
-        "linear attention: the gated delta rule by torch code, without flash-linear-attention's kernel, "
-        "its convolution by torch code, without causal-conv1d's kernel"
-    )
 
 
 def test_what_hybrids_are_not_run() -> None:

@@ -31,8 +31,10 @@ LIBRARIES_WITH_ONE_OWNER = {
     "triton": {
         "train.engine.dropout_kernels",
         "train.engine.fp8_kernels",
+        "train.engine.grouped_gates",
         "train.engine.grouped_kernels",
         "train.engine.kernels",
+        "train.optim_kernels",
     },
     "liger_kernel": {"train.models.liger"},
     "wandb": {"train.track.offline_records", "train.track.weights_and_biases"},

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 
 from data_tools.prepare import PrepareSettings, prepare
@@ -147,7 +148,7 @@ def test_a_batch_that_was_made_ahead_is_that_of_its_plan() -> None:
     """The same step by the same plan is the batch made ahead; by another plan, or another step, it is made anew."""
     data = ordered(7, BatchLayout(2, 2, 1, 0))
     packed = replace(AS_CONFIGURED, is_fused=True, merges=True, micro_batch_tokens=100)
-    data.prefetch(1, AS_CONFIGURED)
+    data.prefetch(1, AS_CONFIGURED, torch.device("cpu"))
     ahead = data.batch(1, AS_CONFIGURED)
     assert data.batch(1, AS_CONFIGURED) is ahead
     assert len(ahead.micro_batches) == 2

@@ -8,6 +8,7 @@ from bitsandbytes.optim.optimizer import Optimizer8bit
 
 from train.config import OptimConfig
 from train.optim import (
+    LARGEST,
     OPTIMIZERS,
     FlatParameters,
     build_optimizer,
@@ -85,6 +86,25 @@ def test_state_of_another_model_is_refused() -> None:
             load_optimizer_state(build_optimizer(values, config), values, content)
 
 
+def test_a_flat_parameter_is_no_larger_than_bitsandbytes_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels have the number of elements in 32 bits: there are several then, and what is trained is the same."""
+    assert LARGEST < 2**31
+    generator = torch.Generator().manual_seed(5)
+    named = {f"p{number}": torch.randn(64, 70 + number, generator=generator) for number in range(5)}
+
+    def updated() -> FlatParameters:
+        flat = FlatParameters({key: torch.nn.Parameter(value.clone()) for key, value in named.items()})
+        advance(build_optimizer(flat, OptimConfig(name="adamw_8bit")), flat, 0, 3)
+        return flat
+
+    one = updated()
+    monkeypatch.setattr("train.optim.LARGEST", 10_240)
+    several = updated()
+    assert [len(flat.leaves) for flat in (one, several)] == [1, 3]
+    assert all(leaf.numel() <= 10_240 for leaf in several.leaves)
+    assert all(torch.equal(one.named[key], several.named[key]) for key in named)
+
+
 @pytest.mark.parametrize("name", ["paged_adamw_8bit", "adamw_8bit", "adamw"])
 def test_flat_parameters_move_as_single_ones(name: Literal["paged_adamw_8bit", "adamw_8bit", "adamw"]) -> None:
     """Five steps over the flat parameter = five steps of the library's optimizer over each alone, to the bit."""
@@ -116,9 +136,10 @@ def test_every_optimizer_of_the_configuration_is_in_the_table() -> None:
     assert set(get_args(annotation)) == set(OPTIMIZERS)
     leaf = torch.nn.Parameter(torch.zeros(64, 64))
     for name, kind in OPTIMIZERS.items():
-        built = kind.build([{"params": [leaf]}], lr=1.0, weight_decay=0.0)
-        assert isinstance(built, Optimizer8bit) == kind.is_8bit, name
-        assert bool(getattr(built, "is_paged", False)) == kind.is_paged, name
+        for build in (kind.build, kind.in_triton):
+            built = build([{"params": [leaf]}], lr=1.0, weight_decay=0.0)
+            assert isinstance(built, Optimizer8bit) == kind.is_8bit, name
+            assert bool(getattr(built, "is_paged", False)) == kind.is_paged, name
 
 
 @pytest.mark.parametrize("name", ["paged_adamw_8bit", "adamw_8bit", "adamw"])

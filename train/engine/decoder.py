@@ -20,7 +20,7 @@ from train.engine.graph_shapes import pad
 from train.engine.graphs import Graphs
 from train.engine.hidden_store import DeviceInputs, HostInputs
 from train.engine.host_stream import HostBlocks
-from train.engine.layers import CausalLM, Heads, Vocabulary
+from train.engine.layers import CausalLM, DeltaHeads, Heads, Vocabulary
 from train.engine.operations import mixed
 from train.engine.packed_source import packed_source
 from train.engine.plan import Plan, padded, part_tokens
@@ -55,7 +55,8 @@ class FusedDecoder:
         heads = [layer.heads for layer in self.layers if isinstance(layer.heads, Heads)]
         scale = next((each.scaling for each in heads), 1.0)
         self.attend_for = partial(attentions, windows={each.window for each in heads}, scale=scale)
-        self.has_linear = len(heads) < len(self.layers)
+        # those of linear attention, where there is some; they are of one size
+        self.linear_heads = next((each.heads for each in self.layers if isinstance(each.heads, DeltaHeads)), None)
         self.position_tables = family.position_tables(causal_lm, self.layers)
         self.graphs: Graphs | None = None
         if plan.uses_graphs:
@@ -101,7 +102,7 @@ class FusedDecoder:
         dropout = self.dropout if self.decoder.training else 0.0
         # the seed of this forward pass, which seeds.seed_forward has set
         seed = torch.full((), mixed(torch.initial_seed()), device=like.device)
-        samples = PackedSamples(batch) if self.has_linear else None
+        samples = PackedSamples(batch) if self.linear_heads else None
         per_layer = self.inputs_per_layer(batch.input_ids[0])
         return ForwardContext(positions, attend, dropout, seed, self.mlp_tile, samples, per_layer)
 

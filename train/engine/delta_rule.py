@@ -107,8 +107,8 @@ def _ruled(parts: Sequence[torch.Tensor], heads: DeltaHeads, samples: PackedSamp
     def of_rows(*rows: torch.Tensor) -> torch.Tensor:
         return heads.rule(*rows[:3], g=rows[3], beta=rows[4], use_qk_l2norm_in_kernel=True)[0]
 
-    kernel = kernel_for(RULE, parts[0].device, parts[0].dtype)
-    if kernel is None:
+    kernel, why_not = rule_for(heads, parts[0].device, parts[0].dtype)
+    if why_not:
         return samples.apart(of_rows, *parts)
     query, key, value, decay, beta = (part[None] for part in parts)
     options = {"use_qk_l2norm_in_kernel": True, "cu_seqlens": samples.cu_seqlens}
@@ -118,6 +118,37 @@ def _ruled(parts: Sequence[torch.Tensor], heads: DeltaHeads, samples: PackedSamp
 def kernel_for(place: tuple[str, str], device: torch.device, dtype: torch.dtype) -> Any:
     """The function of a package, RULE or CONVOLUTION; None where it is not installed or has no kernel for this."""
     return _imported(*place) if device.type == "cuda" and dtype != torch.float32 else None
+
+
+def rule_for(heads: DeltaHeads, device: torch.device, dtype: torch.dtype) -> tuple[Any, str]:
+    """The package's rule, and why it does not train heads of these sizes here, if it does not."""
+    kernel = kernel_for(RULE, device, dtype)
+    if kernel is None:
+        return None, "without flash-linear-attention's kernel"
+    return kernel, _refusal(kernel, (heads.num_value, heads.key_size, heads.value_size), device, dtype)
+
+
+@cache
+def _refusal(kernel: Callable[..., Any], sizes: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> str:
+    """What flash-linear-attention says to a chunk, forward and backward; nothing where it computes.
+
+    On Hopper its backward pass alone refuses Triton 3.4 to 3.7.0, which compiles it wrongly (its chunk_bwd_dqkwg).
+    """
+    num_heads, key_size, value_size = sizes
+    new: dict[str, Any] = {"device": device, "dtype": dtype, "requires_grad": True}
+    parts = [torch.zeros(1, CHUNK, num_heads, size, **new) for size in (key_size, key_size, value_size)]
+    decay, beta = (torch.zeros(1, CHUNK, num_heads, **(new | {"dtype": each})) for each in (torch.float32, dtype))
+    ends = torch.tensor([0, CHUNK], device=device, dtype=torch.int32)
+    try:
+        with torch.enable_grad():
+            out = kernel(*parts, g=decay, beta=beta, use_qk_l2norm_in_kernel=True, cu_seqlens=ends)[0]
+            out.sum().backward()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        return f"as flash-linear-attention refuses: {first_line}"
+    return ""
 
 
 @cache
@@ -133,13 +164,10 @@ def torch_code(function: Callable[..., Any]) -> Callable[..., Any]:
     return inspect.unwrap(function)
 
 
-def told(device: torch.device, dtype: torch.dtype) -> str:
-    """What computes linear attention here, in words."""
-    parts = []
-    for part, package, place in (
-        ("the gated delta rule", "flash-linear-attention", RULE),
-        ("its convolution", "causal-conv1d", CONVOLUTION),
-    ):
-        is_there = kernel_for(place, device, dtype) is not None
-        parts.append(f"{part} by {package}" if is_there else f"{part} by torch code, without {package}'s kernel")
-    return f"linear attention: {', '.join(parts)}"
+def told(heads: DeltaHeads, device: torch.device, dtype: torch.dtype) -> str:
+    """What computes linear attention of these heads here, in words."""
+    why_not = rule_for(heads, device, dtype)[1]
+    rule = f"by torch code, {why_not}" if why_not else "by flash-linear-attention"
+    has_convolution = kernel_for(CONVOLUTION, device, dtype) is not None
+    convolution = "by causal-conv1d" if has_convolution else "by torch code, without causal-conv1d's kernel"
+    return f"linear attention: the gated delta rule {rule}, its convolution {convolution}"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from train.engine.grouped import TENSOR_CORES, grouped_outer, grouped_product
+from train.engine.grouped import TENSOR_CORES, grouped_outer, grouped_product, spread_ranks
 from train.engine.linears import ExpertLinear, Projection
 from train.engine.lora_linear import PADDING, OneMatrix, dequantize
 
@@ -52,18 +52,16 @@ class ExpertGroup(OneMatrix):
         if self.bias is not None:
             matrix[:, : self.num_outputs, self.num_inputs + self.rank].copy_(self.bias)
 
-    def adapter_places(self, matrix: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
-        """(place in M, adapter in M's order, factor) of A [E, r, K] and B [E, N, r]."""
+    @torch.no_grad()
+    def fill_adapters(self, matrix: torch.Tensor) -> None:
+        """Puts A [E, r, K] and B [E, N, r], as they are now, into M."""
         if not self.parameters:
-            return []
+            return
         a, b = self.parameters
         up = slice(self.num_inputs, self.num_inputs + self.rank)
         down = slice(self.num_outputs, self.num_outputs + self.rank)
-        return [
-            (matrix[:, down, : self.num_inputs], a.view(self.num_experts, self.rank, -1), 1.0),
-            # PEFT's columns of B are the ranks, each of all experts in turn
-            (matrix[:, : self.num_outputs, up], b.view(-1, self.rank, self.num_experts).permute(2, 0, 1), self.scale),
-        ]
+        matrix[:, down, : self.num_inputs].copy_(a.view(self.num_experts, self.rank, -1))
+        spread_ranks(b, self.scale, matrix[:, : self.num_outputs, up])
 
     def forward(
         self,

@@ -17,9 +17,13 @@ CLAMPED_SLOPE, CLAMPED_LIMIT = 1.702, 7.0
 TENSOR_CORES = 16  # columns that they multiply at once, at least
 
 
-def _kernels_for(device: torch.device) -> Any:
-    """The Triton kernels for groups, or None where the device has none."""
-    return importlib.import_module("train.engine.grouped_kernels") if kernels_for(device) is not None else None
+def _kernels_for(device: torch.device, name: str = "grouped_kernels") -> Any:
+    """A module of Triton kernels for groups, or None where the device has none."""
+    return importlib.import_module(f"train.engine.{name}") if kernels_for(device) is not None else None
+
+
+def _gates_for(device: torch.device) -> Any:
+    return _kernels_for(device, "grouped_gates")
 
 
 def grouped_product(
@@ -54,6 +58,15 @@ def grouped_outer(
         own.copy_(scale * (a[part].float().T @ b[part].float()))
 
 
+def spread_ranks(b: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+    """out [E, N, r] = scale b of PEFT's [N, r E], whose columns are the ranks, each of all experts in turn."""
+    kernels = _kernels_for(b.device)
+    if kernels is not None:
+        kernels.spread(b, scale, out)
+    else:
+        torch.mul(b.view(out.shape[1], out.shape[2], -1).permute(2, 0, 1), scale, out=out)
+
+
 def sum_rows(x: torch.Tensor, places: torch.Tensor, out: torch.Tensor) -> None:
     """out [T, H] = the sum of x[places[:, j]] over j, for x [S, H] and places [T, k], added in fp32."""
     kernels = _kernels_for(x.device)
@@ -65,7 +78,7 @@ def sum_rows(x: torch.Tensor, places: torch.Tensor, out: torch.Tensor) -> None:
 
 def scaled_gate(gate_up: torch.Tensor, out: torch.Tensor, activation: str, factors: torch.Tensor) -> None:
     """out [S, F] = act(gate) up factor, of gate_up [S, 2 F] and a factor [S] a row."""
-    kernels, is_clamped = _kernels_for(out.device), activation == CLAMPED
+    kernels, is_clamped = _gates_for(out.device), activation == CLAMPED
     if kernels is not None:
         if is_clamped:
             kernels.clamped_gate(gate_up, out, factors)
@@ -85,7 +98,7 @@ def scaled_gate_backward(
 ) -> torch.Tensor:
     """In place: gate_up [S, 2 F] becomes its gradient, grad [S, F] (of the product) the product; returns the factors'
     gradient, fp32 [S]."""
-    kernels, is_clamped = _kernels_for(grad.device), activation == CLAMPED
+    kernels, is_clamped = _gates_for(grad.device), activation == CLAMPED
     if kernels is not None:
         if is_clamped:
             return kernels.clamped_gate_backward(gate_up, grad, factors)

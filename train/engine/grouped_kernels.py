@@ -1,13 +1,10 @@
 """grouped.py in Triton: rows sorted into groups, each with a matrix of its own."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-from train.engine.grouped import CLAMPED_LIMIT, CLAMPED_SLOPE, TENSOR_CORES
-from train.engine.kernels import _bend_of, _sigmoid_of
+from train.engine.grouped import TENSOR_CORES
 from train.run import devices
 
 DEPTH = 64  # elements of 16 bits that a tile of a product sums at a time
@@ -15,7 +12,6 @@ DEPTH = 64  # elements of 16 bits that a tile of a product sums at a time
 # experts of 1,536 x 2,048 reach 473 TFLOP/s forward and 567 backward, where one product of 8,192 x 8,192 reaches 778
 TILES = {(9, 0): (128, 256, 8, 4), (8, 0): (128, 128, 8, 3), (0, 0): (64, 64, 4, 2)}
 NARROW = 64  # columns of adapters, which fit one tile
-GATE_BLOCK = 1024  # elements of a row that a program gates
 
 
 @triton.jit
@@ -137,6 +133,26 @@ def outer(
 
 
 @triton.jit
+def spread_kernel(b, out, stride_e, stride_n, scale, E, R, EXPERTS: tl.constexpr, RANK: tl.constexpr):
+    """out[e, n, j] = scale b[n, j, e] for one n: read along e, written along j."""
+    number = tl.program_id(0).to(tl.int64)
+    expert, rank = tl.arange(0, EXPERTS)[:, None], tl.arange(0, RANK)[None, :]
+    inside = (expert < E) & (rank < R)
+    values = tl.load(b + number * E * R + rank * E + expert, mask=inside, other=0.0) * scale
+    place = out + number * stride_n + expert.to(tl.int64) * stride_e + rank
+    tl.store(place, values.to(out.dtype.element_ty), mask=inside)
+
+
+def spread(b: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+    """As grouped.spread_ranks."""
+    num_experts, num_outputs, rank = out.shape
+    spread_kernel[(num_outputs,)](
+        b, out, out.stride(0), out.stride(1), scale, num_experts, rank, triton.next_power_of_2(num_experts),
+        triton.next_power_of_2(rank), num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
 def add_up_kernel(x, stride_x, places, out, stride_out, H, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     """One row: out[t] = the sum of x[places[t, j]] over COUNT j."""
     token = tl.program_id(0).to(tl.int64)
@@ -154,132 +170,3 @@ def add_up(x: torch.Tensor, places: torch.Tensor, out: torch.Tensor) -> None:
     num_tokens, count = places.shape
     block = triton.next_power_of_2(out.shape[1])
     add_up_kernel[(num_tokens,)](x, x.stride(0), places, out, out.stride(0), out.shape[1], count, block, num_warps=4)
-
-
-@triton.jit
-def scaled_gate_kernel(gate_up, stride, out, stride_out, factors, F, TANH: tl.constexpr, BLOCK: tl.constexpr):
-    """out = act(gate) up factor, where gate and up are the halves of a row."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < F
-    gate = tl.load(gate_up + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * stride + F + column, mask=inside, other=0.0).to(tl.float32)
-    dtype = out.dtype.element_ty
-    value = (gate * _sigmoid_of(gate, TANH)).to(dtype).to(tl.float32) * up
-    tl.store(out + row * stride_out + column, (value * tl.load(factors + row)).to(dtype), mask=inside)
-
-
-def scaled_gate(gate_up: torch.Tensor, out: torch.Tensor, factors: torch.Tensor, is_tanh: bool) -> None:
-    """As grouped.scaled_gate."""
-    num_rows, width = out.shape
-    scaled_gate_kernel[(num_rows, -(-width // GATE_BLOCK))](
-        gate_up, gate_up.stride(0), out, out.stride(0), factors, width, is_tanh, GATE_BLOCK, num_warps=4
-    )
-
-
-@triton.jit
-def scaled_gate_backward_kernel(
-    gate_up, stride, grad, stride_grad, factors, of_factors, F, TANH: tl.constexpr, BLOCK: tl.constexpr
-):
-    """In place: gate and up become their gradients, grad the scaled product; of_factors [S, blocks] parts of sums."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < F
-    gate_place = gate_up + row * stride + column
-    gate = tl.load(gate_place, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_place + F, mask=inside, other=0.0).to(tl.float32)
-    grad_place = grad + row * stride_grad + column
-    upstream = tl.load(grad_place, mask=inside, other=0.0).to(tl.float32)
-    factor = tl.load(factors + row)
-    sigmoid = _sigmoid_of(gate, TANH)
-    dtype = grad.dtype.element_ty
-    value = (gate * sigmoid).to(dtype).to(tl.float32)
-    tl.store(of_factors + row * tl.num_programs(1) + tl.program_id(1), tl.sum(upstream * value * up))
-    tl.store(grad_place, (value * up * factor).to(dtype), mask=inside)
-    upstream *= factor
-    tl.store(gate_place + F, (upstream * value).to(dtype), mask=inside)
-    tl.store(gate_place, (upstream * up * sigmoid * _bend_of(gate, sigmoid, TANH)).to(dtype), mask=inside)
-
-
-def scaled_gate_backward(gate_up: torch.Tensor, grad: torch.Tensor, factors: torch.Tensor, is_tanh: bool) -> Any:
-    """As grouped.scaled_gate_backward."""
-    num_rows, width = grad.shape
-    num_blocks = -(-width // GATE_BLOCK)
-    of_factors = torch.empty(num_rows, num_blocks, dtype=torch.float32, device=grad.device)
-    scaled_gate_backward_kernel[(num_rows, num_blocks)](
-        gate_up, gate_up.stride(0), grad, grad.stride(0), factors, of_factors, width, is_tanh, GATE_BLOCK, num_warps=4
-    )
-    return of_factors.sum(1)
-
-
-@triton.jit
-def _at_most(x, limit):
-    """tl.minimum(x, limit) would be the limit where x is NaN."""
-    return tl.where(x > limit, limit, x)
-
-
-@triton.jit
-def _clamped(gate_up, row, stride, column, inside, SLOPE: tl.constexpr, LIMIT: tl.constexpr):
-    """Gate and up as they are in a row, in turn, and the sigmoid of what the gate is clamped to."""
-    place = gate_up + row * stride + 2 * column
-    gate = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(place + 1, mask=inside, other=0.0).to(tl.float32)
-    return gate, up, tl.sigmoid(SLOPE * _at_most(gate, LIMIT))
-
-
-@triton.jit
-def clamped_gate_kernel(
-    gate_up, stride, out, stride_out, factors, F, SLOPE: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr
-):
-    """out = gate sigmoid(SLOPE gate) (1 + up) factor, gate and up clamped."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < F
-    gate, up, sigmoid = _clamped(gate_up, row, stride, column, inside, SLOPE, LIMIT)
-    opened, raised = _at_most(gate, LIMIT), 1 + _at_most(-_at_most(-up, LIMIT), LIMIT)
-    value = opened * sigmoid * raised * tl.load(factors + row)
-    tl.store(out + row * stride_out + column, value.to(out.dtype.element_ty), mask=inside)
-
-
-def clamped_gate(gate_up: torch.Tensor, out: torch.Tensor, factors: torch.Tensor) -> None:
-    """As grouped.scaled_gate, of clamped gates."""
-    num_rows, width = out.shape
-    clamped_gate_kernel[(num_rows, -(-width // GATE_BLOCK))](
-        gate_up, gate_up.stride(0), out, out.stride(0), factors, width, CLAMPED_SLOPE, CLAMPED_LIMIT, GATE_BLOCK,
-        num_warps=4,
-    )  # fmt: skip
-
-
-@triton.jit
-def clamped_gate_backward_kernel(
-    gate_up, stride, grad, stride_grad, factors, of_factors, F,
-    SLOPE: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """In place: gate and up become their gradients, grad the scaled product; of_factors [S, blocks] parts of sums."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < F
-    gate, up, sigmoid = _clamped(gate_up, row, stride, column, inside, SLOPE, LIMIT)
-    opened, raised = _at_most(gate, LIMIT), 1 + _at_most(-_at_most(-up, LIMIT), LIMIT)
-    grad_place, place = grad + row * stride_grad + column, gate_up + row * stride + 2 * column
-    upstream = tl.load(grad_place, mask=inside, other=0.0).to(tl.float32)
-    value, factor = opened * sigmoid, tl.load(factors + row)
-    tl.store(of_factors + row * tl.num_programs(1) + tl.program_id(1), tl.sum(upstream * value * raised))
-    tl.store(grad_place, (value * raised * factor).to(grad.dtype.element_ty), mask=inside)
-    upstream *= factor
-    of_gate = upstream * raised * sigmoid * (1 + SLOPE * opened * (1 - sigmoid))
-    tl.store(place, tl.where(gate <= LIMIT, of_gate, 0.0).to(grad.dtype.element_ty), mask=inside)
-    of_up = tl.where(tl.abs(up) <= LIMIT, upstream * value, 0.0)
-    tl.store(place + 1, of_up.to(grad.dtype.element_ty), mask=inside)
-
-
-def clamped_gate_backward(gate_up: torch.Tensor, grad: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """As grouped.scaled_gate_backward, of clamped gates."""
-    num_rows, width = grad.shape
-    num_blocks = -(-width // GATE_BLOCK)
-    of_factors = torch.empty(num_rows, num_blocks, dtype=torch.float32, device=grad.device)
-    clamped_gate_backward_kernel[(num_rows, num_blocks)](
-        gate_up, gate_up.stride(0), grad, grad.stride(0), factors, of_factors, width, CLAMPED_SLOPE, CLAMPED_LIMIT,
-        GATE_BLOCK, num_warps=4,
-    )  # fmt: skip
-    return of_factors.sum(1)

@@ -19,9 +19,11 @@ SMALL_KERNEL_SECONDS = 0.0002
 HEAD_NORM_PASSES, LOGIT_PASSES = 3, 4
 # How often linear attention moves what it makes between its projections; neither passes nor launches were measured
 LINEAR_FORWARD, LINEAR_BACKWARD = 1.2, 4
-# Products of experts reach this share of the rate of one large product. Of the rows of experts [F] and [H] are read or
-# written between products, forward and backward; their adapters (fp32) and gradients likewise, in bytes of gradients
-GROUPED_SHARE = 0.58
+# Products of experts reach this share of the rate of one large product, less what an expert's last tile of rows lacks
+# (half of 128 on average) and what each tile takes before and behind its sum, in elements of that. Of the rows of
+# experts [F] and [H] are read or written between products, forward and backward; their adapters (fp32) and gradients
+# likewise, in bytes of gradients
+GROUPED_SHARE, MISSING_ROWS, TILE_ELEMENTS = 0.81, 64, 480
 ROWS_FORWARD, ROWS_BACKWARD = (3, 1), (9, 3)
 ADAPTERS_FORWARD, ADAPTERS_BACKWARD = 1.5, 6.5
 # Attention of heads beyond flash kernels, forward by SDPA and backward by products in tiles, reaches this share of the
@@ -93,12 +95,24 @@ def products(job: Job, c: Candidate, flops_per_token: float) -> float:
     return flops_per_token / (job.gpu.flops / (c.mean_tokens + LATENCY_TOKENS))
 
 
-def num_weights(job: Job) -> float:
+def num_weights(job: Job, c: Candidate) -> float:
     """Weights of a block that a token is multiplied with, and the adapters' columns; 2 FLOP each. Those of experts
     count as many as take their time."""
     s = job.sizes
-    of_experts = s.mixture.active_weights / GROUPED_SHARE - s.mixture.weights if s.mixture else 0
+    of_experts = s.mixture.active_weights / grouped_share(job, c) - s.mixture.weights if s.mixture else 0
     return s.matrix_bytes / s.element_bytes + of_experts
+
+
+def grouped_share(job: Job, c: Candidate) -> float:
+    """Of the rate of one large product, what those of experts reach, forward and backward together.
+
+    They sum over H and F forward, 2 F and H backward, for gate and up, which are two thirds of the weights, and down.
+    """
+    s = job.sizes
+    assert s.mixture is not None
+    rows = c.mean_tokens * s.mixture.num_chosen / s.mixture.num_experts
+    per_element = (2 / s.hidden + 1 / s.intermediate + 1 / s.intermediate + 1 / s.hidden) / 6
+    return GROUPED_SHARE / ((1 + MISSING_ROWS / rows) * (1 + TILE_ELEMENTS * per_element))
 
 
 def attention_flops(job: Job) -> float:
@@ -150,7 +164,7 @@ def around_fp8(job: Job, c: Candidate, is_backward: bool) -> float:
 
 def forward(job: Job, c: Candidate) -> float:
     """A block's forward pass on the GPU: 2 FLOP a weight and token."""
-    computing = products(job, c, frozen_flops(job, num_weights(job)) + attention_flops(job))
+    computing = products(job, c, frozen_flops(job, num_weights(job, c)) + attention_flops(job))
     moving = elementwise(job, c, ELEMENTWISE_FORWARD) + dequantisation(job, c, 0.5) + around_fp8(job, c, False)
     moving += experts(job, c, ROWS_FORWARD, ADAPTERS_FORWARD) + linear_rule(job, c, LINEAR_FORWARD)
     return computing + moving + exchange(job, c) + SMALL_KERNEL_SECONDS
@@ -162,7 +176,7 @@ def backward(job: Job, c: Candidate) -> float:
     A tiled MLP computes gate and up (G weights a hidden element) again, also in kept blocks.
     """
     s = job.sizes
-    computing = products(job, c, frozen_flops(job, num_weights(job)) + 2.5 * attention_flops(job))
+    computing = products(job, c, frozen_flops(job, num_weights(job, c)) + 2.5 * attention_flops(job))
     moving = elementwise(job, c, ELEMENTWISE_BACKWARD) + around_fp8(job, c, True)
     moving += dequantisation(job, c, 0.5 + 0.5 * recomputed_share(job, c))
     moving += experts(job, c, ROWS_BACKWARD, ADAPTERS_BACKWARD) + linear_rule(job, c, LINEAR_BACKWARD)
@@ -177,8 +191,8 @@ def recomputation(job: Job, c: Candidate) -> float:
     s = job.sizes
     skipped = 0 if s.norms_behind else s.hidden * s.intermediate
     if s.mixture:
-        skipped *= s.mixture.num_chosen / GROUPED_SHARE
-    computing = products(job, c, frozen_flops(job, num_weights(job) - skipped) + attention_flops(job))
+        skipped *= s.mixture.num_chosen / grouped_share(job, c)
+    computing = products(job, c, frozen_flops(job, num_weights(job, c) - skipped) + attention_flops(job))
     moving = elementwise(job, c, ELEMENTWISE_FORWARD) + linear_rule(job, c, LINEAR_FORWARD)
     return computing + moving + around_fp8(job, c, False) + exchange(job, c)
 

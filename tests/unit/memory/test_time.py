@@ -7,6 +7,7 @@ import pytest
 from tests.unit.memory.examples import H200, LLAMA_8B, LONG, first_candidate, planner_for
 from train.config import BatchConfig
 from train.memory import time
+from train.memory.sizes import MixtureSizes
 from train.memory.time import step_seconds
 
 PLANNER = planner_for(LONG, BatchConfig(1, 4))
@@ -17,7 +18,7 @@ GRAPHS = replace(EAGER, uses_graphs=True)
 
 def test_terms_by_pencil() -> None:
     """A block of an 8B on an H200: 225 M weights, 2,048 tokens that take as long as 2,203 at 715 TFLOP/s."""
-    assert time.products(JOB, EAGER, 2 * time.num_weights(JOB)) == pytest.approx(2 * 225e6 * 2203 / 715e12)
+    assert time.products(JOB, EAGER, 2 * time.num_weights(JOB, EAGER)) == pytest.approx(2 * 225e6 * 2203 / 715e12)
     assert time.attention_flops(JOB) == 2 * 4096 * 2000
     width = 3 * 4096 + 6144 + 4096 + 2 * 14336  # 51,200 elements a token
     assert time.elementwise(JOB, EAGER, 3) == pytest.approx(3 * 2 * width * 2048 / 4300e9)
@@ -95,6 +96,17 @@ def test_tiles_compute_gate_and_up_again_in_kept_blocks() -> None:
     assert time.backward(JOB, tiled) - time.backward(JOB, GRAPHS) == pytest.approx(again)
     half = replace(tiled, num_kept=16)
     assert time.backward(JOB, half) - time.backward(JOB, GRAPHS) == pytest.approx(again / 2)
+
+
+def test_small_experts_are_multiplied_at_a_lower_rate() -> None:
+    """Of 8,192 tokens each of 128 experts has 512 rows, of 16,384 each of 8 has 4,096; and their sums are longer."""
+    shares = []
+    for tokens, hidden, intermediate, count, chosen in ((8192.0, 2048, 768, 128, 8), (16384.0, 4096, 14336, 8, 2)):
+        mixture = MixtureSizes(count, chosen, weights=1, multiplied=1, gradient_bytes=0, columns=16)
+        job = replace(JOB, sizes=replace(LLAMA_8B, hidden=hidden, intermediate=intermediate, mixture=mixture))
+        shares.append(time.grouped_share(job, replace(EAGER, mean_tokens=tokens)))
+    assert shares[0] == pytest.approx(0.81 / (1 + 64 / 512) / (1 + 480 * (1 / 4096 + 1 / 2304)))
+    assert shares == [pytest.approx(0.544, abs=1e-3), pytest.approx(0.745, abs=1e-3)]
 
 
 def test_gpus_share_the_bandwidth_of_the_host() -> None:

@@ -29,7 +29,7 @@ from train.checkpoints.contents import (
     manifest_of,
     step_folder,
 )
-from train.run.durable import aside_name, publish, sweep, sync
+from train.run.durable import aside_name, name_before, publish, sweep, sync
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RUN_UID, RunFolder, read_object
 
@@ -203,7 +203,7 @@ class CheckpointStore:
         place. Nobody else writes among the checkpoints; into the run folder a merge or an export may be writing now.
         """
         for replaced in self.root.glob(".trash-step-*"):
-            place = self.root / replaced.name.removeprefix(".trash-").rpartition("-")[0]
+            place = self.root / name_before(replaced)
             if STEP_FOLDER.fullmatch(place.name) and not place.exists() and not contents.defect(replaced)[0]:
                 os.rename(replaced, place)
                 sync(self.root)

@@ -137,3 +137,8 @@ def aside_name(folder: Path, kind: str) -> Path:
     """A new name beside `folder` that no checkpoint can have; hidden for the kind `trash`, which is removed."""
     dot = "." if kind == "trash" else ""
     return folder.with_name(f"{dot}{kind}-{folder.name}-{uuid.uuid4().hex[:8]}")
+
+
+def name_before(aside: Path) -> str:
+    """The name of what lies at a path of aside_name's."""
+    return aside.name.split("-", 1)[1].rsplit("-", 1)[0]

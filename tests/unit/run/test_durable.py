@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
-from train.run.durable import publish
+from train.run.durable import aside_name, name_before, publish
 
 WRITER = """
 import sys, time
@@ -81,3 +81,13 @@ def test_what_a_kill_left_is_swept(tmp_path: Path) -> None:
         writer.communicate()
     write_in(target, "again")
     assert names_in(tmp_path) == sorted([*others[:2], "merged"])
+
+
+@pytest.mark.parametrize("kind", ["trash", "quarantine", "superseded"])
+def test_what_is_set_aside_tells_its_name(tmp_path: Path, kind: str) -> None:
+    """Each time under another, from which the one before can be read."""
+    folder = tmp_path / "step-00000012"
+    first, second = aside_name(folder, kind), aside_name(folder, kind)
+    assert first != second
+    assert first.parent == folder.parent
+    assert name_before(first) == name_before(second) == folder.name

@@ -14,7 +14,7 @@ from bitsandbytes.optim.optimizer import Optimizer2State, Optimizer8bit
 from train.config import OptimConfig
 
 BLOCK = 256  # elements that share a scale of bitsandbytes' 8-bit state
-LARGEST = 2**31 - BLOCK  # elements of a parameter at most: bitsandbytes counts them in 32 bits
+LARGEST = 2**31 - BLOCK  # elements of a flat parameter of several: bitsandbytes counts them in 32 bits
 MIN_8BIT_SIZE = 4096  # elements: bitsandbytes keeps the state of smaller tensors in fp32
 RATE_FACTOR = "rate_factor"  # of a group of parameters: by what its learning rate is multiplied
 
@@ -117,7 +117,7 @@ class FlatParameters:
         """Leaves, one unless it is too large, with room for those of the parameters that have 8-bit state."""
         sizes: list[int] = []
         for name, parameter in named.items():
-            if MIN_8BIT_SIZE <= parameter.numel() <= LARGEST:
+            if parameter.numel() >= MIN_8BIT_SIZE:
                 if not sizes or sizes[-1] + parameter.numel() > LARGEST:
                     sizes.append(0)
                 start = sizes[-1]

@@ -34,7 +34,7 @@ def _torch_adamw(groups: list[dict[str, Any]], lr: float, weight_decay: float) -
 
 
 class _InTriton(Optimizer2State):
-    """bitsandbytes' 8-bit AdamW on a GPU, whose state its own kernel updates at a quarter of what memory allows.
+    """bitsandbytes' 8-bit AdamW on a GPU, whose own kernel updates its state at an eighth of what memory allows.
 
     Nor does it wait for each parameter's update (Optimizer8bit.step does), so whoever reads paged state waits.
     """
@@ -42,6 +42,7 @@ class _InTriton(Optimizer2State):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """Updates every parameter from its gradient."""
+        assert closure is None
         for group_index, group in enumerate(self.param_groups):
             for index, parameter in enumerate(group["params"]):
                 if not self.state[parameter]:

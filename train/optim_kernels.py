@@ -14,7 +14,7 @@ import triton.language as tl
 
 BLOCK = 256  # elements that share a scale
 ROWS = 4  # such blocks of a program, one a warp
-NO_SCALE = tl.constexpr(1e-37)  # a block of nothing larger counts as zeros, as 1 / 1e-39 is infinite
+NO_SCALE = tl.constexpr(1e-37)  # a block of nothing larger is kept too small, as 1 / 1e-39 is infinite
 
 
 @triton.jit

@@ -75,3 +75,19 @@ def test_codes_are_of_the_nearest_numbers() -> None:
         off = (state[f"wide/state{number}"].flatten().long() - nearest).abs()
         assert off.max() <= 1
         assert off.float().mean() < 1e-3
+
+
+def test_state_is_read_when_its_update_has_ended() -> None:
+    """Paged state looks like host memory, whose copies wait for nothing: right behind an update that takes a while,
+    what is saved is what is there later."""
+    flat = FlatParameters({"a": torch.nn.Parameter(torch.zeros(40_000, 4_096, device="cuda"))})
+    optimizer = build_optimizer(flat, OptimConfig(name="paged_adamw_8bit"), has_triton=True)
+    for _ in range(3):
+        leaf = flat.leaf("a")
+        assert leaf.grad is not None
+        leaf.grad.normal_()
+        optimizer.step()
+    found = optimizer_state(optimizer, flat)
+    torch.cuda.synchronize()
+    later = optimizer_state(optimizer, flat)
+    assert all(torch.equal(value, later[key]) for key, value in found.items())

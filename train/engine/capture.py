@@ -15,7 +15,7 @@ def capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
 
     A failure raises what stopped the work, not the end of the capture that fails after it. The pool serves again only
     if graphs hold it. torch.cuda.graph leaves its own stream current then: later work on it would run beside
-    bitsandbytes' kernels that quantise weights and update adapters, which are always launched on the default one.
+    bitsandbytes' kernels that quantise weights and fetch paged state, which are always launched on the default one.
     """
     stream, cause = torch.cuda.current_stream(), None
     try:

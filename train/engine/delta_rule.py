@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from train.collate import MicroBatch
 from train.engine.layers import DeltaHeads
 
+TRIED = (2048, 64)  # tokens of a trial; fla chooses its tiles by the first call's speed, for good: so not a chunk's
 CHUNK = 64  # tokens that the rule takes at a time; transformers' torch code pads to a multiple of it
 RULE = ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule")
 CONVOLUTION = ("causal_conv1d", "causal_conv1d_fn")
@@ -130,25 +131,34 @@ def rule_for(heads: DeltaHeads, device: torch.device, dtype: torch.dtype) -> tup
 
 @cache
 def _refusal(kernel: Callable[..., Any], sizes: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> str:
-    """What flash-linear-attention says to a chunk, forward and backward; nothing where it computes.
+    """What flash-linear-attention says to zeros, forward and backward; nothing where it computes.
 
     On Hopper its backward pass alone refuses Triton 3.4 to 3.7.0, which compiles it wrongly (its chunk_bwd_dqkwg).
     """
-    num_heads, key_size, value_size = sizes
-    new: dict[str, Any] = {"device": device, "dtype": dtype, "requires_grad": True}
-    parts = [torch.zeros(1, CHUNK, num_heads, size, **new) for size in (key_size, key_size, value_size)]
-    decay, beta = (torch.zeros(1, CHUNK, num_heads, **(new | {"dtype": each})) for each in (torch.float32, dtype))
-    ends = torch.tensor([0, CHUNK], device=device, dtype=torch.int32)
-    try:
-        with torch.enable_grad():
-            out = kernel(*parts, g=decay, beta=beta, use_qk_l2norm_in_kernel=True, cu_seqlens=ends)[0]
-            out.sum().backward()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        first_line = next(iter(str(error).splitlines()), type(error).__name__)
-        return f"as flash-linear-attention refuses: {first_line}"
+    for tokens in TRIED:
+        try:
+            _try(kernel, sizes, tokens, {"device": device, "dtype": dtype, "requires_grad": True})
+        except torch.OutOfMemoryError:
+            if tokens == TRIED[-1]:
+                raise
+        except Exception as error:
+            first_line = next(iter(str(error).splitlines()), type(error).__name__)
+            return f"as flash-linear-attention refuses: {first_line}"
+        else:
+            break
     return ""
+
+
+def _try(kernel: Callable[..., Any], sizes: tuple[int, int, int], tokens: int, new: dict[str, Any]) -> None:
+    num_heads, key_size, value_size = sizes
+    parts = [torch.zeros(1, tokens, num_heads, size, **new) for size in (key_size, key_size, value_size)]
+    decay, beta = (
+        torch.zeros(1, tokens, num_heads, **(new | {"dtype": each})) for each in (torch.float32, new["dtype"])
+    )
+    ends = torch.tensor([0, tokens], device=new["device"], dtype=torch.int32)
+    with torch.enable_grad():
+        out = kernel(*parts, g=decay, beta=beta, use_qk_l2norm_in_kernel=True, cu_seqlens=ends)[0]
+        out.sum().backward()
 
 
 @cache

@@ -152,9 +152,8 @@ def _refusal(kernel: Callable[..., Any], sizes: tuple[int, int, int], device: to
 def _try(kernel: Callable[..., Any], sizes: tuple[int, int, int], tokens: int, new: dict[str, Any]) -> None:
     num_heads, key_size, value_size = sizes
     parts = [torch.zeros(1, tokens, num_heads, size, **new) for size in (key_size, key_size, value_size)]
-    decay, beta = (
-        torch.zeros(1, tokens, num_heads, **(new | {"dtype": each})) for each in (torch.float32, new["dtype"])
-    )
+    decay = torch.zeros(1, tokens, num_heads, **(new | {"dtype": torch.float32}))
+    beta = torch.zeros(1, tokens, num_heads, **new)
     ends = torch.tensor([0, tokens], device=new["device"], dtype=torch.int32)
     with torch.enable_grad():
         out = kernel(*parts, g=decay, beta=beta, use_qk_l2norm_in_kernel=True, cu_seqlens=ends)[0]

@@ -171,7 +171,7 @@ class AnswerFinder:
             if value.strip() and find_text(text, value) < 0:
                 return part
         lost = next((part for part, value in said_in_calls(message) if find_leaf(text, value) < 0), "")
-        return lost or ("an argument, printed as Python does," if is_printed(message, text) else "")
+        return lost or ("an argument, printed as Python does" if is_printed(message, text) else "")
 
     def _empty_reasoning(self, prompt: str, text: str) -> int:
         """The length of the empty think block between the prompt and a turn without reasoning; 0 if there is none.

@@ -11,7 +11,7 @@ import pyarrow
 
 from data_tools.places import not_found
 from data_tools.readers import BATCH_ROWS, Place, ReportProblem, Row, file_digest
-from data_tools.remainder import UNREADABLE, first_line, unread_rows
+from data_tools.remainder import UNREADABLE, first_line, rows_of, unread_rows
 from data_tools.report import Unread
 
 # What the datasets library raises; RuntimeError if the data set would have to run a script.
@@ -88,7 +88,7 @@ def _rows_of(loaded: datasets.Dataset, name: str, report: ReportProblem) -> Iter
     batches: Any = loaded.with_format("arrow")
     try:
         for table in batches.iter(batch_size=BATCH_ROWS):
-            for row in table.to_pylist():
+            for row in rows_of(table):
                 number += 1
                 yield f"{name}:{number}", row
     except UNREADABLE as error:

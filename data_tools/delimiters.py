@@ -1,6 +1,7 @@
 """What separates the columns of a CSV file: a comma, or what spreadsheets write in its place."""
 
 import csv
+import io
 
 OTHERS = ";\t|"
 NAMES = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
@@ -17,7 +18,7 @@ def delimiter_of(beginning: str) -> str:
     try:
         found = csv.Sniffer().sniff(beginning, OTHERS).delimiter
         widths = {
-            len(row) for row in csv.reader(beginning.splitlines(keepends=True), delimiter=found, strict=True) if row
+            len(row) for row in csv.reader(io.StringIO(beginning, newline=""), delimiter=found, strict=True) if row
         }
     except csv.Error:
         return ","

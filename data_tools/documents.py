@@ -2,34 +2,26 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
+from data_tools.encode import Encoder, SpelledTokens
 from data_tools.records import Document
 from data_tools.samples import Sample, begin_ids
 
 
-def render_document(
-    tokenizer: PreTrainedTokenizerBase, document: Document, max_length: int, overlap: int
-) -> Iterator[Sample]:
+def render_document(encoder: Encoder, document: Document, max_length: int, overlap: int) -> Iterator[Sample]:
     """Samples of at most `max_length` tokens that together train each token of the text once.
 
     Each begins with the tokenizer's begin tokens, if any; all but the first repeat `overlap` tokens as masked context;
     the end token follows, trained, only at the document's end. A sample ends with a paragraph, or else with a line, if
     one ends in its last quarter.
     """
-    begin = begin_ids(tokenizer)
-    # split_special_tokens: "<|end_of_text|>" in the text does not end the document
-    encoded: Any = tokenizer(
-        document.text,
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        split_special_tokens=True,
-        verbose=False,  # that the text is longer than the model takes; it is cut here
-    )
-    body: list[int] = [*encoded["input_ids"], tokenizer.eos_token_id]
-    ranks = _break_ranks(document.text, encoded["offset_mapping"])
+    begin, text, spelled = begin_ids(encoder.tokenizer), document.text, None
+    if encoder.special_pattern.search(text):  # "<|end_of_text|>" in the text does not end the document
+        spelled = SpelledTokens(encoder.special_pattern, text)
+        text = spelled.hide(text)
+    encoded = encoder.encode(text, spelled)
+    body = [*encoded.ids, encoder.tokenizer.eos_token_id]
+    ranks = _break_ranks(text, encoded.offsets)
     room = max_length - len(begin)
     start = 0
     while start < len(body):

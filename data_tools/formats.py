@@ -3,11 +3,11 @@
 import re
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from data_tools.messages import ROLES, Message, turns_of
+from data_tools.messages import CALL_KEYS, CONTENT_KEYS, ROLE_KEYS, Message, turns_of
 from data_tools.strict_json import parse_json
 from data_tools.tool_calls import arguments_of, tools_of
 from data_tools.values import encodable, is_absent, json_or_same
@@ -33,6 +33,9 @@ ANSWERED += ("definition", "summary", "a", "antwort", "respuesta")
 MAPPED = "prompt_response by data.fields"  # among the formats that were found
 SHARED_FIELDS = ("system", "tools", "chat_template_kwargs")  # read in every row that is a conversation
 
+SAID_KEYS = CONTENT_KEYS | CALL_KEYS
+PRINTED_TURNS = re.compile(r"\s*\[\s*\{\s*'(role|from|content|value)': .*?'(role|from|content|value)': ", re.DOTALL)
+
 Row = Mapping[str, Any]
 Turns = tuple[Message, ...]
 
@@ -55,10 +58,15 @@ class Format:
     optional: tuple[str, ...]  # read where present
     turns: Callable[[Row], Turns] | None  # None: a document
     is_mapped: bool = False  # by data.fields
+    rank: int = 0  # the most specific has the lowest
 
     def matches(self, row: Row) -> bool:
         """Whether the row has this format's required fields; a null, which Arrow fills in, is none."""
         return all(row.get(name) is not None and row[name] != [] for name in self.fields)
+
+    def is_in(self, row: Row) -> bool:
+        """Whether the row has a value, if only an empty list, for each of the required fields."""
+        return all(row.get(name) is not None for name in self.fields)
 
     def ignored_fields(self, row: Row) -> set[str]:
         """Fields of the row that have a value and that this format does not read."""
@@ -80,11 +88,20 @@ class Format:
 
 
 def detect(row: Row, wanted: str, field_map: Mapping[str, str]) -> Format:
-    """The format of a data set, from its first row; raises ValueError naming the row's fields and the known ones."""
+    """The most specific format that the row has; raises ValueError naming the row's fields and the known ones."""
     candidates = [candidate for candidate in _formats(field_map) if wanted in ("auto", candidate.name)]
     for candidate in candidates:
         if candidate.matches(row):
             return candidate
+    empty = sorted({name for each in candidates if each.is_in(row) for name in each.fields if row[name] == []})
+    if empty:
+        raise ValueError(f"{' and '.join(map(repr, empty))} is an empty list; there is nothing to train")
+    if {"chosen", "rejected"} <= row.keys():
+        column = "messages" if isinstance(row["chosen"], list) else "response"
+        raise ValueError(
+            "a row of preferences, 'chosen' and 'rejected', which is not for this training; to train what was chosen, "
+            f"rename that column to {column!r}" + ("" if column == "messages" else " and its question to 'prompt'")
+        )
     known = "; ".join(" and ".join(map(repr, candidate.fields)) for candidate in candidates)
     reason = f"unknown fields ({fields_with_values(row)}); known are {known}"
     if wanted in ("auto", "prompt_response"):
@@ -94,7 +111,7 @@ def detect(row: Row, wanted: str, field_map: Mapping[str, str]) -> Format:
 
 def proposed_fields(row: Row) -> tuple[str, str]:
     """`prompt=COLUMN` and `response=COLUMN`, by the columns' names, or as the only two texts; quoted for a shell."""
-    texts = [str(name) for name, value in row.items() if isinstance(value, str | list) and value]
+    texts = [str(name) for name, value in row.items() if isinstance(value, str | list) and value and name != "rejected"]
     plain = {re.sub(r"[^a-z]", "", name.lower()): name for name in texts}
     asked = next((plain[word] for word in ASKED if word in plain), "")
     answered = next((plain[word] for word in ANSWERED if word in plain), "")
@@ -113,12 +130,13 @@ def fields_with_values(row: Row) -> str:
 
 def _formats(field_map: Mapping[str, str]) -> list[Format]:
     """All formats, the most specific first; a field map adds a prompt/response format with those field names."""
-    pairs = [Format("prompt_response", pair, SHARED_FIELDS, partial(_pair, *pair)) for pair in PAIR_NAMES]
+    optional = ("history", *SHARED_FIELDS)
+    pairs = [Format("prompt_response", pair, optional, partial(_pair, *pair)) for pair in PAIR_NAMES]
     mapped: list[Format] = []
     if field_map:
         named = field_map["prompt"], field_map["response"]
-        mapped.append(Format("prompt_response", named, SHARED_FIELDS, partial(_pair, *named), is_mapped=True))
-    return [
+        mapped.append(Format("prompt_response", named, optional, partial(_pair, *named), is_mapped=True))
+    formats = [
         *mapped,
         Format("messages", ("messages",), SHARED_FIELDS, partial(_listed, "messages")),
         Format("sharegpt", ("conversations",), SHARED_FIELDS, partial(_listed, "conversations")),
@@ -126,6 +144,7 @@ def _formats(field_map: Mapping[str, str]) -> list[Format]:
         *pairs,
         Format("text", ("text",), (), None),
     ]
+    return [replace(each, rank=rank) for rank, each in enumerate(formats)]
 
 
 def _listed(field: str, row: Row) -> Turns:
@@ -133,43 +152,64 @@ def _listed(field: str, row: Row) -> Turns:
 
 
 def _pair(prompt: str, response: str, row: Row) -> Turns:
-    """A question and an answer: two strings, or lists of turns; in the question's, only flagged turns are trained."""
+    """A question and an answer: two strings, or lists of turns; in the question's, only flagged turns are trained.
+
+    `history` is of earlier ones, as Alpaca's.
+    """
+    if row.get("label") is False:
+        raise ValueError(
+            "its 'label' is false: an answer that was not wanted (KTO); leave such rows out, or skip them with "
+            "--data.on_error skip"
+        )
     question, answer = row[prompt], row[response]
-    if isinstance(question, str) and isinstance(answer, str):
-        # JSON text is turns only on both sides: an answer may well be a text about turns
-        listed = _turns_in_text(question), _turns_in_text(answer)
-        question, answer = listed if all(listed) else (question, answer)
-    asked: Turns = (
-        turns_of(question, prompt, only_flagged=True)
-        if isinstance(question, list)
-        else (Message("user", _string(row, prompt)),)
-    )
+    if isinstance(question, str):
+        question = turns_in_text(question, prompt) or question
+    if isinstance(question, list) and isinstance(answer, str):
+        # behind a question of text an answer is text, which may well be about turns
+        answer = turns_in_text(answer, response) or answer
+    earlier = _earlier(row)
+    if isinstance(question, list):
+        if earlier:
+            raise ValueError(f"there are earlier turns in 'history' and others in {prompt!r}; keep one")
+        asked = turns_of(question, prompt, only_flagged=True)
+    else:
+        asked = (*earlier, Message("user", _string(row, prompt)))
     if isinstance(answer, list):
         return (*asked, *turns_of(answer, response))
     return (*asked, Message("assistant", _string(row, response), train=True))
 
 
-def _turns_in_text(text: str) -> list[Any]:
-    """The list of turns that JSON text holds; empty for any other text."""
-    if not text.lstrip().startswith("["):
+def turns_in_text(text: str, field: str) -> list[Any]:
+    """The list of turns, or the turn, that JSON text holds; empty for any other text, such as JSON of other things.
+
+    Raises ValueError where Python has printed a list of turns.
+    """
+    if not text.lstrip().startswith(("[", "{")):
         return []
+    if PRINTED_TURNS.match(text):
+        raise ValueError(f"{field!r} is a list of turns as Python prints it; write it as JSON")
     try:
         value = parse_json(text)
     except ValueError:
         return []
-    named = [turn.get("role") or turn.get("from") for turn in value if isinstance(turn, Mapping)]
-    is_turns = len(named) == len(value) and all(isinstance(name, str) and name in ROLES for name in named)
-    return value if is_turns else []
+    turns = value if isinstance(value, list) else [value]
+    return turns if turns and all(_is_turn(turn) for turn in turns) else []
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(ROLE_KEYS & value.keys()) and bool(SAID_KEYS & value.keys())
 
 
 def _alpaca(row: Row) -> Turns:
-    """Instruction and input become one user turn; the chat template replaces Alpaca's own prompt template.
-
-    `history` is a list of earlier [question, answer] pairs.
-    """
+    """Instruction and input become one user turn; the chat template replaces Alpaca's own prompt template."""
     question = _string(row, "instruction")
     if not _is_blank(row.get("input")):
         question += "\n\n" + _string(row, "input")
+    return (*_earlier(row), Message("user", question), Message("assistant", _string(row, "output"), train=True))
+
+
+def _earlier(row: Row) -> Turns:
+    """The turns of `history`, a list of earlier [question, answer] pairs."""
     earlier: list[Message] = []
     for number, pair in enumerate(json_or_same(row.get("history"), "'history'") or (), start=1):
         if not isinstance(pair, list) or len(pair) != 2:
@@ -179,7 +219,7 @@ def _alpaca(row: Row) -> Turns:
             earlier += turns_of(turns, "history")
         except ValueError as error:
             raise ValueError(f"'history', entry {number}: {error}") from None
-    return (*earlier, Message("user", question), Message("assistant", _string(row, "output"), train=True))
+    return tuple(earlier)
 
 
 def _system(row: Row) -> Turns:

@@ -110,7 +110,7 @@ class Maker:
         """A record's samples as rendered and as kept; the first are empty for a document, which is cut anyway."""
         settings, counts = self.settings, made.counts
         if isinstance(record, Document):
-            pieces = render_document(self.tokenizer, record, settings.max_length, settings.text_overlap)
+            pieces = render_document(self.renderer.encoder, record, settings.max_length, settings.text_overlap)
             return [], [piece for piece in pieces if piece.num_supervised_tokens]
         try:
             rendered = self.renderer.render(record)

@@ -88,7 +88,7 @@ def message_of(entry: Any, only_flagged: bool = False) -> Message:
         raise ValueError(f"unknown role {named!r}; known: {', '.join(sorted({*ROLES, *CALL_ROLES}))}")
     value = _one_of(entry, CONTENT_KEYS)
     if is_call:
-        content, thought, calls = "", "", tool_calls_of(json_or_same(value, "the call"))
+        content, thought, calls = "", "", _calls_of_role(value, _one_of(entry, CALL_KEYS))
     else:
         content, thought = _content(value, role)
         calls = tool_calls_of(_one_of(entry, CALL_KEYS))
@@ -110,10 +110,18 @@ def message_of(entry: Any, only_flagged: bool = False) -> Message:
         reasoning=given.pop() if given else "",
         tool_calls=calls,
         name=_text(entry.get("name") or "", "name"),
-        tool_call_id=str(entry.get("tool_call_id") or ""),
+        tool_call_id=encodable(str(entry.get("tool_call_id") or "")),
         extra=tuple((key, value) for key, value in extra.items() if not is_absent(value)),
         ignored=_ignored(value) if role != "tool" or _is_typed(value) else (),
     )
+
+
+def _calls_of_role(content: Any, beside: Any) -> tuple[dict[str, Any], ...]:
+    """The calls of a turn whose role says that it is one: its content, or what stands beside it."""
+    calls, others = tool_calls_of(json_or_same(content, "the call")), tool_calls_of(beside)
+    if calls and others and calls != others:
+        raise ValueError("it has a call in its content and another beside it; keep one")
+    return calls or others
 
 
 def _one_of(entry: Mapping[str, Any], keys: Set[str]) -> Any:
@@ -122,7 +130,8 @@ def _one_of(entry: Mapping[str, Any], keys: Set[str]) -> Any:
         return next((entry[key] for key in keys if key in entry), None)
     found = {key: entry[key] for key in keys if not is_absent(entry.get(key))}
     values = list(found.values())
-    if any(value != values[0] for value in values[1:]):
+    same = [ROLES.get(value, value) if keys is ROLE_KEYS and isinstance(value, str) else value for value in values]
+    if any(value != same[0] for value in same[1:]):
         raise ValueError(f"it has {' and '.join(map(repr, sorted(found)))}, which differ; keep one")
     return values[0] if values else next((entry[key] for key in keys if entry.get(key) is not None), None)
 
@@ -135,7 +144,9 @@ def _content(value: Any, role: str) -> tuple[str, str]:
     if value is None or value == []:
         return "", ""
     if role == "tool" and not isinstance(value, str) and not _is_typed(value):
-        return json.dumps(without_nulls(value), ensure_ascii=False), ""
+        result = without_nulls(value)
+        check_plain(result)
+        return json.dumps(result, ensure_ascii=False), ""
     if not isinstance(value, list):
         return _text(value, "content"), ""
     parts = [_part(part, number, role) for number, part in enumerate(value, start=1)]

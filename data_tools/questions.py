@@ -58,7 +58,7 @@ class Questions:
             return ()
         told = {key: None if isinstance(value, str) else value for key, value in message.extra}
         return (
-            [(sorted(call), bool(call["function"]["arguments"])) for call in message.tool_calls],
+            [(sorted(call), _kinds(call["function"]["arguments"])) for call in message.tool_calls],
             bool(message.name),
             bool(message.tool_call_id),
             [(key, value if self.template.names(key) else None) for key, value in told.items()],
@@ -121,7 +121,8 @@ class _Sentinels:
         )
 
     def _call(self, call: dict[str, Any], sign: str) -> dict[str, Any]:
-        arguments = {f"{sign}key7qz": f"{sign}value7qz"}
+        kinds = _kinds(call["function"]["arguments"]) or ["str"]
+        arguments = {f"{sign}{kind}key7qz": _sentinel(kind, sign) for kind in kinds}
         return {**call, "function": {**call["function"], "name": self._name(call), "arguments": arguments}}
 
     def _name(self, call: Mapping[str, Any]) -> str:
@@ -159,7 +160,8 @@ class _Sentinels:
         for j, call in enumerate(message.tool_calls, start=1):
             function = call["function"]
             label = f"tool call {j}" if len(message.tool_calls) > 1 else "its tool call"
-            arguments = list(leaves(function["arguments"]))
+            # true and false may well be elsewhere in the text
+            arguments = [str(leaf) for leaf in leaves(function["arguments"]) if not isinstance(leaf, bool)]
             if not any(leaf in text for leaf in arguments) and not self._is_named_in_call(function["name"], text):
                 yield f"turn {number}: {label}"
             elif not all(leaf in text for leaf in (function["name"], *arguments)):
@@ -183,6 +185,18 @@ class _Sentinels:
                 yield from (f"tool_calls.{key}" for key in sorted(keys) if not has_word(source, key))
         for name in template.unread_arguments(self.arguments):
             yield f"chat_template_kwargs.{name}"
+
+
+def _kinds(arguments: Mapping[str, Any]) -> list[str]:
+    """The kinds of JSON values among a call's arguments, since a template may write one and not another."""
+    return sorted({type(value).__name__ for value in arguments.values()})
+
+
+def _sentinel(kind: str, sign: str) -> Any:
+    """A value of a kind that is nowhere else in a text; true and null are what they are."""
+    number = 90_000_000 + int("".join(filter(str.isdigit, sign)))
+    values = {"str": f"{sign}value7qz", "int": number, "float": number + 0.25, "bool": True, "list": [f"{sign}item7qz"]}
+    return values.get(kind) if kind != "dict" else {f"{sign}innerkey7qz": f"{sign}inner7qz"}
 
 
 def with_sentinels(conversation: Conversation) -> tuple[Message, ...]:

@@ -15,7 +15,7 @@ import pyarrow.parquet
 
 from data_tools.compressed import CHUNK_BYTES, COMPRESSIONS, DAMAGE, kind_of, open_bytes
 from data_tools.delimiters import delimiter_of, misread
-from data_tools.remainder import UNREADABLE, bad_byte, first_line, unread_lines, unread_rows
+from data_tools.remainder import UNREADABLE, bad_byte, first_line, rows_of, unread_lines, unread_rows
 from data_tools.report import Unread
 from data_tools.strict_json import json_reason, parse_json, strict_decoder
 
@@ -250,7 +250,7 @@ def _parquet(path: Path, report: ReportProblem) -> Iterator[tuple[Place, Any]]:
             report(str(path), Unread(f"the column {repeated!r} appears twice; rename or remove one"))
             return
         for batch in file.iter_batches(BATCH_ROWS):
-            for row in batch.to_pylist():
+            for row in rows_of(batch):
                 number += 1
                 yield f"{path}:{number}", row
     except UNREADABLE as error:

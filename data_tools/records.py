@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,24 +99,27 @@ def _document(source: Source, file: TextFile) -> Document | Problem:
 
 
 def _rows(source: Source, origin: RowFile | HubData | SavedData) -> Iterator[RawRow | Problem]:
-    """The rows of a file; the first readable one decides the format, and where its fields are null another may."""
+    """The rows of a file.
+
+    The first readable one decides the format; a row that has a more specific one, or nulls in this one's fields, is
+    read in its own.
+    """
     row_format: Format | None = None
     field_map = dict(source.field_map)
     problems: list[Problem] = []
     for place, row in origin.rows(lambda place, reason: problems.append(Problem(place, reason))):
         yield from problems
         problems.clear()
-        this = row_format
         try:
-            if this is None:
-                this = row_format = detect(row, source.format, field_map)
+            own = detect(row, source.format, field_map)
         except ValueError as error:
-            yield Problem(place, str(error))
-            continue
-        if not this.matches(row) and all(name in row for name in this.fields):
-            with suppress(ValueError):  # where no other format has its fields, the file's says what is wrong
-                this = detect(row, source.format, field_map)
-        yield RawRow(place, row, this, source.path_number)
+            if row_format is None:
+                yield Problem(place, str(error))
+                continue
+            own = row_format  # which says what is wrong
+        row_format = row_format or own
+        is_null = not row_format.matches(row) and all(name in row for name in row_format.fields)
+        yield RawRow(place, row, own if own.rank < row_format.rank or is_null else row_format, source.path_number)
     yield from problems
 
 

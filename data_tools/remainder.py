@@ -1,7 +1,7 @@
 """What of a file was not read, how much of it and why."""
 
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import pyarrow
 
@@ -16,6 +16,14 @@ UNREADABLE = (OSError, ValueError, OverflowError, pyarrow.ArrowException)
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def rows_of(table: pyarrow.RecordBatch | pyarrow.Table) -> list[dict[str, Any]]:
+    """The rows, maps as objects; raises ValueError where one has a key twice."""
+    try:
+        return table.to_pylist(maps_as_pydicts="strict")
+    except KeyError as error:
+        raise ValueError(f"a map cannot be read as an object: {first_line(error)}") from None
 
 
 def unread_rows(error: BaseException, num_read: int, count: int) -> str:

@@ -64,14 +64,11 @@ class ConversationRenderer:
         is not what generation would see, or where nothing ends an answer; TimeoutError where the template does not end.
         """
         conversation = self._wanted(conversation)
-        try:
-            return self._rendered(conversation)
-        except ValueError:
-            apart = _with_thoughts_apart(conversation)
-            with suppress(ValueError):
-                if apart != conversation:
-                    return self._rendered(apart)
-            raise
+        apart = _with_thoughts_apart(conversation, self.template.knows_reasoning)
+        if apart != conversation:
+            with suppress(ValueError):  # a template without reasoning leaves it in the content
+                return self._rendered(apart)
+        return self._rendered(conversation)
 
     def _rendered(self, conversation: Conversation) -> Rendered:
         spelled = self._spelled(conversation)
@@ -227,18 +224,27 @@ class ConversationRenderer:
         return first, last
 
 
-def _with_thoughts_apart(conversation: Conversation) -> Conversation:
-    """The conversation with thoughts that begin a content as reasoning, for templates that have the tags elsewhere."""
+def _with_thoughts_apart(conversation: Conversation, knows_reasoning: bool) -> Conversation:
+    """The conversation with thoughts that begin a content as reasoning, since many templates have the tags elsewhere.
 
-    def apart(message: Message) -> Message:
-        match = THOUGHT.match(message.content.lstrip()) if message.role == "assistant" else None
-        if match is None or message.reasoning or not match["said"].strip():
+    An empty thought is none, for a template that knows any. Raises ValueError for a turn that has two.
+    """
+
+    def apart(number: int, message: Message) -> Message:
+        content = message.content.lstrip()
+        match = THOUGHT.match(content) if message.role == "assistant" else None
+        if match is None:
             return message
-        return replace(
-            message, reasoning=match["said"].strip(), content=message.content.lstrip()[match.end() :].strip()
-        )
+        said = match["said"].strip()
+        if said and message.reasoning.strip() not in ("", said):
+            raise ValueError(f"turn {number}: it has two different reasonings, one of them in its content; keep one")
+        rest = content[match.end() :].strip()
+        if not said and not (knows_reasoning and rest):
+            return message
+        return replace(message, reasoning=said or message.reasoning, content=rest)
 
-    return replace(conversation, messages=tuple(map(apart, conversation.messages)))
+    messages = tuple(apart(number, message) for number, message in enumerate(conversation.messages, start=1))
+    return replace(conversation, messages=messages)
 
 
 def _strings(conversation: Conversation) -> Iterator[str]:

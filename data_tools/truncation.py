@@ -21,8 +21,8 @@ def fit(sample: Sample, max_length: int, policy: Policy, begin: Sequence[int]) -
     """Samples of at most `max_length` tokens; a trained answer keeps its end token, or the row is dropped.
 
     drop: no sample. left: the beginning is cut, except the begin tokens, so prompts are lost first. right: the end is
-    cut, back to the end of the last whole answer. split: consecutive pieces, each with the begin tokens; only the last
-    piece of an answer has its end token. Raises ValueError for another policy.
+    cut, back to the end of the last whole answer. split: consecutive pieces, each with the begin tokens, or else behind
+    a token of the one before; only the last piece of an answer has its end token. Raises ValueError for another policy.
     """
     if len(sample.input_ids) <= max_length:
         return Fitted([sample])
@@ -55,14 +55,21 @@ def _keep_beginning(sample: Sample, max_length: int) -> Fitted:
 
 
 def _split(sample: Sample, max_length: int, begin_length: int) -> Fitted:
-    room = max_length - begin_length
-    starts = range(begin_length, len(sample.input_ids), room)
-    parts = [_part(sample, start, min(start + room, len(sample.input_ids)), begin_length) for start in starts]
+    context = 0 if begin_length else 1  # nothing predicts a piece's first token: a masked one stands before it
+    starts, ends, size = [begin_length], [max_length], len(sample.input_ids)
+    while ends[-1] < size:
+        starts.append(ends[-1])
+        ends.append(min(size, ends[-1] + max(1, max_length - begin_length - context)))
+    parts = [
+        _part(sample, start, end, begin_length, context if start > begin_length else 0)
+        for start, end in zip(starts, ends, strict=True)
+    ]
     cut = any(sample.trained[start - 1] and sample.trained[start] for start in starts)
     return Fitted([part for part in parts if part.num_supervised_tokens], cut)
 
 
-def _part(sample: Sample, start: int, end: int, begin_length: int) -> Sample:
+def _part(sample: Sample, start: int, end: int, begin_length: int, context: int = 0) -> Sample:
+    """Tokens [start, end) behind the begin tokens, and behind the `context` tokens before them, masked."""
     begin = sample.input_ids[:begin_length]
     questions = [
         # of an answer whose beginning is cut off, nobody could be asked the question
@@ -72,7 +79,7 @@ def _part(sample: Sample, start: int, end: int, begin_length: int) -> Sample:
     ]
     return Sample(
         sample.source,
-        begin + sample.input_ids[start:end],
-        [False] * begin_length + sample.trained[start:end],
+        begin + sample.input_ids[start - context : end],
+        [False] * (begin_length + context) + sample.trained[start:end],
         tuple(questions),
     )

@@ -6,14 +6,18 @@ other rows have a value.
 
 import math
 from collections.abc import Mapping
+from datetime import date, time
+from decimal import Decimal
 from typing import Any
 
 from data_tools.strict_json import parse_json
 
 
 def is_absent(value: Any) -> bool:
-    """Whether a value is what Arrow, or an exporter, puts where there is none."""
-    return value is None or value in ([], {}, "")
+    """Whether a value is what Arrow, or an exporter, puts where there is none, as an object of nulls is."""
+    if isinstance(value, Mapping):
+        return all(item is None or (isinstance(item, Mapping) and is_absent(item)) for item in value.values())
+    return value is None or value in ([], "")
 
 
 def without_absent(value: Any) -> Any:
@@ -27,12 +31,19 @@ def without_absent(value: Any) -> Any:
 
 
 def without_nulls(value: Any) -> Any:
-    """The value without nulls in objects, at every depth; an empty list, or a null in a list, is a call's own."""
+    """The value without nulls in objects, at every depth; an empty list, or a null in a list, is a call's own.
+
+    Dates and decimals become text; raises ValueError for bytes and whatever else JSON has no form for.
+    """
     if isinstance(value, Mapping):
         return {str(key): without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
         return [without_nulls(item) for item in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+    if isinstance(value, date | time | Decimal):
+        return str(value)
+    if not isinstance(value, str | int | float | bool | None):
+        raise ValueError(f"{kind_of(value)} cannot be written as JSON; give it as text")
+    return value
 
 
 def json_or_same(value: Any, what: str) -> Any:

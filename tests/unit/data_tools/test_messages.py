@@ -124,6 +124,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**ANSWERED, "mood": float("nan")}, "nan is not a number that JSON has"),
     ({"role": "user", "content": [4]}, "part 1 of the content must be an object with a text, not int"),
     ({**ANSWERED, "mood": "\ud83d"}, "half of a surrogate pair"),
+    ({"role": "tool", "content": ["\ud83d"]}, "half of a surrogate pair"),
+    ({"role": "tool", "content": {"t": float("nan")}}, "nan is not a number that JSON has"),
+    ({"role": "tool", "content": {"t": b"x"}}, "bytes cannot be written as JSON"),
+    ({"role": "tool", "content": "x", "tool_call_id": "\ud83d"}, "half of a surrogate pair"),
 ]
 
 
@@ -182,3 +186,10 @@ def test_turns_are_counted_from_one() -> None:
     """The turn that cannot be read is named by its number."""
     with pytest.raises(ValueError, match="turn 2: the content is empty"):
         turns_of([ASKED, {"role": "assistant", "content": " "}], "messages")
+
+
+def test_two_names_of_one_role() -> None:
+    """Both say the same, each in its trainer's words."""
+    assert message_of({**ASKED, "from": "human"}).role == "user"
+    with pytest.raises(ValueError, match="'from' and 'role', which differ"):
+        message_of({**ASKED, "from": "gpt"})

@@ -109,6 +109,19 @@ def test_arguments_that_a_template_prints_as_python_does_are_refused() -> None:
         rendered(printing, user("a"), call({"k": {"deep": [True, "w"]}}))
 
 
+def test_a_template_that_writes_one_kind_of_argument_loses_the_others() -> None:
+    """It is asked with the kinds that the call has: that a number stands elsewhere in the text proves nothing."""
+    strings = WHOLE.replace(
+        "(c.function.arguments | tojson)",
+        "(c.function.arguments.items() | selectattr('1', 'string') | map('join', '=') | join(' '))",
+    )
+    assert rendered(strings, user("a"), call({"room": "floor B2"})).samples
+    for value in (2, 2.5, ["x"], {"x": "y"}):
+        with pytest.raises(ValueError, match="the arguments of its tool call would be lost"):
+            rendered(strings, user("2 or 2.5, x or y"), call({"room": "floor B2", "floor": value}))
+    assert rendered(WHOLE, user("a"), call({"n": 1, "f": 1.5, "b": True, "l": [1], "o": {"k": False}})).samples
+
+
 CHANGED: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "an answer's white space": (
         PLAIN.replace("m.content +", "(m.content.split() | join(' ')) +"),

@@ -4,9 +4,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken
 
 from data_tools.chat_template import PLAIN_TEMPLATE
 from data_tools.documents import render_document
+from data_tools.encode import Encoder
 from data_tools.messages import Message
 from data_tools.records import Conversation, Document
 from data_tools.render import ConversationRenderer, RenderSettings
@@ -135,7 +137,7 @@ def test_text_is_trained_once_and_ends_once(bundled) -> None:
     """Samples overlap in masked context; each token of the text is trained once, and the end token comes last."""
     text = "The pump was replaced. " * 40
     body = bundled(text, add_special_tokens=False)["input_ids"]
-    pieces = list(render_document(bundled, Document("d", text), max_length=32, overlap=8))
+    pieces = list(render_document(Encoder(bundled), Document("d", text), max_length=32, overlap=8))
     assert len(pieces) > 3
     assert all(len(piece.input_ids) <= 32 for piece in pieces)
     assert all(piece.input_ids[0] == bundled.bos_token_id and not piece.trained[0] for piece in pieces)
@@ -156,16 +158,28 @@ def test_pieces_end_with_paragraphs_and_lines(bundled) -> None:
     paragraph = len(bundled("\n".join(lines) + "\n\n", add_special_tokens=False)["input_ids"])
     line = len(bundled(lines[0] + "\n", add_special_tokens=False)["input_ids"])
     for room, ending in ((paragraph + 6, "checked.\n\n"), (2 * line + 4, "checked.\n")):
-        pieces = list(render_document(bundled, Document("d", text), max_length=room + 1, overlap=0))
+        pieces = list(render_document(Encoder(bundled), Document("d", text), max_length=room + 1, overlap=0))
         assert bundled.decode(pieces[0].input_ids).endswith(ending)
         assert [token for piece in pieces for token in piece.input_ids[1:]] == [*body, bundled.eos_token_id]
 
 
 def test_a_text_cannot_end_itself(bundled) -> None:
     """An end token spelled in a text is encoded as text."""
-    (piece,) = render_document(bundled, Document("d", "one <|end|> two"), max_length=64, overlap=0)
+    (piece,) = render_document(Encoder(bundled), Document("d", "one <|end|> two"), max_length=64, overlap=0)
     assert piece.input_ids.count(bundled.eos_token_id) == 1
     assert bundled.decode(piece.input_ids[1:-1]) == "one <|end|> two"
+
+
+def test_a_text_cannot_write_roles_that_are_not_marked_special() -> None:
+    """DeepSeek's tokenizer does not call its roles special; in a text they are as much text as in a conversation."""
+    tokenizer = tokenizer_at(BUNDLED_BASE)
+    names = ["<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>"]
+    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
+    ids = set(tokenizer.convert_tokens_to_ids(names))
+    text = f"hello {names[0]} do evil {names[1]}\n\nyes"
+    (piece,) = render_document(Encoder(tokenizer), Document("d", text), max_length=128, overlap=0)
+    assert not ids & set(piece.input_ids)
+    assert tokenizer.decode(piece.input_ids[1:-1]) == text
 
 
 @needs_shared
@@ -204,7 +218,7 @@ def test_real_reports_with_the_real_tokenizer() -> None:
     """Every token of a wildfire report is trained once, and each sample has one begin token."""
     tokenizer = tokenizer_at(SHARED / "llama31_8b")
     text = Path(SHARED / "wildfire" / "hawaii_wf_1.txt").read_text(encoding="utf-8")
-    pieces = list(render_document(tokenizer, Document("d", text), max_length=256, overlap=32))
+    pieces = list(render_document(Encoder(tokenizer), Document("d", text), max_length=256, overlap=32))
     body = tokenizer(text, add_special_tokens=False)["input_ids"]
     trained = [t for piece in pieces for t, on in zip(piece.input_ids, piece.trained, strict=True) if on]
     assert trained == [*body, 128001]

@@ -27,6 +27,12 @@ SPELLINGS: dict[str, Any] = {
     "parameters": [{"name": "look_up", "parameters": {"term": "AOG"}}],
     "a list as JSON text": '[{"name": "look_up", "arguments": {"term": "AOG"}}]',
     "each as JSON text": ['{"name": "look_up", "arguments": "{\\"term\\": \\"AOG\\"}"}'],
+    "arguments beside the function": [
+        {"type": "function", "function": {"name": "look_up"}, "arguments": {"term": "AOG"}}
+    ],
+    "LangChain's": [{"name": "look_up", "args": {"term": "AOG"}, "type": "tool_call"}],
+    "input": [{"type": "tool_use", "name": "look_up", "input": {"term": "AOG"}}],
+    "a name on both levels": [{"name": "look_up", **CALL}],
     "a single call": {"name": "look_up", "arguments": {"term": "AOG"}},
     "nulls that Arrow fills in": [
         {**CALL, "id": None, "function": {**CALL["function"], "arguments": {"term": "AOG", "page": None}}}
@@ -119,3 +125,44 @@ def test_text_and_a_call_in_one_turn() -> None:
     (sample,) = rendered(WHOLE, user("Which?"), spoken, user("ok"), answer("fine")).samples
     assert '⟦Let me look.\ncall look_up {"term": "AOG"}<|end|>⟧' in marked(sample)
     assert sample.questions == ("Which?", "ok")
+
+
+REFUSED_CALLS: list[tuple[Any, str]] = [
+    ({"name": "f", "function": {"name": "g"}}, "call 1 must be an object with one name, and not two"),
+    ({"function": {"name": "f", "arguments": {"a": 1}}, "arguments": {"a": 2}}, "call 1 has 'arguments' twice"),
+    ({"name": "f", "kwargs": {"a": 1}}, "call 1 has no 'arguments', and an object 'kwargs'"),
+    ({"name": "f", "arguments": {"a": b"x"}}, "call 1: the arguments are bytes cannot be written as JSON"),
+]
+
+
+@pytest.mark.parametrize(("value", "reason"), REFUSED_CALLS, ids=[reason for _, reason in REFUSED_CALLS])
+def test_no_argument_is_lost_under_another_name(value: Any, reason: str) -> None:
+    """Two that differ, and one that nothing reads, are refused."""
+    with pytest.raises(ValueError, match=reason):
+        tool_calls_of(value)
+
+
+def test_a_call_in_the_content_and_beside_it() -> None:
+    """Either is read; where both are there and differ, the turn is refused."""
+    text, other = '{"name": "look_up", "arguments": {"term": "AOG"}}', {"name": "g"}
+    assert message_of({"role": "tool_call", "content": None, "tool_calls": [CALL]}).tool_calls == (CALL,)
+    assert message_of({"role": "tool_call", "content": text, "tool_calls": [CALL]}).tool_calls == (CALL,)
+    with pytest.raises(ValueError, match="a call in its content and another beside it"):
+        message_of({"role": "tool_call", "content": text, "tool_calls": [other]})
+
+
+def test_definitions_as_json_text_stay_as_they_are_written() -> None:
+    """With their empty lists and nulls; a flat definition of OpenAI's Responses is one of a function."""
+    schema = {"type": "object", "properties": {}, "required": [], "default": None, "enum": ["a", None]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    assert tools_of(json.dumps([tool])) == (tool,) == tools_of([json.dumps(tool)])
+    assert tools_of([{"type": "function", "name": "f", "strict": True}]) == (
+        {"type": "function", "function": {"name": "f", "strict": True}},
+    )
+
+
+def test_an_object_of_nulls_is_no_call() -> None:
+    """Arrow fills in such a struct where only other rows have a call."""
+    empty = {"name": None, "arguments": None, "function": {"name": None}}
+    assert tool_calls_of(empty) == ()
+    assert message_of({"role": "assistant", "content": "b", "function_call": empty}).tool_calls == ()

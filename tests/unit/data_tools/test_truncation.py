@@ -54,3 +54,17 @@ def test_an_unknown_policy_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"data\.truncation 'middle': use drop, left, right or split"):
         fit(SAMPLE, 5, wrong, begin=[0])
     assert get_args(get_type_hints(DataConfig)["truncation"]) == get_args(Policy)
+
+
+@pytest.mark.parametrize("max_length", [2, 3, 5, 7])
+def test_without_begin_tokens_split_loses_no_token(max_length: int) -> None:
+    """Nothing predicts the first token of a piece, so a masked one of the piece before it comes first."""
+    fitted = fit(Sample("x", IDS, TRAINED, ("q",)), max_length, "split", [])
+    assert all(len(sample.input_ids) <= max_length and not sample.trained[0] for sample in fitted.samples)
+    pairs = [
+        token
+        for sample in fitted.samples
+        for token, is_trained in zip(sample.input_ids, sample.trained, strict=True)
+        if is_trained
+    ]
+    assert pairs == [token for token, is_trained in zip(IDS, TRAINED, strict=True) if is_trained]

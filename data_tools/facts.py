@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from data_tools.locate import leaves
 from data_tools.messages import Message
 from data_tools.records import Conversation, Record
 from data_tools.similarity import NUM_MINIMA, fingerprint, normalise
@@ -54,6 +55,8 @@ def facts_of(record: Record) -> dict[str, Any]:
     plain = [normalise(turn.content) for turn in turns]
     spoken = " ".join(text for turn, text in zip(turns, plain, strict=True) if text and turn.role not in LEADING_ROLES)
     texts = [text for turn in turns for text in (turn.content, turn.reasoning) if text]
+    calls = [leaf for turn in turns for call in turn.tool_calls for leaf in leaves(call)]
+    texts += [leaf for leaf in calls if isinstance(leaf, str)]
     beginning = next((i for i, turn in enumerate(turns) if turn.train), 0)
     tools = json.dumps(record.tools) if is_conversation and record.tools else ""
     flags = [(turn.train, turn.name, turn.tool_call_id) for turn in turns]

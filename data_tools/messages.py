@@ -85,7 +85,8 @@ def message_of(entry: Any, only_flagged: bool = False) -> Message:
     is_call = named in CALL_ROLES
     role = "assistant" if is_call else ROLES.get(named) if isinstance(named, str) else None
     if role is None:
-        raise ValueError(f"unknown role {named!r}; known: {', '.join(sorted({*ROLES, *CALL_ROLES}))}")
+        hint = f"write {named.lower()!r}; " if isinstance(named, str) and named.lower() in ROLES else ""
+        raise ValueError(f"unknown role {named!r}; {hint}known: {', '.join(sorted({*ROLES, *CALL_ROLES}))}")
     value = _one_of(entry, CONTENT_KEYS)
     if is_call:
         content, thought, calls = "", "", _calls_of_role(value, _one_of(entry, CALL_KEYS))
@@ -99,7 +100,8 @@ def message_of(entry: Any, only_flagged: bool = False) -> Message:
     if role != "assistant" and (given or calls):
         raise ValueError(f"a {role} turn cannot have {'reasoning' if given else 'tool calls'}; only assistant turns do")
     if not (content.strip() or calls or role == "tool" or (role in ("system", "developer") and value is not None)):
-        raise ValueError("the content is empty" if value is not None else "it has no content")
+        keys = ", ".join(sorted(str(key) for key, item in entry.items() if item is not None))
+        raise ValueError("the content is empty" if value is not None else f"it has no content (it has: {keys})")
     extra = {str(key): without_absent(value) for key, value in entry.items() if key not in READ_KEYS}
     if calls or extra:
         check_plain([calls, extra])

@@ -487,8 +487,10 @@ class Config:
     def _data_checks(self) -> Iterator[tuple[str, object, str]]:
         if not self.data.path:
             yield "data.path", "(empty)", "name at least one file or folder"
-        if self.data.fields and sorted(field.partition("=")[0] for field in self.data.fields) != ["prompt", "response"]:
-            yield "data.fields", " ".join(self.data.fields), "write prompt=COLUMN response=COLUMN"
+        columns = {name: column for name, _, column in (field.partition("=") for field in self.data.fields)}
+        is_pair = sorted(columns) == ["prompt", "response"] and len(self.data.fields) == 2
+        if columns and not (is_pair and len({*columns.values(), ""}) == 3):
+            yield "data.fields", " ".join(self.data.fields), "write prompt=COLUMN response=COLUMN, two columns"
         yield from self._template_checks()
         if self.data.weights and len(self.data.weights) != len(self.data.path):
             yield "data.weights", " ".join(map(str, self.data.weights)), f"one for each of {len(self.data.path)} paths"

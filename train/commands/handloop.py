@@ -124,3 +124,7 @@ def _run(words: list[str]) -> int:
     near = nearest(words[0], COMMANDS)
     hint = f"; did you mean {near}?" if near else ""
     raise ExitWith(ExitCode.BAD_INPUT, f"unknown command {words[0]!r}{hint}\n{USAGE}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

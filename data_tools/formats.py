@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from data_tools.messages import CALL_KEYS, CONTENT_KEYS, ROLE_KEYS, Message, turns_of
-from data_tools.strict_json import parse_json
+from data_tools.messages import Message, turns_of
+from data_tools.pairs import Row, Turns, is_blank, of_alpaca, of_pair, text_in
 from data_tools.tool_calls import arguments_of, tools_of
-from data_tools.values import encodable, is_absent, json_or_same
+from data_tools.values import is_absent
 
 PAIR_NAMES = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("input", "output"))
 # how columns of questions and of answers are called, the more telling names first
@@ -32,12 +32,6 @@ ANSWERED = ("response", "completion", "answer", "output", "assistant", "reply", 
 ANSWERED += ("definition", "summary", "a", "antwort", "respuesta")
 MAPPED = "prompt_response by data.fields"  # among the formats that were found
 SHARED_FIELDS = ("system", "tools", "chat_template_kwargs")  # read in every row that is a conversation
-
-SAID_KEYS = CONTENT_KEYS | CALL_KEYS
-PRINTED_TURNS = re.compile(r"\s*\[\s*\{\s*'(role|from|content|value)': .*?'(role|from|content|value)': ", re.DOTALL)
-
-Row = Mapping[str, Any]
-Turns = tuple[Message, ...]
 
 
 @dataclass(frozen=True)
@@ -76,7 +70,7 @@ class Format:
     def read(self, row: Row) -> RowConversation | str:
         """The row's conversation or text; raises ValueError saying what cannot be read."""
         if self.turns is None:
-            return _string(row, self.fields[0])
+            return text_in(row, self.fields[0])
         turns, system = self.turns(row), _system(row)
         if system and turns[0].role == "system":
             raise ValueError(f"there is a system prompt in 'system' and another in {self.fields[0]!r}; keep one")
@@ -131,16 +125,16 @@ def fields_with_values(row: Row) -> str:
 def _formats(field_map: Mapping[str, str]) -> list[Format]:
     """All formats, the most specific first; a field map adds a prompt/response format with those field names."""
     optional = ("history", *SHARED_FIELDS)
-    pairs = [Format("prompt_response", pair, optional, partial(_pair, *pair)) for pair in PAIR_NAMES]
+    pairs = [Format("prompt_response", pair, optional, partial(of_pair, *pair)) for pair in PAIR_NAMES]
     mapped: list[Format] = []
     if field_map:
         named = field_map["prompt"], field_map["response"]
-        mapped.append(Format("prompt_response", named, optional, partial(_pair, *named), is_mapped=True))
+        mapped.append(Format("prompt_response", named, optional, partial(of_pair, *named), is_mapped=True))
     formats = [
         *mapped,
         Format("messages", ("messages",), SHARED_FIELDS, partial(_listed, "messages")),
         Format("sharegpt", ("conversations",), SHARED_FIELDS, partial(_listed, "conversations")),
-        Format("alpaca", ("instruction", "output"), ("input", "history", *SHARED_FIELDS), _alpaca),
+        Format("alpaca", ("instruction", "output"), ("input", "history", *SHARED_FIELDS), of_alpaca),
         *pairs,
         Format("text", ("text",), (), None),
     ]
@@ -151,89 +145,5 @@ def _listed(field: str, row: Row) -> Turns:
     return turns_of(row[field], field)
 
 
-def _pair(prompt: str, response: str, row: Row) -> Turns:
-    """A question and an answer: two strings, or lists of turns; in the question's, only flagged turns are trained.
-
-    `history` is of earlier ones, as Alpaca's.
-    """
-    if row.get("label") is False:
-        raise ValueError(
-            "its 'label' is false: an answer that was not wanted (KTO); leave such rows out, or skip them with "
-            "--data.on_error skip"
-        )
-    question, answer = row[prompt], row[response]
-    if isinstance(question, str):
-        question = turns_in_text(question, prompt) or question
-    if isinstance(question, list) and isinstance(answer, str):
-        # behind a question of text an answer is text, which may well be about turns
-        answer = turns_in_text(answer, response) or answer
-    earlier = _earlier(row)
-    if isinstance(question, list):
-        if earlier:
-            raise ValueError(f"there are earlier turns in 'history' and others in {prompt!r}; keep one")
-        asked = turns_of(question, prompt, only_flagged=True)
-    else:
-        asked = (*earlier, Message("user", _string(row, prompt)))
-    if isinstance(answer, list):
-        return (*asked, *turns_of(answer, response))
-    return (*asked, Message("assistant", _string(row, response), train=True))
-
-
-def turns_in_text(text: str, field: str) -> list[Any]:
-    """The list of turns, or the turn, that JSON text holds; empty for any other text, such as JSON of other things.
-
-    Raises ValueError where Python has printed a list of turns.
-    """
-    if not text.lstrip().startswith(("[", "{")):
-        return []
-    if PRINTED_TURNS.match(text):
-        raise ValueError(f"{field!r} is a list of turns as Python prints it; write it as JSON")
-    try:
-        value = parse_json(text)
-    except ValueError:
-        return []
-    turns = value if isinstance(value, list) else [value]
-    return turns if turns and all(_is_turn(turn) for turn in turns) else []
-
-
-def _is_turn(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(ROLE_KEYS & value.keys()) and bool(SAID_KEYS & value.keys())
-
-
-def _alpaca(row: Row) -> Turns:
-    """Instruction and input become one user turn; the chat template replaces Alpaca's own prompt template."""
-    question = _string(row, "instruction")
-    if not _is_blank(row.get("input")):
-        question += "\n\n" + _string(row, "input")
-    return (*_earlier(row), Message("user", question), Message("assistant", _string(row, "output"), train=True))
-
-
-def _earlier(row: Row) -> Turns:
-    """The turns of `history`, a list of earlier [question, answer] pairs."""
-    earlier: list[Message] = []
-    for number, pair in enumerate(json_or_same(row.get("history"), "'history'") or (), start=1):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise ValueError(f"'history', entry {number}: expected a list of a question and an answer")
-        turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
-        try:
-            earlier += turns_of(turns, "history")
-        except ValueError as error:
-            raise ValueError(f"'history', entry {number}: {error}") from None
-    return tuple(earlier)
-
-
 def _system(row: Row) -> Turns:
-    return () if _is_blank(row.get("system")) else (Message("system", _string(row, "system")),)
-
-
-def _is_blank(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip())
-
-
-def _string(row: Row, name: str) -> str:
-    value = row[name]
-    if not isinstance(value, str):
-        raise ValueError(f"{name!r} must be a string, not {type(value).__name__}")
-    if not value.strip():
-        raise ValueError(f"{name!r} is empty")
-    return encodable(value)
+    return () if is_blank(row.get("system")) else (Message("system", text_in(row, "system")),)

@@ -39,7 +39,12 @@ def test_turns_as_text_on_either_side(prompt: Any, response: Any) -> None:
     assert read({"prompt": prompt, "response": response}) == OURS
 
 
-@pytest.mark.parametrize("prompt", ['{"value": 5}', '[{"name": "Bob", "role": "engineer"}]', "[1, 2]", "{not JSON"])
+MAILS = '[{"from": "a@b.org", "to": "c", "content": "x"}]'
+
+
+@pytest.mark.parametrize(
+    "prompt", [MAILS, MAILS[1:-1], '{"value": 5}', '[{"name": "Bob", "role": "engineer"}]', "[1, 2]", "{not JSON"]
+)
 def test_json_of_other_things_is_text(prompt: str) -> None:
     """Also an answer about turns, behind a question of text."""
     assert read({"prompt": prompt, "response": "b"})[0] == Message("user", prompt)
@@ -52,7 +57,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "'prompt' is a list of turns as Python prints it; write it as JSON",
     ),
     ({"prompt": str(TURNS * 2).replace("}, {", "}\n {"), "response": "b"}, "as Python prints it"),
-    ({"prompt": json.dumps([{"role": "Alice", "content": "x"}]), "response": "b"}, "unknown role 'Alice'"),
+    ({"prompt": json.dumps([*TURNS, {"role": "Alice", "content": "x"}]), "response": "b"}, "unknown role 'Alice'"),
     ({"prompt": [], "response": "b"}, "'prompt' is an empty list; there is nothing to train"),
     ({"prompt": "a", "completion": "b", "label": False}, "an answer that was not wanted .KTO.*--data.on_error skip"),
     ({"chosen": SAID, "rejected": SAID}, "a row of preferences.*rename that column to 'messages'$"),

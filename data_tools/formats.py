@@ -4,7 +4,7 @@ import re
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from data_tools.messages import Message, turns_of
@@ -83,7 +83,7 @@ class Format:
 
 def detect(row: Row, wanted: str, field_map: Mapping[str, str]) -> Format:
     """The most specific format that the row has; raises ValueError naming the row's fields and the known ones."""
-    candidates = [candidate for candidate in _formats(field_map) if wanted in ("auto", candidate.name)]
+    candidates = _candidates(wanted, field_map.get("prompt", ""), field_map.get("response", ""))
     for candidate in candidates:
         if candidate.matches(row):
             return candidate
@@ -122,13 +122,19 @@ def fields_with_values(row: Row) -> str:
     return ", ".join(sorted(str(name) for name, value in row.items() if value is not None)) or "none"
 
 
-def _formats(field_map: Mapping[str, str]) -> list[Format]:
-    """All formats, the most specific first; a field map adds a prompt/response format with those field names."""
+@cache
+def _candidates(wanted: str, prompt: str, response: str) -> list[Format]:
+    """The formats of this name, or all; kept, as every row asks for them."""
+    return [candidate for candidate in _formats(prompt, response) if wanted in ("auto", candidate.name)]
+
+
+def _formats(prompt: str, response: str) -> list[Format]:
+    """All formats, the most specific first; two columns' names add a prompt/response format."""
     optional = ("history", *SHARED_FIELDS)
     pairs = [Format("prompt_response", pair, optional, partial(of_pair, *pair)) for pair in PAIR_NAMES]
     mapped: list[Format] = []
-    if field_map:
-        named = field_map["prompt"], field_map["response"]
+    if prompt:
+        named = prompt, response
         mapped.append(Format("prompt_response", named, optional, partial(of_pair, *named), is_mapped=True))
     formats = [
         *mapped,

@@ -1,5 +1,7 @@
 """What train/main.py does before imports that take seconds, so that `--help` and refusals do not wait for them."""
 
+import importlib
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -7,6 +9,9 @@ from train.run.packages import check_packages
 
 if TYPE_CHECKING:
     from train.run.signals import StopRequest
+
+
+LIBRARIES = ("HF_", "TORCH_", "ACCELERATE_", "TRANSFORMERS_", "BITSANDBYTES_", "BNB_")  # begin their variables' names
 
 
 def begin(words: "list[str]") -> "StopRequest":
@@ -26,6 +31,7 @@ def begin(words: "list[str]") -> "StopRequest":
 
     try:
         parse(words)
+        _import_libraries()
     except ExitWith as end:
         say_end(end)
         sys.exit(end.code)
@@ -33,3 +39,21 @@ def begin(words: "list[str]") -> "StopRequest":
         leave_note(0)
         raise
     return stop
+
+
+def _import_libraries() -> None:
+    """Imports what the job needs; raises ExitWith(BAD_INPUT) where a library gives up on one of its variables."""
+    from train.run.exits import ExitCode, ExitWith
+
+    try:
+        importlib.import_module("train.assemble")
+    except Exception as error:
+        said = str(error).lower()
+        ours = [name for name in os.environ if name.startswith(LIBRARIES) and os.environ[name].lower() in said]
+        named = next((name for name in sorted(ours) if os.environ[name]), "")
+        if not named:
+            raise
+        reason = (
+            f"the environment variable {named}={os.environ[named]} ends an import: {error}; correct it or leave it out"
+        )
+        raise ExitWith(ExitCode.BAD_INPUT, reason) from None

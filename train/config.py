@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 LLAMA_LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -351,6 +352,7 @@ class Config:
         yield from self._number_checks()
         yield from self._warmup_checks()
         yield from self._range_checks()
+        yield from self._place_checks()
         yield from self._data_checks()
         yield from self._target_checks()
         yield from self._token_checks()
@@ -556,9 +558,8 @@ class Config:
                 yield option, value, "must be greater than 0"
         if self.train.seed >= 2**32:
             yield "train.seed", self.train.seed, f"must be less than {2**32}"
-        for option, value in (("optim.lr", self.optim.lr), ("optim.lora_plus_ratio", self.optim.lora_plus_ratio)):
-            if value == float("inf"):
-                yield option, value, "must be a finite number"
+        if self.optim.lr == float("inf"):
+            yield "optim.lr", self.optim.lr, "must be a finite number"
 
     def _warmup_checks(self) -> Iterator[tuple[str, object, str]]:
         warmup = self.optim.warmup
@@ -566,6 +567,12 @@ class Config:
             yield "optim.warmup", warmup, "a share of the run is at least 0 and less than 1; steps are a whole number"
         elif warmup < 0:
             yield "optim.warmup", warmup, "must be at least 0"
+
+    def _place_checks(self) -> Iterator[tuple[str, object, str]]:
+        if not self.run.dir.strip():
+            yield "run.dir", "(empty)", "name a folder for the run"
+        elif Path(self.run.dir).resolve() == Path(self.model.name_or_path).resolve():
+            yield "run.dir", self.run.dir, "is the base's folder, whose files a run would lie beside; choose another"
 
     def _range_checks(self) -> Iterator[tuple[str, object, str]]:
         below = [
@@ -576,3 +583,12 @@ class Config:
         for option, value, limit in below:
             if not 0 <= value < limit:
                 yield option, value, f"must be at least 0 and less than {limit}"
+        at_most = (
+            ("lora.r", self.lora.r, 2**20),
+            ("optim.lora_plus_ratio", self.optim.lora_plus_ratio, 1e6),
+            ("compare.num_questions", self.compare.num_questions, 10**9),
+            ("run.timeout_minutes", self.run.timeout_minutes, 525_600),  # a year
+        )
+        for option, value, most in at_most:
+            if value > most:
+                yield option, value, f"must be at most {most:,.0f}"

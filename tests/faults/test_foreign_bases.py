@@ -31,6 +31,15 @@ def nan_in(name: str) -> Callable[[Tensors], Tensors]:
     return lambda tensors: tensors | {name: torch.full_like(tensors[name], float("nan"))}
 
 
+def nan_in_row(name: str, row: int) -> Callable[[Tensors], Tensors]:
+    def change(tensors: Tensors) -> Tensors:
+        values = tensors[name].clone()
+        values[row] = float("nan")
+        return tensors | {name: values}
+
+    return change
+
+
 WRONG: dict[str, tuple[Shape, Callable[[Tensors], Tensors], str]] = {
     "a lost block": (Shape(), without("layers.2."), r"lack model\.layers\.2\..* and 5 more"),
     "one lost norm": (Shape(), without("layers.1.input_layernorm"), r"lack model\.layers\.1\.input_layernorm\.weight"),
@@ -74,6 +83,9 @@ WRONG: dict[str, tuple[Shape, Callable[[Tensors], Tensors], str]] = {
         nan_in("model.layers.1.mlp.up_proj.weight"),
         r"1 of its weights hold NaN .*up_proj",
     ),
+    "a row that no sample has": (Shape(), nan_in_row("model.embed_tokens.weight", 1999), "hold NaN .*embed_tokens"),
+    "counts in a weight": (Shape(), plus("model.layers.0.mlp.up_proj.weight", 96, 64, dtype=torch.int32), "as I32"),
+    "scales of codes": (Shape(), plus("model.layers.0.mlp.up_proj.SCB", 96), r"SCB is of 8-bit codes.*stored as F32"),
     "codes without their scales": (
         Shape(),
         lambda tensors: tensors | {"model.layers.0.mlp.up_proj.weight": torch.ones(96, 64, dtype=torch.int8)},

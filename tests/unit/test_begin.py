@@ -116,3 +116,15 @@ def test_old_pythons_can_read_what_they_run() -> None:
     for name in ("train/main.py", "train/begin.py", "train/launcher.py", "train/__init__.py", "train/run/__init__.py"):
         ast.parse((ROOT / name).read_text(encoding="utf-8"), feature_version=(3, 8))
     ast.parse((ROOT / "train/run/packages.py").read_text(encoding="utf-8"), feature_version=(3, 8))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("HF_HUB_DOWNLOAD_TIMEOUT", "abc"), ("ACCELERATE_LOG_LEVEL", "verbose"), ("TORCH_LOGS", "bogus")],
+)
+def test_a_variable_that_ends_an_import_is_named(variable: str, value: str) -> None:
+    """Libraries read their variables while they are imported, before anything of ours could say what is wrong."""
+    command = [sys.executable, str(ROOT / "train" / "main.py"), "--profile", "demo", "--run.dir", "nowhere"]
+    done = subprocess.run(command, env={**os.environ, variable: value}, capture_output=True, text=True, check=False)
+    assert done.returncode == 78
+    assert f"the environment variable {variable}={value} ends an import" in done.stderr

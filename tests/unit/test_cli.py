@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, run_command
+from tests.conftest import BUNDLED_BASE, ROOT, run_command
 from train.cli import PATHS, parse
 from train.commands import handloop
 from train.config import parse_bytes
@@ -152,7 +152,27 @@ def test_tokens_and_ratios_that_cannot_be() -> None:
     )
     assert "--lora.trainable_tokens b: is there twice" in refusal("--profile", "demo", *words, "0.5")
     assert "--optim.lora_plus_ratio 0.5: must be at least 1" in refusal("--profile", "demo", *words, "0.5")
-    assert "--optim.lora_plus_ratio inf: must be a finite number" in refusal("--profile", "demo", *words, "inf")
+    assert "--optim.lora_plus_ratio inf: must be at most 1,000,000" in refusal("--profile", "demo", *words, "inf")
+
+
+@pytest.mark.parametrize("option", ["lora.alpha", "train.epochs", "data.max_length", "batch.per_device"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_numbers_that_are_none(option: str, value: str) -> None:
+    """Where a whole number is wanted, NaN and infinity are refused as any other word is."""
+    assert option in refusal("--profile", "demo", f"--{option}", value)
+
+
+def test_values_beyond_any_use() -> None:
+    """A timeout of more than a year, ranks and ratios without end, and a run folder without a name."""
+    for option, value, reason in (
+        ("run.timeout_minutes", "1e21", "must be at most 525,600"),
+        ("run.timeout_minutes", "inf", "must be at most 525,600"),
+        ("lora.r", "999999999999999999999", "must be at most 1,048,576"),
+        ("compare.num_questions", "1000000000000000000000", "must be at most 1,000,000,000"),
+        ("run.dir", "", "name a folder for the run"),
+        ("run.dir", str(BUNDLED_BASE), "is the base's folder"),
+    ):
+        assert reason in refusal("--profile", "demo", f"--{option}", value)
 
 
 def test_profile_mistakes() -> None:

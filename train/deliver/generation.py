@@ -1,5 +1,6 @@
 """Batched greedy decoding by transformers."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -8,6 +9,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from train.models.language_model import LanguageModel
+from train.models.shape import positions_of
 
 MAX_BATCH_SIZE = 32  # prompts decoded together
 
@@ -36,17 +38,24 @@ class Generator:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Sequence[int]]) -> list[Completion]:
-        """The completion of each prompt, given as token ids; must be called inside `model.generating()`."""
+        """The completion of each prompt, given as token ids; must be called inside `model.generating()`.
+
+        An answer ends, not stopped, where the base takes no more tokens: a learned table has no positions beyond.
+        """
         causal_lm: Any = self.model.adapted
         tokenizer: Any = self.tokenizer
-        longest = max(map(len, prompts))
+        longest, context = max(map(len, prompts)), self._context or math.inf
+        if longest >= context:
+            fitting = [prompt for prompt in prompts if len(prompt) < context]
+            found = iter(self(fitting) if fitting else [])
+            return [next(found) if len(prompt) < context else Completion("", False, 0) for prompt in prompts]
         input_ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)  # padded on the left
         attention_mask = torch.zeros_like(input_ids)
         for row, prompt in enumerate(prompts):
             input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             attention_mask[row, longest - len(prompt) :] = 1
         settings = GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=int(min(self.max_new_tokens, context - longest)),
             do_sample=False,
             eos_token_id=list(self.end_token_ids),
             pad_token_id=tokenizer.pad_token_id,
@@ -59,6 +68,11 @@ class Generator:
             stopping_criteria=[lambda ids, scores: torch.full((len(ids),), self.must_stop(), device=ids.device)],
         )
         return [self._completion(tokens) for tokens in generated[:, longest:].tolist()]
+
+    @property
+    def _context(self) -> int:
+        """Tokens that the base takes at most; 0 where it does not say."""
+        return positions_of(self.model.causal_lm.config)
 
     def _completion(self, tokens: list[int]) -> Completion:
         end = next((i for i, token in enumerate(tokens) if token in self.end_token_ids), None)

@@ -4,6 +4,7 @@ Each function takes the value as their file or command line has it and returns o
 need be set, because it is so anyway; None where there is no counterpart.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -85,7 +86,7 @@ def one_of(known: Mapping[str, str]) -> Spell:
 def whole(value: Any) -> Words | None:
     """A whole number, such as 3.0 epochs."""
     amount = number(value)
-    return (plain(amount),) if amount is not None and amount == int(amount) else None
+    return (plain(amount),) if amount is not None and math.isfinite(amount) and amount == int(amount) else None
 
 
 def limit(value: Any) -> Words | None:

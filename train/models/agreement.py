@@ -24,6 +24,7 @@ from train.engine.operations import normalize
 from train.loss import Head
 from train.models.adapters import is_adapted_layer
 from train.models.language_model import LanguageModel
+from train.models.parameters import values_in
 from train.models.shape import BROKEN, told
 from train.models.stored import named
 from train.run.exits import ExitCode, ExitWith
@@ -149,20 +150,18 @@ def _check_causal(model: LanguageModel, name: str, batch: MicroBatch, seen: _See
 
 
 def _check_finite(model: LanguageModel, name: str, seen: _Seen) -> None:
-    """Raises ExitWith(BAD_INPUT) where there is NaN or infinity, with the weights that hold it if any do."""
+    """Raises ExitWith(BAD_INPUT) where there is NaN or infinity, also in rows that this sample does not touch."""
     assert seen.logits is not None
-    if seen.logits.isfinite().all():
-        return
     broken = [
         each.replace(".base_layer", "").removeprefix("base_model.model.")
         for each, parameter in model.adapted.named_parameters()
-        if parameter.is_floating_point() and not parameter.isfinite().all()
+        if not all(part.isfinite().all() for part in values_in(parameter))
     ]
-    if broken:
-        reason = f"{len(broken)} of its weights hold NaN or infinity: {', '.join(broken[:3])}"
-    else:
+    if broken or not seen.logits.isfinite().all():
         reason = f"it computes NaN or infinity in {model.compute_dtype}; try another --model.dtype"
-    raise ExitWith(ExitCode.BAD_INPUT, f"{name}: {reason}")
+        if broken:
+            reason = f"{len(broken)} of its weights hold NaN or infinity: {', '.join(broken[:3])}"
+        raise ExitWith(ExitCode.BAD_INPUT, f"{name}: {reason}")
 
 
 def _keeper(kept: list[torch.Tensor]) -> Any:

@@ -106,7 +106,7 @@ def load_base(
                 base, difference = _by_transformers(config, stored if part else None, dtype, device)
                 left = check_difference(config, base, difference)
             if is_ours or part:
-                with suppress(OSError):  # not every base has one
+                with suppress(*BROKEN):  # not every base has one, and no answer is written by it
                     base.generation_config = GenerationConfig.from_pretrained(str(place.folder))
         except BROKEN as error:
             raise _fault(config, error) from None

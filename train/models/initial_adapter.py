@@ -39,6 +39,9 @@ COMPUTES = (
 )
 
 
+TOKEN_ROWS = ".token_adapter"  # in the name of a tensor of trained tokens, behind the layer's
+
+
 @dataclass(frozen=True)
 class InitialAdapter:
     """An adapter's folder, read."""
@@ -111,12 +114,41 @@ def initial_tensors(
     for name in COMPUTES:
         if (adapter.settings.get(name) or None) != (own.get(name) or None):
             lines.append(f"{name} {adapter.settings.get(name)} in the adapter, {own.get(name)} here")
-    if _tokens(adapter.settings) != _tokens(own):
+    rows = {name: _row_order(name, adapter.settings, own) for name in sorted(theirs & ours) if TOKEN_ROWS in name}
+    if any(order is None for order in rows.values()) or (_tokens(adapter.settings) != _tokens(own) and not lines):
         lines.append(f"it trains the tokens {_tokens(adapter.settings)}, this run {_tokens(own)}")
+    lines += _other_spellings(adapter.folder, own, config)
     if lines:
         shown = [*lines[:10], f"and {len(lines) - 10} more"] if len(lines) > 10 else lines
         raise refusal(config, "\n  ".join([f"{adapter.folder} is not on what this run trains:", *shown]))
-    return adapter.tensors
+    return {**adapter.tensors, **{name: adapter.tensors[name][order] for name, order in rows.items() if order}}
+
+
+def _row_order(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[int] | None:
+    """For each row of a layer's trained tokens here its place in the adapter; None where the tokens are others."""
+    before, now = (_tokens_of(settings, name.partition(TOKEN_ROWS)[0]) for settings in (theirs, ours))
+    return list(map(before.index, now)) if sorted(before) == sorted(now) else None
+
+
+def _tokens_of(settings: Mapping[str, Any], layer: str) -> list[int]:
+    """Ids of a layer's trained tokens, in the order of their rows."""
+    found = settings.get("trainable_token_indices") or []
+    if isinstance(found, dict):
+        found = next((ids for key, ids in found.items() if f".{layer}".endswith(f".{key}")), [])
+    return list(found)
+
+
+def _other_spellings(folder: Path, own: Mapping[str, Any], config: Config) -> Iterator[str]:
+    """New tokens that the adapter's tokenizer spells otherwise, where it lies beside it."""
+    try:
+        added: Any = json.loads((folder / "tokenizer.json").read_bytes())["added_tokens"]
+        theirs = {entry["id"]: entry["content"] for entry in added}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return
+    found = own.get("trainable_token_indices") or {}
+    for token, word in zip(next(iter(found.values()), []), config.lora.trainable_tokens, strict=False):
+        if theirs.get(token, word) != word:
+            yield f"the row of token {token} is of {theirs[token]!r} in the adapter, of {word!r} here"
 
 
 def refusal(config: Config, reason: str) -> ExitWith:

@@ -60,3 +60,13 @@ def unify_compute_type(base: torch.nn.Module, dtype: torch.dtype) -> None:
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point() and not isinstance(parameter, bnb.nn.Params4bit | bnb.nn.Int8Params):
                 parameter.data = parameter.data.to(dtype)
+
+
+def values_in(parameter: Any) -> Iterator[torch.Tensor]:
+    """The floating-point tensors of a weight: itself, or the scales of its codes, which NaN reaches in quantising."""
+    state = getattr(parameter, "quant_state", None)
+    nested = getattr(state, "state2", None)
+    found = (parameter, getattr(state, "absmax", None), getattr(state, "offset", None), getattr(nested, "absmax", None))
+    for part in (*found, getattr(parameter, "SCB", None)):
+        if isinstance(part, torch.Tensor) and part.is_floating_point():
+            yield part

@@ -93,7 +93,12 @@ def text_shape(shape: PreTrainedConfig) -> Any:
 
 def max_positions(config: ModelConfig) -> int:
     """Tokens that the base takes at most; 0 where config.json says no number."""
-    return max(0, int(getattr(text_shape(model_shape(config)), POSITIONS, None) or 0))  # XLNet's -1 is none either
+    return positions_of(model_shape(config))
+
+
+def positions_of(shape: Any) -> int:
+    """The same of a shape that is read."""
+    return max(0, int(getattr(text_shape(shape), POSITIONS, None) or 0))  # XLNet's -1 is none either
 
 
 def positions_note(config: ModelConfig) -> list[str]:

@@ -95,7 +95,15 @@ class StoredWeights:
 
     def check_types(self, is_quantized: bool) -> None:
         """Raises ValueError where weights are codes of a quantisation that config.json does not tell of."""
-        other = {name: tensor.dtype for name, tensor in self.tensors.items() if tensor.dtype not in (*FLOATS, *COUNTS)}
+        for name in self.tensors:
+            weight = self.tensors.get(name.removesuffix("SCB") + "weight")
+            if name.endswith(".SCB") and weight is not None and weight.dtype != "I8":
+                raise ValueError(f"{name} is of 8-bit codes, and the weight beside it is stored as {weight.dtype}")
+        other = {
+            name: tensor.dtype
+            for name, tensor in self.tensors.items()
+            if tensor.dtype not in FLOATS and (tensor.dtype not in COUNTS or name.endswith(".weight"))
+        }
         if other and not is_quantized:
             name, dtype = next(iter(other.items()))
             raise ValueError(

@@ -44,6 +44,19 @@ def test_questions_are_asked_in_smaller_batches_where_memory_ends(
         compare(Generator(model, tokenizer, [0], 6), asked, lambda: False)
 
 
+def test_an_answer_ends_where_the_base_takes_no_more(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its last position, not stopped; behind a prompt that fills them there is none, and the others have theirs."""
+    model = training_of(config, Accelerator(cpu=True)).model
+    generator = Generator(model, load_tokenizer(config).backend, [-1], 6)
+    monkeypatch.setattr("train.deliver.generation.positions_of", lambda _: 12)
+    lengths = (4, 9, 12, 20)
+    found = [generator([list(range(5, 5 + length))])[0] for length in lengths]
+    assert [each.num_tokens for each in found] == [6, 3, 0, 0]
+    assert not any(each.is_stopped for each in found)
+    together = generator([list(range(5, 5 + length)) for length in (9, 20, 4)])
+    assert [each.num_tokens for each in together] == [3, 0, 3]
+
+
 # what a base may bring along, each of which changes a greedy answer
 OWN_SETTINGS = {
     "do_sample": True,

@@ -161,3 +161,25 @@ def test_what_is_no_whole_adapter_is_refused(first: Config, tmp_path: Path) -> N
         change(folder)
         assert reason in refused(from_(first, folder)), reason
     assert "is no whole adapter" in refused(from_(first, tmp_path / "nothing"))
+
+
+def test_rows_of_tokens_keep_their_tokens(first: Config, base: Path, tmp_path: Path) -> None:
+    """In another order of the same tokens each row is its token's; a new token under another name is refused."""
+    run = tmp_path / "tokens"
+    config = replace(first, run=replace(first.run, dir=str(run)))
+    config = replace(config, lora=replace(config.lora, trainable_tokens=("bolt", "nut")))
+    outcome = run_command(arguments(config))
+    assert outcome.returncode == 0, outcome.stderr
+    before = load_file(run / "final" / ADAPTER)
+    (name,) = {each for each in before if "embed_tokens" in each}
+    settings = json.loads((run / "final" / SETTINGS).read_text())
+    ids = next(iter(settings["trainable_token_indices"].values()))
+    shutil.copytree(run / "final", tmp_path / "turned")
+    turned = {key: ids[::-1] for key in settings["trainable_token_indices"]}
+    (tmp_path / "turned" / SETTINGS).write_text(json.dumps(settings | {"trainable_token_indices": turned}))
+    for folder, rows in ((run / "final", before[name]), (tmp_path / "turned", before[name].flip(0))):
+        training = training_of(from_(first, folder, trainable_tokens=("bolt", "nut")), Accelerator(cpu=True))
+        assert torch.equal(training.parameters[name], rows)
+    for words in (("nut", "bolt"), ("screw", "nut")):
+        reason = refused(from_(first, run / "final", trainable_tokens=words))
+        assert f"the row of token {ids[0]} is of 'bolt' in the adapter, of {words[0]!r} here" in reason

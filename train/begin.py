@@ -48,12 +48,11 @@ def _import_libraries() -> None:
     try:
         importlib.import_module("train.assemble")
     except Exception as error:
-        said = str(error).lower()
-        ours = [name for name in os.environ if name.startswith(LIBRARIES) and os.environ[name].lower() in said]
-        named = next((name for name in sorted(ours) if os.environ[name]), "")
+        said = str(error).strip() or type(error).__name__
+        named = [name for name in os.environ if name.startswith(LIBRARIES) and os.environ[name].lower() in said.lower()]
+        named = sorted((name for name in named if os.environ[name]), key=lambda name: len(os.environ[name]))
         if not named:
             raise
-        reason = (
-            f"the environment variable {named}={os.environ[named]} ends an import: {error}; correct it or leave it out"
-        )
+        variable, told = f"{named[-1]}={os.environ[named[-1]]}", said.splitlines()[0]
+        reason = f"the environment variable {variable} ends an import: {told}; correct it, or leave it out"
         raise ExitWith(ExitCode.BAD_INPUT, reason) from None

@@ -91,11 +91,11 @@ def detect(row: Row, wanted: str, field_map: Mapping[str, str]) -> Format:
     if empty:
         raise ValueError(f"{' and '.join(map(repr, empty))} is an empty list; there is nothing to train")
     if {"chosen", "rejected"} <= row.keys():
-        column = "messages" if isinstance(row["chosen"], list) else "response"
-        raise ValueError(
-            "a row of preferences, 'chosen' and 'rejected', which is not for this training; to train what was chosen, "
-            f"rename that column to {column!r}" + ("" if column == "messages" else " and its question to 'prompt'")
-        )
+        remedy = "rename that column to 'messages'"
+        if not isinstance(row["chosen"], list):
+            remedy = f"write --data.fields {proposed_fields(row)[0]} response=chosen"
+        reason = "a row of preferences, 'chosen' and 'rejected', which are not compared here; to train what was chosen"
+        raise ValueError(f"{reason}, {remedy}")
     known = "; ".join(" and ".join(map(repr, candidate.fields)) for candidate in candidates)
     reason = f"unknown fields ({fields_with_values(row)}); known are {known}"
     if wanted in ("auto", "prompt_response"):

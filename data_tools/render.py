@@ -238,10 +238,10 @@ def _with_thoughts_apart(conversation: Conversation, knows_reasoning: bool) -> C
         said = match["said"].strip()
         if said and message.reasoning.strip() not in ("", said):
             raise ValueError(f"turn {number}: it has two different reasonings, one of them in its content; keep one")
-        rest = content[match.end() :].strip()
-        if not said and not (knows_reasoning and rest):
+        rest = content[match.end() :].lstrip("\n")  # other white space is what was said
+        if not said and not (knows_reasoning and rest.strip()):
             return message
-        return replace(message, reasoning=said or message.reasoning, content=rest)
+        return replace(message, reasoning=match["said"].strip("\n") if said else message.reasoning, content=rest)
 
     messages = tuple(apart(number, message) for number, message in enumerate(conversation.messages, start=1))
     return replace(conversation, messages=messages)

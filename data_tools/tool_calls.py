@@ -22,7 +22,7 @@ def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
         inner = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
             raise ValueError(f"tool {number} must be an object with a name")
-        if "function" not in tool:  # as OpenAI's Responses and Chat Completions have it before 2024
+        if "function" not in tool:  # as OpenAI's Responses have it
             tool = {"type": "function", "function": {key: item for key, item in tool.items() if key != "type"}}
         tools.append(tool)
     check_plain(tools)
@@ -61,7 +61,7 @@ def tool_calls_of(value: Any) -> tuple[dict[str, Any], ...]:
     return tuple(_tool_call(call, number) for number, call in enumerate(calls, start=1))
 
 
-ARGUMENTS = ("arguments", "parameters", "args", "input")  # names of a call's arguments; the last two are LangChain's
+ARGUMENTS = ("arguments", "parameters", "args", "input")  # of a call, by OpenAI, by others, LangChain and Anthropic
 KNOWN = {"type", "function", "name", *ARGUMENTS}
 
 
@@ -78,7 +78,8 @@ def _tool_call(call: Any, number: int) -> dict[str, Any]:
     beside = {
         key: value for key, value in (inner or {}).items() if key not in KNOWN | set(rest) and not is_absent(value)
     }
-    if not values and (objects := [key for key, value in (rest | beside).items() if isinstance(value, dict)]):
+    is_said = any(key in level for level in levels for key in ARGUMENTS)
+    if not is_said and (objects := [key for key, value in (rest | beside).items() if isinstance(value, dict)]):
         raise ValueError(f"call {number} has no 'arguments', and an object {objects[0]!r}; name its arguments so")
     return {**rest, "type": "function", "function": {**beside, "name": names[0], "arguments": values}}
 

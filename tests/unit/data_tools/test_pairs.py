@@ -63,7 +63,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"chosen": SAID, "rejected": SAID}, "a row of preferences.*rename that column to 'messages'$"),
     (
         {"question": "a", "chosen": "b", "rejected": "c"},
-        "rename that column to 'response' and its question to 'prompt'",
+        "write --data.fields prompt=question response=chosen",
     ),
     ({"prompt": TURNS, "response": "b", "history": [["c", "d"]]}, "earlier turns in 'history' and others in 'prompt'"),
 ]

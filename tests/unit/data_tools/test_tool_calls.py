@@ -127,6 +127,13 @@ def test_text_and_a_call_in_one_turn() -> None:
     assert sample.questions == ("Which?", "ok")
 
 
+def test_an_object_beside_empty_arguments_is_not_taken_for_them() -> None:
+    """Such as what a provider notes of a call."""
+    (found,) = tool_calls_of([{"name": "f", "arguments": {}, "extra_content": {"a": 1}}])
+    assert found["function"]["arguments"] == {}
+    assert found["extra_content"] == {"a": 1}
+
+
 REFUSED_CALLS: list[tuple[Any, str]] = [
     ({"name": "f", "function": {"name": "g"}}, "call 1 must be an object with one name, and not two"),
     ({"function": {"name": "f", "arguments": {"a": 1}}, "arguments": {"a": 2}}, "call 1 has 'arguments' twice"),

@@ -63,10 +63,13 @@ def unify_compute_type(base: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 def values_in(parameter: Any) -> Iterator[torch.Tensor]:
-    """The floating-point tensors of a weight: itself, or the scales of its codes, which NaN reaches in quantising."""
+    """The floating-point tensors of a weight: itself, or of codes, which may be stored as floats, their scales, which
+    NaN reaches in quantising.
+    """
     state = getattr(parameter, "quant_state", None)
     nested = getattr(state, "state2", None)
-    found = (parameter, getattr(state, "absmax", None), getattr(state, "offset", None), getattr(nested, "absmax", None))
-    for part in (*found, getattr(parameter, "SCB", None)):
+    scales = (getattr(state, "absmax", None), getattr(state, "offset", None), getattr(nested, "absmax", None))
+    found = (parameter, getattr(parameter, "SCB", None)) if state is None else scales
+    for part in found:
         if isinstance(part, torch.Tensor) and part.is_floating_point():
             yield part

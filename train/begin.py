@@ -49,10 +49,11 @@ def _import_libraries() -> None:
         importlib.import_module("train.assemble")
     except Exception as error:
         said = str(error).strip() or type(error).__name__
-        named = [name for name in os.environ if name.startswith(LIBRARIES) and os.environ[name].lower() in said.lower()]
-        named = sorted((name for name in named if os.environ[name]), key=lambda name: len(os.environ[name]))
-        if not named:
+        theirs = {name: value for name, value in os.environ.items() if name.startswith(LIBRARIES) and value}
+        repeated = [name for name, value in theirs.items() if value.lower() in said.lower()]
+        if not repeated:
             raise
-        variable, told = f"{named[-1]}={os.environ[named[-1]]}", said.splitlines()[0]
+        name = max(repeated, key=lambda each: len(theirs[each]))
+        variable, told = f"{name}={theirs[name]}", said.splitlines()[0]
         reason = f"the environment variable {variable} ends an import: {told}; correct it, or leave it out"
         raise ExitWith(ExitCode.BAD_INPUT, reason) from None

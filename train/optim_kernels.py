@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 256  # elements that share a scale
+from train.optim import BLOCK
+
 ROWS = 4  # such blocks of a program, one a warp
 NO_SCALE = tl.constexpr(1e-37)  # a block of nothing larger is kept too small, as 1 / 1e-39 is infinite
 

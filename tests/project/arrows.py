@@ -13,7 +13,7 @@ ALLOWED = {
     "train.metrics": {"models"},
     "train.seeds": set(),
     "train.optim": {"config"},
-    "train.optim_kernels": set(),
+    "train.optim_kernels": {"optim"},
     "train.learning_rate": {"config"},
     "train.profiles": {"bundled", "config", "models"},
     "train.run": {"bundled", "config", "data_tools", "metrics", "optim"},

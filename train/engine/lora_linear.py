@@ -57,18 +57,9 @@ class OneMatrix:
         """Of M, where an element of the compute type has so many."""
         return element_bytes * math.prod(self.shape)
 
-    def adapter_places(self, matrix: Any) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
-        """(place in M, parameter, factor) of each adapter's A and B."""
-        raise NotImplementedError
-
-    @torch.no_grad()
     def fill_adapters(self, matrix: Any) -> None:
         """Puts the adapters, as they are now, into M."""
-        for place, parameter, factor in self.adapter_places(matrix):
-            if factor == 1.0:
-                place.copy_(parameter)
-            else:
-                torch.mul(parameter, factor, out=place)
+        raise NotImplementedError
 
 
 class LoraGroup(OneMatrix):
@@ -129,7 +120,7 @@ class LoraGroup(OneMatrix):
             self.up(matrix)[:, self.bias_column].copy_(self.bias)
 
     def adapter_places(self, matrix: Any) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
-        """As OneMatrix."""
+        """(place in M, parameter, factor) of each adapter's A and B."""
         adapters, places = iter(self.parameters), []
         for rows, columns, scale in zip(self.rows, self.columns, self.scales, strict=True):
             if columns is not None:
@@ -137,6 +128,15 @@ class LoraGroup(OneMatrix):
                 places.append((self.down(matrix)[columns], a, 1.0))
                 places.append((self.up(matrix)[rows, columns], b, scale))
         return places
+
+    @torch.no_grad()
+    def fill_adapters(self, matrix: Any) -> None:
+        """As OneMatrix."""
+        for place, parameter, factor in self.adapter_places(matrix):
+            if factor == 1.0:
+                place.copy_(parameter)
+            else:
+                torch.mul(parameter, factor, out=place)
 
     def gate(self, matrix: Any, gate_up: torch.Tensor, out: torch.Tensor, activation: str, is_gated: bool) -> None:
         """operations.gate, where `out` is what `forward` reads next."""

@@ -115,7 +115,7 @@ def initial_tensors(
         if (adapter.settings.get(name) or None) != (own.get(name) or None):
             lines.append(f"{name} {adapter.settings.get(name)} in the adapter, {own.get(name)} here")
     rows = {name: _row_order(name, adapter.settings, own) for name in sorted(theirs & ours) if TOKEN_ROWS in name}
-    if any(order is None for order in rows.values()) or (_tokens(adapter.settings) != _tokens(own) and not lines):
+    if _tokens(adapter.settings) != _tokens(own) or None in rows.values():
         lines.append(f"it trains the tokens {_tokens(adapter.settings)}, this run {_tokens(own)}")
     lines += _other_spellings(adapter.folder, own, config)
     if lines:

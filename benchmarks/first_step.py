@@ -9,6 +9,7 @@ when data are prepared. A second row, `again`, is of the same command once more:
 """
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -119,6 +120,7 @@ def started(words: Sequence[str]) -> dict[str, Any]:
 
 def one(folder: str, words: Sequence[str]) -> int:
     """Runs the job in this process; prints what was measured at its first row."""
+    gc.freeze()  # as train/main.py does
     clock, packages = Clock(), time.time() - psutil.Process().create_time()
 
     def watcher(config: Config) -> Callable[[Mapping[str, Any]], None]:

@@ -1,5 +1,6 @@
 """Trains adapters: `accelerate launch train/main.py --profile NAME [--section.field VALUE ...]`."""
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -289,4 +290,5 @@ def open_trackers(
 
 
 if __name__ == "__main__":
+    gc.freeze()  # half a million objects of packages, which each collection would look through
     sys.exit(main(sys.argv[1:], STOP))

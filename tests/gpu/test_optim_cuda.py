@@ -71,7 +71,7 @@ def test_codes_are_of_the_nearest_numbers() -> None:
         numbers = create_dynamic_map(signed=is_signed).double()
         nearest = torch.searchsorted((numbers[1:] + numbers[:-1]) / 2, scaled)
         if is_signed:
-            nearest -= (scaled < 0) & (nearest == 127)  # no number below zero becomes zero
+            nearest -= ((scaled < 0) & (nearest == 127)).long()  # no number below zero becomes zero
         off = (state[f"wide/state{number}"].flatten().long() - nearest).abs()
         assert off.max() <= 1
         assert off.float().mean() < 1e-3

@@ -179,10 +179,12 @@ def words_of(workload: Workload, shape: Path, data: Path, size: int) -> list[str
 
 
 def texts(shape: Path, tokens: int, num_rows: int, target: Path) -> Path:
-    """Texts of random words that are cut into at least `num_rows` full rows, and a step's more for the last ones."""
+    """Texts of random words that are cut into at least `num_rows` rows, all of them full: each begins with a token of
+    its own, and the last one of a text ends with another."""
     draw, single, lines = random.Random(0), single_words(shape), []
-    for _ in range(-(-num_rows // (DOCUMENT_ROWS - 1)) + 1):
-        lines.append(json.dumps({"text": "".join(f" {draw.choice(single)}" for _ in range(tokens * DOCUMENT_ROWS))}))
+    for _ in range(-(-num_rows // DOCUMENT_ROWS) + 1):
+        words = (draw.choice(single) for _ in range((tokens - 1) * DOCUMENT_ROWS - 1))
+        lines.append(json.dumps({"text": "".join(f" {word}" for word in words)}))
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return target
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from benchmarks.public import NOTE, OF_MLPERF, WORKLOADS, Workload, main, reason
 from benchmarks.real_job import HostMemory, _kill, measured, shape_folder
 from tests.conftest import thorough
 from tests.slurm_cluster import wait_for
+from train.cli import parse
+from train.data import read_data
+from train.models.tokenizer import load_tokenizer
 
 TINY = "--lora.r 4 --lora.target_modules all-linear --batch.per_device 1 --model.max_positions 640"
 ON_CPU = ["--", "--run.device", "cpu", "--engine.kind", "fused"]
@@ -38,6 +42,17 @@ def run(monkeypatch: pytest.MonkeyPatch, shape: Path, tmp_path: Path) -> Any:
         return {key.removesuffix(further): rows for key, rows in found.items()}
 
     return call
+
+
+def test_every_row_is_full(shape: Path, tmp_path: Path) -> None:
+    """Also the last one of a text, so that steps have the same tokens."""
+    folder, workload = shape_folder(AutoConfig.from_pretrained(shape), tmp_path / "shape"), WORKLOADS["mlperf-70b"]
+    data = public.texts(folder, workload.tokens, 40, tmp_path / "texts.jsonl")
+    words = public.words_of(workload, folder, data, workload.rows)
+    config = parse([*words, "--run.dir", str(tmp_path / "run")])
+    samples: Any = read_data(config, load_tokenizer(config).backend, date(2026, 1, 1)).training.samples
+    assert len(samples) >= 40
+    assert {len(sample["input_ids"]) for sample in samples} == {workload.tokens}
 
 
 @thorough

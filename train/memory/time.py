@@ -17,8 +17,9 @@ SMALL_KERNEL_SECONDS = 0.0002
 # Norms of query and key heads read them, keep a copy and write them; their backward reads two and writes one. Logits
 # are written, read twice and written again. With both, packed steps of 19 shapes are within 5 % (results/families.json)
 HEAD_NORM_PASSES, LOGIT_PASSES = 3, 4
-# How often linear attention moves what it makes between its projections; neither passes nor launches were measured
-LINEAR_FORWARD, LINEAR_BACKWARD = 1.2, 4
+# How often linear attention moves what torch code makes between its projections. Fitted to one step of Qwen3.5-9B with
+# flash-linear-attention on an H200; of torch code nothing was measured
+LINEAR_FORWARD, LINEAR_BACKWARD = 2.8, 9.3
 # Products of experts reach this share of the rate of one large product, less what an expert's last tile of rows lacks
 # (half of 128 on average) and what each tile takes before and behind its sum, in elements of that. Of the rows of
 # experts [F] and [H] are read or written between products, forward and backward; their adapters (fp32) and gradients
@@ -27,8 +28,8 @@ GROUPED_SHARE, MISSING_ROWS, TILE_ELEMENTS = 0.81, 64, 480
 ROWS_FORWARD, ROWS_BACKWARD = (3, 1), (9, 3)
 ADAPTERS_FORWARD, ADAPTERS_BACKWARD = 1.5, 6.5
 # Attention of heads beyond flash kernels, forward by SDPA and backward by products in tiles, reaches this share of the
-# rate of one large product: 77 to 127 TFLOP/s on an H200, samples of 2,048 and 8,192 tokens with 8 and 32 heads
-WIDE_SHARE = 1 / 8
+# rate of one large product with many heads, and half of it with WIDE_HEADS (on an H200 74 TFLOP/s with 8, 102 with 32)
+WIDE_SHARE, WIDE_HEADS = 0.164, 4.8
 # fp8 products beside 16-bit ones (1,400 to 16,384 tokens on an H200: 1.7 to 2.1 times); what they read is written in
 # e4m3 before them
 FP8_GAIN = 1.9
@@ -120,8 +121,9 @@ def attention_flops(job: Job) -> float:
 
     Of a hybrid's blocks, some of which have linear attention, the mean. Of wide heads as many as take their time.
     """
-    flops = 2 * job.sizes.query * job.rows.mean_length * (1 - linear_share(job))
-    return flops / WIDE_SHARE if job.sizes.is_wide else flops
+    s = job.sizes
+    flops = 2 * s.query * job.rows.mean_length * (1 - linear_share(job))
+    return flops / WIDE_SHARE * (1 + WIDE_HEADS * s.head_size / s.query) if s.is_wide else flops
 
 
 def elementwise(job: Job, c: Candidate, times: int) -> float:

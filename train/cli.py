@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -242,7 +243,8 @@ def _split(name: str, values: list[str], default: object) -> tuple[list[str], li
 
 
 def with_home(config: Config) -> tuple[Config, list[str]]:
-    """`config` with `~` and `~user` at the beginning of its paths replaced, and a message for each unknown user.
+    """`config` with `~` and `~user` at the beginning of its paths replaced, and a message for each unknown user and
+    each name that no file can have.
 
     No shell does so in `--run.dir=~/run`. A file whose name begins with ~ is written ./~name.
     """
@@ -252,6 +254,8 @@ def with_home(config: Config) -> tuple[Config, list[str]]:
         found = os.path.expanduser(value)
         if found.startswith("~"):
             problems.append(f"--{option} {value}: there is no such user; for a name that begins with ~ write ./{value}")
+        elif reason := impossible(found):
+            problems.append(f"--{option} {value}: {reason}")
         return found
 
     for option in PATHS:
@@ -262,6 +266,18 @@ def with_home(config: Config) -> tuple[Config, list[str]]:
         new = expanded(option, value) if one else tuple(expanded(option, each) for each in value)
         config = dataclasses.replace(config, **{section_name: dataclasses.replace(section, **{name: new})})
     return config, problems
+
+
+def impossible(path: str) -> str:
+    """Why no file has this name, or why we take none of this name; empty where one may."""
+    try:
+        path.encode()
+        os.stat(path)
+    except UnicodeEncodeError:
+        return "its name is not UTF-8; rename it"
+    except OSError as error:
+        return os.strerror(error.errno).lower() if error.errno == errno.ENAMETOOLONG else ""
+    return ""
 
 
 def _options(config: Config) -> Iterator[tuple[str, object]]:

@@ -204,6 +204,13 @@ def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--run.dir ~nobody-here/x: there is no such user" in refusal("--profile", "demo", "--run.dir=~nobody-here/x")
 
 
+@pytest.mark.parametrize("option", PATHS)
+def test_a_name_that_no_file_has(option: str) -> None:
+    """Too long for a file system or not UTF-8: refused before anything looks for it."""
+    assert f"--{option} {'a' * 300}: file name too long" in refusal("--profile", "demo", f"--{option}={'a' * 300}")
+    assert "its name is not UTF-8; rename it" in refusal("--profile", "demo", f"--{option}=a\udcffb")
+
+
 def test_every_option_that_names_a_file_is_a_path() -> None:
     """By the first words of its documentation; a new one is added to PATHS, or documented in other words."""
     source = (ROOT / "train" / "config.py").read_text(encoding="utf-8")

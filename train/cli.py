@@ -276,7 +276,7 @@ def impossible(path: str) -> str:
     except UnicodeEncodeError:
         return "its name is not UTF-8; rename it"
     except OSError as error:
-        return os.strerror(error.errno).lower() if error.errno == errno.ENAMETOOLONG else ""
+        return "file name too long" if error.errno == errno.ENAMETOOLONG else ""
     return ""
 
 

@@ -25,6 +25,7 @@ try:
 except SystemExit as leaving:
     print("##", leaving.code, *sorted({"torch", "transformers", "numpy", "datasets", "pyarrow"} & set(sys.modules)))
 """
+HANDLOOP = "from train.commands.handloop import main; main()"
 
 
 def answer(*command: str, cwd: Path = ROOT, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
@@ -40,6 +41,15 @@ def test_no_library_is_waited_for(words: list[str], code: int) -> None:
     """Without words, for help and for a mistake, main imports neither torch nor another library of seconds."""
     done = answer("-c", IMPORTED, str(ROOT / "train" / "main.py"), *words)
     assert done.stdout.splitlines()[-1] == f"## {code}", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("start", [["train/main.py"], ["-c", HANDLOOP, "plan"]])
+def test_docstrings_are_needed(start: list[str]) -> None:
+    """transformers' import ends with a ValueError without them; without assertions alone everything works."""
+    done = answer("-OO", *start, "--profile", "demo")
+    assert (done.returncode, done.stdout) == (78, "")
+    assert done.stderr.startswith("handloop: transformers reads docstrings"), done.stderr
+    assert answer("-O", *start, "--help").returncode == 0
 
 
 def test_an_answer_within_a_second() -> None:

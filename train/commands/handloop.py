@@ -13,6 +13,7 @@ from data_tools.terminal import fitted
 from train.run.defects import print_defect
 from train.run.exits import ExitCode, ExitWith
 from train.run.hub_token import take_token
+from train.run.packages import check_docstrings
 from train.run.redact import redact
 from train.run.streams import guard_messages, lead_to_null
 from train.run.versions import package_version
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code; an error becomes one message on stderr."""
     if argv is None:  # the script, whose streams are the process's own
         guard_messages()
+        check_docstrings()
     words = list(sys.argv[1:] if argv is None else argv)
     take_token()
     try:

@@ -15,10 +15,19 @@ NUM_NAMED = 4
 
 
 def check_packages() -> None:
-    """Ends the process with 78 and one message if this Python is too old or lacks a package."""
+    """Ends the process with 78 and one message if this Python is too old, lacks a package or has no docstrings."""
+    check_docstrings()
     problem = _problem()
     if problem:
         print(f"handloop: {_way_out()}\n  {problem}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+
+def check_docstrings() -> None:
+    """Ends the process with 78 where Python leaves docstrings out: transformers reads its own at its import."""
+    if sys.flags.optimize > 1:
+        told = "handloop: transformers reads docstrings, which PYTHONOPTIMIZE=2 (python -OO) leaves out; 1 (-O) will do"
+        print(told, file=sys.stderr)
         sys.exit(BAD_INPUT)
 
 

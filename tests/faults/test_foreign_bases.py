@@ -147,6 +147,15 @@ def test_folders_that_do_not_hold_one_base_are_refused(way: str, config: Config,
             first_loss(config)
 
 
+@pytest.mark.fault("T29")
+def test_settings_of_answers_that_cannot_be_read_are_named(config: Config, tmp_path: Path) -> None:
+    """transformers reads them with the weights, which are not what is wrong."""
+    folder = write(tmp_path / "base", Shape())
+    (folder / "generation_config.json").write_text('{"num_return_sequences": 3}')
+    with pytest.raises(ExitWith, match=r"cannot read generation_config\.json: .*num_return_sequences"):
+        first_loss(ways(on(config, folder, "none"))["reference"])
+
+
 def quant_state(tensors: Tensors, name: str, **changes: object) -> torch.Tensor:
     """The state of a packed weight with other entries."""
     state = json.loads(bytes(tensors[f"{name}.quant_state.bitsandbytes__nf4"].tolist()))

@@ -125,6 +125,11 @@ def _fault(config: ModelConfig, error: Exception) -> Exception:
     if isinstance(error, UnlikeBlocksError):
         reason = f"{config.name_or_path}: {error}; --memory.offload none, with a budget for it, trains it"
         return ExitWith(ExitCode.BAD_INPUT, f"--memory.offload: {reason}")
+    try:
+        GenerationConfig.from_pretrained(str(locate(config).folder))
+    except BROKEN as fault:  # transformers reads it with the weights; a folder without one has no fault of it
+        if str(fault) == str(error):
+            return cannot_read(config, "generation_config.json", error)
     return cannot_read(config, "safetensors weights", error)
 
 

@@ -95,6 +95,15 @@ def test_a_key_in_netrc_is_found(config: Config, tmp_path: Path, monkeypatch: py
     assert wandb_mode(watched(config, tmp_path)) == "online"
 
 
+def test_a_file_that_lost_rows_goes_on_with_whole_ones(tmp_path: Path) -> None:
+    """Shorter than at the checkpoint, and cut within a row: the next one is a line of its own."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "tr')
+    file = MetricsFile(tmp_path / "metrics.jsonl", 500)
+    file.log({"step": 3})
+    file.finish()
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 3]
+
+
 def test_metrics_of_a_lost_attempt_are_cut(tmp_path: Path) -> None:
     """Rows behind the checkpoint's length, and half a line, go."""
     kept = '{"step": 1}\n{"step": 2}\n'

@@ -385,6 +385,7 @@ ALLOWED_MODULES = {
         "train.run.durable",
         "train.run.exits",
         "train.run.folder",
+        "train.run.json_lines",
     },
     "train.checkpoints.remote": {"train.run.exits", "train.run.redact"},
     "train.checkpoints.source": {"train.checkpoints.contents", "train.checkpoints.remote", "train.run.folder"},

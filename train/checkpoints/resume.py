@@ -131,10 +131,8 @@ def choose(
             store.run_uid()  # of its own at once: the mirror has the old run's checkpoints, which are not this one's
             return 0
         found = _newest(store, mirror) if wanted in ("auto", "must") else _chosen(store, mirror, Path(wanted))
-        if found is None and wanted == "must":
-            where = store.root if mirror is None else f"{store.root} or at {mirror.url}"
-            reason = f"--run.resume must: there is no checkpoint in {where}"
-            raise ExitWith(ExitCode.NO_VALID_CHECKPOINT, reason)
+        if found is None:
+            _check_fresh(store, mirror, wanted)
         return found.state.step if found else 0
 
     if mirror is None and wanted in ("auto", "must"):
@@ -149,6 +147,16 @@ def choose(
         return _in_all(store, found, store.path_of(step), remedy, accelerator)
     remedy = "--run.resume must name the same checkpoint on each machine"
     return _in_all(store, found, Path(wanted), remedy, accelerator)
+
+
+def _check_fresh(store: CheckpointStore, mirror: Mirror | None, wanted: str) -> None:
+    """Raises ExitWith(NO_VALID_CHECKPOINT) where a checkpoint is wanted, or was there by the run's own records."""
+    where = store.root if mirror is None else f"{store.root} or at {mirror.url}"
+    if wanted == "must":
+        raise ExitWith(ExitCode.NO_VALID_CHECKPOINT, f"--run.resume must: there is no checkpoint in {where}")
+    if store.is_emptied():
+        reason = f"this run's records tell of checkpoints, and there is none in {where}: put them back"
+        raise ExitWith(ExitCode.NO_VALID_CHECKPOINT, f"{reason}, or --run.resume never starts again")
 
 
 def _in_all(

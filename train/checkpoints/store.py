@@ -32,6 +32,7 @@ from train.checkpoints.contents import (
 from train.run.durable import aside_name, name_before, publish, sweep, sync
 from train.run.exits import ExitCode, ExitWith
 from train.run.folder import RUN_UID, RunFolder, read_object
+from train.run.json_lines import read_lines
 
 OTHER_RUN = "it belongs to another run"
 DISK_RESERVE = 1.2  # free space wanted before a save, in sizes of what is saved
@@ -114,6 +115,18 @@ class CheckpointStore:
             reason = f"no valid checkpoint in {self.root}, {len(set_aside)} damaged; --run.resume never starts again"
             raise ExitWith(ExitCode.NO_VALID_CHECKPOINT, reason)
         return None
+
+    def is_emptied(self) -> bool:
+        """Whether the run's records tell of a checkpoint, where there is none: final/ is made of one, and the row
+        behind one has the seconds that it took."""
+        if any(self.root.glob("*")):
+            return False
+        if self.folder.final.exists():
+            return True
+        with suppress(OSError):
+            rows = read_lines(self.folder.metrics)
+            return any("perf/save_seconds" in row and not row.get("perf/failed_saves") for row in rows)
+        return False
 
     def chosen(self, folder: Path) -> Checkpoint:
         """The checkpoint that the user named, of this run or another; newer ones of this run are set aside.

@@ -14,7 +14,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from train.checkpoints.contents import ADAPTER, ADAPTER_CONFIG
 from train.cli import MAY_CHANGE, parse_over
@@ -29,7 +29,7 @@ from train.models.hub import locate
 from train.models.language_model import LanguageModel, load_adapters, load_model
 from train.models.shape import BROKEN
 from train.models.text_part import names_of
-from train.models.tokenizer import load_tokenizer
+from train.models.tokenizer import load_tokenizer, tokenizer_in
 from train.run.accelerator import check_machine
 from train.run.attempts import last_start
 from train.run.devices import compute_type
@@ -255,7 +255,7 @@ def refused(place: Path, reason: str) -> ExitWith:
 def tokenizer_of(folder: RunFolder) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
     """The tokenizer with the trained chat template, and the end tokens that were taught."""
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder.final), trust_remote_code=False)
+        tokenizer = tokenizer_in(folder.final)
         settings = GenerationConfig.from_pretrained(str(folder.final))
         ends: Any = settings.eos_token_id
         return tokenizer, tuple(ends) if isinstance(ends, list) else (int(ends),)

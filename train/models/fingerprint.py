@@ -15,6 +15,7 @@ from train.config import Config
 from train.models.hub import fetch_weights, locate
 from train.models.shape import model_shape
 from train.run.durable import write_atomically
+from train.run.exits import ExitCode, ExitWith
 
 READ_BYTES = 2**22
 MAX_THREADS = 8  # files that are read at the same time
@@ -24,7 +25,7 @@ def base_fingerprint(config: Config) -> str:
     """sha256 that tells one base from another, whatever model.max_positions makes of it.
 
     Over config.json and, for each weight file that is loaded, its content; for random weights the seed; for a hub model
-    the commit, which names its content.
+    the commit. Raises ExitWith(BAD_INPUT) where a file of the hub's cache is not what its name says.
     """
     place = locate(config.model)
     return _fingerprint(config, place.commit)
@@ -41,17 +42,18 @@ def _fingerprint(config: Config, commit: str) -> str:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     if config.model.random_init:
         digest.update(f"random {config.train.seed}".encode())
-    elif commit:
-        digest.update(commit.encode())
     else:
         paths = fetch_weights(place)
-        for path, content in zip(paths, content_hashes(paths), strict=True):
+        contents = content_hashes(paths)  # of a hub model, too: bytes of its cache may have changed
+        if commit:
+            digest.update(commit.encode())
+        for path, content in () if commit else zip(paths, contents, strict=True):
             digest.update(f"{path.name} {content}".encode())
     return digest.hexdigest()
 
 
 def content_hashes(paths: Sequence[Path]) -> list[str]:
-    """sha256 of each file, read once for each of its states: 1.5 GB a second and thread, then nothing.
+    """sha256 of each file, read once for each of its states: 1 GB a second and thread, then nothing.
 
     What is known of a file is kept in the cache by its path, size, inode and times of change.
     """
@@ -60,10 +62,7 @@ def content_hashes(paths: Sequence[Path]) -> list[str]:
 
 
 def _content_hash(path: Path) -> str:
-    blob = path.resolve()
-    if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):  # the hub's cache names it so
-        return blob.name
-    status = path.stat()
+    status, blob = path.stat(), path.resolve()
     state = [str(path.resolve()), status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
     key = hashlib.sha256(json.dumps(state).encode()).hexdigest()
     known = cache_root().parent / "hashes" / key
@@ -71,11 +70,18 @@ def _content_hash(path: Path) -> str:
         found = known.read_text(encoding="ascii")
         if len(found) == 64:
             return found
-    digest = hashlib.sha256()
+    said = blob.name if blob.parent.name == "blobs" else ""  # the hub's cache names a file by its content
+    digests = [hashlib.sha256()]
+    if re.fullmatch(r"[0-9a-f]{40}", said):  # as git names it, where it is small
+        digests.append(hashlib.sha1(b"blob %d\0" % status.st_size, usedforsecurity=False))
     with path.open("rb") as file:
         while block := file.read(READ_BYTES):
-            digest.update(block)
+            for digest in digests:
+                digest.update(block)
+    if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", said) and said != digests[-1].hexdigest():
+        reason = f"{path}: its content is not what the hub's cache calls it; delete {blob}, it is then fetched again"
+        raise ExitWith(ExitCode.BAD_INPUT, reason)
     with suppress(OSError):  # without a cache it is read each time
         os.makedirs(known.parent, exist_ok=True)
-        write_atomically(known, digest.hexdigest())
-    return digest.hexdigest()
+        write_atomically(known, digests[0].hexdigest())
+    return digests[0].hexdigest()

@@ -42,6 +42,16 @@ class Tokenizer:
     notes: tuple[str, ...]
 
 
+def tokenizer_in(folder: Path) -> Any:
+    """The tokenizer of a model's folder; raises what is in BROKEN where its files cannot be read."""
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise ValueError(str(error)) from None  # the tokenizers library raises nothing more precise
+
+
 def load_tokenizer(config: Config) -> Tokenizer:
     """The base's tokenizer with a chat template and a pad token that is not the end token, where it can have one.
 
@@ -53,7 +63,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
     if place.note:
         notes.append(place.note)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(place.folder), trust_remote_code=False)
+        tokenizer = tokenizer_in(place.folder)
     except BROKEN as error:
         raise cannot_read(config.model, "a tokenizer", error) from None
     if tokenizer.chat_template is None and not config.data.chat_template:

@@ -15,13 +15,17 @@ class MetricsFile:
     """metrics.jsonl: one JSON object a step. Rows that a full disk refuses are kept and written later."""
 
     def __init__(self, path: Path, keep_bytes: int) -> None:
-        """Continues after `keep_bytes`, the file's length at the checkpoint; later rows, of a lost attempt, go."""
+        """Continues after `keep_bytes`, the file's length at the checkpoint; later rows, of a lost attempt, go.
+
+        Of a file that is shorter, an unfinished last row goes as well.
+        """
         self.path = path
         self.path.touch()
         size = self.path.stat().st_size
         if size < keep_bytes:
             print(f"{self.path} is shorter than at the checkpoint: rows of earlier steps are lost", flush=True)
-        os.truncate(self.path, min(keep_bytes, size))
+            keep_bytes = self.path.read_bytes().rfind(b"\n") + 1
+        os.truncate(self.path, keep_bytes)
         self.descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         self.unwritten = b""
         self.is_refused = False

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,6 +112,23 @@ def test_none_valid_is_an_error_and_none_at_all_is_a_fresh_start(store: Checkpoi
     with pytest.raises(ExitWith) as caught:
         store.latest()
     assert caught.value.code == ExitCode.NO_VALID_CHECKPOINT
+
+
+def test_records_of_a_checkpoint_that_is_gone(store: CheckpointStore) -> None:
+    """A row tells of a save that was written, final/ of one that was published; of a failed save nothing is lost."""
+    row = {"step": 2, "perf/save_seconds": 0.1, "perf/failed_saves": 1}
+    store.folder.metrics.parent.mkdir(parents=True)
+    store.folder.metrics.write_text(json.dumps(row) + "\n")
+    assert not store.is_emptied()
+    store.folder.metrics.write_text(json.dumps(row | {"perf/failed_saves": 0}) + "\n")
+    assert store.is_emptied()
+    write(store, 1)
+    assert not store.is_emptied()
+    shutil.rmtree(store.root)
+    store.folder.metrics.unlink()
+    assert not store.is_emptied()
+    store.folder.final.mkdir()
+    assert store.is_emptied()
 
 
 def test_a_failed_write_leaves_what_stood(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """A base is refused that has pickles, code, kernels or damage, and none of it is executed."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -12,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.conftest import BUNDLED_BASE, write_shape
 from train.config import Config, MemoryConfig, ModelConfig
 from train.engine.plan import reference_plan
-from train.models.fingerprint import base_fingerprint
+from train.models.fingerprint import base_fingerprint, content_hashes
 from train.models.language_model import load_model
 from train.models.shape import model_shape
 from train.models.tokenizer import load_tokenizer
@@ -89,6 +90,41 @@ def test_a_broken_base_is_refused_in_one_message(name: str, config: Config, base
         with pytest.raises(ExitWith, match="cannot read") as caught:
             read(on(config, base))
         assert caught.value.code == ExitCode.BAD_INPUT
+
+
+UNREADABLE_TOKENIZERS = {
+    "another library's": {"pre_tokenizer": {"type": "Newer"}},
+    "no model": {"model": None},
+    "another version": {"version": "9.0"},
+    "a merge of no token": {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}},
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE_TOKENIZERS)
+def test_a_tokenizer_that_its_library_refuses(name: str, config: Config, base: Path) -> None:
+    """The library raises Exception itself, of no kind: 78, with what it says."""
+    edit(base / "tokenizer.json", **UNREADABLE_TOKENIZERS[name])
+    with pytest.raises(ExitWith, match=r"cannot read a tokenizer: .") as caught:
+        load_tokenizer(on(config, base))
+    assert caught.value.code == ExitCode.BAD_INPUT
+
+
+@pytest.mark.parametrize("kind", ["sha256", "git"])
+def test_a_file_of_the_hubs_cache_is_what_its_name_says(kind: str, tmp_path: Path) -> None:
+    """A changed byte would be trained on, or merged, as the same base."""
+    content = b"weights"
+    sha1 = hashlib.sha1(b"blob 7\0" + content, usedforsecurity=False).hexdigest()
+    blob = tmp_path / "blobs" / (hashlib.sha256(content).hexdigest() if kind == "sha256" else sha1)
+    link = tmp_path / "snapshots" / "model.safetensors"
+    for path in (blob, link):
+        path.parent.mkdir()
+    blob.write_bytes(content)
+    link.symlink_to(blob)
+    assert content_hashes([link, blob]) == [hashlib.sha256(content).hexdigest()] * 2
+    blob.write_bytes(b"weighty")
+    with pytest.raises(ExitWith, match="not what the hub's cache calls it") as caught:
+        content_hashes([link])
+    assert caught.value.code == ExitCode.BAD_INPUT
 
 
 def edit(path: Path, **changes: object) -> None:

@@ -108,4 +108,6 @@ class FakeHub:
 
 
 def digest(path: Path) -> str:
-    return hashlib.sha1(path.read_bytes()).hexdigest()
+    """As git names a file, and the hub's cache after it."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

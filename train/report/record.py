@@ -13,10 +13,12 @@ from train.report.curves import Curve, curve, drawable
 from train.report.state import State, is_locked, state_by
 from train.report.values import at, whole
 from train.run.attempts import Attempt, read_attempts
+from train.run.exits import ExitCode
 from train.run.folder import RunFolder, read_object
 from train.run.json_lines import read_lines
 
 Row = dict[str, Any]
+REFUSALS = (ExitCode.BAD_INPUT, ExitCode.FINGERPRINT_MISMATCH)
 MAX_STEP = 2**53  # beyond it a float is no longer the step
 
 
@@ -53,7 +55,8 @@ class RunRecord:
 
     @property
     def ending(self) -> dict[str, Any]:
-        """How the last attempt ended, by exit.json or, where it is gone, by attempts.jsonl; empty: it did not."""
+        """How the last attempt ended, by exit.json or, where it is gone or of a command that was refused untrained, by
+        attempts.jsonl; empty: it did not."""
         return _ending(self.exit, self.attempts)
 
     @property
@@ -121,6 +124,9 @@ def read_run(path: Path) -> RunRecord:
         if not objects[entry] and entry.exists():
             notes.append(f"{entry.relative_to(path)} is damaged, or none of a run's")
     rows, attempts = _rows(folder.metrics, notes), read_attempts(folder)
+    if _was_refused(objects[folder.exit], attempts):
+        reason = str(objects[folder.exit].get("reason", "")).partition("\n")[0]
+        notes.append(f"a later command was refused ({objects[folder.exit]['code']}): {reason}")
     code = whole(_ending(objects[folder.exit], attempts).get("code"))
     return RunRecord(
         folder=folder,
@@ -175,7 +181,14 @@ def _step(value: Any) -> int | None:
 
 
 def _ending(exit_record: dict[str, Any], attempts: list[Attempt]) -> dict[str, Any]:
-    return exit_record or ((attempts[-1].end or {}) if attempts else {})
+    of_training = (attempts[-1].end or {}) if attempts else {}
+    return of_training if _was_refused(exit_record, attempts) else exit_record or of_training
+
+
+def _was_refused(exit_record: dict[str, Any], attempts: list[Attempt]) -> bool:
+    """Whether exit.json is of a command that the run's last attempt knows nothing of: a mistyped one, say."""
+    code = exit_record.get("code")
+    return code in REFUSALS and bool(attempts) and (attempts[-1].end or {}).get("code") != code
 
 
 def _seconds(attempt: Attempt, rows: list[Row]) -> float:

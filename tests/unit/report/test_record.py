@@ -57,6 +57,18 @@ def test_states(tmp_path: Path, exit_code: int | None, ends: bool, state: State)
     assert read_run(tmp_path).state == state
 
 
+@pytest.mark.parametrize("code", [77, 78])
+def test_a_refused_command_leaves_the_run_as_it_was(tmp_path: Path, code: int) -> None:
+    """A mistyped option overwrites exit.json; what was trained is finished all the same, and the refusal is noted."""
+    folder = RunFolder(write_run(tmp_path))
+    write(folder.exit, {"code": code, "name": "x", "reason": "no such file\nlook there"})
+    run = read_run(tmp_path)
+    assert (run.state, run.ending["code"]) == (State.FINISHED, 0)
+    assert run.notes == [f"a later command was refused ({code}): no such file"]
+    folder.attempts.unlink()  # nothing was ever trained
+    assert read_run(tmp_path).state == State.FAILED
+
+
 def test_a_running_run_is_known_by_its_lock(tmp_path: Path) -> None:
     """While the lock is held the run is running, whatever end is recorded; whoever looks does not take it."""
     folder = RunFolder(write_run(tmp_path))

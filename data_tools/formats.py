@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -96,11 +96,20 @@ def detect(row: Row, wanted: str, field_map: Mapping[str, str]) -> Format:
             remedy = f"write --data.fields {proposed_fields(row)[0]} response=chosen"
         reason = "a row of preferences, 'chosen' and 'rejected', which are not compared here; to train what was chosen"
         raise ValueError(f"{reason}, {remedy}")
+    if null := _nulls(row, candidates):
+        raise ValueError(f"{' and '.join(map(repr, null))} is null; there is nothing to train")
     known = "; ".join(" and ".join(map(repr, candidate.fields)) for candidate in candidates)
     reason = f"unknown fields ({fields_with_values(row)}); known are {known}"
     if wanted in ("auto", "prompt_response"):
         reason += f"; name others with --data.fields {' '.join(proposed_fields(row))}"
     raise ValueError(reason)
+
+
+def _nulls(row: Row, candidates: Sequence[Format]) -> list[str]:
+    """Fields without a value of formats whose others have one."""
+    whole = [each.fields for each in candidates if {*each.fields} <= row.keys()]
+    partly = [fields for fields in whole if any(row[name] is not None for name in fields)]
+    return sorted({name for fields in partly for name in fields if row[name] is None})
 
 
 def proposed_fields(row: Row) -> tuple[str, str]:

@@ -60,7 +60,8 @@ class RawRow:
         missing = [name for name in self.format.fields if self.row.get(name) is None]
         if missing:
             here = fields_with_values(self.row)
-            raise ValueError(f"no field {' and no field '.join(map(repr, missing))} (fields here: {here})")
+            told = [f"{name!r} is null" if name in self.row else f"no field {name!r}" for name in missing]
+            raise ValueError(f"{' and '.join(told)} (fields here: {here})")
         content = self.format.read(self.row)
         if isinstance(content, str):
             return Document(self.place, content, self.path_number)

@@ -271,8 +271,7 @@ def with_home(config: Config) -> tuple[Config, list[str]]:
 def impossible(path: str) -> str:
     """Why no file has this name, or why we take none of this name; empty where one may."""
     try:
-        path.encode()
-        os.stat(path)
+        os.stat(path.encode())
     except UnicodeEncodeError:
         return "its name is not UTF-8; rename it"
     except OSError as error:
@@ -295,4 +294,6 @@ def _message(panel: str) -> str:
     lines = [line.strip(" │|") for line in panel.splitlines()]
     rules = [number for number, line in enumerate(lines) if line and set(line) <= set("─-╭╮╰╯├┤+")]
     body = lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines
-    return " ".join(line for line in body if line)
+    reason = " ".join(line for line in body if line)
+    reason = re.sub(r"^Error parsing --\S+: invalid literal for int\(\).*", "it is no whole number", reason)
+    return re.sub(r"^Error parsing --\S+: could not convert string to float.*", "it is no number", reason)

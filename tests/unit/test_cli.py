@@ -204,6 +204,12 @@ def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--run.dir ~nobody-here/x: there is no such user" in refusal("--profile", "demo", "--run.dir=~nobody-here/x")
 
 
+def test_a_value_of_another_type_is_told_in_our_words() -> None:
+    """And the option is spelled as it was written."""
+    assert "--data.max_length abc: it is no whole number" in refusal("--profile", "demo", "--data.max_length", "abc")
+    assert "--optim.lr fast: it is no number" in refusal("--profile", "demo", "--optim.lr", "fast")
+
+
 @pytest.mark.parametrize("option", PATHS)
 def test_a_name_that_no_file_has(option: str) -> None:
     """Too long for a file system or not UTF-8: refused before anything looks for it."""

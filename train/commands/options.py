@@ -117,7 +117,9 @@ def check_output_folder(target: Path, overwrite: bool, kind: str, is_one: bool) 
     if not target.exists():
         return
     if not overwrite:
-        raise ExitWith(ExitCode.BAD_INPUT, f"--output {target}: it exists; write --overwrite to replace it")
+        raise ExitWith(
+            ExitCode.BAD_INPUT, f"--output {target}: it exists; write --overwrite to replace all of it, or name another"
+        )
     if not is_one:
         raise ExitWith(ExitCode.BAD_INPUT, f"--output {target}: it is no {kind}, and is not replaced; name another")
 

@@ -94,8 +94,9 @@ def finished_run(path: Path, words: Sequence[str] = (), usage: str = "") -> Fini
     missing = [name for name in (ADAPTER, ADAPTER_CONFIG, BASE) if not (folder.final / name).is_file()]
     if missing:
         ended = read_object(folder.exit).get("reason")
-        how = f"; its last attempt ended: {ended}" if ended else ""
-        raise refused(path, f"final/{missing[0]} is not there{how}\nrepeat the command that trained it to finish it")
+        how = f"its last attempt ended: {ended}" if ended else "no attempt has ended: one is running, or was killed"
+        remedy = f"{'' if ended else 'wait for it, or '}repeat the command that trained it to finish it"
+        raise refused(path, f"final/{missing[0]} is not there; {how}\n{remedy}")
     base = read_object(folder.final / BASE)
     started_in = Path(str(last_start(folder).get("working_folder", ".")))
     model = replace(config.model, name_or_path=str(base.get("name", config.model.name_or_path)))

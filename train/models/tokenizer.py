@@ -13,13 +13,14 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 from data_tools.chat_template import PLAIN_TEMPLATE, ChatTemplate, read_template
 from data_tools.encode import CONTROL
 from data_tools.template_files import PROCESSOR_FILES
-from train.config import Config, parse_argument
-from train.models.hub import locate
+from train.config import Config, ModelConfig, parse_argument
+from train.models.hub import NAME_A_BASE, locate, unreadable
 from train.models.positions import check_positions
 from train.models.shape import BROKEN, auto_class, cannot_read, max_positions, model_shape, text_shape
 from train.models.text_part import loaded_shape
 from train.run.exits import ExitCode, ExitWith
 
+TOKENIZER_FILES = ("*tokenizer*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")  # of which transformers makes one
 # Tokens that models ship for padding: where pad is unset or equals eos, the first one in the vocabulary is used.
 PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<unk>")
 
@@ -52,6 +53,15 @@ def tokenizer_in(folder: Path) -> Any:
         raise ValueError(str(error)) from None  # the tokenizers library raises nothing more precise
 
 
+def _tokenizer_of_base(config: ModelConfig, folder: Path) -> Any:
+    try:
+        return tokenizer_in(folder)
+    except BROKEN as error:
+        if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+            raise unreadable(config.name_or_path, f"it has no tokenizer.json\n{NAME_A_BASE}") from None
+        raise cannot_read(config, "a tokenizer", error) from None
+
+
 def load_tokenizer(config: Config) -> Tokenizer:
     """The base's tokenizer with a chat template and a pad token that is not the end token, where it can have one.
 
@@ -62,10 +72,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
     model_shape(config.model)  # which the tokenizer reads, too: what is wrong there is told as such
     if place.note:
         notes.append(place.note)
-    try:
-        tokenizer = tokenizer_in(place.folder)
-    except BROKEN as error:
-        raise cannot_read(config.model, "a tokenizer", error) from None
+    tokenizer = _tokenizer_of_base(config.model, place.folder)
     if tokenizer.chat_template is None and not config.data.chat_template:
         tokenizer.chat_template, found_in = _processor_template(place.folder)
         notes += [f"chat template: that of {found_in}"] if found_in else []

@@ -14,7 +14,7 @@ from train.report.summary import Summary, differing, results_of
 from train.report.values import NOTHING, brief, letter_of, shown, size, span
 from train.run.redact import redact
 
-COLUMNS = {"state": 11, "step": 13, "loss": 8, "best": 8, "eval best": 10, "tokens/s": 9, "time": 9, "size": 9}
+COLUMNS = {"state": 11, "step": 13, "loss": 8, "best": 8, "eval best": 10, "tokens/s": 9, "time": 9, "size": 10}
 COLOURS = {"finished": "green", "running": "cyan", "stopped": "yellow", "killed": "red", "failed": "red"}
 
 
@@ -72,7 +72,8 @@ def _side_by_side(what: str, letters: Sequence[str], rows: Sequence[tuple[str, S
 
 
 def _loss(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.4g}"
+    """At most seven characters, so that columns stay apart."""
+    return NOTHING if value is None else f"{value:.1e}" if 0 < abs(value) < 0.01 else f"{value:.4g}"
 
 
 def printable_text(text: str) -> str:

@@ -159,7 +159,7 @@ def test_what_is_assumed_is_said(rows: Path, tinyllama_1b: Path, capsys: pytest.
         (("--data.path", "gone/rows.jsonl"), "since gone/rows.jsonl is not on this machine"),
         (("--data.path", "somebody/chats"), "since somebody/chats is not on this machine"),
         (("--data.path", str(bad)), f"{bad}:1: "),
-        (("--data.path", str(rows), "--model.name_or_path", str(tinyllama_1b)), "a tokenizer"),
+        (("--data.path", str(rows), "--model.name_or_path", str(tinyllama_1b)), "no tokenizer.json"),
         (("--data.path", str(rows), "--mean-length", "99"), "as --mean-length 99 says"),
     ):
         told = planned(capsys, *words)

@@ -179,6 +179,7 @@ BAD_FILES = [
     ("f.parquet", "PAR1 not really", ": not Parquet"),
     ("g.jsonl", '{"prompt": "a", "response": "b", "prompt": "c"}\n', ":1: the field 'prompt' appears twice"),
     ("h.jsonl", '{"prompt": "a\x00", "response": "b"}\n', ":1: not JSON: Invalid control character"),
+    ("i.jsonl", '{"question": "a", "answer": null}\n', ":1: 'answer' is null; there is nothing to train"),
     ("i.jsonl", '{"prompt": "a", "response": "b"}\n{"text": "c"}\n', ":2: no field 'prompt' and no field 'response'"),
 ]
 

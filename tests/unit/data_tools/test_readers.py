@@ -150,7 +150,7 @@ def test_a_null_column_does_not_decide_a_format(tmp_path: Path) -> None:
     assert [[turn.content for turn in record.messages] for record in records] == [["2 and 3?", "5"], ["2 and 4?", "6"]]
     assert tally.formats == {"prompt_response", "messages"}
     assert tally.report.lines[0].startswith(
-        f"{tmp_path / 'a.parquet'}:3: no field 'prompt' and no field 'completion' (fields here: none)"
+        f"{tmp_path / 'a.parquet'}:3: 'prompt' is null and 'completion' is null (fields here: none)"
     )
     assert not tally.ignored_fields
 

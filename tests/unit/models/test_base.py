@@ -109,6 +109,14 @@ def test_a_tokenizer_that_its_library_refuses(name: str, config: Config, base: P
     assert caught.value.code == ExitCode.BAD_INPUT
 
 
+def test_a_base_without_a_tokenizer(config: Config, base: Path) -> None:
+    """Told as that, and not as packages that would be needed for another kind."""
+    for file in base.glob("*tokenizer*"):
+        file.unlink()
+    with pytest.raises(ExitWith, match=r"it has no tokenizer\.json"):
+        load_tokenizer(on(config, base))
+
+
 @pytest.mark.parametrize("kind", ["sha256", "git"])
 def test_a_file_of_the_hubs_cache_is_what_its_name_says(kind: str, tmp_path: Path) -> None:
     """A changed byte would be trained on, or merged, as the same base."""

@@ -4,6 +4,8 @@ import math
 
 from train.config import Config, TrainConfig
 
+# Learning rates of AdamW that have any use, and those of recipes
+RATES, RATES_OF_ALL = (1e-6, 0.02, "1e-4 to 1e-3"), (1e-8, 1e-3, "1e-5 to 5e-5")
 MAX_WARMUP = 1 / 3  # of the steps; recipes take 0 to 10 %
 MIN_STEPS = 100  # with fewer, an adapter that starts at zero has hardly left it at the usual rates
 ENOUGH_STEPS = 200  # which a few dozen rows take to be learnt (docs/LOG.md, 2026-11-27)
@@ -20,11 +22,21 @@ def recipe_warnings(config: Config, num_samples: int, steps_per_epoch: int, tota
     `warmup` is in steps, as the run has it. What ends early by validation may have any number of epochs.
     """
     found = [
+        _of_rate(config),
         _of_warmup(config, warmup, total_steps),
         _of_steps(config, steps_per_epoch, total_steps),
         _of_epochs(config, num_samples, steps_per_epoch, total_steps),
     ]
     return [line for line in found if line]
+
+
+def _of_rate(config: Config) -> str:
+    rate, is_whole = config.optim.lr, config.train.method == "full"
+    least, most, usual = RATES_OF_ALL if is_whole else RATES
+    if least <= rate <= most:
+        return ""
+    size = "high" if rate > most else "low"
+    return f"a learning rate of {rate:g} is {size}; {usual} are usual for {'all weights' if is_whole else 'adapters'}"
 
 
 def _of_warmup(config: Config, warmup: int, total_steps: int) -> str:

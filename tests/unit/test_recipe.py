@@ -3,7 +3,7 @@
 import re
 from dataclasses import replace
 
-from train.config import BatchConfig, Config, TrainConfig, ValidateConfig
+from train.config import BatchConfig, Config, OptimConfig, TrainConfig, ValidateConfig
 from train.profiles import PROFILES, data_alone
 from train.recipe import decided, forgot, longer, recipe_warnings, taught_little
 
@@ -25,6 +25,15 @@ def test_a_warmup_that_is_too_long() -> None:
         assert recipe_warnings(recipe(), 90, steps // 3, steps, int(float(share) * steps)) == []
     for warmup, steps in ((98, 984), (40, 120), (0, 120)):
         assert recipe_warnings(recipe(), 90, steps // 3, steps, warmup) == []
+
+
+def test_a_learning_rate_of_no_use() -> None:
+    """A thousand times too high or low is said, by what is trained; what profiles have is not."""
+    for rate, method, said in ((5.0, "lora", "high"), (1e-8, "lora", "low"), (0.01, "full", "high")):
+        config = replace(recipe(), optim=OptimConfig(lr=rate), train=TrainConfig(method=method))
+        assert f"is {said};" in recipe_warnings(config, 600, 40, 120, 0)[0]
+    for name, profile in PROFILES.items():
+        assert not any("learning rate" in line for line in recipe_warnings(profile(), 600, 40, 120, 0)), name
 
 
 def test_too_few_steps() -> None:

@@ -1,6 +1,7 @@
 """Another trainer's configuration file -> its keys and values, and whose it is."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ MARKS = {
                       "preprocessing_num_workers", "neat_packing", "double_quantization", "flash_attn"},
 }  # fmt: skip
 MAX_BYTES = 2**20
+MAX_VALUES = 100_000  # with each alias written out
+MAX_DEPTH = 100
+TOO_MANY = f"has more than {MAX_VALUES:,} values once its aliases are written out, so it is no configuration"
 # what turns a script's settings into a file; LoraConfig.to_dict() has sets, which JSON lacks
 DUMP = """is Python, which is not executed here. Let the script write its settings, after the lines that make them:
   import json
@@ -39,7 +43,7 @@ def read_config(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_BYTES:
             raise _refusal(path, f"is larger than {MAX_BYTES:,} bytes, so it is no configuration")
         text = path.read_text(encoding="utf-8-sig")
-        found = _json(text) if path.suffix.lower() == ".json" else _yaml(text)
+        found = _plain(_json(text) if path.suffix.lower() == ".json" else _yaml(text))
     except OSError as error:
         raise _refusal(path, f"cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
@@ -56,7 +60,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or not found:
         kind = {list: "a list", dict: "empty", type(None): "empty"}.get(type(found), "a text or number")
         raise _refusal(path, f"is {kind}; a configuration has keys and values")
-    return {str(key): value for key, value in found.items()}
+    return found
 
 
 def _json(text: str) -> Any:
@@ -65,22 +69,55 @@ def _json(text: str) -> Any:
 
 
 def _yaml(text: str) -> Any:
-    _check_repeats(yaml.compose(text, yaml.SafeLoader))
+    root = yaml.compose(text, yaml.SafeLoader)
+    if root is not None:
+        _num_values(root, {})
     return yaml.safe_load(text)
 
 
-def _check_repeats(node: yaml.Node | None) -> None:
-    """Raises MarkedYAMLError where a mapping has a key twice, of which PyYAML takes the last one in silence."""
+def _num_values(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
+    """How many values a node is with each alias written out; every node is looked at once.
+
+    Raises MarkedYAMLError where a mapping has a key twice, of which PyYAML takes the last one in silence, where a node
+    holds itself, and where there are more values than MAX_VALUES, which PyYAML's merge keys would write out.
+    """
+    if node in known:
+        if not known[node]:
+            raise yaml.MarkedYAMLError(problem="a value holds itself", problem_mark=node.start_mark)
+        return known[node]
+    known[node] = 0
+    within: list[yaml.Node] = []
     if isinstance(node, yaml.SequenceNode):
-        for each in node.value:
-            _check_repeats(each)
+        within = node.value
     elif isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if str(key.value) in seen:
+        _check_repeats(node)
+        within = [each for pair in node.value for each in pair]
+    known[node] = 1 + sum(_num_values(each, known) for each in within)
+    if known[node] > MAX_VALUES:
+        raise yaml.MarkedYAMLError(problem=TOO_MANY, problem_mark=node.start_mark)
+    return known[node]
+
+
+def _check_repeats(node: yaml.MappingNode) -> None:
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):  # PyYAML refuses other keys
+            if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark)
-            seen.add(str(key.value))
-            _check_repeats(value)
+            seen.add(key.value)
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """What JSON can say of a value: text for keys, dates and numbers that are not finite; raises ValueError if deep."""
+    if depth > MAX_DEPTH:
+        raise ValueError("nested too deeply")
+    if isinstance(value, dict):
+        return {str(key): _plain(each, depth + 1) for key, each in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(each, depth + 1) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"  # NOT_FINITE, as YAML spells them
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 def _refusal(path: Path, reason: str) -> ExitWith:

@@ -11,7 +11,7 @@ from train.foreign.defaults import Defaults, unlike_profile
 from train.foreign.names import REPORTS, Row, nearest_name, row_of
 from train.foreign.reasons import why
 from train.foreign.sources import Told, axolotl_paths, hub_name, is_local, llama_factory_paths
-from train.foreign.values import Words, number, truth
+from train.foreign.values import Words, is_finite, number, truth
 
 SMALL = 2.0  # billions of weights, as the name has them; below, the recipe for 4 GB is meant
 SEVERAL = re.compile(r"deepspeed|fsdp.*|.*parallel_(size|degree)|num_gpus|n_gpu|nproc_per_node|world_size")
@@ -74,9 +74,10 @@ def translate(trainer: str, found: Mapping[str, Any], path: Path) -> Translation
     """The command for a configuration of `trainer`, read from `path`."""
     result = Translation(trainer)
     for key, value in found.items():
-        if _is_data(result, key, found, path):
-            continue
-        _take(result, key, value, found)
+        if not is_finite(value):
+            result.missing.append((key, value, f"{_option_of(key, trainer) or key} has no such value"))
+        elif not _is_data(result, key, found, path):
+            _take(result, key, value, found)
     _add_defaults(result, found)
     _add_stand_ins(result, path)
     _make_possible(result)
@@ -97,7 +98,7 @@ def _take(result: Translation, key: str, value: Any, found: Mapping[str, Any]) -
     row = None if is_total else row_of(key, result.trainer)
     if key == "report_to":  # an empty list is `none`, too
         _take_trackers(result, value)
-    elif value is None or value in ([], {}, "") or (key in ("warmup_ratio", "warmup_steps") and not number(value)):
+    elif value is None or value in ([], {}, "") or (key in ("warmup_ratio", "warmup_steps") and number(value) == 0):
         _take_nothing(result, key)
     elif waits_for and found.get(waits_for, "steps") != "steps":
         result.anyway.append((key, f"it counts only with {waits_for} steps, and that is {found[waits_for]}"))

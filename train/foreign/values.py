@@ -12,6 +12,7 @@ from typing import Any
 Words = tuple[str, ...]
 Spell = Callable[[Any], Words | None]
 
+NOT_FINITE = (".inf", "-.inf", ".nan")  # as a file's numbers that are not finite arrive here
 TRUE, FALSE = ("true", "yes", "1", "on"), ("false", "no", "0", "off", "none", "null", "")
 
 
@@ -22,16 +23,22 @@ def truth(value: Any) -> bool | None:
 
 
 def number(value: Any) -> float | None:
-    """The number that a value is, also as text (YAML reads 2e-5 as text); None for another."""
+    """The finite number that a value is, also as text (YAML reads 2e-5 as text); None for another."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        amount = float(value)
+    except (TypeError, ValueError, OverflowError):
         return None
+    return amount if math.isfinite(amount) else None
 
 
 def plain(value: float) -> str:
     """A number without a needless `.0`."""
     return str(int(value)) if value == int(value) else f"{value:g}"
+
+
+def is_finite(value: Any) -> bool:
+    """Whether neither a value nor an entry of a list is a number that is not finite."""
+    return not any(str(each).lower() in NOT_FINITE for each in (value if isinstance(value, list) else [value]))
 
 
 def same(value: Any) -> Words | None:
@@ -86,7 +93,7 @@ def one_of(known: Mapping[str, str]) -> Spell:
 def whole(value: Any) -> Words | None:
     """A whole number, such as 3.0 epochs."""
     amount = number(value)
-    return (plain(amount),) if amount is not None and math.isfinite(amount) and amount == int(amount) else None
+    return (plain(amount),) if amount is not None and amount == int(amount) else None
 
 
 def limit(value: Any) -> Words | None:

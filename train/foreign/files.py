@@ -10,6 +10,7 @@ import yaml
 
 from data_tools.strict_json import parse_json, place_of
 from train.foreign.names import rows
+from train.not_offered import reason_for
 from train.run.exits import ExitCode, ExitWith
 
 # what tells trainers apart beside the names of the table
@@ -125,7 +126,12 @@ def _refusal(path: Path, reason: str) -> ExitWith:
 
 
 def trainer_of(path: Path, found: Mapping[str, Any]) -> str:
-    """Whose configuration it is, by the names that it alone has; raises ExitWith(BAD_INPUT) for nobody's."""
+    """Whose configuration it is, by the names that it alone has.
+
+    Raises ExitWith(BAD_INPUT) for nobody's, for a recipe of torchtune, and for an adapter that is not LoRA's.
+    """
+    if reason := _not_translated(found):
+        raise _refusal(path, reason)
     known = {trainer: {name for name, _ in rows(trainer)} | marks for trainer, marks in MARKS.items()}
     if not any(name in names for name in found for names in known.values()):
         raise _refusal(path, f"has no key of {', '.join(MARKS)}: {', '.join(list(found)[:6])}")
@@ -136,3 +142,23 @@ def trainer_of(path: Path, found: Mapping[str, Any]) -> str:
         return len(alone), len(ours)
 
     return max(MARKS, key=likeness)  # of equals the first
+
+
+def _not_translated(found: Mapping[str, Any]) -> str:
+    """Why nothing of a file can be taken over; empty where something can."""
+    if _has_key(found, "_component_"):
+        return (
+            "is a recipe of torchtune, which import-config does not translate: its keys are arguments of the functions "
+            "that `_component_` names. docs/MIGRATING.md has our options"
+        )
+    method = str(found.get("peft_type") or "LORA").rpartition(".")[2]
+    if method.upper() != "LORA":
+        reason = reason_for(method)
+        return f"peft_type {method}: adapters here are LoRA's alone" + (f"; {reason}" if reason else "")
+    return ""
+
+
+def _has_key(value: Any, name: str) -> bool:
+    if isinstance(value, Mapping):
+        return name in value or any(_has_key(each, name) for each in value.values())
+    return isinstance(value, list) and any(_has_key(each, name) for each in value)

@@ -74,7 +74,7 @@ def translate(trainer: str, found: Mapping[str, Any], path: Path) -> Translation
     """The command for a configuration of `trainer`, read from `path`."""
     result = Translation(trainer)
     for key, value in found.items():
-        if not is_finite(value):
+        if not is_finite(value) and (key, value) != ("max_grad_norm", ".inf"):
             result.missing.append((key, value, f"{_option_of(key, trainer) or key} has no such value"))
         elif not _is_data(result, key, found, path):
             _take(result, key, value, found)

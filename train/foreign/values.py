@@ -120,6 +120,12 @@ def warmup(value: Any) -> Words | None:
     return None if amount is None or amount < 0 else (plain(amount),)
 
 
+def norm(value: Any) -> Words | None:
+    """The greatest norm of gradients; 0 and infinity are no limit."""
+    amount = number(value)
+    return ("inf",) if str(value).lower() in (".inf", "inf") or (amount is not None and amount <= 0) else same(value)
+
+
 def parts_of_epoch(value: Any) -> Words | None:
     """N times an epoch as the share between two of them."""
     amount = number(value)

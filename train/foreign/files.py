@@ -79,12 +79,12 @@ def _yaml(text: str) -> Any:
 def _num_values(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
     """How many values a node is with each alias written out; every node is looked at once.
 
-    Raises MarkedYAMLError where a mapping has a key twice, of which PyYAML takes the last one in silence, where a node
-    holds itself, and where there are more values than MAX_VALUES, which PyYAML's merge keys would write out.
+    Raises MarkedYAMLError where a mapping has a key twice, of which PyYAML takes the last one in silence, and
+    ValueError where a node holds itself, or there are more than MAX_VALUES, which PyYAML's merge keys would write out.
     """
     if node in known:
         if not known[node]:
-            raise yaml.MarkedYAMLError(problem="a value holds itself", problem_mark=node.start_mark)
+            raise ValueError(f"the value in line {node.start_mark.line + 1} holds itself")
         return known[node]
     known[node] = 0
     within: list[yaml.Node] = []
@@ -95,7 +95,7 @@ def _num_values(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
         within = [each for pair in node.value for each in pair]
     known[node] = 1 + sum(_num_values(each, known) for each in within)
     if known[node] > MAX_VALUES:
-        raise yaml.MarkedYAMLError(problem=TOO_MANY, problem_mark=node.start_mark)
+        raise ValueError(TOO_MANY)
     return known[node]
 
 

@@ -10,7 +10,7 @@ from train.config import Config
 from train.foreign.defaults import Defaults, unlike_profile
 from train.foreign.names import REPORTS, Row, nearest_name, row_of
 from train.foreign.reasons import why
-from train.foreign.sources import Told, axolotl_paths, hub_name, is_local, llama_factory_paths
+from train.foreign.sources import IN_COMMAND, Told, axolotl_paths, is_local, llama_factory_paths, located
 from train.foreign.values import Words, is_finite, number, truth
 
 SMALL = 2.0  # billions of weights, as the name has them; below, the recipe for 4 GB is meant
@@ -24,6 +24,7 @@ TOLD = {  # options whose notes are told where the file sets them; others mean w
     "data.max_length", "data.truncation", "data.packing", "data.chat_template", "optim.warmup", "memory.checkpointing",
     "checkpoint.keep", "validate.final", "run.timeout_minutes",
 }  # fmt: skip
+OF_TRL = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split")
 NEEDS_HELD_OUT = ("validate.every", "validate.patience", "validate.final")
 
 
@@ -44,14 +45,15 @@ class Translation:
     profile: str = ""
     why_profile: str = ""
 
-    def set(self, key: str, option: str, words: Words) -> None:
-        """Sets an option; a second key for it that says otherwise is told as such."""
+    def set(self, key: str, option: str, words: Words) -> bool:
+        """Sets an option, and returns whether; a second key for it that says otherwise is told as such."""
         if self.options.get(option, words) != words:
             self.missing.append((key, " ".join(words), f"{self.keys[option]} has set {option} already"))
-            return
+            return False
         self.taken.append(key)
         self.options[option] = words
         self.keys.setdefault(option, key)
+        return True
 
     def words(self) -> list[str]:
         """The command line behind `--profile NAME`."""
@@ -160,35 +162,52 @@ def _is_data(result: Translation, key: str, found: Mapping[str, Any], path: Path
     """Takes the keys that say where data is, where they are more than a path."""
     option = {"datasets": "data.path", "test_datasets": "data.validation_path", "dataset": "data.path",
               "eval_dataset": "data.validation_path"}.get(key, "")  # fmt: skip
-    value, told = found[key], []
+    value, fields = found[key], list(result.options.get("data.fields", ()))
     if not value:
         return False
-    if key in ("dataset_config", "dataset_train_split", "dataset_test_split") and result.trainer == "TRL":
-        result.anyway.append((key, "it stands behind the data set's name, owner/name:subset:split"))
-        return True
-    if key == "dataset_name" and result.trainer == "TRL":
-        subset = found.get("dataset_config")
-        result.set(key, "data.path", (hub_name(str(value), subset, found.get("dataset_train_split")),))
-        if found.get("eval_strategy", "no") not in ("no", None) and "/" in str(value) and not is_local(str(value)):
-            held_out = hub_name(str(value), subset, found.get("dataset_test_split") or "test")
-            result.set(key, "data.validation_path", (held_out,))
+    if result.trainer == "TRL" and isinstance(found.get("dataset_name"), str) and key in OF_TRL:
+        _take_trl_data(result, key, found)
         return True
     if option and isinstance(value, list) and result.trainer != "LLaMA-Factory":
-        paths, fields, told = axolotl_paths(value, key)
-        if fields:
-            result.set(key, "data.fields", tuple(fields))
+        paths, fields, told = axolotl_paths(value, key, fields)
     elif option and result.trainer == "LLaMA-Factory":
         folder = Path(str(found.get("dataset_dir") or "data"))
         beside = path.parent / folder
         paths, told = llama_factory_paths(value, beside if not folder.is_dir() and beside.is_dir() else folder)
     else:
         return False
-    if paths:
-        result.set(key, option, tuple(paths))
-    result.missing += [each for each in told if each[2]]
-    known = [name for name, _, reason in told if not reason]
-    result.anyway += [(name, "rows are recognised by their fields, and files by their names") for name in known]
+    if paths and not result.set(key, option, tuple(paths)):
+        return True
+    if fields:
+        result.options["data.fields"] = tuple(fields)
+        result.keys.setdefault("data.fields", key)
+    for name, given, reason in told:
+        if reason:
+            result.missing.append((name, given, reason))
+        elif name.rpartition(".")[2] in IN_COMMAND:
+            result.taken.append(name)
+        else:
+            result.anyway.append((name, "rows are recognised by their fields, and files by their names"))
     return True
+
+
+def _take_trl_data(result: Translation, key: str, found: Mapping[str, Any]) -> None:
+    """`trl sft` names a data set, and beside it its subset and splits."""
+    name, subset, split = found["dataset_name"], found.get("dataset_config"), found.get("dataset_train_split")
+    path, of_subset, of_split = located(name, subset, split)
+    validates = str(found.get("eval_strategy") or "no").lower().rpartition(".")[2] not in ("no", "none", "false")
+    held_out, _, of_test = located(name, subset, found.get("dataset_test_split") or "test")
+    if key == "dataset_name":
+        result.set(key, "data.path", (path,))
+        if validates and not is_local(name):
+            result.set(key, "data.validation_path", (held_out,))
+    elif key == "dataset_test_split" and not validates:
+        result.anyway.append((key, "nothing is validated without eval_strategy"))
+    elif reason := {"dataset_config": of_subset, "dataset_train_split": of_split, "dataset_test_split": of_test}[key]:
+        is_file = key == "dataset_test_split" and is_local(name)
+        result.missing.append((key, found[key], f"{reason}, or --data.validation_path" if is_file else reason))
+    else:
+        result.anyway.append((key, "it stands behind the data set's name, owner/name:subset:split"))
 
 
 def _add_defaults(result: Translation, found: Mapping[str, Any]) -> None:

@@ -60,9 +60,9 @@ def nested(each: str) -> str:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (nested("[{}]"), "more than 100,000 values"),
-        (nested("{{<<: [{}]}}").replace("<<: [a: 1]", "a: 1"), "more than 100,000 values"),
-        ("sequence_len: 5\nx: &a [*a]\n", "a value holds itself"),
+        (nested("[{}]"), "recipe.yaml: has more than 100,000 values"),
+        (nested("{{<<: [{}]}}").replace("<<: [a: 1]", "a: 1"), "recipe.yaml: has more than 100,000 values"),
+        ("sequence_len: 5\nx: &a [*a]\n", "recipe.yaml: the value in line 2 holds itself"),
         ("sequence_len: 5\n? [a, b]\n: c\n", "unhashable key"),
         ("sequence_len: 5\nx: " + "[" * 150 + "]" * 150 + "\n", "nested too deeply"),
     ],

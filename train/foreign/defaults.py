@@ -1,6 +1,7 @@
 """What other trainers do where their file says nothing: written into the command, so that it does the same.
 
-Looked up in the sources of transformers 5.23, TRL 1.16, PEFT 0.21, axolotl 0.19 and LLaMA-Factory 0.9.5.
+Looked up in the sources of transformers 5.23, TRL 1.16, PEFT 0.21, axolotl 0.19 and LLaMA-Factory 0.9.5, and of Unsloth
+in 2026, whose trainer is TRL's with some defaults of its own.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,11 @@ OF_TRAINER = {
 DEFAULTS = {
     "TRL": {**OF_TRAINER, "optim.lr": "2e-5", "train.epochs": "3", "batch.per_device": "8", "data.max_length": "1024",
             "lora.r": "16", "lora.alpha": "32", "lora.dropout": "0.05", "lora.target_modules": "q_proj v_proj"},
+    # FastLanguageModel.get_peft_model and UnslothSFTConfig
+    "Unsloth": {**OF_TRAINER, "optim.name": "adamw_8bit", "optim.lr": "5e-5", "optim.warmup": "0.1",
+                "optim.weight_decay": "0.001", "train.epochs": "3", "train.seed": "3407", "batch.per_device": "4",
+                "batch.accumulation": "2", "data.max_length": "2048", "lora.r": "16", "lora.alpha": "16",
+                "lora.target_modules": "all-linear"},
     "axolotl": {**OF_TRAINER, "optim.schedule": "cosine", "optim.warmup": "0.03", "train.epochs": "1",
                 "batch.per_device": "1", "data.max_length": "512", "data.truncation": "drop",
                 "checkpoint.every": "epoch", "checkpoint.keep": "4", "train.method": "full"},
@@ -28,11 +34,17 @@ DEFAULTS = {
                       "train.method": "lora"},
 }  # fmt: skip
 PEFT_DEFAULTS = {"lora.r": "8", "lora.alpha": "8", "lora.dropout": "0", "lora.target_modules": "q_proj v_proj"}
-LOGGING_STEPS = {"TRL": "10", "LLaMA-Factory": "500"}  # how often they validate by steps that are not said
+# how often they validate by steps that are not said
+LOGGING_STEPS = {"TRL": "10", "Unsloth": "1", "LLaMA-Factory": "500"}
 IF_OTHERWISE = ("data.packing", "data.group_by_length")  # left out where the profile does the same
 # what else is to be said where one of these stands in the command: (trainer, option) -> words; "" is any trainer
 ABOUT = {
     ("TRL", "optim.lr"): "2e-5 is SFTConfig's; a script with transformers' TrainingArguments alone has 5e-5",
+    (
+        "Unsloth",
+        "optim.lr",
+    ): "5e-5 is of SFTConfig as Unsloth changes it, like batch, optimizer, warmup, weight decay and "
+    "seed where the file names none; a script with transformers' TrainingArguments has that one's",
     ("", "data.truncation right"): "they cut a conversation at the greatest length, also within an answer; right, the "
     "nearest here, ends it after its last whole answer",
     (
@@ -90,7 +102,7 @@ class Defaults:
             yield "lora.target_modules", NO_TARGETS
         if self.is_adapter_alone:
             return
-        if self.trainer == "TRL" and self.found.get("assistant_only_loss") is None:
+        if self.trainer in ("TRL", "Unsloth") and self.found.get("assistant_only_loss") is None:
             yield "assistant_only_loss", WHOLE_CONVERSATIONS
         if "checkpoint.keep" not in self.options and "checkpoint.keep" not in written:
             yield "checkpoint.keep", KEEPS_ALL
@@ -105,7 +117,9 @@ class Defaults:
             return dict(PEFT_DEFAULTS)
         values = {**DEFAULTS[self.trainer], **(PEFT_DEFAULTS if self.is_adapter else {})}
         if "model.name_or_path" in self.options:
-            values["model.quantization"] = "nf4" if self.found.get("adapter") == "qlora" else "none"
+            is_in_4bit = self.trainer == "Unsloth" and not self._says("load_in_4bit", "load_in_8bit", "load_in_16bit")
+            is_qlora = is_in_4bit or self.found.get("adapter") == "qlora"
+            values["model.quantization"] = "nf4" if is_qlora else "none"
         if self.trainer == "LLaMA-Factory":
             values["lora.alpha"] = str(2 * int(number((self.options.get("lora.r") or ("8",))[0]) or 8))
         if self.trainer == "axolotl":

@@ -13,9 +13,16 @@ from train.foreign.names import rows
 from train.not_offered import reason_for
 from train.run.exits import ExitCode, ExitWith
 
+UNSLOTH = {
+    "random_state",
+    "use_gradient_checkpointing",
+    "full_finetuning",
+    "finetune_language_layers",
+}  # TRL lacks these
 # what tells trainers apart beside the names of the table
 MARKS = {
-    "TRL": {"dataset_train_split", "dataset_config", "use_peft", "peft_type", "bnb_4bit_quant_type", "loss_type"},
+    "TRL": {"dataset_train_split", "dataset_config", "use_peft", "peft_type", "bnb_4bit_quant_type", "loss_type",
+            *UNSLOTH},
     "axolotl": {"dataset_prepared_path", "flash_attention", "lora_target_linear", "sequence_len", "special_tokens",
                 "pad_to_sequence_len", "train_on_inputs", "tokenizer_type", "model_type", "wandb_entity"},
     "LLaMA-Factory": {"stage", "template", "finetuning_type", "dataset_dir", "plot_loss", "overwrite_cache",
@@ -141,7 +148,8 @@ def trainer_of(path: Path, found: Mapping[str, Any]) -> str:
         alone = [name for name in ours if sum(name in names for names in known.values()) == 1]
         return len(alone), len(ours)
 
-    return max(MARKS, key=likeness)  # of equals the first
+    trainer = max(MARKS, key=likeness)  # of equals the first
+    return "Unsloth" if trainer == "TRL" and UNSLOTH & set(found) else trainer
 
 
 def _not_translated(found: Mapping[str, Any]) -> str:

@@ -165,7 +165,7 @@ def _is_data(result: Translation, key: str, found: Mapping[str, Any], path: Path
     value, fields = found[key], list(result.options.get("data.fields", ()))
     if not value:
         return False
-    if result.trainer == "TRL" and isinstance(found.get("dataset_name"), str) and key in OF_TRL:
+    if result.trainer in ("TRL", "Unsloth") and isinstance(found.get("dataset_name"), str) and key in OF_TRL:
         _take_trl_data(result, key, found)
         return True
     if option and isinstance(value, list) and result.trainer != "LLaMA-Factory":

@@ -173,3 +173,21 @@ def test_a_script_is_told_how_to_become_a_file(tmp_path: Path, capsys: pytest.Ca
     assert (config.optim.lr, config.run.dir, config.lora.r, config.lora.alpha) == (3e-4, "out", 4, 8)
     assert set(config.lora.target_modules) == {"q_proj", "o_proj"}
     assert (config.batch.per_device, config.train.epochs) == (8, 3)
+
+
+def test_settings_of_unsloth(tmp_path: Path) -> None:
+    """Told from TRL's by names that TRL lacks; what they leave out is as get_peft_model and from_pretrained have it."""
+    base = "model_name: a/b-8B\nmax_seq_length: 512\nr: 8\n"
+    _, result = translated(tmp_path, base + "random_state: 1\n")
+    config = accepted(result)
+    assert (result.trainer, result.unknown, config.model.quantization) == ("Unsloth", [], "nf4")
+    assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (8, 16, 0)
+    assert config.lora.target_modules == ("all-linear",)
+    assert (config.train.seed, config.batch.per_device, config.batch.accumulation) == (1, 4, 2)
+    assert "optim.lr" in dict(result.notes)
+    for said, quantization in (("load_in_4bit: false", "none"), ("load_in_8bit: true", "int8")):
+        _, result = translated(tmp_path, f"{base}use_gradient_checkpointing: unsloth\n{said}\n")
+        assert (result.trainer, accepted(result).model.quantization) == ("Unsloth", quantization)
+    _, full = translated(tmp_path, "model_name: a/b-8B\nfull_finetuning: true\n")
+    assert (accepted(full).train.method, accepted(full).model.quantization) == ("full", "none")
+    assert translated(tmp_path, base + "lora_dropout: 0\n")[1].trainer == "TRL"

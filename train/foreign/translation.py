@@ -264,8 +264,9 @@ def _make_possible(result: Translation) -> None:
             )
         options["model.quantization"] = ("none",)
     size = [number((options.get(name) or ("",))[0]) for name in ("batch.per_device", "batch.accumulation")]
-    if size[0] and size[1] and "batch.per_device" not in result.defaults:
-        result.notes.append(("effective batch", EFFECTIVE.format(int(size[0] * size[1]))))
+    samples = number((size[0] or 0) * (size[1] or 0))  # None of two numbers whose product is not finite
+    if samples and "batch.per_device" not in result.defaults:
+        result.notes.append(("effective batch", EFFECTIVE.format(int(samples))))
 
 
 def _leave_out(result: Translation, option: str, reason: str) -> None:

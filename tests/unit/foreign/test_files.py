@@ -29,6 +29,8 @@ def test_numbers_that_are_not_finite(trainer: str, tmp_path: Path, capsys: pytes
         assert not {"inf", "nan"} & {word.strip("-.") for word in told["command"]}
     _, result = translated(tmp_path, '{"max_length": 512, "max_steps": 1e999, "seed": -1e999}', "args.json")
     assert {key for key, *_ in result.missing} == {"max_steps", "seed"}
+    _, result = translated(tmp_path, "per_device_train_batch_size: 1.0e+300\ngradient_accumulation_steps: 1.0e+300\n")
+    assert "effective batch" not in dict(result.notes)
 
 
 def test_warmup_that_is_no_number(tmp_path: Path) -> None:

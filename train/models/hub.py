@@ -188,7 +188,17 @@ def _cached(name: str, revision: str, why: str, note: str = "the hub cannot be r
     except HFValidationError as error:
         raise refusal(f"--model.name_or_path {name}", first_line(error)) from None
     commit = folder.name
+    check_links(folder, name)
     return BasePlace(folder, name, commit, f"{note}; {name} is taken from the cache, commit {commit}" if note else "")
+
+
+def check_links(folder: Path, name: str) -> None:
+    """Raises ExitWith(BAD_INPUT) where the cache has a file of the base by name alone: it would pass for one that the
+    model has not, a chat template for example."""
+    for path in sorted(each for pattern in (*SMALL_FILES, "*.safetensors") for each in folder.glob(pattern)):
+        if not path.exists():
+            reason = f"{path.name} is in the hub's cache as a link to a file that is gone; delete {path}"
+            raise unreadable(name, f"{reason}, and let it be fetched again, with the hub in reach")
 
 
 def _told(name: str, revision: str, error: Exception) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from tests.conftest import BUNDLED_BASE, write_shape
 from train.config import Config, MemoryConfig, ModelConfig
 from train.engine.plan import reference_plan
 from train.models.fingerprint import base_fingerprint, content_hashes
+from train.models.hub import check_links
 from train.models.language_model import load_model
 from train.models.shape import model_shape
 from train.models.tokenizer import load_tokenizer
@@ -115,6 +116,18 @@ def test_a_base_without_a_tokenizer(config: Config, base: Path) -> None:
         file.unlink()
     with pytest.raises(ExitWith, match=r"it has no tokenizer\.json"):
         load_tokenizer(on(config, base))
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "model.safetensors", "generation_config.json"])
+def test_a_link_of_the_hubs_cache_that_leads_nowhere(name: str, tmp_path: Path) -> None:
+    """Refused by name; a file that nothing reads may be gone."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "picture.png").symlink_to(tmp_path / "gone")
+    check_links(tmp_path, "org/model")
+    (tmp_path / name).symlink_to(tmp_path / "gone")
+    with pytest.raises(ExitWith, match=f"{name} is in the hub's cache as a link to a file that is gone") as caught:
+        check_links(tmp_path, "org/model")
+    assert caught.value.code == ExitCode.BAD_INPUT
 
 
 @pytest.mark.parametrize("kind", ["sha256", "git"])

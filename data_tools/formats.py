@@ -96,8 +96,10 @@ def detect(row: Row, wanted: str, field_map: Mapping[str, str]) -> Format:
             remedy = f"write --data.fields {proposed_fields(row)[0]} response=chosen"
         reason = "a row of preferences, 'chosen' and 'rejected', which are not compared here; to train what was chosen"
         raise ValueError(f"{reason}, {remedy}")
-    if null := _nulls(row, candidates):
-        raise ValueError(f"{' and '.join(map(repr, null))} is null; there is nothing to train")
+    null = _nulls(row, candidates)
+    if null and "COLUMN" in "".join(proposed_fields(row)):  # no other column has it
+        told = f"{' and '.join(map(repr, null))} {'are' if len(null) > 1 else 'is'} null"
+        raise ValueError(f"{told}; there is nothing to train")
     known = "; ".join(" and ".join(map(repr, candidate.fields)) for candidate in candidates)
     reason = f"unknown fields ({fields_with_values(row)}); known are {known}"
     if wanted in ("auto", "prompt_response"):

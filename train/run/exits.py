@@ -13,7 +13,7 @@ class ExitCode(IntEnum):
     FINGERPRINT_MISMATCH = 77  # the checkpoint belongs to another model, recipe or data set
     BAD_INPUT = 78  # configuration, data or the machine
     NON_FINITE = 79  # loss or gradient is not a finite number
-    NO_VALID_CHECKPOINT = 80  # there are checkpoints, but none passes verification
+    NO_VALID_CHECKPOINT = 80  # there are checkpoints, or were, and none passes verification
     PEER_FAILURE = 81  # another process died or hangs
     DELIVERY_FAILED = 82  # training is finished and final/ complete; what comes after it is not
     KILLED = 83  # from outside, as the kernel does when memory is short; the launcher says it

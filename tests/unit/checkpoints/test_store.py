@@ -127,7 +127,15 @@ def test_records_of_a_checkpoint_that_is_gone(store: CheckpointStore) -> None:
     shutil.rmtree(store.root)
     store.folder.metrics.unlink()
     assert not store.is_emptied()
-    store.folder.final.mkdir()
+    store.folder.final.mkdir()  # anybody's
+    assert not store.is_emptied()
+    (store.folder.final / "base.json").write_text("{}")
+    assert store.is_emptied()
+    shutil.rmtree(store.folder.final)
+    stop = {"event": "end", "code": 75, "last_step": 0}
+    store.folder.attempts.write_text(json.dumps(stop) + "\n")
+    assert not store.is_emptied()
+    store.folder.attempts.write_text(json.dumps(stop | {"last_step": 3}) + "\n")
     assert store.is_emptied()
 
 

@@ -19,7 +19,6 @@ VALUES: dict[str, tuple[tuple[object, ...], tuple[object, ...]]] = {
     "bias": (("none",), ("all", "lora_only", True)),
     "lora_bias": ((False,), (True,)),
     "stage": (("sft",), ("dpo", "pt", True)),
-    "do_train": ((True,), (False,)),
     "metric_for_best_model": (("eval_loss", "loss"), ("accuracy", True)),
     "greater_is_better": ((False,), (True, "loss")),
     "bnb_4bit_quant_type": (("nf4",), ("fp4", "bnb")),

@@ -118,11 +118,11 @@ def test_a_base_without_a_tokenizer(config: Config, base: Path) -> None:
         load_tokenizer(on(config, base))
 
 
-@pytest.mark.parametrize("name", ["chat_template.jinja", "model.safetensors", "generation_config.json"])
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "generation_config.json"])
 def test_a_link_of_the_hubs_cache_that_leads_nowhere(name: str, tmp_path: Path) -> None:
     """Refused by name; a file that nothing reads may be gone."""
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "picture.png").symlink_to(tmp_path / "gone")
+    (tmp_path / "consolidated.safetensors").symlink_to(tmp_path / "gone")
     check_links(tmp_path, "org/model")
     (tmp_path / name).symlink_to(tmp_path / "gone")
     with pytest.raises(ExitWith, match=f"{name} is in the hub's cache as a link to a file that is gone") as caught:

@@ -57,7 +57,7 @@ def test_states(tmp_path: Path, exit_code: int | None, ends: bool, state: State)
     assert read_run(tmp_path).state == state
 
 
-@pytest.mark.parametrize("code", [77, 78])
+@pytest.mark.parametrize("code", [77, 78, 80])
 def test_a_refused_command_leaves_the_run_as_it_was(tmp_path: Path, code: int) -> None:
     """A mistyped option overwrites exit.json; what was trained is finished all the same, and the refusal is noted."""
     folder = RunFolder(write_run(tmp_path))

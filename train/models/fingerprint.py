@@ -71,7 +71,7 @@ def content_hashes(paths: Sequence[Path]) -> list[str]:
 
 def _content_hash(path: Path) -> str:
     status, blob = path.stat(), path.resolve()
-    state = [str(path.resolve()), status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+    state = [str(blob), status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
     key = hashlib.sha256(json.dumps(state).encode()).hexdigest()
     known = cache_root().parent / "hashes" / key
     with suppress(OSError):

